@@ -1,0 +1,14 @@
+"""YOURS: what a config cannot say. Define a function here by one of these names and it is in force; `comp check` lists them.
+
+    read_samples(raw)                     -> DataFrame, instead of the tables that competition.yaml declares
+    load_image(row, decode)               -> uint8 array (height, width, channels) for one image of the samples table
+    model(cfg, outputs)                   -> torch.nn.Module, instead of the timm model of the config
+    loss(output, target)                  -> tensor, one number a sample (batch,)
+    metric(truth, prediction, rows)       -> number; set metric.direction = "max" or "min",
+                                             metric.needs = "probability", "label" or "value"
+    recipe(size)                          -> comp.train.augment.Recipe, for `augment.recipe: recipe`
+    postprocess(rows, prediction)         -> prediction, before it is written into a submission
+    write_submission(rows, prediction, sample) -> DataFrame, instead of the forms that competition.yaml knows
+
+It may import comp.config, comp.tasks and comp.metrics, nothing above them. A template update never touches this file.
+"""

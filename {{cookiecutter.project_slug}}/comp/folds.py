@@ -1,0 +1,97 @@
+"""data/folds.parquet, and the only place that knows which rows may teach a model that is scored on a fold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import store
+from comp.config import Refused
+from comp.samples import Positions, Samples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TAUGHT_ONLY, LOCKED = -1, -2  # trained on but never scored; the hold-out that no verb reads but an explicit last look
+
+
+@dataclass(frozen=True)
+class Folds:
+    """`fold` runs over repeats: fold f of repeat r is r * k + f. Every row has one line a repeat."""
+
+    frame: pd.DataFrame  # id, repeat, fold
+    meta: dict[str, Any]  # scheme, k, repeats, seed, rule, gap, samples, hash
+    samples: Samples
+
+    @property
+    def count(self) -> int:
+        return int(self.meta["k"]) * int(self.meta["repeats"])
+
+    @property
+    def hash(self) -> str:
+        return str(self.meta["hash"])
+
+    @cached_property
+    def of_sample(self) -> NDArray[np.int64]:
+        """(repeats, samples): the fold of every line of the samples table; test rows are TAUGHT_ONLY and never taught."""
+        out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TAUGHT_ONLY, np.int64)
+        position = self.samples.frame.reset_index().set_index("id")["index"]
+        for repeat, lines in self.frame.groupby("repeat"):
+            out[int(repeat), position.loc[lines["id"]].to_numpy()] = lines["fold"].to_numpy()  # type: ignore[call-overload]
+        return out
+
+    def split(self, fold: int | str) -> tuple[Positions, Positions]:
+        """(positions that teach, positions that are scored). `full` teaches everything and scores nothing."""
+        taught = self.samples.taught
+        if fold == "full":
+            return taught[self.of_sample[0, taught] != LOCKED], taught[:0]
+        repeat, number = divmod(int(fold), int(self.meta["k"]))
+        mine = self.of_sample[repeat, taught]
+        scored = taught[mine == number]
+        free = (mine != number) & (mine != LOCKED)
+        if self.meta["rule"] == "earlier":
+            time = self.samples.frame["time"].to_numpy(np.float64)
+            free &= (mine < number) & (time[taught] <= time[scored].min() - float(self.meta["gap"]))
+        return taught[free], scored
+
+    def locked(self) -> Positions:
+        return self.samples.taught[self.of_sample[0, self.samples.taught] == LOCKED]
+
+
+def load(samples: Samples, file: Path | None = None) -> Folds:
+    import pyarrow.parquet as pq
+
+    file = store.verified(file or store.folds_file(), "make it with: comp folds")
+    table = pq.read_table(file)
+    meta = json.loads(table.schema.metadata[b"comp"])
+    if meta["samples"] != samples.hash:
+        raise Refused(f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake")
+    return Folds(table.to_pandas(), meta, samples)
+
+
+def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = file or store.folds_file()
+    meta = meta | {"hash": content_hash(frame, meta)}
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({"comp": json.dumps(meta)})
+    with store.writing(file) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    store.seal(file, hash=meta["hash"])
+    return file
+
+
+def content_hash(frame: pd.DataFrame, meta: dict[str, Any]) -> str:
+    """What every later artefact repeats: the assignment and its rule, not the file's bytes."""
+    hashed = hashlib.sha256(json.dumps([meta["rule"], meta["gap"], meta["k"], meta["repeats"]]).encode())
+    hashed.update("\n".join(frame["id"]).encode())
+    hashed.update(frame[["repeat", "fold"]].to_numpy(np.int32).tobytes())
+    return hashed.hexdigest()

@@ -1,0 +1,35 @@
+"""What this machine may spend. Threads are a knob of the run, since their number changes sums and so results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def settle(threads: int) -> None:
+    """Fix the thread count of torch, OpenMP and OpenCV. Ray and torchrun set their own: overridden on purpose."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads beside a busy process cost a factor of ten
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would look for updates online at import
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

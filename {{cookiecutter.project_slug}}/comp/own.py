@@ -1,0 +1,36 @@
+"""What competition.py defines, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comp import competition
+from comp.config import Refused
+
+HOOKS = {
+    "read_samples": ("raw",),
+    "load_image": ("row", "decode"),
+    "model": ("cfg", "outputs"),
+    "loss": ("output", "target"),
+    "metric": ("truth", "prediction", "rows"),
+    "recipe": ("size",),
+    "postprocess": ("rows", "prediction"),
+    "write_submission": ("rows", "prediction", "sample"),
+}
+
+
+def get(name: str) -> Callable[..., Any] | None:
+    """A hook of competition.py, or None. One that takes other arguments than promised is refused before it is called."""
+    hook = getattr(competition, name, None)
+    if hook is None:
+        return None
+    taken = tuple(inspect.signature(hook).parameters)
+    if name in HOOKS and len(taken) != len(HOOKS[name]):
+        raise Refused(f"comp/competition.py: {name}({', '.join(taken)}) must take ({', '.join(HOOKS[name])})")
+    return hook  # type: ignore[no-any-return]
+
+
+def in_force() -> list[str]:
+    return [name for name in HOOKS if get(name) is not None]

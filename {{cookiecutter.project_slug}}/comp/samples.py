@@ -1,0 +1,68 @@
+"""data/samples.parquet: one line a sample, as `comp prepare` made it from what competition.yaml declares."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import store
+from comp.tasks import Head
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Columns: id (text, unique), images (list of paths under raw), weight, source (train, test, extra, pseudo:<name>),
+    row (the key the host scores), and where there are any group, time, target.<name> (float), meta.<name>."""
+
+    frame: pd.DataFrame
+    heads: tuple[Head, ...]
+    hash: str
+
+    def positions(self, source: str) -> Positions:
+        return np.flatnonzero((self.frame["source"] == source).to_numpy())
+
+    @cached_property
+    def taught(self) -> Positions:
+        """Everything with labels: train, extra, pseudo. Only source = train is ever scored."""
+        return np.flatnonzero((self.frame["source"] != "test").to_numpy())
+
+    def targets(self, head: Head) -> NDArray[np.float64]:
+        return self.frame[list(head.columns)].to_numpy(np.float64)
+
+    def truth(self, head: Head, positions: Positions) -> NDArray[Any]:
+        return head.row.target(self.targets(head)[positions])
+
+
+def load(file: Path | None = None) -> Samples:
+    import pyarrow.parquet as pq
+
+    file = store.verified(file or store.samples_file(), "make it with: comp prepare")
+    table = pq.read_table(file)
+    facts = json.loads(table.schema.metadata[b"comp"])
+    heads = tuple(Head(**{key: tuple(v) if isinstance(v, list) else v for key, v in h.items()}) for h in facts["heads"])
+    return Samples(table.to_pandas(), heads, store.sha256(file))
+
+
+def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None) -> Path:
+    """The same frame gives the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = file or store.samples_file()
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({"comp": json.dumps({"heads": [asdict(head) for head in heads]})})
+    with store.writing(file) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    store.seal(file, rows=len(frame))
+    return file

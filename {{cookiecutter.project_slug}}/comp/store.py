@@ -1,0 +1,220 @@
+"""The only module that knows where things lie, and how they are written so that a kill at any moment harms nothing.
+
+A file is written under a temporary name, flushed to disk and renamed; then `seal` notes its sha256 in the manifest.json of
+its folder. An entry in a manifest means: done, and these bytes. `verified` is the one way to read an artefact back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from comp.config import Refused
+
+MANIFEST = "manifest.json"
+
+
+@cache
+def root() -> Path:
+    """The folder that holds configs/base.yaml: COMP_ROOT, or the nearest one upwards from here."""
+    named = os.environ.get("COMP_ROOT")
+    places = [Path(named)] if named else [Path.cwd(), *Path.cwd().parents]
+    for place in places:
+        if (place / "configs" / "base.yaml").is_file():
+            return place.resolve()
+    raise Refused(f"{named or Path.cwd()}: not inside a competition project (no configs/base.yaml here or above)")
+
+
+def path(*parts: str | Path) -> Path:
+    return root().joinpath(*parts)
+
+
+def samples_file() -> Path:
+    return path("data", "samples.parquet")
+
+
+def folds_file() -> Path:
+    return path("data", "folds.parquet")
+
+
+def run_folder(experiment: str) -> Path:
+    return path("runs", experiment)
+
+
+def fold_folder(experiment: str, seed: int, fold: int | str) -> Path:
+    return path("runs", experiment, f"seed{seed}", f"fold{fold}")
+
+
+def member_folder(experiment: str, member: str) -> Path:
+    return path("runs", experiment, "members", member)
+
+
+def ensemble_folder(name: str) -> Path:
+    return path("ensembles", name)
+
+
+def submission_file(name: str) -> Path:
+    return path("submissions", f"{name}.csv")
+
+
+def shown(file: Path) -> str:
+    """A path as a person wants to read it: from the project's root."""
+    return str(file.relative_to(root())) if file.is_relative_to(root()) else str(file)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `file`; what was written there replaces `file` only when it is all on disk."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        raise Refused(f"{shown(file)}: could not be written ({error.strerror}); what stood there before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    with writing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{shown(file)}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Refused(f"{shown(file)}: damaged, it is not JSON any more ({error})") from None
+
+
+def seal(*files: Path, **facts: Any) -> None:
+    """Note in the folder's manifest that these files are finished. Call it last."""
+    folder = files[0].parent
+    assert all(file.parent == folder for file in files)
+    with _guard(folder / f".{MANIFEST}.guard"):
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+        manifest |= {f.name: {"sha256": sha256(f), "size": f.stat().st_size, **facts} for f in files}
+        write_json(folder / MANIFEST, dict(sorted(manifest.items())))
+
+
+def sealed(file: Path) -> dict[str, Any] | None:
+    """The manifest entry of a file, None while it is unfinished or absent. Does not look at the bytes."""
+    if not file.exists() or not (file.parent / MANIFEST).exists():
+        return None
+    entry = read_json(file.parent / MANIFEST).get(file.name)
+    return dict(entry) if entry else None
+
+
+def verified(file: Path, remedy: str = "") -> Path:
+    """The path itself, once its bytes are known to be those that were sealed."""
+    remedy = f"; {remedy}" if remedy else ""
+    if not file.exists():
+        raise Refused(f"{shown(file)}: no such file{remedy}")
+    entry = sealed(file)
+    if entry is None:
+        raise Refused(f"{shown(file)}: unfinished, {MANIFEST} beside it does not list it{remedy}")
+    if entry["size"] != file.stat().st_size or entry["sha256"] != sha256(file):
+        raise Refused(f"{shown(file)}: damaged or changed since it was written (sha256 differs from {MANIFEST}){remedy}")
+    return file
+
+
+_noted: dict[Path, tuple[tuple[int, int, int], str]] = {}
+
+
+def sha256(file: Path) -> str:
+    """Hashed once a process: an unchanged (inode, size, mtime) is not read again."""
+    status = file.stat()
+    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+    if file not in _noted or _noted[file][0] != stamp:
+        with file.open("rb") as opened:
+            _noted[file] = (stamp, hashlib.file_digest(opened, "sha256").hexdigest())
+    return _noted[file][1]
+
+
+def digest(value: Any) -> str:
+    """A short, stable name for anything that JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def lock(folder: Path, doing: str) -> Iterator[None]:
+    """One writer a folder. A dead owner's lock is taken over.
+
+    The owner is a process id with its start time, not flock: loader processes inherit a flock, and would hold it for
+    seconds after their parent was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock"
+    with _guard(folder / ".lock.guard"):
+        if file.exists():
+            # A lock torn by a power cut reads as nobody's.
+            owner, started, since, what = [*file.read_text().splitlines(), "", "", "", ""][:4]
+            if owner.isdigit() and started == _started(int(owner)):
+                raise Refused(f"{shown(folder)}: process {owner} is already {what} since {since}; wait for it, or end it")
+        file.write_text(f"{os.getpid()}\n{_started(os.getpid())}\n{time.strftime('%H:%M:%S')}\n{doing}\n")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def need_space(size: int, what: str) -> None:
+    """Refuse before the work rather than die in the middle of it."""
+    free = shutil.disk_usage(root()).free
+    if free < size + 2**28:
+        raise Refused(f"{what} will write {readable(size)}, and only {readable(free)} are free; `comp clean` shows what can go")
+
+
+def readable(size: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def trash(folder: Path) -> Path:
+    """Nothing is deleted by a verb that trains: the old run moves to runs/.trash, `comp clean` frees it."""
+    bin_ = path("runs", ".trash")
+    bin_.mkdir(parents=True, exist_ok=True)
+    target = bin_ / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
+    os.replace(folder, target)
+    return target
+
+
+@contextmanager
+def _guard(file: Path) -> Iterator[None]:
+    """Held for the few lines of a check and its write, never across a fork."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _started(pid: int) -> str:
+    """When a process started, so that a reused process id is not taken for its dead namesake; '' for a dead one."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    state, *rest = stat.rpartition(")")[2].split()
+    return "" if state == "Z" else rest[18]
