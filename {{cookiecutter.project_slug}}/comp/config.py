@@ -1,8 +1,7 @@
-"""Every knob, typed. Knobs have no default here: configs/base.yaml is the one place where defaults, units and costs stand.
+"""From configs/*.yaml and key=value to one frozen Config (knobs.py), every mistake answered in one line.
 
 Order of precedence, weakest first: competition.yaml, base.yaml, the chain of `base:` of the experiment, the experiment,
-debug.yaml with --debug, then key=value. What a competition simply does not have (no groups, no time) may be left out of
-competition.yaml; those are the only defaults in this file.
+debug.yaml with --debug, then key=value.
 """
 
 from __future__ import annotations
@@ -11,189 +10,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from comp import yaml_lines
+from comp.knobs import Config, Schedule
+from comp.refused import Refused
 
-
-class Refused(Exception):
-    """The user's mistake, or an artefact that must not be read: one line each, exit code 2."""
-
-    def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
-Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
-TaskName = Literal["binary", "multiclass", "regression", "ordinal"]
-
-
-class Table(Section):
-    """Where rows come from and how a row names its image. `{column}` and `{column[0]}` stand for values of the row."""
-
-    table: Text
-    image: Text
-
-
-class Folds(Section):
-    scheme: Scheme
-    k: Annotated[int, Field(ge=2)]
-    seed: int
-    repeats: Count = 1
-    holdout: BelowOne = 0.0
-    gap: NotNegative = 0.0
-    blind_to_groups: bool = False
-
-
-class Submission(Section):
-    sample: Text
-    form: Literal["label", "probability", "probabilities", "value"]
-    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    sums_to_one: bool = False
-
-
-class Competition(Section):
-    slug: str
-    title: str
-    raw: Text
-    train: Table
-    test: Table
-    id: Text
-    target: Many
-    task: TaskName
-    metric: Text
-    folds: Folds
-    submission: Submission
-    classes: Many | None = None
-    group: Text | None = None
-    time: Text | None = None
-    metadata: list[Text] = []
-
-    @model_validator(mode="after")
-    def _declared_together(self) -> Competition:
-        if "group" in self.folds.scheme and self.group is None:
-            raise ValueError(f"folds.scheme: {self.folds.scheme} needs competition.group, the column to keep together")
-        if self.folds.scheme == "time" and self.time is None:
-            raise ValueError("folds.scheme: time needs competition.time, the column to order by")
-        if self.folds.scheme == "time" and self.folds.repeats > 1:
-            raise ValueError("folds.repeats: the past comes once; time folds take repeats: 1")
-        if self.group and "group" not in self.folds.scheme and not self.folds.blind_to_groups:
-            raise ValueError(
-                f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, so its groups leak across folds; "
-                "use group or stratified_group, or say folds.blind_to_groups: true on purpose"
-            )
-        return self
-
-
-class Data(Section):
-    size: Annotated[int, Field(ge=8, le=4096)]
-    fit: Literal["stretch", "cover", "contain"]
-    margin: Annotated[float, Field(ge=1, le=2)]
-    channels: Literal[1, 3]
-    cache: bool
-
-
-class Augment(Section):
-    recipe: Text
-
-
-class Model(Section):
-    name: Text
-    pretrained: bool
-    drop_rate: BelowOne
-    drop_path_rate: BelowOne
-
-
-class Loss(Section):
-    name: Text
-    smoothing: BelowOne
-
-
-class Optim(Section):
-    name: Literal["adamw", "sgd"]
-    rate: Positive
-    weight_decay: NotNegative
-    momentum: BelowOne
-    clip: Positive | None
-
-
-class Schedule(Section):
-    name: Literal["cosine", "constant"]
-    warmup: NotNegative
-    final: Share
-
-
-class Train(Section):
-    epochs: Count
-    batch_size: Count
-    accumulate: Count
-    amp: Literal["fp32", "fp16", "bf16"]
-    ema: BelowOne | None
-    threads: Count
-    checkpoint_every: Annotated[int, Field(ge=0)]
-    seeds: Annotated[list[int], Field(min_length=1)]
-    limit: Count | None
-
-
-class Predict(Section):
-    tta: Many
-    space: Literal["probability", "logit", "geometric"]
-    batch_size: Count
-
-
-class Machine(Section):
-    device: Text
-    workers: Annotated[int, Field(ge=0)]
-    progress: bool
-
-
-class Track(Section):
-    mode: Literal["none", "offline", "online"]
-    project: str | None
-    entity: str | None
-    checkpoints: bool
-
-
-class Keep(Section):
-    state: bool
-
-
-class Config(Section):
-    competition: Competition
-    data: Data
-    augment: Augment
-    model: Model
-    loss: Loss
-    optim: Optim
-    schedule: Schedule
-    train: Train
-    predict: Predict
-    machine: Machine
-    track: Track
-    keep: Keep
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Config:
-        if self.schedule.warmup >= self.train.epochs:
-            raise ValueError(
-                f"schedule.warmup: {self.schedule.warmup} epochs of warm-up leave nothing of train.epochs {self.train.epochs}"
-            )
-        if len(set(self.train.seeds)) < len(self.train.seeds):
-            raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
-        return self
+__all__ = ["Config", "Refused", "Schedule"]
 
 
 # What may change between two starts of the same run: none of it moves a single weight.

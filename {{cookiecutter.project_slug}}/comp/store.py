@@ -115,6 +115,14 @@ def seal(*files: Path, **facts: Any) -> None:
         write_json(folder / MANIFEST, dict(sorted(manifest.items())))
 
 
+def unseal(file: Path) -> None:
+    """Take a file that is gone out of its folder's manifest."""
+    with _guard(file.parent / f".{MANIFEST}.guard"):
+        manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).exists() else {}
+        if manifest.pop(file.name, None):
+            write_json(file.parent / MANIFEST, manifest)
+
+
 def sealed(file: Path) -> dict[str, Any] | None:
     """The manifest entry of a file, None while it is unfinished or absent. Does not look at the bytes."""
     if not file.exists() or not (file.parent / MANIFEST).exists():

@@ -1,0 +1,232 @@
+"""The verbs. Each is a few lines that import what they need, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from comp.refused import Refused
+
+if TYPE_CHECKING:
+    from comp.config import Config
+
+Args = argparse.Namespace
+
+
+class Argument(NamedTuple):
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+
+class Verb(NamedTuple):
+    chapter: str
+    run: Callable[[Args], object]
+    help: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    return Argument(names, options)
+
+
+def flag(name: str, help: str) -> Argument:
+    return argument(name, action="store_true", help=help)
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+def practice(args: Args) -> None:
+    from comp import store
+    from comp.prepare import practice
+
+    if args.score:
+        practice.score(args.score)
+    else:
+        practice.make(store.path("data", "raw"))
+
+
+def prepare(args: Args) -> None:
+    from comp.prepare import tables
+
+    tables.prepare(_competition_config())
+
+
+def check(args: Args) -> int:
+    from comp.prepare import check
+
+    return 1 if check.check(_competition_config()) else 0
+
+
+def folds(args: Args) -> None:
+    from comp import samples
+    from comp.prepare import assign
+
+    assign.make(_competition_config(), samples.load(), remake=args.remake)
+
+
+def cache(args: Args) -> None:
+    from comp import machine, samples
+    from comp.prepare import cache
+
+    cfg = _config(args)
+    machine.settle(cfg.train.threads)
+    cache.build(cfg, samples.load())
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> None:
+    from comp import jobs
+
+    jobs.train(args.experiment, args.overrides, fold=args.fold, seed=args.seed, name=args.name, fresh=args.fresh, debug=args.debug)
+
+
+def augment(args: Args) -> None:
+    from comp import jobs
+
+    jobs.augmentation_sheet(args.experiment, args.overrides)
+
+
+# --- predictions ---------------------------------------------------------------------------------------------------------
+
+
+def predict(args: Args) -> None:
+    from comp import jobs
+
+    jobs.predict(args.experiment, tta=args.tta, space=args.space)
+
+
+def bank(args: Args) -> None:
+    from comp import overview
+
+    overview.bank(csv=args.csv)
+
+
+def ensemble(args: Args) -> None:
+    from comp.ensemble import blend
+
+    blend.blend(args.name)
+
+
+# --- overview and delivery -----------------------------------------------------------------------------------------------
+
+
+def runs(args: Args) -> None:
+    from comp import overview
+
+    overview.runs()
+
+
+def config(args: Args) -> None:
+    from comp import overview
+
+    overview.config(args.experiment, args.overrides, debug=args.debug, against=args.diff)
+
+
+def clean(args: Args) -> None:
+    from comp import overview
+
+    overview.clean(trash=args.trash, cache=args.cache, state=args.state)
+
+
+def submit(args: Args) -> None:
+    from comp import jobs
+
+    jobs.submit(args.name)
+
+
+def _config(args: Args) -> Config:
+    from comp import config, store
+
+    return config.load(store.root(), args.experiment, getattr(args, "overrides", ()), getattr(args, "debug", False)).config
+
+
+def _competition_config() -> Config:
+    """The data verbs read nothing but the section `competition`."""
+    from comp import config, store
+
+    return config.load(store.root(), "base").config
+
+
+EXPERIMENT = argument("experiment", help="name of a file in configs/, like exp001")
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4")
+DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
+
+VERBS = {
+    "practice": Verb("data", practice, "fill data/raw with a competition to practise on", (
+        argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),)),
+    "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
+    "check": Verb("data", check, "look for faults in tables, images and declaration before they cost a run"),
+    "folds": Verb("data", folds, "make data/folds.parquet, once, and audit it", (
+        flag("--remake", "new folds on purpose: runs on the old ones can no longer be mixed with new ones"),)),
+    "cache": Verb("data", cache, "decode all images once, to the size of an experiment", (EXPERIMENT, OVERRIDES)),
+    "train": Verb("training", train, "train every fold of an experiment, and predict OOF and test rows", (
+        EXPERIMENT, OVERRIDES,
+        argument("--fold", help="only this fold; full is all data"),
+        argument("--seed", type=int, help="only this seed, instead of train.seeds"),
+        argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
+        flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG)),
+    "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
+    "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
+        argument("experiment", help="name of a run"),
+        argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
+        argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"))),
+    "bank": Verb("predictions", bank, "list all predictions with their scores", (
+        argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),)),
+    "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
+        argument("name", help="name of a file in configs/ensembles/"),)),
+    "runs": Verb("overview", runs, "the table of runs and ensembles"),
+    "config": Verb("overview", config, "an experiment's resolved config, with where each value comes from", (
+        EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment"))),
+    "clean": Verb("overview", clean, "what lies on the disk, and what can go", (
+        flag("--trash", "delete replaced runs"), flag("--cache", "delete decoded images; they are made again when missing"),
+        flag("--state", "delete optimizer states of finished folds"))),
+    "submit": Verb("delivery", submit, "write and validate submissions/NAME.csv", (
+        argument("name", help="a run, a member or an ensemble"),
+        argument("--dry-run", action="store_true", required=True, help="write and validate, send nothing"))),
+}  # fmt: skip
+
+
+def overview_text() -> str:
+    lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
+    for chapter in dict.fromkeys(verb.chapter for verb in VERBS.values()):
+        lines += ["", chapter] + [f"  {name:10} {verb.help}" for name, verb in VERBS.items() if verb.chapter == chapter]
+    return "\n".join([*lines, "", "comp VERB --help says more."])
+
+
+def parsed(name: str, arguments: list[str]) -> Args:
+    parser = argparse.ArgumentParser(f"comp {name}", description=VERBS[name].help)
+    for names, options in VERBS[name].arguments:
+        parser.add_argument(*names, **options)
+    return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(overview_text())
+        return 0
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
+        print(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them", file=sys.stderr)
+        return 2
+    args = parsed(name, rest)
+    try:
+        return int(VERBS[name].run(args) or 0)
+    except Refused as refused:
+        print(*refused.lines, sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped: {interrupt or 'nothing that was finished is lost'}; the same command goes on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # comp runs | head
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

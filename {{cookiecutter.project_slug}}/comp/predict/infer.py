@@ -1,0 +1,78 @@
+"""Predictions of one trained fold: its own validation rows (OOF) and the test rows, over the views of the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from comp import bank, store
+from comp.config import Refused
+from comp.predict import tta
+from comp.samples import Positions
+from comp.tasks import Head
+from comp.train import model
+from comp.train.evaluate import outputs_of
+from comp.train.loop import Material
+
+Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
+
+
+def write_fold(material: Material, number: int | str, folder: Path, facts: dict[str, Any]) -> None:
+    """folder/oof.arrow and folder/test.arrow, whichever are not there yet."""
+    _, scored = material.folds.split(number)
+    scored = scored[: material.cfg.train.limit]
+    test = material.samples.positions("test")[: material.cfg.train.limit]
+    wanted = {"oof": scored, "test": test} if number != "full" else {"test": test}
+    for kind, rows in wanted.items():
+        file = folder / f"{kind}.arrow"
+        if store.sealed(file):
+            continue
+        heads, damaged = predict(material, folder / "weights.safetensors", rows, f"{kind} of fold {number}")
+        if damaged:
+            _tell(material, damaged, folder / f"{kind}_damaged.txt")
+        fold = np.full(len(rows), number, np.int16) if kind == "oof" else None
+        meta = bank.meta(kind, material.samples, material.folds, facts | {"damaged": len(damaged)})
+        bank.write(file, bank.PredictionSet(rows.astype(np.int32), fold, heads, meta))
+
+
+def predict(material: Material, weights: Path, rows: Positions, doing: str = "") -> tuple[Stored, dict[int, str]]:
+    cfg, heads = material.cfg, material.samples.heads
+    module = model.load_weights(model.build(cfg, heads, pretrained=False), weights).to(material.device)
+    normal = model.normalisation(cfg, module, material.device)
+    views = tta.views(cfg.predict.tta)
+    with tqdm(total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True) as bar:
+        raw, damaged = outputs_of(
+            module, material.feed, rows, cfg.predict.batch_size, normal, cfg.train.amp, views, on_batch=bar.update
+        )
+    if not np.isfinite(raw).all():
+        raise Refused(f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate")
+    each = [model.decoded(cfg, heads, view) for view in raw]  # views x heads
+    stored = {}
+    for i, head in enumerate(heads):
+        value = bank.average([view[i] for view in each], head, cfg.predict.space)
+        value[np.isin(rows, list(damaged))] = prior(head, material)
+        stored[head.name] = value.astype(np.float32)
+    return stored, damaged
+
+
+def prior(head: Head, material: Material) -> NDArray[np.float64]:
+    """What is said of a picture that cannot be read: the mean of the training labels, as it would be stored."""
+    samples = material.samples
+    rows = samples.positions("train")
+    columns = samples.targets(head)[rows]
+    if head.task == "multiclass" and columns.shape[1] == 1:
+        columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]
+    return head.row.store(columns.mean(axis=0, keepdims=True))
+
+
+def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:
+    ids = material.samples.frame["id"]
+    lines = [f"{ids.iloc[i]}\t{reason}" for i, reason in damaged.items()]
+    store.write_text(file, "\n".join(lines) + "\n")
+    print(f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {store.shown(file)} lists them")
+
+

@@ -1,0 +1,43 @@
+"""The state of a training run between two steps. With it a run that was killed ends in the same bytes as one that was not.
+
+Random numbers are no part of it: every step seeds its own from (seed, step), and every sample from its place in the epoch.
+Each state has its own file name, so that a kill between writing and sealing leaves the one before it whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comp import store
+from comp.config import Refused
+
+State = dict[str, Any]
+
+
+def save(folder: Path, step: int, state: State) -> None:
+    file = folder / f"state-{step:08d}.pt"
+    with store.writing(file) as temporary:
+        torch.save(state, temporary)
+    store.seal(file)
+    drop(folder, but=file)
+
+
+def newest(folder: Path, device: torch.device) -> State | None:
+    files = sorted(file for file in folder.glob("state-*.pt") if store.sealed(file))
+    if not files:
+        return None
+    file = store.verified(files[-1], "start this fold again with --fresh")
+    state = torch.load(file, map_location=device, weights_only=True)
+    if not isinstance(state, dict):
+        raise Refused(f"{store.shown(file)}: is not a training state")
+    return state
+
+
+def drop(folder: Path, but: Path | None = None) -> None:
+    for file in folder.glob("state-*.pt"):
+        if file != but:
+            file.unlink()
+            store.unseal(file)

@@ -1,0 +1,47 @@
+"""A forward pass over rows without gradients: what validation and inference share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from comp.samples import Positions
+from comp.train.data import Feed, plain_batches
+
+View = Callable[[Tensor], Tensor]
+HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def plain(pictures: Tensor) -> Tensor:
+    return pictures
+
+
+@torch.inference_mode()
+def outputs_of(
+    module: nn.Module,
+    feed: Feed,
+    rows: Positions,
+    batch_size: int,
+    normal: tuple[Tensor, Tensor],
+    amp: str,
+    views: Sequence[View] = (plain,),
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
+    mean, std = normal
+    device = mean.device
+    module.eval()
+    damaged: dict[int, str] = {}
+    out: list[Tensor] = []
+    for batch in feed.batches(plain_batches(rows, batch_size)):
+        damaged |= batch.damaged
+        pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
+            # Decoded once: the views turn the uint8 batch.
+            out.append(torch.stack([module((view(pictures).float() - mean) / std).float() for view in views]).cpu())
+        on_batch(len(batch.samples))
+    return torch.cat(out, dim=1).numpy(), damaged

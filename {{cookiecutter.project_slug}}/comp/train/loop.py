@@ -1,0 +1,195 @@
+"""One fold of one seed, from the first draw to the last weights. Nothing owns this loop but this page."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from comp import score, track
+from comp.config import Config, Refused
+from comp.folds import Folds
+from comp.machine import Stop
+from comp.samples import Positions, Samples
+from comp.train import checkpoint, losses, model, optim
+from comp.train.data import Batch, Feed, mixed, training_batches
+from comp.train.evaluate import HALF, outputs_of
+
+LOG_EVERY = 25  # steps between two looks at the losses: each look makes the CPU wait for the GPU
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all folds of an experiment share: loaded once a process."""
+
+    cfg: Config
+    samples: Samples
+    folds: Folds
+    feed: Feed
+    device: torch.device
+    stop: Stop
+
+
+def fold(material: Material, seed: int, number: int | str, folder: Path, log: track.Track) -> None:
+    """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
+    # --- setup ---------------------------------------------------------------------------------------------------------
+    cfg, device, heads = material.cfg, material.device, material.samples.heads
+    torch.manual_seed(mixed(seed, 3))
+
+    # --- data ----------------------------------------------------------------------------------------------------------
+    taught, scored = (rows[: cfg.train.limit] for rows in material.folds.split(number))
+    if len(taught) == 0:
+        raise Refused(f"fold {number}: no rows to train on")
+    batch_size = min(cfg.train.batch_size, len(taught))
+    accumulate = min(cfg.train.accumulate, len(taught) // batch_size)
+    steps_per_epoch = len(taught) // (batch_size * accumulate)
+    steps = steps_per_epoch * cfg.train.epochs
+    targets = [_target(head.row.target(material.samples.targets(head)), device) for head in heads]
+    weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
+
+    # --- model ---------------------------------------------------------------------------------------------------------
+    module = model.build(cfg, heads, cfg.model.pretrained).to(device)
+    mean, std = normal = model.normalisation(cfg, module, device)
+    criterion = losses.total(cfg, heads)
+    optimizer = optim.optimizer(cfg, module)
+    averaged = _ema(cfg, module)
+    half = HALF[cfg.train.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+    predicting = averaged.module if averaged else module
+
+    # --- resume --------------------------------------------------------------------------------------------------------
+    step = 0
+    state = checkpoint.newest(folder, device)
+    if state is not None:
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if averaged:
+            averaged.module.load_state_dict(state["averaged"])
+        step = state["step"]
+
+    def save() -> None:
+        checkpoint.save(folder, step, {
+            "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "averaged": averaged.module.state_dict() if averaged else None, "log": log.offset(),
+        })  # fmt: skip
+
+    # --- epochs --------------------------------------------------------------------------------------------------------
+    pending: list[Tensor] = []
+    rates: list[float] = []
+    bar = tqdm(total=steps, initial=step, desc=f"seed {seed} fold {number}", unit="step", disable=_quiet(cfg), leave=False)
+    for epoch in range(step // steps_per_epoch, cfg.train.epochs):
+        module.train()
+        began, seen = time.perf_counter(), 0
+        first = (step - epoch * steps_per_epoch) * accumulate
+        batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first))
+        while step < (epoch + 1) * steps_per_epoch:
+            torch.manual_seed(mixed(seed, step, 4))  # dropout and whatever else draws on the device
+            rates.append(cfg.optim.rate * optim.share(cfg.schedule, step, steps, steps_per_epoch))
+            optim.set_rate(optimizer, rates[-1])
+            for _ in range(accumulate):
+                batch = _whole(next(batches), material)
+                pictures = (batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2).float() - mean) / std
+                truth = [target[batch.samples] for target in targets]
+                with torch.autocast(device.type, half, enabled=half is not None):
+                    output = module(pictures)  # (batch, outputs of all heads)
+                loss = (criterion(output, truth) * weight[batch.samples]).mean() / accumulate
+                scaler.scale(loss).backward()
+                pending.append(loss.detach())
+                seen += len(batch.samples)
+            if cfg.optim.clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if averaged:
+                averaged.update(module, step)
+            step += 1
+            bar.update()
+            last = step == (epoch + 1) * steps_per_epoch
+            inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
+            if last or inside or material.stop.asked or len(pending) >= LOG_EVERY * accumulate:
+                bar.set_postfix_str(f"loss {_note(log, pending, step, accumulate, rates):.4f}")
+            if inside or (material.stop.asked and not last):
+                save()
+            if material.stop.asked and not last:
+                raise KeyboardInterrupt(f"saved at step {step} of {steps}")
+        report = {"epoch": epoch + 1, "step": step, "images_per_second": round(seen / (time.perf_counter() - began), 1)}
+        report |= validate(material, predicting, normal, criterion, scored, targets)
+        log.log(report)
+        bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
+        save()
+
+    # --- finish --------------------------------------------------------------------------------------------------------
+    bar.close()
+    model.save_weights(predicting, folder / "weights.safetensors")
+    if not cfg.keep.state:
+        checkpoint.drop(folder)
+
+
+def validate(
+    material: Material, module: nn.Module, normal: tuple[Tensor, Tensor], criterion: losses.Total, rows: Positions, targets: list[Tensor]
+) -> dict[str, float]:
+    """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
+    if len(rows) == 0:
+        return {}
+    cfg = material.cfg
+    raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, normal, cfg.train.amp)
+    _refuse(damaged, material)
+    truth = [target[rows].cpu() for target in targets]
+    report = {"valid_loss": float(criterion(torch.from_numpy(raw[0]), truth).mean())}
+    if not math.isfinite(report["valid_loss"]):
+        raise Refused(f"the loss on the validation rows is {report['valid_loss']}: lower optim.rate, or train.amp=fp32")
+    for head, stored in zip(material.samples.heads, model.decoded(cfg, material.samples.heads, raw[0]), strict=True):
+        name = "valid_metric" if len(material.samples.heads) == 1 else f"valid_metric_{head.name}"
+        report[name] = score.glance(cfg, head, stored, material.samples, rows)
+    return report
+
+
+def _target(values: NDArray[Any], device: torch.device) -> Tensor:
+    kind = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
+    return torch.tensor(values, dtype=kind, device=device)
+
+
+def _ema(cfg: Config, module: nn.Module) -> ModelEmaV3 | None:
+    return None if cfg.train.ema is None else ModelEmaV3(module, decay=cfg.train.ema, foreach=True)
+
+
+def _whole(batch: Batch, material: Material) -> Batch:
+    _refuse(batch.damaged, material)
+    return batch
+
+
+def _refuse(damaged: dict[int, str], material: Material) -> None:
+    """Half an image never teaches: training stops at the first damaged file and names it."""
+    if damaged:
+        ids = material.samples.frame["id"]
+        raise Refused(*(f"sample {ids.iloc[i]}: {reason}; comp check lists every such file" for i, reason in damaged.items()))
+
+
+def _note(log: track.Track, pending: list[Tensor], step: int, accumulate: int, rates: list[float]) -> float:
+    """One record a step. Looking at the losses is what makes the CPU wait, so it is done for many steps at once."""
+    values = torch.stack(pending).view(-1, accumulate).sum(1).tolist()
+    first = step - len(values) + 1
+    for number, (loss, rate) in enumerate(zip(values, rates, strict=True), first):
+        if not math.isfinite(loss):
+            raise Refused(f"the loss is {loss} at step {number}: lower optim.rate, or train.amp=fp32; the last checkpoint is from before")
+        log.log({"step": number, "loss": loss, "rate": rate})
+    pending.clear()
+    rates.clear()
+    return float(values[-1])
+
+
+def _quiet(cfg: Config) -> bool | None:
+    """None lets tqdm find out whether anybody is watching."""
+    return None if cfg.machine.progress else True

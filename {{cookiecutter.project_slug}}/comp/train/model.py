@@ -1,0 +1,99 @@
+"""The network: any of timm's by name, or your own from competition.py, with one output block a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from comp import own, store
+from comp.config import Config, Refused
+from comp.tasks import Head
+
+
+def outputs(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
+    """Network outputs of each head, in order."""
+    return [head.row.raw_outputs(head, loss_name(cfg, head)) for head in heads]
+
+
+def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+    """(rows, network outputs) -> what is stored of each head, in float64."""
+    blocks = np.split(raw.astype(np.float64), np.cumsum(outputs(cfg, heads))[:-1], axis=1)
+    return [head.row.decode(block, loss_name(cfg, head)) for head, block in zip(heads, blocks, strict=True)]
+
+
+def loss_name(cfg: Config, head: Head) -> str:
+    name = head.row.losses[0] if cfg.loss.name == "default" else cfg.loss.name
+    if name != "loss" and name not in head.row.losses:
+        raise Refused(f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(head.row.losses)}")
+    if cfg.loss.smoothing and head.row.space != "logit":
+        raise Refused(f"loss.smoothing: {cfg.loss.smoothing} has no effect on task {head.task}; set it to 0")
+    return name
+
+
+def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool) -> nn.Module:
+    """Inference passes pretrained=False: there may be no internet, and our own weights follow."""
+    total = sum(outputs(cfg, heads))
+    if (make := own.get("model")) is not None:
+        module = make(cfg, total)
+        assert isinstance(module, nn.Module)
+        return module
+    return _from_timm(cfg, total, pretrained)
+
+
+def _from_timm(cfg: Config, total: int, pretrained: bool) -> nn.Module:
+    import timm
+
+    name = cfg.model.name
+    if not timm.is_model(name):
+        import difflib
+
+        close = difflib.get_close_matches(name, timm.list_models(), 3, cutoff=0.0)
+        raise Refused(f"model.name: timm has no {name!r}; the nearest are {', '.join(close)}")
+    rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(cfg.model, key))}
+    try:
+        module = timm.create_model(name, pretrained, num_classes=total, in_chans=cfg.data.channels, **rates)
+    except TypeError as error:
+        useless = next((key for key in rates if key in str(error)), None)
+        if useless is None:
+            raise
+        raise Refused(f"model.{useless}: {name} does not know it; set it to 0") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise Refused(
+            f"model.pretrained: the weights of {name} could not be had ({reason}); without internet set model.pretrained=false"
+        ) from error
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def normalisation(cfg: Config, module: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation that the network was made for, in units of uint8, shape (channels, 1, 1)."""
+    made_for = getattr(module, "pretrained_cfg", {})
+    mean = torch.tensor(made_for.get("mean", (0.5, 0.5, 0.5)), device=device)
+    std = torch.tensor(made_for.get("std", (0.5, 0.5, 0.5)), device=device)
+    if cfg.data.channels == 1:
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    return 255 * mean[:, None, None], 255 * std[:, None, None]
+
+
+def load_weights(module: nn.Module, file: Path) -> nn.Module:
+    from safetensors.torch import load_file
+
+    module.load_state_dict(load_file(store.verified(file)))
+    return module
+
+
+def save_weights(module: nn.Module, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Cloned, because safetensors refuses tensors that share memory and some networks tie theirs.
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+    with store.writing(file) as temporary:
+        save_file(state, temporary)
+    store.seal(file)
