@@ -1,0 +1,59 @@
+# Thin on purpose: every line is a command you could type. `make demo` and `make test` need Python 3.11 or later,
+# git and make, and set up the rest by themselves in .venv.
+PROJECT := {{cookiecutter.project_slug}}
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+BIN     := $(CURDIR)/.venv/bin
+
+# Caches lie outside the project's folder: whatever lies in it, `cookiecutter .` would copy.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
+export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
+
+.PHONY: help setup demo test slow check lock
+
+help:
+	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
+	@echo "make test    lint, format, types, the template's tests, the project's own tests"
+	@echo "make slow    the long checks (up to 40 minutes)"
+	@echo "make check   lint, format and types alone"
+	@echo "make lock    pin the dependencies anew, with hashes"
+
+setup: .venv/installed
+
+# Done again only when the pins change.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	@touch $@
+
+demo: setup
+	$(BIN)/python demo.py
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd "$(PROJECT)" && $(BIN)/mypy
+
+# One thread a process: two tests side by side with two threads each take ten times as long as with one.
+test slow: export OMP_NUM_THREADS := 1
+test slow: export OMP_WAIT_POLICY := PASSIVE
+
+test: check
+	$(BIN)/python -m pytest -n 2
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 -o cache_dir=$(CURDIR)/build/pytest-project
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
+
+# The project's pins come from a baked project, the template's from them and what the template needs besides.
+# Find-links would put hashes of one machine's own wheels into the files.
+lock: setup
+	rm -rf build/lock && $(BIN)/python bake.py build/lock project_slug=project
+	env -u UV_FIND_LINKS $(BIN)/uv pip compile build/lock/project/pyproject.toml --group build/lock/project/pyproject.toml:dev \
+	  $(LOCK) --output-file "$(PROJECT)/requirements.txt"
+	env -u UV_FIND_LINKS $(BIN)/uv pip compile "$(PROJECT)/requirements.txt" --group pyproject.toml:dev \
+	  $(LOCK) --output-file requirements.txt
+LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock"

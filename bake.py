@@ -1,0 +1,45 @@
+"""Bakes a project out of this checkout, uncommitted changes included: python bake.py FOLDER [key=value …].
+
+`cookiecutter .` would do it too, with every cache and data file that happens to lie in the project's folder.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from cookiecutter.main import cookiecutter
+
+CHECKOUT = Path(__file__).resolve().parent
+PROJECT = "{{cookiecutter.project_slug}}"
+
+
+def copy_template(target: Path) -> Path:
+    """What a clone of this checkout would hold if everything were committed now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in sorted(set(listed.split("\0")) - {""}):
+        if (CHECKOUT / name).is_file():  # a deleted file is listed until the deletion is committed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / name, target / name)
+    return target
+
+
+def bake(template: Path, folder: Path, **answers: str) -> Path:
+    """The new project's folder. Answers not given are the defaults of cookiecutter.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = cookiecutter(
+        str(template), no_input=True, default_config=True, output_dir=str(folder), extra_context=answers
+    )
+    return Path(made)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]).resolve()
+    answers = dict(pair.split("=", 1) for pair in sys.argv[2:])
+    bake(copy_template(target / "template"), target, **answers)
