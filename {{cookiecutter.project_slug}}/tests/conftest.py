@@ -1,0 +1,102 @@
+"""Projects in a temporary folder. Tests bring their own competition and experiments, so that they go on passing after you
+made configs/ and comp/competition.py yours; only base.yaml and debug.yaml are the project's.
+
+    project    the practice competition: raw files, samples and folds; each test has its own copy
+    empty      configs only
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+os.environ["PYTHONPATH"] = str(HERE)  # for the processes that tests start
+
+from comp import competition, machine, own, store  # noqa: E402
+from comp.config import Config, load  # noqa: E402
+
+machine.settle(1)  # before torch is imported: two test processes with two threads each would crawl
+
+COMPETITION = """
+slug: practice
+title: Practice
+raw: data/raw
+train: {table: train.csv, image: "train/{id}.png"}
+test: {table: test.csv, image: "test/{id}.png"}
+id: id
+target: label
+task: multiclass
+metric: accuracy
+group: writer
+metadata: [pen]
+folds: {scheme: stratified_group, k: 5, seed: 0}
+submission: {sample: sample_submission.csv, form: label}
+"""
+EXPERIMENTS = {
+    "exp001": "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
+    "optim: {rate: 5e-3}\ntrain: {epochs: 15, ema: 0.98}\n",
+    "exp002": "base: exp001\nmodel: {name: test_efficientnet}\n",
+}
+
+
+def lay_out(root: Path) -> Path:
+    """A project without data."""
+    (root / "configs" / "ensembles").mkdir(parents=True)
+    for name in ("base.yaml", "debug.yaml"):
+        shutil.copy(HERE / "configs" / name, root / "configs" / name)
+    (root / "configs" / "competition.yaml").write_text(COMPETITION)
+    for name, text in EXPERIMENTS.items():
+        (root / "configs" / f"{name}.yaml").write_text(text)
+    return root
+
+
+def config(*overrides: str, experiment: str = "exp001", debug: bool = False) -> Config:
+    """The resolved config of an experiment of the project that a test stands in."""
+    return load(store.root(), experiment, overrides, debug).config
+
+
+@pytest.fixture(scope="session")
+def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once a session; nobody writes here, `project` is a copy."""
+    from comp.prepare import practice as digits
+
+    root = lay_out(tmp_path_factory.mktemp("practice"))
+    with pytest.MonkeyPatch.context() as patch:
+        _enter(root, patch)
+        digits.make(root / "data" / "raw")
+    store.root.cache_clear()
+    return root
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Path]]:
+    """enter(folder): from here on this folder is the project."""
+    yield lambda root: _enter(root, monkeypatch)
+    store.root.cache_clear()
+
+
+@pytest.fixture
+def empty(tmp_path: Path, enter: Callable[[Path], Path]) -> Path:
+    return enter(lay_out(tmp_path / "project"))
+
+
+@pytest.fixture
+def project(practice: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Path:
+    shutil.copytree(practice, tmp_path / "project")
+    return enter(tmp_path / "project")
+
+
+def _enter(root: Path, patch: pytest.MonkeyPatch) -> Path:
+    patch.setenv("COMP_ROOT", str(root))
+    patch.chdir(root)
+    for name in own.HOOKS:  # your own functions are for your competition, not for the practice one
+        patch.delattr(competition, name, raising=False)
+    store.root.cache_clear()
+    return root
