@@ -48,12 +48,14 @@ slow: setup
 	$(BIN)/python -m pytest -m slow
 	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
 
-# The project's pins come from a baked project, the template's from them and what the template needs besides.
-# Find-links would put hashes of one machine's own wheels into the files.
+# The project's pins come from a baked project (a placeholder is no project name), the template's from them and from
+# what it needs besides. Find-links would bring in hashes of one machine's own wheels.
+COMPILE := env -u UV_FIND_LINKS $(BIN)/uv pip compile --group pyproject.toml:dev --universal --fork-strategy fewest \
+           --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+           --custom-compile-command "make lock" --quiet --output-file requirements.txt
+
 lock: setup
 	rm -rf build/lock && $(BIN)/python bake.py build/lock project_slug=project
-	env -u UV_FIND_LINKS $(BIN)/uv pip compile build/lock/project/pyproject.toml --group build/lock/project/pyproject.toml:dev \
-	  $(LOCK) --output-file "$(PROJECT)/requirements.txt"
-	env -u UV_FIND_LINKS $(BIN)/uv pip compile "$(PROJECT)/requirements.txt" --group pyproject.toml:dev \
-	  $(LOCK) --output-file requirements.txt
-LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock"
+	cd build/lock/project && $(COMPILE) pyproject.toml
+	cp build/lock/project/requirements.txt "$(PROJECT)/requirements.txt"
+	$(COMPILE) "$(PROJECT)/requirements.txt"
