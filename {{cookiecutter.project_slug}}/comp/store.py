@@ -31,7 +31,9 @@ def root() -> Path:
     for place in places:
         if (place / "configs" / "base.yaml").is_file():
             return place.resolve()
-    raise Refused(f"{named or Path.cwd()}: not inside a competition project (no configs/base.yaml here or above)")
+    raise Refused(
+        f"{named or Path.cwd()}: not inside a competition project (no configs/base.yaml here or above)"
+    )
 
 
 def path(*parts: str | Path) -> Path:
@@ -82,7 +84,9 @@ def writing(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        raise Refused(f"{shown(file)}: could not be written ({error.strerror}); what stood there before is untouched") from error
+        raise Refused(
+            f"{shown(file)}: could not be written ({error.strerror}); what stood there before is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -140,7 +144,9 @@ def verified(file: Path, remedy: str = "") -> Path:
     if entry is None:
         raise Refused(f"{shown(file)}: unfinished, {MANIFEST} beside it does not list it{remedy}")
     if entry["size"] != file.stat().st_size or entry["sha256"] != sha256(file):
-        raise Refused(f"{shown(file)}: damaged or changed since it was written (sha256 differs from {MANIFEST}){remedy}")
+        raise Refused(
+            f"{shown(file)}: damaged or changed since it was written (sha256 differs from {MANIFEST}){remedy}"
+        )
     return file
 
 
@@ -164,32 +170,47 @@ def digest(value: Any) -> str:
 
 
 @contextmanager
-def lock(folder: Path, doing: str) -> Iterator[None]:
-    """One writer a folder. A dead owner's lock is taken over.
+def lock(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
+    """One writer a folder. A dead owner's lock is taken over; a living one's is waited for, or refused.
 
     The owner is a process id with its start time, not flock: loader processes inherit a flock, and would hold it for
     seconds after their parent was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
-    with _guard(folder / ".lock.guard"):
-        if file.exists():
-            # A lock torn by a power cut reads as nobody's.
-            owner, started, since, what = [*file.read_text().splitlines(), "", "", "", ""][:4]
-            if owner.isdigit() and started == _started(int(owner)):
-                raise Refused(f"{shown(folder)}: process {owner} is already {what} since {since}; wait for it, or end it")
-        file.write_text(f"{os.getpid()}\n{_started(os.getpid())}\n{time.strftime('%H:%M:%S')}\n{doing}\n")
+    said = False
+    while held := _take(file, doing):
+        if not wait:
+            raise Refused(f"{held}; wait for it, or end it")
+        if not said:
+            print(f"{held}; waiting for it", flush=True)
+            said = True
+        time.sleep(0.2)
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
 
 
+def _take(file: Path, doing: str) -> str:
+    """Empty when the lock is ours now, otherwise who holds it."""
+    with _guard(file.with_name(f"{file.name}.guard")):
+        if file.exists():
+            # A lock torn by a power cut reads as nobody's.
+            owner, started, since, what = [*file.read_text().splitlines(), "", "", "", ""][:4]
+            if owner.isdigit() and started == _started(int(owner)):
+                return f"{shown(file.parent)}: process {owner} is already {what} since {since}"
+        file.write_text(f"{os.getpid()}\n{_started(os.getpid())}\n{time.strftime('%H:%M:%S')}\n{doing}\n")
+    return ""
+
+
 def need_space(size: int, what: str) -> None:
     """Refuse before the work rather than die in the middle of it."""
     free = shutil.disk_usage(root()).free
     if free < size + 2**28:
-        raise Refused(f"{what} will write {readable(size)}, and only {readable(free)} are free; `comp clean` shows what can go")
+        raise Refused(
+            f"{what} will write {readable(size)}, and only {readable(free)} are free; `comp clean` shows what can go"
+        )
 
 
 def readable(size: float) -> str:

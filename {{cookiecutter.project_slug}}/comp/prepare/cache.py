@@ -1,0 +1,155 @@
+"""data/cache/<key>: every picture decoded once, to uint8 at the run's size, in one memory-mapped file.
+
+    pixels.bin          the pictures one after the other, only ever appended to
+    index-<hash>.arrow  one line a file: offset, shape, crc32, and of its source: bytes, mtime, hash; or why it is damaged
+    manifest.json       written last: which index counts, and what the pictures were made with
+    journal.jsonl       only while building: what a killed build had finished
+
+The key names all that decides pixels except the files themselves; a file counts as unchanged while its size and mtime are.
+Keyed by file, not by sample: folds, runs, trials and processes share it. `images[i]` is the same with and without a cache.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from comp import store
+from comp.config import Config
+from comp.prepare import filling, index, making
+from comp.prepare.images import Damaged, Pixels
+
+
+class Direct:
+    """Decoding on the fly: for sets that do not fit on the disk, and for what is not in the cache."""
+
+    def __init__(self, how: making.Making, names: pa.Array):
+        self.how = how
+        self.names = names  # not a list: loader processes would copy a million Python strings
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Pixels:
+        return self.how.picture(self.names[i].as_py())
+
+
+class Cached:
+    """The same pictures out of the cache: read-only views of one mapped file, opened once a process."""
+
+    def __init__(self, direct: Direct, index_file: Path, where: NDArray[np.int64]):
+        self.direct = direct
+        self.index_file = index_file
+        self.where = where  # the picture's line in the index; negative: not in it, decoded on the fly
+
+    def __len__(self) -> int:
+        return len(self.direct)
+
+    def __getitem__(self, i: int) -> Pixels:
+        at = int(self.where[i])
+        return self.pages.picture(at) if at >= 0 else self.direct[i]
+
+    @cached_property
+    def pages(self) -> _Pages:
+        return _Pages(self.index_file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in self.__dict__.items() if key != "pages"
+        }  # mappings do not travel
+
+
+Images = (
+    Direct | Cached
+)  # images[i]: (height, width, channels) uint8; raises Damaged, whose text names file and reason
+
+
+class _Pages:
+    """The mapped files of a process. A picture's crc32 is checked the first time this process reads it."""
+
+    KEEP = 2**24  # bytes: what stays mapped counts as this process's memory
+
+    def __init__(self, index_file: Path):
+        self.folder = index_file.parent
+        self.table = index.mapped(index_file)
+        self.columns = [
+            self.table[name].to_numpy() for name in ("offset", "height", "width", "channels", "crc")
+        ]
+        self.checked = np.zeros(len(self.table), bool)
+        self.touched = 0
+        file, end = self.folder / "pixels.bin", index.end(self.table)
+        if file.stat().st_size < end:
+            raise index.broken(
+                self.folder, f"{store.shown(file)}: {end - file.stat().st_size} bytes are missing at its end"
+            )
+        with file.open("rb") as opened:
+            self.map = mmap.mmap(opened.fileno(), end, access=mmap.ACCESS_READ) if end else b""
+
+    def picture(self, at: int) -> Pixels:
+        offset, height, width, channels, crc = (int(column[at]) for column in self.columns)
+        size = height * width * channels
+        if not size:
+            raise Damaged(self.table["name"][at].as_py(), self.table["reason"][at].as_py())
+        if self.touched > self.KEEP and isinstance(self.map, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.touched = 0
+            self.map.madvise(
+                mmap.MADV_DONTNEED
+            )  # views handed out stay valid: their pages come again from the page cache
+        self.touched += size
+        pixels = np.frombuffer(self.map, np.uint8, size, offset)
+        if not self.checked[at]:
+            if zlib.crc32(pixels) != crc:
+                what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {self.table['name'][at]} is damaged (crc32 differs)"
+                raise index.broken(self.folder, what)
+            self.checked[at] = True
+        return pixels.reshape(height, width, channels)
+
+
+def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
+    """The pictures of these files under raw, in this order; what the cache lacks is decoded into it first.
+
+    On too small a disk they are decoded on the fly, which is said in a line; with must_fit that is refused."""
+    how = making.of(cfg)
+    names = pa.array(paths, pa.string())
+    direct = Direct(how, names)
+    if not cfg.data.cache:
+        return direct
+    folder = store.path("data", "cache", how.key)
+    found = _found(how, paths)
+    file = index.current(folder)
+    where = index.where(names, found, index.mapped(file))
+    if file is None or (where == index.STALE).any():
+        try:
+            with store.lock(folder, "filling the image cache", wait=True):
+                file = filling.fill(folder, how, names, found, progress)
+        except filling.NoRoom as refusal:
+            if must_fit:
+                raise
+            print(
+                f"{refusal}\nso pictures are decoded on the fly: the same pixels, more work a step",
+                flush=True,
+            )
+            return direct
+        where = index.where(names, found, index.mapped(file))
+    return Cached(direct, file, where)
+
+
+def _found(how: making.Making, paths: Sequence[str]) -> NDArray[np.int64]:
+    """(files, 2): size and mtime of each file as it is now, -1 where there is none."""
+    found = np.full((len(paths), 2), -1, np.int64)
+    for i, name in enumerate(paths):
+        try:
+            status = os.stat(how.file(name))
+        except OSError:
+            continue  # decoding it on the fly will say why
+        found[i] = status.st_size, status.st_mtime_ns
+    return found

@@ -1,0 +1,86 @@
+"""The index of an image cache: one line a file. A new index is a new file; manifest.json, replaced last, says which counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from comp import store
+from comp.config import Refused
+
+SCHEMA = pa.schema({
+    "name": pa.string(),  # path under raw
+    "offset": pa.int64(), "height": pa.int32(), "width": pa.int32(), "channels": pa.int32(),  # in pixels.bin, uint8
+    "crc": pa.uint32(),  # of the pixels
+    "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string(),  # of the file it was made from
+    "reason": pa.string(),  # empty, or why there is no picture
+})  # fmt: skip
+ABSENT, STALE = -1, -2  # no such file | not in the index, or made from another file
+
+Lines = dict[str, list[Any]]  # columns of SCHEMA
+
+
+def current(folder: Path) -> Path | None:
+    """The index that counts, its bytes verified; None before the first build."""
+    for _ in range(9):  # another process may be replacing one index by the next right now
+        if not (folder / store.MANIFEST).exists():
+            return None
+        ((name, facts),) = store.read_json(folder / store.MANIFEST).items()
+        try:
+            good = store.sha256(folder / name) == facts["sha256"]
+        except FileNotFoundError:
+            continue
+        if good:
+            return folder / name
+        raise broken(folder, f"{store.shown(folder / name)}: damaged (sha256 differs from {store.MANIFEST})")
+    raise broken(folder, f"{store.shown(folder)}: {store.MANIFEST} names an index that is not there")
+
+
+def publish(folder: Path, table: pa.Table, facts: dict[str, Any]) -> Path:
+    """The same lines have the same name and bytes. From here on they count."""
+    with store.writing(folder / "index.arrow") as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_table(table.combine_chunks(), max_chunksize=max(1, len(table)))
+        sha = store.sha256(temporary)
+    index = folder / f"index-{sha[:16]}.arrow"
+    (folder / "index.arrow").replace(index)
+    store.write_json(
+        folder / store.MANIFEST, {index.name: {"sha256": sha, "size": index.stat().st_size, **facts}}
+    )
+    for old in folder.glob("index-*.arrow"):
+        if old != index:
+            old.unlink()  # who has it mapped keeps it
+    return index
+
+
+def mapped(index: Path | None) -> pa.Table:
+    """Memory-mapped: no process copies a million lines."""
+    return pa.ipc.open_file(pa.memory_map(str(index))).read_all() if index else SCHEMA.empty_table()
+
+
+def end(table: pa.Table) -> int:
+    """Where the pixels of these lines end in pixels.bin."""
+    height, width, channels = (
+        table[name].to_numpy().astype(np.int64) for name in ("height", "width", "channels")
+    )
+    return int((table["offset"].to_numpy() + height * width * channels).max(initial=0))
+
+
+def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray[np.int64]:
+    """The line of each name, or ABSENT, or STALE. `found` is (size, mtime) of the files as they are now, -1 without one."""
+    known = table.combine_chunks()
+    at = pc.index_in(names, known["name"].combine_chunks()).fill_null(STALE).to_numpy().astype(np.int64)
+    made_from = np.stack([known["bytes"].to_numpy(), known["mtime"].to_numpy()], 1)
+    listed = np.flatnonzero(at >= 0)
+    at[listed[(made_from[at[listed]] != found[listed]).any(1)]] = STALE
+    at[found[:, 0] < 0] = ABSENT
+    return at
+
+
+def broken(folder: Path, what: str) -> Refused:
+    return Refused(f"{what}; delete {store.shown(folder)}, it is made again by itself")

@@ -1,0 +1,107 @@
+"""How a file of the raw data becomes a picture of the run: decoded to size, or by load_image of competition.py."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+
+from comp import own, store
+from comp.config import Config, Refused
+from comp.prepare import images
+from comp.prepare.images import Damaged, Fit, Pixels
+
+
+@dataclass(frozen=True)
+class Making:
+    """All that decides the pixels of a picture, except the bytes of its file."""
+
+    raw: str
+    size: int
+    fit: Fit
+    channels: int
+
+    @cached_property
+    def key(self) -> str:
+        """Names the folder of a cache: what gives other pixels has another one."""
+        hook = own.get("load_image")
+        return store.digest(
+            [self.raw, self.size, self.fit, self.channels, images.DECODER, _source(hook) if hook else None]
+        )
+
+    @property
+    def by_hook(self) -> bool:
+        return own.get("load_image") is not None
+
+    def file(self, name: str) -> Path:
+        return store.path(self.raw, name)
+
+    def read(self, name: str) -> bytes:
+        return images.read(self.file(name), name)
+
+    def picture(self, name: str, data: bytes | None = None) -> Pixels:
+        """`data`: the bytes of the file where they are already read."""
+        hook = own.get("load_image")
+        if hook is None:
+            return images.decode(
+                self.read(name) if data is None else data, self.size, self.fit, self.channels, name
+            )
+        try:
+            made = hook({"image": name, "file": self.file(name)}, self.decode)
+        except (Damaged, Refused):
+            raise
+        except Exception as error:
+            error.add_note(f"in load_image of comp/competition.py, for {name}")
+            raise
+        if not (
+            isinstance(made, np.ndarray)
+            and made.dtype == np.uint8
+            and made.ndim == 3
+            and made.shape[2] == self.channels
+        ):
+            got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
+            wanted = f"a uint8 array (height, width, {self.channels})"
+            raise Refused(f"comp/competition.py: load_image gave {got} for {name}; {wanted} is wanted")
+        return images.fitted(made, self.size, self.fit)
+
+    def decode(self, name: str, full: bool = False) -> Pixels:
+        """What load_image is handed: a picture as it would be without the hook, or at its full size."""
+        return images.decode(self.read(name), None if full else self.size, self.fit, self.channels, name)
+
+
+def of(cfg: Config) -> Making:
+    return Making(
+        cfg.competition.raw, round(cfg.data.size * cfg.data.margin), cfg.data.fit, cfg.data.channels
+    )
+
+
+def _source(hook: Callable[..., Any]) -> list[str]:
+    """The text of a hook and of what it uses from its own module, so that an edit there makes new pictures."""
+    assert isinstance(hook, FunctionType), "load_image must be a plain function"
+    text: dict[str, str] = {}
+    waiting: list[tuple[str, Any]] = [(hook.__name__, hook)]
+    while waiting:
+        name, value = waiting.pop()
+        if name in text or isinstance(value, ModuleType):
+            continue
+        if isinstance(value, FunctionType) and value.__module__ == hook.__module__:
+            text[name] = inspect.getsource(value)
+            waiting += [
+                (used, hook.__globals__[used]) for used in _names(value.__code__) if used in hook.__globals__
+            ]
+        elif isinstance(value, type) and value.__module__ == hook.__module__:
+            text[name] = inspect.getsource(value)
+        elif isinstance(value, (int, float, str, bytes, tuple, list, dict, type(None))):
+            text[name] = repr(value)
+    return [text[name] for name in sorted(text)]
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
