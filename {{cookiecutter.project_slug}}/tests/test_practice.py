@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_ids_keep_zeros_and_say_nothing(project: Path) -> None:
     assert any(row["id"].startswith("0") for row in train)
     for column in ("label", "writer"):
         values = [row[column] for row in train]
-        same = sum(a == b for a, b in zip(values, values[1:], strict=False)) / len(values)
+        same = sum(a == b for a, b in itertools.pairwise(values)) / len(values)
         assert same < 2 / len(set(values)), f"neighbouring ids share their {column}"
 
 
