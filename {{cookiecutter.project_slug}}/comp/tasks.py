@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+# stored -> where means are taken, and the way back to stored
+Space = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Task:
     decode: Callable[[Array, str], Array]  # network output under a loss -> what is stored
     probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
     store: Callable[[Array], Array]  # the way back
-    label: Callable[[Array], NDArray[np.int64]]  # probability (or value) -> class codes, without fitted cut points
+    spaces: dict[str, Space]  # where predictions are averaged, by name
+    label: Callable[[Array], NDArray[np.int64]]  # probability or value -> class codes, no fitted cut points
 
 
 def softmax(logits: Array) -> Array:
@@ -77,6 +80,43 @@ def _identity(x: Array) -> Array:
     return x
 
 
+def _both_sides(logits: Array) -> Array:
+    """(rows, outputs, 2): p and 1 - p, since a float knows numbers next to 0 far better than those next to 1."""
+    return np.stack([sigmoid(logits), sigmoid(-logits)], axis=-1)
+
+
+def _from_sides(sides: Array) -> Array:
+    floor = np.log(np.maximum(sides, 1e-300))  # weights below 0 can leave the range
+    return floor[..., 0] - floor[..., 1]
+
+
+def _log_sigmoid(logits: Array) -> Array:
+    return -np.logaddexp(0.0, -logits)
+
+
+def _from_log(log_p: Array) -> Array:
+    log_p = np.clip(log_p, -690.0, -1e-300)
+    return log_p - np.log(-np.expm1(log_p))
+
+
+def _to_log(p: Array) -> Array:
+    return log_softmax(np.log(np.clip(p, SMALLEST, None)))
+
+
+INDEPENDENT: dict[str, Space] = {  # each output a probability of its own
+    "probability": (_both_sides, _from_sides),
+    "logit": (_identity, _identity),
+    "geometric": (_log_sigmoid, _from_log),
+}
+EXCLUSIVE: dict[str, Space] = {  # outputs sum to 1: the renormalised geometric mean is the mean of logits
+    "probability": (softmax, _to_log),
+    "logit": (_identity, log_softmax),
+    "geometric": (_identity, log_softmax),
+}
+# Values have one mean, whatever the space is called.
+VALUES: dict[str, Space] = dict.fromkeys(("probability", "logit", "geometric"), (_identity, _identity))
+
+
 TASKS: dict[str, Task] = {
     "binary": Task(
         losses=("bce",),
@@ -87,6 +127,7 @@ TASKS: dict[str, Task] = {
         decode=lambda raw, loss: raw,
         probability=sigmoid,
         store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        spaces=INDEPENDENT,
         label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
     ),
     "multiclass": Task(
@@ -98,6 +139,7 @@ TASKS: dict[str, Task] = {
         decode=lambda raw, loss: log_softmax(raw),
         probability=softmax,
         store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        spaces=EXCLUSIVE,
         label=lambda p: p.argmax(axis=1),
     ),
     "regression": Task(
@@ -109,6 +151,7 @@ TASKS: dict[str, Task] = {
         decode=lambda raw, loss: raw,
         probability=_identity,
         store=_identity,
+        spaces=VALUES,
         label=lambda value: np.rint(value[:, 0]).astype(np.int64),
     ),
     "ordinal": Task(
@@ -120,6 +163,7 @@ TASKS: dict[str, Task] = {
         decode=lambda raw, loss: _above(raw) if loss == "cumulative" else raw,
         probability=_identity,
         store=_identity,
+        spaces=VALUES,
         label=lambda value: np.rint(value[:, 0]).astype(np.int64),
     ),
 }
