@@ -1,0 +1,172 @@
+"""What a set of OOF predictions scores: the same numbers, by the same function, for runs and for ensembles.
+
+Labels from values (grades) need cut points; those of a fold are fitted on the folds that may teach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import decide, honest, metrics, own, store
+from comp.config import Config, Refused
+from comp.folds import Folds
+from comp.metrics import Metric, MetricUndefined
+from comp.predictions import PredictionSet
+from comp.samples import Positions, Samples
+from comp.tasks import TASKS, Array, Head
+
+LISTED = 100  # columns of a ranking: no metric looks further
+
+
+def metric_of(cfg: Config) -> Metric:
+    """The competition's metric; `metric` is your own function in comp/competition.py."""
+    name, task = cfg.competition.metric, cfg.competition.task
+    where = "configs/competition.yaml: metric"
+    if name == "metric":
+        hook = own.get("metric")
+        if hook is None:
+            raise Refused(
+                f"{where}: metric is your own function, and comp/competition.py defines none of that name"
+            )
+        return metrics.yours(hook)
+    try:
+        found = metrics.find(name)
+    except Refused as refused:
+        raise Refused(f"{where}: {refused}") from None
+    if found.tasks and task not in found.tasks:
+        fit = [m.name for m in metrics.METRICS.values() if task in m.tasks]
+        raise Refused(
+            f"{where}: {name} does not fit the task {task}; its own is {TASKS[task].metric}, {', '.join(fit)} fit"
+        )
+    return found
+
+
+def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
+    """The record that score.json holds.
+
+    oof: over all rows at once. folds, mean, std: fold by fold; n of them have a score. With several targets each number is
+    the mean over them. cuts: what turns the values of new rows into grades, fitted on all OOF rows.
+    """
+    metric = metric_of(cfg)
+    assert predictions.fold is not None, "only OOF predictions are scored"
+    kept = predictions.predicted
+    rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
+    table, whole, undefined, cuts = [], [], [], {}
+    for head in samples.heads:
+        truth, frame = samples.truth(head, rows), samples.frame.iloc[rows]
+        try:
+            said, fitted = answers(
+                metric, head, predictions.probability(head)[kept], samples, folds, rows, fold
+            )
+            whole.append(metric(truth, said, frame))
+            by_fold = honest.fold_table(metric, truth, said, fold, frame)
+        except MetricUndefined as fault:
+            undefined.append(f"{head.name}: {fault}")
+            continue
+        table.append([score for *_, score in by_fold.folds])
+        undefined += [f"{head.name}: {reason}" for reason in by_fold.undefined]
+        if fitted is not None:
+            cuts[head.name] = [float(cut) for cut in fitted]
+    every = len(table) == len(samples.heads)
+    scores = [_mean(list(column)) for column in zip(*table, strict=True)] if every else []
+    known = [score for score in scores if score is not None]
+    partial = [] if kept.all() else ["partial"]
+    return {
+        "metric": metric.name,
+        "direction": metric.direction,
+        "oof": _mean(whole) if every else None,
+        "folds": scores,
+        "mean": _mean(known),
+        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "n": len(known),
+        "rows": len(rows),
+        "marks": sorted({*predictions.meta["marks"], *partial}),
+        "undefined": undefined,
+        "cuts": cuts,
+    }
+
+
+def write(
+    folder: Path, cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet, **more: Any
+) -> dict[str, Any]:
+    record = of(cfg, samples, folds, predictions) | more
+    store.write_json(folder / "score.json", record)
+    store.seal(folder / "score.json")
+    return record
+
+
+def answers(
+    metric: Metric,
+    head: Head,
+    probability: Array,
+    samples: Samples,
+    folds: Folds,
+    rows: Positions,
+    fold: NDArray[np.int64],
+) -> tuple[NDArray[Any], Array | None]:
+    """What the metric takes, honestly; and the cut points that new rows get, where there are any."""
+    if not (metric.needs == "label" and graded(head)):
+        return plain(metric, head, probability), None
+    value, truth = probability[:, 0], samples.truth(head, rows)
+
+    def fit(positions: NDArray[np.int64]) -> Array:
+        frame = samples.frame.iloc[rows[positions]]
+        return decide.fit_cuts(value[positions], truth[positions], len(head.classes), metric, frame)
+
+    nested = honest.nested(
+        fold,
+        fit,
+        lambda cuts, positions: decide.apply_cuts(value[positions], cuts),
+        allowed=lambda number: np.isin(rows, folds.split(number)[0]),
+        first=np.arange(1, len(head.classes)) - 0.5,  # the first of a split by time: plain rounding
+    )
+    return nested.prediction.astype(np.int64), nested.final
+
+
+def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
+    """What the metric takes, with nothing fitted: grades by rounding."""
+    if metric.needs == "ranking":
+        return np.argsort(-probability, axis=1, kind="stable")[:, :LISTED]
+    if metric.needs != "label":
+        return probability
+    codes = head.row.label(probability)
+    return np.clip(codes, 0, len(head.classes) - 1) if graded(head) else codes
+
+
+def graded(head: Head) -> bool:
+    return head.row.space == "value" and bool(head.classes)
+
+
+def glance(cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions) -> float:
+    """A number to watch during training; NaN where the rows have none. The score called CV comes from `of` alone."""
+    metric = metric_of(cfg)
+    try:
+        said = plain(metric, head, head.row.probability(np.asarray(stored, np.float64)))
+        return metric(samples.truth(head, rows), said, samples.frame.iloc[rows])
+    except MetricUndefined:
+        return float("nan")
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    """accuracy 0.9534 ± 0.0102 over 5 folds, 0.9533 over all rows"""
+    if record["oof"] is None:
+        return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
+    marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
+    return f"{record['metric']} {spread(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}"
+
+
+def spread(record: Mapping[str, Any]) -> str:
+    """0.9534 ± 0.0102"""
+    if record["mean"] is None:
+        return "-"
+    return f"{record['mean']:.4f}" + ("" if record["std"] is None else f" ± {record['std']:.4f}")
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return float(np.mean(known)) if known and len(known) == len(scores) else None
