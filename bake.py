@@ -1,11 +1,14 @@
 """Bakes a project out of this checkout, uncommitted changes included: python bake.py FOLDER [key=value …].
 
-`cookiecutter .` would do it too, with every cache and data file that happens to lie in the project's folder.
+`cookiecutter .` would do it too, with every cache and data file that happens to lie in the project's folder, and
+would leave the answers in your home for the next --replay.
 """
 
+import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
@@ -30,16 +33,27 @@ def copy_template(target: Path) -> Path:
     return target
 
 
-def bake(template: Path, folder: Path, **answers: str) -> Path:
+def settings(folder: Path) -> Path:
+    """A cookiecutter config of our own: nobody's defaults come in, nothing of ours goes into their home."""
+    file = folder / "cookiecutter.yaml"  # JSON is YAML
+    file.write_text(json.dumps({name: str(folder / name) for name in ("replay_dir", "cookiecutters_dir")}))
+    return file
+
+
+def bake(template: Path, folder: Path, answers: dict[str, str], ask: bool = False) -> Path:
     """The new project's folder. Answers not given are the defaults of cookiecutter.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = cookiecutter(
-        str(template), no_input=True, default_config=True, output_dir=str(folder), extra_context=answers
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        made = cookiecutter(
+            str(template),
+            no_input=not ask,
+            config_file=str(settings(Path(scratch))),
+            output_dir=str(folder),
+            extra_context=answers,
+        )
     return Path(made)
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
-    answers = dict(pair.split("=", 1) for pair in sys.argv[2:])
-    bake(copy_template(target / "template"), target, **answers)
+    bake(copy_template(target / "template"), target, dict(pair.split("=", 1) for pair in sys.argv[2:]))

@@ -23,8 +23,9 @@ print(f"""
 {name} is ready. Next:
 
     cd {name}
-    make setup                   # a virtual environment in .venv, a minute or two
+    git add -A && git commit -m "From the template"   # untouched first: later updates are merged against it
+    make setup                                        # a virtual environment in .venv, a minute or two
     source .venv/bin/activate
-    comp practice                # real digits to try the road on; or put your competition into data/raw
-    comp --help                  # the verbs, in the order you need them
+    comp practice                                     # real digits to try the road on, or your data in data/raw
+    comp --help                                       # the verbs, in the order you need them
 """)
