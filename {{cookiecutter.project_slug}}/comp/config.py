@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,7 +22,15 @@ __all__ = ["Config", "Refused", "Schedule"]
 
 
 # What may change between two starts of the same run: none of it moves a single weight.
-NOT_RESULTS = ("machine", "track", "keep", "train.seeds", "train.checkpoint_every", "competition.submission", "competition.title")
+NOT_RESULTS = (
+    "machine",
+    "track",
+    "keep",
+    "train.seeds",
+    "train.checkpoint_every",
+    "competition.submission",
+    "competition.title",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Loaded:
 
 
 Tree = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool = False) -> Loaded:
@@ -51,7 +60,7 @@ def load(root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool
 
 def from_yaml(path: Path) -> Config:
     """The resolved config that a run carries: from then on the only source."""
-    values, lines = _parse(path, path.name)
+    values, lines = parse(path, path.name)
     return validated(values, lines)
 
 
@@ -60,10 +69,19 @@ def to_yaml(config: Config) -> str:
 
 
 def validated(tree: Tree, origins: Mapping[str, str]) -> Config:
+    return checked(Config, tree, origins)
+
+
+def checked(
+    model: type[Model], tree: Tree, origins: Mapping[str, str], home: str = "configs/base.yaml"
+) -> Model:
+    """`home` is the file where a missing key belongs."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise Refused(*sorted({_explain(dict(item), origins) for item in error.errors()})) from None
+        raise Refused(
+            *sorted({_explain(dict(item), origins, model, home) for item in error.errors()})
+        ) from None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
@@ -119,13 +137,13 @@ def _chain(folder: Path, experiment: str) -> list[Path]:
 
 
 def _read(file: Path, root: Path) -> tuple[Tree, dict[str, str]]:
-    tree, lines = _parse(file, str(file.relative_to(root)))
+    tree, lines = parse(file, str(file.relative_to(root)))
     if file.name == "competition.yaml":
         return {"competition": tree}, {f"competition.{key}": line for key, line in lines.items()}
     return tree, lines
 
 
-def _parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
+def parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
     try:
         tree, lines = yaml_lines.parse(file.read_bytes())
     except yaml_lines.Unreadable as error:
@@ -160,7 +178,9 @@ def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
     for part in parents:
         node = node.setdefault(part, {})
     node[last] = parsed
-    return out, dict.fromkeys([key, *(f"{key}.{k}" for k in flat(parsed))] if isinstance(parsed, dict) else [key], f"{text!r}")
+    return out, dict.fromkeys(
+        [key, *(f"{key}.{k}" for k in flat(parsed))] if isinstance(parsed, dict) else [key], f"{text!r}"
+    )
 
 
 def _merge(into: Tree, origins: dict[str, str], tree: Tree, lines: Mapping[str, str]) -> None:
@@ -176,7 +196,7 @@ def _update(into: Tree, tree: Tree) -> None:
             into[key] = value
 
 
-def _explain(error: dict[str, Any], origins: Mapping[str, str]) -> str:
+def _explain(error: dict[str, Any], origins: Mapping[str, str], model: type[BaseModel], home: str) -> str:
     """One line: where, key, what is wrong, what is right."""
     parts = [p for p in error["loc"] if not (isinstance(p, str) and "[" in p)]
     key = ".".join(str(p) for p in parts)
@@ -186,10 +206,10 @@ def _explain(error: dict[str, Any], origins: Mapping[str, str]) -> str:
         key = next((k for k in (f"competition.{inner}", inner) if k in origins), key)
         return f"{_where(key, origins)}: {message}"
     if error["type"] == "extra_forbidden":
-        close = nearest(str(parts[-1]), _keys_beside(parts))
+        close = nearest(str(parts[-1]), _keys_beside(model, parts))
         return f"{_where(key, origins)}: {key}: no such key; the nearest is {close[0] if close else 'none'}"
     if error["type"] == "missing":
-        file = "configs/competition.yaml" if parts[0] == "competition" else "configs/base.yaml"
+        file = "configs/competition.yaml" if parts[0] == "competition" else home
         return f"{_where(key, origins, file)}: {key}: is missing"
     given = error["input"]
     hint = ""
@@ -206,8 +226,7 @@ def _where(key: str, origins: Mapping[str, str], otherwise: str = "config") -> s
     return otherwise
 
 
-def _keys_beside(parts: list[Any]) -> list[str]:
-    model: Any = Config
+def _keys_beside(model: Any, parts: list[Any]) -> list[str]:
     for part in parts[:-1]:
         annotation = model.model_fields[part].annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
@@ -219,5 +238,12 @@ def _choices(error: dict[str, Any]) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", list: "a list", dict: "a section"}
+    names = {
+        str: "text",
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+        list: "a list",
+        dict: "a section",
+    }
     return "nothing" if value is None else names.get(type(value), type(value).__name__)

@@ -88,6 +88,8 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
         "marks": sorted({*predictions.meta["marks"], *partial}),
         "undefined": undefined,
         "cuts": cuts,
+        "samples": samples.hash,
+        "folds": folds.hash,
     }
 
 

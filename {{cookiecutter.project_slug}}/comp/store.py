@@ -195,13 +195,29 @@ def lock(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
 def _take(file: Path, doing: str) -> str:
     """Empty when the lock is ours now, otherwise who holds it."""
     with _guard(file.with_name(f"{file.name}.guard")):
-        if file.exists():
-            # A lock torn by a power cut reads as nobody's.
-            owner, started, since, what = [*file.read_text().splitlines(), "", "", "", ""][:4]
-            if owner.isdigit() and started == _started(int(owner)):
-                return f"{shown(file.parent)}: process {owner} is already {what} since {since}"
+        if held := holder(file.parent):
+            return held
         file.write_text(f"{os.getpid()}\n{_started(os.getpid())}\n{time.strftime('%H:%M:%S')}\n{doing}\n")
     return ""
+
+
+def holder(folder: Path) -> str:
+    """Who works in a folder, in words; empty when nobody does."""
+    try:
+        lines = (folder / ".lock").read_text().splitlines()
+    except FileNotFoundError:
+        return ""
+    # A lock torn by a power cut reads as nobody's.
+    owner, started, since, what = [*lines, "", "", "", ""][:4]
+    if owner.isdigit() and started == _started(int(owner)):
+        return f"{shown(folder)}: process {owner} is already {what} since {since}"
+    return ""
+
+
+def orphaned(file: Path) -> bool:
+    """A temporary file of `writing` whose process is dead."""
+    *_, owner, end = ("", *file.name.split("."))
+    return end == "part" and owner.isdigit() and not _started(int(owner))
 
 
 def need_space(size: int, what: str) -> None:

@@ -31,7 +31,11 @@ _PLAIN = [
     ("tag:yaml.org,2002:bool", r"true|false", "tf"),
     ("tag:yaml.org,2002:null", r"null|~|", ["n", "~", ""]),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]+|\.)?(?:[eE][-+]?[0-9]+)?(?<=[0-9.])(?<![-+]\.)(?<!^\.)", "-+.0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]+|\.)?(?:[eE][-+]?[0-9]+)?(?<=[0-9.])(?<![-+]\.)(?<!^\.)",
+        "-+.0123456789",
+    ),
     ("tag:yaml.org,2002:float", r"[-+]?\.inf|\.nan", "-+."),
 ]
 for _tag, _pattern, _first in _PLAIN:
@@ -45,7 +49,9 @@ def parse(data: bytes) -> tuple[Any, dict[str, int]]:
         text = data.decode("utf-8-sig")
         node = yaml.compose(text, Loader=_Reader)
     except UnicodeDecodeError as error:
-        raise Unreadable(f"is not UTF-8 text ({error.reason})", 1 + data[: error.start].count(b"\n")) from None
+        raise Unreadable(
+            f"is not UTF-8 text ({error.reason})", 1 + data[: error.start].count(b"\n")
+        ) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise Unreadable(f"is not YAML: {error.problem or error.context}", line) from None
@@ -70,11 +76,15 @@ def _value(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Any:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise Unreadable("a key must be a word", line)
             if key in out:
-                raise Unreadable(f"{prefix}{key} stands here for the second time, first on line {lines[prefix + key]}", line)
+                raise Unreadable(
+                    f"{prefix}{key} stands here for the second time, first on line {lines[prefix + key]}",
+                    line,
+                )
             lines[prefix + key] = line
             out[key] = _value(value_node, f"{prefix}{key}.", lines)
         return out
     if isinstance(node, yaml.SequenceNode):
+        lines |= {f"{prefix}{i}": child.start_mark.line + 1 for i, child in enumerate(node.value)}
         return [_value(child, f"{prefix}{i}.", lines) for i, child in enumerate(node.value)]
     return _scalar(node, here)
 

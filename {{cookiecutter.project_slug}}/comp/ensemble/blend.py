@@ -1,0 +1,189 @@
+"""comp ensemble NAME: from configs/ensembles/NAME.yaml to ensembles/NAME/{oof,test}.arrow, apply.json and score.json.
+
+Everything is a function of the members' files, so a killed command that runs again writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from comp import bank, config, folds, samples, score, store, table
+from comp.bank import PredictionSet
+from comp.config import Config, Refused
+from comp.ensemble import average, declare
+from comp.ensemble.declare import Declared
+from comp.folds import Folds
+from comp.samples import Samples
+
+FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
+REFIT = ":full"  # trained on all data: its CV run speaks for it where OOF rows are needed
+
+
+def blend(name: str) -> dict[str, Any]:
+    declared = declare.read(name)
+    for note in declare.notes(declared):
+        print(note)
+    # Not a run's own config: members may come from several, and what is scored now is the competition's metric of now.
+    cfg = config.load(store.root(), "base").config
+    rows = samples.load()
+    split = folds.load(rows)
+    folder = store.ensemble_folder(name)
+    oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
+    nested = _nested(declared)
+    members, shares = declared.blend.members, declared.blend.shares
+    recipe = average.recipe(rows, members, oof, shares, declared.blend.merged_in, nested)
+    with store.lock(folder, f"blending {name}"):
+        for file in (folder / name for name in FILES):
+            store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
+        store.write_json(folder / "apply.json", recipe)
+        for kind, given in (("oof", oof), ("test", test)):
+            bank.write(folder / f"{kind}.arrow", _blended(declared, recipe, kind, given, rows, split))
+        blended = bank.read(folder / "oof.arrow", rows, split)
+        facts = _about(cfg, rows, split, declared, oof)
+        record = score.write(folder, cfg, rows, split, blended, **facts)
+        store.seal(folder / "apply.json")
+    _tell(name, record)
+    return record
+
+
+def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
+    """The members' predictions, row by row the same ones, or every reason why not."""
+    found, faults = [], []
+    for i, address in enumerate(declared.blend.members):
+        try:
+            found.append(bank.load(spoken_for(address) if kind == "oof" else address, kind, rows, split))
+        except Refused as refused:
+            faults += [declared.fault(f"members.{i}", f"members: {line}") for line in refused.lines]
+    if faults:
+        raise Refused(*faults)
+    first = found[0]
+    for i, each in enumerate(found):
+        if not np.array_equal(each.row, first.row) or not np.array_equal(each.predicted, first.predicted):
+            there, here = first.predicted.sum(), each.predicted.sum()
+            names = declared.blend.members
+            faults.append(
+                declared.fault(
+                    f"members.{i}",
+                    f"members: {names[i]} and {names[0]} predict different {kind} rows ({here} and {there}); "
+                    "a --debug run cannot be blended with a whole one",
+                )
+            )
+    if faults:
+        raise Refused(*faults)
+    return found
+
+
+def spoken_for(address: str) -> str:
+    """exp001:full has no OOF rows: it takes the weight that exp001 earned with its own."""
+    return address.removesuffix(REFIT)
+
+
+def _blended(
+    declared: Declared,
+    recipe: dict[str, Any],
+    kind: str,
+    given: list[PredictionSet],
+    rows: Samples,
+    split: Folds,
+) -> PredictionSet:
+    name = declared.name
+    members = declared.blend.members
+    heads = average.apply(recipe, {address: each.heads for address, each in zip(members, given, strict=True)})
+    facts = {
+        "run": name,
+        "member": "",
+        "config": declared.hash,
+        "space": recipe["space"],
+        "members": {address: store.sha256(_file(address, kind)) for address in members},
+        "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
+        "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
+    }
+    return PredictionSet(given[0].row, given[0].fold, heads, bank.meta(kind, rows, split, facts))
+
+
+def _file(address: str, kind: str) -> Any:
+    return bank.find(spoken_for(address) if kind == "oof" else address, kind)
+
+
+def _nested(declared: Declared) -> dict[str, Any]:
+    """The apply.json of members that are ensembles; a ring of them is refused."""
+    found = {}
+    for i, address in enumerate(declared.blend.members):
+        file = bank.folder(address) / "apply.json"
+        if file.exists():
+            found[address] = store.read_json(store.verified(file, f"comp ensemble {address}"))
+            if declared.name in _names(found[address]):
+                raise Refused(
+                    declared.fault(f"members.{i}", f"members: {address} is itself made from {declared.name}")
+                )
+    return found
+
+
+def _names(recipe: dict[str, Any]) -> set[str]:
+    return {m["address"] for m in recipe["members"]}.union(
+        *(_names(m["recipe"]) for m in recipe["members"] if "recipe" in m)
+    )
+
+
+def _about(
+    cfg: Config, rows: Samples, split: Folds, declared: Declared, oof: list[PredictionSet]
+) -> dict[str, Any]:
+    """What stands beside the score: each member's own, and the plain mean, which every cleverer blend has to beat."""
+    blend, members = declared.blend, []
+    for address, share, each in zip(blend.members, blend.shares, oof, strict=True):
+        own = score.of(cfg, rows, split, each)
+        kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
+        members.append(
+            {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
+            | {key: own[key] for key in ("oof", "mean", "std")}
+        )
+    plain = bank.merge(oof, rows, split, "probability")
+    said = score.of(cfg, rows, split, plain)
+    return {
+        "method": blend.method,
+        "space": blend.merged_in,
+        "members": members,
+        "plain_mean": {key: said[key] for key in ("oof", "mean", "std")},
+    }
+
+
+def _tell(name: str, record: dict[str, Any]) -> None:
+    def line(label: str, weight: str, of: dict[str, Any]) -> list[str]:
+        return [label, weight, _number(of["oof"]), score.spread(of), ", ".join(of.get("marks", []))]
+
+    rows = [line(m["address"], f"{m['weight']:.3f}", m) for m in record["members"]]
+    rows.append(line("plain mean", "", record["plain_mean"]))
+    rows.append(line(f"{name} ({record['method']})", "", record))
+    print(
+        table.text(["member", "weight", f"{record['metric']}, all rows", "folds", "marks"], rows, ["weight"])
+    )
+    print(_verdict(name, record))
+    if "selected_on_fold" in record["marks"]:
+        print(
+            "selected_on_fold: a member chose its epoch on the rows it is scored on, so these scores are too good"
+        )
+    folder = store.shown(store.ensemble_folder(name))
+    print(
+        f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
+    )
+
+
+def _verdict(name: str, record: dict[str, Any]) -> str:
+    """Beside the best member and the plain mean; what beats neither is said so."""
+    sign = 1 if record["direction"] == "max" else -1
+    alone = [member for member in record["members"] if member["oof"] is not None]
+    if record["oof"] is None or not alone:
+        return score.sentence(record)
+    best = max(alone, key=lambda member: sign * member["oof"])
+    gain = sign * (record["oof"] - best["oof"])
+    said = f"{name}: {record['oof']:.4f}, {'better' if gain > 0 else 'not better'} than its best member {best['address']} ({best['oof']:.4f})"
+    plain = record["plain_mean"]["oof"]
+    if record["method"] == "mean" and record["space"] == "probability":
+        return said
+    return f"{said}, {'better' if sign * (record['oof'] - plain) > 0 else 'not better'} than the plain mean ({plain:.4f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,16 @@
+"""Plain tables for a terminal: text to the left, numbers to the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """`right` names the columns that are set flush right."""
+    lines = [heading, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    flush = [str.rjust if name in right else str.ljust for name in heading]
+    return "\n".join(
+        "  ".join(side(cell, width) for side, cell, width in zip(flush, line, widths, strict=True)).rstrip()
+        for line in lines
+    )
