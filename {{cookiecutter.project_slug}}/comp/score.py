@@ -88,8 +88,7 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
         "marks": sorted({*predictions.meta["marks"], *partial}),
         "undefined": undefined,
         "cuts": cuts,
-        "samples": samples.hash,
-        "folds": folds.hash,
+        "made_for": {"samples": samples.hash, "folds": folds.hash},
     }
 
 
