@@ -183,7 +183,7 @@ def _weights_hash(file: Path, inode: int, size: int, changed: int, sealed: int) 
     """Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest's word counts, unless the
     file was touched after it."""
     entry = store.sealed(file)
-    if entry and entry["size"] == size and changed <= sealed:
+    if entry and entry["size"] == size and changed < sealed:
         return str(entry["sha256"])
     return store.sha256(file)
 

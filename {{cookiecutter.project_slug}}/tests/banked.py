@@ -1,0 +1,122 @@
+"""A project with prediction files and no images: what the tests of bank, ensembles and overview stand on.
+
+The members are made from a hidden truth with noise, so that averages really are better.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from comp import bank, config, folds, samples, score, store
+from comp.config import Config
+from comp.folds import Folds
+from comp.samples import Samples
+from comp.tasks import Head, log_softmax
+
+TRAIN, TEST, K = 400, 150, 5
+CLASSES = ("ant", "bee", "cat")
+HEADS = {
+    "binary": Head("label", "binary", ("label",), ("target.label",), ("0", "1")),
+    "multiclass": Head("label", "multiclass", CLASSES, ("target.label",), CLASSES),
+    "regression": Head("label", "regression", ("label",), ("target.label",)),
+    "ordinal": Head("label", "ordinal", ("label",), ("target.label",), ("0", "1", "2", "3")),
+}
+METRIC = {"binary": "roc_auc", "multiclass": "accuracy", "regression": "rmse", "ordinal": "qwk"}
+
+
+class Project(NamedTuple):
+    root: Path
+    cfg: Config
+    samples: Samples
+    folds: Folds
+
+    @property
+    def head(self) -> Head:
+        return self.samples.heads[0]
+
+
+def lay_out(root: Path, task: str = "multiclass", metric: str = "", seed: int = 0, shift: int = 0) -> Project:
+    """Samples and folds of a task; `shift` gives other folds."""
+    file = root / "configs" / "competition.yaml"
+    text = (
+        file.read_text()
+        .replace("task: multiclass", f"task: {task}")
+        .replace("metric: accuracy", f"metric: {metric or METRIC[task]}")
+    )
+    file.write_text(text)
+    head, random = HEADS[task], np.random.default_rng(seed)
+    labels = max(len(head.classes), 2)
+    target = (
+        random.normal(size=TRAIN + TEST) if task == "regression" else random.integers(0, labels, TRAIN + TEST)
+    )
+    ids = [f"{i:05d}" for i in range(TRAIN + TEST)]
+    frame = pd.DataFrame({
+        "id": ids, "images": [[f"{i}.png"] for i in ids], "weight": 1.0, "source": ["train"] * TRAIN + ["test"] * TEST,
+        "row": ids, "target.label": target.astype(float),
+    })  # fmt: skip
+    samples.save(frame, (head,))
+    table = samples.load()
+    lines = pd.DataFrame({"id": ids[:TRAIN], "repeat": 0, "fold": (np.arange(TRAIN) + shift) % K})
+    meta = {
+        "scheme": "kfold",
+        "k": K,
+        "repeats": 1,
+        "seed": 0,
+        "rule": "others",
+        "gap": 0.0,
+        "samples": table.hash,
+    }
+    folds.save(lines, meta)
+    return Project(root, config.load(root, "base").config, table, folds.load(table))
+
+
+def values(project: Project, rows: Any, noise: float, seed: int) -> Any:
+    """As a network would say it: the truth (of test rows too) under noise, as stored."""
+    head, random = project.head, np.random.default_rng(seed)
+    truth = project.samples.targets(head)[rows, 0]
+    if head.task == "multiclass":
+        hot = np.eye(len(head.outputs))[truth.astype(int)]
+        return log_softmax(2 * hot + random.normal(0, noise, hot.shape)).astype(np.float32)
+    scale = 4 * truth - 2 if head.task == "binary" else truth
+    return (scale + random.normal(0, noise, len(truth)))[:, None].astype(np.float32)
+
+
+def member(
+    project: Project,
+    address: str,
+    noise: float = 1.5,
+    seed: int = 1,
+    kinds: tuple[str, ...] = bank.KINDS,
+    **facts: Any,
+) -> Path:
+    """A finished run or member of one, with its score and config."""
+    folder = bank.folder(address)
+    run, _, name = address.partition(":")
+    for kind in kinds:
+        rows = bank.rows_of(kind, project.samples, project.folds)
+        fold = project.folds.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
+        said = {project.head.name: values(project, rows, noise, seed)}
+        meta = bank.meta(
+            kind, project.samples, project.folds, {"run": run, "member": name, "config": "c"} | facts
+        )
+        bank.write(folder / f"{kind}.arrow", bank.PredictionSet(rows.astype(np.int32), fold, said, meta))
+    if "oof" in kinds:
+        score.write(
+            folder,
+            project.cfg,
+            project.samples,
+            project.folds,
+            bank.load(address, "oof", project.samples, project.folds),
+        )
+    if not name:
+        store.write_text(folder / "config.yaml", config.to_yaml(project.cfg))
+        store.seal(folder / "config.yaml")
+    return folder
+
+
+def declare(project: Project, name: str, text: str) -> None:
+    (project.root / "configs" / "ensembles" / f"{name}.yaml").write_text(text)

@@ -1,0 +1,348 @@
+"""Prediction files: one shape, without a copy, and refused by name where they do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from banked import CLASSES, HEADS, TRAIN, Project, lay_out, member
+
+from comp import bank, folds, samples, store, tasks
+from comp.bank import PredictionSet
+from comp.config import Refused
+
+
+@pytest.fixture
+def project(empty: Path) -> Project:
+    return lay_out(empty)
+
+
+def refusal(file: Path, project: Project, expect: dict[str, object] | None = None) -> str:
+    with pytest.raises(Refused) as caught:
+        bank.read(file, project.samples, project.folds, expect)
+    assert len(caught.value.lines) == 1
+    assert store.shown(file) in caught.value.lines[0]
+    return caught.value.lines[0]
+
+
+def rewritten(file: Path, project: Project, **facts: object) -> Path:
+    """The same predictions, honestly sealed, that say something else of themselves."""
+    said = bank.read(file, project.samples, project.folds)
+    said.meta.update(facts)
+    other = PredictionSet(
+        said.row.copy(),
+        said.fold.copy() if said.fold is not None else None,
+        {k: v.copy() for k, v in said.heads.items()},
+        said.meta,
+    )
+    return bank.write(file, other)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_without_a_copy(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    said = bank.read(file, project.samples, project.folds)
+    assert said.row.dtype == np.int32 and said.fold is not None and said.fold.dtype == np.int16
+    assert said.row.tolist() == list(range(TRAIN)) and said.fold.tolist() == [i % 5 for i in range(TRAIN)]
+    values = said.heads["label"]
+    assert values.dtype == np.float32 and values.shape == (TRAIN, len(CLASSES))
+    assert not values.flags.owndata and not values.flags.writeable
+    assert np.allclose(said.probability(project.head).sum(axis=1), 1)
+
+
+def test_the_file_is_what_the_contract_says(project: Project) -> None:
+    """Read with nothing of ours: an uncompressed Arrow IPC file, two versions of pyarrow back."""
+    file = member(project, "exp001", weights={"exp001/seed0/fold0": "ab"}) / "oof.arrow"
+    with pa.memory_map(str(file)) as source:
+        reader = pa.ipc.open_file(source)
+        schema = reader.schema
+        assert reader.num_record_batches == 1
+        before = pa.total_allocated_bytes()
+        batch = reader.get_batch(0)
+        assert pa.total_allocated_bytes() == before, "it is compressed, or copied"
+        assert schema.names == ["row", "fold", "head.label"]
+        assert schema.types == [pa.int32(), pa.int16(), pa.list_(pa.float32(), 3)]
+        assert batch.num_rows == TRAIN
+    text = schema.metadata[b"comp"].decode()
+    assert str(project.root) not in text
+    meta = json.loads(text)
+    assert meta["samples"] == store.sha256(store.samples_file()) and meta["folds"] == project.folds.hash
+    assert meta["heads"] == [
+        {
+            "name": "label",
+            "task": "multiclass",
+            "outputs": list(CLASSES),
+            "classes": list(CLASSES),
+            "space": "logit",
+        }
+    ]
+    assert {"kind", "run", "member", "config", "versions", "weights", "marks"} <= meta.keys()
+
+
+def test_same_set_same_bytes(project: Project) -> None:
+    first = store.sha256(member(project, "exp001") / "oof.arrow")
+    assert store.sha256(member(project, "exp001") / "oof.arrow") == first
+    assert store.sha256(member(project, "exp001", seed=2) / "oof.arrow") != first
+
+
+def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(f"c{i}" for i in range(300))
+    monkeypatch.setitem(
+        HEADS, "multiclass", tasks.Head("label", "multiclass", names, ("target.label",), names)
+    )
+    project = lay_out(empty)
+    rows = project.samples.positions("test")
+    meta = bank.meta("test", project.samples, project.folds, {"run": "e"})
+    for kind in (np.float16, np.float32):
+        said = {"label": np.zeros((len(rows), 300), kind)}
+        bank.write(empty / "runs/e/test.arrow", PredictionSet(rows.astype(np.int32), None, said, meta))
+        assert bank.load("e", "test", project.samples, project.folds).heads["label"].dtype == kind
+
+
+def test_rows_never_predicted_are_nan(project: Project) -> None:
+    rows = np.arange(10, dtype=np.int32)
+    meta = bank.meta("oof", project.samples, project.folds, {"run": "e"})
+    part = PredictionSet(rows, np.zeros(10, np.int16), {"label": np.zeros((10, 3), np.float32)}, meta)
+    whole = bank.merge([part], project.samples, project.folds, "probability")
+    said = bank.read(bank.write(project.root / "runs/e/oof.arrow", whole), project.samples, project.folds)
+    assert said.predicted.sum() == 10 and np.isnan(said.heads["label"][10:]).all() and len(said.row) == TRAIN
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_numbers_that_are_none_are_not_written(project: Project, bad: float) -> None:
+    said = bank.load("exp001", "oof", project.samples, project.folds) if member(project, "exp001") else None
+    assert said is not None
+    values = said.heads["label"].copy()
+    values[3, 1] = bad
+    file = project.root / "runs" / "e" / "oof.arrow"
+    with pytest.raises(Refused, match="label"):
+        bank.write(file, PredictionSet(said.row, said.fold, {"label": values}, said.meta))
+    assert not file.exists() and not store.sealed(file)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_other_folds(empty: Path) -> None:
+    before = lay_out(empty)
+    file = member(before, "exp001") / "oof.arrow"
+    assert "other folds" in refusal(file, lay_out(empty, shift=1))
+
+
+def test_other_samples(empty: Path) -> None:
+    file = member(lay_out(empty), "exp001") / "oof.arrow"
+    assert "ids" in refusal(file, lay_out(empty, seed=1))
+
+
+def test_other_class_order(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    turned = tasks.Head("label", "multiclass", CLASSES[::-1], ("target.label",), CLASSES[::-1])
+    samples.save(project.samples.frame, (turned,))
+    table = samples.load()
+    now = Project(
+        project.root, project.cfg, table, folds.Folds(project.folds.frame, project.folds.meta, table)
+    )
+    line = refusal(file, now)
+    assert "ant, bee, cat" in line and "cat, bee, ant" in line and "another order" in line
+
+
+def test_other_space(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    heads = bank.read_meta(file)["heads"]
+    heads[0]["space"] = "probability"
+    line = refusal(rewritten(file, project, heads=heads), project)
+    assert "space" in line and "probability" in line and "logit" in line
+
+
+def test_other_kind_than_expected(project: Project) -> None:
+    folder = member(project, "exp001")
+    (folder / "oof.arrow").write_bytes((folder / "test.arrow").read_bytes())
+    store.seal(folder / "oof.arrow")
+    with pytest.raises(Refused, match="kind is test, wanted was oof"):
+        bank.load("exp001", "oof", project.samples, project.folds)
+
+
+def test_unfinished(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    store.unseal(file)
+    assert "unfinished" in refusal(file, project)
+
+
+def test_any_flipped_byte(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    whole = file.read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(whole), 40):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert "damaged" in refusal(file, project)
+    file.write_bytes(whole[:-1])
+    assert "damaged" in refusal(file, project)
+    file.write_bytes(whole)
+    bank.read(file, project.samples, project.folds)
+
+
+def test_a_stranger_with_a_seal(project: Project) -> None:
+    file = member(project, "exp001") / "oof.arrow"
+    file.write_bytes(b"id,label\n")
+    store.seal(file)
+    assert "no prediction set" in refusal(file, project)
+
+
+def test_weights_that_changed_since(project: Project) -> None:
+    fold = store.fold_folder("exp001", 0, 0)
+    weights = fold / bank.WEIGHTS
+    fold.mkdir(parents=True)
+    weights.write_bytes(b"trained")
+    store.seal(weights)
+    file = member(project, "exp001", weights=bank.weights_of(fold)) / "oof.arrow"
+    bank.read(file, project.samples, project.folds)
+
+    weights.write_bytes(b"other!!")  # same size, behind the manifest's back
+    assert "weights.safetensors changed" in refusal(file, project)
+    store.seal(weights)  # trained anew
+    assert "weights.safetensors changed" in refusal(file, project)
+    weights.unlink()  # cleaned away: predictions outlive weights
+    bank.read(file, project.samples, project.folds)
+
+
+# --- averages ------------------------------------------------------------------------------------------------------------
+
+RANDOM = np.random.default_rng(0)
+
+
+def probabilities(rows: int, outputs: int) -> np.ndarray:
+    p = RANDOM.random((rows, outputs))
+    return p / p.sum(axis=1, keepdims=True) if outputs > 1 else p
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_means_are_what_their_names_say(task: str) -> None:
+    head = HEADS[task]
+    parts = [probabilities(50, len(head.outputs)) for _ in range(3)]
+    weights = [3.0, 1.0, 2.0]
+    stored = [head.row.store(p) for p in parts]
+
+    def mean(space: str) -> np.ndarray:
+        return head.row.probability(bank.average(stored, head, space, weights))
+
+    assert np.allclose(mean("probability"), np.average(parts, axis=0, weights=weights), atol=1e-12)
+    product = np.exp(np.average(np.log(parts), axis=0, weights=weights))
+    wanted = product / product.sum(axis=1, keepdims=True) if task == "multiclass" else product
+    assert np.allclose(mean("geometric"), wanted, atol=1e-12)
+    if task == "binary":
+        odds = np.exp(np.average([tasks.logit(p) for p in parts], axis=0, weights=weights))
+        assert np.allclose(mean("logit"), odds / (1 + odds), atol=1e-12)
+    else:
+        assert np.allclose(mean("logit"), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("space", ["probability", "logit", "geometric"])
+def test_values_have_one_mean(space: str) -> None:
+    parts = [RANDOM.normal(size=(20, 1)) for _ in range(3)]
+    assert np.allclose(bank.average(parts, HEADS["regression"], space), np.mean(parts, axis=0), atol=1e-15)
+
+
+def test_nothing_saturates() -> None:
+    """Rows that are very sure keep their order on both sides, where 1 - p is no float any more."""
+    sure = np.array([[-80.0], [-60.0], [-40.0], [40.0], [60.0], [80.0]])
+    for space in ("probability", "logit", "geometric"):
+        mean = bank.average([sure, sure + 1], HEADS["binary"], space)
+        assert np.isfinite(mean).all() and (np.diff(mean[:, 0]) > 1).all(), space
+
+
+def test_weights_below_zero_still_leave_probabilities() -> None:
+    for task in ("binary", "multiclass"):
+        head = HEADS[task]
+        parts = [head.row.store(probabilities(200, len(head.outputs))) for _ in range(2)]
+        for space in ("probability", "logit", "geometric"):
+            p = head.row.probability(bank.average(parts, head, space, [3.0, -2.0]))
+            assert np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1
+            if task == "multiclass":
+                assert np.allclose(p.sum(axis=1), 1, atol=1e-12)
+
+
+def test_one_voice_is_kept_to_the_last_bit() -> None:
+    value = RANDOM.normal(size=(100, 1)) * 30
+    assert (bank.average([value], HEADS["binary"], "probability") == value).all()
+
+
+def test_an_unknown_space_is_refused() -> None:
+    with pytest.raises(Refused, match="probability, logit, geometric"):
+        bank.average([np.zeros((1, 1))], HEADS["binary"], "ranks")
+
+
+def test_folds_and_seeds_become_one(project: Project) -> None:
+    """Folds share no OOF row and all test rows; a row is the mean of those that predicted it."""
+    rng = np.random.default_rng(3)
+    parts, sides = [], []
+    for seed in range(2):
+        for fold in range(5):
+            rows = project.folds.split(fold)[1]
+            p = rng.random((len(rows), 3))
+            meta = bank.meta(
+                "oof",
+                project.samples,
+                project.folds,
+                {"run": "e", "seed": seed, "weights": {f"e/seed{seed}/fold{fold}": "x"}, "tta": ["identity"]},
+            )
+            parts.append(
+                PredictionSet(
+                    rows.astype(np.int32),
+                    np.full(len(rows), fold, np.int16),
+                    {"label": np.log(p / p.sum(axis=1, keepdims=True))},
+                    meta,
+                )
+            )
+            sides.append((rows, p / p.sum(axis=1, keepdims=True)))
+    whole = bank.merge(parts, project.samples, project.folds, "probability", facts={"member": ""})
+    wanted = np.zeros((TRAIN, 3))
+    for rows, p in sides:
+        wanted[rows] += p / 2
+    assert np.allclose(whole.probability(project.head), wanted, atol=1e-6)
+    assert whole.fold is not None and (whole.fold == project.folds.of_sample[0][:TRAIN]).all()
+    assert len(whole.meta["weights"]) == 10 and whole.meta["tta"] == ["identity"] and "seed" not in whole.meta
+    shuffled = bank.merge(parts[::-1], project.samples, project.folds, "probability")
+    assert np.allclose(shuffled.heads["label"], whole.heads["label"], atol=1e-6)
+
+
+def test_marks_are_inherited(project: Project) -> None:
+    member(project, "exp001", marks=["selected_on_fold"])
+    member(project, "exp002")
+    both = [bank.load(name, "oof", project.samples, project.folds) for name in ("exp001", "exp002")]
+    assert bank.merge(both, project.samples, project.folds, "logit").meta["marks"] == ["selected_on_fold"]
+
+
+# --- members -------------------------------------------------------------------------------------------------------------
+
+
+def test_members_by_address(project: Project) -> None:
+    for address in ("exp001", "exp001:seed1", "exp003:snap3"):
+        member(project, address)
+    member(project, "exp001:full", kinds=("test",))
+    (project.root / "ensembles" / "blend001").mkdir(parents=True)
+    member(project, "blend001")
+    (project.root / "runs" / ".trash" / "exp009").mkdir(parents=True)
+    (project.root / "runs" / "exp004" / "seed0").mkdir(parents=True)  # begun, nothing finished
+    assert bank.members() == ["exp001", "exp001:full", "exp001:seed1", "exp003:snap3", "blend001"]
+    assert store.shown(bank.find("exp003:snap3", "oof")) == "runs/exp003/members/snap3/oof.arrow"
+    assert store.shown(bank.find("blend001", "test")) == "ensembles/blend001/test.arrow"
+
+
+def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> None:
+    for address in ("exp001", "exp001:seed1", "exp002", "zebra"):
+        member(project, address)
+    with pytest.raises(Refused) as caught:
+        bank.find("exp01", "oof")
+    assert (
+        "exp001" in str(caught.value) and "exp002" in str(caught.value) and "zebra" not in str(caught.value)
+    )
+
+
+def test_the_refit_has_no_oof(project: Project) -> None:
+    member(project, "exp001:full", kinds=("test",))
+    with pytest.raises(Refused, match="trained on all data"):
+        bank.load("exp001:full", "oof", project.samples, project.folds)
