@@ -74,7 +74,9 @@ def cache(args: Args) -> None:
 
     cfg = _config(args)
     machine.settle(cfg.train.threads)
-    cache.build(cfg, samples.load())
+    paths = sorted({path for images in samples.load().frame["images"] for path in images})
+    cache.open_images(cfg, paths, cfg.machine.progress, must_fit=True)
+    print(f"next: comp train {args.experiment}")
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

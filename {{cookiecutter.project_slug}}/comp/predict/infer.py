@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from comp import bank, store
+from comp import bank, config, predictions, store
 from comp.config import Refused
 from comp.predict import tta
 from comp.samples import Positions
@@ -21,22 +21,22 @@ from comp.train.loop import Material
 Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
 
 
-def write_fold(material: Material, number: int | str, folder: Path, facts: dict[str, Any]) -> None:
-    """folder/oof.arrow and folder/test.arrow, whichever are not there yet."""
-    _, scored = material.folds.split(number)
-    scored = scored[: material.cfg.train.limit]
-    test = material.samples.positions("test")[: material.cfg.train.limit]
-    wanted = {"oof": scored, "test": test} if number != "full" else {"test": test}
-    for kind, rows in wanted.items():
-        file = folder / f"{kind}.arrow"
-        if store.sealed(file):
-            continue
-        heads, damaged = predict(material, folder / "weights.safetensors", rows, f"{kind} of fold {number}")
-        if damaged:
-            _tell(material, damaged, folder / f"{kind}_damaged.txt")
-        fold = np.full(len(rows), number, np.int16) if kind == "oof" else None
-        meta = bank.meta(kind, material.samples, material.folds, facts | {"damaged": len(damaged)})
-        bank.write(file, bank.PredictionSet(rows.astype(np.int32), fold, heads, meta))
+def write_fold(material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = "") -> Path:
+    """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views."""
+    cfg, folder = material.cfg, store.fold_folder(run, seed, number)
+    file = folder / inside / f"{kind}.arrow"
+    if store.sealed(file):
+        return file
+    rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
+    rows = rows[: cfg.train.limit]
+    heads, damaged = predict(material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}")
+    if damaged:
+        _tell(material, damaged, file.with_name(f"{kind}_damaged.txt"))
+    facts: dict[str, Any] = {"run": run, "seed": seed, "config": store.digest(config.identity(cfg)), "weights": bank.weights_of(folder)}
+    facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
+    fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
+    meta = predictions.meta(kind, material.samples, material.folds, facts)
+    return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
 
 
 def predict(material: Material, weights: Path, rows: Positions, doing: str = "") -> tuple[Stored, dict[int, str]]:
@@ -53,7 +53,7 @@ def predict(material: Material, weights: Path, rows: Positions, doing: str = "")
     each = [model.decoded(cfg, heads, view) for view in raw]  # views x heads
     stored = {}
     for i, head in enumerate(heads):
-        value = bank.average([view[i] for view in each], head, cfg.predict.space)
+        value = predictions.average([view[i] for view in each], head, cfg.predict.space)
         value[np.isin(rows, list(damaged))] = prior(head, material)
         stored[head.name] = value.astype(np.float32)
     return stored, damaged

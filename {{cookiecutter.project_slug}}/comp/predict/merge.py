@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from comp import bank, score, store
+from comp import bank, predictions, score, store
 from comp.config import Config
 from comp.folds import Folds
 from comp.samples import Samples
 
+Number = int | str  # of a fold, or full
 
-def finished(experiment: str, seed: int, folds: list[int | str]) -> list[int | str]:
+
+def finished(experiment: str, seed: int, folds: list[Number]) -> list[Number]:
     """The folds of a seed whose predictions are all there."""
-    def done(fold: int | str) -> bool:
-        folder = store.fold_folder(experiment, seed, fold)
-        return all(store.sealed(folder / f"{kind}.arrow") for kind in (("test",) if fold == "full" else ("oof", "test")))
-    return [fold for fold in folds if done(fold)]
+    kinds = {fold: ("test",) if fold == "full" else ("oof", "test") for fold in folds}
+    place = {fold: store.fold_folder(experiment, seed, fold) for fold in folds}
+    return [fold for fold in folds if all(store.sealed(place[fold] / f"{kind}.arrow") for kind in kinds[fold])]
+
+
+def seeds_of(experiment: str) -> list[int]:
+    """Every seed that was ever started, whatever train.seeds says now."""
+    return sorted(int(folder.name.removeprefix("seed")) for folder in store.run_folder(experiment).glob("seed*"))
+
+
+def missing(experiment: str, cfg: Config, folds: Folds) -> str:
+    everything: list[Number] = list(range(folds.count))
+    gaps = {seed: [f for f in everything if f not in finished(experiment, seed, everything)] for seed in cfg.train.seeds}
+    return "; ".join(f"seed {seed} fold {', '.join(map(str, gap))}" for seed, gap in gaps.items() if gap) or "another seed"
 
 
 def run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
-    """Merge every complete seed. None while no seed has all its folds."""
-    numbers: list[int | str] = list(range(folds.count))
-    seeds = [seed for seed in cfg.train.seeds if len(finished(experiment, seed, numbers)) == folds.count]
-    full = [seed for seed in cfg.train.seeds if finished(experiment, seed, ["full"])]
-    for seed in full:
-        _write(experiment, cfg, samples, folds, [seed], ["full"], store.member_folder(experiment, "full"))
-    if not seeds:
+    """Merge what is complete: the run over its seeds, each seed where there are several, the refit on all data."""
+    everything: list[Number] = list(range(folds.count))
+    complete = [seed for seed in seeds_of(experiment) if len(finished(experiment, seed, everything)) == folds.count]
+    refits = [seed for seed in seeds_of(experiment) if finished(experiment, seed, ["full"])]
+    if refits:
+        member(experiment, "full", cfg, samples, folds, [(seed, "full") for seed in refits])
+    if not complete:
         return None
-    if len(seeds) > 1:
-        for seed in seeds:
-            _write(experiment, cfg, samples, folds, [seed], numbers, store.member_folder(experiment, f"seed{seed}"))
-    return _write(experiment, cfg, samples, folds, seeds, numbers, store.run_folder(experiment))
+    if len(complete) > 1:
+        for seed in complete:
+            member(experiment, f"seed{seed}", cfg, samples, folds, [(seed, fold) for fold in everything])
+    return member(experiment, "", cfg, samples, folds, [(seed, fold) for seed in complete for fold in everything])
+
+
+def member(
+    experiment: str,
+    name: str,
+    cfg: Config,
+    samples: Samples,
+    folds: Folds,
+    parts: list[tuple[int, Number]],
+    inside: str = "",
+) -> dict[str, Any]:
+    """Average the predictions of (seed, fold) parts. `inside` is a folder within each fold's, for other views.
+
+    Killed half-way, the next call writes the same bytes over what is there.
+    """
+    folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
+    places = [store.fold_folder(experiment, seed, fold) / inside for seed, fold in parts]
+    facts = {"run": experiment, "member": name, "space": cfg.predict.space}
+    for kind in ("test",) if all(fold == "full" for _, fold in parts) else ("oof", "test"):
+        sets = [bank.read(place / f"{kind}.arrow", samples, folds) for place in places]
+        bank.write(folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts))
+        if kind == "oof":
+            result = score.write(folder, cfg, samples, folds, bank.read(folder / "oof.arrow", samples, folds))
+    return result if (folder / "oof.arrow").exists() else {}
+
+
+def tell(experiment: str, name: str = "") -> None:
+    """The last lines of a verb: the score, where it lies, what to do next."""
+    folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
+    address = f"{experiment}:{name}" if name else experiment
+    print(f"{address}: {score.sentence(store.read_json(store.verified(folder / 'score.json')))}")
+    print(f"written: {store.shown(folder)}/oof.arrow, test.arrow, score.json")
+    print(f"next: comp submit {address} --dry-run, or blend it: comp ensemble blend001")

@@ -17,11 +17,12 @@ from comp.config import Refused
 State = dict[str, Any]
 
 
-def save(folder: Path, step: int, state: State) -> None:
+def save(folder: Path, step: int, state: State, log: int) -> None:
+    """`log` is where log.jsonl ends at this step: what stands behind it is cut off when the run goes on from here."""
     file = folder / f"state-{step:08d}.pt"
     with store.writing(file) as temporary:
         torch.save(state, temporary)
-    store.seal(file)
+    store.seal(file, log=log)
     drop(folder, but=file)
 
 
@@ -34,6 +35,12 @@ def newest(folder: Path, device: torch.device) -> State | None:
     if not isinstance(state, dict):
         raise Refused(f"{store.shown(file)}: is not a training state")
     return state
+
+
+def log_offset(folder: Path) -> int | None:
+    """Where the log goes on: behind the finished weights, or the newest state; None for a run that begins."""
+    files = [folder / "weights.safetensors", *sorted(folder.glob("state-*.pt"), reverse=True)]
+    return next((entry["log"] for file in files if (entry := store.sealed(file))), None)
 
 
 def drop(folder: Path, but: Path | None = None) -> None:

@@ -53,7 +53,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     accumulate = min(cfg.train.accumulate, len(taught) // batch_size)
     steps_per_epoch = len(taught) // (batch_size * accumulate)
     steps = steps_per_epoch * cfg.train.epochs
-    targets = [_target(head.row.target(material.samples.targets(head)), device) for head in heads]
+    targets = [_target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads]
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     def save() -> None:
         checkpoint.save(folder, step, {
             "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "averaged": averaged.module.state_dict() if averaged else None, "log": log.offset(),
-        })  # fmt: skip
+            "averaged": averaged.module.state_dict() if averaged else None,
+        }, log.offset())  # fmt: skip
 
     # --- epochs --------------------------------------------------------------------------------------------------------
     pending: list[Tensor] = []
@@ -132,7 +132,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- finish --------------------------------------------------------------------------------------------------------
     bar.close()
-    model.save_weights(predicting, folder / "weights.safetensors")
+    model.save_weights(predicting, folder / "weights.safetensors", log=log.offset())
     if not cfg.keep.state:
         checkpoint.drop(folder)
 

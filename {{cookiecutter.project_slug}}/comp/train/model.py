@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,11 +90,11 @@ def load_weights(module: nn.Module, file: Path) -> nn.Module:
     return module
 
 
-def save_weights(module: nn.Module, file: Path) -> None:
+def save_weights(module: nn.Module, file: Path, **facts: Any) -> None:
     from safetensors.torch import save_file
 
     # Cloned, because safetensors refuses tensors that share memory and some networks tie theirs.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
     with store.writing(file) as temporary:
         save_file(state, temporary)
-    store.seal(file)
+    store.seal(file, **facts)

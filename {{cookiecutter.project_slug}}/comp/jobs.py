@@ -1,0 +1,175 @@
+"""One experiment as jobs: each (seed, fold) goes from config to predictions by itself, whoever starts it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comp import config, machine, store
+from comp.config import Config, Refused
+
+if TYPE_CHECKING:
+    from comp.train.loop import Material
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def train(
+    experiment: str,
+    overrides: list[str],
+    *,
+    fold: str | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    fresh: bool = False,
+    debug: bool = False,
+) -> None:
+    """Every fold of every seed that is not done yet, then the run's score."""
+    cfg = config.load(store.root(), experiment, overrides, debug).config
+    changed = config.changes_results(overrides)
+    if changed and name is None:
+        raise Refused(f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME")
+    name = name or (f"{experiment}-debug" if debug else experiment)
+    if not NAME.fullmatch(name):
+        raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
+    _identify(name, cfg, fresh=fresh or debug)
+    machine.settle(cfg.train.threads)
+    material = gather(cfg)
+    folds = _wanted(fold, material.folds.count)
+    began = time.perf_counter()
+    for s in cfg.train.seeds if seed is None else [seed]:
+        for number in folds:
+            one_fold(material, name, s, number)
+            if material.stop.asked:
+                raise KeyboardInterrupt(f"seed {s} fold {number} is done")
+    _conclude(material, name, time.perf_counter() - began)
+
+
+def gather(cfg: Config) -> Material:
+    """Load what every fold shares. Here torch is imported, after the threads are settled."""
+    from comp import folds, samples
+    from comp.train import augment, model
+    from comp.train.data import Feed
+    from comp.train.loop import Material
+
+    table = samples.load()
+    augment.named(cfg)
+    for head in table.heads:
+        model.loss_name(cfg, head)
+    device = machine.device(cfg.machine.device)
+    return Material(cfg, table, folds.load(table), Feed(cfg, table, device), device, machine.Stop())
+
+
+def one_fold(material: Material, name: str, seed: int, number: int | str) -> None:
+    """Idempotent: what is sealed already is not done again."""
+    from comp import record, track
+    from comp.predict import infer, merge
+    from comp.train import checkpoint, loop
+
+    folder = store.fold_folder(name, seed, number)
+    if merge.finished(name, seed, [number]):
+        return
+    cfg = material.cfg
+    with store.lock(folder, f"training seed {seed} fold {number}"):
+        began = time.perf_counter()
+        log = track.open_run(
+            folder,
+            run_id=f"{name}-{_birth(name)}-seed{seed}-fold{number}",
+            name=f"{name}/seed{seed}/fold{number}",
+            group=name,
+            job_type="fold",
+            config=cfg.model_dump(),
+            settings=cfg.track,
+            resume_at=checkpoint.log_offset(folder),
+        )
+        with log:
+            record.before(material, log, name, folder, number)
+            if not store.sealed(folder / "weights.safetensors"):
+                loop.fold(material, seed, number, folder, log)
+            if number != "full":
+                infer.write_fold(material, name, seed, number, "oof")
+                record.after(material, log, name, folder)
+            log.finish()
+            infer.write_fold(material, name, seed, number, "test")
+    print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
+
+
+def predict(name: str, *, tta: str | None = None, space: str | None = None) -> None:
+    """Merge what is there; with other views, predict every stored fold again into a member of its own."""
+    from comp.predict import again, merge
+
+    cfg = stored_config(name)
+    machine.settle(cfg.train.threads)
+    material = gather(cfg)
+    if tta is None and space is None:
+        _conclude(material, name, 0.0)
+        return
+    member = again.predict(material, name, [v.strip() for v in tta.split(",")] if tta else cfg.predict.tta, space or cfg.predict.space)
+    merge.tell(name, member)
+
+
+def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
+    from comp import samples
+    from comp.train import sheet
+
+    cfg = config.load(store.root(), experiment, overrides).config
+    machine.settle(cfg.train.threads)
+    file = store.path("runs", f"{experiment}-augment.png")
+    sheet.write(cfg, samples.load(), file)
+    print(f"{store.shown(file)}: first column as it is, then {cfg.augment.recipe} as seven draws\nnext: comp train {experiment}")
+
+
+def stored_config(name: str) -> Config:
+    return config.from_yaml(store.verified(store.run_folder(name) / "config.yaml", "see comp runs for what there is"))
+
+
+def _wanted(fold: str | None, count: int) -> list[int | str]:
+    if fold is None:
+        return list(range(count))
+    if fold == "full":
+        return ["full"]
+    if not fold.isdigit() or int(fold) >= count:
+        raise Refused(f"--fold {fold}: there are folds 0 to {count - 1}, and full")
+    return [int(fold)]
+
+
+def _identify(name: str, cfg: Config, fresh: bool) -> None:
+    """A name stands for one resolved config. The same knobs go on; other knobs need another name, or --fresh."""
+    file = store.run_folder(name) / "config.yaml"
+    if fresh and store.run_folder(name).exists():
+        print(f"the old run lies in {store.shown(store.trash(store.run_folder(name)))}")
+    if file.exists():
+        old = config.from_yaml(store.verified(file))
+        if changed := config.difference(old, cfg):
+            raise Refused(
+                f"runs/{name} was trained with another config; either give this one a name with --as NAME, "
+                "or move the old one to the trash with --fresh:",
+                *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
+            )
+        if old == cfg:
+            return
+    else:
+        store.write_json(file.parent / "birth.json", {"at": time.time_ns()})
+    store.write_text(file, config.to_yaml(cfg))
+    store.seal(file)
+
+
+def _birth(name: str) -> str:
+    """Tells a run from an earlier one of the same name, for services that never forget an id."""
+    file = store.run_folder(name) / "birth.json"
+    return str(store.digest(store.read_json(file)))[:6] if file.exists() else ""
+
+
+def _conclude(material: Material, name: str, seconds: float) -> None:
+    from comp import record
+    from comp.predict import merge
+
+    score = merge.run(name, material.cfg, material.samples, material.folds)
+    if score is None:
+        missing = merge.missing(name, material.cfg, material.folds)
+        print(f"{name}: {missing} to go before it has a score\nnext: comp train {name}")
+        return
+    record.summary(material, name, score)
+    merge.tell(name)

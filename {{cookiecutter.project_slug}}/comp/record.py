@@ -1,0 +1,79 @@
+"""What a run shows beside its numbers: the fold audit, the augmentation sheet, where it is wrong, and its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comp import bank, pictures, predictions, store, track
+from comp.samples import Positions
+from comp.tasks import Head
+from comp.train import sheet
+from comp.train.loop import Material
+
+
+def before(material: Material, log: track.Track, run: str, folder: Path, number: int | str) -> None:
+    """Drawn once a run and shown with every fold: what teaches it, and how."""
+    # from comp.prepare import audit
+
+    drawn = store.run_folder(run) / "augment.png"
+    if not drawn.exists():
+        sheet.write(material.cfg, material.samples, drawn)
+    log.sheet("augmentation", drawn)
+    # log.table("folds", audit.table(material.samples, material.folds))
+
+
+def after(material: Material, log: track.Track, run: str, folder: Path) -> None:
+    """Where a fold is wrong, and its files, as W&B artifacts that are not copied."""
+    oof = bank.read(folder / "oof.arrow", material.samples, material.folds)
+    for head in material.samples.heads:
+        mistakes(material, log, head, oof, folder)
+    label = "-".join(folder.relative_to(store.path("runs")).parts)
+    log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
+    if material.cfg.track.checkpoints:
+        log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
+
+
+def mistakes(material: Material, log: track.Track, head: Head, oof: predictions.PredictionSet, folder: Path) -> None:
+    rows = oof.row.astype(np.int64)[oof.predicted]
+    said = oof.probability(head)[oof.predicted]
+    truth = material.samples.truth(head, rows)
+    name = "" if len(material.samples.heads) == 1 else f"_{head.name}"
+    if head.classes and truth.ndim == 1:
+        file = folder / f"confusion{name}.png"
+        codes = np.clip(head.row.label(said), 0, len(head.classes) - 1)
+        pictures.confusion(truth, codes, head.classes, file, f"{head.name}, out of fold")
+    else:
+        file = folder / f"residuals{name}.png"
+        pictures.residuals(truth, said.reshape(truth.shape), file, f"{head.name}, out of fold")
+    log.sheet(file.stem, file)
+    classes = head.classes if head.row.space == "logit" else ()
+    table = pictures.worst(truth, said, material.samples.frame["id"].to_numpy()[rows].tolist(), classes)
+    log.table(f"worst{name}", table.drop(columns="position"), images=shown(material, rows[table["position"].to_numpy()]))
+
+
+def shown(material: Material, rows: Positions) -> list[Any]:
+    """The pictures of some rows as the network gets them. They were read a minute ago, so none is damaged."""
+    feed = material.feed
+    return [np.asarray(feed.pictures.images[int(feed.pictures.image_of_sample[row])]).squeeze() for row in rows]
+
+
+def last(folder: Path) -> str:
+    """The last epoch in a few words."""
+    epochs = [line for line in track.read(folder / "log.jsonl") if "epoch" in line]
+    if not epochs:
+        return "done"
+    return ", ".join(f"{key} {value:.4f}" for key, value in epochs[-1].items() if key.startswith("valid"))
+
+
+def summary(material: Material, run: str, score: dict[str, Any]) -> None:
+    """One more W&B run that speaks for all folds."""
+    cfg = material.cfg
+    with track.open_summary(run, config=cfg.model_dump(), settings=cfg.track) as log:
+        log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
+        oof = bank.read(store.run_folder(run) / "oof.arrow", material.samples, material.folds)
+        for head in material.samples.heads:
+            mistakes(material, log, head, oof, store.run_folder(run))
+        log.artifact(store.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")

@@ -1,0 +1,167 @@
+"""Configs: precedence, one override mechanism, and one line for every mistake."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from comp import config, knobs, yaml_lines
+from comp.config import Refused
+
+P = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def root(empty: Path) -> Path:
+    return empty
+
+
+def write(root: Path, name: str, text: str) -> None:
+    (root / "configs" / name).write_text(text)
+
+
+def lines_of(root: Path, experiment: str = "exp001", *overrides: str) -> list[str]:
+    with pytest.raises(Refused) as refused:
+        config.load(root, experiment, overrides)
+    return refused.value.lines
+
+
+def test_precedence_and_origins(root: Path) -> None:
+    write(root, "child.yaml", "base: exp001\noptim: {rate: 7e-4}\n")
+    loaded = config.load(root, "child", ["train.epochs=3"], debug=True)
+    assert loaded.config.optim.rate == 7e-4 and loaded.origins["optim.rate"] == "configs/child.yaml:2"
+    assert loaded.config.model.name == "test_resnet" and loaded.origins["model.name"].startswith(
+        "configs/exp001.yaml:"
+    )
+    assert loaded.config.train.epochs == 3 and "command" not in loaded.origins["train.epochs"]
+    assert loaded.config.train.limit == 64 and loaded.origins["train.limit"].startswith("configs/debug.yaml:")
+    assert config.load(root, "exp001").config.train.limit is None
+
+
+def test_every_config_of_this_project_loads() -> None:
+    names = [
+        file.stem for file in (P / "configs").glob("*.yaml") if file.stem not in ("competition", "debug")
+    ]
+    assert "base" in names
+    for name in names:
+        config.load(P, name)
+
+
+def test_resolved_yaml_is_the_same_config(root: Path, tmp_path: Path) -> None:
+    cfg = config.load(root, "exp001", ["optim.rate=1e-7", "competition.target=[a, '010', 'true']"]).config
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(cfg))
+    assert config.from_yaml(file) == cfg
+
+
+def test_a_plain_value_goes_to_the_head_of_a_section(root: Path) -> None:
+    cfg = config.load(root, "exp001", ["track=none", "schedule=constant", "augment=heavy"]).config
+    assert (cfg.track.mode, cfg.schedule.name, cfg.augment.recipe) == ("none", "constant", "heavy")
+
+
+def test_what_changes_results() -> None:
+    moving = ["optim.rate=1", "train.threads=2", "competition.metric=f1"]
+    free = ["machine.workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
+    assert config.changes_results([*free, *moving]) == moving
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("010", "010"), ("no", "no"), ("1:30", "1:30"), ("true", True), ("~", None), ("2020-01-01", "2020-01-01"),
+     ("0x10", "0x10"), ("-.5", -0.5), ("'5'", "5"), ("1_000", "1_000"), ("007", "007")],
+)  # fmt: skip
+def test_yaml_as_people_mean_it(text: str, value: object) -> None:
+    assert yaml_lines.parse(f"a: {text}".encode())[0] == {"a": value}
+    assert yaml_lines.parse(yaml_lines.dump({"a": value}).encode())[0] == {"a": value}
+
+
+MISTAKES = {
+    "optim: {rat: 1}": ("exp.yaml:2", "optim.rat", "rate"),
+    "optim: {rate: fast}": ("exp.yaml:2", "optim.rate", "'fast'"),
+    "optim:\n  rate: 1\n  rate: 2": ("exp.yaml:4", "optim.rate", "second time"),
+    "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "True"),
+    "train: {epochs: 2.5}": ("exp.yaml:2", "train.epochs", "2.5"),
+    "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
+    "optim: {name: adam}": ("exp.yaml:2", "optim.name", "adamw"),
+    "data: {size: 4}": ("exp.yaml:2", "data.size", "8"),
+    "schedule: {warmup: 15}": ("exp.yaml:2", "warm-up", "15"),
+    "optm: {rate: 1}": ("exp.yaml:2", "optm", "optim"),
+    "a: [1, 2": ("exp.yaml:", "is not YAML", ""),
+    "model: !!python/name:os.system x": ("exp.yaml:2", "tag", ""),
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_names_file_line_key_and_what_is_right(root: Path, text: str) -> None:
+    write(root, "exp.yaml", f"base: exp001\n{text}\n")
+    lines = lines_of(root, "exp")
+    assert len(lines) == 1
+    for part in MISTAKES[text]:
+        assert part in lines[0]
+
+
+def test_all_mistakes_at_once(root: Path) -> None:
+    write(root, "exp.yaml", "optim: {rate: -1}\ntrain: {epochs: 0}\ndata: {fit: crop}\n")
+    assert len(lines_of(root, "exp")) == 3
+
+
+def test_unknown_and_circular_bases(root: Path) -> None:
+    write(root, "exp.yaml", "base: exp0001\n")
+    assert "exp001" in lines_of(root, "exp")[0]
+    write(root, "a.yaml", "base: b\n")
+    write(root, "b.yaml", "base: a\n")
+    assert "leads back to itself" in lines_of(root, "a")[0]
+
+
+def test_groups_are_not_ignored_by_accident(root: Path) -> None:
+    assert "leak" in lines_of(root, "exp001", "competition.folds.scheme=stratified")[0]
+    config.load(
+        root, "exp001", ["competition.folds.scheme=stratified", "competition.folds.blind_to_groups=true"]
+    )
+
+
+def mutated(seed: int) -> tuple[str, str]:
+    """One of the shipped files with one thing wrong, as a tired person would do it. Each change here is a mistake for sure."""
+    rng = random.Random(seed)
+    sections = {n: f.annotation for n, f in knobs.Config.model_fields.items() if n != "competition"}
+    section = rng.choice(sorted(sections))
+    key = rng.choice(sorted(sections[section].model_fields))  # type: ignore[union-attr]
+    broken = {
+        "misspelt key": f"{section}: {{{key}x: 1}}",
+        "misspelt section": f"{section[:-1]}x: {{{key}: 1}}",
+        "section in place of a value": f"{section}: {{{key}: {{a: 1}}}}",
+        "value in place of a section": f"{section}: 7",
+        "list in place of a section": f"{section}: [{key}]",
+        "twice": f"{section}: {{}}\n{section}: {{}}",
+        "unclosed": f"{section}: {{{key}: 1",
+        "tab": f"{section}:\n\t{key}: 1",
+        "not a number": "optim: {rate: .nan}\ntrain: {epochs: ten}",
+        "a list of all": f"- {section}",
+    }
+    name = rng.choice(sorted(broken))
+    return name, broken[name]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_mutated_config_gets_its_line(root: Path, seed: int) -> None:
+    name, text = mutated(seed)
+    write(root, "exp.yaml", text + "\n")
+    lines = lines_of(root, "exp")
+    assert 1 <= len(lines) <= (2 if name == "not a number" else 1), (name, text, lines)
+    assert all(line.startswith("configs/exp.yaml:") and "\n" not in line for line in lines), (text, lines)
+
+
+def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
+    code = "import sys; from comp.cli import main; code = main(['train', 'exp001', 'optim.rat=1']); print('torch' in sys.modules); sys.exit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"COMP_ROOT": str(root), "PYTHONPATH": str(P)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout.strip() == "False"
+    assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is rate"

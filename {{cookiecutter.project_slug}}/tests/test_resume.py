@@ -1,0 +1,204 @@
+"""A run that was killed ends in the same bytes as one that was not: real processes, real SIGKILL, at chosen events.
+
+Children are forked from this process, which has torch in memory already, so that twenty kills do not cost twenty imports.
+An event is a line of the log or either side of a rename.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comp import config, jobs, store, track
+from comp.train import checkpoint, data, loop
+
+# Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving rate.
+RECIPE = [
+    "track=none", "augment=heavy", "model.drop_rate=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=96", "train.batch_size=8",
+    "train.accumulate=2", "train.checkpoint_every=2", "machine.workers=0", "machine.progress=false",
+]  # fmt: skip
+
+
+def artefacts(root: Path) -> dict[str, str]:
+    folder = root / "runs" / "run" / "seed0" / "fold1"
+    return {name: store.sha256(folder / name) for name in ("weights.safetensors", "oof.arrow", "test.arrow")}
+
+
+def train(*overrides: str) -> None:
+    jobs.train("exp001", [*RECIPE, *overrides], fold="1", name="run")
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run in a process of its own; its exit status as waitpid gives it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_at(event: int, work: Callable[[], None]) -> Callable[[], None]:
+    """The same work, in a process that ends itself with SIGKILL at its n-th event."""
+
+    def run() -> None:
+        count = 0
+
+        def happened() -> None:
+            nonlocal count
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **named: Any) -> Any:
+                happened()
+                out = function(*args, **named)
+                happened()
+                return out
+
+            return call
+
+        os.replace = watched(os.replace)  # type: ignore[assignment]
+        track.Track.log = watched(track.Track.log)  # type: ignore[method-assign]
+        work()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A project, and what the uninterrupted run leaves in it."""
+    root = tmp_path_factory.mktemp("whole") / "project"
+    shutil.copytree(practice, root)
+    os.environ["COMP_ROOT"] = str(root)
+    store.root.cache_clear()
+    from comp import samples
+    from comp.prepare import assign, tables
+
+    cfg = config.load(root, "exp001").config
+    tables.prepare(cfg)
+    assign.make(cfg, samples.load(), remake=False)
+    assert forked(train) == 0
+    yield root, artefacts(root)
+    del os.environ["COMP_ROOT"]
+    store.root.cache_clear()
+
+
+@pytest.fixture
+def fresh(whole: tuple[Path, dict[str, str]]) -> dict[str, str]:
+    shutil.rmtree(whole[0] / "runs")
+    return whole[1]
+
+
+def events(seed: int, n: int) -> list[int]:
+    return random.Random(seed).sample(range(1, 60), n)
+
+
+@pytest.mark.parametrize("event", events(1, 4))
+def test_killed_and_run_again_gives_the_same_bytes(fresh: dict[str, str], event: int) -> None:
+    status = forked(killed_at(event, train))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the kill must have happened"
+    assert forked(train) == 0
+    assert artefacts(store.root()) == fresh
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_events_in_a_row_and_one_by_one(fresh: dict[str, str]) -> None:
+    for event in events(2, 20):
+        shutil.rmtree(store.root() / "runs", ignore_errors=True)
+        assert os.WIFSIGNALED(forked(killed_at(event, train)))
+        assert os.WIFSIGNALED(forked(killed_at(7, train)))  # and once more on the way
+        assert forked(train) == 0
+        assert artefacts(store.root()) == fresh, f"killed at event {event}"
+
+
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_the_same_bytes_for_any_number_of_workers(fresh: dict[str, str], workers: int) -> None:
+    assert forked(lambda: train(f"machine.workers={workers}")) == 0
+    assert artefacts(store.root()) == fresh
+
+
+def test_the_same_bytes_without_the_cache(fresh: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only as its own run: data.cache is a knob of the run, but its pixels are the same."""
+    assert forked(lambda: jobs.train("exp001", [*RECIPE, "data.cache=false"], fold="1", name="run")) == 0
+    assert artefacts(store.root())["weights.safetensors"] == fresh["weights.safetensors"]
+
+
+def forget(part: str) -> Callable[..., Any]:
+    """A checkpoint that leaves one part out, as a careless one would."""
+    original = checkpoint.newest
+
+    def newest(folder: Path, device: Any) -> Any:
+        state = original(folder, device)
+        if state is None:
+            return None
+        if part == "optimizer":
+            for values in state["optimizer"]["state"].values():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    values[name].zero_()
+        if part == "averaged":
+            state["averaged"] = {k: v.clone() for k, v in state["model"].items()}
+        if part == "schedule":
+            state["step"] -= 1
+        return state
+
+    return newest
+
+
+def careless(part: str) -> None:
+    if part == "random":
+        loop.mixed = lambda *numbers: random.SystemRandom().getrandbits(62)  # type: ignore[assignment]
+    elif part == "sampler":
+        first = data.training_batches
+        loop.training_batches = lambda rows, size, seed, epoch, skip: first(rows, size, seed, epoch, 0)  # type: ignore[assignment]
+    else:
+        checkpoint.newest = forget(part)  # type: ignore[assignment]
+    train()
+
+
+@pytest.mark.parametrize("part", ["optimizer", "averaged", "schedule", "random", "sampler"])
+def test_the_check_is_not_vacuous(fresh: dict[str, str], part: str) -> None:
+    """Whatever a resumed run forgets must show in the bytes."""
+    assert os.WIFSIGNALED(forked(killed_at(26, train)))
+    assert list((store.root() / "runs/run/seed0/fold1").glob("state-*.pt")), (
+        "the kill must come after a checkpoint"
+    )
+    assert forked(lambda: careless(part)) == 0
+    assert artefacts(store.root())["weights.safetensors"] != fresh["weights.safetensors"]
+
+
+def test_two_processes_do_not_train_one_fold(fresh: dict[str, str]) -> None:
+    folder = store.fold_folder("run", 0, 1)
+    with store.lock(folder, "training"):
+        assert os.WEXITSTATUS(forked(train)) == 1
+    assert forked(train) == 0
+
+
+def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
+    def die() -> None:
+        with store.lock(tmp_path, "training"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WIFSIGNALED(forked(die))
+    with (
+        store.lock(tmp_path, "training"),
+        pytest.raises(config.Refused, match=f"process {os.getpid()} is already training"),
+    ):
+        with store.lock(tmp_path, "again"):
+            pass

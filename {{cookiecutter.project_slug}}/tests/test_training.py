@@ -1,0 +1,274 @@
+"""Training as a user meets it: refusals before anything is spent, damaged pictures, identity, views, tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import config
+
+from comp import bank, folds, jobs, own, samples, score, store
+from comp.config import Refused
+from comp.predict import tta
+from comp.prepare import assign, tables
+from comp.train import augment, data, losses, model, optim
+
+TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.epochs=1", "schedule.warmup=0", "train.limit=48"]
+
+
+@pytest.fixture
+def ready(project: Path) -> Path:
+    cfg = config()
+    tables.prepare(cfg)
+    assign.make(cfg, samples.load(), remake=False)
+    return project
+
+
+def refusal(work: Callable[[], Any]) -> str:
+    with pytest.raises(Refused) as refused:
+        work()
+    return str(refused.value)
+
+
+# --- before anything is spent --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name=resnet81", ["resnet81", "resnet18"]),
+        ("loss.name=bce", ["bce", "cross_entropy"]),
+        ("augment.recipe=hevay", ["hevay", "heavy"]),
+        ("augment.recipe=recipe", ["comp/competition.py defines no recipe"]),
+        ("predict.tta=[hflp]", ["hflp", "hflip"]),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(ready: Path, override: str, words: list[str]) -> None:
+    said = refusal(lambda: jobs.train("exp001", [*TINY, override], fold="0", name="x"))
+    assert all(word in said for word in words), said
+    assert not (ready / "runs/x/seed0/fold0/weights.safetensors").exists()
+
+
+def test_an_override_that_changes_results_needs_a_name(ready: Path) -> None:
+    assert "--as NAME" in refusal(lambda: jobs.train("exp001", ["optim.rate=1"]))
+    assert not (ready / "runs").exists()
+
+
+def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(ready: Path) -> None:
+    jobs.train("exp001", TINY, fold="0", name="x")
+    before = store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors")
+    said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
+    assert "optim.rate: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
+    assert store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors") == before
+    jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
+    assert store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors") != before
+    assert len(list((ready / "runs/.trash").iterdir())) == 1
+    jobs.train("exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x")  # another seed is the same run
+
+
+def test_a_knob_without_effect_says_so(ready: Path) -> None:
+    cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
+    heads = samples.load().heads
+    model.build(cfg, heads, pretrained=False)
+    said = refusal(lambda: model.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False))
+    assert "model.drop_path_rate" in said and "vgg11" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ready: Path) -> None:
+    said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"))
+    assert "at step" in said or "validation" in said
+    assert not (ready / "runs/x/seed0/fold0/weights.safetensors").exists()
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_picture_stops_training_and_not_inference(ready: Path) -> None:
+    table = samples.load()
+    taught = folds.load(table).split(0)[0][:48]
+    victims = {"train": table.frame["images"].iloc[taught[5]][0], "test": table.frame["images"].iloc[table.positions("test")[3]][0]}
+    cut = {kind: ready / "data/raw" / path for kind, path in victims.items()}
+    whole = {kind: file.read_bytes() for kind, file in cut.items()}
+    for file in cut.values():
+        file.write_bytes(file.read_bytes()[:-40])
+    said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
+    assert victims["train"] in said and table.frame["id"].iloc[taught[5]] in said
+    cut["train"].write_bytes(whole["train"])
+    jobs.train("exp001", TINY, fold="0", name="x")
+    listed = (ready / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()
+    assert len(listed) == 1 and victims["test"] in listed[0]
+    said_of = bank.read(ready / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
+    shares = said_of.probability(table.heads[0])[3]
+    assert shares == pytest.approx(np.bincount(table.truth(table.heads[0], table.positions("train"))) / 1437, abs=1e-6)
+
+
+def test_draws_are_a_function_of_seed_epoch_and_position(ready: Path) -> None:
+    """Workers, starting points and loaders do not show; an oversampled sample is never drawn twice the same way."""
+    rows = np.repeat(samples.load().positions("train")[:16], 4)
+
+    def drawn(workers: int, first: int = 0) -> list[bytes]:
+        cfg = config(*TINY[2:], f"machine.workers={workers}", "augment=heavy")
+        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        plans = [data.training_batches(rows, 8, 7, epoch, first) for epoch in range(2)]
+        return [p.numpy().tobytes() for plan in plans for batch in feed.batches(plan) for p in batch.pictures]
+
+    alone = drawn(0)
+    assert len(alone) == 128 and len(set(alone)) == 128
+    assert drawn(2) == alone
+    assert drawn(0, first=5) == alone[40:64] + alone[104:]
+
+
+def test_a_recipe_with_a_wrong_argument_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import albumentations as A
+
+    monkeypatch.setattr(own.competition, "recipe", lambda size: augment.Recipe([A.HorizontalFlip(prob=1)]), raising=False)
+    assert "prob" in refusal(lambda: augment.named(config("augment=recipe")))
+
+
+# --- the parts against what they promise ---------------------------------------------------------------------------------
+
+
+def test_the_rate_is_linear_warmup_then_cosine() -> None:
+    schedule = config_of_schedule(warmup=2.0, final=0.1)
+    shares = [optim.share(schedule, step, 100, 10) for step in range(100)]
+    assert shares[:20] == pytest.approx([(s + 1) / 21 for s in range(20)])
+    assert shares[20:] == pytest.approx([0.1 + 0.9 * (1 + np.cos(np.pi * s / 80)) / 2 for s in range(80)])
+
+
+def config_of_schedule(**knobs: Any) -> Any:
+    from comp.knobs import Schedule
+
+    return Schedule(name="cosine", **knobs)
+
+
+def test_losses_against_hand_values() -> None:
+    output, codes = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
+    p = torch.softmax(output, 1)[0]
+    assert float(losses.cross_entropy(output, codes, 0.0)) == pytest.approx(float(-p[0].log()))
+    smooth = -(0.1 / 3 * p.log().sum() + 0.9 * p[0].log())
+    assert float(losses.cross_entropy(output, codes, 0.1)) == pytest.approx(float(smooth))
+    assert float(losses.cross_entropy(output, torch.tensor([[0.5, 0.5, 0.0]]), 0.0)) == pytest.approx(float(-(p[0].log() + p[1].log()) / 2))
+    assert float(losses.bce(torch.tensor([[0.0]]), torch.tensor([1.0]), 0.2)) == pytest.approx(float(np.log(2)))
+    above = losses.cumulative(torch.tensor([[3.0, -3.0]]), torch.tensor([1.0]), 0.0)  # above 0 yes, above 1 no
+    assert float(above) == pytest.approx(2 * float(np.log1p(np.exp(-3))))
+
+
+def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
+    x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    seen = {view(x).numpy().tobytes() for view in tta.VIEWS.values()}
+    assert len(seen) == len(tta.VIEWS) == 8
+    assert torch.equal(tta.rot90(tta.rot270(x)), x) and torch.equal(tta.antitranspose(tta.antitranspose(x)), x)
+
+
+def test_views_are_averaged_in_their_space(ready: Path) -> None:
+    """The member of two views is the mean, in probability, of what each view says alone."""
+    run = [*TINY, "predict.tta=[identity]"]
+    for number in range(5):
+        jobs.train("exp001", run, fold=str(number), name="x")
+    for views in ("identity,hflip", "hflip"):
+        jobs.predict("x", tta=views)
+    table = samples.load()
+    split = folds.load(table)
+    alone, other, both = (bank.load(a, "test", table, split).probability(table.heads[0]) for a in ("x", "x:tta-hflip", "x:tta-identity-hflip"))
+    one_fold = [
+        bank.read(ready / "runs/x/seed0/fold0" / part / "test.arrow", table, split).probability(table.heads[0])
+        for part in ("", "tta-hflip", "tta-identity-hflip")
+    ]
+    rows = ~np.isnan(one_fold[0]).any(1)
+    assert one_fold[2][rows] == pytest.approx((one_fold[0][rows] + one_fold[1][rows]) / 2, abs=1e-6)
+    assert not np.allclose(alone[:48], other[:48], atol=1e-4)
+    assert np.isnan(both[48:]).all(), "rows never predicted are NaN, never 0"
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "loss"),
+    [
+        ("binary", "roc_auc", "default"),
+        ("regression", "rmse", "huber"),
+        ("ordinal", "qwk", "mse"),
+        ("ordinal", "qwk", "cumulative"),
+        ("multiclass", "log_loss", "default"),
+    ],
+)
+def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, loss: str) -> None:
+    table = pd.read_csv(project / "data/raw/train.csv", dtype=str)
+    digit = table["label"].astype(int)
+    table["label"] = {"binary": (digit > 4).astype(int), "regression": digit * 1.5}.get(task, digit // 2).astype(str)
+    table.to_csv(project / "data/raw/train.csv", index=False)
+    said = [f"competition.{k}={v}" for k, v in {"task": task, "metric": metric, "submission.form": "value"}.items()]
+    said += ["competition.folds.scheme=group"]
+    cfg = config(*said)
+    tables.prepare(cfg)
+    assign.make(cfg, samples.load(), remake=False)
+    for number in range(5):
+        jobs.train("exp001", [*TINY, *said, f"loss={loss}"], fold=str(number), name="x")
+    record = store.read_json(project / "runs/x/score.json")
+    assert record["metric"] == metric and record["n"] == 5 and np.isfinite(record["oof"])
+    if task == "ordinal":
+        assert len(record["cuts"]["label"]) == 4
+    loaded = samples.load()
+    oof = bank.load("x", "oof", loaded, folds.load(loaded))
+    assert score.of(cfg, loaded, folds.load(loaded), oof)["oof"] == record["oof"]
+
+
+def test_custom_loss_metric_and_model_from_competition_py(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def metric(truth: Any, prediction: Any, rows: Any) -> float:
+        return float((truth == prediction).mean() + rows["meta.pen"].notna().mean())
+
+    metric.direction, metric.needs = "max", "label"  # type: ignore[attr-defined]
+    hooks = {
+        "loss": lambda output, target: torch.nn.functional.cross_entropy(output, target, reduction="none") * 2,
+        "metric": metric,
+        "model": lambda cfg, outputs: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, outputs)),
+    }
+    for name, hook in hooks.items():
+        monkeypatch.setattr(own.competition, name, hook, raising=False)
+    jobs.train("exp001", [*TINY, "loss=loss", "competition.metric=metric"], fold="0", name="x")
+    assert [*own.in_force()] == ["model", "loss", "metric"]
+    shapes = {k: tuple(v.shape) for k, v in _weights(ready / "runs/x/seed0/fold0/weights.safetensors").items()}
+    assert shapes == {"1.weight": (10, 1024), "1.bias": (10,)}
+
+
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def test_half_precision_and_several_seeds(ready: Path) -> None:
+    for number in range(5):
+        jobs.train("exp001", [*TINY, "train.amp=bf16", "train.seeds=[0, 1]"], fold=str(number), name="x")
+    table = samples.load()
+    split = folds.load(table)
+    one, two, run = (bank.load(a, "oof", table, split) for a in ("x:seed0", "x:seed1", "x"))
+    rows = one.predicted
+    mean = (one.probability(table.heads[0]) + two.probability(table.heads[0])) / 2
+    assert run.probability(table.heads[0])[rows] == pytest.approx(mean[rows], abs=1e-5)
+    jobs.train("exp001", [*TINY, "train.amp=bf16", "train.seeds=[0, 1]"], fold="full", name="x")
+    assert bank.find("x:full", "test").exists()
+
+
+@pytest.mark.parametrize("victim", ["data/samples.parquet", "data/folds.parquet", "runs/x/seed0/fold0/weights.safetensors", "runs/x/seed0/fold0/oof.arrow"])
+def test_one_flipped_byte_is_refused_by_name(ready: Path, victim: str) -> None:
+    jobs.train("exp001", TINY, fold="0", name="x")
+    file = ready / victim
+    data_ = bytearray(file.read_bytes())
+    data_[len(data_) // 2] ^= 1
+    file.write_bytes(data_)
+    shutil.rmtree(ready / "runs/x/seed0/fold0", ignore_errors=True) if victim.startswith("data") else None
+    readers = {"oof.arrow": lambda: bank.read(file, samples.load(), folds.load(samples.load()))}
+
+    def train() -> None:
+        (ready / "runs/x/seed0/fold0/test.arrow").unlink(missing_ok=True)
+        jobs.train("exp001", TINY, fold="0", name="x")
+
+    assert victim in refusal(readers.get(file.name, train))
