@@ -1,0 +1,129 @@
+"""What the structure of an image file says before any pixel is decoded: whether the file is whole, and how to turn it.
+
+Decoders are lenient with files that were cut: some fill up with grey, some with what the picture showed before. So the end is
+looked for here, kind by kind; it costs microseconds. Bit flips are another matter: only PNG carries a checksum.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+
+class Jpeg(NamedTuple):
+    height: int
+    width: int
+    components: int
+    orientation: int
+    cut: str  # empty, or why the file is not whole
+
+
+def jpeg(data: bytes) -> Jpeg | None:
+    """What stands before the first scan; None where it makes no sense."""
+    position, orientation = 2, 1
+    size: tuple[int, int, int] | None = None
+    while (position := data.find(b"\xff", position)) >= 0 and position + 10 < len(data):
+        marker = data[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # without a length
+            position += 2
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            size = struct.unpack_from(">HHB", data, position + 5)
+        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            orientation = exif_orientation(data[position + 10 : end])
+        elif marker == 0xDA:
+            if size is None or min(size) == 0:
+                return None
+            # From here on 0xFF of the picture itself is always followed by a zero. Earlier ends are those of thumbnails.
+            return Jpeg(
+                *size,
+                orientation,
+                "" if data.find(b"\xff\xd9", end) >= 0 else "cut off, its end marker is missing",
+            )
+        position = end
+    return None
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """1 to 8, as the camera was held: tag 274 of the first directory. 1 where there is none."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, entry)
+            if tag == 274:
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # a broken block turns nothing
+    return 1
+
+
+def cut(data: bytes) -> str:
+    """Why a file other than JPEG and TIFF is not whole, as far as its structure tells; empty where nothing speaks against it."""
+    for start, check in CHECKS.items():
+        if data.startswith(start):
+            return check(data)
+    return ""
+
+
+def _png(data: bytes) -> str:
+    position = 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        end = position + 12 + length
+        if end > len(data):
+            break
+        # Lower case marks what a decoder may leave out. Pillow does not look at the checksums of the rest either.
+        if kind[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(
+            data[end - 4 : end], "big"
+        ):
+            return f"broken, the checksum of its {kind.decode('latin-1')} chunk differs"
+        if kind == b"IEND":
+            return ""
+        position = end
+    return "cut off, its IEND chunk is missing"
+
+
+def _riff(data: bytes) -> str:
+    declared = 8 + int.from_bytes(data[4:8], "little")
+    return f"cut off, {declared - len(data)} bytes are missing" if declared > len(data) else ""
+
+
+def _bmp(data: bytes) -> str:
+    declared = int.from_bytes(data[2:6], "little")
+    return f"cut off, {declared - len(data)} bytes are missing" if declared > len(data) else ""
+
+
+def _gif(data: bytes) -> str:
+    """Walks all frames: each is a chain of blocks of up to 255 bytes."""
+
+    def table(flags: int) -> int:
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    try:
+        position = 13 + table(data[10])
+        while data[position] != 0x3B:
+            if data[position] == 0x2C:
+                position += 11 + table(data[position + 9])
+            elif data[position] == 0x21:
+                position += 2
+            else:
+                return "broken, no GIF block begins where one should"
+            while data[position]:
+                position += 1 + data[position]
+            position += 1
+    except IndexError:
+        return "cut off, its last block is missing"
+    return ""
+
+
+CHECKS = {b"\x89PNG\r\n\x1a\n": _png, b"RIFF": _riff, b"BM": _bmp, b"GIF8": _gif}
