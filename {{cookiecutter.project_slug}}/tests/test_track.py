@@ -1,0 +1,447 @@
+"""log.jsonl is the record; W&B beside it tells the same story, and no trouble of W&B's ever reaches the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb_reader
+from PIL import Image
+from wandb_server import Server
+
+from comp import provenance, store, track
+from comp.knobs import Track as Settings
+
+HERE = Path(__file__).resolve().parent
+KEY = "0123456789abcdef0123456789abcdef01234567"
+SECRETS = (
+    KEY,
+    "config-secret-0123456789",
+    "wandb_v1_0123456789abcdefghij",
+    "argument-secret-4711",
+    "literal-secret-4711",
+    "hunter2secret",
+)
+PATIENT = 120  # seconds after which a run that should have ended counts as hung
+
+
+@dataclass
+class Project:
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / "exp001" / "seed0" / "fold1"
+
+    def run(self, mode: str, *words: str, url: str = "", key: str = KEY) -> subprocess.CompletedProcess[str]:
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith("WANDB") and "_proxy" not in k.lower()
+        }
+        home = self.root.parent / "home"
+        home.mkdir(exist_ok=True)
+        more = {
+            "COMP_ROOT": str(self.root),
+            "HOME": str(home),
+            "PYTHONPATH": str(HERE.parent),
+            "SERVICE_PASSWORD": "hunter2secret",
+        }
+        more["MPLCONFIGDIR"] = str(
+            self.root.parent.parent / "matplotlib"
+        )  # its font cache takes seconds to make
+        more |= {"WANDB_BASE_URL": url} if url else {}
+        more |= {"WANDB_API_KEY": key} if key else {}
+        return subprocess.run(
+            [sys.executable, str(HERE / "tracked_run.py"), mode, *words],
+            check=False, cwd=self.root, env=kept | more, capture_output=True, text=True, timeout=PATIENT,
+        )  # fmt: skip
+
+    def lines(self) -> list[dict[str, object]]:
+        """The log without what differs between any two runs."""
+        return [
+            {k: v for k, v in line.items() if k not in ("clock", "sha256")}
+            for line in track.read(self.folder / "log.jsonl")
+        ]
+
+    def parts(self, kind: str = "offline-run") -> list[wandb_reader.Part]:
+        return [wandb_reader.read(part) for part in sorted((self.root / "wandb").glob(f"{kind}-*"))]
+
+
+def new_project(folder: Path) -> Project:
+    """A repository with a commit, a change since, and a new file; a secret in each."""
+    root = folder / "project"
+    (root / "configs").mkdir(parents=True)
+    (root / "configs" / "base.yaml").write_text("{}\n")
+    (root / "train.sh").write_text("before\n")
+    (root / ".gitignore").write_text("wandb\nruns\n")
+    git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "begin"], check=True)
+    (root / "train.sh").write_text("after\nexport KAGGLE_KEY=literal-secret-4711\n")
+    (root / "configs" / "exp009.yaml").write_text(
+        "base: exp001\npassword: 'literal-secret-4711'\nnote: hunter2secret\n"
+    )
+    return Project(root)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Never killed, no W&B: what every other run must equal."""
+    project = new_project(tmp_path_factory.mktemp("plain"))
+    done = project.run("none")
+    assert done.returncode == 0, done.stderr
+    return project
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Killed between two checkpoints, a torn line left behind, and run again."""
+    project = new_project(tmp_path_factory.mktemp("resumed"))
+    killed = project.run("offline", "torn", "--token=argument-secret-4711")
+    assert killed.returncode == -9, killed.stderr
+    assert (project.folder / "log.jsonl").read_bytes().endswith(b'"lo')
+    done = project.run("offline", "--token=argument-secret-4711")
+    assert done.returncode == 0, done.stderr
+    assert "W&B" not in done.stderr
+    return project
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[str], Server]]:
+    started: list[Server] = []
+
+    def start(habit: str) -> Server:
+        started.append(Server(habit))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+# --- the record ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_log_equals_one_that_was_never_killed(plain: Project, resumed: Project) -> None:
+    assert differing(resumed.lines(), plain.lines()) == []
+    assert [line["step"] for line in plain.lines() if "loss" in line] == list(range(1, 41))
+    assert track.finished(plain.folder)
+
+
+def differing(a: list[dict[str, object]], b: list[dict[str, object]]) -> list[tuple[object, object]]:
+    """nan is not equal to itself, so the text is compared."""
+    return [(x, y) for x, y in zip(map(repr, a), map(repr, b), strict=True) if x != y]
+
+
+def test_every_line_is_valid_json_and_numbers_come_back(plain: Project) -> None:
+    for line in (plain.folder / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    raw = [json.loads(line) for line in (plain.folder / "log.jsonl").read_text().splitlines()]
+    (marked,) = [line for line in raw if "nonfinite" in line and line.get("step")]
+    assert marked["loss"] is None and marked["nonfinite"] == {"loss": "nan"}
+    back = {line.get("step"): line for line in track.read(plain.folder / "log.jsonl") if "loss" in line}
+    assert math.isnan(back[7]["loss"]) and back[8]["rate"] == 0.5
+    (summary,) = [line for line in track.read(plain.folder / "log.jsonl") if line.get("event") == "summary"]
+    assert summary["values"]["broken"] == math.inf
+
+
+def test_off_means_off(plain: Project) -> None:
+    assert not (plain.root / "wandb").exists()
+    code = (
+        "import sys; from comp import pictures, track; "
+        "sys.exit(str({'wandb', 'torch', 'pandas', 'matplotlib'} & set(sys.modules)).replace('set()', '') or 0)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, cwd=HERE.parent, timeout=PATIENT).returncode
+        == 0
+    )
+
+
+def test_a_log_shorter_than_its_checkpoint_keeps_its_whole_lines(empty: Path) -> None:
+    """After a power cut the file may lack what the checkpoint had already seen."""
+    log = empty / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert track._cut(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert track._cut(log, 12) == [b'{"step": 1}']
+    assert track._cut(log, 0) == [] and log.read_bytes() == b""
+
+
+def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> None:
+    import pandas as pd
+
+    damaged = empty / "damaged.png"
+    damaged.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    with open_quietly(empty / "run") as log:
+        log.log(
+            {
+                "step": np.int64(1),
+                "loss": np.array(0.5),
+                "list": [np.float64("inf"), 1],
+                "path": Path("x"),
+                "none": None,
+            }
+        )
+        log.table("worst", pd.DataFrame({"id": ["001", "002"]}), [damaged, np.zeros((900, 300), np.uint8)])
+    first = track.read(empty / "run" / "log.jsonl")[0]
+    assert {k: first[k] for k in ("step", "loss", "list", "path", "none")} == {
+        "step": 1, "loss": 0.5, "list": [None, 1], "path": "x", "none": None,
+    }  # fmt: skip
+    table = json.loads((empty / "run" / "media" / "worst.json").read_text())
+    assert table["rows"] == [["001"], ["002"]] and table["pictures"] == [None, "worst/001.png"]
+    assert max(Image.open(empty / "run" / "media" / "worst" / "001.png").size) == track.THUMBNAIL
+
+
+def test_an_error_ends_the_run_as_failed(empty: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_quietly(empty / "run") as log:
+        log.log({"step": 1 // 0})
+    assert track.read(empty / "run" / "log.jsonl")[-1]["name"] == "failed"
+    assert not track.finished(empty / "run")
+
+
+def open_quietly(folder: Path) -> track.Track:
+    settings = Settings(mode="none", project=None, entity=None, checkpoints=False)
+    return track.open_run(
+        folder, run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
+    )
+
+
+# --- W&B, offline ----------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_kill_the_offline_parts_are_one_history_without_repeated_steps(resumed: Project) -> None:
+    (part,) = resumed.parts()
+    assert part.column("step") == list(range(1, 41))
+    told = [line for line in resumed.lines() if "loss" in line]
+    assert part.column("rate") == [line["rate"] for line in told]
+    # nan is not equal to itself
+    assert list(map(repr, part.column("loss"))) == [repr(line["loss"]) for line in told]
+    assert part.column("epoch") == [1, 2, 3, 4]
+    assert part.column("_step") == sorted(set(part.column("_step")))
+    assert part.exit_code == 0
+    # What the killed one told lies in the trash.
+    (old,) = (resumed.root / "runs" / ".trash").glob("offline-run-*")
+    assert "-exp001-seed0-fold1-" in old.name
+
+
+def test_the_offline_part_holds_all_that_was_promised(resumed: Project) -> None:
+    (part,) = resumed.parts()
+    assert (part.run.run_id, part.run.run_group, part.run.job_type) == (
+        "exp001-seed0-fold1",
+        "exp001",
+        "fold",
+    )
+    assert (part.run.display_name, part.run.project) == ("exp001/seed0/fold1", "practice")
+    assert part.config["optim"] == {"rate": 1e-3}
+    # code version and difference
+    commit = subprocess.run(
+        ["git", "-C", str(resumed.root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert part.config["code"]["commit"] == part.run.git.commit == commit and part.config["code"]["changed"]
+    assert "code.diff" in part.files
+    difference = (part.folder / "files" / "code.diff").read_text()
+    assert "-before\n+after\n" in difference and "+base: exp001\n" in difference
+    # hardware
+    assert part.config["hardware"]["cores"] >= 1 and part.machine["cpu_count"] >= 1
+    # numbers, each over its own axis
+    assert (part.axes["loss"], part.axes["rate"], part.axes["valid_loss"]) == ("step", "step", "epoch")
+    assert len(part.column("valid_loss")) == 4
+    assert part.summary["score"] == 0.75
+    # pictures and tables
+    assert Image.open(part.media("augment")).size == Image.open(resumed.folder / "sheet.png").size
+    assert Image.open(part.media("confusion")).size == Image.open(resumed.folder / "confusion.png").size
+    assert part.column("folds")[0]["nrows"] == 2 and table_of(part, "folds")["data"][0] == [0, 50, 0.1]
+    worst = table_of(part, "worst")
+    assert worst["columns"] == ["id", "true", "predicted", "error", "position", "picture"]
+    assert worst["data"][0][:3] == ["00d", "bee", "cat (1.000)"] and worst["data"][0][5]["width"] == 192
+
+
+def table_of(part: wandb_reader.Part, name: str) -> dict[str, Any]:
+    """A table goes as an artifact of its own, with its pictures in it."""
+    contents = part.artifacts[f"run-{part.run.run_id}-{name}"].manifest.contents
+    files = {entry.path: Path(entry.local_path) for entry in contents}
+    content: dict[str, Any] = json.loads(files[f"{name}.table.json"].read_text())
+    if "picture" in content["columns"]:
+        pictures = [path for path in files if path.endswith(".png")]
+        assert len(pictures) == len(content["data"]) and all(
+            Image.open(files[path]).format == "PNG" for path in pictures
+        )
+    return content
+
+
+def test_predictions_and_weights_are_noted_where_they_lie(resumed: Project) -> None:
+    (part,) = resumed.parts()
+    for name, type_, file in (("oof", "oof", "oof.arrow"), ("weights", "model", "weights.safetensors")):
+        artifact = part.artifacts[f"exp001-seed0-fold1-{name}"]
+        (entry,) = artifact.manifest.contents
+        assert artifact.type == type_
+        assert (
+            Path(entry.local_path) == resumed.folder / file
+            and entry.size == (resumed.folder / file).stat().st_size
+        )
+    sizes = {
+        file.stat().st_size
+        for file in (resumed.root / "wandb").rglob("*")
+        if file.is_file() and not file.is_symlink()
+    }
+    assert not sizes & {
+        (resumed.folder / file).stat().st_size for file in ("oof.arrow", "weights.safetensors")
+    }  # no copy
+
+
+def test_no_secret_is_kept_and_nothing_lies_outside_the_project(resumed: Project) -> None:
+    files = [
+        file for file in (*resumed.root.glob("wandb/**/*"), *resumed.root.glob("runs/**/*")) if file.is_file()
+    ]
+    assert len(files) > 20
+    for file in files:
+        for secret in SECRETS:
+            assert secret.encode() not in file.read_bytes(), f"{secret} in {file}"
+    (part,) = resumed.parts()
+    assert part.config["api_key"] == provenance.REMOVED
+    assert "--token=" + provenance.REMOVED in part.config["command"]
+    assert list((resumed.root.parent / "home").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["Key points: token counts", "monkey=5", "competition.classes=[key, lock]", "commit " + KEY]
+)
+def test_ordinary_words_are_not_taken_for_secrets(text: str) -> None:
+    assert provenance.without_secrets({"title": text, "num_tokens": 7}) == {"title": text, "num_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    "text", ["--api-key abc", "KAGGLE_KEY=abc", "https://me:abc@host/x", "hf_abcabcabcabcabcabcabc"]
+)
+def test_secrets_are_known_by_name_place_and_shape(text: str) -> None:
+    assert "abc" not in provenance.without_secrets({"command": text})["command"]
+
+
+def test_the_difference_applied_to_the_commit_is_the_code_that_ran(tmp_path: Path) -> None:
+    root = new_project(tmp_path).root
+    (root / "train.sh").write_text("after\n")
+    (root / "configs" / "exp009.yaml").write_text("base: exp001\n")
+    (root / "empty.py").write_text("")
+    facts, difference = provenance.code(root)
+    (tmp_path / "code.diff").write_text(difference)
+    subprocess.run(["git", "clone", "-q", str(root), str(tmp_path / "clone")], check=True)
+    subprocess.run(["git", "-C", str(tmp_path / "clone"), "apply", str(tmp_path / "code.diff")], check=True)
+    for name in ("train.sh", "configs/exp009.yaml", "empty.py"):
+        assert (tmp_path / "clone" / name).read_text() == (root / name).read_text()
+    assert facts["changed"] and provenance.code(tmp_path)[0]["commit"] is None
+
+
+# --- W&B, in trouble -------------------------------------------------------------------------------------------------------
+
+
+def falls_back(project: Project, plain: Project, done: subprocess.CompletedProcess[str]) -> None:
+    """The same result and record, one line about it, and the whole history offline."""
+    same_result(project, plain, done)
+    (said,) = [line for line in done.stderr.splitlines() if "W&B" in line]
+    assert "online failed" in said and "offline" in said
+    (part,) = project.parts()
+    assert part.column("step") == list(range(1, 41)) and part.column("epoch") == [1, 2, 3, 4]
+
+
+def same_result(project: Project, plain: Project, done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
+    assert (project.folder / "result.txt").read_text() == (plain.folder / "result.txt").read_text()
+    numbers, wanted = ([line for line in one.lines() if "event" not in line] for one in (project, plain))
+    assert differing(numbers, wanted) == []
+
+
+def test_a_wrong_key_changes_nothing(tmp_path: Path, plain: Project, server: Callable[[str], Server]) -> None:
+    project = new_project(tmp_path)
+    falls_back(project, plain, project.run("online", "numbers", url=server("refuses").url))
+
+
+def test_a_server_that_never_answers_changes_nothing(
+    tmp_path: Path, plain: Project, server: Callable[[str], Server]
+) -> None:
+    project = new_project(tmp_path)
+    falls_back(project, plain, project.run("online", "numbers", "hasty", url=server("silent").url))
+
+
+@pytest.mark.slow
+def test_no_key_changes_nothing(tmp_path: Path, plain: Project, server: Callable[[str], Server]) -> None:
+    project = new_project(tmp_path)
+    falls_back(project, plain, project.run("online", "numbers", url=server("works").url, key=""))
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_run_changes_nothing(
+    tmp_path: Path, plain: Project, server: Callable[[str], Server]
+) -> None:
+    project = new_project(tmp_path)
+    done = project.run("online", "numbers", url=server("dies").url)
+    same_result(project, plain, done)
+    assert "wandb sync wandb/run-" in done.stderr
+    (part,) = project.parts("run")  # what was not sent is on disk
+    assert part.column("step") == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_server_gets_every_line_once_across_a_kill(tmp_path: Path, server: Callable[[str], Server]) -> None:
+    project, one = new_project(tmp_path), server("works")
+    assert project.run("online", "kill", "numbers", url=one.url).returncode == -9
+    done = project.run("online", "numbers", url=one.url)
+    assert done.returncode == 0 and "W&B" not in done.stderr, done.stderr
+    rows = [one.history[number] for number in sorted(one.history)]
+    assert [row["step"] for row in rows if "step" in row] == list(range(1, 41))
+    assert one.repeated == []
+    assert not any(secret.encode() in one.received for secret in SECRETS)
+
+
+@pytest.mark.slow
+def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(mode="offline", project=None, entity=None, checkpoints=False)
+    run = track.open_run(
+        empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
+    )
+    assert isinstance(run._feed, track.Feed) and run._feed._process is not None
+    run.log({"step": 1, "loss": 0.5})
+    run._feed._process.kill()
+    run._feed._process.wait()
+    run._feed.report()
+    run.log({"step": 2, "loss": 0.25})
+    run.finish()
+    assert "told once more offline" in capsys.readouterr().err
+    (part,) = Project(empty).parts()
+    assert part.column("loss") == [0.5, 0.25]
+
+
+def test_patience_ends(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All runs of a process share it, so that ten folds do not wait ten times for the same dead server."""
+    monkeypatch.setattr(track, "PATIENCE", 0.01)
+    monkeypatch.setattr(track.Feed, "_waited", 0.0)
+    feed = track.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as endless:
+        feed._process = endless
+        feed.wait()
+        assert endless.poll() is None
+        assert "goes on without us" in capsys.readouterr().err and track.Feed._waited > 0
+        endless.kill()
+
+
+def test_one_dead_server_is_enough(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(track.Feed, "_online_failed", False)
+    feed = track.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    store.write_json(feed._state, {"mode": "offline", "note": "online failed"})
+    feed.report()
+    feed.report()
+    assert capsys.readouterr().err == "W&B: online failed\n"
+    track.Feed({"mode": "online", "run": {"id": "s"}}, empty)
+    assert store.read_json(store.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"
