@@ -1,0 +1,476 @@
+"""What is fitted on some rows is exact there and worth nothing on random labels elsewhere, and every tool says so."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from metric_cases import PAIRS, case
+
+from comp.decide import apply_cuts, apply_threshold, fit_cuts, fit_threshold, fit_thresholds
+from comp.honest import Nested, bootstrap, fold_table, nested, paired, resamples, scorer, units
+from comp.metrics import METRICS, Metric, MetricUndefined
+
+AUC, QWK, RMSE, LOSS, F1 = (METRICS[name] for name in ("roc_auc", "qwk", "rmse", "log_loss", "f1"))
+SEEDS = range(20)
+
+
+def noise(seed: int, rows: int = 1000, classes: int = 2) -> tuple[Any, Any, Any]:
+    """(labels, predictions that know nothing of them, folds)"""
+    random = np.random.default_rng(seed)
+    return random.integers(0, classes, rows) * 1.0, random.random(rows), np.arange(rows) % 5
+
+
+def chance(scores: list[float], expected: float) -> float:
+    """How many standard errors the mean of scores is away from what chance gives."""
+    return float((np.mean(scores) - expected) / (np.std(scores, ddof=1) / len(scores) ** 0.5))
+
+
+# Cut points
+
+
+def every_cut(value: Any, num_grades: int) -> Any:
+    levels = np.unique(value)
+    places = [levels[0], *((levels[:-1] + levels[1:]) / 2), levels[-1] + 1]
+    return itertools.combinations_with_replacement(places, num_grades - 1)
+
+
+@pytest.mark.parametrize("name", ["qwk", "accuracy", "balanced_accuracy"])
+@pytest.mark.parametrize("seed", range(6))
+def test_cuts_are_the_best_of_all(name: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    num_grades = 3 + seed % 2
+    truth = random.permutation(np.arange(16) % num_grades) * 1.0
+    value = (truth * (seed % 3) + random.normal(size=16)).round(1)  # from no skill to some, with ties
+    weight = random.integers(1, 4, 16)
+    rows = pd.DataFrame({"weight": weight})
+    best = max(METRICS[name](truth, apply_cuts(value, cuts), rows) for cuts in every_cut(value, num_grades))
+    cuts = fit_cuts(value, truth, num_grades, METRICS[name], rows)
+    assert METRICS[name](truth, apply_cuts(value, cuts), rows) == pytest.approx(best, abs=1e-12)
+    assert (np.diff(cuts) >= 0).all() and np.isfinite(cuts).all() and len(cuts) == num_grades - 1
+
+
+def test_cuts_of_clean_values_lie_half_way() -> None:
+    value, truth = np.array([0, 1, 10, 11, 20, 21.0]), np.array([0, 0, 1, 1, 2, 2.0])
+    for name in ("qwk", "accuracy", "f1_macro"):
+        assert fit_cuts(value, truth, 3, METRICS[name]).tolist() == [5.5, 15.5]
+
+
+def test_a_grade_that_nobody_has_is_never_given() -> None:
+    value, truth = np.array([0, 1, 10, 11, 20, 21.0]), np.array([0, 0, 1, 1, 3, 3.0])
+    assert apply_cuts(value, fit_cuts(value, truth, 5, QWK)).tolist() == [0, 0, 1, 1, 3, 3]
+
+
+def test_cuts_for_another_metric_are_no_worse_than_rounding() -> None:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 4, 300) * 1.0
+    value = truth * 0.5 + 1 + random.normal(size=300) * 0.4
+    metric = METRICS["f1_macro"]
+    score = metric(truth, apply_cuts(value, fit_cuts(value, truth, 4, metric)))
+    assert score > metric(truth, np.clip(np.rint(value), 0, 3)) + 0.05
+
+
+def test_neighbouring_floats_are_kept_apart() -> None:
+    low = 1.0
+    value = np.array([low, np.nextafter(low, 2), np.nextafter(np.nextafter(low, 2), 2)])
+    assert apply_cuts(value, fit_cuts(value, np.array([0, 1, 2.0]), 3, QWK)).tolist() == [0, 1, 2]
+    single = value.astype(np.float32)
+    assert (apply_cuts(single, [np.float32(1.0)]) == 1).all()
+
+
+def test_cuts_refuse_what_they_cannot_cut() -> None:
+    with pytest.raises(MetricUndefined, match="NaN"):
+        apply_cuts(np.array([1, np.nan]), [0.5])
+    with pytest.raises(MetricUndefined, match="NaN"):
+        fit_cuts(np.array([1, np.nan]), np.array([0, 1]), 2, QWK)
+    with pytest.raises(MetricUndefined, match="5 is no class code from 0 to 2"):
+        fit_cuts(np.array([1, 2.0]), np.array([0, 5]), 3, QWK)
+    with pytest.raises(MetricUndefined, match="only the grade 1"):
+        fit_cuts(np.array([1, 2.0]), np.array([1, 1]), 3, QWK)
+
+
+def nested_cuts(truth: Any, value: Any, fold: Any) -> Nested:
+    return nested(
+        fold,
+        lambda rows: fit_cuts(value[rows], truth[rows], 5, QWK),
+        lambda cuts, rows: apply_cuts(value[rows], cuts),
+    )
+
+
+def test_nested_cuts_find_nothing_in_random_grades() -> None:
+    inside, outside = [], []
+    for seed in SEEDS:
+        truth, value, fold = noise(seed, 500, 5)
+        out = nested_cuts(truth, value, fold)
+        inside.append(QWK(truth, apply_cuts(value, out.final)))
+        outside.append(QWK(truth, out.prediction))
+    assert abs(chance(outside, 0)) < 3
+    assert chance(inside, 0) > 6 and np.mean(inside) > 0.03
+
+
+# Thresholds
+
+
+@pytest.mark.parametrize(
+    "name", ["f1", "f1_macro", "f1_micro", "accuracy", "balanced_accuracy", "mcc", "qwk"]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_threshold_is_the_best_of_all(name: str, seed: int) -> None:
+    truth, score = case(AUC, "binary", rows=40, seed=seed)
+    rows = pd.DataFrame({"weight": np.random.default_rng(seed).integers(1, 4, 40)})
+    metric = METRICS[name]
+    best = max(metric(truth, score >= cut, rows) for cut in [*np.unique(score), 2.0])
+    found = fit_threshold(truth, score, metric, rows)
+    assert metric(truth, apply_threshold(score, found), rows) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_threshold_lies_half_way() -> None:
+    assert fit_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9], F1) == pytest.approx(0.4)
+
+
+def test_a_threshold_for_a_metric_of_ones_own() -> None:
+    truth, score = case(AUC, "binary", rows=200)
+    mine = Metric(
+        "mine",
+        lambda t, p, rows: float(np.mean((t == 1) & (p == 1)) - 2 * np.mean((t == 0) & (p == 1))),
+        "max",
+        "label",
+    )
+    found = mine(truth, apply_threshold(score, fit_threshold(truth, score, mine)))
+    assert found == max(mine(truth, score >= cut) for cut in [*np.unique(score), 2.0])
+
+
+def test_thresholds_refuse() -> None:
+    with pytest.raises(MetricUndefined, match="both classes"):
+        fit_threshold([0, 0], [0.1, 0.2], F1)
+    with pytest.raises(MetricUndefined, match="no threshold of its own"):
+        fit_threshold([0, 1], [0.1, 0.2], METRICS["recall"])
+    with pytest.raises(MetricUndefined, match="NaN"):
+        apply_threshold(np.array([0.1, np.nan]), 0.5)
+    with pytest.raises(MetricUndefined, match="no class code"):
+        fit_threshold([0, 0.3], [0.1, 0.2], F1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["f1_micro", "f1_macro"])
+def test_thresholds_per_column_are_the_best_of_all(name: str, seed: int) -> None:
+    truth, score = case(AUC, "multilabel", rows=12, seed=seed)
+    truth, score = truth[:, :3], score[:, :3].round(1)
+    metric = METRICS[name]
+    places = [[*np.unique(score[:, column]), 2.0] for column in range(3)]
+    best = max(metric(truth, score >= np.array(cuts)) for cuts in itertools.product(*places))
+    assert metric(truth, apply_threshold(score, fit_thresholds(truth, score, metric))) == pytest.approx(best)
+
+
+def test_shared_threshold() -> None:
+    truth, score = case(AUC, "multilabel", rows=100)
+    for name in ("f1_micro", "f1_samples"):
+        metric = METRICS[name]
+        shared = fit_thresholds(truth, score, metric, shared=True)
+        assert len(shared) == 4 and len(set(shared)) == 1
+        best = max(metric(truth, score >= cut) for cut in np.unique(score))
+        assert metric(truth, apply_threshold(score, shared)) == pytest.approx(best)
+
+
+def test_a_column_without_both_classes_keeps_one_half() -> None:
+    truth = np.array([[0, 1, 0], [1, 1, 0], [1, 1, 0]])
+    score = np.array([[0.1, 0.2, 0.9], [0.3, 0.3, 0.8], [0.4, 0.3, 0.7]])
+    assert fit_thresholds(truth, score, METRICS["f1_macro"]).tolist() == pytest.approx([0.2, 0.5, 0.5])
+
+
+def test_floor_gives_the_nearest_label() -> None:
+    score = np.array([[0.1, 0.3], [0.6, 0.1], [0.0, 0.8]])
+    assert apply_threshold(score, np.array([0.2, 0.9]), floor=True).tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert apply_threshold(score[:1], np.array([0.2, 0.9])).tolist() == [[0, 0]]
+    assert apply_threshold(np.array([0.1, 0.5]), 0.5).tolist() == [0, 1]
+
+
+def nested_thresholds(fit: Any, metric: Metric, truth: Any, score: Any, fold: Any) -> Nested:
+    return nested(
+        fold,
+        lambda rows: fit(truth[rows], score[rows], metric),
+        lambda threshold, rows: apply_threshold(score[rows], threshold),
+    )
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mcc", 0.0), ("balanced_accuracy", 0.5)])
+def test_nested_thresholds_find_nothing_in_random_labels(name: str, expected: float) -> None:
+    metric, inside, outside = METRICS[name], [], []
+    for seed in SEEDS:
+        truth, score, fold = noise(seed, 500)
+        out = nested_thresholds(fit_threshold, metric, truth, score, fold)
+        inside.append(metric(truth, apply_threshold(score, out.final)))
+        outside.append(metric(truth, out.prediction))
+    assert abs(chance(outside, expected)) < 3
+    assert chance(inside, expected) > 6
+
+
+@pytest.mark.parametrize("name", ["f1_macro", "f1_micro"])
+def test_nested_thresholds_of_several_random_columns(name: str) -> None:
+    """Chance for F1 is what calling everything positive gives; tuning promises more and does not keep it."""
+    metric, inside, outside = METRICS[name], [], []
+    for seed in SEEDS:
+        random = np.random.default_rng(seed)
+        truth, score = (random.random((400, 5)) < 0.2) * 1.0, random.random((400, 5))
+        out = nested_thresholds(fit_thresholds, metric, truth, score, np.arange(400) % 5)
+        constant = metric(truth, np.ones_like(truth))
+        inside.append(metric(truth, apply_threshold(score, out.final)) - constant)
+        outside.append(metric(truth, out.prediction) - constant)
+    assert min(inside) >= 0 and chance(inside, 0) > 6
+    assert chance(outside, 0) < 3 and np.mean(inside) - np.mean(outside) > 0.005
+
+
+# Nested
+
+
+def test_nested_shows_each_fold_the_other_rows_only() -> None:
+    fold = np.array([0, 1, 2, 0, 1, 2, -1, -2])
+    shown: list[set[int]] = []
+
+    def fit(rows: Any) -> set[int]:
+        shown.append(set(rows.tolist()))
+        return shown[-1]
+
+    def apply(parameters: set[int], rows: Any) -> Any:
+        assert not parameters & set(rows.tolist())
+        return rows * 10
+
+    out = nested(fold, fit, apply)
+    assert out.parameters == {0: {1, 2, 4, 5}, 1: {0, 2, 3, 5}, 2: {0, 1, 3, 4}}
+    assert out.final == {0, 1, 2, 3, 4, 5} and shown[-1] == out.final and out.untaught == ()
+    assert out.prediction[:6].tolist() == [0, 10, 20, 30, 40, 50] and np.isnan(out.prediction[6:]).all()
+
+
+def test_nested_keeps_matrices() -> None:
+    out = nested(
+        np.array([0, 1, 1]), lambda rows: rows.mean(), lambda mean, rows: np.full((len(rows), 2), mean)
+    )
+    assert out.prediction.tolist() == [[1.5, 1.5], [0, 0], [0, 0]]
+
+
+def test_nested_by_time_uses_the_past_only() -> None:
+    fold = np.repeat([0, 1, 2], 3)
+    arguments: Any = (
+        fold,
+        lambda rows: set(fold[rows]),
+        lambda taught, rows: np.full(len(rows), len(taught)),
+    )
+    out = nested(*arguments, allowed=lambda number: fold < number)
+    assert out.parameters == {1: {0}, 2: {0, 1}} and out.untaught == (0,)
+    assert np.isnan(out.prediction[:3]).all() and out.prediction[3:].tolist() == [1, 1, 1, 2, 2, 2]
+    with_first = nested(*arguments, allowed=lambda number: fold < number, first={7, 8, 9})
+    assert with_first.prediction[:3].tolist() == [3, 3, 3] and with_first.untaught == (0,)
+
+
+def test_nested_keeps_groups_apart() -> None:
+    fold = np.array([0, 1, 1, 0])
+    groups = np.array(["a", "a", "b", None], dtype=object)
+    out = nested(fold, lambda rows: rows.tolist(), lambda taught, rows: rows, groups=groups)
+    assert out.parameters == {0: [2], 1: [3]}
+
+
+def test_nested_refuses_a_rule_that_leaks() -> None:
+    fold = np.array([0, 1, 1])
+    with pytest.raises(AssertionError, match="rows of fold 0"):
+        nested(fold, lambda rows: 0, lambda taught, rows: rows, allowed=lambda number: np.ones(3, dtype=bool))
+    with pytest.raises(AssertionError, match="gave 1 rows for 2"):
+        nested(fold, lambda rows: 0, lambda taught, rows: rows[:1])
+    with pytest.raises(MetricUndefined, match="no fold has another one"):
+        nested(np.zeros(3), lambda rows: 0, lambda taught, rows: rows)
+
+
+def test_nested_finds_nothing_when_memorising() -> None:
+    """A learner that knows its rows by heart is perfect in sample and at chance out of it."""
+    scores = []
+    for seed in SEEDS:
+        truth, value, fold = noise(seed, 400)
+
+        def fit(rows: Any, truth: Any = truth, value: Any = value) -> Any:
+            return value[rows], truth[rows]
+
+        def apply(known: Any, rows: Any, value: Any = value) -> Any:
+            return known[1][np.abs(value[rows, None] - known[0]).argmin(axis=1)]
+
+        out = nested(fold, fit, apply)
+        scores.append(AUC(truth, out.prediction))
+        assert AUC(truth, apply(out.final, np.arange(400))) == 1
+    assert abs(chance(scores, 0.5)) < 3
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(("name", "task"), PAIRS)
+def test_the_scorer_scores_what_was_drawn(name: str, task: str) -> None:
+    metric = METRICS[name]
+    truth, prediction = case(metric, task)
+    rows = pd.DataFrame({"weight": np.random.default_rng(5).random(len(truth)) + 0.1})
+    if metric.ungraded and task == "multilabel":
+        truth[::7, 1], truth[:, 2] = np.nan, np.nan
+    score = scorer(metric, truth, prediction, rows)
+    for times in resamples(len(truth), np.arange(len(truth)) // 2, 5, seed=3):
+        picked = np.repeat(np.arange(len(truth)), times)
+        assert score(times) == pytest.approx(
+            metric(truth[picked], prediction[picked], rows.iloc[picked]), abs=1e-9
+        )
+
+
+def test_the_scorer_gives_rows_to_yours() -> None:
+    mine = Metric("mine", lambda truth, prediction, rows: float(rows["year"].mean()), "max", "value")
+    rows = pd.DataFrame({"year": [1.0, 2.0, 4.0]})
+    assert scorer(mine, np.zeros(3), np.zeros(3), rows)(np.array([0, 2, 1])) == pytest.approx(8 / 3)
+    plain = Metric("plain", lambda truth, prediction, rows: float(truth.sum()), "max", "value")
+    assert scorer(plain, np.arange(3), np.zeros(3))(np.array([0, 2, 1])) == 4
+
+
+def test_whole_groups_are_drawn() -> None:
+    groups = np.array(["a", "b", "a", None, None, "b"], dtype=object)
+    assert units(groups).tolist() == [0, 1, 0, 2, 3, 1]
+    assert units(np.array([3.0, np.nan, 3.0, np.nan])).tolist() == [0, 1, 0, 2]
+    drawn = list(resamples(6, groups, 50, seed=0))
+    for times in drawn:
+        assert times[0] == times[2] and times[1] == times[5]
+        assert times[0] + times[1] + times[3] + times[4] == 4  # four groups drawn out of four
+    assert len({tuple(times) for times in drawn}) > 20
+    with pytest.raises(MetricUndefined, match="one group only"):
+        list(resamples(3, ["a", "a", "a"], 5, seed=0))
+
+
+def test_bootstrap_is_reproducible_and_has_the_right_width() -> None:
+    """The standard error of a mean of 400 numbers is known."""
+    random = np.random.default_rng(0)
+    truth, prediction = np.zeros(400), random.normal(size=400)
+    mae = METRICS["mae"]
+    first, again, other = (bootstrap(mae, truth, prediction, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    expected = np.abs(prediction).std(ddof=1) / 20
+    assert first.error == pytest.approx(expected, rel=0.1)
+    assert first.high - first.low == pytest.approx(2 * 1.645 * expected, rel=0.1)
+    assert first.low < first.score < first.high and first.n == 1000 and first.failed == 0
+    assert str(first) == f"{first.score:.4f} ({first.low:.4f} to {first.high:.4f})"
+
+
+def test_groups_widen_the_interval() -> None:
+    """A hundred groups of ten equal rows are a hundred rows."""
+    random = np.random.default_rng(0)
+    prediction, groups = np.repeat(random.normal(size=100), 10), np.repeat(np.arange(100), 10)
+    rows = bootstrap(RMSE, np.zeros(1000), prediction)
+    grouped = bootstrap(RMSE, np.zeros(1000), prediction, groups)
+    assert grouped.error / rows.error == pytest.approx(10**0.5, rel=0.15)
+
+
+def test_bootstrap_covers_chance_on_random_labels() -> None:
+    covered = 0
+    for seed in range(100):
+        truth, score, _ = noise(seed, 200)
+        found = bootstrap(AUC, truth, score, n=200, seed=seed)
+        covered += found.low <= 0.5 <= found.high
+    assert 82 <= covered <= 97  # 90 are expected
+
+
+def test_bootstrap_says_when_a_class_is_too_rare() -> None:
+    truth, score = np.zeros(200), np.random.default_rng(0).random(200)
+    truth[:3] = 1
+    found = bootstrap(AUC, truth, score, n=300)
+    assert 0 < found.failed < 60 and found.n == 300 - found.failed
+    truth[1:3] = 0
+    assert bootstrap(AUC, truth, score, n=300).failed > 60
+    with pytest.raises(MetricUndefined, match=r"of 300 resamples have no score .no row is"):
+        bootstrap(AUC, truth, score, groups=np.append([0], np.full(199, 1)), n=300)
+
+
+# Comparison
+
+
+def test_paired_finds_a_planted_difference_whatever_the_direction() -> None:
+    random = np.random.default_rng(0)
+    truth = (random.random(2000) < 0.5) * 1.0
+    worse = np.clip(0.3 + 0.4 * truth + 0.3 * random.normal(size=2000), 0.01, 0.99)
+    good = np.clip(worse + 0.1 * (truth - 0.5), 0.01, 0.99)
+    for metric in (AUC, LOSS):
+        forward, back = paired(metric, truth, good, worse), paired(metric, truth, worse, good)
+        assert forward.difference > 0 and forward.decided and forward.share > 0.99
+        assert str(forward).startswith("better by 0.") and str(forward).endswith(", >99 %")
+        assert back.difference == -forward.difference and back.share == pytest.approx(1 - forward.share)
+        assert str(back).startswith("worse by 0.")
+        assert forward.low > 0
+
+
+def test_pairing_removes_what_both_share() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(size=500)
+    a = truth + random.normal(size=500)
+    b = a + 0.05 * random.normal(size=500)
+    assert paired(RMSE, truth, a, b).error < bootstrap(RMSE, truth, a).error / 5
+
+
+def test_equal_predictions_are_within_noise() -> None:
+    truth, score, _ = noise(0)
+    same = paired(AUC, truth, score, score)
+    assert same.difference == 0 and same.share == 0.5 and not same.decided
+    assert str(same) == "within noise (+0.0000 ± 0.0000, 50 %)"
+
+
+def test_paired_counts_groups_not_rows() -> None:
+    """A gain on one of six groups is no evidence, however many rows that group has."""
+    truth = np.zeros(600)
+    a, b = np.ones(600), np.ones(600)
+    a[:100] = 0.2
+    groups = np.repeat(np.arange(6), 100)
+    assert paired(METRICS["mae"], truth, a, b).decided
+    assert not paired(METRICS["mae"], truth, a, b, groups).decided
+
+
+def test_paired_decides_nothing_on_random_labels() -> None:
+    decided = 0
+    for seed in range(100):
+        truth, score, _ = noise(seed, 200)
+        other = np.random.default_rng(seed + 1000).random(200)
+        decided += paired(AUC, truth, score, other, n=200, seed=seed).decided
+    assert 3 <= decided <= 18  # one in ten is expected: 5 % on either side
+
+
+def test_small_errors_are_written_with_enough_digits() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(size=300)
+    found = paired(
+        RMSE, truth, truth + 1e-5 * random.normal(size=300), truth + 2e-5 * random.normal(size=300)
+    )
+    assert "0.0000 " not in str(found) and "e-" not in str(found)
+
+
+# Folds
+
+
+def test_fold_table() -> None:
+    truth = np.array([0, 1, 0, 1, 0, 1, 0, 1.0])
+    score = np.array([0.1, 0.9, 0.9, 0.1, 0.2, 0.8, 0.5, 0.5])
+    table = fold_table(AUC, truth, score, np.array([0, 0, 1, 1, 2, 2, -1, -1]))
+    assert table.folds == ((0, 2, 1.0), (1, 2, 0.0), (2, 2, 1.0))
+    assert table.mean == pytest.approx(2 / 3) and table.std == pytest.approx(3**-0.5) and table.n == 3
+    assert str(table) == "0.6667 ± 0.5774 (3 folds)"
+    assert str(fold_table(AUC, truth, score, np.zeros(8))) == "0.5938 (1 fold)"
+
+
+def test_a_fold_without_a_score_is_named() -> None:
+    truth, score = np.array([0, 1, 1, 1, 0, 1.0]), np.array([0.1, 0.9, 0.9, 0.1, np.nan, np.nan])
+    table = fold_table(AUC, truth, score, np.array([0, 0, 1, 1, 2, 2]))
+    assert table.folds == ((0, 2, 1.0), (1, 2, None), (2, 2, None)) and table.std is None and table.n == 1
+    assert "fold 1: roc_auc: no row is negative" in table.undefined[0]
+    assert "fold 2: roc_auc: prediction is NaN" in table.undefined[1]
+    assert str(table) == "1.0000 (1 fold, 2 undefined)"
+    with pytest.raises(MetricUndefined, match="fold 0"):
+        fold_table(AUC, np.ones(4), np.ones(4), np.array([0, 0, 1, 1]))
+    with pytest.raises(MetricUndefined, match="no row belongs to a fold"):
+        fold_table(AUC, truth, score, np.full(6, -1))
+
+
+def test_fold_table_is_at_chance_on_random_labels() -> None:
+    means = []
+    for seed in SEEDS:
+        truth, score, fold = noise(seed)
+        means.append(fold_table(AUC, truth, score, fold, pd.DataFrame({"weight": np.ones(1000)})).mean)
+    assert abs(chance(means, 0.5)) < 3
