@@ -9,13 +9,14 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup demo test slow check lock
+.PHONY: help setup demo test slow check bench lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
 	@echo "make test    lint, format, types, the template's tests, the project's own tests"
 	@echo "make slow    the long checks (up to 40 minutes)"
 	@echo "make check   lint, format and types alone"
+	@echo "make bench   ratios against what users have, each script's own in one run"
 	@echo "make lock    pin the dependencies anew, with hashes"
 
 setup: .venv/installed
@@ -47,6 +48,9 @@ test: check
 slow: setup
 	$(BIN)/python -m pytest -m slow
 	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
+
+bench: setup
+	@set -e; for script in benchmarks/*.py; do echo "+ $$script"; $(BIN)/python $$script; done
 
 # The project's pins come from a baked project (a placeholder is no project name), the template's from them and from
 # what it needs besides. Find-links would bring in hashes of one machine's own wheels.

@@ -1,0 +1,87 @@
+"""What the READMEs say is there is there, and what is there stands in their trees."""
+
+import re
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from bake import CHECKOUT, PROJECT
+
+PAGES = ["README.md", f"{PROJECT}/README.md", f"{PROJECT}/docs/opinions.md", f"{PROJECT}/docs/3am.md"]
+
+
+def listed(page: Path) -> set[str]:
+    """The paths of the tree in a README: two blanks of indent a level, a comment on every line."""
+    block = re.search(r"```text\n(.+?)```", page.read_text("utf-8"), re.DOTALL)
+    assert block
+    paths, folders = set(), [""]
+    for line in block[1].splitlines():
+        match = re.fullmatch(r"( *)(\S+)(?: {2,}(\S.*))?", line)
+        assert match, f"{page.name}: {line!r} is no line of a tree"
+        depth = len(match[1]) // 2
+        folders = folders[: depth + 1]
+        paths.add(folders[-1] + match[2].rstrip("/"))
+        assert match[3], f"{page.name}: {line!r} lacks its comment"
+        if match[2].endswith("/"):
+            folders.append(folders[-1] + match[2])
+    return paths
+
+
+def wanted(files: set[str]) -> set[str]:
+    """Every file, except that tests stand there as a folder and package markers go without saying."""
+    return {name for name in files if not re.search(r"(^|/)(tests/.+|__init__\.py)$", name)} | {"tests"}
+
+
+def test_tree_of_the_project(template):
+    lies = template / PROJECT
+    there = {path.relative_to(lies).as_posix() for path in lies.rglob("*")}
+    files = {name for name in there if (lies / name).is_file()}
+    tree = listed(lies / "README.md")
+    assert wanted(files) - tree == set(), "not in the tree of the project's README"
+    assert tree - there == set(), "in the tree, but not there"
+
+
+def test_tree_of_the_template(template):
+    there = {path.relative_to(template).as_posix() for path in template.rglob("*")}
+    files = {name for name in there if (template / name).is_file()}
+    tree = listed(template / "README.md")
+    assert wanted({name for name in files if f"{PROJECT}/tests/" not in name}) - tree == set()
+    assert tree - there == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    file = CHECKOUT / page
+    for link in re.findall(r"\]\(([^)]+)\)", file.read_text("utf-8")):
+        if not link.startswith("https://"):
+            assert (file.parent / unquote(link)).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    sys.path.insert(0, str(CHECKOUT / PROJECT))
+    try:
+        from comp.cli import VERBS
+    finally:
+        sys.path.pop(0)
+    text = (CHECKOUT / page).read_text("utf-8")
+    for verb, rest in re.findall(r"[`\n]comp ([a-z][a-z-]*)([^`\n#]*)", text):
+        assert verb in VERBS, f"{page}: comp {verb}"
+        known = {name for argument in VERBS[verb].arguments for name in argument.names}
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in known, f"{page}: comp {verb} {option}"
+    makefile = (file_of(page) / "Makefile").read_text()
+    for target in re.findall(r"[`\n]make ([a-z]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
+    for script in re.findall(r"scripts/[a-z_]+\.sh", text):
+        assert (CHECKOUT / PROJECT / script).exists(), f"{page}: {script}"
+
+
+def file_of(page: str) -> Path:
+    return CHECKOUT / PROJECT if page.startswith(PROJECT) else CHECKOUT
+
+
+def test_two_commands():
+    assert re.search(r"```bash\nmake demo .*\nmake test .*\n```", (CHECKOUT / "README.md").read_text("utf-8"))
