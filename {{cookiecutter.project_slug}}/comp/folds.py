@@ -27,7 +27,7 @@ class Folds:
     """`fold` runs over repeats: fold f of repeat r is r * k + f. Every row has one line a repeat."""
 
     frame: pd.DataFrame  # id, repeat, fold
-    meta: dict[str, Any]  # scheme, k, repeats, seed, rule, gap, samples, hash
+    meta: dict[str, Any]  # scheme, k, repeats, seed, holdout, rule, gap, samples, hash
     samples: Samples
 
     @property
@@ -43,8 +43,9 @@ class Folds:
         """(repeats, samples): the fold of every line of the samples table; test rows are TAUGHT_ONLY and never taught."""
         out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TAUGHT_ONLY, np.int64)
         position = self.samples.frame.reset_index().set_index("id")["index"]
-        for repeat, lines in self.frame.groupby("repeat"):
-            out[int(repeat), position.loc[lines["id"]].to_numpy()] = lines["fold"].to_numpy()  # type: ignore[call-overload]
+        for repeat in range(len(out)):
+            lines = self.frame[self.frame["repeat"] == repeat]
+            out[repeat, position.loc[lines["id"]].to_numpy()] = lines["fold"].to_numpy()
         return out
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
@@ -65,15 +66,19 @@ class Folds:
         return self.samples.taught[self.of_sample[0, self.samples.taught] == LOCKED]
 
 
-def load(samples: Samples, file: Path | None = None) -> Folds:
+def read(file: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    file = store.verified(file or store.folds_file(), "make it with: comp folds")
-    table = pq.read_table(file)
-    meta = json.loads(table.schema.metadata[b"comp"])
+    table = pq.read_table(store.verified(file, "make it with: comp folds"))
+    return table.to_pandas(), json.loads(table.schema.metadata[b"comp"])
+
+
+def load(samples: Samples, file: Path | None = None) -> Folds:
+    file = file or store.folds_file()
+    frame, meta = read(file)
     if meta["samples"] != samples.hash:
         raise Refused(f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake")
-    return Folds(table.to_pandas(), meta, samples)
+    return Folds(frame, meta, samples)
 
 
 def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) -> Path:

@@ -65,14 +65,16 @@ def config(*overrides: str, experiment: str = "exp001", debug: bool = False) -> 
 @pytest.fixture(scope="session")
 def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once a session; nobody writes here, `project` is a copy."""
+    from comp import samples
+    from comp.prepare import assign, tables
     from comp.prepare import practice as digits
-    from comp.prepare import tables
 
     root = lay_out(tmp_path_factory.mktemp("practice"))
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
         digits.make(root / "data" / "raw")
         tables.prepare(config(experiment="base"))
+        assign.make(config(experiment="base"), samples.load())
     store.root.cache_clear()
     return root
 

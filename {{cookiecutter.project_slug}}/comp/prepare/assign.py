@@ -1,0 +1,297 @@
+"""data/folds.parquet: who is scored when. Made once; the same samples, scheme and seed give the same bytes anywhere.
+
+Only source = train is ever scored. Extra and pseudo-labelled rows are TAUGHT_ONLY, and so is the first block of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import folds, knobs, store
+from comp.config import Config, Refused
+from comp.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.prepare import audit, balance
+from comp.prepare.balance import Ints, Keys
+from comp.samples import Samples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most like the whole
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What folds are made from, one line a training row."""
+
+    hashed: Keys
+    labels: Ints  # one class a row, or (rows, labels) of 0 and 1
+    value: NDArray  # where a row stands among the targets, for quantiles
+    group: Ints | None
+    group_hashed: Keys
+    time: NDArray | None
+
+    def __len__(self) -> int:
+        return len(self.hashed)
+
+    def only(self, chosen: NDArray) -> Rows:
+        return replace(
+            self,
+            hashed=self.hashed[chosen],
+            labels=self.labels[chosen],
+            value=self.value[chosen],
+            group=None if self.group is None else self.group[chosen],
+            time=None if self.time is None else self.time[chosen],
+        )
+
+
+def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
+    """Write data/folds.parquet with its audit. Folds that exist are frozen: other inputs are refused, not obeyed."""
+    file, plan = store.folds_file(), cfg.competition.folds
+    meta = described(plan, samples)
+    if store.sealed(file) and not remake:
+        frame, old = folds.read(file)
+        changed = _changes(set(frame["id"]), old, meta, samples)
+        if changed:
+            raise Refused(
+                *changed,
+                "frozen folds are not remade silently: comp folds --remake, and every run on them starts again",
+            )
+        kept = Folds(frame, old, samples)
+        print(f"{store.shown(file)}: unchanged, made for these samples")
+        return _finish(file, kept, audit.audit(samples, kept))
+    if len(samples.frame) > 200_000:
+        print(f"{len(samples.frame)} rows into folds, some seconds …")
+    made = Folds(assign(samples, plan), meta, samples)
+    report = audit.audit(samples, made)
+    if report["faults"]:
+        print(audit.table(report))
+        raise Refused(*report["faults"], "no folds were written")
+    folds.save(made.frame, meta, file)
+    print(
+        f"{store.shown(file)}: {plan.k} folds"
+        + (f" x {plan.repeats} repeats" if plan.repeats > 1 else "")
+        + f", {plan.scheme}"
+    )
+    return _finish(file, made, report)
+
+
+def described(plan: knobs.Folds, samples: Samples) -> dict[str, Any]:
+    rule = "earlier" if plan.scheme == "time" else "others"
+    return plan.model_dump() | {"rule": rule, "samples": samples.hash}
+
+
+def assign(samples: Samples, plan: knobs.Folds) -> pd.DataFrame:
+    """The frame of Folds: id, repeat, fold of every row that has labels."""
+    import pandas as pd
+
+    positions = samples.positions("train")
+    rows = _rows(samples, positions)
+    if plan.scheme == "stratified" and all(head.task == "regression" for head in samples.heads):
+        raise Refused(
+            "configs/competition.yaml: folds.scheme: stratified wants classes, and the target is a number; use quantiles"
+        )
+    free = ~_locked(rows, plan)
+    taught = samples.taught
+    lines = []
+    for repeat in range(plan.repeats):
+        fold = np.full(len(samples.frame), TAUGHT_ONLY, np.int64)
+        fold[positions[~free]] = LOCKED
+        fold[positions[free]] = SCHEMES[plan.scheme](rows.only(free), plan.k, plan.seed + repeat)
+        lines.append(
+            pd.DataFrame(
+                {
+                    "id": samples.frame["id"].to_numpy()[taught],
+                    "repeat": np.full(len(taught), repeat, np.int32),
+                    "fold": fold[taught].astype(np.int32),
+                }
+            )
+        )
+    return pd.concat(lines, ignore_index=True)
+
+
+def _rows(samples: Samples, positions: NDArray) -> Rows:
+    frame = samples.frame.iloc[positions]
+    group: Ints | None = None
+    names: NDArray = np.zeros(0, str)
+    if "group" in frame:
+        names, group = np.unique(frame["group"].to_numpy(object).astype(str), return_inverse=True)
+    return Rows(
+        hashed=balance.hashes(frame["id"]),
+        labels=_labels(samples, positions),
+        value=_standing(samples, positions),
+        group=group,
+        group_hashed=balance.hashes(names),
+        time=frame["time"].to_numpy(np.float64) if "time" in frame else None,
+    )
+
+
+def _labels(samples: Samples, positions: NDArray) -> Ints:
+    """What to spread evenly: the classes of one target, or a column of 0 and 1 for each class of several. Numbers count by
+    tenths of their range of ranks."""
+    found: list[Ints] = []
+    for head in samples.heads:
+        columns = samples.targets(head)[positions]
+        if head.task == "regression":
+            found += [_tenths(column) for column in columns.T]
+        elif columns.shape[1] > 1:
+            found.append(columns.argmax(axis=1))
+        else:
+            found.append(
+                np.rint(columns[:, 0]).astype(np.int64)
+            )  # a soft label counts for the class it is nearer to
+    if len(found) == 1:
+        return found[0]
+    # Of two classes one column says all.
+    widths = [int(codes.max()) + 1 for codes in found]
+    return np.hstack(
+        [
+            codes[:, None] == np.arange(1 if width == 2 else 0, width)
+            for codes, width in zip(found, widths, strict=True)
+        ]
+    ).astype(np.int64)
+
+
+def _tenths(values: NDArray) -> Ints:
+    ranks = np.unique(values, return_inverse=True)[1]
+    return ranks * 10 // (int(ranks.max()) + 1)
+
+
+def _standing(samples: Samples, positions: NDArray) -> Ints:
+    """The rank of a row among the targets; over several targets the sum of its ranks."""
+    columns = [column for head in samples.heads for column in samples.targets(head)[positions].T]
+    return sum(
+        (np.unique(column, return_inverse=True)[1] for column in columns), np.zeros(len(positions), np.int64)
+    )
+
+
+def _kfold(rows: Rows, k: int, seed: int) -> Ints:
+    return balance.rows_by_class(np.zeros(len(rows), np.int64), k, balance.keys(rows.hashed, seed))
+
+
+def _stratified(rows: Rows, k: int, seed: int) -> Ints:
+    key = balance.keys(rows.hashed, seed)
+    if rows.labels.ndim == 1:
+        return balance.rows_by_class(rows.labels, k, key)
+    return balance.groups(balance.counted(np.arange(len(rows)), rows.labels), k, key)
+
+
+def _quantiles(rows: Rows, k: int, seed: int) -> Ints:
+    return balance.rows_by_value(rows.value, k, balance.keys(rows.hashed, seed))
+
+
+def _group(rows: Rows, k: int, seed: int) -> Ints:
+    return _stratified_group(replace(rows, labels=np.zeros(len(rows), np.int64)), k, seed)
+
+
+def _stratified_group(rows: Rows, k: int, seed: int) -> Ints:
+    assert rows.group is not None
+    present, group = np.unique(rows.group, return_inverse=True)
+    return balance.groups(
+        balance.counted(group, rows.labels), k, balance.keys(rows.group_hashed[present], seed)
+    )[group]
+
+
+def _time(rows: Rows, k: int, seed: int) -> Ints:
+    """k + 1 blocks of time; the first teaches and is never scored. Equal times stay together."""
+    assert rows.time is not None
+    moment = np.unique(rows.time, return_inverse=True)[1]
+    count = np.bincount(moment)
+    twice_middle = 2 * np.cumsum(count) - count
+    return (twice_middle * (k + 1) // (2 * len(rows)) - 1)[moment]
+
+
+SCHEMES: dict[knobs.Scheme, Callable[[Rows, int, int], Ints]] = {
+    "kfold": _kfold,
+    "stratified": _stratified,
+    "quantiles": _quantiles,
+    "group": _group,
+    "stratified_group": _stratified_group,
+    "time": _time,
+}
+assert TAUGHT_ONLY == -1  # what `_time` calls its first block
+
+
+def _locked(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
+    """The hold-out: the latest rows, or whole groups, or a share of every class or range of values."""
+    locked = np.zeros(len(rows), bool)
+    if plan.holdout == 0:
+        return locked
+    key = balance.keys(rows.hashed, ~plan.seed)
+    if plan.scheme == "time":
+        assert rows.time is not None
+        moment = np.unique(rows.time, return_inverse=True)[1]
+        before = np.cumsum(np.bincount(moment)) - np.bincount(moment)
+        return np.asarray(before[moment] >= (1 - plan.holdout) * len(rows))
+    if "group" in plan.scheme:
+        return _locked_groups(rows, plan)
+    if plan.scheme == "kfold":
+        order = np.argsort(key, kind="stable")
+    elif plan.scheme == "quantiles":
+        order = np.lexsort((key, rows.value))
+    else:
+        classes = (
+            rows.labels
+            if rows.labels.ndim == 1
+            else np.unique(rows.labels, axis=0, return_inverse=True)[1].ravel()
+        )
+        order = np.lexsort((key, classes))
+    # Every 1/share-th row of the order: of a class each its share, and the rounding is carried on to the next class.
+    steps = np.floor(np.arange(len(rows) + 1) * plan.holdout)
+    locked[order] = np.diff(steps) > 0
+    return locked
+
+
+def _locked_groups(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
+    """Groups in random order until the share is reached; of many such draws the one whose labels are most like the whole."""
+    assert rows.group is not None
+    labels = rows.labels if plan.scheme == "stratified_group" else np.zeros(len(rows), np.int64)
+    counts = balance.counted(rows.group, labels)
+    totals = np.bincount(counts.label, counts.count, counts.labels)
+    best, least = np.zeros(0, np.int64), np.inf
+    for draw in range(DRAWS):
+        order = np.argsort(balance.keys(rows.group_hashed, ~plan.seed - draw), kind="stable")
+        filled = np.cumsum(counts.size[order])
+        # The group that crosses the line comes along if that misses the share by less.
+        taken = order[: max(1, int((filled - counts.size[order] / 2 <= plan.holdout * len(rows)).sum()))]
+        inside = np.isin(counts.unit, taken)
+        share = np.bincount(counts.label[inside], counts.count[inside], counts.labels) / np.maximum(totals, 1)
+        off = float(((share - plan.holdout) ** 2)[totals > 0].sum())
+        if off < least:
+            best, least = taken, off
+    return np.isin(rows.group, best)
+
+
+def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples) -> list[str]:
+    """One line for each thing that the frozen folds were made from and that is another now."""
+    names = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups")
+    shown = store.shown(store.folds_file())
+    lines = [
+        f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now" for n in names if old[n] != new[n]
+    ]
+    if old["samples"] != new["samples"]:
+        now = set(samples.frame["id"].to_numpy()[samples.taught])
+        what = (
+            f"{len(now - ids)} rows are new and {len(ids - now)} are gone"
+            if ids != now
+            else "the same ids, other values"
+        )
+        lines.append(f"{shown}: made for another {store.shown(store.samples_file())}: {what}")
+    return lines
+
+
+def _finish(file: Path, made: Folds, report: dict[str, Any]) -> Path:
+    print(audit.table(report))
+    store.write_json(file.with_name("folds_audit.json"), report)
+    store.write_text(file.with_name("folds_audit.txt"), audit.table(report) + "\n")
+    if report["faults"]:
+        raise Refused(*report["faults"])
+    print(f"{store.shown(file.with_name('folds_audit.json'))}: the same as numbers")
+    print("next: comp train exp001")
+    return file
