@@ -51,6 +51,8 @@ def blend(name: str) -> dict[str, Any]:
 def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
     """The members' predictions, row by row the same ones, or every reason why not."""
     found, faults = [], []
+    files = (bank.folder(spoken_for(each)) / f"{kind}.arrow" for each in declared.blend.members)
+    store.note(file for file in files if file.exists())
     for i, address in enumerate(declared.blend.members):
         try:
             found.append(bank.load(spoken_for(address) if kind == "oof" else address, kind, rows, split))
