@@ -127,7 +127,7 @@ def _wanted(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]:
 
 
 def _resized(made: _Decoded, height: int, width: int) -> Pixels:
-    """Area where it shrinks, cubic where it grows: each way by itself, because OpenCV's area does not know how to grow."""
+    """Area where it shrinks, then cubic where it grows (Pillow's: OpenCV's rounds differently from version to version)."""
     picture, channels = made.pixels, made.pixels.shape[2]
     low, narrow = min(height, made.height), min(width, made.width)
     if picture.shape[:2] != (low, narrow):
@@ -135,9 +135,11 @@ def _resized(made: _Decoded, height: int, width: int) -> Pixels:
         # takes exactly the file's share of them, and may add one more line of what is left.
         down, across = low * made.scale / made.height, narrow * made.scale / made.width
         picture = cv2.resize(picture, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)[:low, :narrow]
+    picture = picture.reshape(low, narrow, channels)
     if (low, narrow) != (height, width):
-        picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
-    return picture.reshape(height, width, channels)
+        planes = [Image.fromarray(picture[:, :, channel]) for channel in range(channels)]
+        picture = np.stack([plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes], -1)
+    return picture
 
 
 def _turned(picture: Pixels, orientation: int) -> Pixels:
