@@ -12,6 +12,7 @@ from comp.samples import Samples
 from comp.tasks import Head
 
 WIDE = 12  # classes that a table shows one by one; above, the rarest only
+MOMENTS = ("mean", "std", "min", "max")
 
 
 def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
@@ -42,9 +43,8 @@ def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
             report["notes"] += [f"blind to groups on purpose: {len(crossing)} groups stand in several folds"]
         else:
             report["faults"] += [f"group {name!r} stands in {text}" for name, text in crossing[:10]]
-            report["faults"] += (
-                [f"and {len(crossing) - 10} more groups stand in several folds"] if len(crossing) > 10 else []
-            )
+            if len(crossing) > 10:
+                report["faults"].append(f"and {len(crossing) - 10} more groups stand in several folds")
     if folds.meta["gap"] and folds.meta["rule"] != "earlier":
         report["notes"].append(
             f"folds.gap {folds.meta['gap']:g} has no effect: only the time scheme knows it"
@@ -67,22 +67,19 @@ def table(report: dict[str, Any]) -> str:
         header.append("groups")
         for row, line in zip(body, report["folds"], strict=True):
             row.append(line["groups"])
-    for name, first in report["folds"][0]["targets"].items():
-        prefix = f"{name} " if len(report["folds"][0]["targets"]) > 1 else ""
-        shares = first.get("shares", {})
-        header += [f"{prefix}{c}" for c in (shares if len(shares) <= WIDE else [])]
-        header += (
-            [f"{prefix}rarest"] if shares else [f"{prefix}{what}" for what in ("mean", "std", "min", "max")]
-        )
+    targets = report["folds"][0]["targets"]
+    narrow = sum(len(first.get("shares", ())) for first in targets.values()) <= WIDE
+    for name, first in targets.items():
+        prefix = f"{name} " if len(targets) > 1 else ""
+        classes = list(first.get("shares", ())) if narrow else []
+        header += [f"{prefix}{what}" for what in [*classes, *(["rarest"] if "shares" in first else MOMENTS)]]
         for row, line in zip(body, report["folds"], strict=True):
             target = line["targets"][name]
-            if not shares:
-                row += [f"{target[what]:.4g}" for what in ("mean", "std", "min", "max")]
-                continue
-            row += [
-                f"{100 * share:.1f}%" for share in (target["shares"].values() if len(shares) <= WIDE else [])
-            ]
-            row.append(f"{target['rarest']} ({target['rarest_rows']})")
+            row += [f"{100 * target['shares'][name]:.1f}%" for name in classes]
+            if "shares" in first:
+                row.append(f"{target['rarest']} ({target['rarest_rows']})")
+            else:
+                row += [f"{target[what]:.4g}" for what in MOMENTS]
     cells = [[str(cell) for cell in row] for row in [header, *body]]
     width = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) for row in cells]
@@ -108,8 +105,8 @@ def _target(samples: Samples, head: Head, scored: NDArray) -> dict[str, Any]:
     columns = samples.targets(head)[scored]
     if not head.classes and head.task == "regression":
         if not len(scored):
-            return dict.fromkeys(("mean", "std", "min", "max"), 0.0)
-        return {what: float(getattr(columns, what)()) for what in ("mean", "std", "min", "max")}
+            return dict.fromkeys(MOMENTS, 0.0)
+        return {what: float(getattr(columns, what)()) for what in MOMENTS}
     counts = _counts(head, columns)
     names = head.classes or ("0", "1")
     rarest = int(counts.argmin())

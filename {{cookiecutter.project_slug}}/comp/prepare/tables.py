@@ -6,7 +6,7 @@ so that one run of `comp check` shows them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ class Reading:
     frame: pd.DataFrame  # as it will stand in data/samples.parquet
     heads: tuple[Head, ...]
     faults: list[str]  # one line a wrong row
+    where: Callable[[int], str]  # file and line of a row
 
 
 def prepare(cfg: Config) -> Path:
@@ -41,7 +42,8 @@ def prepare(cfg: Config) -> Path:
     if reading.faults:
         more = len(reading.faults) - SHOWN
         raise Refused(*reading.faults[:SHOWN], *([f"and {more} more: comp check"] if more > 0 else []))
-    file = samples.save(reading.frame, reading.heads)
+    sample = store.path(cfg.competition.raw, cfg.competition.submission.sample)
+    file = samples.save(reading.frame, reading.heads, sample=store.sha256(sample) if sample.is_file() else "")
     counts = reading.frame["source"].value_counts(sort=False)
     print(
         f"{store.shown(file)}: "
@@ -90,7 +92,7 @@ def read(competition: Competition) -> Reading:
             )
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
-    return Reading(frame, heads, faults)
+    return Reading(frame, heads, faults, rows.where)
 
 
 def _refuse_features(competition: Competition) -> None:

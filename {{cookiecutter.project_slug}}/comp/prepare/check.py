@@ -1,0 +1,285 @@
+"""What is wrong with tables, images and declaration, before it costs a run: one line a fault, with file, row and reason."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from comp import machine, metrics, own, samples, store
+from comp.config import Config, Refused, nearest
+from comp.knobs import Competition
+from comp.prepare import images, making, sources, tables
+from comp.prepare.tables import Reading
+from comp.tasks import TASKS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN = 50  # lines on the screen; data/check.txt has all
+BATCH = 2000  # images between two looks at the progress bar
+SMALL = 96  # px; below it the usual stems throw most of the picture away in their first two layers
+
+
+class Look(NamedTuple):
+    """What an image file was found to be, and the size and mtime that make it the same file next time."""
+
+    name: str
+    bytes: int
+    mtime: int
+    side: int  # px of the shorter side, 0 where unknown
+    fault: str  # empty: a whole picture
+
+
+def check(cfg: Config) -> list[str]:
+    """Prints and returns the faults; none means that prepare, folds and training will not meet one of these."""
+    competition = cfg.competition
+    notes = [f"comp/competition.py: {', '.join(own.in_force()) or 'nothing'} in force"]
+    faults = _declared(competition)
+    try:
+        reading = tables.read(competition)
+    except Refused as refused:
+        faults += refused.lines
+    else:
+        faults += reading.faults + _against_sample(competition, reading)
+        found, about = _images(cfg, reading)
+        faults += found
+        notes += about + _stale(reading)
+        counts = reading.frame["source"].value_counts(sort=False)
+        notes.insert(0, ", ".join(f"{count} {source} rows" for source, count in counts.items()))
+    store.write_text(store.path("data", "check.txt"), "\n".join([*notes, *faults]) + "\n")
+    print(*notes, *faults[:SHOWN], sep="\n")
+    if len(faults) > SHOWN:
+        print(f"and {len(faults) - SHOWN} more: {store.shown(store.path('data', 'check.txt'))} has all")
+    print(f"{len(faults)} fault{'s' * (len(faults) != 1)}")
+    if not faults:
+        print(f"next: comp {'folds' if store.samples_file().is_file() else 'prepare'}")
+    return faults
+
+
+def _declared(competition: Competition) -> list[str]:
+    """What the config alone cannot know to be wrong."""
+    hook = own.get("metric")
+    if competition.metric == "metric":
+        return (
+            []
+            if hook
+            else [
+                "configs/competition.yaml: metric: `metric` wants a function of that name in comp/competition.py"
+            ]
+        )
+    try:
+        metric = metrics.find(competition.metric)
+    except Refused as refused:
+        return [f"configs/competition.yaml: {line}" for line in refused.lines]
+    if metric.tasks and competition.task not in metric.tasks:
+        fit = f"it scores {', '.join(metric.tasks)}; the default of {competition.task} is {TASKS[competition.task].metric}"
+        return [
+            f"configs/competition.yaml: metric: {metric.name} does not fit task: {competition.task}; {fit}"
+        ]
+    return []
+
+
+def _against_sample(competition: Competition, reading: Reading) -> list[str]:
+    """The sample submission decides what is scored: the test rows and the classes must be the same there."""
+    try:
+        sample = sources.read(store.path(competition.raw, competition.submission.sample))
+    except Refused as refused:
+        return refused.lines
+    columns = sources.columns(sample.frame)
+    key = competition.id if competition.id in columns else columns[0]
+    ids = sample.frame[key].tolist()
+    test = reading.frame["source"] == "test"
+    first = dict(
+        reversed(
+            [
+                (row, position)
+                for position, row in zip(
+                    np.flatnonzero(test).tolist(), reading.frame["row"][test], strict=True
+                )
+            ]
+        )
+    )
+    seen: set[object] = set()
+    faults = []
+    for position, id_ in enumerate(ids):
+        if id_ in seen:
+            faults.append(f"{sample.where(position)}: the id {id_!r} stands there twice")
+        elif id_ not in first:
+            faults.append(f"{sample.where(position)}: the id {id_!r} is not among the test rows")
+        seen.add(id_)
+    name = store.shown(sample.file)
+    faults += [
+        f"{reading.where(p)}: the test row {row!r} is not in {name}"
+        for row, p in first.items()
+        if row not in seen
+    ]
+    if own.get("write_submission") is not None:
+        return faults
+    answers = [column for column in columns if column != key]
+    wanted = [
+        name
+        for head in reading.heads
+        for name in (head.outputs if competition.submission.form == "probabilities" else [head.name])
+    ]
+    if competition.submission.form == "probabilities" or len(answers) > 1:
+        for column in answers:
+            if column not in wanted:
+                faults.append(
+                    f"{name}:1: the column {column!r} is nothing that is predicted, the nearest is {nearest(column, wanted)[0]!r}"
+                )
+    if competition.submission.form == "probabilities":
+        faults += [
+            f"{name}:1: no column for the class {output!r}" for output in wanted if output not in answers
+        ]
+    return faults
+
+
+def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
+    """Every listed image exists and decodes; faults, and what is only worth knowing."""
+    raw = store.path(cfg.competition.raw)
+    rows = {
+        name: position
+        for position in range(len(reading.frame) - 1, -1, -1)
+        for name in reading.frame["images"].iloc[position]
+    }
+    on_disk = set(_files(raw, rows))
+    faults = []
+    for source in reading.frame["source"].unique():
+        mine = [n for names in reading.frame["images"][reading.frame["source"] == source] for n in names]
+        absent = [name for name in mine if name not in on_disk]
+        if absent and len(absent) == len(mine):
+            there = sorted(on_disk) or sorted(str(p.relative_to(raw)) for p in raw.iterdir())
+            hint = f"the nearest there is {nearest(absent[0], there[:2000])[0]}"
+            faults.append(
+                f"configs/competition.yaml: {source}.image: none of {len(mine)} files exists, like {absent[0]}; {hint}"
+            )
+        else:
+            faults += [
+                f"{reading.where(rows[name])}: image {name}: no such file" for name in dict.fromkeys(absent)
+            ]
+    looks = _looked(making.of(cfg), [name for name in rows if name in on_disk])
+    faults += [
+        f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks if look.fault
+    ]
+    notes = [
+        f"{len(rows)} images listed, {len(looks)} found, {sum(bool(look.fault) for look in looks)} damaged"
+    ]
+    unlisted = sorted(on_disk - rows.keys())
+    if unlisted:
+        notes.append(f"note: {len(unlisted)} files beside them are listed by no row, like {unlisted[0]}")
+    sides = [look.side for look in looks if look.side]
+    if sides and np.median(sides) < SMALL:
+        notes.append(
+            f"hint: half of the images are {int(np.median(sides))} px or smaller; ImageNet stems shrink them by 4 before they "
+            "look: train at a larger data.size than the pictures have, or with a network made for small ones"
+        )
+    return faults, notes
+
+
+def _files(raw: Path, listed: dict[str, int]) -> Iterator[str]:
+    """Files in the folders of the listed images, with one of their suffixes."""
+    suffixes = {os.path.splitext(name)[1] for name in listed}
+    for folder in sorted({os.path.dirname(name) for name in listed}):
+        if (raw / folder).is_dir():
+            with os.scandir(raw / folder) as entries:
+                for entry in entries:
+                    if os.path.splitext(entry.name)[1] in suffixes and entry.is_file():
+                        yield os.path.join(folder, entry.name)
+
+
+def _looked(maker: making.Making, names: Sequence[str]) -> list[Look]:
+    """Decoded in parallel. What is as it was last time (size, mtime, decoder) is not opened again."""
+    from tqdm import tqdm
+
+    file = store.path("data", "checked", f"{maker.key}.parquet")
+    known = {look.name: look for look in _remembered(file)}
+    done: dict[str, Look] = {}
+    waiting = []
+    for name in names:
+        status = maker.file(name).stat()
+        old = known.get(name)
+        if old and (old.bytes, old.mtime) == (status.st_size, status.st_mtime_ns):
+            done[name] = old
+        else:
+            waiting.append(name)
+    if waiting:
+        print(f"opening {len(waiting)} images" + (f", {len(done)} are as they were" if done else ""))
+        try:
+            with (
+                ThreadPoolExecutor(machine.cores()) as pool,
+                tqdm(total=len(waiting), desc="check", disable=None) as progress,
+            ):
+                for start in range(0, len(waiting), BATCH):
+                    for look in pool.map(lambda name: _look(maker, name), waiting[start : start + BATCH]):
+                        done[look.name] = look
+                        progress.update()
+        finally:
+            _remember(
+                file, list(done.values())
+            )  # also when stopped by Ctrl+C: the next check goes on from here
+    return [done[name] for name in names]
+
+
+def _look(maker: making.Making, name: str) -> Look:
+    status = maker.file(name).stat()
+    side, fault = 0, ""
+    try:
+        data = maker.read(name)
+        maker.picture(name, data)
+        side = _shorter_side(data)
+    except images.Damaged as damaged:
+        fault = damaged.reason
+    return Look(name, status.st_size, status.st_mtime_ns, side, fault)
+
+
+def _shorter_side(data: bytes) -> int:
+    """From the header; 0 for what only load_image of competition.py understands."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return min(image.size)
+    except Image.UnidentifiedImageError:
+        return 0
+
+
+def _remembered(file: Path) -> list[Look]:
+    """A torn or damaged memory costs nothing but opening the images again."""
+    import pyarrow.parquet as pq
+
+    entry = store.sealed(file)
+    if entry is None or entry["sha256"] != store.sha256(file):
+        return []
+    table: pa.Table = pq.read_table(file)
+    return [Look(*row) for row in zip(*(table[name].to_pylist() for name in Look._fields), strict=True)]
+
+
+def _remember(file: Path, looks: Sequence[Look]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with store.writing(file) as temporary:
+        pq.write_table(
+            pa.table({name: [getattr(look, name) for look in looks] for name in Look._fields}), temporary
+        )
+    store.seal(file)
+
+
+def _stale(reading: Reading) -> list[str]:
+    """data/samples.parquet is a copy of what the tables say; they may have moved on."""
+    if reading.faults or not store.sealed(store.samples_file()):
+        return []
+    now = samples.save(reading.frame, reading.heads, store.path("data", "checked", "samples.parquet"))
+    same = store.sha256(now) == store.sha256(store.samples_file())
+    now.unlink()
+    return (
+        []
+        if same
+        else [f"note: {store.shown(store.samples_file())} is not what the tables say now: comp prepare"]
+    )
