@@ -34,10 +34,12 @@ def main(desk: Path, attempt: int) -> None:
         threading.Thread(target=_leave_when_replaced, args=(desk, order["token"]), daemon=True).start()
         fcntl.flock(lock, fcntl.LOCK_EX)  # an older feeder of this run may still be on its way out
         _local_folders(Path(order["root"]), mode)
-        os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(order["answer_seconds"]))
-        import wandb
-
+        os.environ.setdefault(
+            "WANDB_HTTP_TIMEOUT", f"{order['answer_seconds']:.0f}"
+        )  # must be a whole number
         try:
+            import wandb
+
             _feed(wandb, order, mode, desk)
         except Exception as error:
             # W&B's own troubles, whatever they are. The record is log.jsonl: we may begin again, and lose nothing.
@@ -46,14 +48,12 @@ def main(desk: Path, attempt: int) -> None:
                 _state(desk, note=f"gave up ({_short(error)}); log.jsonl is complete")
                 os._exit(1)  # its exit hooks would wait for the service that just failed
             if mode == "online":
-                _state(
-                    desk,
-                    mode="offline",
-                    note=f"online failed ({_short(error)}); this run is kept offline in wandb/",
-                )
+                note = f"online failed ({_short(error)}); this run is kept offline in wandb/"
+                _state(desk, mode="offline", note=note)
             # In a new process image: after a failed start the same id counts as in use, and a dead service stays dead.
             try:
-                wandb.teardown()
+                if "wandb" in sys.modules:
+                    sys.modules["wandb"].teardown()
             finally:
                 os.execv(sys.executable, [sys.executable, "-m", "comp.feeder", str(desk), str(attempt + 1)])
 
@@ -61,20 +61,22 @@ def main(desk: Path, attempt: int) -> None:
 def _feed(wandb: Any, order: Order, mode: str, desk: Path) -> None:
     if mode == "offline":
         _put_away(Path(order["root"]) / "wandb", order["run"]["id"], Path(order["trash"]))
+    wanted = {
+        "init_timeout": order["answer_seconds"],
+        "finish_timeout": order["upload_seconds"],
+        "finish_timeout_raises": True,
+        "console": "off",
+        "silent": True,
+        "save_code": False,
+        "x_stats_pid": order["trainer"],
+    }
+    known = wandb.Settings.model_fields  # older versions, Kaggle's own among them, lack some
     run = wandb.init(
         **order["run"],
         mode=mode,
         # On a server: go on with what it holds, or begin this id anew.
         resume=None if order["fresh"] or mode == "offline" else "allow",
-        settings=wandb.Settings(
-            init_timeout=order["answer_seconds"],
-            finish_timeout=order["upload_seconds"],
-            finish_timeout_raises=True,
-            console="off",
-            silent=True,
-            save_code=False,
-            x_stats_pid=order["trainer"],
-        ),
+        settings=wandb.Settings(**{name: value for name, value in wanted.items() if name in known}),
     )
     _state(desk, mode=mode, part=os.path.relpath(Path(run.dir).parent, order["root"]))
     folder = Path(order["folder"])

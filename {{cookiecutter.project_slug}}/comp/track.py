@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from comp.knobs import Track as Settings
 
-PATIENCE = 8.0  # seconds that one process may wait for W&B in all, however many runs it tracks
-ANSWER = 5.0  # seconds a server has to take the run, before it is kept offline
+PATIENCE = 9.0  # seconds that one process may wait for a server in all, however many runs it tracks
+DRAIN = 30.0  # seconds to wait for an offline part, where only this machine is slow: 0.3 s as a rule
+ANSWER = 4.0  # seconds a server has to take the run, before it is kept offline
 UPLOAD = 600.0  # seconds a feeder may go on uploading after its run has ended; nobody waits for it
 THUMBNAIL = 256  # px, longer side of a picture in a table
 
@@ -316,7 +317,7 @@ class Feed:
         assert self._process is not None
         began = time.monotonic()
         try:
-            self._process.wait(max(0.5, PATIENCE - Feed._waited) if self._online else PATIENCE)
+            self._process.wait(max(0.5, PATIENCE - Feed._waited) if self._online else DRAIN)
         except subprocess.TimeoutExpired:
             Feed._left.append(self._process)
             print(

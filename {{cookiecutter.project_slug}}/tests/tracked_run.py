@@ -106,15 +106,9 @@ def die(how: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    track.ANSWER, track.UPLOAD, track.PATIENCE = (
-        60.0,
-        5.0,
-        100.0,
-    )  # no test is about time, and the machine may be busy
+    # No test is about time, and the machine may be busy.
+    track.ANSWER, track.UPLOAD, track.PATIENCE, track.DRAIN = 60.0, 5.0, 100.0, 100.0
     if "hasty" in sys.argv:
         track.ANSWER = 2.0
-    main(
-        sys.argv[1],
-        next((word for word in sys.argv[2:] if word in ("kill", "torn")), None),
-        "numbers" in sys.argv,
-    )
+    how = next((word for word in sys.argv[2:] if word in ("kill", "torn")), None)
+    main(sys.argv[1], how, "numbers" in sys.argv)
