@@ -34,10 +34,10 @@ def train(
     name = name or (f"{experiment}-debug" if debug else experiment)
     if not NAME.fullmatch(name):
         raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
-    _identify(name, cfg, fresh=fresh or debug)
     machine.settle(cfg.train.threads)
     material = gather(cfg)
     folds = _wanted(fold, material.folds.count)
+    _identify(name, cfg, fresh=fresh or debug)
     began = time.perf_counter()
     for s in cfg.train.seeds if seed is None else [seed]:
         for number in folds:
@@ -48,16 +48,18 @@ def train(
 
 
 def gather(cfg: Config) -> Material:
-    """Load what every fold shares. Here torch is imported, after the threads are settled."""
-    from comp import folds, samples
-    from comp.train import augment, model
+    """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
+    from comp import folds, samples, score
+    from comp.predict import tta
+    from comp.train import model
     from comp.train.data import Feed
     from comp.train.loop import Material
 
     table = samples.load()
-    augment.named(cfg)
-    for head in table.heads:
-        model.loss_name(cfg, head)
+    score.metric_of(cfg)
+    tta.views(cfg.predict.tta)
+    model.outputs(cfg, table.heads)
+    model.known(cfg)
     device = machine.device(cfg.machine.device)
     return Material(cfg, table, folds.load(table), Feed(cfg, table, device), device, machine.Stop())
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -141,6 +141,7 @@ class Predict(Section):
 class Machine(Section):
     device: Text
     workers: Annotated[int, Field(ge=0)]
+    resident: Annotated[int, Field(ge=0)]
     progress: bool
 
 

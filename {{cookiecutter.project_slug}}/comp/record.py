@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from comp import bank, pictures, predictions, store, track
+from comp.prepare import audit
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import sheet
@@ -16,13 +18,11 @@ from comp.train.loop import Material
 
 def before(material: Material, log: track.Track, run: str, folder: Path, number: int | str) -> None:
     """Drawn once a run and shown with every fold: what teaches it, and how."""
-    # from comp.prepare import audit
-
     drawn = store.run_folder(run) / "augment.png"
     if not drawn.exists():
         sheet.write(material.cfg, material.samples, drawn)
     log.sheet("augmentation", drawn)
-    # log.table("folds", audit.table(material.samples, material.folds))
+    log.table("folds", pd.json_normalize(audit.audit(material.samples, material.folds)["folds"]))
 
 
 def after(material: Material, log: track.Track, run: str, folder: Path) -> None:

@@ -66,7 +66,7 @@ def config(*overrides: str, experiment: str = "exp001", debug: bool = False) -> 
 def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once a session; nobody writes here, `project` is a copy."""
     from comp import samples
-    from comp.prepare import assign, tables
+    from comp.prepare import assign, cache, tables
     from comp.prepare import practice as digits
 
     root = lay_out(tmp_path_factory.mktemp("practice"))
@@ -75,6 +75,7 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
         digits.make(root / "data" / "raw")
         tables.prepare(config(experiment="base"))
         assign.make(config(experiment="base"), samples.load())
+        cache.open_images(config(), [images[0] for images in samples.load().frame["images"]], progress=False)
     store.root.cache_clear()
     return root
 

@@ -22,14 +22,6 @@ from comp.train import augment, data, losses, model, optim
 TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.epochs=1", "schedule.warmup=0", "train.limit=48"]
 
 
-@pytest.fixture
-def ready(project: Path) -> Path:
-    cfg = config()
-    tables.prepare(cfg)
-    assign.make(cfg, samples.load(), remake=False)
-    return project
-
-
 def refusal(work: Callable[[], Any]) -> str:
     with pytest.raises(Refused) as refused:
         work()
@@ -49,30 +41,30 @@ def refusal(work: Callable[[], Any]) -> str:
         ("predict.tta=[hflp]", ["hflp", "hflip"]),
     ],
 )
-def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(ready: Path, override: str, words: list[str]) -> None:
+def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(project: Path, override: str, words: list[str]) -> None:
     said = refusal(lambda: jobs.train("exp001", [*TINY, override], fold="0", name="x"))
     assert all(word in said for word in words), said
-    assert not (ready / "runs/x/seed0/fold0/weights.safetensors").exists()
+    assert not (project / "runs/x").exists(), "a refused start must leave nothing that blocks the next"
 
 
-def test_an_override_that_changes_results_needs_a_name(ready: Path) -> None:
+def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
     assert "--as NAME" in refusal(lambda: jobs.train("exp001", ["optim.rate=1"]))
-    assert not (ready / "runs").exists()
+    assert not (project / "runs").exists()
 
 
-def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(ready: Path) -> None:
+def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
     jobs.train("exp001", TINY, fold="0", name="x")
-    before = store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors")
+    before = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
     said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
     assert "optim.rate: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
-    assert store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors") == before
+    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
     jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
-    assert store.sha256(ready / "runs/x/seed0/fold0/weights.safetensors") != before
-    assert len(list((ready / "runs/.trash").iterdir())) == 1
+    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
+    assert len(list((project / "runs/.trash").iterdir())) == 1
     jobs.train("exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x")  # another seed is the same run
 
 
-def test_a_knob_without_effect_says_so(ready: Path) -> None:
+def test_a_knob_without_effect_says_so(project: Path) -> None:
     cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
     heads = samples.load().heads
     model.build(cfg, heads, pretrained=False)
@@ -80,20 +72,20 @@ def test_a_knob_without_effect_says_so(ready: Path) -> None:
     assert "model.drop_path_rate" in said and "vgg11" in said
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ready: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
     said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"))
     assert "at step" in said or "validation" in said
-    assert not (ready / "runs/x/seed0/fold0/weights.safetensors").exists()
+    assert not (project / "runs/x/seed0/fold0/weights.safetensors").exists()
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_picture_stops_training_and_not_inference(ready: Path) -> None:
+def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> None:
     table = samples.load()
     taught = folds.load(table).split(0)[0][:48]
     victims = {"train": table.frame["images"].iloc[taught[5]][0], "test": table.frame["images"].iloc[table.positions("test")[3]][0]}
-    cut = {kind: ready / "data/raw" / path for kind, path in victims.items()}
+    cut = {kind: project / "data/raw" / path for kind, path in victims.items()}
     whole = {kind: file.read_bytes() for kind, file in cut.items()}
     for file in cut.values():
         file.write_bytes(file.read_bytes()[:-40])
@@ -101,14 +93,14 @@ def test_a_damaged_picture_stops_training_and_not_inference(ready: Path) -> None
     assert victims["train"] in said and table.frame["id"].iloc[taught[5]] in said
     cut["train"].write_bytes(whole["train"])
     jobs.train("exp001", TINY, fold="0", name="x")
-    listed = (ready / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()
+    listed = (project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()
     assert len(listed) == 1 and victims["test"] in listed[0]
-    said_of = bank.read(ready / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
+    said_of = bank.read(project / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
     shares = said_of.probability(table.heads[0])[3]
     assert shares == pytest.approx(np.bincount(table.truth(table.heads[0], table.positions("train"))) / 1437, abs=1e-6)
 
 
-def test_draws_are_a_function_of_seed_epoch_and_position(ready: Path) -> None:
+def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
     """Workers, starting points and loaders do not show; an oversampled sample is never drawn twice the same way."""
     rows = np.repeat(samples.load().positions("train")[:16], 4)
 
@@ -124,7 +116,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(ready: Path) -> None:
     assert drawn(0, first=5) == alone[40:64] + alone[104:]
 
 
-def test_a_recipe_with_a_wrong_argument_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import albumentations as A
 
     monkeypatch.setattr(own.competition, "recipe", lambda size: augment.Recipe([A.HorizontalFlip(prob=1)]), raising=False)
@@ -166,7 +158,7 @@ def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
     assert torch.equal(tta.rot90(tta.rot270(x)), x) and torch.equal(tta.antitranspose(tta.antitranspose(x)), x)
 
 
-def test_views_are_averaged_in_their_space(ready: Path) -> None:
+def test_views_are_averaged_in_their_space(project: Path) -> None:
     """The member of two views is the mean, in probability, of what each view says alone."""
     run = [*TINY, "predict.tta=[identity]"]
     for number in range(5):
@@ -177,7 +169,7 @@ def test_views_are_averaged_in_their_space(ready: Path) -> None:
     split = folds.load(table)
     alone, other, both = (bank.load(a, "test", table, split).probability(table.heads[0]) for a in ("x", "x:tta-hflip", "x:tta-identity-hflip"))
     one_fold = [
-        bank.read(ready / "runs/x/seed0/fold0" / part / "test.arrow", table, split).probability(table.heads[0])
+        bank.read(project / "runs/x/seed0/fold0" / part / "test.arrow", table, split).probability(table.heads[0])
         for part in ("", "tta-hflip", "tta-identity-hflip")
     ]
     rows = ~np.isnan(one_fold[0]).any(1)
@@ -208,7 +200,7 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
     said += ["competition.folds.scheme=group"]
     cfg = config(*said)
     tables.prepare(cfg)
-    assign.make(cfg, samples.load(), remake=False)
+    assign.make(cfg, samples.load(), remake=True)
     for number in range(5):
         jobs.train("exp001", [*TINY, *said, f"loss={loss}"], fold=str(number), name="x")
     record = store.read_json(project / "runs/x/score.json")
@@ -220,7 +212,7 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
     assert score.of(cfg, loaded, folds.load(loaded), oof)["oof"] == record["oof"]
 
 
-def test_custom_loss_metric_and_model_from_competition_py(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_loss_metric_and_model_from_competition_py(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def metric(truth: Any, prediction: Any, rows: Any) -> float:
         return float((truth == prediction).mean() + rows["meta.pen"].notna().mean())
 
@@ -234,7 +226,7 @@ def test_custom_loss_metric_and_model_from_competition_py(ready: Path, monkeypat
         monkeypatch.setattr(own.competition, name, hook, raising=False)
     jobs.train("exp001", [*TINY, "loss=loss", "competition.metric=metric"], fold="0", name="x")
     assert [*own.in_force()] == ["model", "loss", "metric"]
-    shapes = {k: tuple(v.shape) for k, v in _weights(ready / "runs/x/seed0/fold0/weights.safetensors").items()}
+    shapes = {k: tuple(v.shape) for k, v in _weights(project / "runs/x/seed0/fold0/weights.safetensors").items()}
     assert shapes == {"1.weight": (10, 1024), "1.bias": (10,)}
 
 
@@ -244,7 +236,7 @@ def _weights(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_half_precision_and_several_seeds(ready: Path) -> None:
+def test_half_precision_and_several_seeds(project: Path) -> None:
     for number in range(5):
         jobs.train("exp001", [*TINY, "train.amp=bf16", "train.seeds=[0, 1]"], fold=str(number), name="x")
     table = samples.load()
@@ -258,17 +250,17 @@ def test_half_precision_and_several_seeds(ready: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["data/samples.parquet", "data/folds.parquet", "runs/x/seed0/fold0/weights.safetensors", "runs/x/seed0/fold0/oof.arrow"])
-def test_one_flipped_byte_is_refused_by_name(ready: Path, victim: str) -> None:
+def test_one_flipped_byte_is_refused_by_name(project: Path, victim: str) -> None:
     jobs.train("exp001", TINY, fold="0", name="x")
-    file = ready / victim
+    file = project / victim
     data_ = bytearray(file.read_bytes())
     data_[len(data_) // 2] ^= 1
     file.write_bytes(data_)
-    shutil.rmtree(ready / "runs/x/seed0/fold0", ignore_errors=True) if victim.startswith("data") else None
+    shutil.rmtree(project / "runs/x/seed0/fold0", ignore_errors=True) if victim.startswith("data") else None
     readers = {"oof.arrow": lambda: bank.read(file, samples.load(), folds.load(samples.load()))}
 
     def train() -> None:
-        (ready / "runs/x/seed0/fold0/test.arrow").unlink(missing_ok=True)
+        (project / "runs/x/seed0/fold0/test.arrow").unlink(missing_ok=True)
         jobs.train("exp001", TINY, fold="0", name="x")
 
     assert victim in refusal(readers.get(file.name, train))

@@ -14,7 +14,7 @@ from comp.config import Refused
 from comp.predict import tta
 from comp.samples import Positions
 from comp.tasks import Head
-from comp.train import model
+from comp.train import augment, model
 from comp.train.evaluate import outputs_of
 from comp.train.loop import Material
 
@@ -42,11 +42,11 @@ def write_fold(material: Material, run: str, seed: int, number: int | str, kind:
 def predict(material: Material, weights: Path, rows: Positions, doing: str = "") -> tuple[Stored, dict[int, str]]:
     cfg, heads = material.cfg, material.samples.heads
     module = model.load_weights(model.build(cfg, heads, pretrained=False), weights).to(material.device)
-    normal = model.normalisation(cfg, module, material.device)
+    seen = augment.Seen(model.normalisation(cfg, module, material.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True) as bar:
         raw, damaged = outputs_of(
-            module, material.feed, rows, cfg.predict.batch_size, normal, cfg.train.amp, views, on_batch=bar.update
+            module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp, views, on_batch=bar.update
         )
     if not np.isfinite(raw).all():
         raise Refused(f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate")

@@ -1,11 +1,12 @@
 """Augmentation recipes: plain functions by name, each three lists. `augment.recipe` in a config names one of them.
 
-geometry  for each sample, uint8 in and out, ends in a square of `size`
-colour    for each sample, uint8 in and out
-batch     for each batch on the device, after normalising: (batch, generator) -> batch
+geometry  moves pixels, ends in a square of `size`
+colour    changes them
+batch     comes after normalising
 
-A sample leaves the loader as uint8, always. To have your own: define `recipe(size)` in comp/competition.py and set
-`augment.recipe: recipe`.
+What an op is decides where it runs, on every machine: any albumentations transform in loader processes; a function of
+train/native.py on a sample, in threads; one of train/device.py on the batch, on the device. A sample leaves the loader as
+uint8, always. To have your own: define `recipe(size)` in comp/competition.py and set `augment.recipe: recipe`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from random import Random
 from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would go online
@@ -21,23 +24,32 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from comp import own
 from comp.config import Config, Refused, nearest
-
-Picture = NDArray[np.uint8]
+from comp.train import device, native
+from comp.train.device import OnBatch, Seeds
+from comp.train.draws import mixed
+from comp.train.native import Picture
 
 
 @dataclass(frozen=True)
 class Recipe:
     geometry: list[Any]
     colour: list[Any] = field(default_factory=list)
-    batch: list[Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = field(default_factory=list)
+    batch: list[OnBatch] = field(default_factory=list)
+
+    @property
+    def on_sample(self) -> list[Any]:
+        return [op for op in [*self.geometry, *self.colour] if not isinstance(op, OnBatch)]
+
+    @property
+    def on_batch(self) -> list[OnBatch]:
+        return [op for op in [*self.geometry, *self.colour] if isinstance(op, OnBatch)]
 
 
 def none(size: int) -> Recipe:
-    return Recipe([A.RandomCrop(size, size)])
+    return Recipe([])
 
 
 def light(size: int) -> Recipe:
@@ -72,7 +84,17 @@ def heavy(size: int) -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy)}
+def fast(size: int) -> Recipe:
+    """Like medium, with crops in threads and colour on the device: for when the loader is what the GPU waits for."""
+    return Recipe([native.crop(size), native.mirror()], [device.jitter()])
+
+
+def resident(size: int) -> Recipe:
+    """Like light, all of it on the device: a small set then lives there altogether and nothing is loaded at all."""
+    return Recipe([device.affine()])
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy, fast, resident)}
 
 
 def named(cfg: Config) -> Recipe:
@@ -93,20 +115,41 @@ def named(cfg: Config) -> Recipe:
 
 
 class Augment:
-    """A recipe's sample lists as one function of (picture, seed): the same seed, the same bytes, in whichever process."""
+    """A recipe's sample ops as one function of (picture, seed): the same seed, the same bytes, in whichever process."""
 
     def __init__(self, recipe: Recipe, size: int):
         self.size = size
-        self.chain = A.Compose([*recipe.geometry, *recipe.colour])
+        self.steps = [_step(kind, list(ops)) for kind, ops in groupby(recipe.on_sample, lambda op: isinstance(op, A.BasicTransform | A.BaseCompose))]
+        self.threads = not any(isinstance(op, A.BasicTransform | A.BaseCompose) for op in recipe.on_sample)
 
     def __call__(self, picture: Picture, seed: int) -> Picture:
-        # Inside loader processes albumentations repeats its draws unless it is seeded before each call.
-        self.chain.set_random_seed(seed)
-        picture = self.chain(image=covered(picture, self.size))["image"]
+        if not self.steps:
+            return centred(picture, self.size)
+        for number, step in enumerate(self.steps):
+            picture = step(picture, mixed(seed, number))
         assert picture.dtype == np.uint8, "a recipe must hand over uint8; normalising is the first line of the step"
         if picture.shape[:2] != (self.size, self.size):
             raise Refused(f"augment.recipe: ends in {picture.shape[1]} x {picture.shape[0]} px, not in data.size {self.size}")
         return picture.reshape(self.size, self.size, -1)
+
+
+def _step(albumentations: bool, ops: list[Any]) -> Callable[[Picture, int], Picture]:
+    if not albumentations:
+
+        def ours(picture: Picture, seed: int) -> Picture:
+            random = Random(seed)
+            for op in ops:
+                picture = op(picture, random)
+            return picture
+
+        return ours
+    chain = A.Compose(ops)
+
+    def theirs(picture: Picture, seed: int) -> Picture:
+        chain.set_random_seed(seed % 2**32)  # inside loader processes it repeats its draws unless seeded before each call
+        return chain(image=np.array(picture))["image"]  # a copy: the cache is read-only
+
+    return theirs
 
 
 def centred(picture: Picture, size: int) -> Picture:
@@ -123,7 +166,23 @@ def centred(picture: Picture, size: int) -> Picture:
     return picture[top : top + size, left : left + size].reshape(size, size, -1)
 
 
-def covered(picture: Picture, size: int) -> Picture:
-    """A writable picture with at least `size` px on each side, for crops."""
-    assert min(picture.shape[:2]) >= size, "the cache holds at least data.size px"
-    return np.array(picture)
+class Seen:
+    """From a uint8 batch to what the network sees: the device's share of the recipe around normalising."""
+
+    def __init__(self, normal: tuple[torch.Tensor, torch.Tensor], recipe: Recipe | None = None):
+        self.mean, self.std = normal
+        self.before = recipe.on_batch if recipe else []
+        self.after = recipe.batch if recipe else []
+
+    def __call__(self, pictures: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
+        """(batch, channels, height, width), uint8 -> float"""
+        x = pictures.to(self.mean.device, non_blocking=True).float()
+        if seeds is not None and self.before:
+            x = x / 255
+            for op in self.before:
+                x = op(x, seeds)
+            x = x * 255
+        x = (x - self.mean) / self.std
+        for op in self.after if seeds is not None else []:
+            x = op(x, seeds)
+        return x

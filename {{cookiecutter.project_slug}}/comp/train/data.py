@@ -1,14 +1,22 @@
-"""From the samples table to uint8 batches. One feed serves every fold, training and inference, so workers start once.
+"""From the samples table to uint8 batches. One feed serves every fold, training and inference, so it is opened once.
 
 The random draws of a sample are a function of (seed, epoch, position in the epoch's list of draws) and of nothing else:
-not of worker count, resume point or machine load. The list itself is a function of (seed, epoch).
+not of worker count, thread, resume point or machine load. The list itself is a function of (seed, epoch).
+
+Three ways lead to the same pixels. Which one is taken follows from the recipe and from what fits, and changes no result:
+  processes  the recipe holds albumentations, which keep Python's lock
+  threads    every sample op is one of train/native.py: no copies between processes, nothing to start
+  resident   no sample op at all, and the set fits into machine.resident: the pictures lie on the device
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,6 +30,9 @@ from comp.prepare import cache
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
 from comp.train import augment
+from comp.train.draws import mixed
+
+AHEAD = 4  # batches that each worker has ready
 
 
 class Draw(NamedTuple):
@@ -35,25 +46,17 @@ class Draw(NamedTuple):
 class Batch:
     samples: Positions
     pictures: torch.Tensor  # (batch, height, width, channels), uint8
+    seeds: NDArray[np.int64] | None
     damaged: dict[int, str]  # sample -> reason; their pictures are black
 
     def pin_memory(self) -> Batch:
-        return Batch(self.samples, self.pictures.pin_memory(), self.damaged)
+        return Batch(self.samples, self.pictures.pin_memory(), self.seeds, self.damaged)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.samples, self.pictures.to(device, non_blocking=True), self.seeds, self.damaged)
 
 
-def mixed(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
-    """Well-mixed 63-bit numbers from small ones (splitmix64), so that neighbouring seeds have nothing in common.
-
-    `spread` mixes in one more number each: an array in, an array out.
-    """
-    state = np.zeros(1, np.uint64)
-    for number in [*map(np.uint64, numbers), *([] if spread is None else [spread.astype(np.uint64)])]:
-        state = (state ^ number) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    state >>= np.uint64(1)
-    return int(state[0]) if spread is None else state.astype(np.int64)
+Plan = Iterable[list[Draw]]
 
 
 def epoch_list(rows: Positions, seed: int, epoch: int) -> Positions:
@@ -66,9 +69,8 @@ def training_batches(rows: Positions, size: int, seed: int, epoch: int, first: i
     drawn = epoch_list(rows, seed, epoch)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
-        positions = np.arange(start, start + size)
-        seeds = mixed(seed, epoch, 2, spread=positions)
-        yield [Draw(sample, own) for sample, own in zip(drawn[positions].tolist(), seeds.tolist(), strict=True)]
+        seeds = mixed(seed, epoch, 2, spread=np.arange(start, start + size))
+        yield [Draw(sample, own) for sample, own in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)]
 
 
 def plain_batches(rows: Positions, size: int) -> Iterator[list[Draw]]:
@@ -85,67 +87,150 @@ class Pictures(Dataset[Any]):
         self.image_of_sample = image_of_sample
         self.augment = augment.Augment(augment.named(cfg), self.size)
 
-    def __getitem__(self, draw: Draw) -> tuple[int, augment.Picture | None, str]:
+    def __getitem__(self, draw: Draw) -> tuple[Draw, augment.Picture | None, str]:
         try:
             picture = self.images[int(self.image_of_sample[draw.sample])]
         except Damaged as damaged:
             # An exception would lose its type on the way out of a loader process; the reader decides what it means.
-            return draw.sample, None, str(damaged)
-        if draw.seed is None:
-            return draw.sample, augment.centred(picture, self.size), ""
-        return draw.sample, self.augment(picture, draw.seed), ""
+            return draw, None, str(damaged)
+        seen = augment.centred(picture, self.size) if draw.seed is None else self.augment(picture, draw.seed)
+        return draw, seen, ""
+
+    def batch(self, draws: list[Draw]) -> Batch:
+        return stacked([self[draw] for draw in draws])
+
+
+def stacked(items: Sequence[tuple[Draw, augment.Picture | None, str]]) -> Batch:
+    shape = next((p.shape for _, p, _ in items if p is not None), (1, 1, 1))
+    pictures = np.zeros((len(items), *shape), np.uint8)
+    for place, (_, picture, _) in zip(pictures, items, strict=True):
+        if picture is not None:
+            place[...] = picture
+    draws = [draw for draw, _, _ in items]
+    return Batch(
+        np.array([draw.sample for draw in draws], np.int64),
+        torch.from_numpy(pictures),
+        None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64),
+        {draw.sample: reason for draw, _, reason in items if reason},
+    )
 
 
 class Feed:
-    """The loader of a process. Workers stay alive over epochs and folds; `batches` says what they read next."""
+    """The loader of a process. Workers stay alive over epochs and folds; the plan says what they read next."""
 
     def __init__(self, cfg: Config, samples: Samples, device: torch.device):
         paths = samples.frame["images"]
         several = np.flatnonzero(paths.map(len).to_numpy() != 1)
         assert not len(several), f"sample {samples.frame['id'].iloc[several[0]]} has several images"
-        first = paths.map(lambda images: images[0])
-        codes, unique = first.factorize()
+        codes, unique = paths.map(lambda images: images[0]).factorize()
         self.pictures = Pictures(cfg, cache.open_images(cfg, list(unique), cfg.machine.progress), codes.astype(np.int64))
-        self.plan: Iterable[list[Draw]] = ()
-        workers = cfg.machine.workers
-        self.loader: DataLoader[Any] = DataLoader(
-            self.pictures,
-            batch_sampler=_Plan(self),
-            num_workers=workers,
-            collate_fn=_stacked,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_one_thread,
-        )
+        self.cfg, self.device = cfg, device
+        self.resident = _Resident(self.pictures, device, cfg.machine.resident * 10**6)
 
-    def batches(self, plan: Iterable[list[Draw]]) -> Iterator[Batch]:
-        self.plan = plan
-        return iter(self.loader)
+    def batches(self, plan: Plan) -> Iterator[Batch]:
+        """Batches on their way to the device, one copied ahead of the one in use."""
+        if self.resident.possible:
+            return self.resident.batches(plan)
+        return ahead(self._loaded(plan), self.device)
+
+    def _loaded(self, plan: Plan) -> Iterator[Batch]:
+        if self.cfg.machine.workers == 0:
+            return map(self.pictures.batch, plan)
+        if self.pictures.augment.threads:
+            return self._by_threads(plan)
+        self.processes.batch_sampler.plan = plan  # type: ignore[union-attr]
+        return iter(self.processes)
+
+    def _by_threads(self, plan: Plan) -> Iterator[Batch]:
+        pin: Callable[[Batch], Batch] = Batch.pin_memory if self.device.type == "cuda" else lambda batch: batch
+        waiting: deque[Any] = deque()
+        for draws in plan:
+            waiting.append(self.pool.submit(lambda draws=draws: pin(self.pictures.batch(draws))))
+            if len(waiting) > AHEAD * self.cfg.machine.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        cv2.setNumThreads(0)
+        return ThreadPoolExecutor(self.cfg.machine.workers, "pictures")
+
+    @cached_property
+    def processes(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.pictures,
+            batch_sampler=_Plan(),
+            num_workers=self.cfg.machine.workers,
+            collate_fn=stacked,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=True,
+            prefetch_factor=AHEAD,
+            worker_init_fn=_alone,
+        )
 
 
 class _Plan:
     """A batch sampler whose batches are set from outside, so that one DataLoader can read anything."""
 
-    def __init__(self, feed: Feed):
-        self.feed = feed
+    plan: Plan = ()
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.feed.plan)
+        return iter(self.plan)
 
 
-def _stacked(items: Sequence[tuple[int, augment.Picture | None, str]]) -> Batch:
-    shape = next((p.shape for _, p, _ in items if p is not None), None)
-    pictures = [np.zeros(shape or (1, 1, 1), np.uint8) if p is None else p for _, p, _ in items]
-    return Batch(
-        np.array([sample for sample, _, _ in items], np.int64),
-        torch.from_numpy(np.stack(pictures)),
-        {sample: reason for sample, _, reason in items if reason},
-    )
-
-
-def _one_thread(worker: int) -> None:
-    """OpenCV starts a pool in every worker otherwise, and they fight for two cores."""
+def _alone(worker: int) -> None:
+    """OpenCV and torch start a pool in every worker otherwise, and they fight for two cores."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group: the trainer decides when to stop
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """On a GPU, the next batch is copied on a stream of its own while this one is computed on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            coming = batch.to(device)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(side)
+        coming.pictures.record_stream(torch.cuda.current_stream(device))
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+class _Resident:
+    """The whole set on the device. Read there once, at first use; a batch is then one gather."""
+
+    def __init__(self, pictures: Pictures, device: torch.device, room: int):
+        side = pictures.size
+        size = len(pictures.images) * side * side * 3
+        self.possible = not pictures.augment.steps and size <= room
+        self.pictures, self.device = pictures, device
+        self.damaged: dict[int, str] = {}
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """(images, height, width, channels), uint8"""
+        first = {int(image): sample for sample, image in reversed(list(enumerate(self.pictures.image_of_sample)))}
+        parts = []
+        for start in range(0, len(first), 1024):
+            part = self.pictures.batch([Draw(first[i], None) for i in range(start, min(start + 1024, len(first)))])
+            self.damaged |= {int(self.pictures.image_of_sample[s]): reason for s, reason in part.damaged.items()}
+            parts.append(part.pictures)
+        return torch.cat(parts).to(self.device)
+
+    def batches(self, plan: Plan) -> Iterator[Batch]:
+        for draws in plan:
+            rows = np.array([draw.sample for draw in draws], np.int64)
+            images = self.pictures.image_of_sample[rows]
+            pictures = self.tensor[torch.from_numpy(images).to(self.device)]
+            seeds = None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64)
+            broken = {int(r): self.damaged[int(i)] for r, i in zip(rows, images, strict=True) if int(i) in self.damaged}
+            yield Batch(rows, pictures, seeds, broken)

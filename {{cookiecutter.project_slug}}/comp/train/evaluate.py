@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from comp.samples import Positions
+from comp.train.augment import Seen
 from comp.train.data import Feed, plain_batches
 
 View = Callable[[Tensor], Tensor]
@@ -26,14 +27,13 @@ def outputs_of(
     feed: Feed,
     rows: Positions,
     batch_size: int,
-    normal: tuple[Tensor, Tensor],
+    seen: Seen,
     amp: str,
     views: Sequence[View] = (plain,),
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
-    mean, std = normal
-    device = mean.device
+    device = seen.mean.device
     module.eval()
     damaged: dict[int, str] = {}
     out: list[Tensor] = []
@@ -42,6 +42,6 @@ def outputs_of(
         pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
         with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
             # Decoded once: the views turn the uint8 batch.
-            out.append(torch.stack([module((view(pictures).float() - mean) / std).float() for view in views]).cpu())
+            out.append(torch.stack([module(seen(view(pictures))).float() for view in views]).cpu())
         on_batch(len(batch.samples))
     return torch.cat(out, dim=1).numpy(), damaged

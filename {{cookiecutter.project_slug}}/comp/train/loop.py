@@ -20,8 +20,9 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
-from comp.train import checkpoint, losses, model, optim
-from comp.train.data import Batch, Feed, mixed, training_batches
+from comp.train import augment, checkpoint, losses, model, optim
+from comp.train.data import Batch, Feed, training_batches
+from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of
 
 LOG_EVERY = 25  # steps between two looks at the losses: each look makes the CPU wait for the GPU
@@ -58,7 +59,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- model ---------------------------------------------------------------------------------------------------------
     module = model.build(cfg, heads, cfg.model.pretrained).to(device)
-    mean, std = normal = model.normalisation(cfg, module, device)
+    seen = augment.Seen(model.normalisation(cfg, module, device), augment.named(cfg))
     criterion = losses.total(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
     averaged = _ema(cfg, module)
@@ -89,7 +90,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     bar = tqdm(total=steps, initial=step, desc=f"seed {seed} fold {number}", unit="step", disable=_quiet(cfg), leave=False)
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         module.train()
-        began, seen = time.perf_counter(), 0
+        began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
         batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first))
         while step < (epoch + 1) * steps_per_epoch:
@@ -98,14 +99,14 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             optim.set_rate(optimizer, rates[-1])
             for _ in range(accumulate):
                 batch = _whole(next(batches), material)
-                pictures = (batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2).float() - mean) / std
+                pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # to the device, float, normalised
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
                     output = module(pictures)  # (batch, outputs of all heads)
                 loss = (criterion(output, truth) * weight[batch.samples]).mean() / accumulate
                 scaler.scale(loss).backward()
                 pending.append(loss.detach())
-                seen += len(batch.samples)
+                drawn += len(batch.samples)
             if cfg.optim.clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.clip)
@@ -124,8 +125,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                 save()
             if material.stop.asked and not last:
                 raise KeyboardInterrupt(f"saved at step {step} of {steps}")
-        report = {"epoch": epoch + 1, "step": step, "images_per_second": round(seen / (time.perf_counter() - began), 1)}
-        report |= validate(material, predicting, normal, criterion, scored, targets)
+        report = {"epoch": epoch + 1, "step": step, "images_per_second": round(drawn / (time.perf_counter() - began), 1)}
+        report |= validate(material, predicting, seen, criterion, scored, targets)
         log.log(report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
         save()
@@ -138,13 +139,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
 
 def validate(
-    material: Material, module: nn.Module, normal: tuple[Tensor, Tensor], criterion: losses.Total, rows: Positions, targets: list[Tensor]
+    material: Material, module: nn.Module, seen: augment.Seen, criterion: losses.Total, rows: Positions, targets: list[Tensor]
 ) -> dict[str, float]:
     """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
     if len(rows) == 0:
         return {}
     cfg = material.cfg
-    raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, normal, cfg.train.amp)
+    raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
     _refuse(damaged, material)
     truth = [target[rows].cpu() for target in targets]
     report = {"valid_loss": float(criterion(torch.from_numpy(raw[0]), truth).mean())}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from comp import own, store
-from comp.config import Config, Refused
+from comp.config import Config, Refused, nearest
 from comp.tasks import Head
 
 
@@ -45,15 +45,19 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool) -> nn.Module:
     return _from_timm(cfg, total, pretrained)
 
 
+def known(cfg: Config) -> None:
+    import timm
+
+    if own.get("model") is None and not timm.is_model(cfg.model.name):
+        close = nearest(cfg.model.name, timm.list_models(), 3)
+        raise Refused(f"model.name: timm has no {cfg.model.name!r}; the nearest are {', '.join(close)}")
+
+
 def _from_timm(cfg: Config, total: int, pretrained: bool) -> nn.Module:
     import timm
 
+    known(cfg)
     name = cfg.model.name
-    if not timm.is_model(name):
-        import difflib
-
-        close = difflib.get_close_matches(name, timm.list_models(), 3, cutoff=0.0)
-        raise Refused(f"model.name: timm has no {name!r}; the nearest are {', '.join(close)}")
     rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(cfg.model, key))}
     try:
         module = timm.create_model(name, pretrained, num_classes=total, in_chans=cfg.data.channels, **rates)

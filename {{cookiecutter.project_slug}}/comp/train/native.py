@@ -1,0 +1,53 @@
+"""Geometry straight on OpenCV: (picture, random) -> picture, uint8 in and out.
+
+What runs here releases Python's lock, so that threads of one process do it over the cache, without loader processes and
+without copying batches between them. A recipe made of these alone is loaded by threads; see train/data.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from random import Random
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]
+Op = Callable[[Picture, Random], Picture]
+
+
+def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (0.8, 1.25)) -> Op:
+    """A random part of the picture, by share of its area and by aspect, resized to a square."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+
+    def crop(picture: Picture, random: Random) -> Picture:
+        rows, columns = picture.shape[:2]
+        area, aspect = rows * columns * random.uniform(*scale), math.exp(random.uniform(low, high))
+        height = max(1, min(rows, round(math.sqrt(area / aspect))))
+        width = max(1, min(columns, round(math.sqrt(area * aspect))))
+        top, left = random.randint(0, rows - height), random.randint(0, columns - width)
+        part = picture[top : top + height, left : left + width]
+        shrinking = height > size or width > size
+        return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)  # type: ignore[return-value]
+
+    return crop
+
+
+def mirror(p: float = 0.5) -> Op:
+    """Left and right change sides."""
+
+    def mirror(picture: Picture, random: Random) -> Picture:
+        return cv2.flip(picture, 1) if random.random() < p else picture  # type: ignore[return-value]
+
+    return mirror
+
+
+def quarter_turns() -> Op:
+    """Any of the four orientations: for pictures without an up, as from microscopes and satellites."""
+
+    def quarter_turns(picture: Picture, random: Random) -> Picture:
+        return np.ascontiguousarray(np.rot90(picture, random.randrange(4)))
+
+    return quarter_turns
