@@ -107,7 +107,7 @@ class _Pages:
         self.touched += size
         pixels = np.frombuffer(self.map, np.uint8, size, offset)
         if not self.checked[at]:
-            if zlib.crc32(pixels) != crc:
+            if zlib.crc32(pixels.data) != crc:
                 what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {self.table['name'][at]} is damaged (crc32 differs)"
                 raise index.broken(self.folder, what)
             self.checked[at] = True

@@ -1,7 +1,8 @@
 """Filling an image cache: decoded in parallel, written in order, so that the same files give the same bytes.
 
 Killed at any moment and started again it goes on behind the last line of its journal, and ends with the bytes of a build
-that was never killed: what stands in pixels.bin beyond that line is cut off.
+that was never killed: what stands in pixels.bin beyond that line is cut off. Pixels are never overwritten, since other
+processes may be reading them; those of a file that has changed stay behind as waste until the folder is deleted.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from comp.prepare.images import Damaged, Pixels
 from comp.prepare.making import Making
 
 COMMIT = 512  # pictures between two lines of the journal: at most so many are decoded again after a kill
-CHUNK = 8  # pictures a task of the pool; small enough to keep memory low, large enough not to be felt
+CHUNK = 8  # pictures a task of the pool: few enough for memory, many enough for the pool not to be felt
 
 
 class Line(NamedTuple):
-    """As in index.SCHEMA."""
+    """One file, as in index.SCHEMA."""
 
     name: str
     offset: int
@@ -48,6 +49,9 @@ class Line(NamedTuple):
     reason: str
 
 
+Made = tuple[Line, Pixels | None]
+
+
 class NoRoom(Refused):
     """The disk is too small for this cache."""
 
@@ -56,32 +60,33 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
     """Adds to the cache what it lacks of these files. Called under the folder's lock; returns the index that counts."""
     before = index.current(folder)
     lines = _resumed(folder, before)
-    table = pa.concat_tables([index.mapped(before), _table(lines)])
-    stale = np.flatnonzero(index.where(names, found, table) == index.STALE)
-    if not len(stale) and not lines and before is not None:
+    known = _merged(before, lines)
+    stale = np.flatnonzero(index.where(names, found, known) == index.STALE)
+    if before is not None and not len(stale) and not lines:
         return before  # another process has just done it
     todo = list(dict.fromkeys(names.take(pa.array(stale)).to_pylist()))
     _announce(folder, how, todo)
-    end = index.end(table)
-    twins = {} if how.by_hook else _by_hash(table)
+    twins = {} if how.by_hook else _twins(known)
     try:
         with (folder / "pixels.bin").open("ab") as pixels, (folder / "journal.jsonl").open("ab") as journal:
+            end = pixels.tell()
             fresh: list[Line] = []
-            for line, picture in tqdm(
+            bar = tqdm(
                 _decoded(how, todo, twins),
                 "cache",
                 len(todo),
                 unit=" images",
                 disable=None if progress else True,
-            ):
+            )
+            for line, picture in bar:
                 twin = twins.get(line.hash)
-                if twin is not None:  # the same bytes under another name, or touched but not changed
+                if twin is not None:  # the same bytes under another name, or touched and not changed
                     line = twin._replace(name=line.name, bytes=line.bytes, mtime=line.mtime)
                 elif picture is not None:
                     line = line._replace(offset=end)
                     pixels.write(picture.data)
                     end += picture.nbytes
-                if not how.by_hook:
+                if not how.by_hook:  # which may make different pictures of the same bytes
                     twins[line.hash] = line
                 fresh.append(line)
                 if len(fresh) >= COMMIT:
@@ -89,52 +94,57 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
                     fresh = []
             lines += _commit(pixels, journal, fresh)
     except OSError as error:
-        raise Refused(
-            f"{store.shown(folder)}: could not be written ({error.strerror}); what is there stays, the next start goes on"
-        ) from error
+        what = f"{store.shown(folder)}: could not be written ({error.strerror})"
+        raise Refused(f"{what}; what is there stays, and the next start goes on from it") from error
     return _published(folder, how, before, lines)
 
 
-def _decoded(how: Making, names: list[str], known: dict[str, Line]) -> Iterator[tuple[Line, Pixels | None]]:
-    """In the order of `names`, decoded by as many threads as there are cores: OpenCV and Pillow release Python's lock."""
+def _decoded(how: Making, names: list[str], known: dict[str, Line]) -> Iterator[Made]:
+    """In the order of `names`, by as many threads as there are cores: decoders release Python's lock."""
     threads = machine.cores()
     chunks = iter([names[start : start + CHUNK] for start in range(0, len(names), CHUNK)])
     with ThreadPoolExecutor(threads) as pool:
 
-        def start(chunk: list[str]) -> Future[list[tuple[Line, Pixels | None]]]:
-            return pool.submit(lambda: [made for name in chunk for made in _made(how, name, known)])
+        def started(number: int) -> list[Future[list[Made]]]:
+            return [pool.submit(_made, how, chunk, known) for chunk in islice(chunks, number)]
 
-        running = deque(start(chunk) for chunk in islice(chunks, 4 * threads))
+        running = deque(started(4 * threads))
         try:
             while running:
                 yield from running.popleft().result()
-                running.extend(start(chunk) for chunk in islice(chunks, 1))
+                running += started(1)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _made(how: Making, name: str, known: dict[str, Line]) -> list[tuple[Line, Pixels | None]]:
-    """One file's line and pixels. Nothing for a file that cannot be read now: that may pass, damage does not."""
-    try:
-        status = os.stat(how.file(name))
-        data = how.read(name)
-    except (OSError, Damaged):
-        return []
-    line = Line(
-        name, 0, 0, 0, 0, 0, status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest()[:32], ""
-    )
-    if line.hash in known:
-        return [(line, None)]
-    try:
-        picture = how.picture(name, data)
-    except Damaged as damaged:
-        return [(line._replace(reason=damaged.reason), None)]
-    height, width, channels = picture.shape
-    return [(line._replace(height=height, width=width, channels=channels, crc=zlib.crc32(picture)), picture)]
+def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
+    """Lines and pixels of files; nothing for one that cannot be read now: that may pass, damage does not."""
+    made: list[Made] = []
+    for name in names:
+        try:
+            status = os.stat(how.file(name))
+            data = how.read(name)
+        except (OSError, Damaged):
+            continue
+        line = Line(
+            name, 0, 0, 0, 0, 0, status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest()[:32], ""
+        )
+        picture = None
+        if line.hash not in known:
+            try:
+                picture = how.picture(name, data)
+                line = line._replace(
+                    crc=zlib.crc32(picture.data),
+                    **dict(zip(("height", "width", "channels"), picture.shape, strict=True)),
+                )
+            except Damaged as damaged:
+                line = line._replace(reason=damaged.reason)
+        made.append((line, picture))
+    return made
 
 
 def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> list[Line]:
-    """The pixels are on disk before the line that counts them."""
+    """The pixels are on the disk before the line that counts them."""
     pixels.flush()
     os.fsync(pixels.fileno())
     journal.write(json.dumps(fresh).encode() + b"\n")
@@ -143,33 +153,34 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> list[Line
 
 
 def _resumed(folder: Path, before: Path | None) -> list[Line]:
-    """What a killed build had finished. Its first line names the index that it added to."""
+    """What a killed build had finished; pixels.bin and journal end there. The journal's first line names what it adds to."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
     head = json.dumps(before.name if before else None).encode() + b"\n"
-    text = journal.read_bytes() if journal.exists() else b""
-    lines: list[Line] = []
-    if text.startswith(head):
-        text = text[: text.rfind(b"\n") + 1]  # a torn last line never happened
-        lines = [Line(*values) for part in text.splitlines()[1:] for values in json.loads(part)]
-    else:
-        text = head
-    journal.write_bytes(text)
+    text = journal.read_bytes() if journal.exists() else head
+    if not text.startswith(head):
+        text = head  # killed after its lines had come to count
+    text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
+    lines = [Line(*values) for part in text.splitlines()[1:] for values in json.loads(part)]
+    end = max(
+        [store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0]
+        + [_end(line) for line in lines]
+    )
     pixels.touch()
-    end = index.end(pa.concat_tables([index.mapped(before), _table(lines)]))
     if pixels.stat().st_size < end:
         raise index.broken(
             folder, f"{store.shown(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
         )
+    if text == head:
+        journal.write_bytes(head)
+    os.truncate(journal, len(text))
     os.truncate(pixels, end)
     return lines
 
 
 def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]) -> Path:
-    old = index.mapped(before)
-    replaced = pc.is_in(old["name"], pa.array([line.name for line in lines], pa.string()))
-    table = pa.concat_tables([old.filter(pc.invert(replaced)), _table(lines)])
-    damaged = sum(table["height"].to_numpy() == 0)
-    facts = {"images": len(table), "damaged": int(damaged), "pixels": index.end(table)}
+    table = _merged(before, lines)
+    damaged = int((table["height"].to_numpy() == 0).sum())
+    size = (folder / "pixels.bin").stat().st_size
     made_with = {
         "raw": how.raw,
         "px": how.size,
@@ -177,13 +188,15 @@ def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]
         "channels": how.channels,
         "decoder": images.DECODER,
     }
-    written = index.publish(folder, table, facts | made_with)
+    file = index.publish(
+        folder, table, {"images": len(table), "damaged": damaged, "pixels": size, **made_with}
+    )
     (folder / "journal.jsonl").unlink()
     print(
-        f"{store.shown(folder)}: {len(table):,} pictures, {damaged} damaged, {store.readable(facts['pixels'])}",
+        f"{store.shown(folder)}: {len(table):,} pictures, {damaged} of them damaged, {store.readable(size)}",
         flush=True,
     )
-    return written
+    return file
 
 
 def _announce(folder: Path, how: Making, todo: list[str]) -> None:
@@ -201,17 +214,22 @@ def _bytes_each(how: Making, names: list[str]) -> int:
     if how.fit != "cover":
         return square
     shapes = [images.shape(how.file(name)) for name in names[:: max(1, len(names) // 64)]]
-    ratios = [max(shape) / min(shape) for shape in shapes if shape]
-    return int(square * (sum(ratios) / len(ratios) if ratios else 1))
+    ratios = [max(shape) / min(shape) for shape in shapes if shape and min(shape)]
+    return int(square * sum(ratios) / len(ratios)) if ratios else square
 
 
-def _by_hash(table: pa.Table) -> dict[str, Line]:
-    return {line.hash: line for line in (Line(**row) for row in table.to_pylist())}
+def _merged(before: Path | None, lines: list[Line]) -> pa.Table:
+    """One line a file: the latest."""
+    latest = {line.name: line for line in lines}
+    new = pa.Table.from_pylist([line._asdict() for line in latest.values()], index.SCHEMA)
+    old = index.mapped(before)
+    return pa.concat_tables([old.filter(pc.invert(pc.is_in(old["name"], new["name"]))), new])
 
 
-def _table(lines: list[Line]) -> pa.Table:
-    columns = list(zip(*lines, strict=True)) if lines else [[] for _ in index.SCHEMA]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, index.SCHEMA, strict=True)],
-        index.SCHEMA,
-    )
+def _twins(table: pa.Table) -> dict[str, Line]:
+    columns = [table[name].to_pylist() for name in index.SCHEMA.names]
+    return {line.hash: line for line in map(Line, *columns)}
+
+
+def _end(line: Line) -> int:
+    return line.offset + line.height * line.width * line.channels

@@ -112,6 +112,9 @@ def _gif(data: bytes) -> str:
     try:
         position = 13 + table(data[10])
         while data[position] != 0x3B:
+            if data[position] == 0:  # between blocks some write one zero too many
+                position += 1
+                continue
             if data[position] == 0x2C:
                 position += 11 + table(data[position + 9])
             elif data[position] == 0x21:

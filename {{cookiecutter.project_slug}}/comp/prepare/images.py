@@ -96,18 +96,19 @@ def decode(data: bytes, size: int | None, fit: Fit, channels: int, name: str) ->
         raise Damaged(name, reason)
     else:
         made = _pillow(data, channels, name)
-    return _fitted(made, size, fit)
+    return _fitted(made, size, fit, name)
 
 
-def fitted(picture: Pixels, size: int, fit: Fit) -> Pixels:
+def fitted(picture: Pixels, size: int, fit: Fit, name: str) -> Pixels:
     """Any picture brought to size by the rule of decode."""
-    return _fitted(_Decoded(picture, picture.shape[0], picture.shape[1]), size, fit)
+    return _fitted(_Decoded(picture, picture.shape[0], picture.shape[1]), size, fit, name)
 
 
-def _fitted(made: _Decoded, size: int | None, fit: Fit) -> Pixels:
+def _fitted(made: _Decoded, size: int | None, fit: Fit, name: str) -> Pixels:
     if size is None:
         return _turned(made.pixels, made.orientation)
     height, width = _wanted(made.height, made.width, size, fit)
+    _refuse_size(height, width, name)  # a line of pixels, covering
     picture = _turned(_resized(made, height, width), made.orientation)
     if fit != "contain" or height == width:
         return picture
@@ -134,11 +135,12 @@ def _resized(made: _Decoded, height: int, width: int) -> Pixels:
         # The last row and column may stand for fewer than `scale` of the file's. Given factors instead of a size, OpenCV
         # takes exactly the file's share of them, and may add one more line of what is left.
         down, across = low * made.scale / made.height, narrow * made.scale / made.width
-        picture = cv2.resize(picture, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)[:low, :narrow]
-    picture = picture.reshape(low, narrow, channels)
+        smaller = cv2.resize(picture, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)[:low, :narrow]
+        picture = smaller.astype(np.uint8, copy=False).reshape(low, narrow, channels)
     if (low, narrow) != (height, width):
         planes = [Image.fromarray(picture[:, :, channel]) for channel in range(channels)]
-        picture = np.stack([plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes], -1)
+        larger = [plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
+        picture = np.stack([np.asarray(plane) for plane in larger], -1)
     return picture
 
 
@@ -184,18 +186,15 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
     """Every kind of file, and the JPEGs that are out of the ordinary. `scale` is heeded by JPEG alone."""
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
-            height, width = image.height, image.width
-            _refuse_size(height, width, name)
+            _refuse_size(image.height, image.width, name)
             if image.format == "TIFF":
                 _refuse_cut_tiff(image, len(data), name)
-            image.draft("RGB" if channels == 3 else "L", (width // scale, height // scale))
+            image.draft("RGB" if channels == 3 else "L", (image.width // scale, image.height // scale))
             image.load()
             # Pillow turns TIFF by itself, and nothing else.
             orientation = 1 if image.format == "TIFF" else formats.exif_orientation(_exif(image))
             pixels = _uint8(image, channels, name)
-            return _Decoded(
-                pixels, *(pixels.shape[:2] if scale == 1 else (height, width)), orientation, scale
-            )
+            return _Decoded(pixels, pixels.shape[0], pixels.shape[1], orientation)
     except Damaged:
         raise
     except Image.UnidentifiedImageError:

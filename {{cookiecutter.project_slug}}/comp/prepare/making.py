@@ -68,7 +68,7 @@ class Making:
             got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
             wanted = f"a uint8 array (height, width, {self.channels})"
             raise Refused(f"comp/competition.py: load_image gave {got} for {name}; {wanted} is wanted")
-        return images.fitted(made, self.size, self.fit)
+        return images.fitted(made, self.size, self.fit, name)
 
     def decode(self, name: str, full: bool = False) -> Pixels:
         """What load_image is handed: a picture as it would be without the hook, or at its full size."""
