@@ -54,8 +54,8 @@ def load(file: Path | None = None) -> Samples:
     return Samples(table.to_pandas(), heads, store.sha256(file))
 
 
-def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None) -> Path:
-    """The same frame gives the same bytes."""
+def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **facts: Any) -> Path:
+    """The same frame gives the same bytes. `facts` stand beside them in the manifest, like the sha256 of a source."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -64,5 +64,5 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None)
     table = table.replace_schema_metadata({"comp": json.dumps({"heads": [asdict(head) for head in heads]})})
     with store.writing(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    store.seal(file, rows=len(frame))
+    store.seal(file, rows=len(frame), **facts)
     return file

@@ -1,0 +1,150 @@
+"""From stored predictions to submissions/<name>.csv, in the form that competition.yaml declares. See deliver/validate.py
+for what a file must be; nothing is put in its place before its very bytes have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from comp import bank, config, folds, own, samples, store
+from comp.bank import PredictionSet
+from comp.config import Config, Refused
+from comp.deliver import validate
+from comp.deliver.cells import form_of, some
+from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
+from comp.deliver.sample import Sample, read_sample, refuse_stale
+from comp.samples import Samples
+from comp.tasks import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def dry_run(name: str) -> Path:
+    # Not the run's own config: how a file is written may be corrected after training, and an ensemble has no config.
+    cfg = config.load(store.root(), "base").config
+    table = samples.load()
+    return write(cfg, table, name, bank.load(name, "test", table, folds.load(table)))
+
+
+def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
+    rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
+    refuse_misfit(rules, samples.heads)
+    sample = read_sample(store.path(cfg.competition.raw, rules.sample), cfg.competition.id)
+    refuse_stale(sample, samples)
+    rows, answers = scored_rows(samples, name, prediction, sample.ids)
+    answers = postprocessed(rows, answers)
+    if own.get("write_submission"):
+        made = from_own(rows, answers, sample)
+    else:
+        cuts = fitted_cuts(name) if rules.form == "label" else {}
+        made = from_form(rules, samples.heads, answers, sample, cuts)
+    classes = [each for head in samples.heads for each in head.classes]
+    form = form_of(rules.form, rules.range, rules.sums_to_one, classes)
+    with store.writing(file) as temporary:
+        temporary.write_text("".join(map(validate.written, made.lines)), encoding="utf-8", newline="\n")
+        validate.check(temporary.read_bytes(), store.shown(file), sample, form)
+    facts = {"sample": store.sha256(sample.file), "samples": samples.hash}
+    store.seal(file, of=name, form=form.name, rows=len(sample.rows), **facts)
+    for note in made.notes:
+        print(note)
+    size = f"{len(sample.rows)} rows, {len(sample.columns)} columns ({some(sample.columns)})"
+    print(f"{store.shown(file)}: {size}, form {form.name}; validated, sha256 {store.sha256(file)[:12]}")
+    print(f'next: comp submit {name} -m "…"')
+    return file
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def scored_rows(
+    samples: Samples, name: str, prediction: PredictionSet, ids: list[str]
+) -> tuple[pd.DataFrame, Answers]:
+    """One line a row of the sample, in its order."""
+    keys = samples.frame["row"].to_numpy()[prediction.row]
+    refuse_gaps(name, ids, keys)
+    answers = {}
+    for head in samples.heads:
+        gaps = np.flatnonzero(~np.isfinite(prediction.heads[head.name]).all(axis=1))
+        if len(gaps):
+            where = f"{name}: row {keys[gaps[0]]!r}, output {head.name!r}"
+            raise Refused(f"{where}: no prediction; {len(gaps)} of {len(keys)} rows have none")
+        answers[head.name] = merged(keys, prediction.probability(head), ids)
+    first = dict(zip(keys[::-1], prediction.row[::-1], strict=True))
+    return samples.frame.iloc[[first[each] for each in ids]].reset_index(drop=True), answers
+
+
+def merged(keys: Any, values: Array, ids: list[str]) -> Array:
+    """Several samples of one scored row become one line: their mean. The one place that knows how."""
+    place = {each: i for i, each in enumerate(ids)}
+    at = np.array([place[key] for key in keys])
+    total = np.zeros((len(ids), values.shape[1]))
+    np.add.at(total, at, values)
+    return total / np.bincount(at, minlength=len(ids))[:, None]
+
+
+def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:
+    predicted = set(keys)
+    strange = predicted - set(ids)
+    if strange:
+        raise Refused(
+            f"{name}: row {min(strange)!r} is no row of the sample; these are not predictions of the test rows"
+        )
+    left = [each for each in ids if each not in predicted]
+    if left:
+        raise Refused(
+            f"{name}: row {left[0]!r} was never predicted, nor were {len(left) - 1} others (train.limit cuts a --debug run short)"
+        )
+
+
+def fitted_cuts(name: str) -> dict[str, list[float]]:
+    """head -> where its values become labels, as the CV fitted them. A refit on all data has none and takes its run's."""
+    own_score = bank.folder(name) / "score.json"
+    file = own_score if own_score.exists() else bank.folder(name.partition(":")[0]) / "score.json"
+    return dict(store.read_json(store.verified(file))["cuts"])
+
+
+# --- competition.py ------------------------------------------------------------------------------------------------------
+
+
+def postprocessed(rows: pd.DataFrame, answers: Answers) -> Answers:
+    """Your own hook takes and gives one array, or with several targets a dict of them."""
+    hook = own.get("postprocess")
+    if hook is None:
+        return answers
+    alone = next(iter(answers)) if len(answers) == 1 else None
+    given = {head: value.copy() for head, value in answers.items()}
+    result = hook(rows, given[alone] if alone is not None else given)
+    changed = {alone: result} if alone is not None else result
+    where = "comp/competition.py: postprocess"
+    if not isinstance(changed, Mapping) or changed.keys() != answers.keys():
+        raise Refused(f"{where} must return a dict with {', '.join(answers)}")
+    for head, value in answers.items():
+        shape = np.shape(changed[head])
+        if shape != value.shape:
+            raise Refused(f"{where} returned shape {shape} for a prediction of shape {value.shape}")
+    return {head: np.asarray(changed[head], np.float64) for head in answers}
+
+
+def from_own(rows: pd.DataFrame, answers: Answers, sample: Sample) -> Written:
+    """Whatever your own hook makes of it is written as it is, without the index, and validated like everything else."""
+    import pandas as pd
+
+    hook = own.get("write_submission")
+    assert hook is not None
+    prediction = next(iter(answers.values())) if len(answers) == 1 else answers
+    frame = hook(rows, prediction, pd.DataFrame(sample.rows, columns=list(sample.columns)))
+    if not isinstance(frame, pd.DataFrame):
+        raise Refused(
+            f"comp/competition.py: write_submission must return a DataFrame, not {type(frame).__name__}"
+        )
+    columns = [[_text(cell) for cell in frame.iloc[:, i].tolist()] for i in range(frame.shape[1])]
+    return Written([list(map(str, frame.columns)), *map(list, zip(*columns, strict=True))], [])
+
+
+def _text(cell: Any) -> str:
+    return repr(float(cell)) if isinstance(cell, float) else str(cell)
