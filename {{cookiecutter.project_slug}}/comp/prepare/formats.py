@@ -43,7 +43,7 @@ def jpeg(data: bytes) -> Jpeg | None:
             return Jpeg(
                 *size,
                 orientation,
-                "" if data.find(b"\xff\xd9", end) >= 0 else "cut off, its end marker is missing",
+                "" if data.rfind(b"\xff\xd9", end) >= 0 else "cut off, its end marker is missing",
             )
         position = end
     return None

@@ -34,6 +34,9 @@ Fit = Literal["stretch", "cover", "contain"]
 DECODER = f"1, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+# A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times that. With less to
+# spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, instead of 0.3.
+SCALES = {1: 0.0, 2: 1.33, 4: 2.0, 8: 2.5}
 HOOK = "say how in load_image of comp/competition.py"
 
 cv2.setNumThreads(0)  # many pictures at a time, each by one thread
@@ -158,7 +161,7 @@ def _turned(picture: Pixels, orientation: int) -> Pixels:
 def _jpeg(
     data: bytes, header: formats.Jpeg, size: int | None, fit: Fit, channels: int, name: str
 ) -> _Decoded:
-    """At the smallest of 1/1, 1/2, 1/4 and 1/8 that covers the wanted size."""
+    """At the smallest scale that covers the wanted size."""
     if header.cut:
         raise Damaged(name, header.cut)
     height, width = header.height, header.width
@@ -166,8 +169,11 @@ def _jpeg(
     scale = 1
     if size is not None:
         high, wide = _wanted(height, width, size, fit)
-        while scale < 8 and height >= 2 * scale * high and width >= 2 * scale * wide:
-            scale *= 2
+        scale = max(
+            s
+            for s, spare in SCALES.items()
+            if _covers(height, high, s, spare) and _covers(width, wide, s, spare)
+        )
     pixels = None
     if simplejpeg is not None and header.components in (1, 3):
         high, wide = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
@@ -180,6 +186,10 @@ def _jpeg(
     if pixels is None:
         pixels = _pillow(data, channels, name, scale).pixels
     return _Decoded(pixels, height, width, header.orientation, scale)
+
+
+def _covers(side: int, wanted: int, scale: int, spare: float) -> bool:
+    return side == scale * wanted or side >= spare * scale * wanted
 
 
 def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
