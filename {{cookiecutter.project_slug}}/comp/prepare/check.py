@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,17 +95,9 @@ def _against_sample(competition: Competition, reading: Reading) -> list[str]:
     columns = sources.columns(sample.frame)
     key = competition.id if competition.id in columns else columns[0]
     ids = sample.frame[key].tolist()
-    test = reading.frame["source"] == "test"
-    first = dict(
-        reversed(
-            [
-                (row, position)
-                for position, row in zip(
-                    np.flatnonzero(test).tolist(), reading.frame["row"][test], strict=True
-                )
-            ]
-        )
-    )
+    first: dict[str, int] = {}
+    for position in np.flatnonzero(reading.frame["source"] == "test").tolist():
+        first.setdefault(reading.frame["row"].iloc[position], position)
     seen: set[object] = set()
     faults = []
     for position, id_ in enumerate(ids):
@@ -163,7 +156,9 @@ def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
             faults += [
                 f"{reading.where(rows[name])}: image {name}: no such file" for name in dict.fromkeys(absent)
             ]
-    looks = _looked(making.of(cfg), [name for name in rows if name in on_disk])
+    # A JPEG is decoded whole at any size, only less arithmetic follows: small is fast, and finds the same damage.
+    small = replace(making.of(cfg), size=32, fit="stretch")
+    looks = _looked(small, [name for name in rows if name in on_disk])
     faults += [
         f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks if look.fault
     ]

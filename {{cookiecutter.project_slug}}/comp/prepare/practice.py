@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ PENS = ("fine", "medium", "bold")  # thirds of the ink on the page: a column tha
 
 def make(raw: Path) -> Path:
     """Write train.csv, test.csv, sample_submission.csv, train/ and test/ under `raw`. The same bytes every time."""
-    from sklearn.datasets import load_digits
     from tqdm import tqdm
 
     answers = _answers()
@@ -33,8 +33,7 @@ def make(raw: Path) -> Path:
         raise Refused(
             f"{store.shown(raw)}: holds another competition; move it away before comp practice fills the folder"
         )
-    pixels, digits = load_digits(return_X_y=True)
-    pixels = pixels.reshape(-1, 8, 8)
+    pixels, digits = _digits()
     writers = np.arange(len(digits)) * WRITERS // len(digits)
     ink = pixels.sum(axis=(1, 2))
     pens = np.searchsorted(np.quantile(ink, [1 / 3, 2 / 3]), ink)
@@ -89,6 +88,15 @@ def score(name: str) -> float:
     right = sum(predicted[id_] == label for id_, label in truth.items())
     print(f"{store.shown(file)}: accuracy {right / len(truth):.4f} on {len(truth)} hidden answers")
     return right / len(truth)
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) ink of 0 to 16, and the labels. Read as a file: importing scikit-learn for it takes seconds."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
 def _answers() -> Path:

@@ -1,0 +1,526 @@
+"""Raw tables become samples, or one line says which row of which file is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import config
+
+from comp import competition, samples, store
+from comp.config import Refused
+from comp.prepare import assign, check, making, tables
+from comp.prepare.images import Damaged
+
+SIMPLE: dict[str, Any] = {
+    "slug": "x",
+    "title": "x",
+    "raw": "data/raw",
+    "train": {"table": "train.csv", "image": "train/{id}.png"},
+    "test": {"table": "test.csv", "image": "test/{id}.png"},
+    "id": "id",
+    "target": "label",
+    "task": "multiclass",
+    "metric": "accuracy",
+    "folds": {"scheme": "stratified", "k": 2, "seed": 0},
+    "submission": {"sample": "sample.csv", "form": "label"},
+}
+TRAIN = "id,label\n007,cat\n008,dog\n"
+TEST = "id\n9\n"
+SAMPLE = "id,label\n9,cat\n"
+
+
+def lay(
+    root: Path, rows: str | bytes = TRAIN, testing: str = TEST, sample: str = SAMPLE, **changes: Any
+) -> None:
+    """A competition of three tables under root; `changes` are keys of competition.yaml."""
+    raw = root / "data" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / "train.csv").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    (raw / "test.csv").write_text(testing)
+    (raw / "sample.csv").write_text(sample)
+    (root / "configs" / "competition.yaml").write_text(yaml.safe_dump(SIMPLE | changes))
+
+
+def prepared() -> samples.Samples:
+    tables.prepare(config(experiment="base"))
+    return samples.load()
+
+
+def refusal() -> list[str]:
+    with pytest.raises(Refused) as refused:
+        tables.prepare(config(experiment="base"))
+    assert not store.samples_file().exists(), "a refusal writes nothing"
+    return refused.value.lines
+
+
+# --- what comes out ------------------------------------------------------------------------------------------------------
+
+
+def test_the_practice_competition(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = samples.load()
+    frame = made.frame
+    first = frame.iloc[0]
+    assert first["id"] == first["row"] == "00000"
+    assert list(first["images"]) == ["train/00000.png"]
+    assert frame["source"].value_counts().to_dict() == {"train": 1437, "test": 360}
+    assert frame["id"].is_unique and (frame["weight"] == 1).all()
+    test = frame[frame["source"] == "test"]
+    assert (
+        test["target.label"].isna().all()
+        and test["group"].isna().all()
+        and set(test["meta.pen"]) == {"fine", "medium", "bold"}
+    )
+    (head,) = made.heads
+    assert (head.name, head.task, head.classes) == ("label", "multiclass", tuple("0123456789"))
+    raw = pd.read_csv(project / "data/raw/train.csv", dtype=str)
+    truth = made.truth(head, made.positions("train"))
+    assert [head.classes[code] for code in truth] == raw["label"].tolist()
+
+    before = store.samples_file().read_bytes()
+    store.samples_file().unlink()
+    tables.prepare(config(experiment="base"))
+    assert store.samples_file().read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == "next: comp check, then comp folds"
+
+
+def test_ids_stay_text(empty: Path) -> None:
+    lay(empty, "id,label\n007,1\n1e5,2\nNA,1\n 8,2\n", "id\n00\n", "id,label\n00,1\n")
+    assert prepared().frame["id"].tolist() == ["007", "1e5", "NA", " 8", "00"]
+
+
+def test_a_parquet_table_reads_like_a_csv(empty: Path) -> None:
+    lay(empty, "id,label,age\n7,1,3\n8,2,\n9,1,4\n", "id,age\n1,5\n", "id,label\n1,1\n", metadata=["age"])
+    from_csv = prepared()
+    frame = pd.DataFrame({"id": [7, 8, 9], "label": [1, 2, 1], "age": [3, None, 4]})
+    frame.to_parquet(empty / "data" / "raw" / "train.parquet")
+    lay(
+        empty,
+        testing="id,age\n1,5\n",
+        sample="id,label\n1,1\n",
+        metadata=["age"],
+        train={"table": "train.parquet", "image": "train/{id}.png"},
+    )
+    assert prepared().hash == from_csv.hash
+
+
+def test_a_byte_order_mark_is_no_letter(empty: Path) -> None:
+    lay(empty, b"\xef\xbb\xbf" + TRAIN.encode())
+    assert prepared().frame["id"].tolist() == ["007", "008", "9"]
+
+
+@pytest.mark.parametrize(
+    ("template", "path"),
+    [
+        ("{id}.png", "ab12.png"),
+        ("{id[0]}/{id[1]}/{id}", "a/b/ab12"),
+        ("{id[-1]}/{id[0:2]}/{id[2:]}.jpg", "2/ab/12.jpg"),
+        ("{a b}/x{id}", "dir/xab12"),
+        ("same.png", "same.png"),
+    ],
+)
+def test_image_paths(empty: Path, template: str, path: str) -> None:
+    lay(empty, "id,label,a b\nab12,1,dir\ncd34,2,dir\n", train={"table": "train.csv", "image": template})
+    assert list(prepared().frame["images"].iloc[0]) == [path]
+
+
+def test_test_ids_like_training_ids(empty: Path) -> None:
+    """Hosts number both from 0: the sample's id must be unique, the key that the host scores must stay."""
+    lay(empty, "id,label\n0,a\n1,b\n", "id\n0\n1\n2\n", "id,label\n0,a\n1,a\n2,a\n")
+    frame = prepared().frame
+    assert frame["id"].is_unique
+    assert frame["row"].tolist() == ["0", "1", "0", "1", "2"]
+    assert list(frame["images"].iloc[2]) == ["test/0.png"]
+
+
+def test_class_orders(empty: Path) -> None:
+    def classes(labels: str, **changes: Any) -> tuple[str, ...]:
+        lay(
+            empty,
+            "id,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels.split())),
+            **changes,
+        )
+        return prepared().heads[0].classes
+
+    assert classes("10 9 2 10") == ("2", "9", "10")
+    assert classes("b a C") == ("C", "a", "b")
+    assert classes("b a", classes=["c", "b", "a"]) == ("c", "b", "a")
+    form = {"sample": "sample.csv", "form": "probabilities"}
+    assert classes("b a", submission=form, sample="id,b,rare,a\n9,0,0,0\n") == ("b", "rare", "a")
+    assert classes("yes no", task="binary", metric="roc_auc") == ("no", "yes")
+    assert classes("good bad", task="ordinal", metric="qwk", classes=["bad", "good"]) == ("bad", "good")
+
+
+def test_one_hot_rows_become_codes(empty: Path) -> None:
+    lay(empty, "id,rust,scab\na,0,1\nb,1.0,0\n", target=["rust", "scab"])
+    made = prepared()
+    assert made.heads[0].outputs == ("rust", "scab")
+    assert made.truth(made.heads[0], made.positions("train")).tolist() == [1, 0]
+
+
+def test_soft_labels_keep_their_shares(empty: Path) -> None:
+    lay(empty, "id,rust,scab\na,0.25,0.75\nb,1,0\n", target=["rust", "scab"])
+    made = prepared()
+    assert made.truth(made.heads[0], made.positions("train")).tolist() == [[0.25, 0.75], [1, 0]]
+    lay(empty, "id,label\na,0.25\nb,1\nc,0\n", task="binary", metric="roc_auc")
+    made = prepared()
+    assert made.truth(made.heads[0], made.positions("train")).tolist() == [0.25, 1, 0]
+
+
+def test_several_targets(empty: Path) -> None:
+    lay(empty, "id,x,y\na,0.5,-3\nb,1e3,4\n", target=["x", "y"], task="regression", metric="rmse")
+    made = prepared()
+    assert [head.outputs for head in made.heads] == [("x", "y")]
+    assert made.truth(made.heads[0], made.positions("train")).tolist() == [[0.5, -3], [1000, 4]]
+    lay(empty, "id,x,y\na,0,1\nb,1,0\n", target=["x", "y"], task="binary", metric="roc_auc")
+    made = prepared()
+    assert [(head.name, head.outputs) for head in made.heads] == [("x", ("x",)), ("y", ("y",))]
+    assert made.truth(made.heads[1], made.positions("train")).tolist() == [1, 0]
+
+
+def test_dates_are_days_and_numbers_stay(empty: Path) -> None:
+    folds = {"scheme": "time", "k": 2, "seed": 0}
+    lay(empty, "id,label,t\na,1,1970-01-03\nb,2,1970-01-01T12:00:00\nc,1,1970-02-01\n", time="t", folds=folds)
+    assert prepared().frame["time"].tolist()[:3] == [2, 0.5, 31]
+    lay(empty, "id,label,t\na,1,2019\nb,2,2020.5\nc,1,7\n", "id,t\n9,8\n", time="t", folds=folds)
+    assert prepared().frame["time"].tolist() == [2019, 2020.5, 7, 8]
+
+
+def test_metadata_are_numbers_or_words(empty: Path) -> None:
+    lay(empty, "id,label,n,w\na,1,3,3\nb,2,,x\n", "id,n,w\n9,1.5,\n", metadata=["n", "w"])
+    frame = prepared().frame
+    assert frame["meta.n"].tolist()[::2] == [3, 1.5] and np.isnan(frame["meta.n"].iloc[1])
+    assert frame["meta.w"].tolist()[:2] == ["3", "x"] and frame["meta.w"].isna().iloc[2]
+
+
+def test_a_reader_of_your_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_samples(raw: Path) -> pd.DataFrame:
+        names = sorted(file.name for file in (raw / "train").iterdir())
+        rows = [
+            {"id": name, "label": name.split(".")[0], "images": f"train/{name}", "source": "train"}
+            for name in names
+        ]
+        return pd.DataFrame([*rows, {"id": "1", "images": ["test/1.jpg", "test/1b.jpg"], "source": "test"}])
+
+    lay(empty)
+    (empty / "data/raw/train").mkdir()
+    for name in ("cat.0.jpg", "cat.1.jpg", "dog.0.jpg"):
+        (empty / "data/raw/train" / name).write_bytes(b"")
+    monkeypatch.setattr(competition, "read_samples", read_samples, raising=False)
+    made = prepared()
+    assert made.heads[0].classes == ("cat", "dog")
+    assert [list(names) for names in made.frame["images"]][2:] == [
+        ["train/dog.0.jpg"],
+        ["test/1.jpg", "test/1b.jpg"],
+    ]
+    monkeypatch.setattr(
+        competition, "read_samples", lambda raw: read_samples(raw).rename(columns={"label": "lable"})
+    )
+    store.samples_file().unlink()
+    assert refusal() == [
+        "comp/competition.py: read_samples returns no column 'label'; the nearest is 'lable'"
+    ]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_absent_columns_are_named_with_the_nearest(empty: Path) -> None:
+    lay(empty, "idd,lable\na,1\n", train={"table": "train.csv", "image": "{fid}/{idd}.png"})
+    assert refusal() == [
+        "configs/competition.yaml: id: data/raw/train.csv has no column 'id'; the nearest is 'idd'",
+        "configs/competition.yaml: train.image: data/raw/train.csv has no column 'fid'; the nearest is 'idd'",
+        "configs/competition.yaml: target: data/raw/train.csv has no column 'label'; the nearest is 'lable'",
+    ]
+
+
+ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
+    "short row": ("id,label\na,1\nb\n", {}, "train.csv:3: 1 fields, where the first line names 2 columns"),
+    "long row": ("id,label\na,1,1\n", {}, "train.csv:2: 3 fields, where"),
+    "a column twice": ("id,label,id\na,1,b\n", {}, "train.csv:1: the column 'id' stands there twice"),
+    "not UTF-8": (b"id,label\na,1\n\xff,2\n", {}, "train.csv:3: is not UTF-8"),
+    "an open quote": ('id,label\n"a,1\nb,2\n', {}, "train.csv:2: the row that begins here is broken"),
+    "no rows": ("id,label\n", {}, "train.csv: holds no rows"),
+    "no bytes": ("", {}, "train.csv: empty"),
+    "lines are lines of the file": (
+        'id,label\n\n"a\na",1\nc,2\nb,\n',
+        {},
+        "train.csv:6: label: the label is missing",
+    ),
+    "id twice": (
+        "id,label\na,1\nb,2\na,1\n",
+        {},
+        "train.csv:4: the id 'a' stands there again, first in data/raw/train.csv:2",
+    ),
+    "no id": ("id,label\na,1\n,2\n", {}, "train.csv:3: id has no value for the image path"),
+    "no id, image from elsewhere": (
+        "id,label\na,1\n,2\n",
+        {"train": {"table": "train.csv", "image": "x.png"}},
+        "train.csv:3: the id is missing",
+    ),
+    "unknown class": (
+        "id,label\na,cat\nb,dgo\n",
+        {"classes": ["cat", "dog"]},
+        "train.csv:3: label: 'dgo' is none of the 2 classes, the nearest is 'dog'",
+    ),
+    "a third class": (
+        "id,label\na,0\nb,1\nc,0\nd,1\ne,x\n",
+        {"task": "binary", "metric": "roc_auc"},
+        "train.csv:6: label is 'x'",
+    ),
+    "one class": ("id,label\na,0\nb,0\n", {}, "at least two different classes"),
+    "no number": (
+        "id,label\na,1\nb,1.5.2\n",
+        {"task": "regression", "metric": "rmse"},
+        "train.csv:3: label: '1.5.2' is not a number",
+    ),
+    "infinite": (
+        "id,label\na,1\nb,inf\n",
+        {"task": "regression", "metric": "rmse"},
+        "train.csv:3: label: 'inf' is not a number",
+    ),
+    "no value": (
+        "id,label\na,1\nb,\n",
+        {"task": "regression", "metric": "rmse"},
+        "train.csv:3: label: the label is missing",
+    ),
+    "a grade in words": (
+        "id,label\na,1\nb,mild\n",
+        {"task": "ordinal", "metric": "qwk"},
+        "train.csv:3: label is 'mild'",
+    ),
+    "shares": (
+        "id,x,y\na,0,1\nb,1,1\n",
+        {"target": ["x", "y"]},
+        "train.csv:3: the shares of the 2 classes sum to 2",
+    ),
+    "no group": (
+        "id,label,g\na,1,p\nb,2,\n",
+        {"group": "g", "folds": {"scheme": "group", "k": 2, "seed": 0}},
+        "train.csv:3: g is missing",
+    ),
+    "no time": ("id,label,t\na,1,3\nb,2,\n", {"time": "t"}, "train.csv:3: t is missing"),
+    "a date among numbers": (
+        "id,label,t\na,1,3\nb,2,2020-01-01\n",
+        {"time": "t"},
+        "train.csv:3: t is '2020-01-01'",
+    ),
+    "too short for the path": (
+        "id,label\nab,1\nc,2\n",
+        {"train": {"table": "train.csv", "image": "{id[1]}.png"}},
+        "train.csv:3: id 'c' is too short",
+    ),
+    "out of the folder": (
+        "id,label\na,1\n../x,2\n",
+        {},
+        "train.csv:3: the image path 'train/../x.png' leads out",
+    ),
+    "only train has it": (
+        "id,label,m\na,1,p\nb,2,q\n",
+        {"metadata": ["m"]},
+        "metadata: 'm' stands in the training table only",
+    ),
+    "the target as feature": (TRAIN, {"metadata": ["label"]}, "metadata: 'label' is the target"),
+    "no such table": (
+        TRAIN,
+        {"test": {"table": "tset.csv", "image": "{id}"}},
+        "tset.csv: no such table; the nearest there is test.csv",
+    ),
+    "another kind of table": (
+        TRAIN,
+        {"test": {"table": "test.xlsx", "image": "{id}"}},
+        "test.xlsx: a table ends in .csv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROW_FAULTS)
+def test_a_wrong_row_is_one_line(empty: Path, name: str) -> None:
+    train, changes, line = ROW_FAULTS[name]
+    lay(empty, train, **changes)
+    (empty / "data/raw/test.xlsx").write_bytes(b"PK")
+    lines = refusal()
+    assert len(lines) == 1 and line in lines[0], lines
+
+
+def test_many_wrong_rows_end_in_a_count(empty: Path) -> None:
+    lay(empty, "id,label\na,1\nb,2\n" + "".join(f"x{i},\n" for i in range(tables.SHOWN + 5)))
+    lines = refusal()
+    assert len(lines) == tables.SHOWN + 1
+    assert lines[-1] == "and 5 more: comp check"
+
+
+def test_an_empty_raw_folder(empty: Path) -> None:
+    (empty / "data" / "raw").mkdir(parents=True)
+    lines = ["data/raw: is empty; put the unpacked competition there, or take the digits: comp practice"]
+    (empty / "configs/competition.yaml").write_text(yaml.safe_dump(SIMPLE))
+    assert refusal() == lines
+
+
+# --- comp check ----------------------------------------------------------------------------------------------------------
+
+
+def checked(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    capsys.readouterr()
+    faults = check.check(config(experiment="base"))
+    return faults, capsys.readouterr().out.splitlines()
+
+
+def test_nothing_is_wrong_with_the_practice_competition(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults, printed = checked(capsys)
+    assert faults == []
+    assert "1797 images listed, 1797 found, 0 damaged" in printed
+    assert any(line.startswith("hint: half of the images are 32 px") for line in printed)
+    assert printed[-2:] == ["0 faults", "next: comp folds"]
+
+
+def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = project / "data" / "raw"
+    train = pd.read_csv(raw / "train.csv", dtype=str)["id"].tolist()
+    test = pd.read_csv(raw / "test.csv", dtype=str)["id"].tolist()
+    good = (raw / "train" / f"{train[0]}.png").read_bytes()
+
+    def line(table: list[str], id_: str) -> int:
+        return table.index(id_) + 2
+
+    (raw / "train" / f"{train[1]}.png").unlink()
+    (raw / "train" / f"{train[2]}.png").write_bytes(good[: len(good) // 2])
+    (raw / "train" / f"{train[3]}.png").write_bytes(b"")
+    (raw / "train" / f"{train[4]}.png").write_bytes(b"<html>not found</html>")
+    (raw / "test" / f"{test[5]}.png").write_bytes(good[:-20])
+    (raw / "test" / "stranger.png").write_bytes(good)
+    sample = (raw / "sample_submission.csv").read_text().splitlines()
+    sample[1], sample[2] = "99999,0", sample[3]
+    (raw / "sample_submission.csv").write_text("\n".join(sample) + "\n")
+
+    faults, printed = checked(capsys)
+    wanted = {
+        f"train.csv:{line(train, train[1])}: image train/{train[1]}.png: no such file",
+        f"train.csv:{line(train, train[2])}: image train/{train[2]}.png: ",
+        f"train.csv:{line(train, train[3])}: image train/{train[3]}.png: empty",
+        f"train.csv:{line(train, train[4])}: image train/{train[4]}.png: ",
+        f"test.csv:{line(test, test[5])}: image test/{test[5]}.png: ",
+        "sample_submission.csv:2: the id '99999' is not among the test rows",
+        f"sample_submission.csv:4: the id {test[2]!r} stands there twice",
+        f"test.csv:2: the test row {test[0]!r} is not in data/raw/sample_submission.csv",
+        f"test.csv:3: the test row {test[1]!r} is not in data/raw/sample_submission.csv",
+    }
+    assert len(faults) == len(wanted)
+    for part in wanted:
+        assert any(part in fault for fault in faults), part
+    assert printed[-1] == f"{len(wanted)} faults"
+    assert "note: 1 files beside them are listed by no row, like test/stranger.png" in printed
+    assert (project / "data" / "check.txt").read_text().splitlines()[-len(faults) :] == faults
+
+
+def test_images_are_opened_once(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    picture = making.Making.picture
+
+    def counting(self: making.Making, name: str, data: bytes | None = None) -> Any:
+        opened.append(name)
+        return picture(self, name, data)
+
+    monkeypatch.setattr(making.Making, "picture", counting)
+    assert checked(capsys)[0] == [] and len(opened) == 1797
+    assert checked(capsys)[0] == [] and len(opened) == 1797
+
+    file = project / "data/raw/train/00000.png"
+    file.write_bytes(file.read_bytes()[:-30])  # another size
+    assert len(checked(capsys)[0]) == 1 and opened[1797:] == ["train/00000.png"]
+    assert len(checked(capsys)[0]) == 1 and len(opened) == 1798, "a damaged image is remembered too"
+
+    other = project / "data/raw/train/00002.png"
+    status = other.stat()
+    other.write_bytes(b"\0" * status.st_size)  # another mtime
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert len(checked(capsys)[0]) == 2 and opened[1798:] == ["train/00002.png"]
+
+    memory = next((project / "data/checked").glob("*.parquet"))
+    memory.write_bytes(memory.read_bytes()[:-1] + b"!")
+    assert len(checked(capsys)[0]) == 2 and len(opened) == 1799 + 1797, "a damaged memory is not believed"
+
+
+def test_a_wrong_template_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "configs/competition.yaml"
+    file.write_text(file.read_text().replace("train/{id}.png", "train/{id}.jpg"))
+    faults, _ = checked(capsys)
+    assert faults == [
+        "configs/competition.yaml: train.image: none of 1437 files exists, like train/00000.jpg; the nearest there is test/00001.png"
+    ] or (len(faults) == 1 and "none of 1437 files exists, like train/00000.jpg" in faults[0])
+
+
+def test_check_lists_what_is_in_force(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_image(row: dict[str, Any], decode: Callable[..., Any]) -> Any:
+        if row["image"] == "train/00003.png":
+            raise Damaged(row["image"], "nobody likes it")
+        return decode(row["image"])
+
+    monkeypatch.setattr(competition, "load_image", load_image, raising=False)
+    monkeypatch.setattr(
+        making.Making, "key", "test"
+    )  # the source of a hook within a test is not the module's
+    faults, printed = checked(capsys)
+    assert "comp/competition.py: load_image in force" in printed
+    assert faults == ["data/raw/train.csv:4: image train/00003.png: nobody likes it"]
+
+
+def test_check_reads_the_declaration(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "configs/competition.yaml"
+    text = file.read_text()
+    for metric, line in {
+        "acuracy": "nearest: accuracy",
+        "rmse": "rmse does not fit task: multiclass",
+        "metric": "wants a function",
+    }.items():
+        file.write_text(text.replace("metric: accuracy", f"metric: {metric}"))
+        (fault,) = checked(capsys)[0]
+        assert line in fault
+
+
+def test_check_compares_the_sample_with_the_classes(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    form = {"sample": "sample.csv", "form": "probabilities"}
+    lay(
+        empty,
+        "id,rust,scab\na,0,1\nb,1,0\n",
+        sample="id,rust,scap\n9,0,0\n",
+        target=["rust", "scab"],
+        submission=form,
+    )
+    faults = [fault for fault in checked(capsys)[0] if "sample.csv" in fault]
+    assert faults == [
+        "data/raw/sample.csv:1: the column 'scap' is nothing that is predicted, the nearest is 'scab'",
+        "data/raw/sample.csv:1: no column for the class 'scab'",
+    ]
+
+
+def test_check_sees_tables_that_moved_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "data/raw/train.csv"
+    file.write_text(file.read_text().replace("bold", "heavy", 1))
+    faults, printed = checked(capsys)
+    assert (
+        faults == [] and "note: data/samples.parquet is not what the tables say now: comp prepare" in printed
+    )
+
+
+def test_prepare_says_when_folds_are_of_another_table(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = project / "data/raw/train.csv"
+    file.write_text(file.read_text().replace("bold", "heavy", 1))
+    tables.prepare(config(experiment="base"))
+    assert "data/folds.parquet was made for the table as it was before" in capsys.readouterr().out
+    with pytest.raises(Refused, match="the same ids, other values"):
+        assign.make(config(experiment="base"), samples.load())
