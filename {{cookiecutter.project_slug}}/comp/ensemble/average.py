@@ -126,6 +126,7 @@ def _by_rank(
         rank = np.zeros(len(out))
         for part, (value, share), weight in zip(parts, knots, shares, strict=True):
             rank += weight * np.interp(part[:, column], value, share)
+        rank = np.round(rank, 12)  # rows with the same mean rank stay equal, whatever the order of the sum
         out[:, column] = 0.0
         for (value, share), weight in zip(knots, shares, strict=True):
             out[:, column] += weight * np.interp(rank, share, value)

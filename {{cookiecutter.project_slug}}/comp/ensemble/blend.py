@@ -144,6 +144,7 @@ def _about(
     plain = bank.merge(oof, rows, split, "probability")
     said = score.of(cfg, rows, split, plain)
     return {
+        "config": declared.hash,
         "method": blend.method,
         "space": blend.merged_in,
         "members": members,

@@ -1,0 +1,111 @@
+"""comp clean: what lies on the disk, and what of it can go. Nothing goes that was not named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from comp import store, table
+from comp.config import Refused
+
+WORKED_IN = ("runs", "ensembles", "studies", "submissions", "data")
+WEIGHTS, STATES = "weights.safetensors", "state-*.pt"
+
+
+def clean(trash: bool = False, cache: bool = False, state: bool = False) -> None:
+    if (trash or cache or state) and (busy := _busy()):
+        raise Refused(f"{busy}; what it works with is not cleaned away under it")
+    freed = 0
+    if state:
+        freed += sum(_drop_state(file) for file in list(_finished_states()))
+    if cache:
+        freed += _empty(store.path("data", "cache"))
+    if trash:
+        freed += _empty(store.path("runs", ".trash"))
+        freed += sum(_drop(file) for file in list(_orphans()))
+    _show()
+    if trash or cache or state:
+        print(f"freed {store.readable(freed)}")
+
+
+def _show() -> None:
+    runs = [
+        each
+        for each in sorted(store.path("runs").glob("*"))
+        if each.is_dir() and not each.name.startswith(".")
+    ]
+    states = {file: file.stat().st_size for file in _finished_states()}
+    lines = [(store.shown(each), size(each), "") for each in runs]
+    lines += [
+        (name, size(store.path(name)), "")
+        for name in ("ensembles", "studies", "submissions", "wandb", "data/raw")
+    ]
+    lines += [
+        ("optimizer states of finished folds", sum(states.values()), "--state"),
+        ("data/cache, made again when missing", size(store.path("data", "cache")), "--cache"),
+        ("runs/.trash, replaced runs", size(store.path("runs", ".trash")), "--trash"),
+        (
+            "files that killed processes left half-written",
+            sum(file.stat().st_size for file in _orphans()),
+            "--trash",
+        ),
+    ]
+    rows = [[what, store.readable(bytes_), how] for what, bytes_, how in lines if bytes_ or how]
+    print(table.text(["what", "size", "goes with"], rows, ["size"]))
+    print(f"{store.readable(shutil.disk_usage(store.root()).free)} free")
+    flags = dict.fromkeys(how for _, bytes_, how in lines if bytes_ and how)
+    if flags:
+        print(f"next: comp clean {' '.join(flags)}")
+
+
+def size(folder: Path) -> int:
+    """Links are not followed: what they lead to is not ours to count or to delete."""
+    total = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(here, name)).st_size
+            except FileNotFoundError:  # a run at work renames its files while we look
+                continue
+    return total
+
+
+def _finished_states() -> Iterator[Path]:
+    for fold in store.path("runs").glob("*/seed*/fold*"):
+        if store.sealed(fold / WEIGHTS):
+            yield from fold.glob(STATES)
+
+
+def _orphans() -> Iterator[Path]:
+    for name in WORKED_IN:
+        yield from (file for file in store.path(name).rglob(".*.part") if store.orphaned(file))
+
+
+def _busy() -> str:
+    locks = (lock for name in WORKED_IN for lock in store.path(name).rglob(".lock"))
+    return next((held for lock in locks if (held := store.holder(lock.parent))), "")
+
+
+def _drop_state(file: Path) -> int:
+    freed = _drop(file)
+    store.unseal(file)
+    return freed
+
+
+def _drop(file: Path) -> int:
+    freed = file.lstat().st_size
+    file.unlink()
+    return freed
+
+
+def _empty(folder: Path) -> int:
+    """The folder itself stays: it may be a link to a larger disk."""
+    freed = size(folder)
+    for each in folder.iterdir() if folder.is_dir() else ():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
+    return freed

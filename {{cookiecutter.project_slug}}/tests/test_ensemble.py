@@ -1,0 +1,369 @@
+"""Ensembles: what is declared is what is done, what leaves is valid, and one row alone gets what it gets in a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from banked import HEADS, TRAIN, Project, declare, lay_out, member
+from scipy.stats import rankdata
+
+from comp import bank, metrics, score, store
+from comp.config import Refused
+from comp.ensemble import average
+from comp.ensemble.blend import FILES, blend
+from comp.ensemble.declare import read
+
+TASKS = list(HEADS)
+METHODS = {
+    "mean": "method: mean",
+    "logit": "method: mean\nspace: logit",
+    "weighted": "method: weighted\nweights: [3, 1, 2.5]",
+    "rank": "method: rank",
+    "weighted rank": "method: rank\nweights: [3, 1, 1]",
+    "geometric": "method: geometric",
+}
+
+
+@pytest.fixture
+def project(empty: Path) -> Project:
+    return three(lay_out(empty))
+
+
+def three(project: Project) -> Project:
+    """Members that differ in noise and in scale, so that ranks are not means."""
+    for i, noise in enumerate((1.2, 1.5, 2.0)):
+        member(project, f"exp00{i + 1}", noise=noise, seed=10 + i)
+    return project
+
+
+def lines_of(project: Project, text: str) -> list[str]:
+    declare(project, "blend001", text)
+    with pytest.raises(Refused) as caught:
+        blend("blend001")
+    return caught.value.lines
+
+
+def load(project: Project, address: str, kind: str = "oof") -> bank.PredictionSet:
+    return bank.load(address, kind, project.samples, project.folds)
+
+
+# --- what is declared ----------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "members: [exp001, exp002]\nmethd: mean": ["blend001.yaml:2: methd: no such key; the nearest is method", "method: is missing"],
+    "members: [exp001]\nmethod: median": ["blend001.yaml:2: method"],
+    "members: []\nmethod: mean": ["blend001.yaml:1: members"],
+    "method: mean": ["blend001.yaml: members: is missing"],
+    "members: [exp001, exp002]\nmethod: weighted": ["blend001.yaml:2: method: weighted needs weights"],
+    "members: [exp001, exp002]\nmethod: weighted\nweights: [1]": ["blend001.yaml:3: weights: 1 numbers for 2 members"],
+    "members: [exp001, exp002]\nmethod: weighted\nweights: [1, -1]": ["blend001.yaml:3: weights.1"],
+    "members: [exp001, exp002]\nmethod: weighted\nweights: [1, true]": ["blend001.yaml:3: weights.1"],
+    "members: [exp001, exp002]\nmethod: weighted\nweights: [1, .nan]": ["blend001.yaml:3: weights.1"],
+    "members: [exp001, exp002]\nmethod: weighted\nweights: [0, 0]": ["blend001.yaml:3: weights: all are 0"],
+    "members: [exp001, exp002]\nmethod: mean\nweights: [1, 2]": ["blend001.yaml:3: weights: the mean weighs all members alike"],
+    "members:\n  - exp001\n  - exp002\n  - exp001\nmethod: mean": ["blend001.yaml:4: members: exp001 stands here twice"],
+    "members: [exp001, blend001]\nmethod: mean": ["blend001.yaml:1: members: blend001 is this ensemble itself"],
+    "members:\n  - exp001\n  - exp01\n  - exp0O2\nmethod: mean": ["blend001.yaml:3: members: exp01: no such", "blend001.yaml:4: members: exp0O2"],
+    "members: [exp001\nmethod: mean": ["blend001.yaml:"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line_with_file_and_line(project: Project, text: str) -> None:
+    lines = lines_of(project, text)
+    assert len(lines) == len(MISTAKES[text]), lines
+    for wanted in MISTAKES[text]:
+        assert any(line.startswith("configs/ensembles/") and wanted in line for line in lines), lines
+
+
+def test_an_unknown_ensemble_answers_with_the_nearest(project: Project) -> None:
+    declare(project, "blend001", "members: [exp001]\nmethod: mean")
+    with pytest.raises(Refused, match="blend001"):
+        read("blend01")
+
+
+def test_an_address_means_one_thing(project: Project) -> None:
+    declare(project, "exp001", "members: [exp002]\nmethod: mean")
+    with pytest.raises(Refused, match="name of a run already"):
+        blend("exp001")
+
+
+def test_a_setting_without_effect_is_said_aloud(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: rank\nspace: probability")
+    blend("blend001")
+    assert "blend001.yaml:3: space: probability has no effect" in capsys.readouterr().out
+
+
+def test_members_that_do_not_fit(empty: Path) -> None:
+    before = lay_out(empty)
+    member(before, "exp001")
+    project = lay_out(empty, shift=1)
+    member(project, "exp002")
+    lines = lines_of(project, "members:\n  - exp001\n  - exp002\nmethod: mean")
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "configs/ensembles/blend001.yaml:2: members: runs/exp001/oof.arrow: made with other folds"
+    )
+
+
+def test_members_that_predict_other_rows(project: Project) -> None:
+    said = load(project, "exp002")
+    values = said.heads["label"].copy()
+    values[7:] = np.nan
+    bank.write(
+        bank.find("exp002", "oof"), bank.PredictionSet(said.row, said.fold, {"label": values}, said.meta)
+    )
+    (line,) = lines_of(project, "members: [exp001, exp002]\nmethod: mean")
+    assert "exp002 and exp001 predict different oof rows (7 and 400)" in line
+
+
+def test_a_ring_of_ensembles(project: Project) -> None:
+    declare(project, "blend001", "members: [exp001]\nmethod: mean")
+    declare(project, "blend002", "members: [blend001, exp002]\nmethod: mean")
+    blend("blend001")
+    blend("blend002")
+    assert "itself made from blend001" in lines_of(project, "members: [blend002]\nmethod: mean")[0]
+
+
+# --- what leaves ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_leaves_is_valid_and_row_by_row_the_same(empty: Path, task: str) -> None:
+    project = three(lay_out(empty, task))
+    head = project.head
+    for method in METHODS.values():
+        declare(project, "blend001", f"members: [exp001, exp002, exp003]\n{method}")
+        blend("blend001")
+        recipe = json.loads((bank.folder("blend001") / "apply.json").read_text())
+        for kind in bank.KINDS:
+            batch = load(project, "blend001", kind)
+            p = batch.probability(head)
+            assert np.isfinite(p).all()
+            if head.row.space == "logit":
+                assert p.min() >= 0 and p.max() <= 1
+            if task == "multiclass":
+                assert np.allclose(p.sum(axis=1), 1, atol=1e-12)
+            members = {
+                name: load(project, name, kind).heads["label"] for name in ("exp001", "exp002", "exp003")
+            }
+            for row in range(0, len(batch.row), 7):
+                alone = {name: {"label": values[row : row + 1]} for name, values in members.items()}
+                assert (average.apply(recipe, alone)["label"] == batch.heads["label"][row : row + 1]).all()
+
+
+def test_the_mean_is_the_mean(project: Project) -> None:
+    declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: weighted\nweights: [3, 1, 4]")
+    blend("blend001")
+    parts = [load(project, f"exp00{i}").probability(project.head) for i in (1, 2, 3)]
+    wanted = np.average(parts, axis=0, weights=[3, 1, 4])
+    assert np.allclose(load(project, "blend001").probability(project.head), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_ranks_order_as_ranks_and_speak_as_values(empty: Path, task: str) -> None:
+    project = three(lay_out(empty, task))
+    declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank\nweights: [2, 1, 1]")
+    blend("blend001")
+    parts = [load(project, f"exp00{i}").heads["label"][:, 0] for i in (1, 2, 3)]
+    mean_rank = np.average([rankdata(part) for part in parts], axis=0, weights=[2, 1, 1])
+    said = load(project, "blend001").heads["label"][:, 0]
+    assert (rankdata(np.round(mean_rank, 6)) == rankdata(said)).all()
+    low, high = min(part.min() for part in parts), max(part.max() for part in parts)
+    assert low <= said.min() and said.max() <= high and said.std() > 0.5 * parts[0].std()
+
+
+def test_ranks_of_test_rows_are_those_of_oof_values(empty: Path) -> None:
+    """Never ranks within a batch: the test rows are few and different, and what one gets does not depend on the others."""
+    project = three(lay_out(empty, "binary"))
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: rank")
+    blend("blend001")
+    recipe = json.loads((bank.folder("blend001") / "apply.json").read_text())
+    far = {name: {"label": np.array([[99.0], [-99.0]], np.float32)} for name in ("exp001", "exp002")}
+    top, bottom = average.apply(recipe, far)["label"][:, 0]
+    said = load(project, "blend001").heads["label"]
+    assert top >= said.max() and bottom <= said.min()
+
+
+def test_many_rows_are_thinned_out_to_knots_and_keep_their_order() -> None:
+    values = np.random.default_rng(0).normal(size=(20_000, 1)).astype(np.float32)
+    (quantiles,) = average._quantiles(values)
+    assert len(quantiles["value"]) == average.KNOTS
+    share = np.interp(values[:, 0], quantiles["value"], quantiles["share"])
+    assert np.abs(share - (rankdata(values[:, 0]) - 0.5) / len(values)).max() < 1 / average.KNOTS
+
+
+def test_a_value_that_float32_cannot_hold_does_not_leave() -> None:
+    described = {"name": "label", "task": "regression", "outputs": ["label"], "classes": []}
+    recipe = {"space": "probability", "heads": [described], "members": [{"address": "a", "weight": 1.0}]}
+    with pytest.raises(Refused, match="no number"):
+        average.apply(recipe, {"a": {"label": np.array([[1e300]])}})
+
+
+# --- scores, marks, provenance -------------------------------------------------------------------------------------------
+
+
+def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: mean")
+    record = blend("blend001")
+    p = load(project, "blend001").probability(project.head)
+    truth = project.samples.truth(project.head, np.arange(TRAIN))
+    assert record["oof"] == pytest.approx((p.argmax(axis=1) == truth).mean())
+    folds = [(p.argmax(axis=1) == truth)[np.arange(TRAIN) % 5 == k].mean() for k in range(5)]
+    assert record["folds"] == pytest.approx(folds) and record["n"] == 5
+    assert record["mean"] == pytest.approx(np.mean(folds)) and record["std"] == pytest.approx(
+        np.std(folds, ddof=1)
+    )
+    assert record == store.read_json(store.verified(bank.folder("blend001") / "score.json"))
+    for said in record["members"]:
+        own = store.read_json(bank.folder(said["address"]) / "score.json")
+        assert said["oof"] == own["oof"]
+        assert said["sha256"]["test"] == store.sha256(bank.find(said["address"], "test"))
+    assert record["oof"] > max(said["oof"] for said in record["members"])
+    out = capsys.readouterr().out
+    assert "better than its best member exp001" in out and "next: comp submit blend001 --dry-run" in out
+
+
+def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:
+    """On noise, cut points fitted on the rows they are scored on would look better than chance."""
+    project = lay_out(empty, "ordinal")
+    member(project, "exp001", noise=1e6)
+    record = store.read_json(bank.folder("exp001") / "score.json")
+    assert len(record["cuts"]["label"]) == 3 and abs(record["oof"]) < 0.15
+    member(project, "exp002", noise=0.1)
+    assert store.read_json(bank.folder("exp002") / "score.json")["oof"] > 0.95
+
+
+def test_marks_are_inherited_and_said(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    member(project, "exp004", marks=["selected_on_fold"])
+    declare(project, "blend001", "members: [exp001, exp004]\nmethod: mean")
+    declare(project, "blend002", "members: [blend001, exp002]\nmethod: rank")
+    blend("blend001")
+    capsys.readouterr()
+    assert blend("blend002")["marks"] == ["selected_on_fold"]
+    assert "too good" in capsys.readouterr().out
+    assert load(project, "blend002", "test").meta["marks"] == ["selected_on_fold"]
+
+
+def test_ensembles_nest_down_to_the_row(project: Project) -> None:
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: rank")
+    declare(project, "blend002", "members: [blend001, exp003]\nmethod: weighted\nweights: [2, 1]")
+    blend("blend001")
+    blend("blend002")
+    recipe = json.loads((bank.folder("blend002") / "apply.json").read_text())
+    assert average.leaves(recipe) == ["exp001", "exp002", "exp003"]
+    given = {name: {"label": load(project, name, "test").heads["label"]} for name in average.leaves(recipe)}
+    said = load(project, "blend002", "test")
+    assert (average.apply(recipe, given)["label"] == said.heads["label"]).all()
+    del given["exp002"]
+    with pytest.raises(Refused, match="exp002"):
+        average.apply(recipe, given)
+
+
+def test_the_refit_takes_the_weight_that_its_run_earned(project: Project) -> None:
+    member(project, "exp001:full", kinds=("test",), seed=99)
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [3, 1]")
+    declare(project, "blend002", "members: ['exp001:full', exp002]\nmethod: weighted\nweights: [3, 1]")
+    blend("blend001")
+    blend("blend002")
+    cv, refit = load(project, "blend001"), load(project, "blend002")
+    assert (cv.heads["label"] == refit.heads["label"]).all()
+    parts = [load(project, name, "test").probability(project.head) for name in ("exp001:full", "exp002")]
+    wanted = np.average(parts, axis=0, weights=[3, 1])
+    assert np.allclose(load(project, "blend002", "test").probability(project.head), wanted, atol=1e-6)
+    assert not np.allclose(
+        load(project, "blend001", "test").heads["label"], load(project, "blend002", "test").heads["label"]
+    )
+
+
+def test_your_own_metric_scores_runs_and_ensembles(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comp import competition
+
+    def metric(truth: Any, prediction: Any, rows: Any) -> float:
+        assert list(rows["id"]) == [f"{i:05d}" for i in range(len(rows))] or len(rows) < TRAIN
+        return float(np.abs(truth - prediction.argmax(axis=1)).mean())
+
+    metric.direction, metric.needs = "min", "probability"  # type: ignore[attr-defined]
+    monkeypatch.setattr(competition, "metric", metric, raising=False)
+    project = three(lay_out(empty, metric="metric"))
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: mean")
+    record = blend("blend001")
+    assert record["direction"] == "min" and 0 < record["oof"] < min(each["oof"] for each in record["members"])
+
+
+def test_a_metric_that_does_not_fit_is_refused(empty: Path) -> None:
+    project = lay_out(empty, "regression", metric="roc_auc")
+    with pytest.raises(Refused, match="does not fit the task regression; its own is rmse"):
+        score.metric_of(project.cfg)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> None:
+    project = lay_out(empty, task)
+    column = project.samples.frame["target.label"]
+    project.samples.frame["target.label"] = column.abs()  # rmsle wants no value below 0
+    member(project, "exp001", noise=0.001)
+    said, seen = load(project, "exp001"), 0
+    said.heads["label"].setflags(write=False)
+    for name, metric in metrics.METRICS.items():
+        if task in metric.tasks:
+            competition = project.cfg.competition.model_copy(update={"metric": name})
+            cfg = project.cfg.model_copy(update={"competition": competition})
+            record = score.of(cfg, project.samples, project.folds, said)
+            assert (record["oof"] is None) == bool(record["undefined"]), name
+            assert record["oof"] is not None or "below 0" in record["undefined"][0], record["undefined"]
+            seen += 1
+    assert seen >= 5
+
+
+# --- killed --------------------------------------------------------------------------------------------------------------
+
+KILLER = """
+import os, signal, sys
+from comp import store
+from comp.ensemble.blend import blend
+left = int(sys.argv[1])
+replace = os.replace
+def counted(*a):
+    global left
+    left -= 1
+    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
+    replace(*a)
+os.replace = counted
+blend("blend001")
+"""
+
+
+def test_killed_at_any_rename_the_next_start_gives_the_same_bytes(project: Project) -> None:
+    declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank")
+    blend("blend001")
+    folder = bank.folder("blend001")
+    names = [*FILES, store.MANIFEST]
+    whole = {name: (folder / name).read_bytes() for name in names}
+    blend("blend001")
+    assert {name: (folder / name).read_bytes() for name in names} == whole
+
+    for renames in (
+        1,
+        3,
+        5,
+        7,
+    ):  # what was unsealed before a kill need not be again, so from 8 on it gets through
+        command = [sys.executable, "-c", KILLER, str(renames)]
+        done = subprocess.run(command, env=os.environ, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        for kind in bank.KINDS:  # never half of it: the whole, or refused
+            try:
+                assert bank.load("blend001", kind, project.samples, project.folds)
+            except Refused as refused:
+                assert "unfinished" in str(refused)
+    blend("blend001")
+    assert {name: (folder / name).read_bytes() for name in names} == whole
