@@ -30,7 +30,7 @@ from comp.prepare.images import Damaged, Pixels
 
 
 class Direct:
-    """Decoding on the fly: for sets that do not fit on the disk, and for what is not in the cache."""
+    """Decoding on the fly: for sets that do not fit on the disk."""
 
     def __init__(self, how: making.Making, names: pa.Array):
         self.how = how
@@ -44,19 +44,25 @@ class Direct:
 
 
 class Cached:
-    """The same pictures out of the cache: read-only views of one mapped file, opened once a process."""
+    """The same pictures out of the cache: read-only views of one mapped file."""
 
-    def __init__(self, direct: Direct, index_file: Path, where: NDArray[np.int64]):
-        self.direct = direct
+    def __init__(self, how: making.Making, names: pa.Array, index_file: Path, where: NDArray[np.int32]):
+        self.how = how
         self.index_file = index_file
-        self.where = where  # the picture's line in the index; negative: not in it, decoded on the fly
+        self.where = where  # the picture's line in the index, or negative
+        self.absent = {
+            int(i): names[i].as_py() for i in np.flatnonzero(where < 0)
+        }  # decoded on the fly, which says why not
+        assert (
+            self.pages is not None
+        )  # mapped here already: pages that loader processes share with this one cost them nothing
 
     def __len__(self) -> int:
-        return len(self.direct)
+        return len(self.where)
 
     def __getitem__(self, i: int) -> Pixels:
         at = int(self.where[i])
-        return self.pages.picture(at) if at >= 0 else self.direct[i]
+        return self.pages.picture(at) if at >= 0 else self.how.picture(self.absent[i])
 
     @cached_property
     def pages(self) -> _Pages:
@@ -76,14 +82,14 @@ Images = (
 class _Pages:
     """The mapped files of a process. A picture's crc32 is checked the first time this process reads it."""
 
-    KEEP = 2**24  # bytes: what stays mapped counts as this process's memory
+    KEEP = 2**24  # bytes of pixels: what stays mapped counts as this process's memory
 
     def __init__(self, index_file: Path):
         self.folder = index_file.parent
         self.table = index.mapped(index_file)
-        self.columns = [
-            self.table[name].to_numpy() for name in ("offset", "height", "width", "channels", "crc")
-        ]
+        self.offset, *self.shape, self.crc = (
+            index.column(self.table, name) for name in ("offset", "height", "width", "channels", "crc")
+        )
         self.checked = np.zeros(len(self.table), bool)
         self.touched = 0
         file, end = self.folder / "pixels.bin", index.end(self.table)
@@ -92,23 +98,24 @@ class _Pages:
                 self.folder, f"{store.shown(file)}: {end - file.stat().st_size} bytes are missing at its end"
             )
         with file.open("rb") as opened:
-            self.map = mmap.mmap(opened.fileno(), end, access=mmap.ACCESS_READ) if end else b""
+            self.map = mmap.mmap(opened.fileno(), end, access=mmap.ACCESS_READ) if end else None
 
     def picture(self, at: int) -> Pixels:
-        offset, height, width, channels, crc = (int(column[at]) for column in self.columns)
+        height, width, channels = (int(column[at]) for column in self.shape)
         size = height * width * channels
-        if not size:
+        if self.map is None or not size:
             raise Damaged(self.table["name"][at].as_py(), self.table["reason"][at].as_py())
-        if self.touched > self.KEEP and isinstance(self.map, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self.touched = 0
+        self.touched += size
+        if self.touched > self.KEEP and hasattr(mmap, "MADV_DONTNEED"):
+            self.touched = size
             self.map.madvise(
                 mmap.MADV_DONTNEED
             )  # views handed out stay valid: their pages come again from the page cache
-        self.touched += size
-        pixels = np.frombuffer(self.map, np.uint8, size, offset)
+        pixels = np.frombuffer(self.map, np.uint8, size, int(self.offset[at]))
         if not self.checked[at]:
-            if zlib.crc32(pixels.data) != crc:
-                what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {self.table['name'][at]} is damaged (crc32 differs)"
+            if zlib.crc32(pixels.data) != self.crc[at]:
+                name = self.table["name"][at].as_py()
+                what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {name} is damaged (its crc32 differs)"
                 raise index.broken(self.folder, what)
             self.checked[at] = True
         return pixels.reshape(height, width, channels)
@@ -120,9 +127,8 @@ def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: boo
     On too small a disk they are decoded on the fly, which is said in a line; with must_fit that is refused."""
     how = making.of(cfg)
     names = pa.array(paths, pa.string())
-    direct = Direct(how, names)
     if not cfg.data.cache:
-        return direct
+        return Direct(how, names)
     folder = store.path("data", "cache", how.key)
     found = _found(how, paths)
     file = index.current(folder)
@@ -138,17 +144,18 @@ def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: boo
                 f"{refusal}\nso pictures are decoded on the fly: the same pixels, more work a step",
                 flush=True,
             )
-            return direct
+            return Direct(how, names)
         where = index.where(names, found, index.mapped(file))
-    return Cached(direct, file, where)
+    return Cached(how, names, file, where.astype(np.int32))
 
 
 def _found(how: making.Making, paths: Sequence[str]) -> NDArray[np.int64]:
-    """(files, 2): size and mtime of each file as it is now, -1 where there is none."""
+    """(files, 2): size and mtime of each file as it is now, -1 where there is none. A million take some seconds."""
     found = np.full((len(paths), 2), -1, np.int64)
+    raw = os.fspath(how.file(""))
     for i, name in enumerate(paths):
         try:
-            status = os.stat(how.file(name))
+            status = os.stat(f"{raw}/{name}")
         except OSError:
             continue  # decoding it on the fly will say why
         found[i] = status.st_size, status.st_mtime_ns

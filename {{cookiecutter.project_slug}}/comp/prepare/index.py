@@ -63,19 +63,24 @@ def mapped(index: Path | None) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(index))).read_all() if index else SCHEMA.empty_table()
 
 
+def column(table: pa.Table, name: str) -> NDArray[Any]:
+    """A view into the mapped file where that is possible, not a copy."""
+    chunks = table[name].chunks
+    return chunks[0].to_numpy() if len(chunks) == 1 else table[name].to_numpy()
+
+
 def end(table: pa.Table) -> int:
     """Where the pixels of these lines end in pixels.bin."""
     height, width, channels = (
-        table[name].to_numpy().astype(np.int64) for name in ("height", "width", "channels")
+        column(table, name).astype(np.int64) for name in ("height", "width", "channels")
     )
-    return int((table["offset"].to_numpy() + height * width * channels).max(initial=0))
+    return int((column(table, "offset") + height * width * channels).max(initial=0))
 
 
 def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray[np.int64]:
     """The line of each name, or ABSENT, or STALE. `found` is (size, mtime) of the files as they are now, -1 without one."""
-    known = table.combine_chunks()
-    at = pc.index_in(names, known["name"].combine_chunks()).fill_null(STALE).to_numpy().astype(np.int64)
-    made_from = np.stack([known["bytes"].to_numpy(), known["mtime"].to_numpy()], 1)
+    at = pc.index_in(names, table["name"]).fill_null(STALE).to_numpy().astype(np.int64)
+    made_from = np.stack([column(table, "bytes"), column(table, "mtime")], 1)
     listed = np.flatnonzero(at >= 0)
     at[listed[(made_from[at[listed]] != found[listed]).any(1)]] = STALE
     at[found[:, 0] < 0] = ABSENT
