@@ -131,9 +131,9 @@ def config(args: Args) -> None:
 
 
 def clean(args: Args) -> None:
-    from comp import overview
+    from comp import clean
 
-    overview.clean(trash=args.trash, cache=args.cache, state=args.state)
+    clean.clean(trash=args.trash, cache=args.cache, state=args.state)
 
 
 def submit(args: Args) -> None:
