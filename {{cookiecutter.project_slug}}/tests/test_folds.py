@@ -1,0 +1,450 @@
+"""Folds are fair, frozen and audited; nothing here may depend on a library's random numbers or on the order of rows."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import config
+from numpy.typing import NDArray
+
+from comp import folds, knobs, samples, store
+from comp.config import Refused
+from comp.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.prepare import assign, audit, balance
+from comp.samples import Samples
+from comp.tasks import Head
+
+Codes = NDArray[np.int64]
+
+
+def table(
+    count: int = 600, task: str = "multiclass", seed: int = 0, target: Any = None, **columns: Any
+) -> Samples:
+    """Samples with a target of four uneven classes (or numbers), 60 groups and a time that repeats."""
+    rng = np.random.default_rng(seed)
+    if task == "regression":
+        drawn, head = rng.normal(size=count).round(2), Head("y", task, ("y",), ("target.y",))
+    else:
+        drawn = rng.choice(4, count, p=[0.5, 0.3, 0.15, 0.05]).astype(float)
+        head = Head("y", task, tuple("abcd"), ("target.y",), tuple("abcd"))
+    frame = pd.DataFrame(
+        {
+            "id": [f"{i:05d}" for i in range(count)],
+            "source": "train",
+            "group": [f"g{g}" for g in np.minimum(rng.geometric(0.04, count), 60)],
+            "time": rng.integers(0, count // 3, count).astype(float),
+            "target.y": drawn if target is None else target,
+        }
+    )
+    return Samples(frame.assign(**columns), (head,), "hash")
+
+
+def plan(scheme: str, **changes: Any) -> knobs.Folds:
+    return knobs.Folds.model_validate(
+        {"scheme": scheme, "k": 5, "seed": 0, "blind_to_groups": "group" not in scheme} | changes
+    )
+
+
+def made(table: Samples, scheme: str, **changes: Any) -> Folds:
+    how = plan(scheme, **changes)
+    return Folds(assign.assign(table, how), assign.described(how, table), table)
+
+
+def counts(found: Folds, repeat: int = 0) -> Codes:
+    """(folds, classes)"""
+    fold = found.of_sample[repeat]
+    code = found.samples.frame["target.y"].to_numpy(np.int64)
+    return np.array([np.bincount(code[fold == f], minlength=4) for f in range(found.meta["k"])])
+
+
+def spread(folds_: Codes, classes: Codes, k: int) -> float:
+    """Mean over classes of the standard deviation over folds of a class's share of rows: what the greedy rule minimises."""
+    table = np.bincount(folds_ * (classes.max() + 1) + classes, minlength=k * (classes.max() + 1)).reshape(
+        k, -1
+    )
+    return float((table / table.sum(axis=0)).std(axis=0).mean())
+
+
+# --- frozen --------------------------------------------------------------------------------------------------------------
+
+FROZEN = {
+    "kfold": "6cc5b3c03f6df4c5",
+    "stratified": "4045f9db55ac86f1",
+    "quantiles": "48bbf8cc64217930",
+    "group": "a50437d2c62eda9f",
+    "stratified_group": "a2d0f6c021665336",
+    "time": "cc0680b7f078ed3e",
+}
+
+
+def steady(count: int = 600) -> Samples:
+    """Made without random numbers, whose streams belong to a library's version."""
+    step = np.arange(count) * 7919 % 601
+    return table(
+        count,
+        group=[f"g{value}" for value in step * step % 61],
+        time=(step % 97).astype(float),
+        target=np.searchsorted([300, 480, 570], step).astype(float),
+    )
+
+
+@pytest.mark.parametrize("scheme", assign.SCHEMES)
+def test_folds_are_the_same_for_ever(scheme: str) -> None:
+    """A change here breaks every run that anyone has: same samples and seed must give the same folds in every version."""
+    found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
+    assert hashlib.sha256(found.of_sample.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
+
+
+@pytest.mark.parametrize("scheme", assign.SCHEMES)
+def test_the_order_of_rows_does_not_matter(scheme: str) -> None:
+    one = table(task="regression" if scheme == "quantiles" else "multiclass")
+    shuffled = Samples(one.frame.sample(frac=1, random_state=1).reset_index(drop=True), one.heads, one.hash)
+    a, b = (made(each, scheme, holdout=0.2).frame.set_index("id")["fold"] for each in (one, shuffled))
+    assert a.equals(b.loc[a.index])
+
+
+def test_seeds_and_repeats_are_other_folds() -> None:
+    first, second = made(table(), "stratified", repeats=2), made(table(), "stratified", seed=7)
+    assert (first.of_sample[0] == first.of_sample[1]).mean() < 0.4
+    assert (first.of_sample[0] == second.of_sample[0]).mean() < 0.4
+    assert first.count == 10
+    scored = [first.split(f)[1] for f in range(5, 10)]
+    assert sorted(np.concatenate(scored)) == list(range(600)), "each repeat scores every row once"
+
+
+# --- schemes -------------------------------------------------------------------------------------------------------------
+
+
+def test_kfold_is_even() -> None:
+    assert np.bincount(made(table(), "kfold").of_sample[0]).tolist() == [120] * 5
+
+
+def test_stratified_gives_each_fold_its_share() -> None:
+    there = counts(made(table(), "stratified"))
+    assert (there.max(axis=0) - there.min(axis=0)).max() <= 1
+    assert np.ptp(there.sum(axis=1)) <= 1
+
+
+def test_quantiles_give_each_fold_the_whole_range() -> None:
+    numbers = table(task="regression")
+    found = made(numbers, "quantiles").of_sample[0]
+    order = numbers.frame["target.y"].to_numpy().argsort(kind="stable")
+    values = numbers.frame["target.y"].to_numpy()
+    means = [values[found == f].mean() for f in range(5)]
+    assert (
+        np.ptp(means)
+        < 0.02
+        < np.ptp([values[made(numbers, "kfold").of_sample[0] == f].mean() for f in range(5)])
+    )
+    lowest = found[order[:100]]
+    assert np.bincount(lowest, minlength=5).min() >= 18
+
+
+@pytest.mark.parametrize("scheme", ["group", "stratified_group"])
+@pytest.mark.parametrize("holdout", [0.0, 0.2])
+def test_groups_stay_together(scheme: str, holdout: float) -> None:
+    found = made(table(), scheme, holdout=holdout, repeats=2)
+    for repeat in range(2):
+        places = pd.Series(found.of_sample[repeat]).groupby(found.samples.frame["group"]).nunique()
+        assert (places == 1).all()
+    assert audit.audit(found.samples, found)["faults"] == []
+    assert abs(len(found.locked()) / 600 - holdout) < 0.03
+
+
+def test_group_folds_are_even() -> None:
+    assert np.ptp(np.bincount(made(table(3000), "group").of_sample[0])) <= 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stratified_groups_are_as_even_as_scikit_learns(seed: int) -> None:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    one = table(1000, seed=seed)
+    classes, groups = one.frame["target.y"].to_numpy(np.int64), one.frame["group"].to_numpy()
+    theirs = np.zeros(1000, np.int64)
+    for number, (_, scored) in enumerate(
+        StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(classes, classes, groups)
+    ):
+        theirs[scored] = number
+    ours = made(one, "stratified_group", seed=seed).of_sample[0]
+    assert spread(ours, classes, 5) <= spread(theirs, classes, 5)
+
+
+def test_few_groups_are_swapped_until_it_helps_no_more() -> None:
+    """Greedy alone leaves folds of writers a third more uneven."""
+    rng = np.random.default_rng(3)
+    unit = rng.integers(0, 16, 1500)
+    found = balance.counted(unit, rng.integers(0, 10, 1500))
+    key = balance.keys(balance.hashes(map(str, range(16))), 0)
+    improved = balance.groups(found, 5, key)
+
+    def unevenness(fold: Codes) -> float:
+        load = np.zeros((5, 10))
+        np.add.at(load, (fold[found.unit], found.label), found.count)
+        return float(load.std(axis=0).mean())
+
+    greedy = balance._improved(found, 5, improved, passes=0)
+    assert (greedy == improved).all()
+    for a in range(16):
+        for b in range(16):
+            swapped = improved.copy()
+            swapped[[a, b]] = swapped[[b, a]]
+            assert unevenness(swapped) > 0.97 * unevenness(improved)
+
+
+def test_several_labels_are_spread_together() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((3000, 8)) < [0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.004]).astype(float)
+    heads = tuple(Head(f"l{i}", "binary", (f"l{i}",), (f"target.l{i}",), ("0", "1")) for i in range(8))
+    frame = table(3000).frame.assign(**{f"target.l{i}": labels[:, i] for i in range(8)})
+    one = Samples(frame, heads, "hash")
+    for scheme, slack in (("stratified", 0.0), ("stratified_group", 0.08)):
+        found = made(one, scheme)
+        positives = np.array([labels[found.of_sample[0] == f].sum(axis=0) for f in range(5)])
+        assert (np.ptp(positives, axis=0) <= 1 + slack * positives.mean(axis=0)).all(), scheme
+        assert audit.audit(one, found)["faults"] == []
+
+
+def test_time_trains_on_the_past() -> None:
+    found = made(table(), "time", gap=5)
+    time, fold = found.samples.frame["time"].to_numpy(), found.of_sample[0]
+    assert set(fold) == {TAUGHT_ONLY, 0, 1, 2, 3, 4}
+    assert pd.Series(fold).groupby(time).nunique().max() == 1, "equal times never split"
+    assert np.bincount(fold + 1).min() > 80
+    for number in range(5):
+        taught, scored = found.split(number)
+        assert len(taught) and time[taught].max() <= time[scored].min() - 5
+        assert (fold[taught] < number).all()
+
+
+def test_time_of_few_moments_never_splits_one() -> None:
+    one = table(600, time=np.repeat([1.0, 2.0, 3.0], 200))
+    found = made(one, "time", k=2)
+    assert [len(found.split(f)[1]) for f in range(2)] == [200, 200]
+    report = audit.audit(one, made(one, "time", k=4))
+    assert any("is empty" in fault for fault in report["faults"])
+
+
+# --- the locked hold-out, and rows that only teach -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", assign.SCHEMES)
+def test_the_hold_out_is_in_no_split(scheme: str) -> None:
+    found = made(table(task="regression" if scheme == "quantiles" else "multiclass"), scheme, holdout=0.2)
+    locked = set(found.locked().tolist())
+    assert abs(len(locked) - 120) <= (20 if "group" in scheme else 6)
+    for fold in [*range(5), "full"]:
+        for positions in found.split(fold):
+            assert not locked & set(positions.tolist())
+    if scheme == "time":
+        time = found.samples.frame["time"].to_numpy()
+        assert time[found.locked()].min() > time[found.split("full")[0]].max()
+
+
+def test_the_hold_out_looks_like_the_whole() -> None:
+    for scheme, slack in (("stratified", 0.01), ("stratified_group", 0.04)):
+        found = made(table(2000), scheme, holdout=0.2)
+        code = found.samples.frame["target.y"].to_numpy(np.int64)
+        whole, inside = (np.bincount(each, minlength=4) / len(each) for each in (code, code[found.locked()]))
+        assert np.abs(whole - inside).max() < slack, scheme
+
+
+def test_extra_rows_teach_and_are_never_scored() -> None:
+    source = np.where(np.arange(600) % 10 == 0, "extra", np.where(np.arange(600) % 10 == 1, "test", "train"))
+    one = table(600, source=source)
+    found = made(one, "stratified", holdout=0.1)
+    assert set(found.of_sample[0][source == "extra"]) == {TAUGHT_ONLY}
+    assert "test" not in set(one.frame["source"].to_numpy()[np.isin(one.frame["id"], found.frame["id"])])
+    for fold in range(5):
+        taught, scored = found.split(fold)
+        assert set(source[scored]) == {"train"} and set(source[taught]) == {"train", "extra"}
+        assert (source[taught] == "extra").sum() == 60
+
+
+def test_a_number_is_not_stratified() -> None:
+    with pytest.raises(Refused, match="use quantiles"):
+        made(table(task="regression"), "stratified")
+
+
+# --- audit ---------------------------------------------------------------------------------------------------------------
+
+
+def altered(found: Folds, rows: Any, fold: int) -> Folds:
+    frame = found.frame.copy()
+    frame.loc[rows, "fold"] = fold
+    return Folds(frame, found.meta, found.samples)
+
+
+def faults(found: Folds) -> list[str]:
+    return list(audit.audit(found.samples, found)["faults"])
+
+
+def test_the_audit_counts() -> None:
+    found = made(table(), "stratified_group", holdout=0.1)
+    report = audit.audit(found.samples, found)
+    assert sum(line["rows"] for line in report["folds"]) + report["locked"] == 600
+    for line in report["folds"]:
+        taught, scored = found.split(line["fold"])
+        assert (line["rows"], line["taught"]) == (len(scored), len(taught))
+        assert line["groups"] == found.samples.frame["group"].iloc[scored].nunique()
+        there = np.bincount(found.samples.frame["target.y"].iloc[scored].to_numpy(np.int64), minlength=4)
+        shares = line["targets"]["y"]
+        assert list(shares["shares"].values()) == (there / there.sum()).tolist()
+        assert shares["rarest"] == "abcd"[there.argmin()] and shares["rarest_rows"] == there.min()
+    text = audit.table(report).splitlines()
+    assert text[0].split() == ["fold", "rows", "taught", "groups", "a", "b", "c", "d", "rarest"]
+    assert len(text) == 7 and f"{report['locked']} rows are locked away" in text[6]
+
+
+def test_the_audit_of_numbers() -> None:
+    found = made(table(task="regression"), "quantiles")
+    first = audit.audit(found.samples, found)["folds"][0]
+    values = found.samples.frame["target.y"].to_numpy()[found.split(0)[1]]
+    assert first["targets"]["y"] == {
+        "mean": values.mean(),
+        "std": values.std(),
+        "min": values.min(),
+        "max": values.max(),
+    }
+
+
+def test_a_group_in_two_folds_is_a_fault() -> None:
+    found = made(table(), "stratified_group")
+    group = found.samples.frame["group"]
+    name = group.value_counts().index[0]
+    rows = group.index[group == name]
+    here = int(found.of_sample[0, rows[0]])
+    (line,) = faults(altered(found, rows[0], (here + 1) % 5))
+    assert line.startswith(f"group {name!r} stands in fold ") and f"fold {here}" in line
+    (line,) = faults(altered(found, rows[0], LOCKED))
+    assert line == f"group {name!r} stands in the hold-out and fold {here}"
+    (line,) = faults(altered(found, rows[0], TAUGHT_ONLY))
+    assert line == f"group {name!r} stands in the rows never scored and fold {here}"
+    blind = made(table(), "stratified")
+    report = audit.audit(blind.samples, blind)
+    assert report["faults"] == [] and report["notes"][0].startswith("blind to groups on purpose: 5")
+
+
+def test_an_empty_fold_is_a_fault() -> None:
+    found = made(table(), "stratified")
+    assert "fold 3 is empty" in faults(altered(found, found.of_sample[0] == 3, 2))
+    few = table(600, group=[f"g{i % 3}" for i in range(600)])
+    assert "fold 3 is empty" in faults(made(few, "group"))
+
+
+def test_a_class_that_could_be_everywhere_and_is_not_is_a_fault() -> None:
+    one = table()
+    rare = np.zeros(600)
+    rare[:5] = 3
+    found = made(Samples(one.frame.assign(**{"target.y": rare}), one.heads, "hash"), "kfold")
+    found = altered(found, slice(0, 4), 0)
+    (line,) = faults(altered(found, 4, 1))
+    assert line == "y: class 'd' has 5 rows and none in fold 2, 3, 4; use stratified"
+    rare[4] = 0  # four rows cannot be in five folds
+    found = made(Samples(one.frame.assign(**{"target.y": rare}), one.heads, "hash"), "kfold")
+    assert faults(altered(found, slice(0, 4), 0)) == []
+
+
+def test_with_groups_a_class_needs_as_many_groups_as_folds() -> None:
+    target = np.zeros(600)
+    group = np.array([f"g{i % 60}" for i in range(600)], object)
+    target[np.isin(group, ["g0", "g1", "g2", "g3"])] = 1  # 40 rows, but four groups
+    one = table(600, group=group, target=target)
+    assert faults(made(one, "stratified_group")) == []
+    target[group == "g4"] = 1
+    one = table(600, group=group, target=target)
+    found = made(one, "stratified_group")
+    assert faults(found) == [], "five groups, one in each fold"
+    there = found.of_sample[0]
+    moved = altered(found, np.isin(there, [there[0]]) & (target == 1), int((there[0] + 1) % 5))
+    assert any("class 'b' has 5 groups and none in fold" in line for line in faults(moved))
+
+
+# --- comp folds ----------------------------------------------------------------------------------------------------------
+
+
+def again(remake: bool = False) -> Folds:
+    assign.make(config(experiment="base"), samples.load(), remake)
+    return folds.load(samples.load())
+
+
+def test_folds_are_written_with_their_audit(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = folds.load(samples.load())
+    assert {k: found.meta[k] for k in ("scheme", "k", "repeats", "seed", "rule", "gap")} == {
+        "scheme": "stratified_group", "k": 5, "repeats": 1, "seed": 0, "rule": "others", "gap": 0,
+    }  # fmt: skip
+    written = store.read_json(project / "data" / "folds_audit.json")
+    assert written == audit.audit(found.samples, found) and written["faults"] == []
+    before = store.folds_file().read_bytes()
+    again()
+    printed = capsys.readouterr().out
+    assert (
+        "unchanged" in printed
+        and audit.table(written) in printed
+        and printed.splitlines()[-1].startswith("next: comp train")
+    )
+    assert audit.table(written) + "\n" == (project / "data" / "folds_audit.txt").read_text()
+    again(remake=True)
+    assert store.folds_file().read_bytes() == before
+    store.folds_file().unlink()
+    again()
+    assert store.folds_file().read_bytes() == before
+
+
+def test_other_settings_are_refused_by_name(project: Path) -> None:
+    before = store.folds_file().read_bytes()
+    file = project / "configs" / "competition.yaml"
+    file.write_text(file.read_text().replace("k: 5, seed: 0", "k: 4, seed: 1"))
+    with pytest.raises(Refused) as refused:
+        again()
+    assert refused.value.lines[:2] == [
+        "data/folds.parquet: made with folds.k 5, which is 4 now",
+        "data/folds.parquet: made with folds.seed 0, which is 1 now",
+    ]
+    assert "comp folds --remake" in refused.value.lines[-1]
+    assert store.folds_file().read_bytes() == before
+    assert again(remake=True).meta["k"] == 4
+
+
+def test_other_samples_are_refused_by_name(project: Path) -> None:
+    one = samples.load()
+    samples.save(one.frame.iloc[3:].reset_index(drop=True), one.heads)
+    with pytest.raises(Refused, match="0 rows are new and 3 are gone"):
+        again()
+    assert len(again(remake=True).frame) == 1434
+
+
+def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
+    file = project / "configs" / "competition.yaml"
+    file.write_text(file.read_text().replace("k: 5", "k: 17"))
+    before = {
+        name: (project / "data" / name).read_bytes()
+        for name in ("folds.parquet", "folds_audit.json", "manifest.json")
+    }
+    with pytest.raises(Refused, match="fold 16 is empty"):
+        again(remake=True)
+    assert before == {name: (project / "data" / name).read_bytes() for name in before}
+
+
+def test_a_flipped_byte_is_refused(project: Path) -> None:
+    data = bytearray(store.folds_file().read_bytes())
+    data[len(data) // 2] ^= 1
+    store.folds_file().write_bytes(bytes(data))
+    for read in (again, lambda: folds.load(samples.load())):
+        with pytest.raises(Refused, match=r"data/folds\.parquet: damaged"):
+            read()
+    again(remake=True)
+
+
+def test_killed_before_the_seal_it_is_made_again(project: Path) -> None:
+    before = store.folds_file().read_bytes()
+    manifest = store.read_json(project / "data" / "manifest.json")
+    del manifest["folds.parquet"]
+    store.write_json(project / "data" / "manifest.json", manifest)
+    again()
+    assert store.folds_file().read_bytes() == before
