@@ -39,8 +39,15 @@ class Project(NamedTuple):
         return self.samples.heads[0]
 
 
-def lay_out(root: Path, task: str = "multiclass", metric: str = "", seed: int = 0, shift: int = 0) -> Project:
-    """Samples and folds of a task; `shift` gives other folds."""
+def lay_out(
+    root: Path,
+    task: str = "multiclass",
+    metric: str = "",
+    seed: int = 0,
+    shift: int = 0,
+    rule: str = "others",
+) -> Project:
+    """Samples and folds of a task; `shift` gives other folds, the rule `earlier` folds by time."""
     file = root / "configs" / "competition.yaml"
     text = (
         file.read_text()
@@ -56,17 +63,18 @@ def lay_out(root: Path, task: str = "multiclass", metric: str = "", seed: int = 
     ids = [f"{i:05d}" for i in range(TRAIN + TEST)]
     frame = pd.DataFrame({
         "id": ids, "images": [[f"{i}.png"] for i in ids], "weight": 1.0, "source": ["train"] * TRAIN + ["test"] * TEST,
-        "row": ids, "target.label": target.astype(float),
+        "row": ids, "time": np.arange(TRAIN + TEST, dtype=float), "target.label": target.astype(float),
     })  # fmt: skip
     samples.save(frame, (head,))
     table = samples.load()
-    lines = pd.DataFrame({"id": ids[:TRAIN], "repeat": 0, "fold": (np.arange(TRAIN) + shift) % K})
+    fold = np.arange(TRAIN) * K // TRAIN if rule == "earlier" else (np.arange(TRAIN) + shift) % K
+    lines = pd.DataFrame({"id": ids[:TRAIN], "repeat": 0, "fold": fold})
     meta = {
         "scheme": "kfold",
         "k": K,
         "repeats": 1,
         "seed": 0,
-        "rule": "others",
+        "rule": rule,
         "gap": 0.0,
         "samples": table.hash,
     }

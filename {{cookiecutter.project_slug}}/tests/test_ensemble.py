@@ -15,7 +15,7 @@ import pytest
 from banked import HEADS, TRAIN, Project, declare, lay_out, member
 from scipy.stats import rankdata
 
-from comp import bank, metrics, score, store
+from comp import bank, decide, metrics, score, store
 from comp.config import Refused
 from comp.ensemble import average
 from comp.ensemble.blend import FILES, blend
@@ -242,6 +242,22 @@ def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:
     assert store.read_json(bank.folder("exp002") / "score.json")["oof"] > 0.95
 
 
+def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
+    project = lay_out(empty, "ordinal", rule="earlier")
+    member(project, "exp001", noise=0.5)
+    said, metric, rows = load(project, "exp001"), metrics.METRICS["qwk"], np.arange(TRAIN)
+    value, truth = said.heads["label"][:, 0].astype(np.float64), project.samples.truth(project.head, rows)
+    fold = rows * 5 // TRAIN
+    answers, _ = score.answers(
+        metric, project.head, value[:, None], project.samples, project.folds, rows, fold
+    )
+    assert (answers[fold == 0] == decide.apply_cuts(value[fold == 0], np.array([0.5, 1.5, 2.5]))).all()
+    for number in range(1, 5):
+        past = fold < number
+        cuts = decide.fit_cuts(value[past], truth[past], 4, metric)
+        assert (answers[fold == number] == decide.apply_cuts(value[fold == number], cuts)).all()
+
+
 def test_marks_are_inherited_and_said(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp004", marks=["selected_on_fold"])
     declare(project, "blend001", "members: [exp001, exp004]\nmethod: mean")
@@ -343,27 +359,25 @@ blend("blend001")
 
 
 def test_killed_at_any_rename_the_next_start_gives_the_same_bytes(project: Project) -> None:
+    """A member was made anew: whatever can be read in between speaks of the new one, never a mixture."""
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank")
-    blend("blend001")
-    folder = bank.folder("blend001")
-    names = [*FILES, store.MANIFEST]
-    whole = {name: (folder / name).read_bytes() for name in names}
-    blend("blend001")
-    assert {name: (folder / name).read_bytes() for name in names} == whole
+    folder, names = store.ensemble_folder("blend001"), [*FILES, store.MANIFEST]
 
-    for renames in (
-        1,
-        3,
-        5,
-        7,
-    ):  # what was unsealed before a kill need not be again, so from 8 on it gets through
+    def made(seed: int) -> dict[str, bytes]:
+        member(project, "exp003", seed=seed)
+        blend("blend001")
+        return {name: (folder / name).read_bytes() for name in names}
+
+    before, whole = made(12), made(13)
+    assert all(before[name] != whole[name] for name in names)
+    for renames in (1, 4, 7, 10):
+        assert made(12) == before
+        member(project, "exp003", seed=13)
         command = [sys.executable, "-c", KILLER, str(renames)]
         done = subprocess.run(command, env=os.environ, capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        for kind in bank.KINDS:  # never half of it: the whole, or refused
-            try:
-                assert bank.load("blend001", kind, project.samples, project.folds)
-            except Refused as refused:
-                assert "unfinished" in str(refused)
-    blend("blend001")
-    assert {name: (folder / name).read_bytes() for name in names} == whole
+        for name in FILES:
+            if (entry := store.sealed(folder / name)) is not None and renames >= len(FILES):
+                assert (folder / name).read_bytes() == whole[name] and entry["size"] == len(whole[name])
+        blend("blend001")
+        assert {name: (folder / name).read_bytes() for name in names} == whole
