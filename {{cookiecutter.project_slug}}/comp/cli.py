@@ -137,9 +137,10 @@ def clean(args: Args) -> None:
 
 
 def submit(args: Args) -> None:
-    from comp import jobs
+    from comp.deliver import submission, verify
 
-    jobs.submit(args.name)
+    verify.verify(args.name)
+    submission.dry_run(args.name)
 
 
 def _config(args: Args) -> Config:

@@ -35,16 +35,18 @@ def train(
     if not NAME.fullmatch(name):
         raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
     machine.settle(cfg.train.threads)
+    from comp import record
+
     material = gather(cfg)
     folds = _wanted(fold, material.folds.count)
     _identify(name, cfg, fresh=fresh or debug)
-    began = time.perf_counter()
     for s in cfg.train.seeds if seed is None else [seed]:
         for number in folds:
             one_fold(material, name, s, number)
             if material.stop.asked:
                 raise KeyboardInterrupt(f"seed {s} fold {number} is done")
-    _conclude(material, name, time.perf_counter() - began)
+    if score := _merge(name, cfg):
+        record.summary(material, name, score)
 
 
 def gather(cfg: Config) -> Material:
@@ -100,16 +102,17 @@ def one_fold(material: Material, name: str, seed: int, number: int | str) -> Non
 
 def predict(name: str, *, tta: str | None = None, space: str | None = None) -> None:
     """Merge what is there; with other views, predict every stored fold again into a member of its own."""
-    from comp.predict import again, merge
+    from comp.predict import merge
 
     cfg = stored_config(name)
-    machine.settle(cfg.train.threads)
-    material = gather(cfg)
     if tta is None and space is None:
-        _conclude(material, name, 0.0)
+        _merge(name, cfg)
         return
-    member = again.predict(material, name, [v.strip() for v in tta.split(",")] if tta else cfg.predict.tta, space or cfg.predict.space)
-    merge.tell(name, member)
+    machine.settle(cfg.train.threads)
+    from comp.predict import again
+
+    views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
+    merge.tell(name, again.predict(gather(cfg), name, views, space or cfg.predict.space))
 
 
 def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
@@ -164,14 +167,16 @@ def _birth(name: str) -> str:
     return str(store.digest(store.read_json(file)))[:6] if file.exists() else ""
 
 
-def _conclude(material: Material, name: str, seconds: float) -> None:
-    from comp import record
+def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
+    """What is complete, as members with their scores. Needs no network, so torch is not imported for it."""
+    from comp import folds, samples
     from comp.predict import merge
 
-    score = merge.run(name, material.cfg, material.samples, material.folds)
+    table = samples.load()
+    split = folds.load(table)
+    score = merge.run(name, cfg, table, split)
     if score is None:
-        missing = merge.missing(name, material.cfg, material.folds)
-        print(f"{name}: {missing} to go before it has a score\nnext: comp train {name}")
-        return
-    record.summary(material, name, score)
-    merge.tell(name)
+        print(f"{name}: {merge.missing(name, cfg, split)} to go before it has a score\nnext: comp train {name}")
+    else:
+        merge.tell(name)
+    return score
