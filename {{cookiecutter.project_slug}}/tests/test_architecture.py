@@ -13,7 +13,7 @@ COMP = Path(__file__).parent.parent / "comp"
 
 # Lowest first; modules of one line do not import each other's lines above.
 LAYERS = [
-    ["refused", "yaml_lines", "machine"],
+    ["refused", "yaml_lines", "machine", "table"],
     ["knobs"],
     ["config"],
     ["store", "tasks"],
@@ -23,7 +23,6 @@ LAYERS = [
     ["samples"],
     ["folds"],
     ["predictions", "decide", "honest"],
-    ["predictions"],
     ["bank"],
     ["score"],
     ["provenance", "track", "feeder", "pictures"],
@@ -35,7 +34,7 @@ LAYERS = [
     ["ensemble"],
     ["tune"],
     ["deliver"],
-    ["overview"],
+    ["overview", "clean"],
     ["cli", "__main__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

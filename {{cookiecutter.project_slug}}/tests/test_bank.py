@@ -185,9 +185,10 @@ def test_any_flipped_byte(project: Project) -> None:
     bank.read(file, project.samples, project.folds)
 
 
-def test_a_stranger_with_a_seal(project: Project) -> None:
+@pytest.mark.parametrize("text", [b"", b"id,label\n", b"x" * 500])
+def test_a_stranger_with_a_seal(project: Project, text: bytes) -> None:
     file = member(project, "exp001") / "oof.arrow"
-    file.write_bytes(b"id,label\n")
+    file.write_bytes(text)
     store.seal(file)
     assert "no prediction set" in refusal(file, project)
 

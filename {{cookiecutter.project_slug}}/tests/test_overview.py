@@ -131,7 +131,8 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(
 
 def test_time_is_work_and_not_the_night_between_two_starts(project: Project) -> None:
     assert overview.spent(store.run_folder("exp001")) == "-"
-    for number, clocks in enumerate([[0, 100, 200, 200 + 8 * 3600, 8 * 3600 + 300], [0.0, 65.5]]):
+    days: list[list[float]] = [[0, 100, 200, 200 + 8 * 3600, 8 * 3600 + 300], [0.0, 65.5]]
+    for number, clocks in enumerate(days):
         lines = [json.dumps({"clock": clock}) for clock in clocks]
         (fold("exp001", number) / "log.jsonl").write_text("\n".join(lines) + "\n")
     assert overview.spent(store.run_folder("exp001")) == "6m05"
