@@ -23,7 +23,7 @@ class Argument(NamedTuple):
 
 class Verb(NamedTuple):
     chapter: str
-    run: Callable[[Args], object]
+    run: Callable[[Args], int | None]
     help: str
     arguments: tuple[Argument, ...] = ()
 
@@ -85,7 +85,15 @@ def cache(args: Args) -> None:
 def train(args: Args) -> None:
     from comp import jobs
 
-    jobs.train(args.experiment, args.overrides, fold=args.fold, seed=args.seed, name=args.name, fresh=args.fresh, debug=args.debug)
+    jobs.train(
+        args.experiment,
+        args.overrides,
+        fold=args.fold,
+        seed=args.seed,
+        name=args.name,
+        fresh=args.fresh,
+        debug=args.debug,
+    )
 
 
 def augment(args: Args) -> None:
@@ -146,7 +154,9 @@ def submit(args: Args) -> None:
 def _config(args: Args) -> Config:
     from comp import config, store
 
-    return config.load(store.root(), args.experiment, getattr(args, "overrides", ()), getattr(args, "debug", False)).config
+    return config.load(
+        store.root(), args.experiment, getattr(args, "overrides", ()), getattr(args, "debug", False)
+    ).config
 
 
 def _competition_config() -> Config:
@@ -157,7 +167,9 @@ def _competition_config() -> Config:
 
 
 EXPERIMENT = argument("experiment", help="name of a file in configs/, like exp001")
-OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4")
+OVERRIDES = argument(
+    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
+)
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
 
 VERBS = {
@@ -198,7 +210,9 @@ VERBS = {
 def overview_text() -> str:
     lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
     for chapter in dict.fromkeys(verb.chapter for verb in VERBS.values()):
-        lines += ["", chapter] + [f"  {name:10} {verb.help}" for name, verb in VERBS.items() if verb.chapter == chapter]
+        lines += ["", chapter] + [
+            f"  {name:10} {verb.help}" for name, verb in VERBS.items() if verb.chapter == chapter
+        ]
     return "\n".join([*lines, "", "comp VERB --help says more."])
 
 
@@ -216,7 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
-        print(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them", file=sys.stderr)
+        print(
+            f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them",
+            file=sys.stderr,
+        )
         return 2
     args = parsed(name, rest)
     try:
@@ -225,7 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"stopped: {interrupt or 'nothing that was finished is lost'}; the same command goes on", file=sys.stderr)
+        print(
+            f"stopped: {interrupt or 'nothing that was finished is lost'}; the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # comp runs | head
         return 0

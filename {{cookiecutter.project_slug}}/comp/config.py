@@ -111,7 +111,9 @@ def changes_results(overrides: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
-    return difflib.get_close_matches(word, list(words), n, cutoff=0.0)
+    """By spelling, whatever the case: of `id` the nearest is `ID`."""
+    by_lower = {each.lower(): each for each in reversed(list(words))}
+    return [by_lower[each] for each in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
 
 
 def _not_results(key: str) -> bool:

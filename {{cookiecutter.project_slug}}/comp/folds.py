@@ -19,7 +19,10 @@ from comp.samples import Positions, Samples
 if TYPE_CHECKING:
     import pandas as pd
 
-TAUGHT_ONLY, LOCKED = -1, -2  # trained on but never scored; the hold-out that no verb reads but an explicit last look
+TAUGHT_ONLY, LOCKED = (
+    -1,
+    -2,
+)  # trained on but never scored; the hold-out that no verb reads but an explicit last look
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def load(samples: Samples, file: Path | None = None) -> Folds:
     file = file or store.folds_file()
     frame, meta = read(file)
     if meta["samples"] != samples.hash:
-        raise Refused(f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake")
+        raise Refused(
+            f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake"
+        )
     return Folds(frame, meta, samples)
 
 
@@ -87,7 +92,9 @@ def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) ->
 
     file = file or store.folds_file()
     meta = meta | {"hash": content_hash(frame, meta)}
-    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({"comp": json.dumps(meta)})
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(
+        {"comp": json.dumps(meta)}
+    )
     with store.writing(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     store.seal(file, hash=meta["hash"])

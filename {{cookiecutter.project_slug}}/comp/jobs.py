@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comp import config, machine, store
@@ -30,7 +29,9 @@ def train(
     cfg = config.load(store.root(), experiment, overrides, debug).config
     changed = config.changes_results(overrides)
     if changed and name is None:
-        raise Refused(f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME")
+        raise Refused(
+            f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME"
+        )
     name = name or (f"{experiment}-debug" if debug else experiment)
     if not NAME.fullmatch(name):
         raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
@@ -123,11 +124,15 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
     machine.settle(cfg.train.threads)
     file = store.path("runs", f"{experiment}-augment.png")
     sheet.write(cfg, samples.load(), file)
-    print(f"{store.shown(file)}: first column as it is, then {cfg.augment.recipe} as seven draws\nnext: comp train {experiment}")
+    print(
+        f"{store.shown(file)}: first column as it is, then {cfg.augment.recipe} as seven draws\nnext: comp train {experiment}"
+    )
 
 
 def stored_config(name: str) -> Config:
-    return config.from_yaml(store.verified(store.run_folder(name) / "config.yaml", "see comp runs for what there is"))
+    return config.from_yaml(
+        store.verified(store.run_folder(name) / "config.yaml", "see comp runs for what there is")
+    )
 
 
 def _wanted(fold: str | None, count: int) -> list[int | str]:
@@ -176,7 +181,9 @@ def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
     split = folds.load(table)
     score = merge.run(name, cfg, table, split)
     if score is None:
-        print(f"{name}: {merge.missing(name, cfg, split)} to go before it has a score\nnext: comp train {name}")
+        print(
+            f"{name}: {merge.missing(name, cfg, split)} to go before it has a score\nnext: comp train {name}"
+        )
     else:
         merge.tell(name)
     return score

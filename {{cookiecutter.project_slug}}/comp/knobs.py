@@ -69,7 +69,9 @@ class Competition(Section):
     @model_validator(mode="after")
     def _declared_together(self) -> Competition:
         if "group" in self.folds.scheme and self.group is None:
-            raise ValueError(f"folds.scheme: {self.folds.scheme} needs competition.group, the column to keep together")
+            raise ValueError(
+                f"folds.scheme: {self.folds.scheme} needs competition.group, the column to keep together"
+            )
         if self.folds.scheme == "time" and self.time is None:
             raise ValueError("folds.scheme: time needs competition.time, the column to order by")
         if self.folds.scheme == "time" and self.folds.repeats > 1:

@@ -29,7 +29,7 @@ def get(name: str) -> Callable[..., Any] | None:
     taken = tuple(inspect.signature(hook).parameters)
     if name in HOOKS and len(taken) != len(HOOKS[name]):
         raise Refused(f"comp/competition.py: {name}({', '.join(taken)}) must take ({', '.join(HOOKS[name])})")
-    return hook  # type: ignore[no-any-return]
+    return hook
 
 
 def in_force() -> list[str]:

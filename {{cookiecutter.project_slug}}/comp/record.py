@@ -36,7 +36,9 @@ def after(material: Material, log: track.Track, run: str, folder: Path) -> None:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
 
 
-def mistakes(material: Material, log: track.Track, head: Head, oof: predictions.PredictionSet, folder: Path) -> None:
+def mistakes(
+    material: Material, log: track.Track, head: Head, oof: predictions.PredictionSet, folder: Path
+) -> None:
     rows = oof.row.astype(np.int64)[oof.predicted]
     said = oof.probability(head)[oof.predicted]
     truth = material.samples.truth(head, rows)
@@ -51,13 +53,19 @@ def mistakes(material: Material, log: track.Track, head: Head, oof: predictions.
     log.sheet(file.stem, file)
     classes = head.classes if head.row.space == "logit" else ()
     table = pictures.worst(truth, said, material.samples.frame["id"].to_numpy()[rows].tolist(), classes)
-    log.table(f"worst{name}", table.drop(columns="position"), images=shown(material, rows[table["position"].to_numpy()]))
+    log.table(
+        f"worst{name}",
+        table.drop(columns="position"),
+        images=shown(material, rows[table["position"].to_numpy()]),
+    )
 
 
 def shown(material: Material, rows: Positions) -> list[Any]:
     """The pictures of some rows as the network gets them. They were read a minute ago, so none is damaged."""
     feed = material.feed
-    return [np.asarray(feed.pictures.images[int(feed.pictures.image_of_sample[row])]).squeeze() for row in rows]
+    return [
+        np.asarray(feed.pictures.images[int(feed.pictures.image_of_sample[row])]).squeeze() for row in rows
+    ]
 
 
 def last(folder: Path) -> str:

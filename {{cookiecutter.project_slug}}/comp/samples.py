@@ -50,8 +50,14 @@ def load(file: Path | None = None) -> Samples:
     file = store.verified(file or store.samples_file(), "make it with: comp prepare")
     table = pq.read_table(file)
     facts = json.loads(table.schema.metadata[b"comp"])
-    heads = tuple(Head(**{key: tuple(v) if isinstance(v, list) else v for key, v in h.items()}) for h in facts["heads"])
+    heads = tuple(_head(said) for said in facts["heads"])
     return Samples(table.to_pandas(), heads, store.sha256(file))
+
+
+def _head(said: dict[str, Any]) -> Head:
+    return Head(
+        said["name"], said["task"], tuple(said["outputs"]), tuple(said["columns"]), tuple(said["classes"])
+    )
 
 
 def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **facts: Any) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from comp.metrics import Metric, MetricUndefined
 from comp.predictions import PredictionSet
 from comp.samples import Positions, Samples
 from comp.tasks import TASKS, Array, Head
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LISTED = 100  # columns of a ranking: no metric looks further
 
@@ -58,7 +61,7 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
     rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
-        truth, frame = samples.truth(head, rows), samples.frame.iloc[rows]
+        truth, frame = samples.truth(head, rows), scored(samples, rows)
         try:
             said, fitted = answers(
                 metric, head, predictions.probability(head)[kept], samples, folds, rows, fold
@@ -116,7 +119,7 @@ def answers(
     value, truth = probability[:, 0], samples.truth(head, rows)
 
     def fit(positions: NDArray[np.int64]) -> Array:
-        frame = samples.frame.iloc[rows[positions]]
+        frame = scored(samples, rows[positions])
         return decide.fit_cuts(value[positions], truth[positions], len(head.classes), metric, frame)
 
     nested = honest.nested(
@@ -127,6 +130,11 @@ def answers(
         first=np.arange(1, len(head.classes)) - 0.5,  # the first of a split by time: plain rounding
     )
     return nested.prediction.astype(np.int64), nested.final
+
+
+def scored(samples: Samples, rows: Positions) -> pd.DataFrame:
+    """What a metric sees of the rows. The weights teach; the host scores every row alike."""
+    return samples.frame.iloc[rows].drop(columns="weight")
 
 
 def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
@@ -148,7 +156,7 @@ def glance(cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows
     metric = metric_of(cfg)
     try:
         said = plain(metric, head, head.row.probability(np.asarray(stored, np.float64)))
-        return metric(samples.truth(head, rows), said, samples.frame.iloc[rows])
+        return metric(samples.truth(head, rows), said, scored(samples, rows))
     except MetricUndefined:
         return float("nan")
 

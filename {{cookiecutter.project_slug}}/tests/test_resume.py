@@ -74,7 +74,7 @@ def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable
 
             return call
 
-        os.replace = watched(os.replace)  # type: ignore[assignment]
+        os.replace = watched(os.replace)
         track.Track.log = watched(track.Track.log)  # type: ignore[method-assign]
         work()
 
@@ -159,12 +159,12 @@ def forget(part: str) -> Callable[..., Any]:
 
 def careless(part: str) -> None:
     if part == "random":
-        loop.mixed = lambda *numbers: random.SystemRandom().getrandbits(62)  # type: ignore[assignment]
+        loop.mixed = lambda *numbers: random.SystemRandom().getrandbits(62)
     elif part == "sampler":
-        first = data.training_batches
-        loop.training_batches = lambda rows, size, seed, epoch, skip: first(rows, size, seed, epoch, 0)  # type: ignore[assignment]
+        whole_epoch = data.training_batches
+        loop.training_batches = lambda rows, size, seed, epoch, first: whole_epoch(rows, size, seed, epoch, 0)
     else:
-        checkpoint.newest = forget(part)  # type: ignore[assignment]
+        checkpoint.newest = forget(part)
     train()
 
 
@@ -191,9 +191,10 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert os.WIFSIGNALED(forked(die))
+    said = f"process {os.getpid()} is already training"
     with (
         store.lock(tmp_path, "training"),
-        pytest.raises(config.Refused, match=f"process {os.getpid()} is already training"),
+        pytest.raises(config.Refused, match=said),
+        store.lock(tmp_path, "again"),
     ):
-        with store.lock(tmp_path, "again"):
-            pass
+        pass

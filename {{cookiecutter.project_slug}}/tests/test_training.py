@@ -19,7 +19,14 @@ from comp.predict import tta
 from comp.prepare import assign, tables
 from comp.train import augment, data, losses, model, optim
 
-TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.epochs=1", "schedule.warmup=0", "train.limit=48"]
+TINY = [
+    "track=none",
+    "machine.workers=0",
+    "machine.progress=false",
+    "train.epochs=1",
+    "schedule.warmup=0",
+    "train.limit=48",
+]
 
 
 def refusal(work: Callable[[], Any]) -> str:
@@ -41,7 +48,9 @@ def refusal(work: Callable[[], Any]) -> str:
         ("predict.tta=[hflp]", ["hflp", "hflip"]),
     ],
 )
-def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(project: Path, override: str, words: list[str]) -> None:
+def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(
+    project: Path, override: str, words: list[str]
+) -> None:
     said = refusal(lambda: jobs.train("exp001", [*TINY, override], fold="0", name="x"))
     assert all(word in said for word in words), said
     assert not (project / "runs/x").exists(), "a refused start must leave nothing that blocks the next"
@@ -61,19 +70,27 @@ def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(p
     jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
     assert len(list((project / "runs/.trash").iterdir())) == 1
-    jobs.train("exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x")  # another seed is the same run
+    jobs.train(
+        "exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x"
+    )  # another seed is the same run
 
 
 def test_a_knob_without_effect_says_so(project: Path) -> None:
     cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
     heads = samples.load().heads
     model.build(cfg, heads, pretrained=False)
-    said = refusal(lambda: model.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False))
+    said = refusal(
+        lambda: model.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False)
+    )
     assert "model.drop_path_rate" in said and "vgg11" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
-    said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"))
+    said = refusal(
+        lambda: jobs.train(
+            "exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"
+        )
+    )
     assert "at step" in said or "validation" in said
     assert not (project / "runs/x/seed0/fold0/weights.safetensors").exists()
 
@@ -84,7 +101,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Pat
 def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> None:
     table = samples.load()
     taught = folds.load(table).split(0)[0][:48]
-    victims = {"train": table.frame["images"].iloc[taught[5]][0], "test": table.frame["images"].iloc[table.positions("test")[3]][0]}
+    victims = {
+        "train": table.frame["images"].iloc[taught[5]][0],
+        "test": table.frame["images"].iloc[table.positions("test")[3]][0],
+    }
     cut = {kind: project / "data/raw" / path for kind, path in victims.items()}
     whole = {kind: file.read_bytes() for kind, file in cut.items()}
     for file in cut.values():
@@ -97,7 +117,9 @@ def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> No
     assert len(listed) == 1 and victims["test"] in listed[0]
     said_of = bank.read(project / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
     shares = said_of.probability(table.heads[0])[3]
-    assert shares == pytest.approx(np.bincount(table.truth(table.heads[0], table.positions("train"))) / 1437, abs=1e-6)
+    assert shares == pytest.approx(
+        np.bincount(table.truth(table.heads[0], table.positions("train"))) / 1437, abs=1e-6
+    )
 
 
 def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
@@ -119,7 +141,9 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
 def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import albumentations as A
 
-    monkeypatch.setattr(own.competition, "recipe", lambda size: augment.Recipe([A.HorizontalFlip(prob=1)]), raising=False)
+    monkeypatch.setattr(
+        own.competition, "recipe", lambda size: augment.Recipe([A.HorizontalFlip(prob=1)]), raising=False
+    )
     assert "prob" in refusal(lambda: augment.named(config("augment=recipe")))
 
 
@@ -145,9 +169,15 @@ def test_losses_against_hand_values() -> None:
     assert float(losses.cross_entropy(output, codes, 0.0)) == pytest.approx(float(-p[0].log()))
     smooth = -(0.1 / 3 * p.log().sum() + 0.9 * p[0].log())
     assert float(losses.cross_entropy(output, codes, 0.1)) == pytest.approx(float(smooth))
-    assert float(losses.cross_entropy(output, torch.tensor([[0.5, 0.5, 0.0]]), 0.0)) == pytest.approx(float(-(p[0].log() + p[1].log()) / 2))
-    assert float(losses.bce(torch.tensor([[0.0]]), torch.tensor([1.0]), 0.2)) == pytest.approx(float(np.log(2)))
-    above = losses.cumulative(torch.tensor([[3.0, -3.0]]), torch.tensor([1.0]), 0.0)  # above 0 yes, above 1 no
+    assert float(losses.cross_entropy(output, torch.tensor([[0.5, 0.5, 0.0]]), 0.0)) == pytest.approx(
+        float(-(p[0].log() + p[1].log()) / 2)
+    )
+    assert float(losses.bce(torch.tensor([[0.0]]), torch.tensor([1.0]), 0.2)) == pytest.approx(
+        float(np.log(2))
+    )
+    above = losses.cumulative(
+        torch.tensor([[3.0, -3.0]]), torch.tensor([1.0]), 0.0
+    )  # above 0 yes, above 1 no
     assert float(above) == pytest.approx(2 * float(np.log1p(np.exp(-3))))
 
 
@@ -155,7 +185,9 @@ def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
     seen = {view(x).numpy().tobytes() for view in tta.VIEWS.values()}
     assert len(seen) == len(tta.VIEWS) == 8
-    assert torch.equal(tta.rot90(tta.rot270(x)), x) and torch.equal(tta.antitranspose(tta.antitranspose(x)), x)
+    assert torch.equal(tta.rot90(tta.rot270(x)), x) and torch.equal(
+        tta.antitranspose(tta.antitranspose(x)), x
+    )
 
 
 def test_views_are_averaged_in_their_space(project: Path) -> None:
@@ -167,9 +199,14 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
         jobs.predict("x", tta=views)
     table = samples.load()
     split = folds.load(table)
-    alone, other, both = (bank.load(a, "test", table, split).probability(table.heads[0]) for a in ("x", "x:tta-hflip", "x:tta-identity-hflip"))
+    alone, other, both = (
+        bank.load(a, "test", table, split).probability(table.heads[0])
+        for a in ("x", "x:tta-hflip", "x:tta-identity-hflip")
+    )
     one_fold = [
-        bank.read(project / "runs/x/seed0/fold0" / part / "test.arrow", table, split).probability(table.heads[0])
+        bank.read(project / "runs/x/seed0/fold0" / part / "test.arrow", table, split).probability(
+            table.heads[0]
+        )
         for part in ("", "tta-hflip", "tta-identity-hflip")
     ]
     rows = ~np.isnan(one_fold[0]).any(1)
@@ -194,9 +231,13 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
 def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, loss: str) -> None:
     table = pd.read_csv(project / "data/raw/train.csv", dtype=str)
     digit = table["label"].astype(int)
-    table["label"] = {"binary": (digit > 4).astype(int), "regression": digit * 1.5}.get(task, digit // 2).astype(str)
+    labels = {"binary": digit > 4, "regression": digit * 1.5}
+    table["label"] = pd.Series(labels.get(task, digit // 2)).astype(float).map("{:g}".format)
     table.to_csv(project / "data/raw/train.csv", index=False)
-    said = [f"competition.{k}={v}" for k, v in {"task": task, "metric": metric, "submission.form": "value"}.items()]
+    said = [
+        f"competition.{k}={v}"
+        for k, v in {"task": task, "metric": metric, "submission.form": "value"}.items()
+    ]
     said += ["competition.folds.scheme=group"]
     cfg = config(*said)
     tables.prepare(cfg)
@@ -212,21 +253,29 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
     assert score.of(cfg, loaded, folds.load(loaded), oof)["oof"] == record["oof"]
 
 
-def test_custom_loss_metric_and_model_from_competition_py(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_loss_metric_and_model_from_competition_py(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def metric(truth: Any, prediction: Any, rows: Any) -> float:
         return float((truth == prediction).mean() + rows["meta.pen"].notna().mean())
 
     metric.direction, metric.needs = "max", "label"  # type: ignore[attr-defined]
     hooks = {
-        "loss": lambda output, target: torch.nn.functional.cross_entropy(output, target, reduction="none") * 2,
+        "loss": lambda output, target: (
+            torch.nn.functional.cross_entropy(output, target, reduction="none") * 2
+        ),
         "metric": metric,
-        "model": lambda cfg, outputs: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, outputs)),
+        "model": lambda cfg, outputs: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(32 * 32, outputs)
+        ),
     }
     for name, hook in hooks.items():
         monkeypatch.setattr(own.competition, name, hook, raising=False)
     jobs.train("exp001", [*TINY, "loss=loss", "competition.metric=metric"], fold="0", name="x")
     assert [*own.in_force()] == ["model", "loss", "metric"]
-    shapes = {k: tuple(v.shape) for k, v in _weights(project / "runs/x/seed0/fold0/weights.safetensors").items()}
+    shapes = {
+        k: tuple(v.shape) for k, v in _weights(project / "runs/x/seed0/fold0/weights.safetensors").items()
+    }
     assert shapes == {"1.weight": (10, 1024), "1.bias": (10,)}
 
 
@@ -249,7 +298,15 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
     assert bank.find("x:full", "test").exists()
 
 
-@pytest.mark.parametrize("victim", ["data/samples.parquet", "data/folds.parquet", "runs/x/seed0/fold0/weights.safetensors", "runs/x/seed0/fold0/oof.arrow"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "data/samples.parquet",
+        "data/folds.parquet",
+        "runs/x/seed0/fold0/weights.safetensors",
+        "runs/x/seed0/fold0/oof.arrow",
+    ],
+)
 def test_one_flipped_byte_is_refused_by_name(project: Path, victim: str) -> None:
     jobs.train("exp001", TINY, fold="0", name="x")
     file = project / victim

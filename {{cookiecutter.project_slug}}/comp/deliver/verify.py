@@ -28,7 +28,9 @@ def verify(name: str) -> None:
 
     @cache
     def material(run: str) -> Material:
-        cfg = jobs.stored_config(run)  # torch is imported behind the next line, once all names are known to be right
+        cfg = jobs.stored_config(
+            run
+        )  # torch is imported behind the next line, once all names are known to be right
         machine.settle(cfg.train.threads)
         return jobs.gather(cfg)
 

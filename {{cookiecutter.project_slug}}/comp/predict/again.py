@@ -20,7 +20,9 @@ def predict(material: Material, run: str, views: list[str], space: str) -> str:
     numbers: list[merge.Number] = list(range(material.folds.count))
     seeds = [seed for seed in merge.seeds_of(run) if len(merge.finished(run, seed, numbers)) == len(numbers)]
     if not seeds:
-        raise Refused(f"{run}: {merge.missing(run, cfg, material.folds)} to go before it can be predicted again: comp train {run}")
+        raise Refused(
+            f"{run}: {merge.missing(run, cfg, material.folds)} to go before it can be predicted again: comp train {run}"
+        )
     parts = [(seed, number) for seed in seeds for number in numbers]
     with store.lock(store.member_folder(run, member), f"predicting {run}:{member}"):
         for seed, number in parts:

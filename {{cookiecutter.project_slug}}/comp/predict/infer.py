@@ -21,7 +21,9 @@ from comp.train.loop import Material
 Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
 
 
-def write_fold(material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = "") -> Path:
+def write_fold(
+    material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = ""
+) -> Path:
     """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views."""
     cfg, folder = material.cfg, store.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
@@ -29,27 +31,47 @@ def write_fold(material: Material, run: str, seed: int, number: int | str, kind:
         return file
     rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
-    heads, damaged = predict(material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}")
+    heads, damaged = predict(
+        material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}"
+    )
     if damaged:
         _tell(material, damaged, file.with_name(f"{kind}_damaged.txt"))
-    facts: dict[str, Any] = {"run": run, "seed": seed, "config": store.digest(config.identity(cfg)), "weights": bank.weights_of(folder)}
+    facts: dict[str, Any] = {
+        "run": run,
+        "seed": seed,
+        "config": store.digest(config.identity(cfg)),
+        "weights": bank.weights_of(folder),
+    }
     facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
     fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
     meta = predictions.meta(kind, material.samples, material.folds, facts)
     return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
 
 
-def predict(material: Material, weights: Path, rows: Positions, doing: str = "") -> tuple[Stored, dict[int, str]]:
+def predict(
+    material: Material, weights: Path, rows: Positions, doing: str = ""
+) -> tuple[Stored, dict[int, str]]:
     cfg, heads = material.cfg, material.samples.heads
     module = model.load_weights(model.build(cfg, heads, pretrained=False), weights).to(material.device)
     seen = augment.Seen(model.normalisation(cfg, module, material.device))
     views = tta.views(cfg.predict.tta)
-    with tqdm(total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True) as bar:
+    with tqdm(
+        total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
+    ) as bar:
         raw, damaged = outputs_of(
-            module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp, views, on_batch=bar.update
+            module,
+            material.feed,
+            rows,
+            cfg.predict.batch_size,
+            seen,
+            cfg.train.amp,
+            views,
+            on_batch=bar.update,
         )
     if not np.isfinite(raw).all():
-        raise Refused(f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate")
+        raise Refused(
+            f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate"
+        )
     each = [model.decoded(cfg, heads, view) for view in raw]  # views x heads
     stored = {}
     for i, head in enumerate(heads):
@@ -73,6 +95,6 @@ def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:
     ids = material.samples.frame["id"]
     lines = [f"{ids.iloc[i]}\t{reason}" for i, reason in damaged.items()]
     store.write_text(file, "\n".join(lines) + "\n")
-    print(f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {store.shown(file)} lists them")
-
-
+    print(
+        f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {store.shown(file)} lists them"
+    )

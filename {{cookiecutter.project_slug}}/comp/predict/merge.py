@@ -16,24 +16,36 @@ def finished(experiment: str, seed: int, folds: list[Number]) -> list[Number]:
     """The folds of a seed whose predictions are all there."""
     kinds = {fold: ("test",) if fold == "full" else ("oof", "test") for fold in folds}
     place = {fold: store.fold_folder(experiment, seed, fold) for fold in folds}
-    return [fold for fold in folds if all(store.sealed(place[fold] / f"{kind}.arrow") for kind in kinds[fold])]
+    return [
+        fold for fold in folds if all(store.sealed(place[fold] / f"{kind}.arrow") for kind in kinds[fold])
+    ]
 
 
 def seeds_of(experiment: str) -> list[int]:
     """Every seed that was ever started, whatever train.seeds says now."""
-    return sorted(int(folder.name.removeprefix("seed")) for folder in store.run_folder(experiment).glob("seed*"))
+    return sorted(
+        int(folder.name.removeprefix("seed")) for folder in store.run_folder(experiment).glob("seed*")
+    )
 
 
 def missing(experiment: str, cfg: Config, folds: Folds) -> str:
     everything: list[Number] = list(range(folds.count))
-    gaps = {seed: [f for f in everything if f not in finished(experiment, seed, everything)] for seed in cfg.train.seeds}
-    return "; ".join(f"seed {seed} fold {', '.join(map(str, gap))}" for seed, gap in gaps.items() if gap) or "another seed"
+    gaps = {
+        seed: [f for f in everything if f not in finished(experiment, seed, everything)]
+        for seed in cfg.train.seeds
+    }
+    return (
+        "; ".join(f"seed {seed} fold {', '.join(map(str, gap))}" for seed, gap in gaps.items() if gap)
+        or "another seed"
+    )
 
 
 def run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
     """Merge what is complete: the run over its seeds, each seed where there are several, the refit on all data."""
     everything: list[Number] = list(range(folds.count))
-    complete = [seed for seed in seeds_of(experiment) if len(finished(experiment, seed, everything)) == folds.count]
+    complete = [
+        seed for seed in seeds_of(experiment) if len(finished(experiment, seed, everything)) == folds.count
+    ]
     refits = [seed for seed in seeds_of(experiment) if finished(experiment, seed, ["full"])]
     if refits:
         member(experiment, "full", cfg, samples, folds, [(seed, "full") for seed in refits])
@@ -42,7 +54,9 @@ def run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[st
     if len(complete) > 1:
         for seed in complete:
             member(experiment, f"seed{seed}", cfg, samples, folds, [(seed, fold) for fold in everything])
-    return member(experiment, "", cfg, samples, folds, [(seed, fold) for seed in complete for fold in everything])
+    return member(
+        experiment, "", cfg, samples, folds, [(seed, fold) for seed in complete for fold in everything]
+    )
 
 
 def member(
@@ -63,7 +77,9 @@ def member(
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
     for kind in ("test",) if all(fold == "full" for _, fold in parts) else ("oof", "test"):
         sets = [bank.read(place / f"{kind}.arrow", samples, folds) for place in places]
-        bank.write(folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts))
+        bank.write(
+            folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts)
+        )
         if kind == "oof":
             result = score.write(folder, cfg, samples, folds, bank.read(folder / "oof.arrow", samples, folds))
     return result if (folder / "oof.arrow").exists() else {}

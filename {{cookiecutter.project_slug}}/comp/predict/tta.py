@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from comp.config import Refused, nearest
+from comp.train.evaluate import View
 
 
 def identity(x: Tensor) -> Tensor:
@@ -47,10 +48,12 @@ def antitranspose(x: Tensor) -> Tensor:
 VIEWS = {v.__name__: v for v in (identity, hflip, vflip, rot90, rot180, rot270, transpose, antitranspose)}
 
 
-def views(names: list[str]) -> list[object]:
+def views(names: list[str]) -> list[View]:
     for name in names:
         if name not in VIEWS:
-            raise Refused(f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, VIEWS)[0]}, there are {', '.join(VIEWS)}")
+            raise Refused(
+                f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, VIEWS)[0]}, there are {', '.join(VIEWS)}"
+            )
     if len(set(names)) < len(names):
         raise Refused(f"predict.tta: {', '.join(names)} names a view twice")
     return [VIEWS[name] for name in names]

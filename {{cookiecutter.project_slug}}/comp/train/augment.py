@@ -75,7 +75,9 @@ def heavy(size: int) -> Recipe:
             A.RandomResizedCrop((size, size), scale=(0.3, 1.0), ratio=(0.75, 1.33)),
             A.HorizontalFlip(),
             A.Affine(rotate=(-20, 20), shear=(-8, 8), p=0.5),
-            A.CoarseDropout(num_holes_range=(1, 4), hole_height_range=(0.1, 0.25), hole_width_range=(0.1, 0.25), p=0.5),
+            A.CoarseDropout(
+                num_holes_range=(1, 4), hole_height_range=(0.1, 0.25), hole_width_range=(0.1, 0.25), p=0.5
+            ),
         ],
         [
             A.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05, p=0.8),
@@ -101,7 +103,9 @@ def named(cfg: Config) -> Recipe:
     name = cfg.augment.recipe
     make = own.get("recipe") if name == "recipe" else RECIPES.get(name)
     if make is None:
-        missing = "comp/competition.py defines no recipe(size)" if name == "recipe" else "there is no such recipe"
+        missing = (
+            "comp/competition.py defines no recipe(size)" if name == "recipe" else "there is no such recipe"
+        )
         raise Refused(f"augment.recipe: {name!r}: {missing}; the nearest is {nearest(name, RECIPES)[0]}")
     with warnings.catch_warnings():
         # A wrong argument is only a warning for albumentations, and the transform would run with its defaults.
@@ -119,7 +123,12 @@ class Augment:
 
     def __init__(self, recipe: Recipe, size: int):
         self.size = size
-        self.steps = [_step(kind, list(ops)) for kind, ops in groupby(recipe.on_sample, lambda op: isinstance(op, A.BasicTransform | A.BaseCompose))]
+        self.steps = [
+            _step(kind, list(ops))
+            for kind, ops in groupby(
+                recipe.on_sample, lambda op: isinstance(op, A.BasicTransform | A.BaseCompose)
+            )
+        ]
         self.threads = not any(isinstance(op, A.BasicTransform | A.BaseCompose) for op in recipe.on_sample)
 
     def __call__(self, picture: Picture, seed: int) -> Picture:
@@ -127,9 +136,13 @@ class Augment:
             return centred(picture, self.size)
         for number, step in enumerate(self.steps):
             picture = step(picture, mixed(seed, number))
-        assert picture.dtype == np.uint8, "a recipe must hand over uint8; normalising is the first line of the step"
+        assert picture.dtype == np.uint8, (
+            "a recipe must hand over uint8; normalising is the first line of the step"
+        )
         if picture.shape[:2] != (self.size, self.size):
-            raise Refused(f"augment.recipe: ends in {picture.shape[1]} x {picture.shape[0]} px, not in data.size {self.size}")
+            raise Refused(
+                f"augment.recipe: ends in {picture.shape[1]} x {picture.shape[0]} px, not in data.size {self.size}"
+            )
         return picture.reshape(self.size, self.size, -1)
 
 
@@ -146,7 +159,9 @@ def _step(albumentations: bool, ops: list[Any]) -> Callable[[Picture, int], Pict
     chain = A.Compose(ops)
 
     def theirs(picture: Picture, seed: int) -> Picture:
-        chain.set_random_seed(seed % 2**32)  # inside loader processes it repeats its draws unless seeded before each call
+        chain.set_random_seed(
+            seed % 2**32
+        )  # inside loader processes it repeats its draws unless seeded before each call
         return chain(image=np.array(picture))["image"]  # a copy: the cache is read-only
 
     return theirs
@@ -160,7 +175,8 @@ def centred(picture: Picture, size: int) -> Picture:
     scale = size / min(height, width)
     if scale != 1:
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-        picture = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        wide = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        picture = wide.astype(np.uint8, copy=False)
         height, width = picture.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2
     return picture[top : top + size, left : left + size].reshape(size, size, -1)
@@ -177,12 +193,14 @@ class Seen:
     def __call__(self, pictures: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
         """(batch, channels, height, width), uint8 -> float"""
         x = pictures.to(self.mean.device, non_blocking=True).float()
-        if seeds is not None and self.before:
+        if seeds is None:
+            return (x - self.mean) / self.std
+        if self.before:
             x = x / 255
             for op in self.before:
                 x = op(x, seeds)
             x = x * 255
         x = (x - self.mean) / self.std
-        for op in self.after if seeds is not None else []:
+        for op in self.after:
             x = op(x, seeds)
         return x

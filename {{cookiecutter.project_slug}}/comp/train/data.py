@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +70,10 @@ def training_batches(rows: Positions, size: int, seed: int, epoch: int, first: i
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
         seeds = mixed(seed, epoch, 2, spread=np.arange(start, start + size))
-        yield [Draw(sample, own) for sample, own in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)]
+        yield [
+            Draw(sample, own)
+            for sample, own in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)
+        ]
 
 
 def plain_batches(rows: Positions, size: int) -> Iterator[list[Draw]]:
@@ -123,7 +126,9 @@ class Feed:
         several = np.flatnonzero(paths.map(len).to_numpy() != 1)
         assert not len(several), f"sample {samples.frame['id'].iloc[several[0]]} has several images"
         codes, unique = paths.map(lambda images: images[0]).factorize()
-        self.pictures = Pictures(cfg, cache.open_images(cfg, list(unique), cfg.machine.progress), codes.astype(np.int64))
+        self.pictures = Pictures(
+            cfg, cache.open_images(cfg, list(unique), cfg.machine.progress), codes.astype(np.int64)
+        )
         self.cfg, self.device = cfg, device
         self.resident = _Resident(self.pictures, device, cfg.machine.resident * 10**6)
 
@@ -142,10 +147,15 @@ class Feed:
         return iter(self.processes)
 
     def _by_threads(self, plan: Plan) -> Iterator[Batch]:
-        pin: Callable[[Batch], Batch] = Batch.pin_memory if self.device.type == "cuda" else lambda batch: batch
+        pinned = self.device.type == "cuda"
+
+        def load(draws: list[Draw]) -> Batch:
+            batch = self.pictures.batch(draws)
+            return batch.pin_memory() if pinned else batch
+
         waiting: deque[Any] = deque()
         for draws in plan:
-            waiting.append(self.pool.submit(lambda draws=draws: pin(self.pictures.batch(draws))))
+            waiting.append(self.pool.submit(load, draws))
             if len(waiting) > AHEAD * self.cfg.machine.workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -183,7 +193,9 @@ def _alone(worker: int) -> None:
     """OpenCV and torch start a pool in every worker otherwise, and they fight for two cores."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group: the trainer decides when to stop
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl+C reaches the whole group: the trainer decides when to stop
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -218,11 +230,17 @@ class _Resident:
     @cached_property
     def tensor(self) -> torch.Tensor:
         """(images, height, width, channels), uint8"""
-        first = {int(image): sample for sample, image in reversed(list(enumerate(self.pictures.image_of_sample)))}
+        first = {
+            int(image): sample for sample, image in reversed(list(enumerate(self.pictures.image_of_sample)))
+        }
         parts = []
         for start in range(0, len(first), 1024):
-            part = self.pictures.batch([Draw(first[i], None) for i in range(start, min(start + 1024, len(first)))])
-            self.damaged |= {int(self.pictures.image_of_sample[s]): reason for s, reason in part.damaged.items()}
+            part = self.pictures.batch(
+                [Draw(first[i], None) for i in range(start, min(start + 1024, len(first)))]
+            )
+            self.damaged |= {
+                int(self.pictures.image_of_sample[s]): reason for s, reason in part.damaged.items()
+            }
             parts.append(part.pictures)
         return torch.cat(parts).to(self.device)
 
@@ -232,5 +250,9 @@ class _Resident:
             images = self.pictures.image_of_sample[rows]
             pictures = self.tensor[torch.from_numpy(images).to(self.device)]
             seeds = None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64)
-            broken = {int(r): self.damaged[int(i)] for r, i in zip(rows, images, strict=True) if int(i) in self.damaged}
+            broken = {
+                int(r): self.damaged[int(i)]
+                for r, i in zip(rows, images, strict=True)
+                if int(i) in self.damaged
+            }
             yield Batch(rows, pictures, seeds, broken)

@@ -35,14 +35,18 @@ class OnBatch:
 
 def _numbers(seeds: Seeds, salt: int, count: int, like: Tensor) -> Tensor:
     """(batch, count), uniform from -1 to 1."""
-    return torch.from_numpy(2 * uniform(seeds, salt, count) - 1).to(like.device, like.dtype, non_blocking=True)
+    return torch.from_numpy(2 * uniform(seeds, salt, count) - 1).to(
+        like.device, like.dtype, non_blocking=True
+    )
 
 
 # Rows: grey, and the two axes of colour (YIQ), where a turn changes the hue and a stretch the saturation.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
-def jitter(brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2, hue: float = 0.02) -> OnBatch:
+def jitter(
+    brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2, hue: float = 0.02
+) -> OnBatch:
     """Brightness, contrast, saturation (shares) and hue (share of the circle), one matrix a sample."""
 
     def apply(pictures: Tensor, seeds: Seeds) -> Tensor:

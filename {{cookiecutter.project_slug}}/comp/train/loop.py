@@ -54,7 +54,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     accumulate = min(cfg.train.accumulate, len(taught) // batch_size)
     steps_per_epoch = len(taught) // (batch_size * accumulate)
     steps = steps_per_epoch * cfg.train.epochs
-    targets = [_target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads]
+    targets = [
+        _target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads
+    ]
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
@@ -87,7 +89,14 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     # --- epochs --------------------------------------------------------------------------------------------------------
     pending: list[Tensor] = []
     rates: list[float] = []
-    bar = tqdm(total=steps, initial=step, desc=f"seed {seed} fold {number}", unit="step", disable=_quiet(cfg), leave=False)
+    bar = tqdm(
+        total=steps,
+        initial=step,
+        desc=f"seed {seed} fold {number}",
+        unit="step",
+        disable=_quiet(cfg),
+        leave=False,
+    )
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         module.train()
         began, drawn = time.perf_counter(), 0
@@ -99,7 +108,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             optim.set_rate(optimizer, rates[-1])
             for _ in range(accumulate):
                 batch = _whole(next(batches), material)
-                pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # to the device, float, normalised
+                pictures = seen(
+                    batch.pictures.permute(0, 3, 1, 2), batch.seeds
+                )  # to the device, float, normalised
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
                     output = module(pictures)  # (batch, outputs of all heads)
@@ -125,7 +136,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                 save()
             if material.stop.asked and not last:
                 raise KeyboardInterrupt(f"saved at step {step} of {steps}")
-        report = {"epoch": epoch + 1, "step": step, "images_per_second": round(drawn / (time.perf_counter() - began), 1)}
+        report = {
+            "epoch": epoch + 1,
+            "step": step,
+            "images_per_second": round(drawn / (time.perf_counter() - began), 1),
+        }
         report |= validate(material, predicting, seen, criterion, scored, targets)
         log.log(report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
@@ -139,7 +154,12 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
 
 def validate(
-    material: Material, module: nn.Module, seen: augment.Seen, criterion: losses.Total, rows: Positions, targets: list[Tensor]
+    material: Material,
+    module: nn.Module,
+    seen: augment.Seen,
+    criterion: losses.Total,
+    rows: Positions,
+    targets: list[Tensor],
 ) -> dict[str, float]:
     """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
     if len(rows) == 0:
@@ -150,8 +170,12 @@ def validate(
     truth = [target[rows].cpu() for target in targets]
     report = {"valid_loss": float(criterion(torch.from_numpy(raw[0]), truth).mean())}
     if not math.isfinite(report["valid_loss"]):
-        raise Refused(f"the loss on the validation rows is {report['valid_loss']}: lower optim.rate, or train.amp=fp32")
-    for head, stored in zip(material.samples.heads, model.decoded(cfg, material.samples.heads, raw[0]), strict=True):
+        raise Refused(
+            f"the loss on the validation rows is {report['valid_loss']}: lower optim.rate, or train.amp=fp32"
+        )
+    for head, stored in zip(
+        material.samples.heads, model.decoded(cfg, material.samples.heads, raw[0]), strict=True
+    ):
         name = "valid_metric" if len(material.samples.heads) == 1 else f"valid_metric_{head.name}"
         report[name] = score.glance(cfg, head, stored, material.samples, rows)
     return report
@@ -175,7 +199,12 @@ def _refuse(damaged: dict[int, str], material: Material) -> None:
     """Half an image never teaches: training stops at the first damaged file and names it."""
     if damaged:
         ids = material.samples.frame["id"]
-        raise Refused(*(f"sample {ids.iloc[i]}: {reason}; comp check lists every such file" for i, reason in damaged.items()))
+        raise Refused(
+            *(
+                f"sample {ids.iloc[i]}: {reason}; comp check lists every such file"
+                for i, reason in damaged.items()
+            )
+        )
 
 
 def _note(log: track.Track, pending: list[Tensor], step: int, accumulate: int, rates: list[float]) -> float:
@@ -184,7 +213,9 @@ def _note(log: track.Track, pending: list[Tensor], step: int, accumulate: int, r
     first = step - len(values) + 1
     for number, (loss, rate) in enumerate(zip(values, rates, strict=True), first):
         if not math.isfinite(loss):
-            raise Refused(f"the loss is {loss} at step {number}: lower optim.rate, or train.amp=fp32; the last checkpoint is from before")
+            raise Refused(
+                f"the loss is {loss} at step {number}: lower optim.rate, or train.amp=fp32; the last checkpoint is from before"
+            )
         log.log({"step": number, "loss": loss, "rate": rate})
     pending.clear()
     rates.clear()

@@ -29,7 +29,9 @@ def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> l
 def loss_name(cfg: Config, head: Head) -> str:
     name = head.row.losses[0] if cfg.loss.name == "default" else cfg.loss.name
     if name != "loss" and name not in head.row.losses:
-        raise Refused(f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(head.row.losses)}")
+        raise Refused(
+            f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(head.row.losses)}"
+        )
     if cfg.loss.smoothing and head.row.space != "logit":
         raise Refused(f"loss.smoothing: {cfg.loss.smoothing} has no effect on task {head.task}; set it to 0")
     return name

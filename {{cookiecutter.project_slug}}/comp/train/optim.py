@@ -14,9 +14,15 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     """timm's, which spares norms and biases from weight decay."""
     from timm.optim import create_optimizer_v2
 
-    given = {"betas": (cfg.optim.momentum, 0.999)} if cfg.optim.name == "adamw" else {"momentum": cfg.optim.momentum}
+    given = (
+        {"betas": (cfg.optim.momentum, 0.999)}
+        if cfg.optim.name == "adamw"
+        else {"momentum": cfg.optim.momentum}
+    )
     # fused: one pass over all weights, a fifth of the time of the loop over tensors that a CPU gets otherwise
-    return create_optimizer_v2(module, cfg.optim.name, lr=cfg.optim.rate, weight_decay=cfg.optim.weight_decay, fused=True, **given)
+    return create_optimizer_v2(
+        module, cfg.optim.name, lr=cfg.optim.rate, weight_decay=cfg.optim.weight_decay, fused=True, **given
+    )
 
 
 def share(schedule: Schedule, step: int, steps: int, steps_per_epoch: int) -> float:

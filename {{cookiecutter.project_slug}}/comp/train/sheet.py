@@ -29,9 +29,13 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     how = making.of(cfg)
     chosen = epoch_list(samples.positions("train"), 0, 0)[:ROWS]
     side = max(96, cfg.data.size) if cfg.data.size < 192 else 192
-    sheet = Image.new("RGB", (GAP + (DRAWS + 1) * (side + GAP), TITLE + len(chosen) * (side + TITLE)), "white")
+    sheet = Image.new(
+        "RGB", (GAP + (DRAWS + 1) * (side + GAP), TITLE + len(chosen) * (side + TITLE)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP), f"recipe {cfg.augment.recipe}, {cfg.data.size} px: as it is, then {DRAWS} draws", "black")
+    pen.text(
+        (GAP, GAP), f"recipe {cfg.augment.recipe}, {cfg.data.size} px: as it is, then {DRAWS} draws", "black"
+    )
     for row, sample in enumerate(chosen):
         try:
             picture = how.picture(samples.frame["images"].iloc[sample][0])
