@@ -97,6 +97,8 @@ def read(file: Path) -> Source:
         raise Refused(
             f"{store.shown(file)}: a table ends in {', '.join(readers)}; other kinds: read_samples in comp/competition.py"
         )
+    if file.stat().st_size > 20_000_000:
+        print(f"reading {store.shown(file)}, {store.readable(file.stat().st_size)} …")
     frame = readers[file.suffix](file)
     if not len(frame):
         raise Refused(f"{store.shown(file)}: holds no rows")
