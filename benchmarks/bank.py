@@ -24,7 +24,7 @@ sys.path.insert(0, str(PROJECT))
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from comp import bank, folds, samples, store, tasks  # noqa: E402
+from comp import bank, folds, predictions, samples, store, tasks  # noqa: E402, predictions
 
 MEMBERS, ROWS, OUTPUTS, ROUNDS = 200, 100_000, 5, 9
 
@@ -52,14 +52,16 @@ def lay_out(root: Path) -> tuple[samples.Samples, folds.Folds, list[str]]:
         },
     )
     split = folds.load(table)
-    rows = bank.rows_of("oof", table, split)
+    rows = predictions.rows_of("oof", table, split)
     fold = split.of_sample[0][rows].astype(np.int16)
     random, addresses = np.random.default_rng(0), []
     for i in range(MEMBERS):
         addresses.append(f"exp{i:03d}")
         values = {"label": random.normal(size=(ROWS, OUTPUTS)).astype(np.float32)}
         facts = {"run": addresses[-1], "member": "", "config": "0" * 16}
-        said = bank.PredictionSet(rows.astype(np.int32), fold, values, bank.meta("oof", table, split, facts))
+        said = predictions.PredictionSet(
+            rows.astype(np.int32), fold, values, predictions.meta("oof", table, split, facts)
+        )
         bank.write(bank.folder(addresses[-1]) / "oof.arrow", said)
     return table, split, addresses
 

@@ -9,86 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
-HERE = Path(__file__).resolve().parent
-PROJECT = HERE.parent / "{{cookiecutter.project_slug}}"
-sys.path.insert(0, str(PROJECT))
-
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
+import cv2
+import numpy as np
+from photographs import PROJECT, Picture, in_turns, jpegs, ratio, written
 
 FILES, COPIES, ROUNDS, SIZE = 64, 6, 15, 256
-Picture = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-def photograph(random: np.random.Generator, side: int) -> Picture:
-    """Noise whose energy falls with frequency, a common brightness, ellipses with hard edges."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    frequency[0, 0] = np.inf
-
-    def clouds(power: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-        field = np.fft.irfft2(
-            np.fft.rfft2(random.standard_normal((side, side))) / frequency**power, (side, side)
-        )
-        return field / field.std()
-
-    light = clouds(random.uniform(1.3, 1.5)) * 45 + 115
-    picture = np.stack([light + clouds(1.7) * 15 + random.integers(-30, 30) for _ in range(3)], -1)
-    for _ in range(12):
-        shape = np.zeros((side, side), np.uint8)
-        centre, axes = (
-            random.integers(0, side, 2).tolist(),
-            random.integers(side // 50, side // 4, 2).tolist(),
-        )
-        cv2.ellipse(shape, centre, axes, random.uniform(0, 180), 0, 360, 1, -1)
-        picture[shape > 0] = picture[shape > 0] * 0.6 + random.integers(0, 255, 3) * 0.4
-    return np.clip(picture, 0, 255).astype(np.uint8)
-
-
-def jpegs(folder: Path, count: int, copies: int = 1, side: int = 1024, quality: int = 90) -> list[str]:
-    """Copies differ by a comment: other bytes, the same work."""
-    folder.mkdir(parents=True)
-    for number in range(count):
-        picture = photograph(np.random.default_rng(number), side)
-        data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        for copy in range(copies):
-            comment = b"\xff\xfe\x00\x04" + copy.to_bytes(2, "big")
-            (folder / f"{copy}-{number:04}.jpg").write_bytes(data[:2] + comment + data[2:])
-    return sorted(file.name for file in folder.iterdir())
-
-
-def in_turns(
-    variants: dict[str, Callable[[Any], object]], items: Iterable[Any], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds that each variant took for all items in each round; they take turns at every item."""
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        spent = dict.fromkeys(variants, 0.0)
-        for item in items:
-            for name, run in variants.items():
-                began = time.perf_counter()
-                run(item)
-                spent[name] += time.perf_counter() - began
-        for name, seconds in spent.items():
-            if number:  # the first round warms up
-                taken[name].append(seconds)
-    return taken
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def decoding(files: list[bytes]) -> dict[str, Any]:
@@ -155,15 +89,12 @@ def building(root: Path, names: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent / "build")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         names = jpegs(root / "raw", FILES, COPIES)
         files = [(root / "raw" / name).read_bytes() for name in names[:FILES]]
         result = {"decode": decoding(files), "build": building(root, names)}
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    written("decode", result)
 
 
 if __name__ == "__main__":

@@ -24,26 +24,11 @@ import numpy as np
 from comp import store
 from comp.config import Refused, nearest
 from comp.folds import Folds
-from comp.predictions import PredictionSet, average, merge, meta, rows_of
+from comp.predictions import PredictionSet
 from comp.samples import Samples
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-__all__ = [
-    "PredictionSet",
-    "average",
-    "find",
-    "load",
-    "load_all",
-    "members",
-    "merge",
-    "meta",
-    "read",
-    "rows_of",
-    "weights_of",
-    "write",
-]
 
 KINDS = ("oof", "test")
 MAGIC = b"ARROW1\0\0"

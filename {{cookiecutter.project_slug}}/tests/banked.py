@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from comp import bank, config, folds, samples, score, store
+from comp import bank, config, folds, predictions, samples, score, store
 from comp.config import Config
 from comp.folds import Folds
 from comp.samples import Samples
@@ -105,13 +105,15 @@ def member(
     folder = bank.folder(address)
     run, _, name = address.partition(":")
     for kind in kinds:
-        rows = bank.rows_of(kind, project.samples, project.folds)
+        rows = predictions.rows_of(kind, project.samples, project.folds)
         fold = project.folds.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
         said = {project.head.name: values(project, rows, noise, seed)}
-        meta = bank.meta(
+        meta = predictions.meta(
             kind, project.samples, project.folds, {"run": run, "member": name, "config": "c"} | facts
         )
-        bank.write(folder / f"{kind}.arrow", bank.PredictionSet(rows.astype(np.int32), fold, said, meta))
+        bank.write(
+            folder / f"{kind}.arrow", predictions.PredictionSet(rows.astype(np.int32), fold, said, meta)
+        )
     if "oof" in kinds:
         score.write(
             folder,

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from banked import CLASSES, HEADS, TRAIN, Project, lay_out, member
 
-from comp import bank, folds, samples, store, tasks
-from comp.bank import PredictionSet
+from comp import bank, folds, predictions, samples, store, tasks
 from comp.config import Refused
+from comp.predictions import PredictionSet
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.Monkey
     )
     project = lay_out(empty)
     rows = project.samples.positions("test")
-    meta = bank.meta("test", project.samples, project.folds, {"run": "e"})
+    meta = predictions.meta("test", project.samples, project.folds, {"run": "e"})
     for kind in (np.float16, np.float32):
         said = {"label": np.zeros((len(rows), 300), kind)}
         bank.write(empty / "runs/e/test.arrow", PredictionSet(rows.astype(np.int32), None, said, meta))
@@ -106,9 +106,9 @@ def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.Monkey
 
 def test_rows_never_predicted_are_nan(project: Project) -> None:
     rows = np.arange(10, dtype=np.int32)
-    meta = bank.meta("oof", project.samples, project.folds, {"run": "e"})
+    meta = predictions.meta("oof", project.samples, project.folds, {"run": "e"})
     part = PredictionSet(rows, np.zeros(10, np.int16), {"label": np.zeros((10, 3), np.float32)}, meta)
-    whole = bank.merge([part], project.samples, project.folds, "probability")
+    whole = predictions.merge([part], project.samples, project.folds, "probability")
     said = bank.read(bank.write(project.root / "runs/e/oof.arrow", whole), project.samples, project.folds)
     assert said.predicted.sum() == 10 and np.isnan(said.heads["label"][10:]).all() and len(said.row) == TRAIN
 
@@ -228,7 +228,7 @@ def test_means_are_what_their_names_say(task: str) -> None:
     stored = [head.row.store(p) for p in parts]
 
     def mean(space: str) -> np.ndarray:
-        return head.row.probability(bank.average(stored, head, space, weights))
+        return head.row.probability(predictions.average(stored, head, space, weights))
 
     assert np.allclose(mean("probability"), np.average(parts, axis=0, weights=weights), atol=1e-12)
     product = np.exp(np.average(np.log(parts), axis=0, weights=weights))
@@ -244,14 +244,16 @@ def test_means_are_what_their_names_say(task: str) -> None:
 @pytest.mark.parametrize("space", ["probability", "logit", "geometric"])
 def test_values_have_one_mean(space: str) -> None:
     parts = [RANDOM.normal(size=(20, 1)) for _ in range(3)]
-    assert np.allclose(bank.average(parts, HEADS["regression"], space), np.mean(parts, axis=0), atol=1e-15)
+    assert np.allclose(
+        predictions.average(parts, HEADS["regression"], space), np.mean(parts, axis=0), atol=1e-15
+    )
 
 
 def test_nothing_saturates() -> None:
     """Rows that are very sure keep their order on both sides, where 1 - p is no float any more."""
     sure = np.array([[-80.0], [-60.0], [-40.0], [40.0], [60.0], [80.0]])
     for space in ("probability", "logit", "geometric"):
-        mean = bank.average([sure, sure + 1], HEADS["binary"], space)
+        mean = predictions.average([sure, sure + 1], HEADS["binary"], space)
         assert np.isfinite(mean).all() and (np.diff(mean[:, 0]) > 1).all(), space
 
 
@@ -260,7 +262,7 @@ def test_weights_below_zero_still_leave_probabilities() -> None:
         head = HEADS[task]
         parts = [head.row.store(probabilities(200, len(head.outputs))) for _ in range(2)]
         for space in ("probability", "logit", "geometric"):
-            p = head.row.probability(bank.average(parts, head, space, [3.0, -2.0]))
+            p = head.row.probability(predictions.average(parts, head, space, [3.0, -2.0]))
             assert np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1
             if task == "multiclass":
                 assert np.allclose(p.sum(axis=1), 1, atol=1e-12)
@@ -268,12 +270,12 @@ def test_weights_below_zero_still_leave_probabilities() -> None:
 
 def test_one_voice_is_kept_to_the_last_bit() -> None:
     value = RANDOM.normal(size=(100, 1)) * 30
-    assert (bank.average([value], HEADS["binary"], "probability") == value).all()
+    assert (predictions.average([value], HEADS["binary"], "probability") == value).all()
 
 
 def test_an_unknown_space_is_refused() -> None:
     with pytest.raises(Refused, match="probability, logit, geometric"):
-        bank.average([np.zeros((1, 1))], HEADS["binary"], "ranks")
+        predictions.average([np.zeros((1, 1))], HEADS["binary"], "ranks")
 
 
 def test_folds_and_seeds_become_one(project: Project) -> None:
@@ -284,7 +286,7 @@ def test_folds_and_seeds_become_one(project: Project) -> None:
         for fold in range(5):
             rows = project.folds.split(fold)[1]
             p = rng.random((len(rows), 3))
-            meta = bank.meta(
+            meta = predictions.meta(
                 "oof",
                 project.samples,
                 project.folds,
@@ -299,14 +301,14 @@ def test_folds_and_seeds_become_one(project: Project) -> None:
                 )
             )
             sides.append((rows, p / p.sum(axis=1, keepdims=True)))
-    whole = bank.merge(parts, project.samples, project.folds, "probability", facts={"member": ""})
+    whole = predictions.merge(parts, project.samples, project.folds, "probability", facts={"member": ""})
     wanted = np.zeros((TRAIN, 3))
     for rows, p in sides:
         wanted[rows] += p / 2
     assert np.allclose(whole.probability(project.head), wanted, atol=1e-6)
     assert whole.fold is not None and (whole.fold == project.folds.of_sample[0][:TRAIN]).all()
     assert len(whole.meta["weights"]) == 10 and whole.meta["tta"] == ["identity"] and "seed" not in whole.meta
-    shuffled = bank.merge(parts[::-1], project.samples, project.folds, "probability")
+    shuffled = predictions.merge(parts[::-1], project.samples, project.folds, "probability")
     assert np.allclose(shuffled.heads["label"], whole.heads["label"], atol=1e-6)
 
 
@@ -314,7 +316,9 @@ def test_marks_are_inherited(project: Project) -> None:
     member(project, "exp001", marks=["selected_on_fold"])
     member(project, "exp002")
     both = [bank.load(name, "oof", project.samples, project.folds) for name in ("exp001", "exp002")]
-    assert bank.merge(both, project.samples, project.folds, "logit").meta["marks"] == ["selected_on_fold"]
+    assert predictions.merge(both, project.samples, project.folds, "logit").meta["marks"] == [
+        "selected_on_fold"
+    ]
 
 
 # --- members -------------------------------------------------------------------------------------------------------------

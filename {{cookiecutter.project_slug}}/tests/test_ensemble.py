@@ -15,7 +15,7 @@ import pytest
 from banked import HEADS, TRAIN, Project, declare, lay_out, member
 from scipy.stats import rankdata
 
-from comp import bank, decide, metrics, score, store
+from comp import bank, decide, metrics, predictions, score, store
 from comp.config import Refused
 from comp.ensemble import average
 from comp.ensemble.blend import FILES, blend
@@ -51,7 +51,7 @@ def lines_of(project: Project, text: str) -> list[str]:
     return caught.value.lines
 
 
-def load(project: Project, address: str, kind: str = "oof") -> bank.PredictionSet:
+def load(project: Project, address: str, kind: str = "oof") -> predictions.PredictionSet:
     return bank.load(address, kind, project.samples, project.folds)
 
 
@@ -119,7 +119,8 @@ def test_members_that_predict_other_rows(project: Project) -> None:
     values = said.heads["label"].copy()
     values[7:] = np.nan
     bank.write(
-        bank.find("exp002", "oof"), bank.PredictionSet(said.row, said.fold, {"label": values}, said.meta)
+        bank.find("exp002", "oof"),
+        predictions.PredictionSet(said.row, said.fold, {"label": values}, said.meta),
     )
     (line,) = lines_of(project, "members: [exp001, exp002]\nmethod: mean")
     assert "exp002 and exp001 predict different oof rows (7 and 400)" in line
@@ -229,7 +230,7 @@ def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.
         assert said["sha256"]["test"] == store.sha256(bank.find(said["address"], "test"))
     assert record["oof"] > max(said["oof"] for said in record["members"])
     out = capsys.readouterr().out
-    assert "better than its best member exp001" in out and "next: comp submit blend001 --dry-run" in out
+    assert " better than its best member exp001" in out and "next: comp submit blend001 --dry-run" in out
 
 
 def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, folds, samples, score, store, table
-from comp.bank import PredictionSet
+from comp import bank, config, folds, predictions, samples, score, store, table
 from comp.config import Config, Refused
 from comp.ensemble import average, declare
 from comp.ensemble.declare import Declared
 from comp.folds import Folds
+from comp.predictions import PredictionSet
 from comp.samples import Samples
 
 FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
@@ -102,7 +102,7 @@ def _blended(
         "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
         "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
     }
-    return PredictionSet(given[0].row, given[0].fold, heads, bank.meta(kind, rows, split, facts))
+    return PredictionSet(given[0].row, given[0].fold, heads, predictions.meta(kind, rows, split, facts))
 
 
 def _file(address: str, kind: str) -> Any:
@@ -141,7 +141,7 @@ def _about(
             {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
             | {key: own[key] for key in ("oof", "mean", "std")}
         )
-    plain = bank.merge(oof, rows, split, "probability")
+    plain = predictions.merge(oof, rows, split, "probability")
     said = score.of(cfg, rows, split, plain)
     return {
         "config": declared.hash,
@@ -180,12 +180,22 @@ def _verdict(name: str, record: dict[str, Any]) -> str:
     if record["oof"] is None or not alone:
         return score.sentence(record)
     best = max(alone, key=lambda member: sign * member["oof"])
-    gain = sign * (record["oof"] - best["oof"])
-    said = f"{name}: {record['oof']:.4f}, {'better' if gain > 0 else 'not better'} than its best member {best['address']} ({best['oof']:.4f})"
+    said = f"{name}: {record['oof']:.4f}, {_beside(record['oof'], best['oof'], sign)} its best member {best['address']} ({best['oof']:.4f})"
     plain = record["plain_mean"]["oof"]
     if record["method"] == "mean" and record["space"] == "probability":
         return said
-    return f"{said}, {'better' if sign * (record['oof'] - plain) > 0 else 'not better'} than the plain mean ({plain:.4f})"
+    return f"{said}, {_beside(record['oof'], plain, sign)} the plain mean ({plain:.4f})"
+
+
+def _beside(here: float, there: float, sign: int) -> str:
+    gain = sign * (here - there)
+    return (
+        f"{abs(gain):.4f} better than"
+        if gain > 0
+        else f"{abs(gain):.4f} worse than"
+        if gain < 0
+        else "the same as"
+    )
 
 
 def _number(value: float | None) -> str:
