@@ -19,7 +19,18 @@ import cv2
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from comp.prepare import formats
 
@@ -33,6 +44,17 @@ Fit = Literal["stretch", "cover", "contain"]
 
 DECODER = f"1, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
+# Named here, Pillow imports nothing else at the first picture of some thread, and opens nothing that can run a program.
+PLUGINS = (
+    JpegImagePlugin,
+    PngImagePlugin,
+    GifImagePlugin,
+    WebPImagePlugin,
+    TiffImagePlugin,
+    BmpImagePlugin,
+    PpmImagePlugin,
+    Jpeg2KImagePlugin,
+)
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 # A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times that. With less to
 # spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, instead of 0.3.
@@ -40,7 +62,6 @@ SCALES = {1: 0.0, 2: 1.33, 4: 2.0, 8: 2.5}
 HOOK = "say how in load_image of comp/competition.py"
 
 cv2.setNumThreads(0)  # many pictures at a time, each by one thread
-Image.init()  # here, not at the first picture of several threads
 Image.MAX_IMAGE_PIXELS = None  # _refuse_size is stricter about what it says and laxer about what it takes
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # what Photoshop writes beside the pixels is no reason to refuse them
 warnings.filterwarnings("ignore", module="PIL")  # about palettes and metadata, once a picture
@@ -197,8 +218,6 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
             _refuse_size(image.height, image.width, name)
-            if image.format == "TIFF":
-                _refuse_cut_tiff(image, len(data), name)
             image.draft("RGB" if channels == 3 else "L", (image.width // scale, image.height // scale))
             image.load()
             # Pillow turns TIFF by itself, and nothing else.
@@ -216,15 +235,6 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
 def _exif(image: Image.Image) -> bytes:
     block = image.info.get("exif", b"")
     return block.removeprefix(b"Exif\0\0") if isinstance(block, bytes) else b""
-
-
-def _refuse_cut_tiff(image: Image.Image, size: int, name: str) -> None:
-    """libtiff fills up what is missing of a strip."""
-    tags = getattr(image, "tag_v2", {})
-    for offsets, lengths in ((273, 279), (324, 325)):
-        ends = [sum(part) for part in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)]
-        if max(ends, default=0) > size:
-            raise Damaged(name, f"cut off, {max(ends) - size} bytes are missing")
 
 
 def _uint8(image: Image.Image, channels: int, name: str) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,8 +58,13 @@ class Making:
         except (Damaged, Refused):
             raise
         except Exception as error:
-            error.add_note(f"in load_image of comp/competition.py, for {name}")
-            raise
+            lines = [
+                f.lineno
+                for f in traceback.extract_tb(error.__traceback__)
+                if f.filename == hook.__code__.co_filename
+            ]
+            where = f"comp/competition.py:{lines[-1] if lines else 1}"
+            raise Refused(f"{where}: load_image fails for {name}: {type(error).__name__}: {error}") from error
         if not (
             isinstance(made, np.ndarray)
             and made.dtype == np.uint8

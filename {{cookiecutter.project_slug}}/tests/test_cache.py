@@ -1,0 +1,474 @@
+"""The image cache: the pixels of a fresh decode, and whatever happens to files and processes, never other ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import config
+from numpy.typing import NDArray
+from PIL import Image
+
+from comp import competition, own, store
+from comp.config import Refused
+from comp.prepare import cache, filling, images, making
+from comp.prepare.images import Damaged
+
+COUNT, CUT, COPY, GONE = (
+    40,
+    7,
+    11,
+    13,
+)  # of the files below: one is cut off, one a copy of its predecessor, one missing
+
+
+@pytest.fixture
+def names(empty: Path) -> list[str]:
+    """Forty files of two kinds under data/raw/train."""
+    (empty / "data/raw/train").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    names = [f"train/{i:02}.{'jpg' if i % 2 else 'png'}" for i in range(COUNT)]
+    for name in names:
+        pixels = np.kron(random.integers(0, 256, (6, 9, 3), np.uint8), np.ones((10, 10, 1), np.uint8))
+        Image.fromarray(pixels).save(empty / "data/raw" / name)
+    raw(names[CUT]).write_bytes(raw(names[CUT]).read_bytes()[:-50])
+    raw(names[COPY]).write_bytes(raw(names[COPY - 1]).read_bytes())
+    raw(names[GONE]).unlink()
+    return names
+
+
+def raw(name: str) -> Path:
+    return store.path("data", "raw", name)
+
+
+def opened(names: list[str], *overrides: str, **more: Any) -> cache.Images:
+    return cache.open_images(config(*overrides), names, progress=False, **more)
+
+
+def cached(names: list[str], *overrides: str) -> cache.Cached:
+    pictures = opened(names, *overrides)
+    assert isinstance(pictures, cache.Cached)
+    return pictures
+
+
+def seen(pictures: cache.Images) -> list[bytes | str]:
+    """All pictures, or why not."""
+    out: list[bytes | str] = []
+    for i in range(len(pictures)):
+        try:
+            out.append(pictures[i].tobytes())
+        except Damaged as damaged:
+            out.append(str(damaged))
+    return out
+
+
+def folder() -> Path:
+    (only,) = store.path("data", "cache").iterdir()
+    return only
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """A journal may stay behind when the kill comes after the manifest; nobody reads it."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith((".lock", "journal")))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def child(code: str, names: list[str]) -> subprocess.Popen[str]:
+    """A process that opens the pictures, after `code`."""
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from comp import config, store
+from comp.prepare import cache, filling, index
+filling.COMMIT, filling.CHUNK = 4, 2
+{code}
+pictures = cache.open_images(config.load(store.root(), "exp001").config, {names!r}, progress=False)
+"""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", script], text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_same_pixels_with_and_without_a_cache(names: list[str], fit: str, channels: int) -> None:
+    knobs = [f"data.fit={fit}", f"data.channels={channels}"]
+    direct = opened(names, *knobs, "data.cache=false")
+    pictures = cached(names, *knobs)
+    assert isinstance(direct, cache.Direct) and len(pictures) == len(direct) == COUNT
+    assert seen(pictures) == seen(direct) == seen(cached(names, *knobs))
+    reasons = {i: text for i, text in enumerate(seen(pictures)) if isinstance(text, str)}
+    assert reasons.keys() == {CUT, GONE}
+    assert "cut off" in reasons[CUT] and "no such file" in reasons[GONE]
+    assert (
+        pictures[0].shape
+        == {"stretch": (32, 32, channels), "cover": (32, 48, channels), "contain": (32, 32, channels)}[fit]
+    )
+    with pytest.raises(ValueError, match="read-only"):
+        pictures[0][0, 0] = 0
+
+
+def test_loader_processes_read_the_same(names: list[str]) -> None:
+    pictures = cached(names)
+    expected = seen(pictures)
+    travelled = pickle.loads(pickle.dumps(pictures))
+    assert seen(travelled) == expected
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.write(writer, hashlib.sha256(repr(seen(pictures)).encode()).digest())
+        os._exit(0)
+    assert os.read(reader, 99) == hashlib.sha256(repr(expected).encode()).digest()
+
+
+def test_what_travels_to_a_loader_process_does_not_grow_with_names(names: list[str]) -> None:
+    few, many = cached(names), cached(names * 50)
+    assert len(pickle.dumps(many)) - len(pickle.dumps(few)) < COUNT * 49 * (4 + 40 * 1 / COUNT), (
+        "four bytes a picture, and the absent"
+    )
+
+
+def test_views_stay_right_when_mapped_pages_are_given_back(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache._Pages, "KEEP", 2000)
+    pictures = cached(names)
+    views = [(i, pictures[i]) for i in range(COUNT) if i not in (CUT, GONE)]
+    fresh = opened(names, "data.cache=false")
+    assert all(np.array_equal(view, fresh[i]) for i, view in views)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are decoded from here on."""
+    decoded: list[str] = []
+    decode = images.decode
+
+    def counting(data: bytes, size: int | None, fit: images.Fit, channels: int, name: str) -> images.Pixels:
+        decoded.append(name)
+        return decode(data, size, fit, channels, name)
+
+    monkeypatch.setattr(images, "decode", counting)
+    return decoded
+
+
+def test_only_what_is_new_or_has_changed_is_decoded(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = cached(names[:30])
+    expected = seen(before)
+    decoded = counted(monkeypatch)
+    cached(names[:30])
+    assert decoded == []
+    assert seen(cached(names))[:30] == expected
+    assert decoded.count(names[30]) == 1 and set(decoded) == set(names[30:])
+    decoded.clear()
+
+    os.utime(raw(names[3]), ns=(1, 1))  # touched: read again, not decoded
+    raw(names[4]).write_bytes(raw(names[5]).read_bytes())  # another picture
+    raw(names[CUT]).write_bytes(raw(names[6]).read_bytes())  # whole now
+    os.truncate(raw(names[8]), 60)  # damaged now
+    now = seen(cached(names))
+    assert set(decoded) == {names[8]}
+    assert (now[3], now[4], now[CUT], now[9]) == (expected[3], expected[5], expected[6], expected[9])
+    assert "cut off" in now[8]
+    assert seen(before) == expected, "who has the cache open goes on reading what it was opened with"
+    assert now == seen(opened(names, "data.cache=false"))
+
+
+def test_a_cut_file_is_noted_and_not_decoded_again(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(names)
+    decoded = counted(monkeypatch)
+    with pytest.raises(Damaged, match=names[CUT]):
+        cached(names)[CUT]
+    assert decoded == []
+
+
+def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(*overrides: str) -> str:
+        return making.of(config(*overrides)).key
+
+    keys = {
+        key(),
+        key("data.size=40"),
+        key("data.fit=cover"),
+        key("data.channels=3"),
+        key("competition.raw=data"),
+    }
+    assert len(keys) == 5
+    assert key("data.size=40") == key("data.margin=1.25"), "the same pixels are not kept twice"
+    assert key("augment.recipe=none") == key()
+    monkeypatch.setattr(images, "DECODER", "2")
+    keys.add(key())
+    for brightness in (1, 2):
+        keys.add(
+            hooked(
+                monkeypatch,
+                f"BRIGHTER = {brightness}\ndef load_image(row, decode):\n    return decode(row['image']) + BRIGHTER\n",
+                key,
+            )
+        )
+    assert len(keys) == 8
+
+
+def hooked(monkeypatch: pytest.MonkeyPatch, code: str, then: Callable[[], Any]) -> Any:
+    """What `then` gives while competition.py holds this code."""
+    file = Path(store.path(f"competition_{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"))
+    file.write_text("import numpy as np\n" + code)
+    space: dict[str, Any] = {"__name__": competition.__name__}
+    exec(compile(file.read_text(), str(file), "exec"), space)
+    with monkeypatch.context() as patch:
+        patch.setattr(competition, "load_image", space["load_image"], raising=False)
+        return then()
+
+
+def test_load_image_decides_the_pixels(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cached(names)[0]
+    negative = "def load_image(row, decode):\n    return 255 - decode(row['image'])\n"
+    assert np.array_equal(hooked(monkeypatch, negative, lambda: cached(names))[0], 255 - plain)
+    whole = "def load_image(row, decode):\n    assert row['file'].is_file()\n    return decode(row['image'], full=True)[:30]\n"
+    assert hooked(monkeypatch, whole, lambda: cached(names[:1])[0].shape) == plain.shape, (
+        "brought to size afterwards"
+    )
+    wrong = "def load_image(row, decode):\n    return decode(row['image']) / 255\n"
+    with pytest.raises(Refused, match=r"load_image gave float64 .* for train/00.png; a uint8 array"):
+        hooked(monkeypatch, wrong, lambda: cached(names))
+    failing = "def load_image(row, decode):\n    return np.load(row['image'] + '.npy')\n"
+    with pytest.raises(
+        Refused, match=r"comp/competition.py:3: load_image fails for train/00.png: FileNotFoundError: "
+    ):
+        hooked(monkeypatch, failing, lambda: cached(names))
+    assert own.get("load_image") is None
+
+
+# Where a building process is killed: `code` runs in it, kill() is the end.
+KILL = """
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def after(module, name, number, half=False):
+    real, calls = getattr(module, name), []
+    def counting(*a, **k):
+        calls.append(1)
+        if half and len(calls) == number: kill()
+        out = real(*a, **k)
+        if len(calls) == number: kill()
+        return out
+    setattr(module, name, counting)
+"""
+EVENTS = {
+    "pixels written, their line not yet": "after(os, 'fsync', 5)",
+    "before the index": "after(filling, '_published', 1, half=True)",
+    "after the index, before the manifest": "after(store, 'write_json', 1, half=True)",
+}
+MORE_EVENTS = {
+    "after the first line of the journal": "after(filling, '_commit', 1)",
+    "before the first line of the journal": "after(filling, '_commit', 1, half=True)",
+    "after the fifth line of the journal": "after(filling, '_commit', 5)",
+    "before the last line of the journal": "after(filling, '_commit', 10, half=True)",
+    "after the manifest": "after(store, 'write_json', 1)",
+}
+
+
+@pytest.mark.parametrize(
+    "event", [*EVENTS, *(pytest.param(event, marks=pytest.mark.slow) for event in MORE_EVENTS)]
+)
+def test_a_build_killed_and_started_again_ends_with_the_same_bytes(
+    names: list[str], event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = seen(cached(names))
+    never_killed = bytes_of(folder())
+    shutil.rmtree(store.path("data", "cache"))
+    victim = child(KILL + (EVENTS | MORE_EVENTS)[event], names)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    done = sum(len(json.loads(line)) for line in journal_lines()[1:]) if "manifest" not in event else COUNT
+    decoded = counted(monkeypatch)
+    pictures = cached(names)
+    assert bytes_of(folder()) == never_killed
+    assert len(set(decoded)) <= COUNT - done
+    assert seen(pictures) == expected
+
+
+def journal_lines() -> list[str]:
+    file = folder() / "journal.jsonl"
+    return file.read_text().splitlines() if file.exists() else [""]
+
+
+def test_a_build_killed_while_adding_ends_with_the_same_bytes(names: list[str]) -> None:
+    """Adding to a cache, with one file changed since: what was there before must not be touched by the resume."""
+
+    def change() -> None:
+        raw(names[0]).write_bytes(raw(names[2]).read_bytes())
+        os.utime(raw(names[0]), ns=(5, 5))
+
+    old = seen(cached(names[:20]))
+    shutil.copytree(store.path("data"), store.path("untouched"), copy_function=shutil.copy2)
+    change()
+    expected = seen(cached(names))
+    never_killed = bytes_of(folder())
+    shutil.rmtree(store.path("data"))
+    shutil.move(store.path("untouched"), store.path("data"))
+    reader = cached(names[:20])
+    change()
+    victim = child(KILL + EVENTS["pixels written, their line not yet"], names)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL and seen(reader) == old
+    assert seen(cached(names)) == expected and expected[0] == old[2]
+    assert bytes_of(folder()) == never_killed
+    assert seen(reader) == old
+
+
+def test_a_torn_line_of_the_journal_never_happened(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(names)
+    never_stopped = bytes_of(folder())
+    shutil.rmtree(store.path("data", "cache"))
+    commit = filling._commit
+
+    def stopped(*given: Any) -> Any:
+        if len(journal_lines()) == 6:
+            raise KeyboardInterrupt
+        return commit(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "COMMIT", 4)
+        patch.setattr(filling, "_commit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cached(names)
+    journal = folder() / "journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 40)
+    cached(names)
+    assert bytes_of(folder()) == never_stopped
+
+
+def test_a_second_process_waits_for_the_first_and_decodes_nothing(names: list[str]) -> None:
+    pause = """
+real = filling._commit
+def commit(*a):
+    print("building", flush=True)
+    sys.stdin.readline()
+    filling._commit = real
+    return real(*a)
+filling._commit = commit
+"""
+    refuse = "filling._made = None  # whoever decodes falls over\n"
+    first = child(pause, names)
+    assert first.stdin and first.stdout
+    assert "39 pictures" in first.stdout.readline() and first.stdout.readline() == "building\n"
+    second = child(refuse, names)
+    assert second.stdin and second.stdout
+    waiting = second.stdout.readline()
+    assert f"process {first.pid} is already filling the image cache" in waiting and "waiting" in waiting
+    first.stdin.write("\n")
+    first.stdin.flush()
+    assert first.wait() == 0 and second.wait() == 0, second.communicate()[1]
+    for process in (first, second):
+        process.communicate()
+
+
+def test_a_flipped_byte_of_the_pixels_is_named(names: list[str]) -> None:
+    pictures = cached(names)
+    line = pictures.where[5]
+    position = int(pictures.pages.offset[line]) + 100
+    with (folder() / "pixels.bin").open("r+b") as file:
+        file.seek(position)
+        flipped = bytes([file.read(1)[0] ^ 4])
+        file.seek(position)
+        file.write(flipped)
+    again = cached(names)
+    with pytest.raises(
+        Refused, match=rf"pixels.bin: the picture of {names[5]} is damaged .*; delete data/cache/"
+    ):
+        again[5]
+    assert again[6].shape == (32, 32, 1), "the others are still good"
+    shutil.rmtree(folder())
+    assert cached(names)[5].shape == (32, 32, 1)
+
+
+@pytest.mark.parametrize("file", ["index", "manifest.json", "pixels.bin"])
+def test_a_damaged_file_of_the_cache_is_refused_by_name(names: list[str], file: str) -> None:
+    cached(names)
+    (path,) = folder().glob(f"{file}*")
+    data = bytearray(path.read_bytes())
+    if file == "pixels.bin":
+        path.write_bytes(data[:-1])
+        with pytest.raises(Refused, match=r"pixels.bin: 1 bytes are missing"):
+            cached(names)
+        return
+    for position in np.random.default_rng(0).integers(0, len(data), 12).tolist():
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        try:
+            expected = seen(cached(names))
+        except Refused as refused:
+            assert path.name in str(refused) and len(refused.lines) == 1
+        else:
+            assert file == "manifest.json" and json.loads(path.read_text()), (
+                position
+            )  # a fact for people, not for us
+            assert expected == seen(opened(names, "data.cache=false"))
+    path.write_bytes(data)
+    cached(names)
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
+    names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 2**28))
+    with pytest.raises(Refused, match=r"39 pictures of 32 px will write 40 KB, and only"):
+        opened(names, must_fit=True)
+    pictures = opened(names)
+    assert isinstance(pictures, cache.Direct) and "decoded on the fly" in capsys.readouterr().out
+    without = seen(pictures)
+    monkeypatch.undo()
+    os.environ["COMP_ROOT"] = str(raw("").parents[1])
+    assert without == seen(cached(names))
+
+
+def test_a_disk_that_fills_up_costs_one_line_and_nothing_that_was_done(names: list[str]) -> None:
+    expected = seen(cached(names))
+    never_full = bytes_of(folder())
+    shutil.rmtree(store.path("data", "cache"))
+    full = child("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", names)
+    _, error = full.communicate()
+    assert (
+        full.returncode == 1
+        and "Refused: data/cache/" in error
+        and "could not be written (File too large)" in error
+    )
+    assert len(journal_lines()) > 2
+    assert seen(cached(names)) == expected and bytes_of(folder()) == never_full
+
+
+def test_a_build_says_what_it_writes_and_where(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cached(names)
+    first, last = capsys.readouterr().out.splitlines()
+    place = store.shown(folder())
+    assert first == f"{place}: 39 pictures of 32 px, about 40 KB"
+    assert last == f"{place}: 39 pictures, 1 of them damaged, 38 KB"
+    cached(names)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_index_holds_what_it_says(names: list[str]) -> None:
+    pictures = cached(names)
+    table = pictures.pages.table
+    rows: list[dict[str, Any]] = table.to_pylist()
+    assert [row["name"] for row in rows] == [name for name in names if name != names[GONE]]
+    for row in rows:
+        data = raw(row["name"]).read_bytes()
+        assert row["bytes"] == len(data) and row["hash"] == hashlib.sha256(data).hexdigest()[:32]
+    offsets: NDArray[np.int64] = table["offset"].to_numpy()
+    assert rows[COPY]["offset"] == rows[COPY - 1]["offset"], "a copy is kept once"
+    assert offsets.max() + 32 * 32 == (folder() / "pixels.bin").stat().st_size == 37 * 32 * 32

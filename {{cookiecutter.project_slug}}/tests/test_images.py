@@ -1,0 +1,318 @@
+"""One decoder for every path: whole pictures by the same rules, or an error that names the file."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any, get_args
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from comp.prepare import images
+from comp.prepare.images import Damaged, Fit
+
+Pixels = NDArray[np.uint8]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # which Pillow sends along with a broken file
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Pixels:
+    """Noise whose energy falls with frequency, as in nature, and one hard edge."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectra = [np.fft.rfft2(random.standard_normal((height, width))) / frequency**1.5 for _ in range(4)]
+    light, *colours = (np.fft.irfft2(spectrum, (height, width)) for spectrum in spectra)
+    picture = np.stack(
+        [light / light.std() * 40 + colour / colour.std() * 12 + 120 for colour in colours], -1
+    )
+    picture[height // 3 : height // 2, width // 4 :] += 40
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+PICTURE = photograph(90, 120)
+COLOUR = Image.fromarray(PICTURE)
+GREY = COLOUR.convert("L")
+DEEP = (PICTURE[:, :, 0].astype(np.uint16) << 8) + 77  # the low byte is not lost by rounding up
+PALETTE = COLOUR.quantize(64)
+TURNED = COLOUR.rotate(90, expand=True)
+
+# kind -> (bytes, the pixels that must come back; None where the kind loses some)
+KINDS: dict[str, tuple[bytes, Pixels | None]] = {
+    "jpeg": (encoded(COLOUR, "JPEG", quality=95), None),
+    "jpeg progressive": (encoded(COLOUR, "JPEG", progressive=True, quality=95), None),
+    "jpeg 4:4:4": (encoded(COLOUR, "JPEG", subsampling=0), None),
+    "jpeg grey": (encoded(GREY, "JPEG"), None),
+    "jpeg cmyk": (encoded(COLOUR.convert("CMYK"), "JPEG", quality=95), None),
+    "jpeg restarts": (cv2.imencode(".jpg", PICTURE[:, :, ::-1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 4])[1].tobytes(), None),
+    "jpeg thumbnail": (b"\xff\xd8\xff\xe1\x00\x0aExif\0\0\xff\xd9" + encoded(COLOUR, "JPEG", quality=95)[2:], None),
+    "png": (encoded(COLOUR, "PNG"), PICTURE),
+    "png grey": (encoded(GREY, "PNG"), np.asarray(GREY)),
+    "png 1 bit": (encoded(GREY.convert("1"), "PNG"), np.asarray(GREY.convert("1")) * np.uint8(255)),
+    "png palette": (encoded(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB"))),
+    "png alpha": (encoded(Image.fromarray(np.dstack([PICTURE, PICTURE[:, :, 1]])), "PNG"), PICTURE),
+    "png grey alpha": (encoded(Image.merge("LA", [GREY, GREY]), "PNG"), np.asarray(GREY)),
+    "png 16 bit": (cv2.imencode(".png", DEEP)[1].tobytes(), PICTURE[:, :, 0]),
+    "png 16 bit colour": (cv2.imencode(".png", np.dstack([DEEP, DEEP // 2, DEEP // 3]))[1].tobytes(),
+                          (np.dstack([DEEP // 3, DEEP // 2, DEEP]) >> 8).astype(np.uint8)),
+    "gif": (encoded(PALETTE, "GIF"), np.asarray(PALETTE.convert("RGB"))),
+    "gif of frames": (encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), np.asarray(PALETTE.convert("RGB"))),
+    "webp": (encoded(COLOUR, "WEBP", quality=95), None),
+    "webp lossless": (encoded(COLOUR, "WEBP", lossless=True), PICTURE),
+    "webp of frames": (encoded(COLOUR, "WEBP", lossless=True, save_all=True, append_images=[TURNED.resize(COLOUR.size)]), PICTURE),
+    "tiff": (encoded(COLOUR, "TIFF"), PICTURE),
+    "tiff lzw": (encoded(COLOUR, "TIFF", compression="tiff_lzw"), PICTURE),
+    "tiff 16 bit": (cv2.imencode(".tiff", DEEP)[1].tobytes(), PICTURE[:, :, 0]),
+    "tiff of pages": (encoded(COLOUR, "TIFF", save_all=True, append_images=[TURNED]), PICTURE),
+    "bmp": (encoded(COLOUR, "BMP"), PICTURE),
+    "ppm": (encoded(COLOUR, "PPM"), PICTURE),
+}  # fmt: skip
+
+
+def whole(data: bytes, channels: int = 3) -> Pixels:
+    return images.decode(data, None, "stretch", channels, "x")
+
+
+def away(a: NDArray[Any], b: NDArray[Any]) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_pixels_that_were_put_in(kind: str) -> None:
+    data, expected = KINDS[kind]
+    picture = whole(data)
+    assert picture.dtype == np.uint8 and picture.flags.c_contiguous
+    if expected is None:
+        grey = np.repeat(np.asarray(GREY)[:, :, None], 3, 2)
+        assert away(picture, grey if "grey" in kind else PICTURE) < 4
+    else:
+        assert np.array_equal(picture, np.broadcast_to(expected.reshape(90, 120, -1), (90, 120, 3)))
+    assert away(whole(data, 1)[:, :, 0], cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)) < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_file_is_damaged_wherever_it_is_cut(kind: str) -> None:
+    data, _ = KINDS[kind]
+    random = np.random.default_rng(len(data))
+    last = (
+        len(KINDS["tiff"][0]) if kind == "tiff of pages" else len(data)
+    )  # a whole first page is a whole picture
+    cuts = {*random.integers(1, last, 60).tolist(), 1, 2, 3, 8, last - 3, last - 2, last - 1}
+    for cut in sorted(cuts):
+        for size in (None, 32):
+            with pytest.raises(Damaged, match=r"^some/file.jpg: "):
+                images.decode(data[:cut], size, "stretch", 3, "some/file.jpg")
+                pytest.fail(f"{kind} cut after {cut} of {len(data)} bytes gave a picture at size {size}")
+    assert whole(data + b"\0" * 20).shape == (90, 120, 3), "what follows the end of a file is no damage"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.split()[0] in ("jpeg", "png", "gif")])
+def test_a_broken_download_with_zeros_for_the_rest_is_damaged(kind: str) -> None:
+    data, _ = KINDS[kind]
+    for share in (0.2, 0.5, 0.9, 0.99):
+        cut = data[: int(len(data) * share)]
+        for size in (None, 32):
+            with pytest.raises(Damaged):
+                images.decode(cut + bytes(len(data) - len(cut)), size, "stretch", 3, "x")
+                pytest.fail(f"{share} of a {kind} gave a picture at size {size}")
+
+
+def test_a_flipped_bit_of_a_png_is_noticed_by_its_checksum() -> None:
+    data = bytearray(KINDS["png"][0])
+    random = np.random.default_rng(0)
+    for position in [
+        *random.integers(8, len(data), 50).tolist(),
+        *random.integers(len(data) - 400, len(data), 50).tolist(),
+    ]:
+        flipped = data.copy()
+        flipped[position] ^= 1 << position % 8
+        with pytest.raises(Damaged):
+            whole(bytes(flipped))
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + KINDS["png"][0][33:]
+    )
+
+
+NO_PICTURE = {
+    "empty": (b"", "empty"),
+    "text": (b"<html>404 not found</html>", "no image"),
+    "zip": (b"PK\x03\x04" + bytes(range(200)), "no image"),
+    "zeros": (bytes(5000), "no image"),
+    "absurd png": (png_header(60000, 60000), "absurd"),
+    "absurd jpeg": (
+        KINDS["jpeg"][0].replace(struct.pack(">HH", 90, 120), struct.pack(">HH", 65000, 65000), 1),
+        "absurd",
+    ),
+    "a line, covering": (encoded(Image.new("L", (20000, 1)), "PNG"), "absurd"),
+    "floating point": (encoded(Image.new("F", (9, 9)), "TIFF"), "load_image"),
+    "32 bit": (encoded(Image.new("I", (9, 9), 70000), "TIFF"), "load_image"),
+}
+
+
+@pytest.mark.parametrize("what", NO_PICTURE)
+def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
+    data, reason = NO_PICTURE[what]
+    with pytest.raises(Damaged, match=f"^train/7.jpg: .*{reason}") as caught:
+        images.decode(data, 224, "cover", 3, "train/7.jpg")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.name, again.reason, str(again)) == (
+        caught.value.name,
+        caught.value.reason,
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_is_decoded_beyond_the_largest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "LARGEST", 90 * 120 - 1)
+    with pytest.raises(Damaged, match="120 x 90 px are absurdly many"):
+        images.decode(KINDS[kind][0], 8, "stretch", 3, "x")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
+    with pytest.raises(Damaged, match=r"^train/7.jpg: no such file"):
+        images.read(tmp_path / "7.jpg", "train/7.jpg")
+    with pytest.raises(Damaged, match=r"^train: is a directory"):
+        images.read(tmp_path, "train")
+
+
+TURNS: dict[
+    int, Callable[[Pixels], Pixels]
+] = {  # by EXIF's number, from the picture as it lies to the picture upright
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_turns_every_kind_by_the_same_rule(
+    kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    straight, turned = encoded(COLOUR, kind, **options), encoded(COLOUR, kind, exif=exif, **options)
+    expected = TURNS[orientation](whole(straight))
+    assert np.array_equal(whole(turned), expected)
+    assert (
+        np.array_equal(whole(turned), np.asarray(Image.open(io.BytesIO(turned)).convert("RGB")))
+        or orientation != 1
+    )
+    for fit in get_args(Fit):
+        small = images.decode(turned, 24, fit, 3, "x")
+        assert away(small, TURNS[orientation](images.decode(straight, 24, fit, 3, "x"))) < 0.5
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert np.array_equal(whole(turned), expected)
+
+
+SHAPES = [(640, 640), (480, 640), (427, 639), (333, 500), (1001, 257)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_reduced_jpeg_is_as_good_as_a_full_decode_and_area(shape: tuple[int, int]) -> None:
+    data = encoded(Image.fromarray(photograph(*shape)), "JPEG", quality=90)
+    full, scaled = whole(data), 0
+    for size in (24, 40, 64, 80, 100, 128, 160, 200, 224, 240):
+        small = images.decode(data, size, "stretch", 3, "x")
+        assert away(small, cv2.resize(full, (size, size), interpolation=cv2.INTER_AREA)) <= 0.8, size
+        scaled += not np.array_equal(small, cv2.resize(full, (size, size), interpolation=cv2.INTER_AREA))
+    assert scaled >= 4, "none of these was decoded at a reduced scale"
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 16), (7, 5), (3, 100)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_pixels_are_the_same_with_and_without_simplejpeg(
+    shape: tuple[int, int], channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kaggle does not have it."""
+    pytest.importorskip("simplejpeg")
+    picture = Image.fromarray(photograph(*shape))
+    options = (
+        {"quality": 90},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"keep_rgb": True},
+    )
+    files = [encoded(picture, "JPEG", **each) for each in options] + [encoded(picture.convert("L"), "JPEG")]
+    cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Fit)]
+    fast = [images.decode(data, size, fit, channels, "x") for data, size, fit in cases]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    for case, picture_with in zip(cases, fast, strict=True):
+        assert np.array_equal(picture_with, images.decode(case[0], case[1], case[2], channels, "x")), case[1:]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "jpeg cmyk"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fits(kind: str, channels: int) -> None:
+    data = KINDS[kind][0]  # 90 x 120
+    for size in (8, 30, 45, 90, 200):
+        shapes = {fit: images.decode(data, size, fit, channels, "x").shape for fit in get_args(Fit)}
+        assert shapes == {
+            "stretch": (size, size, channels),
+            "cover": (size, round(size * 120 / 90), channels),
+            "contain": (size, size, channels),
+        }
+    padded = images.decode(data, 60, "contain", channels, "x")
+    assert not padded[:7].any() and not padded[53:].any(), "45 of 60 rows hold the picture, the rest is black"
+    assert padded[8:52].mean((1, 2)).min() > 20
+
+
+def test_growing_is_smooth_and_keeps_what_was_there() -> None:
+    ramp = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[None], 16, 0)
+    data = encoded(Image.fromarray(ramp), "PNG")
+    large = images.decode(data, 128, "stretch", 1, "x")[:, :, 0].astype(int)
+    assert (np.diff(large[0]) >= 0).all() and np.diff(large[0]).max() <= 6 and (large == large[0]).all()
+    assert away(images.fitted(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0]) < 2
+
+
+def test_a_wrong_suffix_does_not_matter() -> None:
+    assert np.array_equal(images.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), PICTURE)
+
+
+def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
+    random = np.random.default_rng(3)
+    for kind, (data, _) in KINDS.items():
+        for _ in range(12):
+            mutated = bytearray(data)
+            for position in random.integers(0, min(len(data), 400), 4).tolist():
+                mutated[position] = int(random.integers(256))
+            if random.random() < 0.5:
+                start = int(random.integers(len(data)))
+                mutated[start : start + 50] = random.bytes(int(random.integers(100)))
+            try:
+                picture = images.decode(bytes(mutated), 24, "stretch", 3, kind)
+            except Damaged as damaged:
+                assert damaged.name == kind and damaged.reason and "\n" not in str(damaged)
+            else:
+                assert picture.shape == (24, 24, 3) and picture.dtype == np.uint8
