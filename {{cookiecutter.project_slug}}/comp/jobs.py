@@ -40,7 +40,7 @@ def train(
 
     material = gather(cfg)
     folds = _wanted(fold, material.folds.count)
-    _identify(name, cfg, fresh=fresh or debug)
+    identify(name, cfg, fresh=fresh or debug)
     for s in cfg.train.seeds if seed is None else [seed]:
         for number in folds:
             one_fold(material, name, s, number)
@@ -50,7 +50,7 @@ def train(
         record.summary(material, name, score)
 
 
-def gather(cfg: Config) -> Material:
+def gather(cfg: Config, stop: machine.Stop | None = None) -> Material:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
     from comp import folds, samples, score
     from comp.predict import tta
@@ -64,17 +64,17 @@ def gather(cfg: Config) -> Material:
     model.outputs(cfg, table.heads)
     model.known(cfg)
     device = machine.device(cfg.machine.device)
-    return Material(cfg, table, folds.load(table), Feed(cfg, table, device), device, machine.Stop())
+    return Material(cfg, table, folds.load(table), Feed(cfg, table, device), device, stop or machine.Stop())
 
 
-def one_fold(material: Material, name: str, seed: int, number: int | str) -> None:
-    """Idempotent: what is sealed already is not done again."""
+def one_fold(material: Material, name: str, seed: int, number: int | str, *, search: bool = False) -> None:
+    """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
     from comp.predict import infer, merge
     from comp.train import checkpoint, loop
 
     folder = store.fold_folder(name, seed, number)
-    if merge.finished(name, seed, [number]):
+    if merge.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow")):
         return
     cfg = material.cfg
     with store.lock(folder, f"training seed {seed} fold {number}"):
@@ -90,13 +90,17 @@ def one_fold(material: Material, name: str, seed: int, number: int | str) -> Non
             resume_at=checkpoint.log_offset(folder),
         )
         with log:
-            record.before(material, log, name, folder, number)
+            if not search:
+                record.before(material, log, name, folder, number)
             if not store.sealed(folder / "weights.safetensors"):
                 loop.fold(material, seed, number, folder, log)
             if number != "full":
                 infer.write_fold(material, name, seed, number, "oof")
+            if number != "full" and not search:
                 record.after(material, log, name, folder)
             log.finish()
+            if search:
+                return
             infer.write_fold(material, name, seed, number, "test")
     print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
 
@@ -145,7 +149,7 @@ def _wanted(fold: str | None, count: int) -> list[int | str]:
     return [int(fold)]
 
 
-def _identify(name: str, cfg: Config, fresh: bool) -> None:
+def identify(name: str, cfg: Config, fresh: bool) -> None:
     """A name stands for one resolved config. The same knobs go on; other knobs need another name, or --fresh."""
     file = store.run_folder(name) / "config.yaml"
     if fresh and store.run_folder(name).exists():

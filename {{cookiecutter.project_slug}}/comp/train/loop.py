@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ from comp.train.evaluate import HALF, outputs_of
 LOG_EVERY = 25  # steps between two looks at the losses: each look makes the CPU wait for the GPU
 
 
+class Pruned(Exception):
+    """Raised by a watcher that has seen enough of this setting."""
+
+
+def unwatched(report: dict[str, Any]) -> None:
+    """Nobody looks at the epochs of an ordinary run."""
+
+
 @dataclass(frozen=True)
 class Material:
     """What all folds of an experiment share: loaded once a process."""
@@ -38,6 +47,9 @@ class Material:
     feed: Feed
     device: torch.device
     stop: Stop
+    watch: Callable[[dict[str, Any]], None] = (
+        unwatched  # sees every epoch; a search ends a fold here with Pruned
+    )
 
 
 def fold(material: Material, seed: int, number: int | str, folder: Path, log: track.Track) -> None:
@@ -143,6 +155,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         }
         report |= validate(material, predicting, seen, criterion, scored, targets)
         log.log(report)
+        material.watch(report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
         save()
 
