@@ -30,8 +30,10 @@ def listed(page: Path) -> set[str]:
 
 
 def wanted(files: set[str]) -> set[str]:
-    """Every file, except that tests stand there as a folder and package markers go without saying."""
-    return {name for name in files if not re.search(r"(^|/)(tests/.+|__init__\.py)$", name)} | {"tests"}
+    """Every file, except that tests and benchmarks stand there as folders and package markers go without saying."""
+    return {name for name in files if not re.search(r"(^|/)((tests|benchmarks)/.+|__init__\.py)$", name)} | {
+        "tests"
+    }
 
 
 def test_tree_of_the_project(template):
