@@ -48,16 +48,12 @@ def step() -> dict[str, Any]:
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
-        seen = augment.Seen(
-            (torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), augment.Recipe([])
-        )
+        seen = augment.Seen((torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), augment.Recipe([]))
 
         def endless() -> Iterator[data.Batch]:
             epoch = 0
             while True:
-                yield from feed.batches(
-                    data.training_batches(table.positions("train"), BATCH, 0, epoch, 0)
-                )
+                yield from feed.batches(data.training_batches(table.positions("train"), BATCH, 0, epoch, 0))
                 epoch += 1
 
         def train(batch: data.Batch) -> None:

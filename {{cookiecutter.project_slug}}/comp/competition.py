@@ -2,6 +2,8 @@
 
     read_samples(raw)                     -> DataFrame, instead of the tables that competition.yaml declares
     load_image(row, decode)               -> uint8 array (height, width, channels) for one image of the samples table
+                                             row["image"] is its path there, row["file"] the file; decode(row["image"]) gives
+                                             it as usual, decode(row["image"], full=True) at full size
     model(cfg, outputs)                   -> torch.nn.Module, instead of the timm model of the config
     loss(output, target)                  -> tensor, one number a sample (batch,)
     metric(truth, prediction, rows)       -> number; set metric.direction = "max" or "min",

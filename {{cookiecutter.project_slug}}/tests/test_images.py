@@ -296,6 +296,19 @@ def test_growing_is_smooth_and_keeps_what_was_there() -> None:
     assert away(images.fitted(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0]) < 2
 
 
+def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
+    data = KINDS["jpeg"][0]
+    scan = data.index(b"\xff\xda")
+    odd = data[:scan] + b"\x12\x34\x56" + data[scan:]  # left behind by some cameras
+    simplejpeg = pytest.importorskip("simplejpeg")
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(odd)
+    for size in (None, 20):
+        assert np.array_equal(
+            images.decode(odd, size, "stretch", 3, "x"), images.decode(data, size, "stretch", 3, "x")
+        )
+
+
 def test_a_wrong_suffix_does_not_matter() -> None:
     assert np.array_equal(images.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), PICTURE)
 

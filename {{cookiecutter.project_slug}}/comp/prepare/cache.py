@@ -12,7 +12,6 @@ Keyed by file, not by sample: folds, runs, trials and processes share it. `image
 from __future__ import annotations
 
 import mmap
-import os
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -124,17 +123,20 @@ class _Pages:
 def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
     """The pictures of these files under raw, in this order; what the cache lacks is decoded into it first.
 
-    On too small a disk they are decoded on the fly, which is said in a line; with must_fit that is refused."""
+    On a disk that is too small or read-only they are decoded on the fly, which is said in a line; with must_fit that is refused."""
     how = making.of(cfg)
     names = pa.array(paths, pa.string())
     if not cfg.data.cache:
         return Direct(how, names)
     folder = store.path("data", "cache", how.key)
-    found = _found(how, paths)
+    found = np.array([how.stamp(name) for name in paths], np.int64).reshape(
+        -1, 2
+    )  # some seconds for a million
     file = index.current(folder)
     where = index.where(names, found, index.mapped(file))
     if file is None or (where == index.STALE).any():
         try:
+            _make(folder)
             with store.lock(folder, "filling the image cache", wait=True):
                 file = filling.fill(folder, how, names, found, progress)
         except filling.NoRoom as refusal:
@@ -149,14 +151,8 @@ def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: boo
     return Cached(how, names, file, where.astype(np.int32))
 
 
-def _found(how: making.Making, paths: Sequence[str]) -> NDArray[np.int64]:
-    """(files, 2): size and mtime of each file as it is now, -1 where there is none. A million take some seconds."""
-    found = np.full((len(paths), 2), -1, np.int64)
-    raw = os.fspath(how.file(""))
-    for i, name in enumerate(paths):
-        try:
-            status = os.stat(f"{raw}/{name}")
-        except OSError:
-            continue  # decoding it on the fly will say why
-        found[i] = status.st_size, status.st_mtime_ns
-    return found
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise filling.NoRoom(f"{store.shown(folder)}: cannot be made ({error.strerror})") from None

@@ -38,22 +38,22 @@ class Line(NamedTuple):
     """One file, as in index.SCHEMA."""
 
     name: str
-    offset: int
-    height: int
-    width: int
-    channels: int
-    crc: int
     bytes: int
     mtime: int
     hash: str
-    reason: str
+    offset: int = 0
+    height: int = 0
+    width: int = 0
+    channels: int = 0
+    crc: int = 0
+    reason: str = ""
 
 
 Made = tuple[Line, Pixels | None]
 
 
 class NoRoom(Refused):
-    """The disk is too small for this cache."""
+    """The disk has no place for this cache."""
 
 
 def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], progress: bool) -> Path:
@@ -63,6 +63,7 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
     known = _merged(before, lines)
     stale = np.flatnonzero(index.where(names, found, known) == index.STALE)
     if before is not None and not len(stale) and not lines:
+        (folder / "journal.jsonl").unlink()
         return before  # another process has just done it
     todo = list(dict.fromkeys(names.take(pa.array(stale)).to_pylist()))
     _announce(folder, how, todo)
@@ -121,21 +122,19 @@ def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
     """Lines and pixels of files; nothing for one that cannot be read now: that may pass, damage does not."""
     made: list[Made] = []
     for name in names:
+        size, mtime = how.stamp(name)  # before the bytes: a file that changes in between is noticed next time
         try:
-            status = os.stat(how.file(name))
             data = how.read(name)
-        except (OSError, Damaged):
+        except Damaged:
             continue
-        line = Line(
-            name, 0, 0, 0, 0, 0, status.st_size, status.st_mtime_ns, hashlib.sha256(data).hexdigest()[:32], ""
-        )
+        line = Line(name, size, mtime, hashlib.sha256(data).hexdigest()[:32])
         picture = None
         if line.hash not in known:
             try:
                 picture = how.picture(name, data)
+                height, width, channels = picture.shape
                 line = line._replace(
-                    crc=zlib.crc32(picture.data),
-                    **dict(zip(("height", "width", "channels"), picture.shape, strict=True)),
+                    height=height, width=width, channels=channels, crc=zlib.crc32(picture.data)
                 )
             except Damaged as damaged:
                 line = line._replace(reason=damaged.reason)
@@ -153,25 +152,19 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> list[Line
 
 
 def _resumed(folder: Path, before: Path | None) -> list[Line]:
-    """What a killed build had finished; pixels.bin and journal end there. The journal's first line names what it adds to."""
+    """What a killed build had finished; pixels.bin and journal end there. Lines that have come to count do no harm again."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
-    head = json.dumps(before.name if before else None).encode() + b"\n"
-    text = journal.read_bytes() if journal.exists() else head
-    if not text.startswith(head):
-        text = head  # killed after its lines had come to count
-    text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
-    lines = [Line(*values) for part in text.splitlines()[1:] for values in json.loads(part)]
-    end = max(
-        [store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0]
-        + [_end(line) for line in lines]
-    )
+    journal.touch()
     pixels.touch()
+    text = journal.read_bytes()
+    text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
+    lines = [Line(*values) for part in text.splitlines() for values in json.loads(part)]
+    counted = store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0
+    end = max([counted] + [line.offset + line.height * line.width * line.channels for line in lines])
     if pixels.stat().st_size < end:
         raise index.broken(
             folder, f"{store.shown(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
         )
-    if text == head:
-        journal.write_bytes(head)
     os.truncate(journal, len(text))
     os.truncate(pixels, end)
     return lines
@@ -229,7 +222,3 @@ def _merged(before: Path | None, lines: list[Line]) -> pa.Table:
 def _twins(table: pa.Table) -> dict[str, Line]:
     columns = [table[name].to_pylist() for name in index.SCHEMA.names]
     return {line.hash: line for line in map(Line, *columns)}
-
-
-def _end(line: Line) -> int:
-    return line.offset + line.height * line.width * line.channels

@@ -15,14 +15,12 @@ from comp.config import Refused
 
 SCHEMA = pa.schema({
     "name": pa.string(),  # path under raw
+    "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string(),  # of the file as it was
     "offset": pa.int64(), "height": pa.int32(), "width": pa.int32(), "channels": pa.int32(),  # in pixels.bin, uint8
     "crc": pa.uint32(),  # of the pixels
-    "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string(),  # of the file it was made from
-    "reason": pa.string(),  # empty, or why there is no picture
+    "reason": pa.string(),  # why there is no picture; then height is 0
 })  # fmt: skip
 ABSENT, STALE = -1, -2  # no such file | not in the index, or made from another file
-
-Lines = dict[str, list[Any]]  # columns of SCHEMA
 
 
 def current(folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +41,20 @@ class Making:
     def by_hook(self) -> bool:
         return own.get("load_image") is not None
 
+    @cached_property
+    def folder(self) -> str:
+        return os.fspath(store.path(self.raw))
+
     def file(self, name: str) -> Path:
-        return store.path(self.raw, name)
+        return Path(self.folder, name)
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Size and mtime: what tells that a file is still the same. -1 where there is none."""
+        try:
+            status = os.stat(f"{self.folder}/{name}")
+        except OSError:
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
     def read(self, name: str) -> bytes:
         return images.read(self.file(name), name)
@@ -89,7 +102,10 @@ def of(cfg: Config) -> Making:
 
 def _source(hook: Callable[..., Any]) -> list[str]:
     """The text of a hook and of what it uses from its own module, so that an edit there makes new pictures."""
-    assert isinstance(hook, FunctionType), "load_image must be a plain function"
+    if not isinstance(hook, FunctionType):
+        raise Refused(
+            "comp/competition.py: load_image must be a plain function, so that an edit of it is noticed"
+        )
     text: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [(hook.__name__, hook)]
     while waiting:
