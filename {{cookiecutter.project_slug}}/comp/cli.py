@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from comp import secret
 from comp.refused import Refused
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ def practice(args: Args) -> None:
         practice.score(args.score)
     else:
         practice.make(store.path("data", "raw"))
+
+
+def download(args: Args) -> None:
+    from comp.deliver import download
+
+    download.download(_competition_config(), ceiling=args.ceiling)
 
 
 def prepare(args: Args) -> None:
@@ -173,6 +180,8 @@ OVERRIDES = argument(
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
 
 VERBS = {
+    "download": Verb("data", download, "the competition's files from Kaggle into data/raw, once", (
+        argument("--ceiling", type=int, metavar="GB", help="unpack up to this much without asking; 100 otherwise"),)),
     "practice": Verb("data", practice, "fill data/raw with a competition to practise on", (
         argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),)),
     "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
@@ -224,7 +233,12 @@ def parsed(name: str, arguments: list[str]) -> Args:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    name, *rest = given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        secret.refuse(given)
+    except Refused as refused:
+        print(*refused.lines, sep="\n", file=sys.stderr)
+        return 2
     if name in ("-h", "--help", "help"):
         print(overview_text())
         return 0

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from comp import yaml_lines
+from comp import secret, yaml_lines
 from comp.knobs import Config, Schedule
 from comp.refused import Refused
 
@@ -154,7 +154,10 @@ def parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
         raise Refused(f"{shown}: no such file") from None
     if not isinstance(tree, dict):
         raise Refused(f"{shown}:1: a list of `key: value` lines is wanted, this is {_kind(tree)}")
-    return tree, {key: f"{shown}:{line}" for key, line in lines.items()}
+    where = {key: f"{shown}:{line}" for key, line in lines.items()}
+    if keys := list(secret.faults(tree, where, shown)):
+        raise Refused(*keys)
+    return tree, where
 
 
 def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:

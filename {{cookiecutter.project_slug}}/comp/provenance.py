@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REMOVED = "(removed)"
+from comp import secret
+
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git knows it in every repository: what a first commit differs from
 CODE = (
     "*.py",
@@ -24,18 +24,6 @@ CODE = (
     "requirements.txt",
 )  # notebooks carry pictures and outputs
 LARGEST_DIFF = 2_000_000
-
-_NAME = r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|credentials?)|(?:[\w.-]*_)?key)"
-_KEY_NAME = re.compile(_NAME, re.IGNORECASE)
-_KEY_ARGUMENT = re.compile(rf"(?<![\w.-])(--?{_NAME}[= ]|{_NAME}=)\S+", re.IGNORECASE)
-_KEY_LITERAL = re.compile(rf"(?<![\w.])({_NAME}[\"']?\s*[=:]\s*)([\"'])[^\"'\s]{{12,}}\2", re.IGNORECASE)
-_KEY_VARIABLE = re.compile(
-    r"^([+ -]?\s*(?:export\s+)?[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)\S+", re.MULTILINE
-)
-_KEY_SHAPE = re.compile(
-    r"(?<![\w-])(?:wandb_v\d_\w{16,}|KGAT_\w{16,}|hf_\w{16,}|gh[opsu]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}|xox[a-z]-[\w-]{10,})"
-)
-_URL_LOGIN = re.compile(r"(://)[^/\s:@]+(?::[^/\s@]*)?@")
 
 
 def code(root: Path) -> tuple[dict[str, Any], str]:
@@ -64,7 +52,7 @@ def code(root: Path) -> tuple[dict[str, Any], str]:
         "changed": bool(diff) if inside else None,
         "comp": hashed.hexdigest()[:16],
     }
-    return facts, _public_code(diff)
+    return facts, secret.removed_from_code(diff)
 
 
 def hardware() -> dict[str, Any]:
@@ -97,20 +85,10 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     return (
-        REMOVED if value and _KEY_NAME.fullmatch(name) else _KEY_ARGUMENT.sub(rf"\1{REMOVED}", _public(value))
+        secret.REMOVED
+        if value and secret.NAME.fullmatch(name)
+        else secret.ARGUMENT.sub(rf"\1{secret.REMOVED}", secret.removed(value))
     )
-
-
-def _public_code(text: str) -> str:
-    """Code says `token = read()` and means no harm: here only literals and assignments of the shell count."""
-    return _KEY_VARIABLE.sub(rf"\1{REMOVED}", _KEY_LITERAL.sub(rf"\1\2{REMOVED}\2", _public(text)))
-
-
-def _public(text: str) -> str:
-    for name, secret in os.environ.items():
-        if len(secret) >= 8 and _KEY_NAME.fullmatch(name):
-            text = text.replace(secret, REMOVED)
-    return _URL_LOGIN.sub(rf"\1{REMOVED}@", _KEY_SHAPE.sub(REMOVED, text))
 
 
 def _as_new(name: str, file: Path) -> str:

@@ -14,6 +14,7 @@ COMP = Path(__file__).parent.parent / "comp"
 # Lowest first; modules of one line do not import each other's lines above.
 LAYERS = [
     ["refused", "yaml_lines", "machine", "table"],
+    ["secret"],
     ["knobs"],
     ["config"],
     ["store", "tasks"],

@@ -20,6 +20,7 @@ from wandb_server import Server
 
 from comp import provenance, store, track
 from comp.knobs import Track as Settings
+from comp.secret import REMOVED
 
 HERE = Path(__file__).resolve().parent
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -307,8 +308,8 @@ def test_no_secret_is_kept_and_nothing_lies_outside_the_project(resumed: Project
         for secret in SECRETS:
             assert secret.encode() not in file.read_bytes(), f"{secret} in {file}"
     (part,) = resumed.parts()
-    assert part.config["api_key"] == provenance.REMOVED
-    assert "--token=" + provenance.REMOVED in part.config["command"]
+    assert part.config["api_key"] == REMOVED
+    assert "--token=" + REMOVED in part.config["command"]
     assert list((resumed.root.parent / "home").rglob("*")) == []
 
 

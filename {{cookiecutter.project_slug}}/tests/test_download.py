@@ -1,0 +1,188 @@
+"""comp download with the real client against our own server, and archives that mean harm."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from forked import forked
+from kaggle_server import KEY, Server
+
+from comp import cli
+from comp.deliver import kaggle
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    yield from at_kaggle(monkeypatch, tmp_path)
+
+
+def at_kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    served = Server()
+    for name, value in (
+        served.environment() | {"HOME": str(tmp_path / "home"), "KAGGLE_CONFIG_DIR": str(tmp_path / "home")}
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
+    monkeypatch.setattr(kaggle, "PAUSES", [0.0, 0.0, 0.0])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    kaggle.client.cache_clear()
+    yield served
+    kaggle.client.cache_clear()
+    served.close()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+CONTENT = {"train.csv": b"id,label\n1,2\n", "test/a/1.png": os.urandom(3000), "train.zip": zipped({"1.png": b"one", "train/../2.png".replace("train/../", ""): b"two"}), "big.csv.zip": zipped({"big.csv": b"x\n1\n"})}  # fmt: skip
+UNPACKED = {"train.csv", "test/a/1.png", "train/1.png", "train/2.png", "big.csv"}
+
+
+def raw(root: Path) -> set[str]:
+    return {
+        file.relative_to(root / "data/raw").as_posix()
+        for file in (root / "data/raw").rglob("*")
+        if file.is_file()
+    }
+
+
+def download() -> int:
+    return cli.main(["download"])
+
+
+def test_everything_arrives_once_and_is_left_alone(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.archive = zipped(CONTENT)
+    assert download() == 0
+    assert raw(empty) == UNPACKED
+    assert (empty / "data/raw/test/a/1.png").read_bytes() == CONTENT["test/a/1.png"]
+    assert "next: " in capsys.readouterr().out
+    before = server.count("DownloadDataFiles")
+    assert download() == 0
+    assert "never changed" in capsys.readouterr().out
+    assert server.count("DownloadDataFiles") == before
+
+
+@pytest.mark.parametrize(
+    ("failure", "word"),
+    [
+        (401, "credentials"),
+        (403, "practice/rules"),
+        (404, "no competition 'practice'"),
+        (429, "patience"),
+        (500, "out of order"),
+        ("drop", "no answer"),
+    ],
+)
+def test_every_refusal_is_one_line(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str], failure: object, word: str
+) -> None:
+    server.archive = zipped(CONTENT)
+    server.fail["DownloadDataFiles"] = [failure] * 9
+    assert download() == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said and len(said.splitlines()) == 1 and KEY not in said
+    assert not (empty / "data/raw").exists()
+    server.fail.clear()
+    assert download() == 0 and raw(empty) == UNPACKED
+
+
+def test_no_credentials(
+    server: Server, empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    assert download() == 2
+    out = capsys.readouterr()
+    assert "no Kaggle credentials" in out.err and "KAGGLE_API_TOKEN" in out.err and "settings" in out.err
+    assert len((out.err + out.out).strip().splitlines()) == 1
+
+
+def test_a_token_is_taken_too(server: Server, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
+    server.archive = zipped(CONTENT)
+    assert download() == 0
+
+
+def test_a_cut_connection_goes_on_where_it_stopped(server: Server, empty: Path) -> None:
+    server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
+    server.cut = [2 << 20]
+    assert download() == 0
+    assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
+
+
+def test_a_damaged_archive_is_fetched_once_more(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.archive = zipped(CONTENT)
+    bent = bytearray(server.archive)
+    bent[200] ^= 255
+    server.archives = [bytes(bent)]
+    assert download() == 0
+    assert "once more" in capsys.readouterr().out and raw(empty) == UNPACKED
+    (empty / "data/raw").rename(empty / "old")
+    server.archives = [bytes(bent), bytes(bent)]
+    assert download() == 2
+    assert "twice" in capsys.readouterr().err and not (empty / "data/raw").exists()
+
+
+def test_a_size_over_the_ceiling_asks(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comp.deliver import download as module
+
+    server.archive = zipped(CONTENT)
+    monkeypatch.setattr(module, "CEILING", 1e-6)
+    assert download() == 2
+    assert "--ceiling 1" in capsys.readouterr().err and not (empty / "data/raw").exists()
+    assert cli.main(["download", "--ceiling", "1"]) == 0
+
+
+@pytest.mark.parametrize("event", range(1, 5))
+def test_killed_and_run_again(server: Server, empty: Path, event: int) -> None:
+    server.archive = zipped(CONTENT)
+    status = forked(killed(event, download))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert download() == 0 and raw(empty) == UNPACKED
+    assert server.count("DownloadDataFiles") <= 2
+
+
+def killed(event: int, work: Callable[[], object]) -> Callable[[], None]:
+    """Ends itself with SIGKILL: 1 at the first bytes, 2 with the archive whole, 3 in the middle of unpacking, 4 before the rename."""
+    from comp.deliver import unpack
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        from kaggle.api.kaggle_api_extended import KaggleApi
+
+        if event == 1:
+            KaggleApi._clear_resume_marker = die
+        elif event == 2:
+            unpack.unpack = die  # type: ignore[assignment]
+        elif event == 3:
+            original, count = unpack._write, [0]
+
+            def third(*given: object) -> None:
+                count[0] += 1
+                original(*given) if count[0] < 3 else die()  # type: ignore[arg-type]
+
+            unpack._write = third  # type: ignore[assignment]
+        else:
+            os.replace = die
+        work()
+
+    return run
