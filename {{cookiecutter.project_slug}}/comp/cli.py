@@ -100,6 +100,7 @@ def train(args: Args) -> None:
         name=args.name,
         fresh=args.fresh,
         debug=args.debug,
+        profile=args.profile,
     )
 
 
@@ -194,7 +195,8 @@ VERBS = {
         argument("--fold", help="only this fold; full is all data"),
         argument("--seed", type=int, help="only this seed, instead of train.seeds"),
         argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
-        flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG)),
+        flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,
+        flag("--profile", "say at the end where the time went"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
     "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
         argument("experiment", help="name of a run"),

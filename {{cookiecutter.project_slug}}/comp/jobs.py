@@ -24,6 +24,7 @@ def train(
     name: str | None = None,
     fresh: bool = False,
     debug: bool = False,
+    profile: bool = False,
 ) -> None:
     """Every fold of every seed that is not done yet, then the run's score."""
     cfg = config.load(store.root(), experiment, overrides, debug).config
@@ -38,7 +39,7 @@ def train(
     machine.settle(cfg.train.threads)
     from comp import record
 
-    material = gather(cfg)
+    material = gather(cfg, profile=profile)
     folds = _wanted(fold, material.folds.count)
     identify(name, cfg, fresh=fresh or debug)
     for s in cfg.train.seeds if seed is None else [seed]:
@@ -46,15 +47,18 @@ def train(
             one_fold(material, name, s, number)
             if material.stop.asked:
                 raise KeyboardInterrupt(f"seed {s} fold {number} is done")
+    if profile:
+        print(material.clock.table())
     if score := _merge(name, cfg):
         record.summary(material, name, score)
 
 
-def gather(cfg: Config, stop: machine.Stop | None = None) -> Material:
+def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
     from comp import folds, samples, score
     from comp.predict import tta
     from comp.train import model
+    from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
 
@@ -64,7 +68,8 @@ def gather(cfg: Config, stop: machine.Stop | None = None) -> Material:
     model.outputs(cfg, table.heads)
     model.known(cfg)
     device = machine.device(cfg.machine.device)
-    return Material(cfg, table, folds.load(table), Feed(cfg, table, device), device, stop or machine.Stop())
+    feed, clock = Feed(cfg, table, device), Clock(device, profile)
+    return Material(cfg, table, folds.load(table), feed, device, stop or machine.Stop(), clock)
 
 
 def one_fold(material: Material, name: str, seed: int, number: int | str, *, search: bool = False) -> None:

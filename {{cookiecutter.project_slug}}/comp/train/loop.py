@@ -22,6 +22,7 @@ from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
 from comp.train import augment, checkpoint, losses, model, optim
+from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, training_batches
 from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of
@@ -47,6 +48,7 @@ class Material:
     feed: Feed
     device: torch.device
     stop: Stop
+    clock: Clock
     watch: Callable[[dict[str, Any]], None] = (
         unwatched  # sees every epoch; a search ends a fold here with Pruned
     )
@@ -55,7 +57,7 @@ class Material:
 def fold(material: Material, seed: int, number: int | str, folder: Path, log: track.Track) -> None:
     """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
     # --- setup ---------------------------------------------------------------------------------------------------------
-    cfg, device, heads = material.cfg, material.device, material.samples.heads
+    cfg, device, heads, clock = material.cfg, material.device, material.samples.heads, material.clock
     torch.manual_seed(mixed(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
@@ -109,6 +111,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         disable=_quiet(cfg),
         leave=False,
     )
+    clock.start()
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         module.train()
         began, drawn = time.perf_counter(), 0
@@ -120,14 +123,16 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             optim.set_rate(optimizer, rates[-1])
             for _ in range(accumulate):
                 batch = _whole(next(batches), material)
-                pictures = seen(
-                    batch.pictures.permute(0, 3, 1, 2), batch.seeds
-                )  # to the device, float, normalised
+                clock.lap("waiting for pictures")
+                pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
+                clock.lap("colour and normalising")
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
                     output = module(pictures)  # (batch, outputs of all heads)
                 loss = (criterion(output, truth) * weight[batch.samples]).mean() / accumulate
+                clock.lap("forward")
                 scaler.scale(loss).backward()
+                clock.lap("backward")
                 pending.append(loss.detach())
                 drawn += len(batch.samples)
             if cfg.optim.clip is not None:
@@ -138,6 +143,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             optimizer.zero_grad()
             if averaged:
                 averaged.update(module, step)
+            clock.lap("step")
             step += 1
             bar.update()
             last = step == (epoch + 1) * steps_per_epoch
@@ -153,7 +159,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             "step": step,
             "images_per_second": round(drawn / (time.perf_counter() - began), 1),
         }
+        clock.lap("log and checkpoint")
         report |= validate(material, predicting, seen, criterion, scored, targets)
+        clock.lap("validation")
         log.log(report)
         material.watch(report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
