@@ -223,11 +223,7 @@ def test_exif_turns_every_kind_by_the_same_rule(
     options = {"lossless": True} if kind == "WEBP" else {}
     straight, turned = encoded(COLOUR, kind, **options), encoded(COLOUR, kind, exif=exif, **options)
     expected = TURNS[orientation](whole(straight))
-    assert np.array_equal(whole(turned), expected)
-    assert (
-        np.array_equal(whole(turned), np.asarray(Image.open(io.BytesIO(turned)).convert("RGB")))
-        or orientation != 1
-    )
+    assert np.array_equal(whole(turned), expected) and whole(turned).flags.c_contiguous
     for fit in get_args(Fit):
         small = images.decode(turned, 24, fit, 3, "x")
         assert away(small, TURNS[orientation](images.decode(straight, 24, fit, 3, "x"))) < 0.5
