@@ -41,7 +41,9 @@ def test_tree_of_the_project(template):
     there = {path.relative_to(lies).as_posix() for path in lies.rglob("*")}
     files = {name for name in there if (lies / name).is_file()}
     tree = listed(lies / "README.md")
-    assert wanted(files) - tree == set(), "not in the tree of the project's README"
+    assert wanted(files) - tree == set(), (
+        f"give each a line in the trees of README.md and {PROJECT}/README.md"
+    )
     assert tree - there == set(), "in the tree, but not there"
 
 
@@ -49,7 +51,9 @@ def test_tree_of_the_template(template):
     there = {path.relative_to(template).as_posix() for path in template.rglob("*")}
     files = {name for name in there if (template / name).is_file()}
     tree = listed(template / "README.md")
-    assert wanted({name for name in files if f"{PROJECT}/tests/" not in name}) - tree == set()
+    assert wanted({name for name in files if f"{PROJECT}/tests/" not in name}) - tree == set(), (
+        "give each a line in the tree of README.md"
+    )
     assert tree - there == set()
 
 
