@@ -153,10 +153,23 @@ def clean(args: Args) -> None:
 
 
 def submit(args: Args) -> None:
-    from comp.deliver import submission, verify
+    from comp.deliver import send, submission, verify
 
-    verify.verify(args.name)
-    submission.dry_run(args.name)
+    if args.dry_run:
+        verify.verify(args.name)
+        submission.dry_run(args.name)
+    elif args.message is None:
+        raise Refused(
+            'what is new in it? comp submit NAME -m "larger images"; or --dry-run, which sends nothing'
+        )
+    else:
+        send.submit(args.name, args.message, force=args.force, anyway=args.anyway, wait=not args.no_wait)
+
+
+def scores(args: Args) -> int:
+    from comp.deliver import scores
+
+    return scores.scores()
 
 
 def _config(args: Args) -> Config:
@@ -212,9 +225,14 @@ VERBS = {
     "clean": Verb("overview", clean, "what lies on the disk, and what can go", (
         flag("--trash", "delete replaced runs"), flag("--cache", "delete decoded images; they are made again when missing"),
         flag("--state", "delete optimizer states of finished folds"))),
-    "submit": Verb("delivery", submit, "write and validate submissions/NAME.csv", (
+    "submit": Verb("delivery", submit, "write and validate submissions/NAME.csv, and send it to Kaggle", (
         argument("name", help="a run, a member or an ensemble"),
-        argument("--dry-run", action="store_true", required=True, help="write and validate, send nothing"))),
+        argument("-m", "--message", help="what is new in it; sends the file and waits for its score"),
+        flag("--dry-run", "write and validate, send nothing"),
+        flag("--force", "send bytes again that were sent before"),
+        argument("--anyway", metavar="WHY", help="send it although its CV is worse than the best one sent"),
+        flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
+    "scores": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep"),
 }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Submission(Section):
     form: Literal["label", "probability", "probabilities", "value"]
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     sums_to_one: bool = False
+    public: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Competition(Section):

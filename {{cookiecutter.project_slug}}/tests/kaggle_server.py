@@ -48,7 +48,7 @@ class Server(ThreadingHTTPServer):
         self.kernel_log = ""
         self.invalid: dict[str, list[str]] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def environment(self) -> dict[str, str]:
         return {

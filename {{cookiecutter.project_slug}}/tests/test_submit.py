@@ -1,0 +1,315 @@
+"""Sending with the real client against our own Kaggle: once, whatever happens in between, and the book of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from banked import Project, declare, lay_out, member
+from forked import forked
+from kaggle_server import KEY, Server
+from test_download import at_kaggle
+
+from comp import cli, store
+from comp.deliver import kaggle, ledger, send, verify
+from comp.ensemble.blend import blend
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    yield from at_kaggle(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def sendable(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Predictions, a sample that asks for them, W&B off. That checkpoints say what is stored is tested elsewhere."""
+    base = empty / "configs" / "base.yaml"
+    base.write_text(base.read_text().replace("mode: offline", "mode: none"))
+    raw = empty / "data" / "raw"
+    raw.mkdir(parents=True)
+    project = lay_out(empty)
+    tests = project.samples.frame["id"].to_numpy()[project.samples.positions("test")]
+    (raw / "sample_submission.csv").write_text("id,label\n" + "".join(f"{each},ant\n" for each in tests))
+    entry = store.read_json(store.samples_file().parent / "manifest.json")
+    entry["samples.parquet"]["sample"] = store.sha256(raw / "sample_submission.csv")
+    store.write_json(store.samples_file().parent / "manifest.json", entry)
+    monkeypatch.setattr(verify, "verify", lambda name: None)
+    member(project, "exp001", noise=1.5, seed=1)
+    member(project, "exp002", noise=1.2, seed=2)
+    return project
+
+
+def submit(name: str = "exp001", *more: str) -> int:
+    return cli.main(["submit", name, "-m", "first try", *more])
+
+
+def events() -> list[str]:
+    return [line["event"] for line in ledger.lines()]
+
+
+def test_sent_waited_for_and_booked(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.scores = [0.75]
+    assert submit() == 0
+    (sent,) = server.submissions
+    file = store.submission_file("exp001")
+    assert sent["data"] == file.read_bytes()
+    (entry,) = ledger.submissions("practice")
+    assert sent["description"] == f"first try {entry['token']}" and len(entry["token"]) == 8
+    assert entry["file"] == store.sha256(file) and entry["public"] == 0.75 and entry["number"] == sent["ref"]
+    assert entry["cv"]["oof"] == store.read_json(store.run_folder("exp001") / "score.json")["oof"]
+    assert entry["members"] == ["exp001"]
+    assert "public 0.75" in capsys.readouterr().out
+    assert KEY not in ledger.file().read_text()
+
+
+def test_the_same_bytes_and_a_worse_score_are_refused(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("exp002") == 0
+    assert cli.main(["submit", "exp002", "-m", "other words"]) == 2
+    assert "submission 1000 already" in capsys.readouterr().err
+    assert submit("exp001") == 2
+    assert "--anyway" in capsys.readouterr().err
+    assert len(server.submissions) == 1
+    assert submit("exp001", "--anyway", "another seed") == 0
+    assert submit("exp002", "--force") == 0
+    assert len(server.submissions) == 3
+    assert ledger.submissions("practice")[1]["anyway"] == "another seed"
+
+
+def test_the_honest_score_counts(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = store.run_folder("exp002") / "score.json"
+    store.write_json(file, store.read_json(file) | {"honest": 0.1})
+    store.seal(file)
+    assert submit("exp001") == 0
+    assert submit("exp002") == 2
+    assert "scores 0.1 at home" in capsys.readouterr().err
+
+
+def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    server.allowed = 0
+    assert submit() == 2
+    assert "daily limit" in (said := capsys.readouterr().err) and "00:00 UTC" in said
+    server.total = True
+    assert submit() == 2
+    assert "allows no more" in capsys.readouterr().err
+    assert not server.submissions and "intent" not in events()
+
+
+FAILURES: list[tuple[str, list[Any], str]] = [
+    ("ListSubmissions", [401] * 9, "credentials"),
+    ("ListSubmissions", [403] * 9, "practice/rules"),
+    ("ListSubmissions", [404] * 9, "no competition"),
+    ("ListSubmissions", [429] * 9, "patience"),
+    ("ListSubmissions", [500] * 9, "out of order"),
+    ("ListSubmissions", ["drop"] * 9, "no answer"),
+    ("StartSubmissionUpload", [403], "practice/rules"),
+    ("StartSubmissionUpload", [500], "out of order"),
+    ("StartSubmissionUpload", ["drop"], "no answer"),
+    ("CreateSubmission", [401], "credentials"),
+    ("CreateSubmission", [429], "patience"),
+    ("CreateSubmission", [500], "out of order"),
+    ("CreateSubmission", ["drop"], "no answer"),
+    ("GetSubmissionLimits", [500] * 9, "out of order"),
+]
+
+
+@pytest.mark.parametrize(("method", "failures", "word"), FAILURES)
+def test_every_failure_is_one_line_and_the_same_command_goes_on(
+    server: Server,
+    sendable: Project,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    failures: list[Any],
+    word: str,
+) -> None:
+    server.fail[method] = list(failures)
+    assert submit() == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said and len(said.splitlines()) == 1 and KEY not in said
+    assert not server.submissions
+    server.fail.clear()
+    assert submit() == 0
+    assert len(server.submissions) == 1
+
+
+def test_a_passing_failure_of_reading_is_tried_again(server: Server, sendable: Project) -> None:
+    server.fail["ListSubmissions"] = [429, 500]
+    assert submit() == 0
+
+
+def test_a_cut_upload_is_no_submission(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.short = [10]
+    assert submit() == 2
+    assert "no ref" in capsys.readouterr().err and not server.submissions
+    assert submit() == 0 and server.submissions[0]["data"] == store.submission_file("exp001").read_bytes()
+
+
+def test_an_answer_that_is_lost_is_looked_up(server: Server, sendable: Project) -> None:
+    server.fail["CreateSubmission"] = ["after"]
+    assert submit() == 0
+    assert len(server.submissions) == 1 and ledger.submissions("practice")[0]["number"] == 1000
+
+
+@pytest.mark.parametrize(("score", "word"), [("ERROR", "row ids do not match"), (None, "still pending")])
+def test_scores_that_never_come(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], score: Any, word: str
+) -> None:
+    server.scores = [score]
+    assert submit() == 2
+    assert word in capsys.readouterr().err
+    if score is None:  # typed again it does not send again
+        server.submissions[0]["score"] = 0.25
+        assert submit() == 0 and "public 0.25" in capsys.readouterr().out
+    assert len(server.submissions) == 1
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------------
+
+
+def killed(where: str) -> Callable[[], object]:
+    def die(*_: object, **__: object) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> int:
+        from kaggle.api.kaggle_api_extended import KaggleApi
+
+        original, add = kaggle.submit_file, ledger.add
+        if where == "intent written":
+            kaggle.submit_file = die
+        elif where == "uploading":
+            KaggleApi.upload_complete = die
+        elif where == "sent, not booked":
+
+            def sent(*given: Any) -> int:
+                original(*given)
+                return die()
+
+            kaggle.submit_file = sent
+        elif where == "booked":
+
+            def booked(event: str, **facts: Any) -> Any:
+                return add(event, **facts) if event != "sent" else (add(event, **facts), die())
+
+            ledger.add = booked
+        elif where == "waiting":
+            send.scored = die
+        return submit()
+
+    return run
+
+
+WHERE = {"intent written": 0, "uploading": 0, "sent, not booked": 1, "booked": 1, "waiting": 1}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_killed_and_typed_again_it_is_sent_once(server: Server, sendable: Project, where: str) -> None:
+    server.scores = [0.75]
+    status = forked(killed(where))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert len(server.submissions) == WHERE[where]
+    assert submit() == 0
+    assert len(server.submissions) == 1
+    (entry,) = ledger.submissions("practice")
+    assert entry["public"] == 0.75
+
+
+def test_comp_scores_picks_up_what_was_killed(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert os.WIFSIGNALED(forked(killed("sent, not booked")))
+    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    (entry,) = ledger.submissions("practice")
+    assert entry["kind"] == "file" and entry["public"] == 0.5 and entry["name"] == "exp001"
+
+
+def test_a_torn_line_never_happened(sendable: Project) -> None:
+    ledger.intend("file", competition="practice", name="a")
+    whole = ledger.file().read_bytes()
+    ledger.file().write_bytes(whole + b'{"event": "se')
+    ledger.intend("file", competition="practice", name="b")
+    assert [line["name"] for line in ledger.lines()] == ["a", "b"]
+
+
+# --- the book ------------------------------------------------------------------------------------------------------------
+
+
+def test_book_with_foreign_ones_plot_luck_and_advice(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.scores = [0.70, 0.80, 0.78]
+    declare(sendable, "blend001", "members: [exp001, exp002]\nmethod: mean")
+    blend("blend001")
+    for name in ("exp001", "exp002", "blend001"):
+        assert submit(name, "--anyway", "all of them") == 0
+    server.submissions.append(
+        {"ref": 77, "description": "by hand", "score": 0.6, "looks": 0, "date": "2026-11-01T00:00:00Z"}
+    )
+    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    capsys.readouterr()
+    server.submissions[0]["private"] = 0.69
+    assert cli.main(["scores"]) == 0
+    out = capsys.readouterr().out
+    assert "(elsewhere)" in out and "by hand" in out and "0.69" in out
+    assert "rank correlation of CV and public score over 3 submissions: " in out
+    assert "consecutive changes of the same sign: " in out and "shake-up: at a public share of 30%" in out
+    assert "final two: " in out and "correlation" in out
+    assert (sendable.root / "submissions/scores.png").read_bytes().startswith(b"\x89PNG")
+    before = ledger.file().read_bytes()
+    assert cli.main(["scores"]) == 0
+    assert ledger.file().read_bytes() == before, "nothing changed, so nothing is written"
+
+
+def test_many_pages_of_submissions(
+    server: Server, sendable: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kaggle, "PAGE", 2)
+    for i in range(5):
+        server.submissions.append(
+            {"ref": i + 1, "description": "old", "score": 0.1, "looks": 0, "date": "2026-11-01T00:00:00Z"}
+        )
+    assert cli.main(["scores"]) == 0
+    assert [each["number"] for each in ledger.submissions("practice")] == [1, 2, 3, 4, 5]
+
+
+def test_without_kaggle_the_book_is_shown_as_it_was(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    server.fail["ListSubmissions"] = [500] * 9
+    assert cli.main(["scores"]) == 2
+    out = capsys.readouterr().out
+    assert "out of order" in out and "first try" in out
+
+
+def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
+    base = sendable.root / "configs" / "base.yaml"
+    base.write_text(
+        base.read_text().replace("mode: none  ", "mode: offline").replace("mode: none", "mode: offline", 1)
+    )
+    assert submit() == 0
+    (log,) = (sendable.root / "submissions" / "tracked").glob("*/log.jsonl")
+    summary = next(json.loads(line) for line in log.read_text().splitlines() if '"summary"' in line)
+    assert summary["values"]["public"] == 0.5
+    assert list((sendable.root / "wandb").glob("offline-run-*"))
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr
+
+    from comp.deliver.scores import rank_correlation
+
+    a, b = np.array([1.0, 2, 2, 4, 5]), np.array([1.0, 3, 2, 2, 9])
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
