@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,25 +254,10 @@ def parsed(name: str, arguments: list[str]) -> Args:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    name, *rest = given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        secret.refuse(given)
-    except Refused as refused:
-        print(*refused.lines, sep="\n", file=sys.stderr)
-        return 2
-    if name in ("-h", "--help", "help"):
-        print(overview_text())
-        return 0
-    if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
-        print(
-            f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them",
-            file=sys.stderr,
-        )
-        return 2
-    args = parsed(name, rest)
-    try:
-        return int(VERBS[name].run(args) or 0)
+        status = answer((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+        sys.stdout.flush()
+        return status
     except Refused as refused:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
@@ -281,8 +267,21 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:  # comp runs | head
+    except BrokenPipeError:  # comp runs | head: what is left in the buffer has nowhere to go either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def answer(arguments: list[str]) -> int:
+    secret.refuse(arguments)
+    name, *rest = arguments
+    if name in ("-h", "--help", "help"):
+        print(overview_text())
+        return 0
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
+        raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
+    return VERBS[name].run(parsed(name, rest)) or 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb_reader
 from conftest import config
 
 from comp import bank, folds, jobs, own, samples, score, store
@@ -321,3 +322,21 @@ def test_one_flipped_byte_is_refused_by_name(project: Path, victim: str) -> None
         jobs.train("exp001", TINY, fold="0", name="x")
 
     assert victim in refusal(readers.get(file.name, train))
+
+
+def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
+    """Not what the tracker can do, but what a real fold tells it."""
+    told = ["track=offline", "track.checkpoints=true", "machine.progress=false", "machine.workers=0"]
+    jobs.train("exp001", [*told, "train.epochs=2", "train.limit=48"], fold="0", name="x")
+    parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
+    (part,) = [part for part in parts if part.run.job_type == "fold"]
+    assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"
+    assert len(part.column("loss")) == len(part.column("rate")) == 2
+    assert len(part.column("valid_metric")) == 2 and len(part.column("images_per_second")) == 2
+    for picture in ("augmentation", "confusion"):
+        assert part.media(picture).exists()
+    for table in ("folds", "worst"):
+        assert any(name.endswith(f"-{table}") for name in part.artifacts), table
+    kinds = {artifact.type for artifact in part.artifacts.values()}
+    assert {"predictions", "model"} <= kinds
+    assert "code" in part.config and part.config["hardware"]["cores"] >= 1 and part.exit_code == 0
