@@ -55,7 +55,8 @@ def log_softmax(logits: Array) -> Array:
 
 
 def sigmoid(logits: Array) -> Array:
-    return np.exp(-np.logaddexp(0.0, -logits))
+    with np.errstate(invalid="ignore"):  # NaN is a row never predicted, and stays one
+        return np.exp(-np.logaddexp(0.0, -logits))
 
 
 def logit(p: Array) -> Array:
