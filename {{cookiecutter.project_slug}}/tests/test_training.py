@@ -18,7 +18,7 @@ from comp import bank, folds, jobs, own, samples, score, store
 from comp.config import Refused
 from comp.predict import tta
 from comp.prepare import assign, tables
-from comp.train import augment, data, losses, model, optim
+from comp.train import augment, data, evaluate, losses, model, optim
 
 TINY = [
     "track=none",
@@ -340,3 +340,19 @@ def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     kinds = {artifact.type for artifact in part.artifacts.values()}
     assert {"predictions", "model"} <= kinds
     assert "code" in part.config and part.config["hardware"]["cores"] >= 1 and part.exit_code == 0
+
+
+def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
+    sizes: list[int] = []
+
+    class Small(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("no room")
+            return x * 2
+
+    fitting = evaluate.Fitting(Small(), 10)
+    x = torch.arange(10.0)[:, None]
+    assert torch.equal(fitting(x), x * 2) and torch.equal(fitting(x), x * 2)
+    assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"

@@ -35,6 +35,7 @@ def outputs_of(
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
     device = seen.mean.device
     module.eval()
+    fitting = Fitting(module, batch_size)
     damaged: dict[int, str] = {}
     out: list[Tensor] = []
     for batch in feed.batches(plain_batches(rows, batch_size)):
@@ -42,6 +43,23 @@ def outputs_of(
         pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
         with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
             # Decoded once: the views turn the uint8 batch.
-            out.append(torch.stack([module(seen(view(pictures))).float() for view in views]).cpu())
+            out.append(torch.stack([fitting(seen(view(pictures))).float() for view in views]).cpu())
         on_batch(len(batch.samples))
     return torch.cat(out, dim=1).numpy(), damaged
+
+
+class Fitting:
+    """A network in batches as large as fit: out of memory halves them for the rest of the pass, down to single pictures."""
+
+    def __init__(self, module: nn.Module, size: int):
+        self.module, self.size = module, size
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        while True:
+            try:
+                return torch.cat([self.module(part) for part in pictures.split(self.size)])
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size = (min(self.size, len(pictures)) + 1) // 2
+            torch.cuda.empty_cache()
