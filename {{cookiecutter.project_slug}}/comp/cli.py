@@ -117,7 +117,7 @@ def augment(args: Args) -> None:
 def predict(args: Args) -> None:
     from comp import jobs
 
-    jobs.predict(args.experiment, tta=args.tta, space=args.space)
+    jobs.predict(args.experiment, tta=args.tta, space=args.space, last_look=args.last_look)
 
 
 def bank(args: Args) -> None:
@@ -215,7 +215,8 @@ VERBS = {
     "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
         argument("experiment", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
-        argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"))),
+        argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"),
+        flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"))),
     "bank": Verb("predictions", bank, "list all predictions with their scores", (
         argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),)),
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (

@@ -41,8 +41,10 @@ def train(
 
     material = gather(cfg, profile=profile)
     folds = _wanted(fold, material.folds.count)
+    seeds = cfg.train.seeds if seed is None else [seed]
+    _announce(material, name, seeds, folds)
     identify(name, cfg, fresh=fresh or debug)
-    for s in cfg.train.seeds if seed is None else [seed]:
+    for s in seeds:
         for number in folds:
             one_fold(material, name, s, number)
             if material.stop.asked:
@@ -110,17 +112,20 @@ def one_fold(material: Material, name: str, seed: int, number: int | str, *, sea
     print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
 
 
-def predict(name: str, *, tta: str | None = None, space: str | None = None) -> None:
+def predict(name: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False) -> None:
     """Merge what is there; with other views, predict every stored fold again into a member of its own."""
     from comp.predict import merge
 
     cfg = stored_config(name)
-    if tta is None and space is None:
+    if tta is None and space is None and not last_look:
         _merge(name, cfg)
         return
     machine.settle(cfg.train.threads)
-    from comp.predict import again
+    from comp.predict import again, last
 
+    if last_look:
+        print(f"{name}: {last.look(gather(cfg), name)}")
+        return
     views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
     merge.tell(name, again.predict(gather(cfg), name, views, space or cfg.predict.space))
 
@@ -142,6 +147,21 @@ def stored_config(name: str) -> Config:
     return config.from_yaml(
         store.verified(store.run_folder(name) / "config.yaml", "see comp runs for what there is")
     )
+
+
+def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
+    """How much will be written; refused now rather than in the middle of the last fold."""
+    from comp.predict import merge
+    from comp.train import model
+
+    todo = [(s, n) for s in seeds for n in numbers if not merge.finished(name, s, [n])]
+    weights = model.size(material.cfg, material.samples.heads)
+    # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
+    size = len(todo) * weights + 8 * weights
+    print(
+        f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
+    )
+    store.need_space(size, f"runs/{name}")
 
 
 def _wanted(fold: str | None, count: int) -> list[int | str]:

@@ -198,3 +198,16 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
         store.lock(tmp_path, "again"),
     ):
         pass
+
+
+def test_a_damaged_state_is_refused_by_name_and_the_way_on_is_said(
+    fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert os.WIFSIGNALED(forked(killed_at(4, train, after="state-00000008.pt")))
+    state = store.root() / "runs/run/seed0/fold1/state-00000008.pt"
+    data_ = bytearray(state.read_bytes())
+    data_[len(data_) // 3] ^= 4
+    state.write_bytes(data_)
+    assert forked(train) != 0
+    said = capfd.readouterr().err
+    assert "state-00000008.pt: damaged" in said and "--fresh" in said

@@ -356,3 +356,33 @@ def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
     x = torch.arange(10.0)[:, None]
     assert torch.equal(fitting(x), x * 2) and torch.equal(fitting(x), x * 2)
     assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"
+
+
+def test_locked_rows_are_read_by_nothing_but_a_last_look(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["competition.folds.holdout=0.2"]
+    assign.make(config(*said), samples.load(), remake=True)
+    table = samples.load()
+    split = folds.load(table)
+    locked = set(split.locked().tolist())
+    assert 200 < len(locked) < 400
+    for number in [*range(5), "full"]:
+        assert not locked & set(np.concatenate(split.split(number)).tolist())
+    for number in range(5):
+        jobs.train("exp001", [*TINY, *said], fold=str(number), name="x")
+    assert not locked & set(bank.load("x", "oof", table, split).row.tolist())
+    capsys.readouterr()
+    jobs.predict("x", last_look=True)
+    jobs.predict("x", last_look=True)
+    out = capsys.readouterr().out
+    assert f"on {len(locked)} locked rows, look number 1" in out and "look number 2" in out
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(project)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**28))
+    said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
+    assert "runs/x" in said and "comp clean" in said and not (project / "runs/x").exists()

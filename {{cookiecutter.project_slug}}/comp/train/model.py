@@ -47,6 +47,13 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool) -> nn.Module:
     return _from_timm(cfg, total, pretrained)
 
 
+def size(cfg: Config, heads: tuple[Head, ...]) -> int:
+    """Bytes of the weights, without making them: on the meta device a network of a billion costs nothing."""
+    with torch.device("meta"):
+        module = build(cfg, heads, pretrained=False)
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
 def known(cfg: Config) -> None:
     import timm
 

@@ -1,0 +1,39 @@
+"""The last look: what a run scores on the rows that were locked away. Every look makes the next one worth less, so each is
+written down beside the run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comp import predictions, score, store
+from comp.config import Refused
+from comp.predict import infer, merge
+from comp.train.loop import Material
+
+
+def look(material: Material, run: str) -> str:
+    cfg, samples, folds = material.cfg, material.samples, material.folds
+    rows = folds.locked()
+    if not len(rows):
+        raise Refused(
+            "data/folds.parquet: no row is locked away; folds.holdout in configs/competition.yaml says how many are"
+        )
+    numbers: list[merge.Number] = list(range(folds.count))
+    parts = [(seed, number) for seed in merge.seeds_of(run) for number in merge.finished(run, seed, numbers)]
+    if not parts:
+        raise Refused(f"{run}: {merge.missing(run, cfg, folds)} to go before it can look: comp train {run}")
+    said = []
+    for seed, number in parts:
+        weights = store.fold_folder(run, seed, number) / "weights.safetensors"
+        said.append(infer.predict(material, weights, rows, f"locked rows, seed {seed} fold {number}")[0])
+    lines = []
+    metric = score.metric_of(cfg)
+    for head in samples.heads:
+        stored = predictions.average([each[head.name] for each in said], head, cfg.predict.space)
+        value = score.glance(cfg, head, np.asarray(stored), samples, rows)
+        lines.append(f"{head.name}: {metric.name} {value:.4f}")
+    looks = store.run_folder(run) / "last_looks.txt"
+    count = 1 + (len(looks.read_text().splitlines()) if looks.exists() else 0)
+    line = f"{', '.join(lines)} on {len(rows)} locked rows, look number {count}"
+    store.write_text(looks, (looks.read_text() if looks.exists() else "") + line + "\n")
+    return line
