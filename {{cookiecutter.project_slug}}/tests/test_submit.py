@@ -193,8 +193,8 @@ def killed(where: str) -> Callable[[], object]:
             KaggleApi.upload_complete = die
         elif where == "sent, not booked":
 
-            def sent(*given: Any) -> int:
-                original(*given)
+            def sent(file: Path, message: str, competition: str) -> int:
+                original(file, message, competition)
                 return die()
 
             kaggle.submit_file = sent
