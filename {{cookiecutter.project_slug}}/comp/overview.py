@@ -16,7 +16,7 @@ from comp import bank as banked
 from comp import config as configs
 from comp import folds, samples, score, store, table, track
 from comp.config import Config, Refused
-from comp.ensemble import declare
+from comp.ensemble import choose, declare
 from comp.folds import Folds
 from comp.samples import Samples
 
@@ -111,7 +111,11 @@ def _ensemble(folder: Path, base: Config) -> Line:
             "",
         ], None
     marks = _marks(record) + (["stale"] if _stale(folder.name, record) else [])
-    made = " ".join(f"{member['weight']:.2f} {member['address']}" for member in record["members"])
+    made = " ".join(
+        member["address"] if member["weight"] is None else f"{member['weight']:.2f} {member['address']}"
+        for member in record["members"]
+        if member["weight"] != 0
+    )
     cells = [folder.name, base.competition.task, record["method"], str(record["n"]), *_scores(record)]
     return [*cells, ", ".join(marks), "-", made], record
 
@@ -170,7 +174,8 @@ def spent(folder: Path) -> str:
 # --- bank ----------------------------------------------------------------------------------------------------------------
 
 
-def bank(csv: str | None = None) -> None:
+def bank(csv: str | None = None, only: str = "") -> None:
+    """only: a filter, like score>0.9 model~convnext."""
     rows = samples.load()
     split = folds.load(rows)
     if csv is not None:
@@ -180,6 +185,10 @@ def bank(csv: str | None = None) -> None:
     if not addresses:
         print("no predictions yet\nnext: comp train exp001")
         return
+    if only:
+        everything, addresses = addresses, choose.matching(only, addresses)
+        if not addresses:
+            raise Refused(f"{only}: nothing in the bank is like that; there are {', '.join(everything)}")
     said: dict[str, NDArray[np.float64]] = {}
     faults: dict[str, str] = {}
     for address in addresses:

@@ -134,7 +134,11 @@ def answers(
 
 def scored(samples: Samples, rows: Positions) -> pd.DataFrame:
     """What a metric sees of the rows. The weights teach; the host scores every row alike."""
-    return samples.frame.iloc[rows].drop(columns="weight")
+    return scored_frame(samples.frame.iloc[rows])
+
+
+def scored_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.drop(columns="weight", errors="ignore")
 
 
 def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:

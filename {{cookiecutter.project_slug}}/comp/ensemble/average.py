@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.predictions import PredictionSet, average
+from comp.ensemble import after as later
+from comp.ensemble import fitted
+from comp.predictions import PredictionSet
 from comp.refused import Refused
 from comp.samples import Samples
 from comp.tasks import Array, Head
@@ -30,8 +32,11 @@ def recipe(
     shares: Sequence[float],
     space: str,
     nested: Mapping[str, Any],
+    params: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What apply.json holds. nested: address of a member that is an ensemble itself -> its own apply.json."""
+    """What apply.json holds. nested: address of a member that is an ensemble itself -> its own apply.json. params and
+    after: head -> what was fitted for it."""
     heads = [
         {"name": h.name, "task": h.task, "outputs": list(h.outputs), "classes": list(h.classes)}
         for h in samples.heads
@@ -40,20 +45,25 @@ def recipe(
     for address, predictions, share in zip(members, oof, shares, strict=True):
         said.append({"address": address, "weight": share})
         if space == "rank":
-            maps = {head.name: _quantiles(predictions.heads[head.name]) for head in samples.heads}
+            maps = {head.name: quantiles(predictions.heads[head.name]) for head in samples.heads}
             said[-1]["quantiles"] = maps
         if address in nested:
             said[-1]["recipe"] = nested[address]
-    return {"space": space, "heads": heads, "members": said}
+    fitted_ = {"params": dict(params)} if params else {}
+    steps = {"after": dict(after)} if after and any(after.values()) else {}
+    return {"space": space, "heads": heads, "members": said, **fitted_, **steps}
 
 
-def apply(recipe: Mapping[str, Any], given: Mapping[str, Values]) -> dict[str, NDArray[np.float32]]:
+def apply(
+    recipe: Mapping[str, Any], given: Mapping[str, Values], frame: Any = None, corrected: bool = True
+) -> dict[str, NDArray[np.float32]]:
     """given: member -> head -> (rows, outputs) as the bank stores them; one row or many, the bits are the same.
 
-    A member that is an ensemble may be left out when its own members are given.
+    A member that is an ensemble may be left out when its own members are given. frame: the rows' columns of the samples
+    table, for stackers with metadata. corrected: with what was fitted for test rows; OOF rows go without.
     """
     values = [
-        given[member["address"]] if member["address"] in given else _deeper(member, given)
+        given[member["address"]] if member["address"] in given else _deeper(member, given, frame)
         for member in recipe["members"]
     ]
     shares = [float(member["weight"]) for member in recipe["members"]]
@@ -62,14 +72,27 @@ def apply(recipe: Mapping[str, Any], given: Mapping[str, Values]) -> dict[str, N
         name = described["name"]
         head = Head(name, described["task"], tuple(described["outputs"]), (), tuple(described["classes"]))
         parts = [np.asarray(value[name], np.float64) for value in values]
-        if recipe["space"] == "rank":
-            blended = _by_rank(
-                parts, [member["quantiles"][name] for member in recipe["members"]], shares, head
-            )
-        else:
-            blended = average(parts, head, recipe["space"], shares)
+        params = recipe.get("params", {}).get(name, {"kind": "weights", "weights": shares})
+        maps = (
+            [member["quantiles"][name] for member in recipe["members"]] if recipe["space"] == "rank" else None
+        )
+        blended = combined(params, parts, maps, head, recipe["space"], frame)
+        steps = list(recipe.get("after", {}).get(name, []))
+        if corrected and name in recipe.get("correct", {}):
+            steps.append(recipe["correct"][name])
+        for step in steps:
+            blended = later.apply(step, blended, head)
         out[name] = _valid(blended, parts, head)
     return out
+
+
+def combined(
+    params: Mapping[str, Any], parts: Sequence[Array], maps: Any, head: Head, space: str, frame: Any
+) -> Array:
+    """One head of one blend, as stored: by ranks, where maps has the members' quantiles, or by what was fitted."""
+    if maps is not None:
+        return _by_rank(parts, maps, params["weights"], head)
+    return fitted.predict(params, parts, head, space, frame)
 
 
 def leaves(recipe: Mapping[str, Any]) -> list[str]:
@@ -80,12 +103,12 @@ def leaves(recipe: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _deeper(member: Mapping[str, Any], given: Mapping[str, Values]) -> Values:
+def _deeper(member: Mapping[str, Any], given: Mapping[str, Values], frame: Any) -> Values:
     if "recipe" not in member:
         raise Refused(
             f"{member['address']}: its predictions of these rows are not given, only {', '.join(given)}"
         )
-    return apply(member["recipe"], given)
+    return apply(member["recipe"], given, frame)
 
 
 def _valid(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np.float32]:
@@ -104,7 +127,7 @@ def _valid(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np.flo
 # --- ranks ---------------------------------------------------------------------------------------------------------------
 
 
-def _quantiles(values: NDArray[Any]) -> list[dict[str, list[float]]]:
+def quantiles(values: NDArray[Any]) -> list[dict[str, list[float]]]:
     """For every output its OOF values, rising, and the share of rows below each (ties count half)."""
     maps = []
     for column in np.asarray(values, np.float64).T:
@@ -115,6 +138,15 @@ def _quantiles(values: NDArray[Any]) -> list[dict[str, list[float]]]:
         kept = np.unique(np.linspace(0, len(level) - 1, min(KNOTS, len(level))).round().astype(np.int64))
         maps.append({"value": level[kept].tolist(), "share": share[kept].tolist()})
     return maps
+
+
+def ranks(part: NDArray[Any], maps: Sequence[Mapping[str, Any]]) -> Array:
+    """Each value as the share of its member's OOF values below it."""
+    columns = [
+        np.interp(np.asarray(column, np.float64), m["value"], m["share"])
+        for column, m in zip(part.T, maps, strict=True)
+    ]
+    return np.stack(columns, axis=1)
 
 
 def _by_rank(

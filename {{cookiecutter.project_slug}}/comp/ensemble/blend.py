@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, folds, predictions, samples, score, store, table
+from comp import bank, config, folds, machine, predictions, samples, score, store, table
 from comp.config import Config, Refused
-from comp.ensemble import average, declare
+from comp.ensemble import average, declare, fitting, worth
 from comp.ensemble.declare import Declared
 from comp.folds import Folds
 from comp.predictions import PredictionSet
@@ -31,17 +31,19 @@ def blend(name: str) -> dict[str, Any]:
     split = folds.load(rows)
     folder = store.ensemble_folder(name)
     oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
-    nested = _nested(declared)
-    members, shares = declared.blend.members, declared.blend.shares
-    recipe = average.recipe(rows, members, oof, shares, declared.blend.merged_in, nested)
+    machine.settle(cfg.train.threads)
+    made = fitting.make(cfg, declared.blend, rows, split, oof, test, _nested(declared))
     with store.lock(folder, f"blending {name}"):
         for file in (folder / name for name in FILES):
             store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
-        store.write_json(folder / "apply.json", recipe)
+        store.write_json(folder / "apply.json", made.recipe)
+        frame = rows.frame.iloc[test[0].row.astype(np.int64)]
+        said = {address: each.heads for address, each in zip(declared.blend.members, test, strict=True)}
+        heads = {"oof": made.honest, "test": average.apply(made.recipe, said, frame)}
         for kind, given in (("oof", oof), ("test", test)):
-            bank.write(folder / f"{kind}.arrow", _blended(declared, recipe, kind, given, rows, split))
+            bank.write(folder / f"{kind}.arrow", _set(declared, heads[kind], kind, given, rows, split))
         blended = bank.read(folder / "oof.arrow", rows, split)
-        facts = _about(cfg, rows, split, declared, oof)
+        facts = _about(cfg, rows, split, declared, oof, blended, made)
         record = score.write(folder, cfg, rows, split, blended, **facts)
         store.seal(folder / "apply.json")
     _tell(name, record)
@@ -82,22 +84,20 @@ def spoken_for(address: str) -> str:
     return address.removesuffix(REFIT)
 
 
-def _blended(
+def _set(
     declared: Declared,
-    recipe: dict[str, Any],
+    heads: fitting.Stored,
     kind: str,
     given: list[PredictionSet],
     rows: Samples,
     split: Folds,
 ) -> PredictionSet:
-    name = declared.name
-    members = declared.blend.members
-    heads = average.apply(recipe, {address: each.heads for address, each in zip(members, given, strict=True)})
+    name, members = declared.name, declared.blend.members
     facts = {
         "run": name,
         "member": "",
         "config": declared.hash,
-        "space": recipe["space"],
+        "space": declared.blend.merged_in,
         "members": {address: store.sha256(_file(address, kind)) for address in members},
         "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
         "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
@@ -130,11 +130,18 @@ def _names(recipe: dict[str, Any]) -> set[str]:
 
 
 def _about(
-    cfg: Config, rows: Samples, split: Folds, declared: Declared, oof: list[PredictionSet]
+    cfg: Config,
+    rows: Samples,
+    split: Folds,
+    declared: Declared,
+    oof: list[PredictionSet],
+    blended: PredictionSet,
+    made: fitting.Made,
 ) -> dict[str, Any]:
-    """What stands beside the score: each member's own, and the plain mean, which every cleverer blend has to beat."""
+    """What stands beside the score: each member's own, the score of the rows that taught, and whether it really beats the
+    best member and the plain mean."""
     blend, members = declared.blend, []
-    for address, share, each in zip(blend.members, blend.shares, oof, strict=True):
+    for address, share, each in zip(blend.members, made.weights, oof, strict=True):
         own = score.of(cfg, rows, split, each)
         kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
         members.append(
@@ -143,58 +150,56 @@ def _about(
         )
     plain = predictions.merge(oof, rows, split, "probability")
     said = score.of(cfg, rows, split, plain)
+    in_sample = None
+    if made.in_sample is not None:
+        as_taught = PredictionSet(blended.row, blended.fold, made.in_sample, blended.meta)
+        in_sample = score.of(cfg, rows, split, as_taught)["oof"]
+    others, scores = {}, {}
+    sign = score.metric_of(cfg).sign
+    alone = [i for i, member in enumerate(members) if member["oof"] is not None]
+    if alone:
+        best = max(alone, key=lambda i: sign * members[i]["oof"])
+        label = f"the best member {blend.members[best]}"
+        others[label], scores[label] = oof[best], members[best]["oof"]
+    if (blend.method, blend.merged_in) != ("mean", "probability") and said["oof"] is not None:
+        others["the plain mean"], scores["the plain mean"] = plain, said["oof"]
+    beside = worth.beside(cfg, rows, split, blended, others)
+    for label, pair in beside["against"].items():
+        pair["score"] = scores[label]
     return {
         "config": declared.hash,
         "method": blend.method,
         "space": blend.merged_in,
         "members": members,
         "plain_mean": {key: said[key] for key in ("oof", "mean", "std")},
-    }
+        "in_sample": in_sample,
+        "after": made.notes,
+    } | beside
 
 
 def _tell(name: str, record: dict[str, Any]) -> None:
     def line(label: str, weight: str, of: dict[str, Any]) -> list[str]:
         return [label, weight, _number(of["oof"]), score.spread(of), ", ".join(of.get("marks", []))]
 
-    rows = [line(m["address"], f"{m['weight']:.3f}", m) for m in record["members"]]
+    shown = [m for m in record["members"] if m["weight"] != 0]
+    rows = [line(m["address"], "-" if m["weight"] is None else f"{m['weight']:.3f}", m) for m in shown]
     rows.append(line("plain mean", "", record["plain_mean"]))
     rows.append(line(f"{name} ({record['method']})", "", record))
     print(
         table.text(["member", "weight", f"{record['metric']}, all rows", "folds", "marks"], rows, ["weight"])
     )
-    print(_verdict(name, record))
+    if len(shown) < len(record["members"]):
+        print(f"{len(record['members']) - len(shown)} of {len(record['members'])} members have no weight")
+    print(*record["after"], *worth.verdict(name, record), sep="\n")
     if "selected_on_fold" in record["marks"]:
+        guilty = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
         print(
-            "selected_on_fold: a member chose its epoch on the rows it is scored on, so these scores are too good"
+            f"selected_on_fold: {', '.join(guilty) or 'a member'} chose its epoch on the rows it is scored on, "
+            "so these scores are too good"
         )
     folder = store.shown(store.ensemble_folder(name))
     print(
         f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
-    )
-
-
-def _verdict(name: str, record: dict[str, Any]) -> str:
-    """Beside the best member and the plain mean; what beats neither is said so."""
-    sign = 1 if record["direction"] == "max" else -1
-    alone = [member for member in record["members"] if member["oof"] is not None]
-    if record["oof"] is None or not alone:
-        return score.sentence(record)
-    best = max(alone, key=lambda member: sign * member["oof"])
-    said = f"{name}: {record['oof']:.4f}, {_beside(record['oof'], best['oof'], sign)} its best member {best['address']} ({best['oof']:.4f})"
-    plain = record["plain_mean"]["oof"]
-    if record["method"] == "mean" and record["space"] == "probability":
-        return said
-    return f"{said}, {_beside(record['oof'], plain, sign)} the plain mean ({plain:.4f})"
-
-
-def _beside(here: float, there: float, sign: int) -> str:
-    gain = sign * (here - there)
-    return (
-        f"{abs(gain):.4f} better than"
-        if gain > 0
-        else f"{abs(gain):.4f} worse than"
-        if gain < 0
-        else "the same as"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,14 @@ def write_fold(
         return file
     rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
+    began = time.perf_counter()
     heads, damaged = predict(
         material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}"
     )
+    if len(rows):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
+        speed = file.with_name("speed.json")
+        noted = store.read_json(speed) if speed.exists() else {}
+        store.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
     if damaged:
         _tell(material, damaged, file.with_name(f"{kind}_damaged.txt"))
     facts: dict[str, Any] = {

@@ -1,0 +1,175 @@
+"""From a declared method to its parameters, for one head and the rows that may teach it. No file is read here.
+
+Whoever scores a method asks `fit` once a fold, with the rows of the other folds (worth.py): what is fitted here never sees the
+rows it is scored on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import decide, metrics, score
+from comp.ensemble import fast, search, smooth, stack
+from comp.ensemble.declare import Blend
+from comp.metrics import Metric
+from comp.refused import Refused
+from comp.tasks import Array, Head, logit, softmax
+
+Parts = Sequence[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """One head's rows, line by line: members as stored (in rank space: as ranks), truth, the samples table, folds."""
+
+    head: Head
+    metric: Metric
+    space: str
+    parts: Parts
+    truth: NDArray[Any]
+    frame: Any
+    fold: NDArray[np.int64]
+
+    def at(self, rows: NDArray[np.int64]) -> Teaching:
+        parts = [part[rows] for part in self.parts]
+        return Teaching(
+            self.head,
+            self.metric,
+            self.space,
+            parts,
+            self.truth[rows],
+            self.frame.iloc[rows],
+            self.fold[rows],
+        )
+
+
+def fit(blend: Blend, given: Teaching, budget: search.Budget | None = None) -> dict[str, Any]:
+    """Parameters as apply.json keeps them; fitted.predict reads them."""
+    method, members = blend.method, len(given.parts)
+    if method in stack.FITS:
+        return stack.fit(
+            method, given.head, given.parts, given.truth, given.frame, given.fold, space=given.space,
+            strength=blend.strength, metadata=blend.metadata or (), encoded=blend.encoded or (),
+        )  # fmt: skip
+    if method in SEARCHES:
+        budget = budget or search.free(members)
+        weights = _per_class(blend, given, budget) if blend.per_class else _weights(blend, given, budget)
+        return {"kind": "weights", "weights": weights.tolist()}
+    if method in ("median", "trimmed", "power"):
+        return {
+            "kind": method,
+            "power": blend.power or 2.0,
+            "trim": 0.2 if blend.trim is None else blend.trim,
+        }
+    return {"kind": "weights", "weights": blend.shares}
+
+
+def even(blend: Blend, members: int) -> dict[str, Any]:
+    """For a fold that no other may teach, the first of a split by time: the plain mean."""
+    return {"kind": "weights", "weights": [1 / members] * members}
+
+
+def _weights(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    frame = score.scored_frame(given.frame)
+
+    def searched(members: NDArray[np.int64], rows: NDArray[np.int64]) -> Array:
+        whole = len(members) == len(given.parts) and np.array_equal(rows, np.arange(len(given.truth)))
+        parts = [given.parts[i] if whole else given.parts[i][rows] for i in members]
+        inner = search.Budget([budget.seconds[i] for i in members], budget.ceiling)
+        truth = given.truth if whole else given.truth[rows]
+        table = frame if whole else frame.iloc[rows]
+        here = Teaching(given.head, given.metric, given.space, parts, truth, table, given.fold)
+        return SEARCHES[blend.method](blend, here, inner)
+
+    bags = blend.bags or 1
+    found = search.bagged(searched, len(given.parts), len(given.truth), bags, blend.bag_of or "members")
+    spent = np.asarray(budget.seconds)[found != 0].sum()
+    if spent > budget.ceiling:  # bags differ in their members: the heaviest that fit together stay
+        kept = np.zeros(len(found), bool)
+        for i in np.argsort(-np.abs(found), kind="stable"):
+            kept[i] = (
+                found[i] != 0 and np.asarray(budget.seconds)[kept].sum() + budget.seconds[i] <= budget.ceiling
+            )
+        found = np.where(kept, found, 0.0)
+    return found / found.sum()
+
+
+def _lens(blend: Blend, given: Teaching) -> tuple[fast.Lens, list[NDArray[np.float32]]]:
+    cuts = None
+    if given.metric.needs == "label" and score.graded(given.head):
+        mean = np.mean([part[:, 0] for part in given.parts], axis=0, dtype=np.float64)
+        cuts = decide.fit_cuts(mean, given.truth, len(given.head.classes), given.metric, given.frame)
+    lens = fast.lens(
+        given.metric, given.head, given.space, given.truth, given.frame, cuts, signed=bool(blend.negative)
+    )
+    return lens, [lens.take(part) for part in given.parts]
+
+
+def _greedy(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    lens, taken = _lens(blend, given)
+    return search.greedy(lens, taken, blend.rounds or 50, budget)
+
+
+def _hill(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    lens, taken = _lens(blend, given)
+    return search.hill(lens, taken, blend.precision or 0.05, bool(blend.negative), budget)
+
+
+def _slsqp(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    """A ceiling on time is kept by leaving out the lightest members one by one."""
+    if given.space == "rank":
+        raise Refused(
+            "method: slsqp wants a loss with a slope, and ranks have none; take space: probability or logit"
+        )
+    here = np.flatnonzero(budget.affordable(np.zeros(len(given.parts), bool)))
+    seconds, weights = np.asarray(budget.seconds), np.zeros(len(given.parts))
+    while len(here):
+        loss = smooth.loss([given.parts[int(i)] for i in here], given.head, given.space, given.truth)
+        found = search.slsqp(loss, len(here), bool(blend.negative))
+        if seconds[here[found != 0]].sum() <= budget.ceiling:
+            weights[here] = found
+            return weights
+        here = np.delete(here, np.argmin(np.abs(found)))
+    raise Refused("max_seconds: not even one member fits under this ceiling")
+
+
+def _optuna(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    lens, taken = _lens(blend, given)
+    return search.optuna(lens, taken, blend.trials or 200, bool(blend.negative), budget)
+
+
+SEARCHES: dict[str, Callable[[Blend, Teaching, search.Budget], Array]] = {
+    "greedy": _greedy,
+    "hill": _hill,
+    "slsqp": _slsqp,
+    "optuna": _optuna,
+}
+COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc", "partial_auc")
+
+
+def _per_class(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
+    """(members, outputs): each class against the rest, by its own AUC where the metric is one, else by log loss."""
+    if given.head.task != "multiclass" or given.space != "probability" or given.truth.ndim > 1:
+        raise Refused(
+            "per_class: weights per class are for task multiclass with hard labels, in space: probability"
+        )
+    metric = given.metric if given.metric.name in COLUMNWISE else metrics.find("log_loss")
+    shares = [softmax(np.asarray(part, np.float64)) for part in given.parts]
+    columns = []
+    for code, name in enumerate(given.head.outputs):
+        head = Head(name, "binary", (name,), (name,), ("0", "1"))
+        parts = [logit(np.clip(p[:, code : code + 1], 1e-15, 1 - 1e-15)) for p in shares]
+        truth = (given.truth == code).astype(np.float64)
+        one = Teaching(head, metric, "probability", parts, truth, given.frame, given.fold)
+        columns.append(_weights(blend, one, budget))
+    return np.stack(columns, axis=1)
+
+
+def fits_rows(blend: Blend) -> bool:
+    """Whether a method learns from labels, so that its score has to be nested."""
+    return blend.method in SEARCHES or blend.method in stack.FITS

@@ -1,0 +1,239 @@
+"""Stackers: a model that reads what the members say. Fitted here with scikit-learn (LightGBM where it is installed), kept as
+numbers that fitted.py applies.
+
+    logistic, ridge, elastic_net    one weight a member's output
+    mlp                             one hidden layer
+    lightgbm                        100 small trees; pip install lightgbm
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.ensemble import fitted
+from comp.refused import Refused
+from comp.tasks import Array, Head
+
+STRENGTH = {"logistic": 1.0, "ridge": 1.0, "elastic_net": 1e-3, "mlp": 1.0, "lightgbm": 1.0}
+HIDDEN = 16
+TREES = 100
+ABSENT = -30.0  # the intercept of a class that no teaching row has
+
+
+def fit(
+    method: str,
+    head: Head,
+    parts: Sequence[NDArray[Any]],
+    truth: NDArray[Any],
+    frame: Any,
+    fold: NDArray[np.int64],
+    *,
+    space: str = "logit",
+    strength: float | None = None,
+    metadata: Sequence[str] = (),
+    encoded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Numbers for apply.json. Every row given here teaches; fold tells whose target means a row must not see its own part of."""
+    columns = [_column(f"meta.{name}", frame) for name in metadata]
+    wide = [fitted.stacked(parts, head, space), *(fitted.column(c, frame[c["name"]]) for c in columns)]
+    target = shares(truth, head)
+    for name in encoded:
+        spec, seen = _encoded(f"meta.{name}", frame, target, fold)
+        columns.append(spec)
+        wide.append(seen)
+    x = np.concatenate(wide, axis=1)
+    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    first = (
+        0 if method == "mlp" else wide[0].shape[1]
+    )  # a network wants all inputs of one size, the others metadata
+    mean[first:] = x[:, first:].mean(axis=0)
+    spread = x[:, first:].std(axis=0)
+    scale[first:] = np.where(spread > 0, spread, 1.0)
+    said = FITS[method](
+        (x - mean) / scale, truth, target, head, STRENGTH[method] if strength is None else strength
+    )
+    return {
+        "space": space, "columns": columns, "mean": mean.tolist(), "scale": scale.tolist(),
+    } | said  # fmt: skip
+
+
+def shares(truth: NDArray[Any], head: Head) -> Array:
+    """(rows, outputs): labels one-hot, soft ones and values as they are."""
+    if head.task == "multiclass" and truth.ndim == 1:
+        return np.eye(len(head.outputs))[truth.astype(np.int64)]
+    return truth.reshape(len(truth), -1).astype(np.float64)
+
+
+# --- metadata ------------------------------------------------------------------------------------------------------------
+
+
+def _column(name: str, frame: Any) -> dict[str, Any]:
+    import pandas as pd
+
+    if name not in frame:
+        there = [each.removeprefix("meta.") for each in frame if each.startswith("meta.")]
+        raise Refused(
+            f"metadata: the samples have no column {name.removeprefix('meta.')}; competition.metadata names "
+            f"{', '.join(there) or 'none'}"
+        )
+    if pd.api.types.is_numeric_dtype(frame[name]):
+        mean = float(frame[name].mean())
+        return {"name": name, "kind": "number", "mean": mean if np.isfinite(mean) else 0.0}
+    return {"name": name, "kind": "classes", "classes": sorted(set(_text(frame[name])))}
+
+
+def _text(values: Any) -> NDArray[Any]:
+    return np.asarray(values.astype(object).where(values.notna(), "").astype(str).to_numpy(object))
+
+
+def _encoded(name: str, frame: Any, target: Array, fold: NDArray[np.int64]) -> tuple[dict[str, Any], Array]:
+    """Target means of each value, and for the teaching rows those of the other folds: a row must not read its own label."""
+    _column(name, frame)
+    text = _text(frame[name])
+
+    def table(rows: NDArray[np.int64]) -> dict[str, Any]:
+        mean = target[rows].mean(axis=0)
+        means = {
+            str(each): ((target[rows][text[rows] == each].sum(axis=0) + 10 * mean) / ((text[rows] == each).sum() + 10)).tolist()
+            for each in sorted(set(text[rows]))
+        }  # fmt: skip
+        return {"name": name, "kind": "encoded", "table": means, "else": mean.tolist()}
+
+    seen = np.zeros((len(text), target.shape[1]))
+    for number in np.unique(fold):
+        others = np.flatnonzero(fold != number)
+        mine = np.flatnonzero(fold == number)
+        seen[mine] = fitted.column(table(others if len(others) else mine), frame[name].iloc[mine])
+    return table(np.arange(len(text))), seen
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+
+def _logistic(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    if head.row.space == "value":
+        raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
+    codes, weight, x = _hard(x, target, head)
+    model = LogisticRegression(C=1 / strength, max_iter=5000, tol=1e-8).fit(x, codes, weight)
+    coef, intercept = model.coef_, model.intercept_
+    if head.task == "multiclass":
+        if len(model.classes_) == 2:  # scikit-learn has one row for two classes
+            coef, intercept = np.vstack([-coef / 2, coef / 2]), np.append(-intercept / 2, intercept / 2)
+        coef, intercept = _every_class(coef, intercept, model.classes_, len(head.outputs))
+    return {"kind": "linear", "link": "logistic", "coef": coef.T.tolist(), "intercept": intercept.tolist()}
+
+
+def _every_class(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
+    whole, start = np.zeros((count, coef.shape[1])), np.full(count, ABSENT)
+    whole[classes.astype(int)], start[classes.astype(int)] = coef, intercept
+    return whole, start
+
+
+def _hard(x: Array, target: Array, head: Head) -> tuple[NDArray[np.int64], Array | None, Array]:
+    """Codes, and soft labels as every class with its share for a weight."""
+    if head.task == "binary":
+        target = np.hstack([1 - target, target])
+    if np.isin(target, (0, 1)).all():
+        return target.argmax(axis=1), None, x
+    rows, codes = np.nonzero(target > 0)
+    return codes, target[rows, codes], x[rows]
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    return {"kind": "linear", "link": "identity", "coef": coef.T.tolist(), "intercept": intercept.tolist()}
+
+
+def _ridge(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.linear_model import Ridge
+
+    return _plain(Ridge(alpha=strength).fit(x, target))
+
+
+def _elastic_net(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.linear_model import ElasticNet
+
+    return _plain(ElasticNet(alpha=strength, max_iter=20_000).fit(x, target))
+
+
+def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    kind = MLPRegressor if head.row.space == "value" else MLPClassifier
+    model = kind(hidden_layer_sizes=(HIDDEN,), solver="lbfgs", alpha=strength, max_iter=500, random_state=0)
+    if kind is MLPRegressor:
+        labels: Any = target if target.shape[1] > 1 else target[:, 0]
+    else:
+        labels = target.argmax(axis=1) if head.task == "multiclass" else target[:, 0].round()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # to stop early is no fault here: it only overfits less
+        model.fit(x, labels)
+    link = "identity" if kind is MLPRegressor else "logistic"
+    coefs, intercepts = list(model.coefs_), list(model.intercepts_)
+    if head.task == "multiclass":
+        last, start = coefs[-1].T, intercepts[-1]
+        if len(model.classes_) == 2:
+            last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
+        last, start = _every_class(last, start, model.classes_, len(head.outputs))
+        coefs[-1], intercepts[-1] = last.T, start
+    layers = [{"coef": c.tolist(), "intercept": b.tolist()} for c, b in zip(coefs, intercepts, strict=True)]
+    return {"kind": "network", "link": link, "layers": layers}
+
+
+def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    try:
+        import lightgbm
+    except ImportError:
+        raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
+    if head.row.space == "value" and target.shape[1] > 1:
+        raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
+    several = head.task == "multiclass"
+    labels = target.argmax(axis=1) if several else target[:, 0]
+    options = {
+        "objective": "multiclass" if several else "cross_entropy" if head.task == "binary" else "regression",
+        "num_leaves": 7, "learning_rate": 0.05, "min_data_in_leaf": 20, "lambda_l2": strength, "seed": 0,
+        "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
+    } | ({"num_class": len(head.outputs)} if several else {})  # fmt: skip
+    booster = lightgbm.train(options, lightgbm.Dataset(x, labels), TREES)
+    trees = [_tree(each["tree_structure"]) for each in booster.dump_model()["tree_info"]]
+    link = "identity" if head.row.space == "value" else "logistic"
+    return {"kind": "trees", "link": link, "outputs": len(head.outputs) if several else 1, "trees": trees}
+
+
+def _tree(root: dict[str, Any]) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = {key: [] for key in ("feature", "threshold", "left", "right", "value")}
+
+    def add(node: dict[str, Any]) -> int:
+        place, leaf = len(out["feature"]), "leaf_value" in node
+        out["feature"].append(-1 if leaf else node["split_feature"])
+        out["threshold"].append(0.0 if leaf else node["threshold"])
+        out["value"].append(node["leaf_value"] if leaf else 0.0)
+        out["left"].append(-1)
+        out["right"].append(-1)
+        if not leaf:
+            out["left"][place] = add(node["left_child"])
+            out["right"][place] = add(node["right_child"])
+        return place
+
+    add(root)
+    return out
+
+
+Fit = Callable[[Array, NDArray[Any], Array, Head, float], dict[str, Any]]
+FITS: dict[str, Fit] = {
+    "logistic": _logistic,
+    "ridge": _ridge,
+    "elastic_net": _elastic_net,
+    "mlp": _mlp,
+    "lightgbm": _lightgbm,
+}

@@ -1,0 +1,154 @@
+"""What an ensemble is worth: every fold predicted with parameters from the other folds, beside the score of the rows that taught.
+
+In-sample, honest, the gap between them; where the score would lie on other rows; and whether it really beats the best member
+and the plain mean. A metric is resampled over rows, or over whole groups where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp import honest, score
+from comp.config import Config
+from comp.folds import Folds
+from comp.metrics import MetricUndefined
+from comp.predictions import PredictionSet
+from comp.samples import Samples
+
+RESAMPLES = 500
+LEVEL = 0.9
+
+
+def nested(
+    samples: Samples,
+    folds: Folds,
+    rows: NDArray[np.int64],
+    fold: NDArray[np.int64],
+    fit: Callable[[NDArray[np.int64]], Any],
+    apply: Callable[[Any, NDArray[np.int64]], NDArray[Any]],
+    first: Any,
+) -> honest.Nested:
+    """honest.nested by the rule of this project's folds, and group-aware where samples have groups."""
+    frame = samples.frame
+    groups = frame["group"].to_numpy()[rows] if "group" in frame else None
+    if folds.meta.get("blind_to_groups"):
+        groups = None  # folds that mix groups on purpose: nobody would be left to teach
+    return honest.nested(
+        fold,
+        fit,
+        apply,
+        allowed=lambda number: np.isin(rows, folds.split(number)[0]),
+        groups=groups,
+        first=first,
+    )
+
+
+Scored = Callable[[NDArray[np.int64]], float]
+
+
+def _scorer(
+    cfg: Config, samples: Samples, folds: Folds, said: PredictionSet, kept: NDArray[np.bool_]
+) -> Scored:
+    """times -> score, the mean over heads, of the rows drawn so often."""
+    metric = score.metric_of(cfg)
+    assert said.fold is not None
+    rows, fold = said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64)
+    frame, each = score.scored(samples, rows), []
+    for head in samples.heads:
+        answer, _ = score.answers(metric, head, said.probability(head)[kept], samples, folds, rows, fold)
+        each.append(honest.scorer(metric, samples.truth(head, rows), answer, frame))
+    return lambda times: float(np.mean([one(times) for one in each]))
+
+
+def beside(
+    cfg: Config,
+    samples: Samples,
+    folds: Folds,
+    said: PredictionSet,
+    others: Mapping[str, PredictionSet],
+) -> dict[str, Any]:
+    """The interval of a score, and the paired comparison with others on the same draws, as plain numbers and a sentence."""
+    metric = score.metric_of(cfg)
+    kept = np.logical_and.reduce([said.predicted, *(each.predicted for each in others.values())])
+    try:
+        scorers = [_scorer(cfg, samples, folds, each, kept) for each in (said, *others.values())]
+        scores = _draws(scorers, groups_of(samples, said.row[kept].astype(np.int64)), int(kept.sum()))
+        here = np.ones(int(kept.sum()), np.int64)
+        whole = [one(here) for one in scorers]
+    except MetricUndefined as fault:
+        return {"interval": None, "against": {}, "undefined_interval": str(fault)}
+    low, high = np.quantile(scores[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    against = {}
+    for name, own, drawn in zip(others, whole[1:], scores[1:], strict=True):
+        gains = metric.sign * (scores[0] - drawn)
+        low_gain, high_gain = (float(q) for q in np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        pair = honest.Paired(
+            metric.sign * (whole[0] - own),
+            float(gains.std(ddof=1)),
+            float(np.mean(gains > 0) + np.mean(gains == 0) / 2),
+            low_gain,
+            high_gain,
+            len(gains),
+        )
+        against[name] = {
+            "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
+            "decided": pair.decided, "says": str(pair),
+        }  # fmt: skip
+    interval = {"low": float(low), "high": float(high), "level": LEVEL, "error": float(scores[0].std(ddof=1))}
+    return {"interval": interval, "against": against}
+
+
+def groups_of(samples: Samples, rows: NDArray[np.int64]) -> Any:
+    return samples.frame["group"].to_numpy()[rows] if "group" in samples.frame else None
+
+
+def _draws(scorers: Sequence[Scored], groups: Any, rows: int) -> NDArray[np.float64]:
+    from tqdm import tqdm
+
+    found, why = [], ""
+    draws = honest.resamples(rows, groups, RESAMPLES, seed=0)
+    for times in tqdm(draws, total=RESAMPLES, desc="resampling", delay=2, disable=None, leave=False):
+        try:
+            found.append([one(times) for one in scorers])
+        except MetricUndefined as fault:
+            why = str(fault)
+    if len(found) < RESAMPLES / 2:
+        raise MetricUndefined(f"too few rows of a kind for an interval: {why}")
+    return np.array(found).T
+
+
+def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Honest beside in-sample, against the best member and the plain mean, and the simpler thing where it is as good."""
+    if record["oof"] is None:
+        return [score.sentence(record)]
+    sign = 1 if record["direction"] == "max" else -1
+    lines = []
+    if record["in_sample"] is not None:
+        gap = sign * (record["in_sample"] - record["oof"])
+        lines.append(
+            f"honest {record['oof']:.4f}, in-sample {record['in_sample']:.4f}: {abs(gap):.4f} "
+            f"{'of it was not there' if gap > 0 else 'the other way'}"
+        )
+    if record["interval"]:
+        low, high = record["interval"]["low"], record["interval"]["high"]
+        lines.append(f"on other rows of this kind: {low:.4f} to {high:.4f} in {100 * LEVEL:.0f} % of cases")
+    for other, pair in record["against"].items():
+        lines.append(f"against {other} ({pair['score']:.4f}): {pair['says']}")
+    lines.append(recommended(name, record))
+    return lines
+
+
+def recommended(name: str, record: Mapping[str, Any]) -> str:
+    """The ensemble, unless something simpler scores as well."""
+    sign = 1 if record["direction"] == "max" else -1
+    better = [
+        other for other, pair in record["against"].items() if sign * (record["oof"] - pair["score"]) <= 0
+    ]
+    if not better:
+        return f"recommended: {name}"
+    best = max(better, key=lambda other: sign * record["against"][other]["score"])
+    return f"recommended: {best}, which is simpler and scores {record['against'][best]['score']:.4f}, not less than {name}"
