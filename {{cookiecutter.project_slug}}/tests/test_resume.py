@@ -10,13 +10,12 @@ import os
 import random
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forked
 
 from comp import config, jobs, store, track
 from comp.train import checkpoint, data, loop
@@ -35,20 +34,6 @@ def artefacts(root: Path) -> dict[str, str]:
 
 def train(*overrides: str) -> None:
     jobs.train("exp001", [*RECIPE, *overrides], fold="1", name="run")
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Run in a process of its own; its exit status as waitpid gives it."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
 
 
 def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable[[], None]:
