@@ -123,13 +123,19 @@ def predict(args: Args) -> None:
 def bank(args: Args) -> None:
     from comp import overview
 
-    overview.bank(csv=args.csv)
+    overview.bank(csv=args.csv, only=" ".join(args.filter))
 
 
 def ensemble(args: Args) -> None:
     from comp.ensemble import blend
 
     blend.blend(args.name)
+
+
+def audit(args: Args) -> int:
+    from comp.ensemble import audit
+
+    return 1 if audit.audit(args.seeds) else 0
 
 
 # --- overview and delivery -----------------------------------------------------------------------------------------------
@@ -218,9 +224,12 @@ VERBS = {
         argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"),
         flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"))),
     "bank": Verb("predictions", bank, "list all predictions with their scores", (
+        argument("filter", nargs="*", help="like score>0.9 model~convnext task=binary name~exp0; quote it for the shell"),
         argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),)),
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
         argument("name", help="name of a file in configs/ensembles/"),)),
+    "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
+        argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
     "runs": Verb("overview", runs, "the table of runs and ensembles"),
     "config": Verb("overview", config, "an experiment's resolved config, with where each value comes from", (
         EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment"))),

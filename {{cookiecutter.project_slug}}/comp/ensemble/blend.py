@@ -32,7 +32,7 @@ def blend(name: str) -> dict[str, Any]:
     folder = store.ensemble_folder(name)
     oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
     machine.settle(cfg.train.threads)
-    made = fitting.make(cfg, declared.blend, rows, split, oof, test, _nested(declared))
+    made = fitting.make(cfg, declared.blend, rows, split, oof, test, recipes(declared))
     with store.lock(folder, f"blending {name}"):
         for file in (folder / name for name in FILES):
             store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
@@ -109,7 +109,7 @@ def _file(address: str, kind: str) -> Any:
     return bank.find(spoken_for(address) if kind == "oof" else address, kind)
 
 
-def _nested(declared: Declared) -> dict[str, Any]:
+def recipes(declared: Declared) -> dict[str, Any]:
     """The apply.json of members that are ensembles; a ring of them is refused."""
     found = {}
     for i, address in enumerate(declared.blend.members):

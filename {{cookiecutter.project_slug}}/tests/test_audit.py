@@ -1,0 +1,269 @@
+"""comp audit: nothing on clean data, every planted leak by its name, and chance on coin flips. Leaks are planted in files, or by
+replacing one function; the audit reads no setting that says so."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from banked import Project, declare, lay_out, member
+from conftest import config
+
+from comp import bank, folds, honest, jobs, metrics, samples, score, store
+from comp.ensemble import audit, canary
+from comp.ensemble import blend as blending
+from comp.predictions import PredictionSet
+
+RECIPE = [
+    "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.workers=0",
+    "machine.progress=false", "optim.rate=0.01",
+]  # fmt: skip
+
+
+def names(leaks: list[canary.Leak]) -> set[str]:
+    return {leak.name for leak in leaks}
+
+
+# --- the pipeline on coin flips ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> canary.World:
+    return canary.world(0, rows=300)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "METHODS", ("mean", "greedy", "logistic"))
+
+
+def test_a_clean_pipeline_listens_to_nobody(world: canary.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    assert canary.leaks(world) == []
+
+
+def greedy_epoch(weights: list[Any], x: Any, y: Any, taught: Any, scored: Any) -> int:
+    auc = metrics.find("roc_auc")
+    return int(np.argmax([auc(y[scored], x[scored] @ w - (x[scored] @ w).min() + 0.0) for w in weights]))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
+    statistics, pseudo, assemble = canary.statistics, canary.pseudo, canary.assemble
+    everyone = lambda y: np.arange(len(y))  # noqa: E731
+    if leak == "statistics fitted on validation rows":
+        monkeypatch.setattr(canary, "statistics", lambda x, y, taught: statistics(x, y, everyone(y)))
+    elif leak == "pseudo-labels that saw the fold":
+        monkeypatch.setattr(canary, "pseudo", lambda x, y, extra, taught: pseudo(x, y, extra, everyone(y)))
+    elif leak == "in-sample base predictions":
+        train = canary.train
+        monkeypatch.setattr(canary, "train", lambda x, y, taught, *rest: train(x, y, everyone(y), *rest))
+    elif leak == "best epoch picked on the scored fold":
+        monkeypatch.setattr(canary, "epoch", greedy_epoch)
+    elif leak == "misaligned rows":
+        monkeypatch.setattr(canary, "assemble", lambda parts, rows: np.roll(assemble(parts, rows), 1, axis=0))
+    elif leak == "in-sample meta-model":
+
+        def in_sample(fold: Any, fit: Any, apply: Any, **rest: Any) -> honest.Nested:
+            final, rows = fit(np.arange(len(fold))), np.arange(len(fold))
+            return honest.Nested(apply(final, rows), {}, final, ())
+
+        monkeypatch.setattr(honest, "nested", in_sample)
+
+
+PLANTED = [
+    "statistics fitted on validation rows", "pseudo-labels that saw the fold", "in-sample base predictions",
+    "best epoch picked on the scored fold", "misaligned rows", "in-sample meta-model",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("leak", PLANTED)
+def test_a_planted_leak_is_flagged_by_its_name(
+    world: canary.World, monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    quick(monkeypatch)
+    plant(monkeypatch, leak)
+    assert names(canary.leaks(world)) == {leak}
+
+
+def test_what_selection_costs_at_a_thousand_rows() -> None:
+    assert np.mean([canary.selection(canary.world(seed)) for seed in range(5)]) == pytest.approx(
+        0.077, abs=0.02
+    )
+
+
+@pytest.mark.slow
+def test_twenty_worlds_of_coin_flips() -> None:
+    """Every method within 3 standard errors in at least 19, in-sample visibly not; nothing flagged on any clean world."""
+    said: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(20):
+        world = canary.world(seed)
+        assert canary.leaks(world) == [], seed
+        for name, each in canary.chance(world).items():
+            said.setdefault(name, []).append((each["errors"], each["in_sample"] - each["honest"]))
+    for name, each in said.items():
+        within = sum(abs(errors) <= canary.LIMIT for errors, _ in each)
+        print(
+            f"{name}: {within} of 20 within, in-sample {np.mean([gap for _, gap in each]):+.3f} above honest"
+        )
+        assert within >= 19, (name, each)
+    for name in ("logistic", "ridge", "mlp", "isotonic", "thresholds"):
+        assert np.mean([gap for _, gap in said[name]]) > 0.01, name
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with one tiny run; nobody writes here."""
+    root = tmp_path_factory.mktemp("audited") / "project"
+    shutil.copytree(practice, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMP_ROOT", str(root))
+        store.root.cache_clear()
+        jobs.train("exp001", RECIPE, name="run")
+    store.root.cache_clear()
+    return root
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, enter: Any) -> Path:
+    shutil.copytree(trained, tmp_path / "project")
+    return enter(tmp_path / "project")
+
+
+def leaks_of_run() -> list[canary.Leak]:
+    table = samples.load()
+    return audit.of_run("run", table, folds.load(table))
+
+
+def rewritten(number: int, change: Any) -> None:
+    """The OOF of a fold with other values, sealed as if it were right."""
+    table = samples.load()
+    split = folds.load(table)
+    file = store.fold_folder("run", 0, number) / "oof.arrow"
+    said = bank.read(file, table, split)
+    values = {name: change(np.array(each)) for name, each in said.heads.items()}
+    assert said.fold is not None
+    bank.write(file, PredictionSet(said.row.copy(), said.fold.copy(), values, said.meta))
+
+
+def test_a_clean_run_is_clean(run: Path) -> None:
+    assert leaks_of_run() == []
+
+
+def test_rows_that_moved_are_found_by_predicting_them_again(run: Path) -> None:
+    rewritten(1, lambda values: np.roll(values, 1, axis=0))
+    assert names(leaks_of_run()) == {"misaligned rows"}
+
+
+def test_predictions_of_rows_that_taught_are_found_by_predicting_them_again(run: Path) -> None:
+    from comp.predict import infer
+
+    table = samples.load()
+    rows = folds.load(table).split(1)[1][
+        : len(bank.read_meta(store.fold_folder("run", 0, 1) / "oof.arrow")) and 48
+    ]
+    material = jobs.gather(jobs.stored_config("run"))
+    said = infer.predict(material, store.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0]["label"]
+    rewritten(1, lambda values: said)
+    (leak,) = leaks_of_run()
+    assert (
+        leak.name == "in-sample base predictions" and leak.knew == "re-prediction" and "fold2" in leak.where
+    )
+
+
+def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
+    place = store.fold_folder("run", 0, 0)
+    cfg, table = jobs.stored_config("run"), samples.load()
+    split = folds.load(table)
+    said = bank.read(place / "oof.arrow", table, split)
+    now = score.glance(cfg, table.heads[0], said.heads["label"], table, said.row.astype(np.int64))
+    assert audit.of_log(place, cfg, table, split) == []
+    lines = [
+        f'{{"epoch": {e}, "valid_metric": {value}}}\n'
+        for e, value in ((1, now - 0.3), (2, now), (3, now - 0.2))
+    ]  # as it would stand there, had the weights of epoch 2 been kept
+    (place / "log.jsonl").write_text("".join(lines))
+    (leak,) = audit.of_log(place, cfg, table, split)
+    assert leak.name == "best epoch picked on the scored fold" and "epoch 2" in leak.where
+
+
+def test_the_same_picture_in_two_folds(run: Path) -> None:
+    table = samples.load()
+    split = folds.load(table)
+    cfg = config(experiment="base")
+    assert audit.duplicates(cfg, table, split) == []
+    fold = split.of_sample[0]
+    a, b = (int(np.flatnonzero(fold == number)[0]) for number in (0, 3))
+    raw = store.path("data", "raw")
+    shutil.copy(raw / table.frame["images"].iloc[a][0], raw / table.frame["images"].iloc[b][0])
+    (leak,) = audit.duplicates(cfg, table, split)
+    assert leak.name == "duplicates across folds" and leak.knew == "hash" and "0, 3" in leak.where
+
+
+def test_a_group_on_both_sides(run: Path) -> None:
+    table = samples.load()
+    split = folds.load(table)
+    assert audit.groups(table, split) == []
+    frame = split.frame.copy()
+    frame.loc[0, "fold"] = (frame.loc[0, "fold"] + 1) % 5
+    folds.save(frame, {key: value for key, value in split.meta.items() if key != "hash"})
+    (leak,) = audit.groups(table, folds.load(table))
+    assert leak.name == "a split group" and leak.knew == "provenance"
+
+
+def test_pseudo_labels_that_every_model_made(empty: Path) -> None:
+    project = lay_out(empty, "binary")
+    assert audit.pseudo(project.samples, project.folds) == []
+    frame = project.samples.frame
+    frame.loc[frame.index[-3:], "source"] = "pseudo:exp001"
+    again = samples.Samples(frame, project.samples.heads, project.samples.hash)
+    leaks = audit.pseudo(again, folds.Folds(project.folds.frame, project.folds.meta, again))
+    assert names(leaks) == {"pseudo-labels that saw the fold"} and len(leaks) == 5
+    assert "pseudo:exp001 teaches fold 0" in leaks[0].where
+
+
+def test_an_ensemble_scored_on_the_rows_that_taught_it(empty: Path) -> None:
+    project = lay_out(empty, "binary", metric="log_loss")
+    for i in range(3):
+        member(project, f"exp00{i + 1}", seed=i)
+    declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: logistic")
+    blending.blend("blend001")
+
+    def leaks() -> list[canary.Leak]:
+        return audit.of_ensemble("blend001", project.cfg, project.samples, project.folds)
+
+    assert leaks() == []
+    recipe = store.read_json(bank.folder("blend001") / "apply.json")
+    from comp.ensemble import average
+
+    given = {
+        a: bank.load(a, "oof", project.samples, project.folds).heads for a in ("exp001", "exp002", "exp003")
+    }
+    said = bank.load("blend001", "oof", project.samples, project.folds)
+    assert said.fold is not None
+    planted = PredictionSet(said.row.copy(), said.fold.copy(), average.apply(recipe, given), said.meta)
+    bank.write(bank.folder("blend001") / "oof.arrow", planted)
+    assert names(leaks()) == {"in-sample meta-model"}
+
+
+def test_the_verb_says_what_it_looked_at(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr(canary, "ROWS", 300)
+    monkeypatch.setattr(audit.canary, "world", lambda seed: WORLD)
+    project: Project = lay_out(empty, "binary")
+    project.samples.frame["images"] = [[] for _ in range(len(project.samples.frame))]
+    member(project, "exp001", marks=["selected_on_fold"])
+    assert audit.audit() == 0
+    out = capsys.readouterr().out
+    assert (
+        "optimistic: exp001 chose its epoch" in out and "no leaks" in out and "AUC that is not there" in out
+    )
+
+
+WORLD = canary.world(1, rows=300)
