@@ -5,7 +5,7 @@ are the only defaults in this file.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,16 +20,46 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
-TaskName = Literal["binary", "multiclass", "regression", "ordinal"]
+TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
+FormName = Literal["label", "probability", "probabilities", "value", "labels", "ranking"]
 
 
 class Table(Section):
-    """Where rows come from and how a row names its image. `{column}` and `{column[0]}` stand for values of the row."""
+    """Where rows come from and how a row names its images. `{column}` and `{column[0]}` stand for values of the row.
 
-    table: Text
-    image: Text
+    Without a table the files are the rows: `files: "train/{label}/{id}.jpg"`, where `{name}` takes anything but a slash and
+    `{name:cat|dog}` what the regular expression says.
+    """
+
+    table: Text | None = None
+    image: Many | None = None
+    files: Text | None = None
+    id: Text | None = None
+
+    @model_validator(mode="after")
+    def _rows_from_somewhere(self) -> Table:
+        if (self.table is None) == (self.files is None):
+            raise ValueError(
+                "say either table, with image, or files: a pattern of paths, where there is no table"
+            )
+        if self.table is not None and self.image is None:
+            raise ValueError("table needs image: the path of a row's image, like train/{id}.png")
+        return self
+
+
+class Pixels(Section):
+    """For pictures that are numbers (npy, parquet, json, DICOM): which become 0 and 255, and the shape of flat ones."""
+
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    shape: Annotated[list[Count], Field(min_length=2, max_length=3)] | None = None
 
 
 class Folds(Section):
@@ -44,10 +74,14 @@ class Folds(Section):
 
 class Submission(Section):
     sample: Text
-    form: Literal["label", "probability", "probabilities", "value"]
+    form: FormName | dict[Text, FormName]
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     sums_to_one: bool = False
     public: Annotated[float, Field(gt=0, lt=1)] | None = None
+    rows: Text | None = None
+    k: Count = 5
+    unknown: Text | None = None
+    none: str | None = None
 
 
 class Competition(Section):
@@ -57,15 +91,50 @@ class Competition(Section):
     train: Table
     test: Table
     id: Text
-    target: Many
-    task: TaskName
-    metric: Text
+    target: Annotated[list[Text] | dict[Text, TaskName], Field(min_length=1), BeforeValidator(_listed)]
+    task: TaskName | None = None
+    metric: Text | dict[Text, Text]
     folds: Folds
     submission: Submission
     classes: Many | None = None
     group: Text | None = None
     time: Text | None = None
     metadata: list[Text] = []
+    extra: list[Table] = []
+    weight: Text | None = None
+    votes: bool = False
+    separator: Text = " "
+    gather: bool = False
+    row: Text | None = None
+    merge: Literal["mean", "max"] = "mean"
+    pixels: Pixels | None = None
+
+    @property
+    def tasks(self) -> dict[str, TaskName]:
+        """Target column -> task; with several kinds of targets each has its own."""
+        if isinstance(self.target, dict):
+            return self.target
+        assert self.task is not None
+        return dict.fromkeys(self.target, self.task)
+
+    @property
+    def targets(self) -> list[str]:
+        return list(self.target)
+
+    @model_validator(mode="after")
+    def _a_task_each(self) -> Competition:
+        if isinstance(self.target, list) and self.task is None:
+            raise ValueError(
+                f"task: is missing; what is {self.target[0]!r}, {', '.join(get_args(TaskName))}?"
+            )
+        if isinstance(self.target, dict) and self.task is not None:
+            raise ValueError(f"task: {self.task} and a target that names a task each; leave one of them out")
+        for key, value in (("metric", self.metric), ("submission.form", self.submission.form)):
+            if isinstance(value, dict) and set(value) != set(self.targets):
+                raise ValueError(
+                    f"{key}: names {', '.join(value)}, where the targets are {', '.join(self.targets)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _declared_together(self) -> Competition:
@@ -89,7 +158,8 @@ class Data(Section):
     size: Annotated[int, Field(ge=8, le=4096)]
     fit: Literal["stretch", "cover", "contain"]
     margin: Annotated[float, Field(ge=1, le=2)]
-    channels: Literal[1, 3]
+    channels: Annotated[int, Field(ge=1, le=64)]
+    images: Count
     cache: bool
 
 
@@ -102,6 +172,8 @@ class Model(Section):
     pretrained: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne
+    pool: Literal["mean", "max"]
+    metadata: bool
 
 
 class Loss(Section):

@@ -80,7 +80,7 @@ def _run(folder: Path, base: Config) -> Line:
     changed = configs.difference(base, cfg)
     cells = [
         name,
-        cfg.competition.task,
+        ", ".join(dict.fromkeys(cfg.competition.tasks.values())),
         cfg.model.name,
         f"{done}/{wanted}",
         *_scores(record),
@@ -116,7 +116,7 @@ def _ensemble(folder: Path, base: Config) -> Line:
         for member in record["members"]
         if member["weight"] != 0
     )
-    cells = [folder.name, base.competition.task, record["method"], str(record["n"]), *_scores(record)]
+    cells = [folder.name, ", ".join(dict.fromkeys(base.competition.tasks.values())), record["method"], str(record["n"]), *_scores(record)]
     return [*cells, ", ".join(marks), "-", made], record
 
 

@@ -51,7 +51,7 @@ def mistakes(
         file = folder / f"residuals{name}.png"
         pictures.residuals(truth, said.reshape(truth.shape), file, f"{head.name}, out of fold")
     log.sheet(file.stem, file)
-    classes = head.classes if head.row.space == "logit" else ()
+    classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
     table = pictures.worst(truth, said, material.samples.frame["id"].to_numpy()[rows].tolist(), classes)
     log.table(
         f"worst{name}",

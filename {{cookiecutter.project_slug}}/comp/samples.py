@@ -55,9 +55,8 @@ def load(file: Path | None = None) -> Samples:
 
 
 def _head(said: dict[str, Any]) -> Head:
-    return Head(
-        said["name"], said["task"], tuple(said["outputs"]), tuple(said["columns"]), tuple(said["classes"])
-    )
+    lists = ("outputs", "columns", "classes", "graded")
+    return Head(said["name"], said["task"], *(tuple(said[name]) for name in lists))
 
 
 def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **facts: Any) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import decide, honest, metrics, own, store
+from comp import by_row, decide, honest, metrics, own, store
 from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.metrics import Metric, MetricUndefined
@@ -23,13 +23,27 @@ from comp.tasks import TASKS, Array, Head
 if TYPE_CHECKING:
     import pandas as pd
 
+WIDE = 100  # labels; above, one threshold for all: most have too few rows for one of their own
 LISTED = 100  # columns of a ranking: no metric looks further
 
 
-def metric_of(cfg: Config) -> Metric:
-    """The competition's metric; `metric` is your own function in comp/competition.py."""
-    name, task = cfg.competition.metric, cfg.competition.task
+def metric_of(cfg: Config, head: Head | None = None) -> Metric:
+    """The competition's metric, or that of one target; `metric` is your own function in comp/competition.py."""
+    named, tasks = cfg.competition.metric, cfg.competition.tasks
     where = "configs/competition.yaml: metric"
+    if isinstance(named, dict):
+        each = [_found(where, named[t], tasks[t]) for t in tasks]
+        if len({metric.direction for metric in each}) > 1:
+            raise Refused(
+                f"{where}: {', '.join(named.values())} cannot be averaged: of some more is better, of some less"
+            )
+        return _found(where, named[head.name], tasks[head.name]) if head else each[0]
+    kinds = [head.task] if head else list(dict.fromkeys(tasks.values()))
+    found = [_found(where, named, task) for task in kinds]
+    return found[0]
+
+
+def _found(where: str, name: str, task: str) -> Metric:
     if name == "metric":
         hook = own.get("metric")
         if hook is None:
@@ -55,17 +69,21 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
     oof: over all rows at once. folds, mean, std: fold by fold; n of them have a score. With several targets each number is
     the mean over them. cuts: what turns the values of new rows into grades, fitted on all OOF rows.
     """
-    metric = metric_of(cfg)
     assert predictions.fold is not None, "only OOF predictions are scored"
     kept = predictions.predicted
     rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
+    keys = samples.frame["row"].to_numpy()[rows]
+    order = by_row.first(keys)  # of several samples of one scored row the first speaks for all
+    rows, fold = _one_fold_a_row(keys, order, rows, fold)
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
-        truth, frame = samples.truth(head, rows), scored(samples, rows)
+        metric = metric_of(cfg, head)
+        truth, frame = graded_only(head, samples.truth(head, rows)), scored(samples, rows)
         try:
-            said, fitted = answers(
-                metric, head, predictions.probability(head)[kept], samples, folds, rows, fold
+            probability = by_row.merged(
+                keys, predictions.probability(head)[kept], order, cfg.competition.merge
             )
+            said, fitted = answers(metric, head, probability, samples, folds, rows, fold)
             whole.append(metric(truth, said, frame))
             by_fold = honest.fold_table(metric, truth, said, fold, frame)
         except MetricUndefined as fault:
@@ -80,8 +98,8 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
     known = [score for score in scores if score is not None]
     partial = [] if kept.all() else ["partial"]
     return {
-        "metric": metric.name,
-        "direction": metric.direction,
+        "metric": ", ".join(dict.fromkeys(metric_of(cfg, head).name for head in samples.heads)),
+        "direction": metric_of(cfg).direction,
         "oof": _mean(whole) if every else None,
         "folds": scores,
         "mean": _mean(known),
@@ -114,22 +132,34 @@ def answers(
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array | None]:
     """What the metric takes, honestly; and the cut points that new rows get, where there are any."""
-    if not (metric.needs == "label" and graded(head)):
+    if not (metric.needs == "label" and (graded(head) or head.task == "multilabel")):
         return plain(metric, head, probability), None
-    value, truth = probability[:, 0], samples.truth(head, rows)
+    truth = samples.truth(head, rows)
+    value = probability if head.task == "multilabel" else probability[:, 0]
+    floor = head.task == "multilabel" and bool((truth.sum(axis=1) > 0).all())  # no row without a label so far
 
     def fit(positions: NDArray[np.int64]) -> Array:
         frame = scored(samples, rows[positions])
+        if head.task == "multilabel":
+            shared = len(head.outputs) > WIDE
+            return decide.fit_thresholds(truth[positions], value[positions], metric, frame, shared)
         return decide.fit_cuts(value[positions], truth[positions], len(head.classes), metric, frame)
 
-    nested = honest.nested(
-        fold,
-        fit,
-        lambda cuts, positions: decide.apply_cuts(value[positions], cuts),
-        allowed=lambda number: np.isin(rows, folds.split(number)[0]),
-        first=np.arange(1, len(head.classes)) - 0.5,  # the first of a split by time: plain rounding
+    def apply(cuts: Array, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        if head.task == "multilabel":
+            return decide.apply_threshold(value[positions], cuts, floor)
+        return decide.apply_cuts(value[positions], cuts)
+
+    # The first of a split by time: plain rounding.
+    first = (
+        np.full(len(head.outputs), 0.5)
+        if head.task == "multilabel"
+        else np.arange(1, len(head.classes)) - 0.5
     )
-    return nested.prediction.astype(np.int64), nested.final
+    nested = honest.nested(
+        fold, fit, apply, allowed=lambda number: np.isin(rows, folds.split(number)[0]), first=first
+    )
+    return graded_only(head, nested.prediction.astype(np.int64)), nested.final
 
 
 def scored(samples: Samples, rows: Positions) -> pd.DataFrame:
@@ -143,6 +173,7 @@ def scored_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
 def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
     """What the metric takes, with nothing fitted: grades by rounding."""
+    probability = graded_only(head, probability)
     if metric.needs == "ranking":
         return np.argsort(-probability, axis=1, kind="stable")[:, :LISTED]
     if metric.needs != "label":
@@ -151,16 +182,37 @@ def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
     return np.clip(codes, 0, len(head.classes) - 1) if graded(head) else codes
 
 
+def graded_only(head: Head, columns: NDArray[Any]) -> NDArray[Any]:
+    """What the host scores of several columns."""
+    return columns[:, head.scored] if head.graded and columns.ndim == 2 else columns
+
+
+def _one_fold_a_row(
+    keys: NDArray[Any], order: list[str], rows: Positions, fold: NDArray[np.int64]
+) -> tuple[Positions, NDArray[np.int64]]:
+    if len(order) == len(rows):
+        return rows, fold
+    place = {key: i for i, key in reversed(list(enumerate(keys.tolist())))}
+    first = np.array([place[key] for key in order], np.int64)
+    mine = dict(zip(order, fold[first].tolist(), strict=True))
+    for key, number in zip(keys.tolist(), fold.tolist(), strict=True):
+        if mine[key] != number:
+            raise Refused(
+                f"row {key!r} stands in folds {mine[key]} and {number}: its samples must share one, see folds.scheme"
+            )
+    return rows[first], fold[first]
+
+
 def graded(head: Head) -> bool:
     return head.row.space == "value" and bool(head.classes)
 
 
 def glance(cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions) -> float:
     """A number to watch during training; NaN where the rows have none. The score called CV comes from `of` alone."""
-    metric = metric_of(cfg)
+    metric = metric_of(cfg, head)
     try:
         said = plain(metric, head, head.row.probability(np.asarray(stored, np.float64)))
-        return metric(samples.truth(head, rows), said, scored(samples, rows))
+        return metric(graded_only(head, samples.truth(head, rows)), said, scored(samples, rows))
     except MetricUndefined:
         return float("nan")
 

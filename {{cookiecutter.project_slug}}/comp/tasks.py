@@ -24,6 +24,12 @@ class Head:
     outputs: tuple[str, ...]  # names of the stored columns, in order
     columns: tuple[str, ...]  # target columns of the samples table
     classes: tuple[str, ...] = ()  # labels as the raw table writes them, by code
+    graded: tuple[str, ...] = ()  # outputs that the host scores, where it does not score all
+
+    @property
+    def scored(self) -> list[int]:
+        """Places of the outputs that are scored."""
+        return [i for i, name in enumerate(self.outputs) if not self.graded or name in self.graded]
 
     @property
     def row(self) -> Task:
@@ -41,7 +47,9 @@ class Task:
     probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
     store: Callable[[Array], Array]  # the way back
     spaces: dict[str, Space]  # where predictions are averaged, by name
-    label: Callable[[Array], NDArray[np.int64]]  # probability or value -> class codes, no fitted cut points
+    label: Callable[
+        [Array], NDArray[np.int64]
+    ]  # probability or value -> class codes, no fitted cut points; multilabel 0 and 1
 
 
 def softmax(logits: Array) -> Array:
@@ -132,8 +140,32 @@ TASKS: dict[str, Task] = {
         label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
     ),
     "multiclass": Task(
-        losses=("cross_entropy",),
+        losses=("cross_entropy", "kl"),
         metric="accuracy",
+        space="logit",
+        raw_outputs=lambda head, loss: len(head.outputs),
+        target=_codes,
+        decode=lambda raw, loss: log_softmax(raw),
+        probability=softmax,
+        store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        spaces=EXCLUSIVE,
+        label=lambda p: p.argmax(axis=1),
+    ),
+    "multilabel": Task(
+        losses=("bce",),
+        metric="mean_column_auc",
+        space="logit",
+        raw_outputs=lambda head, loss: len(head.outputs),
+        target=_identity,
+        decode=lambda raw, loss: raw,
+        probability=sigmoid,
+        store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        spaces=INDEPENDENT,
+        label=lambda p: (p >= 0.5).astype(np.int64),
+    ),
+    "retrieval": Task(
+        losses=("cross_entropy",),
+        metric="map@5",
         space="logit",
         raw_outputs=lambda head, loss: len(head.outputs),
         target=_codes,

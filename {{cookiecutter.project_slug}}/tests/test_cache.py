@@ -154,9 +154,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     decoded: list[str] = []
     decode = images.decode
 
-    def counting(data: bytes, size: int | None, fit: images.Fit, channels: int, name: str) -> images.Pixels:
+    def counting(
+        data: bytes, size: int | None, fit: images.Fit, channels: int, name: str, *numbers: Any
+    ) -> images.Pixels:
         decoded.append(name)
-        return decode(data, size, fit, channels, name)
+        return decode(data, size, fit, channels, name, *numbers)
 
     monkeypatch.setattr(images, "decode", counting)
     return decoded

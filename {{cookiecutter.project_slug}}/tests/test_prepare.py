@@ -15,7 +15,7 @@ from conftest import config
 
 from comp import competition, samples, store
 from comp.config import Refused
-from comp.prepare import assign, check, making, tables
+from comp.prepare import assign, check, making, tables, targets
 from comp.prepare.images import Damaged
 
 SIMPLE: dict[str, Any] = {
@@ -355,9 +355,9 @@ def test_a_wrong_row_is_one_line(empty: Path, name: str) -> None:
 
 
 def test_many_wrong_rows_end_in_a_count(empty: Path) -> None:
-    lay(empty, "id,label\na,1\nb,2\n" + "".join(f"x{i},\n" for i in range(tables.SHOWN + 5)))
+    lay(empty, "id,label\na,1\nb,2\n" + "".join(f"x{i},\n" for i in range(targets.SHOWN + 5)))
     lines = refusal()
-    assert len(lines) == tables.SHOWN + 1
+    assert len(lines) == targets.SHOWN + 1
     assert lines[-1] == "and 5 more: comp check"
 
 

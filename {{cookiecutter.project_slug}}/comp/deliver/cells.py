@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comp.config import Refused, nearest
+from comp.deliver.sample import Sample
+from comp.knobs import Submission
+from comp.tasks import Head
 
-FORMS = ("probability", "probabilities", "label", "value")
+FORMS = ("probability", "probabilities", "label", "value", "labels", "ranking")
 DIGITS = re.compile(r"[-+.\deE]*", re.ASCII)
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
@@ -26,9 +29,19 @@ class Form:
     high: float
     sums_to_one: bool
     classes: frozenset[str]
+    most: int = 0  # labels of a ranking
+    none: str | None = None  # what a row without labels holds
+    columns: tuple[Form, ...] = ()  # where every column has a form of its own
 
     def faults(self, cells: Sequence[str]) -> list[tuple[int | None, str]]:
         """(which cell, what is wrong with it); of a sum that is wrong no single cell is to blame."""
+        if self.columns:
+            each = zip(self.columns, cells, strict=True)
+            return [(i, fault) for i, (form, cell) in enumerate(each) for _, fault in form.faults([cell])]
+        if self.name == "either":  # lines of several targets: which of them a line asks for, its id says
+            return [(i, fault) for i, c in enumerate(cells) if self._number(c) and (fault := self._label(c))]
+        if self.name in ("labels", "ranking"):
+            return [(i, fault) for i, cell in enumerate(cells) if (fault := self._list(cell))]
         if self.name == "label":
             return [(i, fault) for i, cell in enumerate(cells) if (fault := self._label(cell))]
         # Twice as fast as cell by cell, and of millions of cells all are sound. The pattern comes first because float()
@@ -56,6 +69,18 @@ class Form:
             return f"{cell} is too large for a number"
         return None if self._within(float(cell)) else f"{cell} lies outside [{self.low:g}, {self.high:g}]"
 
+    def _list(self, cell: str) -> str | None:
+        labels = cell.split(" ")
+        if not cell.strip():
+            return None if self.none == "" else "is empty"
+        if cell == self.none:
+            return None
+        if len(set(labels)) < len(labels):
+            return f"{cell!r} names a label twice, or has a space too many"
+        if self.name == "ranking" and len(labels) > self.most:
+            return f"{cell!r} lists {len(labels)} labels, where submission.k allows {self.most}"
+        return next((fault for label in labels if (fault := self._label(label))), None)
+
     def _label(self, cell: str) -> str | None:
         if cell in self.classes:
             return None
@@ -74,12 +99,37 @@ def form_of(
     limits: Sequence[float] | None = None,
     sums_to_one: bool = False,
     classes: Sequence[str] | None = None,
+    most: int = 0,
+    none: str | None = None,
 ) -> Form:
     if name not in FORMS:
         close = nearest(name, FORMS)[0]
         raise Refused(f"competition.submission.form: there is no form {name!r}; the nearest is {close}")
     low, high = limits or ((0.0, 1.0) if name.startswith("probabilit") else (-math.inf, math.inf))
-    return Form(name, low, high, sums_to_one, frozenset(classes or ()))
+    return Form(name, low, high, sums_to_one, frozenset(classes or ()), most, none)
+
+
+def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: Sample) -> Form:
+    """What the cells of this submission may hold."""
+    if isinstance(rules.form, dict) and rules.rows is None:
+        by_name = {head.name: head for head in heads}
+        each = tuple(
+            form_of(
+                rules.form[name],
+                rules.range if rules.form[name] == "value" else None,
+                classes=by_name[name].classes,
+                most=rules.k,
+                none=rules.none,
+            )
+            for name in sample.answers
+            if name in by_name
+        )
+        return Form("mixed", -math.inf, math.inf, False, frozenset(), columns=each)
+    classes = [each for head in heads for each in head.classes]
+    if isinstance(rules.form, dict):
+        low, high = rules.range or (-math.inf, math.inf)
+        return Form("either", low, high, False, frozenset(classes))
+    return form_of(rules.form, rules.range, rules.sums_to_one, classes, rules.k, rules.none)
 
 
 def _as_number(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comp import decide, store
+from comp import decide, longform, store
 from comp.config import Refused
 from comp.deliver.sample import Sample
 from comp.knobs import Submission
@@ -18,9 +18,11 @@ Answers = Mapping[str, Array]
 Cuts = Mapping[str, Sequence[float]]  # head -> where its values become the next label
 FITTING_TASKS = {
     "probability": ("binary",),
-    "probabilities": ("multiclass", "binary"),
-    "label": ("binary", "multiclass", "ordinal", "regression"),
+    "probabilities": ("multiclass", "binary", "multilabel", "retrieval"),
+    "label": ("binary", "multiclass", "ordinal", "regression", "retrieval"),
     "value": ("regression", "ordinal"),
+    "labels": ("multilabel",),
+    "ranking": ("multiclass", "retrieval", "multilabel"),
 }
 
 
@@ -32,66 +34,133 @@ class Written:
     notes: list[str]
 
 
+def form_named(rules: Submission, target: str) -> str:
+    """The form of one target; with several kinds of targets each has its own."""
+    return rules.form[target] if isinstance(rules.form, dict) else rules.form
+
+
 def refuse_misfit(rules: Submission, heads: Sequence[Head]) -> None:
     where = "competition.submission"
     for head in heads:
-        if head.task not in FITTING_TASKS[rules.form]:
+        form = form_named(rules, head.name) if not isinstance(rules.form, str) else rules.form
+        if head.task not in FITTING_TASKS[form] and not (form == "probability" and rules.rows):
             fits = [form for form, tasks in FITTING_TASKS.items() if head.task in tasks]
             takes = " or ".join(fits)
             raise Refused(
-                f"{where}.form: the {head.task} target {head.name!r} is written as {takes}, not as {rules.form}"
+                f"{where}.form: the {head.task} target {head.name!r} is written as {takes}, not as {form}"
             )
     if rules.sums_to_one and rules.form != "probabilities":
         raise Refused(f"{where}.sums_to_one: only form probabilities has columns to sum, not {rules.form}")
 
 
 def from_form(
-    rules: Submission, heads: Sequence[Head], answers: Answers, sample: Sample, cuts: Cuts
+    rules: Submission,
+    heads: Sequence[Head],
+    answers: Answers,
+    sample: Sample,
+    cuts: Cuts,
+    ids: Sequence[str] | None = None,
 ) -> Written:
+    """`ids` are the rows of `answers`: the sample's own, or, where a row has several lines, each row once."""
     notes: list[str] = []
     cells: Iterable[Sequence[str]]
-    if rules.form == "label":
-        cells = zip(*labels(rules, heads, answers, sample, cuts, notes), strict=True)
+    if rules.rows is not None:
+        cells = _long(rules, heads, answers, sample, cuts, ids or sample.ids, notes)
     else:
-        table = numbers(rules, heads, answers, sample, notes)
-        table = clipped(table, rules.range, sample, notes) if rules.form == "value" else table
-        # repr of a float64 is the shortest text that reads back as the same float64: nothing is rounded.
-        cells = (list(map(repr, line)) for line in table.tolist())
+        columns = _columns(rules, heads, answers, sample, cuts, sample.answers, notes)
+        cells = zip(*columns, strict=True)
     return Written([list(sample.columns), *_with_ids(cells, sample)], notes)
 
 
+def _columns(
+    rules: Submission,
+    heads: Sequence[Head],
+    answers: Answers,
+    sample: Sample,
+    cuts: Cuts,
+    asked: Sequence[str],
+    notes: list[str],
+) -> list[list[str]]:
+    """One list of cells for each name that is asked for."""
+    if isinstance(rules.form, dict):
+        made = []
+        by_name = {head.name: head for head in heads}
+        for name in asked:
+            if name not in by_name:
+                raise Refused(
+                    f"{store.shown(sample.file)}:1: column {name!r} is none of the targets {', '.join(by_name)}"
+                )
+            alone = rules.model_copy(update={"form": rules.form[name]})
+            made += _columns(alone, [by_name[name]], answers, sample, cuts, [name], notes)
+        return made
+    if rules.form in ("label", "labels", "ranking"):
+        return list(labels(rules, heads, answers, sample, cuts, notes, asked))
+    table = numbers(rules, heads, answers, sample, notes, asked)
+    table = clipped(table, rules.range, sample, notes) if rules.form == "value" else table
+    # repr of a float64 is the shortest text that reads back as the same float64: nothing is rounded.
+    return [list(map(repr, column)) for column in table.T.tolist()]
+
+
+def _long(
+    rules: Submission,
+    heads: Sequence[Head],
+    answers: Answers,
+    sample: Sample,
+    cuts: Cuts,
+    ids: Sequence[str],
+    notes: list[str],
+) -> list[list[str]]:
+    """A line for each class or target of a row: one column to fill in."""
+    assert rules.rows is not None
+    if len(sample.answers) != 1:
+        raise Refused(
+            f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.answers)}"
+        )
+    lines = longform.cells(rules.rows, sample.ids, heads)
+    asked = list(dict.fromkeys(line.name for line in lines))
+    columns = _columns(rules, heads, answers, sample, cuts, asked, notes)
+    by_name = dict(zip(asked, columns, strict=True))
+    place = {each: i for i, each in enumerate(ids)}
+    return [[by_name[line.name][place[line.row]]] for line in lines]
+
+
 def numbers(
-    rules: Submission, heads: Sequence[Head], answers: Answers, sample: Sample, notes: list[str]
+    rules: Submission,
+    heads: Sequence[Head],
+    answers: Answers,
+    sample: Sample,
+    notes: list[str],
+    asked: Sequence[str],
 ) -> Array:
-    """(rows, the sample's columns), found by name; a lone output fills a lone column whatever it is called."""
+    """(rows, the names asked for), found by name; a lone output fills a lone column whatever it is called."""
     outputs: dict[str, Array] = {}
     for head in heads:
         value = answers[head.name]
         if (
-            rules.form == "probabilities"
+            (rules.form == "probabilities" or rules.rows is not None)
             and head.task == "binary"
-            and set(sample.answers) == set(head.classes)
+            and set(asked) == set(head.classes)
         ):
             outputs |= {head.classes[0]: 1 - value[:, 0], head.classes[1]: value[:, 0]}
         else:
             outputs |= dict(zip(head.outputs, value.T, strict=True))
-        if rules.form == "probability" and head.classes:
+        if rules.form == "probability" and head.task == "binary" and head.classes and rules.rows is None:
             notes.append(f"{head.name}: the probability of {head.classes[1]!r}, not of {head.classes[0]!r}")
-    if len(outputs) == len(sample.answers) == 1:
+    if len(outputs) == len(asked) == 1:
         return np.column_stack(list(outputs.values()))
     where = store.shown(sample.file)
-    for column in sample.answers:
+    for column in asked:
         if column not in outputs:
             raise Refused(
                 f"{where}:1: column {column!r} is no output of the model, which has {', '.join(outputs)}; see competition.classes"
             )
-    exclusive = [each for head in heads if head.task == "multiclass" for each in head.outputs]
-    left = [each for each in exclusive if each not in sample.answers]
+    exclusive = [each for head in heads if head.task in ("multiclass", "retrieval") for each in head.outputs]
+    left = [each for each in exclusive if each not in asked]
     if left:
         raise Refused(
             f"{where}:1: has no column for class {left[0]!r}, which the model predicts; see competition.classes"
         )
-    return np.column_stack([outputs[column] for column in sample.answers])
+    return np.column_stack([outputs[column] for column in asked])
 
 
 def clipped(table: Array, limits: Sequence[float] | None, sample: Sample, notes: list[str]) -> Array:
@@ -103,8 +172,9 @@ def clipped(table: Array, limits: Sequence[float] | None, sample: Sample, notes:
     far = np.argwhere((table < low - room) | (table > high + room))
     if len(far):
         row, column = far[0]
+        named = sample.answers[column] if column < len(sample.answers) else str(column)
         raise Refused(
-            f"row {sample.ids[row]!r}, column {sample.answers[column]!r}: the model says {table[row, column]:g}, far outside the range "
+            f"row {sample.ids[row]!r}, column {named!r}: the model says {table[row, column]:g}, far outside the range "
             f"[{low:g}, {high:g}] of competition.submission.range (and {len(far) - 1} more like it)"
         )
     over = int(((table < low) | (table > high)).sum())
@@ -116,18 +186,30 @@ def clipped(table: Array, limits: Sequence[float] | None, sample: Sample, notes:
 
 
 def labels(
-    rules: Submission, heads: Sequence[Head], answers: Answers, sample: Sample, cuts: Cuts, notes: list[str]
+    rules: Submission,
+    heads: Sequence[Head],
+    answers: Answers,
+    sample: Sample,
+    cuts: Cuts,
+    notes: list[str],
+    asked: Sequence[str],
 ) -> Iterator[list[str]]:
-    """One list of class names a column, written as the raw table writes them."""
+    """One list of class names (or of several, or the likeliest few) a column, written as the raw table writes them."""
     by_name = {head.name: head for head in heads}
-    if len(heads) == len(sample.answers) == 1:
-        by_name = {sample.answers[0]: heads[0]}
-    for column in sample.answers:
+    if len(heads) == len(asked) == 1:
+        by_name = {asked[0]: heads[0]}
+    for column in asked:
         if column not in by_name:
             known = ", ".join(by_name)
             raise Refused(f"{store.shown(sample.file)}:1: column {column!r} is none of the targets {known}")
         head = by_name[column]
         value, cut = answers[head.name], cuts.get(head.name)
+        if rules.form == "labels":
+            yield list(_several(rules, head, value, cut, column, notes))
+            continue
+        if rules.form == "ranking":
+            yield _ranked(rules, head, value)
+            continue
         if head.task == "regression":
             value = clipped(value, rules.range, sample, notes)
         if cut is not None:  # of two classes the one cut is the threshold
@@ -140,6 +222,28 @@ def labels(
             yield [head.classes[code] for code in np.clip(codes, 0, len(head.classes) - 1).tolist()]
         else:
             yield [str(code) for code in codes.tolist()]
+
+
+def _several(
+    rules: Submission, head: Head, value: Array, cut: Sequence[float] | None, column: str, notes: list[str]
+) -> Iterator[str]:
+    """Every label above its threshold; at least the likeliest one, unless a row may be without any (submission.none)."""
+    thresholds = np.full(len(head.outputs), 0.5) if cut is None else np.asarray(cut)
+    notes.append(
+        f"{column}: thresholds from {thresholds.min():.4g} to {thresholds.max():.4g}, "
+        + ("as no metric asked for others" if cut is None else "as fitted on the OOF rows")
+    )
+    chosen = decide.apply_threshold(value, thresholds, floor=rules.none is None)
+    notes.append(
+        f"{column}: {chosen.sum(axis=1).mean():.2f} labels a row, {int((chosen.sum(axis=1) == 0).sum())} rows without any"
+    )
+    for row in chosen:
+        yield " ".join(head.classes[code] for code in np.flatnonzero(row)) or rules.none or ""
+
+
+def _ranked(rules: Submission, head: Head, value: Array) -> list[str]:
+    order = np.argsort(-value, axis=1, kind="stable")[:, : rules.k]
+    return [" ".join(head.classes[code] for code in row) for row in order.tolist()]
 
 
 def _with_ids(cells: Iterable[Sequence[str]], sample: Sample) -> Iterator[list[str]]:

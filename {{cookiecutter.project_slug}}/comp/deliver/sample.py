@@ -60,17 +60,18 @@ def read_sample(file: Path, key: str | None = None) -> Sample:
     return sample
 
 
-def refuse_stale(sample: Sample, samples: Samples) -> None:
+def refuse_stale(sample: Sample, samples: Samples, ids: list[str] | None = None) -> None:
     """The sample must be the one that `comp prepare` saw: hosts replace files in the middle of a competition."""
     shown, remedy = store.shown(sample.file), "run comp prepare again"
     rows = set(samples.frame["row"].to_numpy()[samples.positions("test")])
-    strange = [(line, each) for line, each in enumerate(sample.ids, 2) if each not in rows]
+    ids = sample.ids if ids is None else ids  # a long form asks several lines of a row
+    strange = [(line, each) for line, each in enumerate(ids, 2) if each not in rows]
     if strange:
         line, each = strange[0]
         raise Refused(
             f"{shown}:{line}: row {each!r} is no test row of data/samples.parquet, nor are {len(strange) - 1} others; {remedy}"
         )
-    left = rows - set(sample.ids)
+    left = rows - set(ids)
     if left:
         raise Refused(
             f"{shown}: stale, {len(left)} test rows of data/samples.parquet are not in it, the first {min(left)!r}; {remedy}"

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comp import bank, config, folds, own, samples, store
+from comp import bank, by_row, config, folds, longform, own, samples, store
 from comp.bank import PredictionSet
 from comp.config import Config, Refused
 from comp.deliver import validate
-from comp.deliver.cells import form_of, some
+from comp.deliver.cells import rules_of_cells, some
 from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
 from comp.deliver.sample import Sample, read_sample, refuse_stale
 from comp.samples import Samples
-from comp.tasks import Array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,16 +34,20 @@ def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -
     rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
     sample = read_sample(store.path(cfg.competition.raw, rules.sample), cfg.competition.id)
-    refuse_stale(sample, samples)
-    rows, answers = scored_rows(samples, name, prediction, sample.ids)
+    ids = sample.ids
+    if rules.rows is not None:
+        lines = longform.cells(rules.rows, sample.ids, samples.heads)
+        ids = list(dict.fromkeys(line.row for line in lines))
+    refuse_stale(sample, samples, ids)
+    rows, answers = scored_rows(samples, name, prediction, ids, cfg.competition.merge)
     answers = postprocessed(rows, answers)
     if own.get("write_submission"):
         made = from_own(rows, answers, sample)
     else:
-        cuts = fitted_cuts(name) if rules.form == "label" else {}
-        made = from_form(rules, samples.heads, answers, sample, cuts)
-    classes = [each for head in samples.heads for each in head.classes]
-    form = form_of(rules.form, rules.range, rules.sums_to_one, classes)
+        forms = set(rules.form.values()) if isinstance(rules.form, dict) else {rules.form}
+        cuts = fitted_cuts(name) if forms & {"label", "labels"} else {}
+        made = from_form(rules, samples.heads, answers, sample, cuts, ids)
+    form = rules_of_cells(rules, samples.heads, sample)
     with store.writing(file) as temporary:
         temporary.write_text("".join(map(validate.written, made.lines)), encoding="utf-8", newline="\n")
         validate.check(temporary.read_bytes(), store.shown(file), sample, form)
@@ -62,7 +65,7 @@ def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -
 
 
 def scored_rows(
-    samples: Samples, name: str, prediction: PredictionSet, ids: list[str]
+    samples: Samples, name: str, prediction: PredictionSet, ids: list[str], how: str = "mean"
 ) -> tuple[pd.DataFrame, Answers]:
     """One line a row of the sample, in its order."""
     keys = samples.frame["row"].to_numpy()[prediction.row]
@@ -73,18 +76,9 @@ def scored_rows(
         if len(gaps):
             where = f"{name}: row {keys[gaps[0]]!r}, output {head.name!r}"
             raise Refused(f"{where}: no prediction; {len(gaps)} of {len(keys)} rows have none")
-        answers[head.name] = merged(keys, prediction.probability(head), ids)
+        answers[head.name] = by_row.merged(keys, prediction.probability(head), ids, how)
     first = dict(zip(keys[::-1], prediction.row[::-1], strict=True))
     return samples.frame.iloc[[first[each] for each in ids]].reset_index(drop=True), answers
-
-
-def merged(keys: Any, values: Array, ids: list[str]) -> Array:
-    """Several samples of one scored row become one line: their mean. The one place that knows how."""
-    place = {each: i for i, each in enumerate(ids)}
-    at = np.array([place[key] for key in keys])
-    total = np.zeros((len(ids), values.shape[1]))
-    np.add.at(total, at, values)
-    return total / np.bincount(at, minlength=len(ids))[:, None]
 
 
 def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:

@@ -58,7 +58,9 @@ def predict(
     material: Material, weights: Path, rows: Positions, doing: str = ""
 ) -> tuple[Stored, dict[int, str]]:
     cfg, heads = material.cfg, material.samples.heads
-    module = model.load_weights(model.build(cfg, heads, pretrained=False), weights).to(material.device)
+    module = model.load_weights(model.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
+        material.device
+    )
     seen = augment.Seen(model.normalisation(cfg, module, material.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(

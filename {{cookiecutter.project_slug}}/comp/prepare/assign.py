@@ -97,6 +97,12 @@ def assign(samples: Samples, plan: knobs.Folds) -> pd.DataFrame:
         raise Refused(
             "configs/competition.yaml: folds.scheme: stratified wants classes, and the target is a number; use quantiles"
         )
+    keys = samples.frame["row"].iloc[positions]
+    if "group" not in plan.scheme and keys.duplicated().any():
+        raise Refused(
+            f"configs/competition.yaml: row: several samples make the row {keys[keys.duplicated()].iloc[0]!r}, so they must share a "
+            "fold: name a group column that holds rows together, and folds.scheme group or stratified_group"
+        )
     free = ~_locked(rows, plan)
     taught = samples.taught
     lines = []
@@ -136,9 +142,12 @@ def _labels(samples: Samples, positions: NDArray) -> Ints:
     """What to spread evenly: the classes of one target, or a column of 0 and 1 for each class of several. Numbers count by
     tenths of their range of ranks."""
     found: list[Ints] = []
+    several: list[Ints] = []
     for head in samples.heads:
         columns = samples.targets(head)[positions]
-        if head.task == "regression":
+        if head.task == "multilabel":
+            several.append((columns > 0.5).astype(np.int64))
+        elif head.task == "regression":
             found += [_tenths(column) for column in columns.T]
         elif columns.shape[1] > 1:
             found.append(columns.argmax(axis=1))
@@ -146,14 +155,17 @@ def _labels(samples: Samples, positions: NDArray) -> Ints:
             found.append(
                 np.rint(columns[:, 0]).astype(np.int64)
             )  # a soft label counts for the class it is nearer to
-    if len(found) == 1:
+    if len(found) == 1 and not several:
         return found[0]
     # Of two classes one column says all.
     widths = [int(codes.max()) + 1 for codes in found]
     return np.hstack(
         [
-            codes[:, None] == np.arange(1 if width == 2 else 0, width)
-            for codes, width in zip(found, widths, strict=True)
+            *several,
+            *(
+                codes[:, None] == np.arange(1 if width == 2 else 0, width)
+                for codes, width in zip(found, widths, strict=True)
+            ),
         ]
     ).astype(np.int64)
 

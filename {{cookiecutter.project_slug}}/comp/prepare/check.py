@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from comp import machine, metrics, own, samples, store
+from comp import longform, machine, metrics, own, samples, store
 from comp.config import Config, Refused, nearest
 from comp.knobs import Competition
 from comp.prepare import images, making, sources, tables
@@ -65,25 +65,22 @@ def check(cfg: Config) -> list[str]:
 
 def _declared(competition: Competition) -> list[str]:
     """What the config alone cannot know to be wrong."""
-    hook = own.get("metric")
-    if competition.metric == "metric":
-        return (
-            []
-            if hook
-            else [
-                "configs/competition.yaml: metric: `metric` wants a function of that name in comp/competition.py"
-            ]
-        )
-    try:
-        metric = metrics.find(competition.metric)
-    except Refused as refused:
-        return [f"configs/competition.yaml: {line}" for line in refused.lines]
-    if metric.tasks and competition.task not in metric.tasks:
-        fit = f"it scores {', '.join(metric.tasks)}; the default of {competition.task} is {TASKS[competition.task].metric}"
-        return [
-            f"configs/competition.yaml: metric: {metric.name} does not fit task: {competition.task}; {fit}"
-        ]
-    return []
+    where, faults = "configs/competition.yaml: metric", []
+    for target, task in competition.tasks.items():
+        name = competition.metric if isinstance(competition.metric, str) else competition.metric[target]
+        if name == "metric":
+            if own.get("metric") is None:
+                faults.append(f"{where}: `metric` wants a function of that name in comp/competition.py")
+            continue
+        try:
+            metric = metrics.find(name)
+        except Refused as refused:
+            faults += [f"configs/competition.yaml: {line}" for line in refused.lines]
+            continue
+        if metric.tasks and task not in metric.tasks:
+            fit = f"it scores {', '.join(metric.tasks)}; the default of {task} is {TASKS[task].metric}"
+            faults.append(f"{where}: {metric.name} does not fit task: {task}; {fit}")
+    return list(dict.fromkeys(faults))
 
 
 def _against_sample(competition: Competition, reading: Reading) -> list[str]:
@@ -94,7 +91,12 @@ def _against_sample(competition: Competition, reading: Reading) -> list[str]:
         return refused.lines
     columns = sources.columns(sample.frame)
     key = competition.id if competition.id in columns else columns[0]
-    ids = sample.frame[key].tolist()
+    ids, rules = sample.frame[key].tolist(), competition.submission
+    if rules.rows is not None:
+        try:
+            ids = list(dict.fromkeys(cell.row for cell in longform.cells(rules.rows, ids, reading.heads)))
+        except Refused as refused:
+            return refused.lines
     first: dict[str, int] = {}
     for position in np.flatnonzero(reading.frame["source"] == "test").tolist():
         first.setdefault(reading.frame["row"].iloc[position], position)
@@ -112,7 +114,7 @@ def _against_sample(competition: Competition, reading: Reading) -> list[str]:
         for row, p in first.items()
         if row not in seen
     ]
-    if own.get("write_submission") is not None:
+    if own.get("write_submission") is not None or rules.rows is not None:
         return faults
     answers = [column for column in columns if column != key]
     wanted = [
@@ -128,7 +130,10 @@ def _against_sample(competition: Competition, reading: Reading) -> list[str]:
                 )
     if competition.submission.form == "probabilities":
         faults += [
-            f"{name}:1: no column for the class {output!r}" for output in wanted if output not in answers
+            f"{name}:1: no column for the class {output!r}"
+            for head in reading.heads
+            for output in head.graded or head.outputs
+            if output not in answers
         ]
     return faults
 
@@ -136,12 +141,18 @@ def _against_sample(competition: Competition, reading: Reading) -> list[str]:
 def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
     """Every listed image exists and decodes; faults, and what is only worth knowing."""
     raw = store.path(cfg.competition.raw)
+    # A JPEG is decoded whole at any size, only less arithmetic follows: small is fast, and finds the same damage.
+    small = replace(making.of(cfg), size=32, fit="stretch")
     rows = {
         name: position
         for position in range(len(reading.frame) - 1, -1, -1)
         for name in reading.frame["images"].iloc[position]
     }
     on_disk = set(_files(raw, rows))
+    folders = {folder: (raw / folder).is_dir() for folder in {os.path.dirname(name) for name in rows}}
+    # In an archive, or several files that are channels of one picture.
+    inside = [n for n in rows if making.PLUS in n or not folders[os.path.dirname(n)]]
+    on_disk |= {name for name in inside if small.stamp(name)[0] >= 0}
     faults = []
     for source in reading.frame["source"].unique():
         mine = [n for names in reading.frame["images"][reading.frame["source"] == source] for n in names]
@@ -156,8 +167,6 @@ def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
             faults += [
                 f"{reading.where(rows[name])}: image {name}: no such file" for name in dict.fromkeys(absent)
             ]
-    # A JPEG is decoded whole at any size, only less arithmetic follows: small is fast, and finds the same damage.
-    small = replace(making.of(cfg), size=32, fit="stretch")
     looks = _looked(small, [name for name in rows if name in on_disk])
     faults += [
         f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks if look.fault
@@ -197,9 +206,8 @@ def _looked(maker: making.Making, names: Sequence[str]) -> list[Look]:
     done: dict[str, Look] = {}
     waiting = []
     for name in names:
-        status = maker.file(name).stat()
         old = known.get(name)
-        if old and (old.bytes, old.mtime) == (status.st_size, status.st_mtime_ns):
+        if old and (old.bytes, old.mtime) == maker.stamp(name):
             done[name] = old
         else:
             waiting.append(name)
@@ -222,7 +230,7 @@ def _looked(maker: making.Making, names: Sequence[str]) -> list[Look]:
 
 
 def _look(maker: making.Making, name: str) -> Look:
-    status = maker.file(name).stat()
+    size, mtime = maker.stamp(name)
     side, fault = 0, ""
     try:
         data = maker.read(name)
@@ -230,7 +238,7 @@ def _look(maker: making.Making, name: str) -> Look:
         side = _shorter_side(data)
     except images.Damaged as damaged:
         fault = damaged.reason
-    return Look(name, status.st_size, status.st_mtime_ns, side, fault)
+    return Look(name, size, mtime, side, fault)
 
 
 def _shorter_side(data: bytes) -> int:

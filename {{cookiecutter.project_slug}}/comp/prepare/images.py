@@ -32,7 +32,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from comp.prepare import formats
+from comp.prepare import arrays, containers, formats
+from comp.prepare.arrays import Damaged
 
 try:
     import simplejpeg
@@ -42,7 +43,7 @@ except ImportError:  # as on Kaggle; Pillow gives the same pixels and takes a fi
 Pixels = NDArray[np.uint8]
 Fit = Literal["stretch", "cover", "contain"]
 
-DECODER = f"1, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
+DECODER = f"2, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
 # Named here, Pillow imports nothing else at the first picture of some thread, and opens nothing that can run a program.
 PLUGINS = (
@@ -59,6 +60,7 @@ KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 # A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times that. With less to
 # spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, instead of 0.3.
 SCALES = {1: 0.0, 2: 1.33, 4: 2.0, 8: 2.5}
+NO_NUMBERS = arrays.Numbers()
 HOOK = "say how in load_image of comp/competition.py"
 
 cv2.setNumThreads(0)  # many pictures at a time, each by one thread
@@ -66,18 +68,6 @@ Image.MAX_IMAGE_PIXELS = None  # _refuse_size is stricter about what it says and
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # what Photoshop writes beside the pixels is no reason to refuse them
 warnings.filterwarnings("ignore", module="PIL")  # about palettes and metadata, once a picture
 assert not ImageFile.LOAD_TRUNCATED_IMAGES
-
-
-class Damaged(Exception):
-    """An image file that gives no whole picture: truncated, empty, foreign or absurdly large."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[Damaged], tuple[str, str]]:
-        return Damaged, (self.name, self.reason)
 
 
 class _Decoded(NamedTuple):
@@ -95,6 +85,12 @@ def read(file: Path | str, name: str) -> bytes:
     try:
         with open(file, "rb") as opened:
             return opened.read()
+    except NotADirectoryError:  # a member of an archive
+        pass
+    except OSError as error:
+        raise Damaged(name, (error.strerror or str(error)).lower()) from None
+    try:
+        return containers.read(Path(file))
     except OSError as error:
         raise Damaged(name, (error.strerror or str(error)).lower()) from None
 
@@ -108,13 +104,22 @@ def shape(file: Path) -> tuple[int, int] | None:
         return None
 
 
-def decode(data: bytes, size: int | None, fit: Fit, channels: int, name: str) -> Pixels:
+def decode(
+    data: bytes,
+    size: int | None,
+    fit: Fit,
+    channels: int,
+    name: str,
+    numbers: arrays.Numbers = NO_NUMBERS,
+) -> Pixels:
     """(height, width, channels). size None is the full picture; stretch: (size, size); cover: the shorter side is size;
     contain: the longer side is size, and black around it makes a square."""
     if not data:
         raise Damaged(name, "empty, no bytes")
     header = formats.jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
-    if header is not None:
+    if numeric := arrays.planes(data, channels, numbers, name):
+        made = _Decoded(numeric[0], *numeric[0].shape[:2])
+    elif header is not None:
         made = _jpeg(data, header, size, fit, channels, name)
     elif reason := formats.cut(data):
         raise Damaged(name, reason)
@@ -159,8 +164,12 @@ def _resized(made: _Decoded, height: int, width: int) -> Pixels:
         # The last row and column may stand for fewer than `scale` of the file's. Given factors instead of a size, OpenCV
         # takes exactly the file's share of them, and may add one more line of what is left.
         down, across = low * made.scale / made.height, narrow * made.scale / made.width
-        smaller = cv2.resize(picture, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)[:low, :narrow]
-        picture = smaller.astype(np.uint8, copy=False).reshape(low, narrow, channels)
+        parts = [
+            cv2.resize(picture[:, :, at : at + 4], None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
+            for at in range(0, channels, 4)  # OpenCV knows four at most
+        ]
+        kept = [part[:low, :narrow].reshape(low, narrow, -1) for part in parts]
+        picture = (kept[0] if len(kept) == 1 else np.concatenate(kept, axis=2)).astype(np.uint8, copy=False)
     if (low, narrow) != (height, width):
         planes = [Image.fromarray(picture[:, :, channel]) for channel in range(channels)]
         larger = [plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
@@ -247,6 +256,10 @@ def _uint8(image: Image.Image, channels: int, name: str) -> Pixels:
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     if channels == 3:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    if channels == 4:
+        return np.asarray(image.convert("RGBA"))
+    if channels != 1:
+        raise Damaged(name, f"has {len(image.getbands())} channels, and data.channels wants {channels}")
     grey = image if image.mode in ("1", "L", "LA", "La") else image.convert("RGB")
     return np.asarray(grey.convert("L"))[:, :, None]
 

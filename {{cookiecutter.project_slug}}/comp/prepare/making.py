@@ -16,8 +16,11 @@ import numpy as np
 
 from comp import own, store
 from comp.config import Config, Refused
-from comp.prepare import images
-from comp.prepare.images import Damaged, Fit, Pixels
+from comp.prepare import containers, images
+from comp.prepare.arrays import Damaged, Numbers
+from comp.prepare.images import Fit, Pixels
+
+PLUS = "+"  # between files that are channels of one picture
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,22 @@ class Making:
     size: int
     fit: Fit
     channels: int
+    numbers: Numbers = images.NO_NUMBERS
 
     @cached_property
     def key(self) -> str:
         """Names the folder of a cache: what gives other pixels has another one."""
         hook = own.get("load_image")
         return store.digest(
-            [self.raw, self.size, self.fit, self.channels, images.DECODER, _source(hook) if hook else None]
+            [
+                self.raw,
+                self.size,
+                self.fit,
+                self.channels,
+                list(self.numbers),
+                images.DECODER,
+                _source(hook) if hook else None,
+            ]
         )
 
     @property
@@ -49,23 +61,29 @@ class Making:
         return Path(self.folder, name)
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Size and mtime: what tells that a file is still the same. -1 where there is none."""
+        """Size and mtime: what tells that a file, or a member of an archive, is still the same. -1 where there is none."""
         try:
             status = os.stat(f"{self.folder}/{name}")
         except OSError:
-            return -1, -1
+            return self._stamp_inside(name)
         return status.st_size, status.st_mtime_ns
 
+    def _stamp_inside(self, name: str) -> tuple[int, int]:
+        parts = [containers.stat(self.file(part)) for part in name.split(PLUS)]
+        there = [part for part in parts if part is not None]
+        if len(there) < len(parts):
+            return -1, -1
+        return sum(size for size, _ in there), max(mtime for _, mtime in there)
+
     def read(self, name: str) -> bytes:
-        return images.read(self.file(name), name)
+        """Of a stack `red.png+green.png` the bytes of all parts, one after the other."""
+        return b"".join(images.read(self.file(part), part) for part in name.split(PLUS))
 
     def picture(self, name: str, data: bytes | None = None) -> Pixels:
         """`data`: the bytes of the file where they are already read."""
         hook = own.get("load_image")
         if hook is None:
-            return images.decode(
-                self.read(name) if data is None else data, self.size, self.fit, self.channels, name
-            )
+            return self._decoded(name, self.size, data)
         try:
             made = hook({"image": name, "file": self.file(name)}, self.decode)
         except (Damaged, Refused):
@@ -91,13 +109,31 @@ class Making:
 
     def decode(self, name: str, full: bool = False) -> Pixels:
         """What load_image is handed: a picture as it would be without the hook, or at its full size."""
-        return images.decode(self.read(name), None if full else self.size, self.fit, self.channels, name)
+        return self._decoded(name, None if full else self.size)
+
+    def _decoded(self, name: str, size: int | None, data: bytes | None = None) -> Pixels:
+        parts = name.split(PLUS)
+        if len(parts) == 1:
+            data = self.read(name) if data is None else data
+            return images.decode(data, size, self.fit, self.channels, name, self.numbers)
+        each, rest = divmod(self.channels, len(parts))
+        if rest or not each:
+            raise Damaged(name, f"{len(parts)} files cannot be {self.channels} channels (data.channels)")
+        planes = [
+            images.decode(images.read(self.file(part), part), size, self.fit, each, part, self.numbers)
+            for part in parts
+        ]
+        if len({plane.shape for plane in planes}) > 1:
+            raise Damaged(name, "its files differ in size, so they cannot be channels of one picture")
+        return np.concatenate(planes, axis=2)
 
 
 def of(cfg: Config) -> Making:
-    return Making(
-        cfg.competition.raw, round(cfg.data.size * cfg.data.margin), cfg.data.fit, cfg.data.channels
-    )
+    pixels = cfg.competition.pixels
+    low, high = (pixels.range if pixels else None) or (None, None)
+    numbers = Numbers(low, high, tuple((pixels.shape if pixels else None) or ()))
+    size = round(cfg.data.size * cfg.data.margin)
+    return Making(cfg.competition.raw, size, cfg.data.fit, cfg.data.channels, numbers)
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:

@@ -5,22 +5,22 @@ An id of 00042 must stay 00042, so no reader guesses a type. What a column means
 
 from __future__ import annotations
 
-import csv
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from comp import own, store
 from comp.config import Refused, nearest
 from comp.knobs import Competition, Table
+from comp.prepare import containers, layouts, texts
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Source:
     @cached_property
     def _lines(self) -> list[int]:
         """The line each row begins on: rows with quoted line breaks and blank lines shift all that follow."""
-        return [line for line, _ in _records(self.file)][1:]
+        return [line for line, _ in texts.lines(self.file)][1:]
 
     def where(self, position: int) -> str:
+        if layouts.FILE in self.frame:
+            return str(self.frame[layouts.FILE].iloc[position])
         if self.file.suffix in (".csv", ".tsv"):
             return f"{store.shown(self.file)}:{self._lines[position]}"
         return f"{store.shown(self.file)}: row {position}"
@@ -63,30 +65,90 @@ def load(competition: Competition) -> Rows:
     hook = own.get("read_samples")
     if hook is not None:
         return _own_rows(hook(raw), competition)
-    tables = {"train": competition.train, "test": competition.test}
-    sources = {name: read(raw / table.table) for name, table in tables.items()}
-    problems = [
-        line for name, source in sources.items() for line in _absent(name, source, tables[name], competition)
-    ]
+    tables = [("train", competition.train), ("test", competition.test)]
+    tables += [("extra", table) for table in competition.extra]
+    opened = [(name, table, _source(raw, table)) for name, table in tables]
+    problems = [line for name, table, source in opened for line in _absent(name, source, table, competition)]
     if problems:
         raise Refused(*problems)
-    parts = []
-    for name, source in sources.items():
-        ids = source.frame[competition.id]
-        images = [[path] for path in paths(source, tables[name].image)]
-        parts.append(pd.DataFrame({"id": ids, "images": images, "source": name, "row": ids, "weight": 1.0}))
-    split = len(parts[0])
-    train, test = sources.values()
-    return Rows(
-        pd.concat(parts, ignore_index=True),
-        pd.concat([train.frame, test.frame], ignore_index=True),
-        {name: columns(source.frame) for name, source in sources.items()},
-        lambda position: train.where(position) if position < split else test.where(position - split),
-    )
+    globs = layouts.Globs(raw)
+    parts = [_samples(*each, competition, globs) for each in opened]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def where(position: int) -> str:
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        return opened[number][2].where(position - int(starts[number]))
+
+    has = {name: columns(source.frame) for name, _, source in opened[:2]}
+    samples = pd.concat(parts, ignore_index=True)
+    raw_columns = pd.concat([source.frame for _, _, source in opened], ignore_index=True)
+    rows = Rows(samples, raw_columns, has, where)
+    return _gathered(rows) if competition.gather else rows
+
+
+def _source(raw: Path, table: Table) -> Source:
+    if table.files is not None:
+        return Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
+    assert table.table is not None
+    return read(raw / table.table)
+
+
+def _samples(
+    name: str, table: Table, source: Source, competition: Competition, globs: layouts.Globs
+) -> pd.DataFrame:
+    """id, images, source, row, weight of one table."""
+    import pandas as pd
+
+    ids = _ids(source, table.id or competition.id)
+    images = [[path] for path in source.frame[layouts.FILE]] if table.image is None else []
+    for template in table.image or []:
+        found = paths(source, template)
+        several = (
+            [globs.matches(path) or [path] for path in found] if "*" in template else [[p] for p in found]
+        )
+        images = [a + b for a, b in zip(images, several, strict=True)] if images else several
+    frame = pd.DataFrame({"id": ids, "images": images, "source": name, "row": ids, "weight": 1.0})
+    if competition.row and not _lacking(source, [competition.row]):
+        frame["row"] = _ids(source, competition.row)
+    if competition.weight and competition.weight in source.frame:
+        weight = pd.to_numeric(source.frame[competition.weight], errors="coerce")
+        wrong = np.flatnonzero(~(weight.fillna(-1) >= 0).to_numpy())
+        if len(wrong):
+            given = source.frame[competition.weight].iloc[wrong[0]]
+            raise Refused(f"{source.where(int(wrong[0]))}: the weight {given!r} is no number from 0 up")
+        frame["weight"] = weight.astype("float64")
+    return frame
+
+
+def _ids(source: Source, name: str) -> pd.Series:
+    """A column, or a template like `{patient}_{side}`."""
+    import pandas as pd
+
+    if "{" not in name:
+        return source.frame[name]
+    return pd.Series(paths(source, name), index=source.frame.index, dtype=object)
+
+
+def _gathered(rows: Rows) -> Rows:
+    """Rows of one id are one sample with several images; what else they say must be the same, or the first one counts."""
+    keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
+    codes, first = keys.factorize()
+    images: list[list[str]] = [[] for _ in first]
+    for code, more in zip(codes, rows.samples["images"], strict=True):
+        images[code] += more
+    kept = np.flatnonzero(~keys.duplicated().to_numpy())
+    samples = rows.samples.iloc[kept].reset_index(drop=True)
+    samples["images"] = images
+    columns = rows.columns.iloc[kept].reset_index(drop=True)
+    return Rows(samples, columns, rows.has, lambda position: rows.where(int(kept[position])))
 
 
 def read(file: Path) -> Source:
-    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".pq": _parquet}
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": texts.csv_frame, ".tsv": texts.csv_frame, ".parquet": texts.parquet_frame, ".pq": texts.parquet_frame, ".bson": layouts.bson_frame,
+        ".json": layouts.json_frame, ".jsonl": layouts.json_frame, ".ndjson": layouts.json_frame,
+    }  # fmt: skip
+    file = _out_of_archive(file, list(readers))
     if not file.is_file():
         beside = (
             [f.name for f in file.parent.glob("*") if f.suffix in readers] if file.parent.is_dir() else []
@@ -98,11 +160,30 @@ def read(file: Path) -> Source:
             f"{store.shown(file)}: a table ends in {', '.join(readers)}; other kinds: read_samples in comp/competition.py"
         )
     if file.stat().st_size > 20_000_000:
-        print(f"reading {store.shown(file)}, {store.readable(file.stat().st_size)} …")
+        print(f"reading {store.shown(file)}, {store.readable(file.stat().st_size)} …", flush=True)
     frame = readers[file.suffix](file)
     if not len(frame):
         raise Refused(f"{store.shown(file)}: holds no rows")
     return Source(file, frame)
+
+
+def _out_of_archive(file: Path, suffixes: list[str]) -> Path:
+    """`train.zip/train.csv`, or `train.csv.zip` with one table in it: unpacked once, read like any other."""
+    if file.is_file() and file.suffix not in suffixes and containers.holds(file):
+        inside = [name for name in containers.members(file) if Path(name).suffix in suffixes]
+        if len(inside) != 1:
+            raise Refused(
+                f"{store.shown(file)}: holds {len(inside)} tables; name one, like {file.name}/train.csv"
+            )
+        file = file / inside[0]
+    found = None if file.exists() else containers.stat(file)
+    if found is None:
+        return file
+    place = store.path("data", "unpacked", store.digest([str(file), *found]), file.name)
+    if not place.exists():
+        with store.writing(place) as temporary:
+            temporary.write_bytes(containers.read(file))
+    return place
 
 
 def columns(frame: pd.DataFrame) -> list[str]:
@@ -157,12 +238,16 @@ def fields(template: str) -> Iterator[tuple[str, str | None, int | slice | None]
 def _absent(name: str, source: Source, table: Table, competition: Competition) -> list[str]:
     """One line for each declared column that the table does not have."""
     wanted = {
-        "id": [competition.id],
-        f"{name}.image": [c for _, c, _ in fields(table.image) if c is not None],
+        f"{name}.id" if table.id else "id": _names_in(table.id or competition.id),
+        f"{name}.image": [c for template in table.image or [] for c in _names_in(template, bare=False)],
     }
+    if name == "test" and competition.row:
+        wanted["row"] = _names_in(competition.row)
+    if name != "test":
+        wanted["target"] = competition.targets
     if name == "train":
-        single = {"group": competition.group, "time": competition.time}
-        wanted |= {"target": competition.target, "metadata": competition.metadata}
+        single = {"group": competition.group, "time": competition.time, "weight": competition.weight}
+        wanted["metadata"] = competition.metadata
         wanted |= {key: [column] for key, column in single.items() if column}
     there = columns(source.frame)
     file = store.shown(source.file)
@@ -174,6 +259,17 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
     ]
 
 
+def _names_in(template: str, bare: bool = True) -> list[str]:
+    """The columns of a template; without braces it is a column itself, where that may be."""
+    named = [c for _, c, _ in fields(template) if c is not None]
+    return named or ([template] if bare and "{" not in template else [])
+
+
+def _lacking(source: Source, templates: list[str]) -> list[str]:
+    there = columns(source.frame)
+    return [c for template in templates for c in _names_in(template) if c not in there]
+
+
 def _own_rows(frame: Any, competition: Competition) -> Rows:
     import pandas as pd
 
@@ -182,7 +278,7 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
         raise Refused(f"{said} must return a DataFrame, not {type(frame).__name__}")
     frame = frame.reset_index(drop=True)
     singles = [name for name in (competition.group, competition.time) if name]
-    for column in [competition.id, "images", "source", *competition.target, *singles, *competition.metadata]:
+    for column in [competition.id, "images", "source", *competition.targets, *singles, *competition.metadata]:
         if column not in frame:
             raise Refused(
                 f"{said} returns no column {column!r}; the nearest is {nearest(column, columns(frame))[0]!r}"
@@ -193,7 +289,7 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
     images = [[value] if isinstance(value, str) else list(value) for value in frame["images"]]
     text = pd.DataFrame(
         {
-            name: _text(frame[name])
+            name: texts.as_text(frame[name])
             for name in columns(frame)
             if name not in ("images", "source", "weight", "row")
         }
@@ -201,102 +297,10 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
     samples = pd.DataFrame(
         {"id": text[competition.id], "images": images, "source": frame["source"].astype(str)}
     )
-    samples["row"] = _text(frame["row"]) if "row" in frame else samples["id"]
+    samples["row"] = texts.as_text(frame["row"]) if "row" in frame else samples["id"]
     samples["weight"] = frame["weight"].astype("float64") if "weight" in frame else 1.0
     has = {
         source: [c for c in columns(text) if text[c][samples["source"] == source].notna().any()]
         for source in ("train", "test")
     }
     return Rows(samples, text, has, lambda position: f"{said}: row {position}")
-
-
-def _text(values: pd.Series) -> pd.Series:
-    """Numbers as people write them: a whole number that pandas holds as 3.0, because another row is missing, is 3."""
-    import pandas as pd
-
-    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
-        values = values.astype("Int64")
-    return values.astype(object).map(str, na_action="ignore")
-
-
-def _parquet(file: Path) -> pd.DataFrame:
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise Refused(
-            f"{store.shown(file)}: cannot be read as parquet ({str(error).splitlines()[0]})"
-        ) from None
-    frame = table.to_pandas()
-    return pd.DataFrame({str(name): _text(frame[name]) for name in frame})
-
-
-def _csv(file: Path) -> pd.DataFrame:
-    import pyarrow as pa
-    from pyarrow import csv as arrow
-
-    header = _header(file)
-    try:
-        # Arrow is strict about the number of fields and never guesses; pandas fills short rows silently.
-        table: pa.Table = arrow.read_csv(
-            file,
-            parse_options=arrow.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True),
-            convert_options=arrow.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise Refused(
-            _broken(file, len(header)) or f"{store.shown(file)}: {str(error).splitlines()[0]}"
-        ) from None
-    return table.to_pandas()
-
-
-def _header(file: Path) -> list[str]:
-    for _, header in _records(file):
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise Refused(f"{store.shown(file)}:1: the column {twice[0]!r} stands there twice")
-        return header
-    raise Refused(f"{store.shown(file)}: empty, not even a line of column names")
-
-
-def _broken(file: Path, width: int) -> str | None:
-    for line, fields in _records(file):
-        if len(fields) != width:
-            return f"{store.shown(file)}:{line}: {len(fields)} fields, where the first line names {width} columns"
-    return None
-
-
-def _records(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line it begins on, fields), slow and exact: for the header and for telling where a fault is."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # outlines and masks make long fields
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.reader(opened, delimiter=_delimiter(file), strict=True)
-            begins = 1
-            for fields in reader:
-                if fields:
-                    yield begins, fields
-                begins = reader.line_num + 1
-    except UnicodeDecodeError:
-        with file.open("rb") as bytes_:
-            line = next(i for i, text in enumerate(bytes_, 1) if not _decodes(text))
-        raise Refused(f"{store.shown(file)}:{line}: is not UTF-8 text; save the table as UTF-8") from None
-    except csv.Error as error:
-        raise Refused(f"{store.shown(file)}:{begins}: the row that begins here is broken ({error})") from None
-
-
-def _decodes(text: bytes) -> bool:
-    try:
-        text.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _delimiter(file: Path) -> str:
-    return "\t" if file.suffix == ".tsv" else ","

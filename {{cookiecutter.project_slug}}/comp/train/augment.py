@@ -175,7 +175,15 @@ def centred(picture: Picture, size: int) -> Picture:
     scale = size / min(height, width)
     if scale != 1:
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-        wide = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        channels = picture.shape[2] if picture.ndim == 3 else 1
+        parts = [
+            cv2.resize(picture.reshape(height, width, -1)[:, :, at : at + 4], shape, interpolation=how)
+            for at in range(0, channels, 4)  # OpenCV knows four at most
+        ]
+        wide = (
+            parts[0] if len(parts) == 1 else np.concatenate([p.reshape(*shape[::-1], -1) for p in parts], 2)
+        )
         picture = wide.astype(np.uint8, copy=False)
         height, width = picture.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2

@@ -15,7 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from comp.config import Config
 from comp.prepare import cache
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
-from comp.train import augment
+from comp.train import augment, beside
 from comp.train.draws import mixed
 
 AHEAD = 4  # batches that each worker has ready
@@ -45,15 +45,19 @@ class Draw(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     samples: Positions
-    pictures: torch.Tensor  # (batch, height, width, channels), uint8
-    seeds: NDArray[np.int64] | None
+    pictures: torch.Tensor  # (images, height, width, channels), uint8
+    seeds: NDArray[np.int64] | None  # one an image
     damaged: dict[int, str]  # sample -> reason; their pictures are black
+    owner: torch.Tensor | None = (
+        None  # (images,) which of `samples` each belongs to; None: one image a sample
+    )
 
     def pin_memory(self) -> Batch:
-        return Batch(self.samples, self.pictures.pin_memory(), self.seeds, self.damaged)
+        return replace(self, pictures=self.pictures.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.samples, self.pictures.to(device, non_blocking=True), self.seeds, self.damaged)
+        owner = None if self.owner is None else self.owner.to(device, non_blocking=True)
+        return replace(self, pictures=self.pictures.to(device, non_blocking=True), owner=owner)
 
 
 Plan = Iterable[list[Draw]]
@@ -81,40 +85,68 @@ def plain_batches(rows: Positions, size: int) -> Iterator[list[Draw]]:
         yield [Draw(row, None) for row in rows[start : start + size].tolist()]
 
 
-class Pictures(Dataset[Any]):
-    """Every sample's picture, decoded to size by the cache or on the fly: the same pixels either way."""
+Loaded = tuple[Draw, list[augment.Picture | None], str]
 
-    def __init__(self, cfg: Config, images: cache.Images, image_of_sample: NDArray[np.int64]):
+
+class Pictures(Dataset[Any]):
+    """Every sample's pictures, decoded to size by the cache or on the fly: the same pixels either way."""
+
+    def __init__(
+        self, cfg: Config, images: cache.Images, listed: NDArray[np.int64], start: NDArray[np.int64]
+    ):
         self.size = cfg.data.size
         self.images = images
-        self.image_of_sample = image_of_sample
+        self.listed, self.start = listed, start  # images of sample s: listed[start[s] : start[s + 1]]
+        self.image_of_sample = listed[start[:-1]]  # its first
         self.augment = augment.Augment(augment.named(cfg), self.size)
 
-    def __getitem__(self, draw: Draw) -> tuple[Draw, augment.Picture | None, str]:
-        try:
-            picture = self.images[int(self.image_of_sample[draw.sample])]
-        except Damaged as damaged:
-            # An exception would lose its type on the way out of a loader process; the reader decides what it means.
-            return draw, None, str(damaged)
-        seen = augment.centred(picture, self.size) if draw.seed is None else self.augment(picture, draw.seed)
-        return draw, seen, ""
+    def __getitem__(self, draw: Draw) -> Loaded:
+        seen: list[augment.Picture | None] = []
+        reason = ""
+        for number, image in enumerate(
+            self.listed[self.start[draw.sample] : self.start[draw.sample + 1]].tolist()
+        ):
+            try:
+                picture = self.images[image]
+            except Damaged as damaged:
+                # An exception would lose its type on the way out of a loader process; the reader decides what it means.
+                reason = str(damaged)
+                seen.append(None)
+                continue
+            seed = image_seed(draw.seed, number)
+            seen.append(augment.centred(picture, self.size) if seed is None else self.augment(picture, seed))
+        return draw, seen, reason
 
     def batch(self, draws: list[Draw]) -> Batch:
         return stacked([self[draw] for draw in draws])
 
 
-def stacked(items: Sequence[tuple[Draw, augment.Picture | None, str]]) -> Batch:
-    shape = next((p.shape for _, p, _ in items if p is not None), (1, 1, 1))
-    pictures = np.zeros((len(items), *shape), np.uint8)
-    for place, (_, picture, _) in zip(pictures, items, strict=True):
+def image_seed(seed: int | None, number: int) -> int | None:
+    """The images of a sample are augmented each in its own way."""
+    return seed if seed is None or number == 0 else mixed(seed, number)
+
+
+def stacked(items: Sequence[Loaded]) -> Batch:
+    seen = [
+        (place, number, picture)
+        for place, (_, pictures, _) in enumerate(items)
+        for number, picture in enumerate(pictures)
+    ]
+    shape = next((p.shape for _, _, p in seen if p is not None), (1, 1, 1))
+    pictures = np.zeros((len(seen), *shape), np.uint8)
+    for into, (_, _, picture) in zip(pictures, seen, strict=True):
         if picture is not None:
-            place[...] = picture
+            into[...] = picture
     draws = [draw for draw, _, _ in items]
+    seeds = None
+    if draws[0].seed is not None:
+        seeds = np.array([image_seed(draws[place].seed, number) for place, number, _ in seen], np.int64)
     return Batch(
         np.array([draw.sample for draw in draws], np.int64),
         torch.from_numpy(pictures),
-        None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64),
+        seeds,
         {draw.sample: reason for draw, _, reason in items if reason},
+        torch.tensor([place for place, _, _ in seen]) if len(seen) > len(items) else None,
     )
 
 
@@ -122,15 +154,22 @@ class Feed:
     """The loader of a process. Workers stay alive over epochs and folds; the plan says what they read next."""
 
     def __init__(self, cfg: Config, samples: Samples, device: torch.device):
-        paths = samples.frame["images"]
-        several = np.flatnonzero(paths.map(len).to_numpy() != 1)
-        assert not len(several), f"sample {samples.frame['id'].iloc[several[0]]} has several images"
-        codes, unique = paths.map(lambda images: images[0]).factorize()
-        self.pictures = Pictures(
-            cfg, cache.open_images(cfg, list(unique), cfg.machine.progress), codes.astype(np.int64)
-        )
+        paths = samples.frame["images"].map(lambda images: images[: cfg.data.images])
+        start = np.concatenate([[0], np.cumsum(paths.map(len).to_numpy())]).astype(np.int64)
+        codes, unique = paths.explode().factorize()
+        images = cache.open_images(cfg, list(unique), cfg.machine.progress)
+        self.pictures = Pictures(cfg, images, codes.astype(np.int64), start)
+        self.several = len(codes) > len(paths)
+        self.metadata = beside.encoded(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
         self.resident = _Resident(self.pictures, device, cfg.machine.resident * 10**6)
+
+    def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the network takes beside the pictures: whose they are, and the metadata of the samples."""
+        out = {} if batch.owner is None else {"owner": batch.owner.to(self.device)}
+        if self.metadata is not None:
+            out["metadata"] = self.metadata[torch.from_numpy(batch.samples).to(self.device)]
+        return out
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         """Batches on their way to the device, one copied ahead of the one in use."""
@@ -223,7 +262,11 @@ class _Resident:
     def __init__(self, pictures: Pictures, device: torch.device, room: int):
         side = pictures.size
         size = len(pictures.images) * side * side * 3
-        self.possible = not pictures.augment.steps and size <= room
+        self.possible = (
+            not pictures.augment.steps
+            and size <= room
+            and len(pictures.listed) == len(pictures.image_of_sample)
+        )
         self.pictures, self.device = pictures, device
         self.damaged: dict[int, str] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -40,10 +40,11 @@ def outputs_of(
     out: list[Tensor] = []
     for batch in feed.batches(plain_batches(rows, batch_size)):
         damaged |= batch.damaged
+        extras = feed.extras(batch)
         pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
         with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
             # Decoded once: the views turn the uint8 batch.
-            out.append(torch.stack([fitting(seen(view(pictures))).float() for view in views]).cpu())
+            out.append(torch.stack([fitting(seen(view(pictures)), extras).float() for view in views]).cpu())
         on_batch(len(batch.samples))
     return torch.cat(out, dim=1).numpy(), damaged
 
@@ -54,7 +55,10 @@ class Fitting:
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size = module, size
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, pictures: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        if extras:  # several images of a sample, or metadata: they cannot be parted picture by picture
+            out: Tensor = self.module(pictures, **extras)
+            return out
         while True:
             try:
                 return torch.cat([self.module(part) for part in pictures.split(self.size)])

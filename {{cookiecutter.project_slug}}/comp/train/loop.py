@@ -74,7 +74,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
-    module = model.build(cfg, heads, cfg.model.pretrained).to(device)
+    module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
     seen = augment.Seen(model.normalisation(cfg, module, device), augment.named(cfg))
     criterion = losses.total(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
@@ -128,7 +128,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                 clock.lap("colour and normalising")
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
-                    output = module(pictures)  # (batch, outputs of all heads)
+                    output = module(pictures, **material.feed.extras(batch))  # (batch, outputs of all heads)
                 loss = (criterion(output, truth) * weight[batch.samples]).mean() / accumulate
                 clock.lap("forward")
                 scaler.scale(loss).backward()

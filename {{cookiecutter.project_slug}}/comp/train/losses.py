@@ -22,6 +22,14 @@ def cross_entropy(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(output, target, reduction="none", label_smoothing=smoothing)
 
 
+def kl(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """How far the answer is from a share for each class: cross entropy less what no model can get rid of."""
+    if target.ndim == 1:
+        target = F.one_hot(target, output.shape[1]).to(output.dtype)
+    target = target * (1 - smoothing) + smoothing / output.shape[1]
+    return F.kl_div(F.log_softmax(output, 1), target, reduction="none").sum(1)
+
+
 def bce(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
     target = target.view_as(output) * (1 - smoothing) + 0.5 * smoothing
     return F.binary_cross_entropy_with_logits(output, target, reduction="none").mean(1)
@@ -45,7 +53,7 @@ def cumulative(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(output, above, reduction="none").sum(1)
 
 
-LOSSES = {loss.__name__: loss for loss in (cross_entropy, bce, mse, l1, huber, cumulative)}
+LOSSES = {loss.__name__: loss for loss in (cross_entropy, kl, bce, mse, l1, huber, cumulative)}
 
 
 def total(cfg: Config, heads: tuple[Head, ...]) -> Total:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from comp import own, store
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head
+
+if TYPE_CHECKING:
+    from comp.train.data import Feed
+
+BESIDE = 32  # what the metadata is brought to before it joins the image
 
 
 def outputs(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
@@ -37,14 +42,60 @@ def loss_name(cfg: Config, head: Head) -> str:
     return name
 
 
-def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool) -> nn.Module:
-    """Inference passes pretrained=False: there may be no internet, and our own weights follow."""
+def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None = None) -> nn.Module:
+    """Inference passes pretrained=False: there may be no internet, and our own weights follow. A feed whose samples have
+    several images, or metadata beside them, wants them joined before the last layer."""
     total = sum(outputs(cfg, heads))
+    width = 0 if feed is None or feed.metadata is None else int(feed.metadata.shape[1])
+    several = feed is not None and feed.several
     if (make := own.get("model")) is not None:
+        if width:
+            raise Refused(
+                "model.metadata: true has no effect on model(cfg, outputs) of comp/competition.py; set it to false"
+            )
         module = make(cfg, total)
         assert isinstance(module, nn.Module)
-        return module
-    return _from_timm(cfg, total, pretrained)
+        return Joined(module, cfg.model.pool) if several else module
+    if not several and not width:
+        return _from_timm(cfg, total, pretrained)
+    backbone = _from_timm(cfg, 0, pretrained)
+    return Joined(
+        backbone,
+        cfg.model.pool,
+        _width(backbone),
+        width,
+        total,
+    )
+
+
+def _width(backbone: nn.Module) -> int:
+    """Features before the last layer; some of timm's widen them after pooling."""
+    found = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features", None)
+    assert isinstance(found, int)
+    return found
+
+
+class Joined(nn.Module):
+    """Features of several images of a sample become one, the metadata of the sample stands beside them, then the last layer."""
+
+    def __init__(self, backbone: nn.Module, pool: str, features: int = 0, metadata: int = 0, total: int = 0):
+        super().__init__()
+        self.backbone = backbone
+        self.pool = {"mean": "mean", "max": "amax"}[pool]
+        self.beside = nn.Sequential(nn.Linear(metadata, BESIDE), nn.SiLU()) if metadata else None
+        self.last = nn.Linear(features + (BESIDE if metadata else 0), total) if total else nn.Identity()
+        self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
+
+    def forward(
+        self, pictures: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None
+    ) -> Tensor:
+        x = self.backbone(pictures)  # (images, features)
+        if owner is not None:
+            into = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
+            x = into.index_reduce(0, owner, x, self.pool, include_self=False)
+        if self.beside is not None:
+            x = torch.cat([x, self.beside(metadata)], 1)
+        return self.last(x)
 
 
 def size(cfg: Config, heads: tuple[Head, ...]) -> int:
@@ -91,8 +142,8 @@ def normalisation(cfg: Config, module: nn.Module, device: torch.device) -> tuple
     made_for = getattr(module, "pretrained_cfg", {})
     mean = torch.tensor(made_for.get("mean", (0.5, 0.5, 0.5)), device=device)
     std = torch.tensor(made_for.get("std", (0.5, 0.5, 0.5)), device=device)
-    if cfg.data.channels == 1:
-        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    if cfg.data.channels != len(mean):  # grey, or more than a camera has
+        mean, std = (value.mean(0, keepdim=True).repeat(cfg.data.channels) for value in (mean, std))
     return 255 * mean[:, None, None], 255 * std[:, None, None]
 
 

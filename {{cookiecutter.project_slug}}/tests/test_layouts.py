@@ -1,0 +1,461 @@
+"""Competitions as they are laid out in reality, by declaration alone: tables of every kind, images inside other files, rows
+of several images, several labels and several lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import config
+from PIL import Image
+
+from comp import bank, folds, predictions, samples, score, store
+from comp.config import Refused
+from comp.deliver import submission
+from comp.prepare import assign, cache, check, containers, images, making, tables
+from comp.prepare.images import Damaged
+
+TINY = (
+    "base: base\ndata: {size: 16}\naugment: {recipe: none}\nmodel: {name: test_resnet, pretrained: false}\n"
+)
+TINY += (
+    "train: {epochs: 1, batch_size: 4}\nschedule: {warmup: 0}\nmachine: {workers: 0}\ntrack: {mode: none}\n"
+)
+
+
+def picture(level: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, (level, 255 - level, 40)).save(out, kind)
+    return out.getvalue()
+
+
+def declare(root: Path, **changes: Any) -> None:
+    simple: dict[str, Any] = {
+        "slug": "x", "title": "x", "raw": "data/raw",
+        "train": {"table": "train.csv", "image": "train/{id}.png"},
+        "test": {"table": "sample.csv", "image": "test/{id}.png"},
+        "id": "id", "target": "label", "task": "multiclass", "metric": "accuracy",
+        "folds": {"scheme": "stratified", "k": 2, "seed": 0},
+        "submission": {"sample": "sample.csv", "form": "label"},
+    }  # fmt: skip
+    (root / "configs" / "competition.yaml").write_text(yaml.safe_dump(simple | changes))
+    (root / "configs" / "exp001.yaml").write_text(TINY)
+
+
+def put(root: Path, name: str, data: bytes | str) -> None:
+    file = root / "data" / "raw" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def prepared() -> samples.Samples:
+    tables.prepare(config(experiment="base"))
+    return samples.load()
+
+
+def refused() -> str:
+    with pytest.raises(Refused) as found:
+        prepared()
+    return "\n".join(found.value.lines)
+
+
+def opened(table: samples.Samples) -> cache.Images:
+    return cache.open_images(config(), [p for each in table.frame["images"] for p in each], progress=False)
+
+
+# --- no table, json, archives --------------------------------------------------------------------------------------------
+
+
+def test_files_are_the_rows_and_their_paths_the_labels(empty: Path) -> None:
+    for i, label in enumerate(["cat", "dog", "cat"]):
+        put(empty, f"train/{label}.{i}.png", picture(i))
+        put(empty, f"test/{i}.png", picture(i))
+    put(empty, "sample.csv", "id,label\n0,cat\n1,cat\n2,cat\n")
+    declare(empty, train={"files": "train/{label:cat|dog}.{number}.png"}, test={"files": "test/{id}.png"})
+    table = prepared()
+    assert table.heads[0].classes == ("cat", "dog")
+    assert table.frame["id"].tolist() == ["train/cat.0", "train/cat.2", "train/dog.1", "0", "1", "2"]
+    declare(empty, train={"files": "trian/{label}.{number}.png"}, test={"files": "test/{id}.png"})
+    assert "matches no file" in refused()
+
+
+@pytest.mark.parametrize("shape", ["coco", "list", "columns", "by id"])
+def test_json_of_every_shape(empty: Path, shape: str) -> None:
+    rows = [{"id": str(i), "category_id": 7 + i % 2, "file_name": f"a/{i}.png"} for i in range(4)]
+    text: Any = {
+        "coco": {
+            "images": [{"id": r["id"], "file_name": r["file_name"]} for r in rows],
+            "annotations": [
+                {"id": 100 + i, "image_id": r["id"], "category_id": r["category_id"]}
+                for i, r in enumerate(rows)
+            ],
+            "categories": [{"id": 7, "name": "ash"}, {"id": 8, "name": "oak"}],
+        },
+        "list": rows,
+        "columns": {key: [r[key] for r in rows] for key in rows[0]},
+        "by id": {r["id"]: {k: v for k, v in r.items() if k != "id"} for r in rows},
+    }[shape]
+    put(empty, "train.json", json.dumps(text))
+    put(empty, "sample.csv", "Id,label\n9,7\n")
+    key = "key" if shape == "by id" else "id"
+    declare(empty, train={"table": "train.json", "image": "{file_name}", "id": key}, test={"table": "sample.csv", "image": "{Id}.png", "id": "Id"}, target="category_id")  # fmt: skip
+    table = prepared()
+    assert table.frame["images"].iloc[1].tolist() == ["a/1.png"]
+    assert table.heads[0].classes == ("7", "8")
+    put(empty, "train.json", json.dumps(text)[:-3])
+    assert "data/raw/train.json:1: is broken json" in refused()
+
+
+def archive(kind: str, prefix: str) -> bytes:
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as zipped:
+            for i in range(3):
+                zipped.writestr(f"{prefix}{i}.png", picture(10 * i))
+    else:
+        with tarfile.open(fileobj=out, mode="w:gz" if kind == "tar.gz" else "w") as tar:
+            for i in range(3):
+                info = tarfile.TarInfo(f"{prefix}{i}.png")
+                info.size = len(picture(10 * i))
+                tar.addfile(info, io.BytesIO(picture(10 * i)))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("prefix", ["", "train/deeper/"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+def test_images_inside_archives_whatever_they_are_called(empty: Path, kind: str, prefix: str) -> None:
+    put(empty, "train.zip", archive(kind, prefix))  # by its bytes, not by its name
+    put(empty, "train.csv", "id,label\n0,a\n1,b\n2,a\n")
+    put(empty, "sample.csv", "id,label\n1,a\n")
+    declare(empty, train={"table": "train.csv", "image": "train.zip/{id}.png"}, test={"table": "sample.csv", "image": "train.zip/{id}.png"})  # fmt: skip
+    read = opened(prepared())
+    assert [int(read[i][0, 0, 0]) for i in range(4)] == [0, 10, 20, 10]
+    assert not check.check(config(experiment="base"))
+    put(empty, "train.csv", "id,label\n0,a\n5,b\n2,a\n")
+    assert "train.csv:3: image train.zip/5.png: no such file" in "\n".join(
+        check.check(config(experiment="base"))
+    )
+
+
+def test_an_archive_never_writes_outside_its_folder(empty: Path) -> None:
+    put(empty, "train.zip", archive("tar.gz", "../../../escaped/"))
+    with pytest.raises((Refused, tarfile.TarError)):
+        containers.members(empty / "data" / "raw" / "train.zip")
+    assert not list(empty.parent.rglob("escaped"))
+
+
+def bson(records: list[dict[str, Any]]) -> bytes:
+    def element(key: str, value: Any) -> bytes:
+        name = key.encode() + b"\0"
+        if isinstance(value, int):
+            return b"\x10" + name + struct.pack("<i", value)
+        if isinstance(value, bytes):
+            return b"\x05" + name + struct.pack("<iB", len(value), 0) + value
+        inner = document(value if isinstance(value, dict) else {str(i): v for i, v in enumerate(value)})
+        return (b"\x03" if isinstance(value, dict) else b"\x04") + name + inner
+
+    def document(fields: dict[str, Any]) -> bytes:
+        body = b"".join(element(k, v) for k, v in fields.items()) + b"\0"
+        return struct.pack("<i", len(body) + 4) + body
+
+    return b"".join(map(document, records))
+
+
+def test_bson_gives_rows_and_their_several_pictures(empty: Path) -> None:
+    records = [
+        {"_id": 5, "category_id": 1, "imgs": [{"picture": picture(0)}, {"picture": picture(50)}]},
+        {"_id": 6, "category_id": 2, "imgs": [{"picture": picture(100)}]},
+    ]
+    put(empty, "train.bson", bson(records))
+    put(empty, "sample.csv", "_id,category_id\n5,1\n")
+    declare(empty, id="_id", target="category_id", train={"table": "train.bson", "image": "train.bson/{_id}/*"}, test={"table": "sample.csv", "image": "train.bson/{_id}/*"})  # fmt: skip
+    table = prepared()
+    assert [len(each) for each in table.frame["images"]] == [2, 1, 2]
+    read = opened(table)
+    assert [int(read[i][0, 0, 0]) for i in range(3)] == [0, 50, 100]
+    put(empty, "train.bson", bson(records)[:-9])
+    assert "cut off or damaged at byte" in refused()
+
+
+def test_a_table_inside_an_archive(empty: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as zipped:
+        zipped.writestr("train.csv", "id,label\n007,a\n008,b\n")
+    put(empty, "train.csv.zip", out.getvalue())
+    put(empty, "sample.csv", "id,label\n1,a\n")
+    declare(empty, train={"table": "train.csv.zip", "image": "{id}.png"})
+    assert prepared().frame["id"].tolist()[:2] == ["007", "008"]
+
+
+# --- pictures that are numbers -------------------------------------------------------------------------------------------
+
+
+def made(name: str, **changes: Any) -> images.Pixels:
+    how = making.of(config("data.channels=1", "data.size=16", experiment="base"))
+    return replace(how, **changes).picture(name)
+
+
+def test_arrays_by_their_declared_range(empty: Path) -> None:
+    ramp = np.linspace(-1, 1, 256).reshape(16, 16)
+    np.save(empty / "data.npy", ramp)
+    put(empty, "a.npy", (empty / "data.npy").read_bytes())
+    with pytest.raises(Damaged, match=r"numbers from -1 to 1: say competition\.pixels\.range"):
+        made("a.npy")
+    whole = made("a.npy", numbers=images.arrays.Numbers(-1.0, 1.0))[:, :, 0]
+    assert np.array_equal(whole, np.rint((ramp + 1) / 2 * 255))
+    out = io.BytesIO()
+    np.savez(out, pictures=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
+    put(empty, "b.npz", out.getvalue())
+    assert made("b.npz/pictures/7").max() == 7
+    put(empty, "c.json", json.dumps([{"id": "x", "band": list(range(256)), "label": 1}]))
+    assert np.array_equal(made("c.json/x/band")[:, :, 0].ravel(), np.arange(256))
+    pd.DataFrame({"image_id": ["u", "v"], **{str(i): [i, 255 - i] for i in range(256)}}).to_parquet(
+        empty / "data/raw/d.parquet"
+    )
+    assert np.array_equal(made("d.parquet/v")[:, :, 0].ravel(), 255 - np.arange(256))
+
+
+def test_stacks_of_pages_and_of_files_become_channels(empty: Path) -> None:
+    pages = [Image.fromarray(np.full((16, 16), 10 * i, np.uint8)) for i in range(6)]
+    out = io.BytesIO()
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    put(empty, "a.tif", out.getvalue())
+    assert made("a.tif", channels=6)[0, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    assert made("a.tif", channels=6, size=7)[3, 3].tolist() == [0, 10, 20, 30, 40, 50]
+    for i, colour in enumerate(["red", "green"]):
+        grey = io.BytesIO()
+        Image.new("L", (16, 16), 100 * i).save(grey, "PNG")
+        put(empty, f"a_{colour}.png", grey.getvalue())
+    assert made("a_red.png+a_green.png", channels=2)[0, 0].tolist() == [0, 100]
+    with pytest.raises(Damaged, match=r"a_blue\.png: no such file"):
+        made("a_red.png+a_blue.png", channels=2)
+
+
+def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    for meaning, first in (("MONOCHROME2", 0), ("MONOCHROME1", 255)):
+        file = pydicom.Dataset()
+        file.SOPClassUID, file.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
+        file.Rows = file.Columns = 16
+        file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = (
+            1,
+            16,
+            12,
+            11,
+            0,
+        )
+        file.PhotometricInterpretation = meaning
+        file.RescaleSlope, file.RescaleIntercept, file.WindowCenter, file.WindowWidth = 2, -100, 100, 400
+        file.PixelData = np.linspace(0, 200, 256).astype(np.uint16).tobytes()  # -100 to 300 after rescaling
+        file.file_meta = pydicom.dataset.FileMetaDataset()
+        file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        out = io.BytesIO()
+        pydicom.dcmwrite(out, file, enforce_file_format=True)
+        put(empty, "x.dcm", out.getvalue())
+        pixels = made("x.dcm").ravel()
+        assert [pixels[0], pixels[-1]] == [first, 255 - first]
+    put(empty, "x.dcm", out.getvalue()[:-200])
+    with pytest.raises(Damaged, match="broken DICOM"):
+        made("x.dcm")
+
+
+# --- targets and forms ---------------------------------------------------------------------------------------------------
+
+
+def said(table: samples.Samples, kind: str, heads: dict[str, Any]) -> predictions.PredictionSet:
+    split = folds.load(table)
+    rows = predictions.rows_of(kind, table, split)
+    fold = split.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
+    meta = predictions.meta(kind, table, split, {"run": "exp001", "tta": ["identity"]})
+    return predictions.PredictionSet(
+        rows.astype(np.int32), fold, {k: np.asarray(v, np.float32) for k, v in heads.items()}, meta
+    )
+
+
+def stand(table: samples.Samples, oof: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
+    """Folds, and a run of given predictions; its score."""
+    assign.make(config(experiment="base"), table)
+    cfg = config(experiment="base")
+    folder = store.run_folder("exp001")
+    for kind, heads in (("oof", oof), ("test", test)):
+        bank.write(folder / f"{kind}.arrow", said(table, kind, heads))
+    split = folds.load(table)
+    return score.write(folder, cfg, table, split, bank.load("exp001", "oof", table, split))
+
+
+def written() -> list[str]:
+    table = samples.load()
+    cfg = config(experiment="base")
+    return (
+        submission.write(cfg, table, "exp001", bank.load("exp001", "test", table, folds.load(table)))
+        .read_text()
+        .split()
+    )
+
+
+def logits(p: Any) -> Any:
+    p = np.asarray(p, float)
+    return np.log(p / (1 - p))
+
+
+def test_several_labels_in_one_cell_with_thresholds_of_the_other_folds_and_a_floor(empty: Path) -> None:
+    put(empty, "train.csv", "id,tags\n" + "".join(f"{i},{'3 17' if i % 2 else '3'}\n" for i in range(8)))
+    put(empty, "sample.csv", "id,tags\na,3\nb,3\n")
+    declare(
+        empty,
+        target="tags",
+        task="multilabel",
+        metric="f1_micro",
+        submission={"sample": "sample.csv", "form": "labels"},
+    )
+    table = prepared()
+    assert table.heads[0].classes == ("3", "17")
+    truth = table.truth(table.heads[0], table.positions("train"))
+    assert truth.tolist()[:2] == [[1, 0], [1, 1]]
+    record = stand(table, {"tags": logits(0.1 + 0.2 * truth)}, {"tags": logits([[0.29, 0.12], [0.25, 0.05]])})
+    assert record["oof"] == 1.0, "the thresholds are fitted between 0.1 and 0.3, not at 0.5"
+    assert written() == ["id,tags", "a,3", "b,3"], (
+        "a row with nothing above its threshold gets the likeliest label"
+    )
+
+
+def test_label_columns_of_which_the_sample_asks_some(empty: Path) -> None:
+    put(empty, "train.csv", "id,a,b,c\n" + "".join(f"{i},{i % 2},{i // 2 % 2},1\n" for i in range(8)))
+    put(empty, "sample.csv", "id,b,a\nx,0,0\n")
+    declare(empty, target=["a", "b", "c"], task="multilabel", metric="roc_auc", submission={"sample": "sample.csv", "form": "probabilities"})  # fmt: skip
+    table = prepared()
+    truth = table.truth(table.heads[0], table.positions("train"))
+    assert table.heads[0].graded == ("b", "a")
+    record = stand(table, {"labels": logits(0.2 + 0.6 * truth)}, {"labels": logits([[0.25, 0.5, 0.9]])})
+    assert record["oof"] == 1.0, record["undefined"]  # c has one class only and no AUC; it is not scored"
+    header, line = written()
+    assert header == "id,b,a" and [round(float(x), 3) for x in line.split(",")[1:]] == [0.5, 0.25]
+    put(empty, "train.csv", "id,a,b,c\n0,1,2,0\n1,0,1,0\n")
+    assert "train.csv:2: b: '2' is no label, 0 or 1" in refused()
+
+
+def test_targets_of_different_kinds_in_long_rows(empty: Path) -> None:
+    put(empty, "train.csv", "id,kind,size\n" + "".join(f"{i},{'xy'[i % 2]},{i}.5\n" for i in range(8)))
+    put(empty, "sample.csv", "row_id,target\nt1_kind,x\nt1_size,0\nt0_kind,x\nt0_size,0\n")
+    put(empty, "test.csv", "id\nt0\nt1\n")
+    declare(
+        empty, target={"kind": "multiclass", "size": "regression"}, metric={"kind": "accuracy", "size": "spearman"}, task=None,
+        test={"table": "test.csv", "image": "{id}.png"},
+        submission={"sample": "sample.csv", "form": {"kind": "label", "size": "value"}, "rows": "{id}_{target}"},
+    )  # fmt: skip
+    table = prepared()
+    assert [head.task for head in table.heads] == ["multiclass", "regression"]
+    at = table.positions("train")
+    codes = table.truth(table.heads[0], at)
+    record = stand(
+        table,
+        {"kind": np.log(0.1 + 0.8 * np.eye(2)[codes]), "size": table.targets(table.heads[1])[at]},
+        {"kind": np.log([[0.1, 0.9], [0.8, 0.2]]), "size": [[2.5], [3.25]]},
+    )
+    assert record["oof"] == 1.0 and record["metric"] == "accuracy, spearman"
+    assert written() == ["row_id,target", "t1_kind,x", "t1_size,3.25", "t0_kind,y", "t0_size,2.5"]
+    declare(
+        empty, target={"kind": "multiclass", "size": "regression"}, metric={"kind": "accuracy"}, task=None
+    )
+    with pytest.raises(Refused, match="metric: names kind, where the targets are kind, size"):
+        config(experiment="base")
+
+
+def test_a_row_of_several_samples_is_scored_and_written_once(empty: Path) -> None:
+    rows = "".join(
+        f"{p}{side}{i},{p},{side},{int(p > 'b')}\n" for p in "abcd" for side in "LR" for i in range(2)
+    )
+    put(empty, "train.csv", "id,patient,side,label\n" + rows)
+    put(empty, "test.csv", "id,patient,side\n1,x,L\n2,x,L\n3,x,R\n")
+    put(empty, "sample.csv", "pid,label\nx_L,0\nx_R,0\n")
+    declare(
+        empty, task="binary", metric="roc_auc", row="{patient}_{side}", merge="max", group="patient",
+        test={"table": "test.csv", "image": "{id}.png"}, folds={"scheme": "stratified_group", "k": 2, "seed": 0},
+        submission={"sample": "sample.csv", "form": "probability"},
+    )  # fmt: skip
+    table = prepared()
+    truth = table.truth(table.heads[0], table.positions("train"))
+    low = np.where(truth == 1, np.where(np.arange(16) % 2, 0.9, 0.1), 0.2)  # one view of two shows it
+    record = stand(table, {"label": logits(low)[:, None]}, {"label": logits([[0.2], [0.7], [0.4]])})
+    assert record["rows"] == 8 and record["oof"] == 1.0
+    assert [round(float(line.split(",")[1]), 3) for line in written()[1:]] == [0.7, 0.4]
+    declare(empty, task="binary", metric="roc_auc", row="{patient}_{side}", test={"table": "test.csv", "image": "{id}.png"}, submission={"sample": "sample.csv", "form": "probability"})  # fmt: skip
+    with pytest.raises(Refused, match="name a group column that holds rows together"):
+        assign.make(config(experiment="base"), prepared(), remake=True)
+
+
+def test_ranking_soft_labels_extra_tables_and_weights(empty: Path) -> None:
+    put(empty, "train.csv", "id,a,b,c,w\n0,2,1,1,1\n1,0,4,0,2\n2,1,1,2,1\n3,3,1,1,1\n")
+    put(empty, "more.csv", "id,a,b,c\n0,1,0,0\n")
+    put(empty, "sample.csv", "id,best\nx,a b\n")
+    declare(
+        empty, target=["a", "b", "c"], metric="kl", votes=True, weight="w",
+        extra=[{"table": "more.csv", "image": "more/{id}.png"}],
+        submission={"sample": "sample.csv", "form": "ranking", "k": 2},
+    )  # fmt: skip
+    table = prepared()
+    assert table.targets(table.heads[0])[0].tolist() == [0.5, 0.25, 0.25]
+    assert table.frame["source"].tolist() == ["train"] * 4 + ["test", "extra"]
+    assert table.frame["id"].tolist()[-1] == "extra:0" and table.frame["weight"].tolist()[1] == 2.0
+    at = table.positions("train")
+    record = stand(table, {"class": np.log(np.clip(table.targets(table.heads[0])[at], 1e-9, 1))}, {"class": np.log([[0.1, 0.3, 0.6]])})  # fmt: skip
+    assert record["oof"] < 1e-6
+    assert written() == ["id,best", "x,c", "b"]
+
+
+# --- several images, metadata --------------------------------------------------------------------------------------------
+
+
+def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
+    from comp import jobs
+    from comp.train.data import plain_batches
+
+    for i in range(8):
+        for n in range(1 + i % 2):
+            put(empty, f"train/{i}/{n}.png", picture(30 * i + n))
+    rows = "".join(f"{i},{'ab'[i % 2]},{'' if i == 3 else i},{'uv'[i // 4]}\n" for i in range(8))
+    put(empty, "train.csv", "id,label,age,place\n" + rows)
+    put(empty, "test.csv", "id,age,place\n1,5,w\n")
+    put(empty, "sample.csv", "id,label\n1,a\n")
+    where = {"image": "train/{id}/*"}
+    declare(
+        empty,
+        metadata=["age", "place"],
+        train={"table": "train.csv"} | where,
+        test={"table": "test.csv"} | where,
+    )
+    table = prepared()
+    assign.make(config(), table)
+    material = jobs.gather(config("model.metadata=true"))
+    batch = next(iter(material.feed.batches(plain_batches(np.arange(4), 4))))
+    assert batch.pictures.shape[0] == 6 and batch.owner is not None
+    assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
+    extras = material.feed.extras(batch)
+    assert extras["metadata"].shape == (4, 4)  # age, whether it is missing, u, v
+    assert extras["metadata"][3, 1] == 1 and not material.feed.metadata[-1, 2:].any(), (
+        "w is a place never seen"
+    )  # type: ignore[index]
+    jobs.train("exp001", ["model.metadata=true"], name="both")
+    alone = bank.load("both", "oof", table, folds.load(table))
+    assert alone.predicted.all()
+
+
+def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
+    import torch
+
+    from comp.train.model import Joined
+
+    features = torch.tensor([[1.0, 4.0], [3.0, 0.0], [7.0, 7.0]])
+    for pool, first in (("mean", [2.0, 2.0]), ("max", [3.0, 4.0])):
+        joined = Joined(torch.nn.Identity(), pool)
+        assert joined(features, owner=torch.tensor([0, 0, 1])).tolist() == [first, [7.0, 7.0]]
