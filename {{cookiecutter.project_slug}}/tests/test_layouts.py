@@ -441,10 +441,11 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     assert batch.pictures.shape[0] == 6 and batch.owner is not None
     assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
     extras = material.feed.extras(batch)
+    assert material.feed.metadata is not None
     assert extras["metadata"].shape == (4, 4)  # age, whether it is missing, u, v
     assert extras["metadata"][3, 1] == 1 and not material.feed.metadata[-1, 2:].any(), (
         "w is a place never seen"
-    )  # type: ignore[index]
+    )
     jobs.train("exp001", ["model.metadata=true"], name="both")
     alone = bank.load("both", "oof", table, folds.load(table))
     assert alone.predicted.all()

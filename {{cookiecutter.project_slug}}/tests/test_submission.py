@@ -54,6 +54,7 @@ class Case:
     def validate(self, file: Path) -> None:
         rules = self.cfg.competition.submission
         classes = [each for head in self.table.heads for each in head.classes]
+        assert isinstance(rules.form, str)
         validate(file, self.sample, rules.form, rules.range, rules.sums_to_one, classes)
 
 

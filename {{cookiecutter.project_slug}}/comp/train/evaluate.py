@@ -55,7 +55,7 @@ class Fitting:
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size = module, size
 
-    def __call__(self, pictures: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, pictures: Tensor, extras: Mapping[str, Tensor] | None = None) -> Tensor:
         if extras:  # several images of a sample, or metadata: they cannot be parted picture by picture
             out: Tensor = self.module(pictures, **extras)
             return out

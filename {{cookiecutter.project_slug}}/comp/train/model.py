@@ -92,7 +92,7 @@ class Joined(nn.Module):
         x = self.backbone(pictures)  # (images, features)
         if owner is not None:
             into = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
-            x = into.index_reduce(0, owner, x, self.pool, include_self=False)
+            x = into.scatter_reduce(0, owner[:, None].expand_as(x), x, self.pool, include_self=False)
         if self.beside is not None:
             x = torch.cat([x, self.beside(metadata)], 1)
         return self.last(x)
