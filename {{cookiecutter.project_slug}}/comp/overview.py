@@ -116,7 +116,13 @@ def _ensemble(folder: Path, base: Config) -> Line:
         for member in record["members"]
         if member["weight"] != 0
     )
-    cells = [folder.name, ", ".join(dict.fromkeys(base.competition.tasks.values())), record["method"], str(record["n"]), *_scores(record)]
+    cells = [
+        folder.name,
+        ", ".join(dict.fromkeys(base.competition.tasks.values())),
+        record["method"],
+        str(record["n"]),
+        *_scores(record),
+    ]
     return [*cells, ", ".join(marks), "-", made], record
 
 

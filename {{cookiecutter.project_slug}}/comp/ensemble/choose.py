@@ -95,4 +95,4 @@ def _knob(address: str, field: str) -> str:
     if not store.sealed(file):
         return ""
     cfg = config.from_yaml(store.verified(file))
-    return cfg.model.name if field == "model" else cfg.competition.task
+    return cfg.model.name if field == "model" else ", ".join(dict.fromkeys(cfg.competition.tasks.values()))

@@ -36,7 +36,9 @@ def write_fold(
     heads, damaged = predict(
         material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}"
     )
-    if len(rows):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
+    if len(
+        rows
+    ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
         speed = file.with_name("speed.json")
         noted = store.read_json(speed) if speed.exists() else {}
         store.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
