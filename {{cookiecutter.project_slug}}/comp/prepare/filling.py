@@ -69,17 +69,19 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
     _announce(folder, how, todo)
     twins = {} if how.by_hook else _twins(known)
     try:
-        with (folder / "pixels.bin").open("ab") as pixels, (folder / "journal.jsonl").open("ab") as journal:
+        # Syncing has a thread of its own, or decoding would wait for the disk.
+        with (
+            (folder / "pixels.bin").open("ab") as pixels,
+            (folder / "journal.jsonl").open("ab") as journal,
+            ThreadPoolExecutor(1) as disk,
+        ):
             end = pixels.tell()
             fresh: list[Line] = []
-            bar = tqdm(
-                _decoded(how, todo, twins),
-                "cache",
-                len(todo),
-                unit=" images",
-                disable=None if progress else True,
-            )
-            for line, picture in bar:
+            commit: Future[None] | None = None
+            made = _decoded(how, todo, twins)
+            for line, picture in tqdm(
+                made, "cache", len(todo), unit=" images", disable=None if progress else True
+            ):
                 twin = twins.get(line.hash)
                 if twin is not None:  # the same bytes under another name, or touched and not changed
                     line = twin._replace(name=line.name, bytes=line.bytes, mtime=line.mtime)
@@ -89,11 +91,15 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
                     end += picture.nbytes
                 if not how.by_hook:  # which may make different pictures of the same bytes
                     twins[line.hash] = line
+                lines.append(line)
                 fresh.append(line)
                 if len(fresh) >= COMMIT:
-                    lines += _commit(pixels, journal, fresh)
-                    fresh = []
-            lines += _commit(pixels, journal, fresh)
+                    if commit:
+                        commit.result()
+                    commit, fresh = disk.submit(_commit, pixels, journal, fresh), []
+            if commit:
+                commit.result()
+            _commit(pixels, journal, fresh)
     except OSError as error:
         what = f"{store.shown(folder)}: could not be written ({error.strerror})"
         raise Refused(f"{what}; what is there stays, and the next start goes on from it") from error
@@ -142,13 +148,12 @@ def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
     return made
 
 
-def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> list[Line]:
+def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> None:
     """The pixels are on the disk before the line that counts them."""
     pixels.flush()
     os.fsync(pixels.fileno())
     journal.write(json.dumps(fresh).encode() + b"\n")
     journal.flush()
-    return fresh
 
 
 def _resumed(folder: Path, before: Path | None) -> list[Line]:
@@ -181,14 +186,11 @@ def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]
         "channels": how.channels,
         "decoder": images.DECODER,
     }
-    file = index.publish(
-        folder, table, {"images": len(table), "damaged": damaged, "pixels": size, **made_with}
-    )
+    facts = {"images": len(table), "damaged": damaged, "pixels": size}
+    file = index.publish(folder, table, facts | made_with)
     (folder / "journal.jsonl").unlink()
-    print(
-        f"{store.shown(folder)}: {len(table):,} pictures, {damaged} of them damaged, {store.readable(size)}",
-        flush=True,
-    )
+    what = f"{len(table):,} pictures, {damaged} of them damaged, {store.readable(size)}"
+    print(f"{store.shown(folder)}: {what}", flush=True)
     return file
 
 

@@ -47,12 +47,12 @@ def publish(folder: Path, table: pa.Table, facts: dict[str, Any]) -> Path:
         sha = store.sha256(temporary)
     index = folder / f"index-{sha[:16]}.arrow"
     (folder / "index.arrow").replace(index)
-    store.write_json(
-        folder / store.MANIFEST, {index.name: {"sha256": sha, "size": index.stat().st_size, **facts}}
-    )
+    before = current(folder)
+    size = index.stat().st_size
+    store.write_json(folder / store.MANIFEST, {index.name: {"sha256": sha, "size": size, **facts}})
     for old in folder.glob("index-*.arrow"):
-        if old != index:
-            old.unlink()  # who has it mapped keeps it
+        if old not in (index, before):  # a process that is just starting may be about to map the one before
+            old.unlink()
     return index
 
 
