@@ -111,6 +111,18 @@ def augment(args: Args) -> None:
     jobs.augmentation_sheet(args.experiment, args.overrides)
 
 
+def noise(args: Args) -> None:
+    from comp.ensemble import compare
+
+    compare.noise(args.experiment, args.seeds)
+
+
+def compare(args: Args) -> None:
+    from comp.ensemble import compare
+
+    compare.compare(args.experiments, args.seeds)
+
+
 # --- predictions ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +142,16 @@ def ensemble(args: Args) -> None:
     from comp.ensemble import blend
 
     blend.blend(args.name)
+    if args.pictures:
+        from comp.ensemble import drawings
+
+        drawings.draw(args.name)
+
+
+def tta(args: Args) -> None:
+    from comp.ensemble import augmented
+
+    augmented.tta(args.experiment, args.max_ms)
 
 
 def audit(args: Args) -> int:
@@ -223,11 +245,20 @@ VERBS = {
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
         argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"),
         flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"))),
+    "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
+        EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
+    "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (
+        argument("experiments", nargs="+", help="two or more, like exp001 exp002"),
+        argument("--seeds", type=int, default=3, help="trainings of each; 3 unless told"))),
+    "tta": Verb("predictions", tta, "the views that gain most for their time, scored on folds that did not choose them", (
+        argument("experiment", help="name of a finished run"),
+        argument("--max-ms", type=float, help="ceiling of an image and checkpoint, all views together"))),
     "bank": Verb("predictions", bank, "list all predictions with their scores", (
         argument("filter", nargs="*", help="like score>0.9 model~convnext task=binary name~exp0; quote it for the shell"),
         argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),)),
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
-        argument("name", help="name of a file in configs/ensembles/"),)),
+        argument("name", help="name of a file in configs/ensembles/"),
+        flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
     "runs": Verb("overview", runs, "the table of runs and ensembles"),

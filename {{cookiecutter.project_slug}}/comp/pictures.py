@@ -42,7 +42,7 @@ def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path
             [names[i] for i in shown],
         )
     size = max(4.5, 0.42 * len(names) + 2)
-    figure, axes = _figure(size, size)
+    figure, axes = figure_of(size, size)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(counts):
         dark = share[i, j] > 0.5
@@ -54,14 +54,14 @@ def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path
     axes.set_yticks(range(len(names)), labels)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(heading.replace("$", r"\$"), fontsize=10)
-    _save(figure, file)
+    save(figure, file)
 
 
 def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> None:
     """Left: prediction over truth, the line is perfect. Right: how far off, and which way."""
     truth, predicted = np.asarray(truth, float).ravel(), np.asarray(predicted, float).ravel()
     error = predicted - truth
-    figure, left = _figure(10, 4.5, panels=2)
+    figure, left = figure_of(10, 4.5, panels=2)
     right = figure.axes[1]
     if len(truth) > MOST_POINTS:
         left.hexbin(truth, predicted, gridsize=60, bins="log", cmap="Blues", mincnt=1)
@@ -77,7 +77,7 @@ def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> No
     if len(error):
         figures = f"RMSE {np.sqrt((error**2).mean()):.4g}, mean error {error.mean():+.3g}, n {len(error):,}"
         figure.suptitle(f"{title}   {figures}".strip().replace("$", r"\$"), fontsize=10)
-    _save(figure, file)
+    save(figure, file)
 
 
 def worst(
@@ -125,7 +125,7 @@ def _numbers(row: Array) -> str:
     return ", ".join(f"{value:.5g}" for value in row)
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
     """Without pyplot: no window system is looked for, and no figure stays in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,7 +136,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]
     return figure, figure.axes[0]
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
     with store.writing(file) as temporary, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

@@ -1,0 +1,107 @@
+"""Seeds, recipes and views compared: what is noise is called noise, and pictures are drawn of what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from banked import Project, declare, lay_out, member
+from PIL import Image
+
+from comp import config, jobs, metrics, overview, store
+from comp.config import Refused
+from comp.ensemble import augmented, compare, drawings, views, worth
+from comp.ensemble.blend import blend
+from comp.tasks import Head
+
+TINY = (
+    "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {workers: 0, progress: false}\n"
+    "optim: {rate: 0.01}\ntrain: {epochs: 2, limit: 96, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
+)
+
+
+def test_seeds_recipes_and_views_of_a_real_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "configs" / "tiny.yaml").write_text(TINY)
+    (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
+    record = compare.noise("tiny", 2)
+    assert record["std"] > 0 and len(record["scores"]) == 2
+    weights = (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns
+    (pair,) = compare.compare(["tiny", "slow"], 2)
+    assert (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns == weights, (
+        "trained once"
+    )
+    assert pair["pairs"] == 10 and pair["low"] < pair["difference"] < pair["high"]
+    assert Image.open(store.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
+    capsys.readouterr()
+    overview.runs()
+    out = capsys.readouterr().out
+    assert "seeds alone move tiny by ±" in out and "slow-seeds: " in out
+    with pytest.raises(Refused, match="one seed has no spread"):
+        compare.noise("tiny", 1)
+    with pytest.raises(Refused, match="two or more different"):
+        compare.compare(["tiny", "tiny"], 2)
+
+    said = augmented.tta("slow-seeds")
+    out = capsys.readouterr().out
+    assert set(said["alone"]) >= {"identity", "hflip", "rot90"} and "ms an image" in out
+    assert all(option["views"][0] == "identity" for option in said["options"]) and "next: comp " in out
+    with pytest.raises(Refused, match="one view alone takes"):
+        augmented.tta("slow-seeds", max_ms=1e-9)
+    assert jobs.stored_config("slow-seeds") == config.load(project, "slow").config
+
+
+def test_a_difference_is_believed_only_beyond_both_errors() -> None:
+    random = np.random.default_rng(0)
+    clear = compare.difference(0.02 + random.normal(0, 0.005, (4, 5)))
+    assert clear["decided"] and clear["says"].startswith("better by 0.0")
+    noise = compare.difference(random.normal(0, 0.02, (4, 5)))
+    assert not noise["decided"] and noise["says"].startswith("within noise")
+    by_fold = compare.difference(np.tile([0.1, -0.05, 0.04, -0.03, 0.0], (6, 1)))
+    assert not by_fold["decided"], "six seeds that agree on five folds are still five folds"
+
+
+def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen() -> None:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 2, 600).astype(float)
+    head = Head("t", "binary", ("t",), ("t",), ("0", "1"))
+    good = {n: (2 * truth - 1 + random.normal(0, 2, 600))[:, None] for n in ("identity", "hflip", "vflip")}
+    bad = {"rot90": random.normal(0, 5, 600)[:, None]}
+    auc = metrics.find("roc_auc")
+    assert sorted(views.choose(good | bad, truth, head, auc, "logit", 4)) == ["hflip", "identity", "vflip"]
+    assert len(views.choose(good | bad, truth, head, auc, "logit", 2)) == 2
+    noise = {n: random.normal(size=(600, 1)) for n in ("identity", "hflip", "vflip", "rot90", "rot180")}
+    fold = np.arange(600) % 5
+    from comp import honest
+
+    chosen, own = views.honest(
+        noise,
+        truth,
+        head,
+        auc,
+        "logit",
+        5,
+        lambda fit, apply, first: honest.nested(fold, fit, apply, first=first),
+    )
+    in_sample = auc(truth, head.row.probability(views.said(noise, chosen, head, "logit"))[:, 0])
+    assert in_sample >= auc(truth, head.row.probability(own)[:, 0]) - 0.02
+
+
+def test_pictures_of_an_ensemble(empty: Path) -> None:
+    project: Project = lay_out(empty, "binary", metric="log_loss")
+    base = empty / "configs" / "base.yaml"
+    base.write_text(base.read_text().replace("mode: offline ", "mode: none "))
+    for i in range(5):
+        member(project, f"exp00{i + 1}", noise=1 + i / 3, seed=i)
+    for text in ("method: greedy", "method: logistic", "method: weighted\nweights: [1, 2, 3, 4, 5]"):
+        declare(project, "blend001", f"members: [exp001, exp002, exp003, exp004, exp005]\n{text}")
+        blend("blend001")
+        for file in drawings.draw("blend001"):
+            assert np.asarray(Image.open(file)).std() > 5, file
+
+
+def test_groups_are_drawn_whole(empty: Path) -> None:
+    project: Any = lay_out(empty, "binary")
+    project.samples.frame["group"] = np.arange(len(project.samples.frame)) // 10
+    assert worth.groups_of(project.samples, np.arange(40)).max() == 3
