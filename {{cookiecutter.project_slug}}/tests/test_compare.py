@@ -14,15 +14,19 @@ from comp import config, jobs, metrics, overview, store
 from comp.config import Refused
 from comp.ensemble import augmented, compare, drawings, views, worth
 from comp.ensemble.blend import blend
+from comp.predict import tta
 from comp.tasks import Head
 
 TINY = (
     "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {workers: 0, progress: false}\n"
-    "optim: {rate: 0.01}\ntrain: {epochs: 2, limit: 96, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
+    "optim: {rate: 0.02}\ntrain: {epochs: 1, limit: 48, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
 )
 
 
-def test_seeds_recipes_and_views_of_a_real_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_recipes_and_views_of_a_real_run(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip", "rot90")})
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
     record = compare.noise("tiny", 2)

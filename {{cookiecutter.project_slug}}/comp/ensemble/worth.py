@@ -98,8 +98,24 @@ def beside(
             "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
             "decided": pair.decided, "says": str(pair),
         }  # fmt: skip
-    interval = {"low": float(low), "high": float(high), "level": LEVEL, "error": float(scores[0].std(ddof=1))}
+    wide = wider(int(kept.sum()), len(samples.positions("test")))
+    on_test = {
+        "low": whole[0] - wide * (whole[0] - float(low)),
+        "high": whole[0] + wide * (float(high) - whole[0]),
+    }
+    interval = {
+        "on_test": on_test,
+        "low": float(low),
+        "high": float(high),
+        "level": LEVEL,
+        "error": float(scores[0].std(ddof=1)),
+    }
     return {"interval": interval, "against": against}
+
+
+def wider(rows: int, test_rows: int) -> float:
+    """How much wider an interval must be to hold the score on a test set: that one is a draw of its own, of so many rows."""
+    return float(np.sqrt(1 + rows / test_rows)) if test_rows else 1.0
 
 
 def groups_of(samples: Samples, rows: NDArray[np.int64]) -> Any:
@@ -135,7 +151,11 @@ def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
         )
     if record["interval"]:
         low, high = record["interval"]["low"], record["interval"]["high"]
-        lines.append(f"on other rows of this kind: {low:.4f} to {high:.4f} in {100 * LEVEL:.0f} % of cases")
+        far = record["interval"]["on_test"]
+        lines.append(
+            f"on other rows of this kind, as many: {low:.4f} to {high:.4f} in {100 * LEVEL:.0f} % of cases; "
+            f"on the test rows, a draw of their own: {far['low']:.4f} to {far['high']:.4f}"
+        )
     for other, pair in record["against"].items():
         lines.append(f"against {other} ({pair['score']:.4f}): {pair['says']}")
     lines.append(recommended(name, record))
