@@ -16,9 +16,8 @@ from comp import bank as banked
 from comp import config as configs
 from comp import folds, samples, score, store, table, track
 from comp.config import Config, Refused
-from comp.ensemble import choose, compare, declare
+from comp.ensemble import choose, declare
 from comp.folds import Folds
-from comp.metrics import Metric
 from comp.samples import Samples
 
 PAUSE = 600  # seconds: a longer silence of a log is a night between two starts, not work
@@ -52,32 +51,9 @@ def runs() -> None:
     scored = [(name, record) for name, record in scored if record["metric"] == metric.name]
     if scored:
         name, record = max(scored, key=lambda each: metric.sign * each[1]["oof"])
-        print(f"best: {name}, {score.sentence(record)}")
-        _by_yardstick(metric, scored)
-        print(f"next: comp submit {name} --dry-run")
+        print(f"best: {name}, {score.sentence(record)}\nnext: comp submit {name} --dry-run")
     else:
         print("nothing has a score yet\nnext: comp train exp001")
-
-
-def _by_yardstick(metric: Metric, scored: list[tuple[str, Record]]) -> None:
-    """Differences to the baseline of comp noise, in what seeds alone do."""
-    file = store.path("runs", compare.NOISE)
-    noise = store.read_json(file) if file.exists() else None
-    if noise is None:
-        print("is a difference more than its seed? comp noise exp001 measures what seeds alone do")
-        return
-    if noise["metric"] != metric.name or noise["folds"] != store.sealed(store.folds_file()):
-        print(
-            f"runs/{compare.NOISE} is about another metric or other folds: comp noise {noise['experiment']} again"
-        )
-        return
-    print(compare.yardstick(noise))
-    for name, record in scored:
-        gain = metric.sign * (record["oof"] - noise["mean"])
-        if name not in (noise["experiment"], f"{noise['experiment']}-seeds") and noise["std"] > 0:
-            bar = 2 * 2**0.5 * noise["std"]
-            says = "within seed noise" if abs(gain) < bar else "more than seed noise"
-            print(f"  {name}: {gain:+.4f} against {noise['experiment']}, {says}")
 
 
 Line = tuple[list[str], Record | None]

@@ -10,7 +10,7 @@ import pytest
 from banked import Project, declare, lay_out, member
 from PIL import Image
 
-from comp import config, jobs, metrics, overview, store
+from comp import config, jobs, metrics, store
 from comp.config import Refused
 from comp.ensemble import augmented, compare, drawings, views, worth
 from comp.ensemble.blend import blend
@@ -39,8 +39,18 @@ def test_seeds_recipes_and_views_of_a_real_run(
     assert pair["pairs"] == 10 and pair["low"] < pair["difference"] < pair["high"]
     assert Image.open(store.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
     capsys.readouterr()
-    overview.runs()
-    out = capsys.readouterr().out
+    said_of = [
+        ("tiny", {"oof": 0.5}),
+        ("slow-seeds", {"oof": record["mean"] + record["std"]}),
+        ("far", {"oof": 9.0}),
+    ]
+    out = "\n".join(compare.by_yardstick(metrics.find("accuracy"), said_of))
+    assert (
+        "within seed noise" in out
+        and "far: " in out
+        and "more than seed noise" in out
+        and "  tiny: " not in out
+    )
     assert "seeds alone move tiny by ±" in out and "slow-seeds: " in out
     with pytest.raises(Refused, match="one seed has no spread"):
         compare.noise("tiny", 1)

@@ -6,6 +6,7 @@ Both train runs of their own, <experiment>-seeds, so that exp001 stays what it w
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ def noise(experiment: str, seeds: int) -> dict[str, Any]:
     said, metric = scored(experiment, seeds), _metric()
     std = float(said.whole.std(ddof=1))
     record = {
-        "run": said.name, "experiment": experiment, "metric": metric.name, "seeds": seeds, "scores": said.whole.tolist(),
+        "run": f"{experiment}-seeds", "experiment": experiment, "metric": metric.name, "seeds": seeds, "scores": said.whole.tolist(),
         "mean": float(said.whole.mean()), "std": std, "fold_std": float(said.folds.std(axis=0, ddof=1).mean()),
         "folds": store.sealed(store.folds_file()),
     }  # fmt: skip
@@ -53,6 +54,25 @@ def yardstick(record: dict[str, Any]) -> str:
         f"seeds alone move {record['experiment']} by ± {record['std']:.4f} ({record['seeds']} seeds): "
         f"between two runs of one seed a difference below {bar:.4f} says nothing"
     )
+
+
+def by_yardstick(metric: Metric, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """For comp runs: differences to the baseline of comp noise, in what seeds alone do. scored: (name, score.json)."""
+    file = store.path("runs", NOISE)
+    record = store.read_json(file) if file.exists() else None
+    if record is None:
+        return ["is a difference more than its seed? comp noise exp001 measures what seeds alone do"]
+    if record["metric"] != metric.name or record["folds"] != store.sealed(store.folds_file()):
+        return [
+            f"runs/{NOISE} is about another metric or other folds: comp noise {record['experiment']} again"
+        ]
+    lines, bar = [yardstick(record)], 2 * 2**0.5 * record["std"]
+    for name, each in scored:
+        gain = metric.sign * (each["oof"] - record["mean"])
+        if name not in (record["experiment"], record["run"]) and record["std"] > 0:
+            says = "within seed noise" if abs(gain) < bar else "more than seed noise"
+            lines.append(f"  {name}: {gain:+.4f} against {record['experiment']}, {says}")
+    return lines
 
 
 def scored(experiment: str, seeds: int) -> Seeded:
