@@ -57,6 +57,12 @@ def download(args: Args) -> None:
     download.download(_competition_config(), ceiling=args.ceiling)
 
 
+def inspect(args: Args) -> None:
+    from comp.prepare import inspect
+
+    inspect.inspect()
+
+
 def prepare(args: Args) -> None:
     from comp.prepare import tables
 
@@ -227,6 +233,7 @@ VERBS = {
         argument("--ceiling", type=int, metavar="GB", help="unpack up to this much without asking; 100 otherwise"),)),
     "practice": Verb("data", practice, "fill data/raw with a competition to practise on", (
         argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),)),
+    "inspect": Verb("data", inspect, "look at data/raw and write a first configs/competition.yaml"),
     "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
     "check": Verb("data", check, "look for faults in tables, images and declaration before they cost a run"),
     "folds": Verb("data", folds, "make data/folds.parquet, once, and audit it", (

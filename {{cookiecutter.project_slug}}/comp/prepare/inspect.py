@@ -1,0 +1,107 @@
+"""comp inspect: a first configs/competition.yaml from a look at data/raw, every guess with its reason, and a page of pictures."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from comp import config, store
+from comp.config import Refused
+from comp.prepare import containers, guess
+from comp.prepare.guess import Found
+
+ORDER = ("train", "test", "id", "row", "target", "task", "metric", "group", "metadata", "folds", "submission")
+
+
+def inspect(raw_name: str = "data/raw", slug: str = "competition", title: str = "Competition") -> Path:
+    raw = store.path(raw_name)
+    if not raw.is_dir() or not any(raw.iterdir()):
+        raise Refused(f"{store.shown(raw)}: is empty; put the unpacked competition there")
+    found = guess.look(raw)
+    file = store.path("configs", "competition.yaml")
+    if file.exists():
+        print(f"the old one lies in {store.shown(store.trash(file))}")
+    store.write_text(file, text(found, slug, title, raw_name))
+    _told(found, raw)
+    _contact_sheet(found.images, raw, store.path("data", "inspect.png"))
+    print(f"{store.shown(file)}: a first guess, every line with its reason; correct it, then: comp check")
+    config.load(store.root(), "base")  # what was written must at least be a competition
+    return file
+
+
+def text(found: Found, slug: str, title: str, raw: str) -> str:
+    lines = [
+        "# Written by comp inspect. Every guess has its reason beside it; what was ambiguous stands at the end."
+    ]
+    lines += [f"slug: {_plain(slug)}", f"title: {_plain(title)}", f"raw: {_plain(raw)}"]
+    says = dict(found.says) | {"folds.k": 5, "folds.seed": 0}
+    for key in ORDER:
+        inner = {name.partition(".")[2]: value for name, value in says.items() if name.startswith(f"{key}.")}
+        if key in says:
+            lines.append(f"{key}: {_plain(says[key])}{_why(found, key)}")
+        elif inner:
+            lines.append(f"{key}:")
+            lines += [
+                f"  {name}: {_plain(value)}{_why(found, f'{key}.{name}')}" for name, value in inner.items()
+            ]
+    lines += [f"# ambiguous: {line}" for line in found.unsure]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return (
+        str(yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True))
+        .removesuffix("...\n")
+        .strip()
+    )
+
+
+def _why(found: Found, key: str) -> str:
+    return f"  # {' '.join(found.why[key].split())}" if key in found.why else ""
+
+
+def _told(found: Found, raw: Path) -> None:
+    if found.labels:
+        common = found.labels.most_common()
+        shown = ", ".join(f"{label} {count}" for label, count in common[:8])
+        print(
+            f"{len(common)} labels: {shown}"
+            + (f" … {common[-1][0]} {common[-1][1]}" if len(common) > 8 else "")
+        )
+    kinds: Counter[str] = Counter()
+    for name in found.images:
+        try:
+            with Image.open(io.BytesIO(_bytes(raw / name))) as image:
+                kinds[f"{image.format} {image.mode} {image.width} x {image.height}"] += 1
+        except (OSError, Image.UnidentifiedImageError):
+            kinds[f"no ordinary picture ({name.rpartition('.')[2]})"] += 1
+    print(
+        f"of {len(found.images)} pictures: "
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    )
+    for line in found.unsure:
+        print(f"ambiguous: {line}")
+
+
+def _bytes(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else containers.read(file)
+
+
+def _contact_sheet(names: list[str], raw: Path, file: Path, side: int = 96) -> None:
+    sheet = Image.new("RGB", (8 * side, 6 * side))
+    for number, name in enumerate(names[:48]):
+        try:
+            with Image.open(io.BytesIO(_bytes(raw / name))) as image:
+                sheet.paste(
+                    image.convert("RGB").resize((side, side)), (number % 8 * side, number // 8 * side)
+                )
+        except (OSError, Image.UnidentifiedImageError):
+            continue  # said above, by kind
+    with store.writing(file) as temporary:
+        sheet.save(temporary, "PNG")
+    print(f"{store.shown(file)}: a contact sheet")

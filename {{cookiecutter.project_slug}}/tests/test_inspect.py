@@ -1,0 +1,104 @@
+"""comp inspect: what it writes for a download prepares without an edit, and what it cannot know it says."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import config
+from PIL import Image
+
+from comp import samples
+from comp.config import Refused
+from comp.prepare import inspect, tables
+
+
+def put(root: Path, name: str, data: bytes | str) -> None:
+    file = root / "data" / "raw" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (12, 12)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def inspected(root: Path) -> samples.Samples:
+    (root / "data").mkdir(exist_ok=True)
+    inspect.inspect()
+    tables.prepare(config(experiment="base"))
+    return samples.load()
+
+
+def test_a_table_and_archives(empty: Path) -> None:
+    for kind in ("train", "test"):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as zipped:
+            for i in range(30):
+                zipped.writestr(f"{kind[:2]}{i}.jpg", jpeg())
+        put(empty, f"{kind}.zip", out.getvalue())
+    rows = "".join(f"tr{i}.jpg,{'abc'[i % 3]},patient{i // 2}\n" for i in range(30))
+    put(empty, "train.csv", "file,kind,patient_id\n" + rows)
+    put(empty, "sample_submission.csv", "file,kind\n" + "".join(f"te{i}.jpg,a\n" for i in range(30)))
+    table = inspected(empty)
+    said = config(experiment="base").competition
+    assert said.train.image == ["train.zip/{file}"] and said.test.image == ["test.zip/{file}"]
+    assert (said.target, said.task, said.group) == (["kind"], "multiclass", "patient_id")
+    assert said.folds.scheme == "stratified_group"
+    assert table.heads[0].classes == ("a", "b", "c")
+    written = (empty / "configs" / "competition.yaml").read_text()
+    assert "15 values, by its name" in written and "ambiguous: metric" in written
+    assert (empty / "data" / "inspect.png").exists()
+
+
+def test_no_table_at_all(empty: Path) -> None:
+    for i in range(4):
+        put(empty, f"train/{'red' if i % 2 else 'blue'}/{i}.jpg", jpeg())
+        put(empty, f"test/{i + 9}.jpg", jpeg())
+    put(empty, "sample_submission.csv", "id,label\n" + "".join(f"{i + 9},0.5\n" for i in range(4)))
+    assert inspected(empty).heads[0].classes == ("blue", "red")
+    assert config(experiment="base").competition.train.files == "train/{label}/{id}.jpg"
+
+
+def test_coco_with_another_id_in_the_sample(empty: Path) -> None:
+    notes = [{"id": 500 + i, "image_id": f"k{i}", "category_id": i % 3} for i in range(40)]
+    pictures = [{"id": f"k{i}", "file_name": f"x/{i % 4}/{i}.jpg"} for i in range(40)]
+    put(empty, "train.json", json.dumps({"images": pictures, "annotations": notes, "categories": []}))
+    put(empty, "test.json", json.dumps([{"id": f"q{i}", "file_name": f"y/{i}.jpg"} for i in range(5)]))
+    for i in range(40):
+        put(empty, f"train/x/{i % 4}/{i}.jpg", jpeg())
+    for i in range(5):
+        put(empty, f"test/y/{i}.jpg", jpeg())
+    put(empty, "sample_submission.csv", "Id,Predicted\n" + "".join(f"q{i},0\n" for i in range(5)))
+    table = inspected(empty)
+    assert table.frame["images"].iloc[7].tolist() == ["train/x/3/7.jpg"]
+    assert table.frame["row"].tolist()[-1] == "q4"
+    assert table.heads[0].name == "category_id"
+
+
+def test_labels_rankings_and_label_columns(empty: Path) -> None:
+    for i in range(30):
+        put(empty, f"train/{i}.jpg", jpeg())
+        put(empty, f"test/t{i}.jpg", jpeg())
+    sample = "".join(f"t{i},1 2\n" for i in range(30))
+    put(empty, "sample_submission.csv", "id,tags\n" + sample)
+    put(empty, "train.csv", "id,tags\n" + "".join(f"{i},{'4 5' if i % 2 else '5'}\n" for i in range(30)))
+    assert inspected(empty).heads[0].task == "multilabel"
+    put(empty, "train.csv", "id,tags\n" + "".join(f"{i},{i % 7}\n" for i in range(30)))
+    assert inspected(empty).heads[0].task == "retrieval"
+    assert config(experiment="base").competition.submission.k == 2
+    put(empty, "sample_submission.csv", "id,a,b\n" + "".join(f"t{i},0.5,0.5\n" for i in range(30)))
+    put(empty, "train.csv", "id,a,b,c\n" + "".join(f"{i},{i % 2},{i // 2 % 2},1\n" for i in range(30)))
+    head = inspected(empty).heads[0]
+    assert (head.task, head.outputs, head.graded) == ("multilabel", ("a", "b", "c"), ("a", "b"))
+
+
+def test_what_is_no_competition_is_refused(empty: Path) -> None:
+    put(empty, "notes.txt", "hello")
+    with pytest.raises(Refused, match="no table with `sample` or `submission` in its name"):
+        inspect.inspect()
