@@ -29,6 +29,7 @@ NOT_RESULTS = (
     "train.seeds",
     "train.checkpoint_every",
     "competition.submission",
+    "competition.metric",  # how a finished run is scored, not what it learned
     "competition.title",
 )
 
@@ -59,9 +60,15 @@ def load(root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool
 
 
 def from_yaml(path: Path) -> Config:
-    """The resolved config that a run carries: from then on the only source."""
-    values, lines = parse(path, path.name)
-    return validated(values, lines)
+    """The resolved config that a run carries: from then on the only source.
+
+    A knob that a template update brought later is not in it: then base.yaml speaks, whose defaults change nothing.
+    """
+    values, lines = parse(path, f"{path.parent.name}/{path.name}")
+    base = next((f for f in (p / "configs" / "base.yaml" for p in path.parents) if f.is_file()), None)
+    tree: Tree = parse(base, "configs/base.yaml")[0] if base else {}
+    _update(tree, values)
+    return validated(tree, lines)
 
 
 def to_yaml(config: Config) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from comp import config, machine, store
+from comp import config, identity, machine, store
 from comp.config import Config, Refused
 
 if TYPE_CHECKING:
     from comp.train.loop import Material
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def train(
@@ -33,17 +30,20 @@ def train(
         raise Refused(
             f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME"
         )
+    command = " ".join(["comp train", experiment, *([f"--as {name}"] if name else []), *overrides])
     name = name or (f"{experiment}-debug" if debug else experiment)
-    if not NAME.fullmatch(name):
-        raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
+    identity.refuse_name(name)
     machine.settle(cfg.train.threads)
     from comp import record
 
     material = gather(cfg, profile=profile)
     folds = _wanted(fold, material.folds.count)
     seeds = cfg.train.seeds if seed is None else [seed]
+    afresh = fresh or name.endswith("-debug")
+    one = [store.fold_folder(name, s, folds[0]) for s in seeds]
+    old = [] if not afresh else one if fold is not None else [store.run_folder(name)]
+    identity.claim(name, cfg, material.folds, command, old)
     _announce(material, name, seeds, folds)
-    identify(name, cfg, fresh=fresh or debug)
     for s in seeds:
         for number in folds:
             one_fold(material, name, s, number)
@@ -57,6 +57,8 @@ def train(
 
 def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
+    import torch
+
     from comp import folds, samples, score
     from comp.predict import tta
     from comp.train import model
@@ -70,6 +72,9 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     model.outputs(cfg, table.heads)
     model.known(cfg)
     device = machine.device(cfg.machine.device)
+    torch.backends.cudnn.allow_tf32 = (
+        cfg.train.amp != "fp32"
+    )  # fp32 means it: predictions are compared to 1e-5
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
     return Material(cfg, table, folds.load(table), feed, device, stop or machine.Stop(), clock)
 
@@ -88,7 +93,7 @@ def one_fold(material: Material, name: str, seed: int, number: int | str, *, sea
         began = time.perf_counter()
         log = track.open_run(
             folder,
-            run_id=f"{name}-{_birth(name)}-seed{seed}-fold{number}",
+            run_id=f"{name}-{identity.birth(name)}-seed{seed}-fold{number}",
             name=f"{name}/seed{seed}/fold{number}",
             group=name,
             job_type="fold",
@@ -155,6 +160,8 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
     from comp.train import model
 
     todo = [(s, n) for s in seeds for n in numbers if not merge.finished(name, s, [n])]
+    if not todo:
+        return
     weights = model.size(material.cfg, material.samples.heads)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
     size = len(todo) * weights + 8 * weights
@@ -174,33 +181,6 @@ def _wanted(fold: str | None, count: int) -> list[int | str]:
     return [int(fold)]
 
 
-def identify(name: str, cfg: Config, fresh: bool) -> None:
-    """A name stands for one resolved config. The same knobs go on; other knobs need another name, or --fresh."""
-    file = store.run_folder(name) / "config.yaml"
-    if fresh and store.run_folder(name).exists():
-        print(f"the old run lies in {store.shown(store.trash(store.run_folder(name)))}")
-    if file.exists():
-        old = config.from_yaml(store.verified(file))
-        if changed := config.difference(old, cfg):
-            raise Refused(
-                f"runs/{name} was trained with another config; either give this one a name with --as NAME, "
-                "or move the old one to the trash with --fresh:",
-                *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
-            )
-        if old == cfg:
-            return
-    else:
-        store.write_json(file.parent / "birth.json", {"at": time.time_ns()})
-    store.write_text(file, config.to_yaml(cfg))
-    store.seal(file)
-
-
-def _birth(name: str) -> str:
-    """Tells a run from an earlier one of the same name, for services that never forget an id."""
-    file = store.run_folder(name) / "birth.json"
-    return str(store.digest(store.read_json(file)))[:6] if file.exists() else ""
-
-
 def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
     """What is complete, as members with their scores. Needs no network, so torch is not imported for it."""
     from comp import folds, samples
@@ -208,11 +188,11 @@ def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
 
     table = samples.load()
     split = folds.load(table)
-    score = merge.run(name, cfg, table, split)
+    with store.lock(store.run_folder(name), "merging", wait=True):
+        score = merge.run(name, cfg, table, split)
     if score is None:
-        print(
-            f"{name}: {merge.missing(name, cfg, split)} to go before it has a score\nnext: comp train {name}"
-        )
+        missing = merge.missing(name, cfg, split)
+        print(f"{name}: {missing} to go before it has a score\nnext: {identity.command(name)}")
     else:
         merge.tell(name)
     return score

@@ -214,7 +214,7 @@ class Predict(Section):
 
 
 class Machine(Section):
-    device: Text
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     workers: Annotated[int, Field(ge=0)]
     resident: Annotated[int, Field(ge=0)]
     progress: bool

@@ -8,6 +8,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from comp.refused import Refused
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,6 +28,8 @@ def settle(threads: int) -> None:
 def device(wanted: str) -> torch.device:
     import torch
 
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise Refused(f"machine.device: {wanted}: torch finds no GPU here; auto takes what there is")
     if wanted != "auto":
         return torch.device(wanted)
     if torch.cuda.is_available():

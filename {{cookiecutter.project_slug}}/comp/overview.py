@@ -16,7 +16,7 @@ from comp import bank as banked
 from comp import config as configs
 from comp import folds, samples, score, store, table, track
 from comp.config import Config, Refused
-from comp.ensemble import choose, declare
+from comp.ensemble import blend, choose
 from comp.folds import Folds
 from comp.samples import Samples
 
@@ -110,7 +110,7 @@ def _ensemble(folder: Path, base: Config) -> Line:
             "-",
             "",
         ], None
-    marks = _marks(record) + (["stale"] if _stale(folder.name, record) else [])
+    marks = _marks(record) + (["stale"] if blend.stale(folder.name, record) else [])
     made = " ".join(
         member["address"] if member["weight"] is None else f"{member['weight']:.2f} {member['address']}"
         for member in record["members"]
@@ -147,22 +147,6 @@ def _marks(record: Record | None) -> list[str]:
         if (store.sealed(file) or {}).get(key) != record["made_for"][what]
     ]
     return [*record["marks"], *other[:1]]
-
-
-def _stale(name: str, record: Record) -> bool:
-    """Declared anew, or a member made anew, since this ensemble was made."""
-    try:
-        if declare.read(name).hash != record["config"]:
-            return True
-    except Refused:
-        return True
-    for member in record["members"]:
-        folder = banked.folder(member["address"])
-        for kind, then in member["sha256"].items():
-            entry = store.sealed(folder / f"{kind}.arrow")
-            if entry is not None and entry["sha256"] != then:
-                return True
-    return False
 
 
 def spent(folder: Path) -> str:

@@ -13,6 +13,7 @@ from comp.prepare import audit
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import sheet
+from comp.train.data import Draw
 from comp.train.loop import Material
 
 
@@ -61,11 +62,14 @@ def mistakes(
 
 
 def shown(material: Material, rows: Positions) -> list[Any]:
-    """The pictures of some rows as the network gets them. They were read a minute ago, so none is damaged."""
-    feed = material.feed
-    return [
-        np.asarray(feed.pictures.images[int(feed.pictures.image_of_sample[row])]).squeeze() for row in rows
-    ]
+    """The pictures of some rows as the network gets them; black where a file broke since."""
+    drawn = material.feed.pictures.batch([Draw(int(row), None) for row in rows])
+    first = (
+        np.searchsorted(drawn.owner, np.arange(len(rows)))
+        if drawn.owner is not None
+        else np.arange(len(rows))
+    )
+    return [picture.squeeze() for picture in drawn.pictures.numpy()[first]]
 
 
 def last(folder: Path) -> str:

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from comp import provenance, store
+from comp.refused import Refused
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,8 +179,13 @@ class Track:
         if strange:
             line["nonfinite"] = strange
         line.setdefault("clock", round(time.time(), 3))
-        self._log.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self._log.flush()
+        except OSError as error:
+            raise Refused(
+                f"{store.shown(self.folder)}/log.jsonl: could not be written ({error.strerror})"
+            ) from error
 
 
 def read(log: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ LAYERS = [
     ["train"],
     ["predict"],
     ["record"],
+    ["identity"],
     ["jobs"],
     ["ensemble"],
     ["tune"],

@@ -102,12 +102,12 @@ def test_twenty_worlds_of_coin_flips() -> None:
         assert canary.leaks(world) == [], seed
         for name, each in canary.chance(world).items():
             said.setdefault(name, []).append((each["errors"], each["in_sample"] - each["honest"]))
-    for name, each in said.items():
-        within = sum(abs(errors) <= canary.LIMIT for errors, _ in each)
+    for name, pairs in said.items():
+        within = sum(abs(errors) <= canary.LIMIT for errors, _ in pairs)
         print(
-            f"{name}: {within} of 20 within, in-sample {np.mean([gap for _, gap in each]):+.3f} above honest"
+            f"{name}: {within} of 20 within, in-sample {np.mean([gap for _, gap in pairs]):+.3f} above honest"
         )
-        assert within >= 19, (name, each)
+        assert within >= 19, (name, pairs)
     for name in ("logistic", "ridge", "mlp", "isotonic", "thresholds"):
         assert np.mean([gap for _, gap in said[name]]) > 0.01, name
 
@@ -209,7 +209,7 @@ def test_a_group_on_both_sides(run: Path) -> None:
     split = folds.load(table)
     assert audit.groups(table, split) == []
     frame = split.frame.copy()
-    frame.loc[0, "fold"] = (frame.loc[0, "fold"] + 1) % 5
+    frame["fold"] = [(frame["fold"].iloc[0] + 1) % 5, *frame["fold"].iloc[1:]]
     folds.save(frame, {key: value for key, value in split.meta.items() if key != "hash"})
     (leak,) = audit.groups(table, folds.load(table))
     assert leak.name == "a split group" and leak.knew == "provenance"

@@ -62,7 +62,7 @@ def test_a_plain_value_goes_to_the_head_of_a_section(root: Path) -> None:
 
 
 def test_what_changes_results() -> None:
-    moving = ["optim.rate=1", "train.threads=2", "competition.metric=f1"]
+    moving = ["optim.rate=1", "train.threads=2", "competition.id=x"]
     free = ["machine.workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
     assert config.changes_results([*free, *moving]) == moving
 

@@ -230,7 +230,11 @@ def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.
         assert said["sha256"]["test"] == store.sha256(bank.find(said["address"], "test"))
     assert record["oof"] > max(said["oof"] for said in record["members"])
     out = capsys.readouterr().out
-    assert "against the best member exp001 (" in out and "recommended: blend001" in out and "next: comp submit blend001 --dry-run" in out
+    assert (
+        "against the best member exp001 (" in out
+        and "recommended: blend001" in out
+        and "next: comp submit blend001 --dry-run" in out
+    )
 
 
 def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:

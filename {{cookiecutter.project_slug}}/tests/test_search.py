@@ -164,7 +164,9 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
         np.log(np.clip(p, 1e-300, None)) if classes > 2 else logit(np.clip(p[:, 1:], 1e-15, 1 - 1e-15))
         for p in oof
     ]
-    params = stack.fit("logistic", head, stored, y.astype(float), None, np.zeros(len(y)), space="probability")
+    params = stack.fit(
+        "logistic", head, stored, y.astype(float), None, np.zeros(len(y), np.int64), space="probability"
+    )
     assert np.ravel(np.transpose(params["coef"])) == pytest.approx(
         np.ravel(theirs.final_estimator_.coef_), abs=1e-5
     )
@@ -485,7 +487,7 @@ def test_filters_choose_runs(empty: Path) -> None:
 # --- killed --------------------------------------------------------------------------------------------------------------
 
 
-def killed_or_done(work: Callable[[], None], event: int) -> int:
+def killed_or_done(work: Callable[[], object], event: int) -> int:
     """In a process of its own, which kills itself at its n-th rename; 0: it got through."""
     child = os.fork()
     if child == 0:
@@ -497,7 +499,7 @@ def killed_or_done(work: Callable[[], None], event: int) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(*names)
 
-        os.replace = counted
+        os.replace = counted  # type: ignore[assignment]
         try:
             work()
             os._exit(0)

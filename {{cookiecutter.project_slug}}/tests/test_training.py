@@ -385,4 +385,79 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
     usage = shutil.disk_usage(project)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**28))
     said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
-    assert "runs/x" in said and "comp clean" in said and not (project / "runs/x").exists()
+    assert "runs/x" in said and "comp clean" in said and not (project / "runs/x/seed0").exists()
+
+
+# --- a name stands for one config, one table, one set of folds -----------------------------------------------------------
+
+
+def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
+    """What a model has seen must never become what it is scored on."""
+    jobs.train("exp001", TINY, fold="0", name="x")
+    assign.make(config("competition.folds.seed=7"), samples.load(), remake=True)
+    said = refusal(lambda: jobs.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
+    assert "folds.seed: 0 there, 7 here" in said
+    cut = pd.read_csv(project / "data/raw/train.csv", dtype=str).iloc[:-3]
+    cut.to_csv(project / "data/raw/train.csv", index=False)
+    tables.prepare(config())
+    assign.make(config(), samples.load(), remake=True)
+    said = refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
+    assert "another data/samples.parquet" in said and "other folds" in said
+
+
+def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.train("exp001", TINY, fold="0", name="x")
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(own.competition, "loss", lambda output, target: loss(output, target), raising=False)
+    assert "another comp/competition.py" in refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
+
+
+def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
+    for number in "01":
+        jobs.train("exp001", TINY, fold=number, name="x")
+    kept = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
+    jobs.train("exp001", TINY, fold="1", name="x", fresh=True)
+    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == kept
+    assert len(list((project / "runs/.trash").iterdir())) == 1
+    with store.lock(project / "runs/x/seed0/fold0", "training"):
+        said = refusal(lambda: jobs.train("exp001", TINY, name="x", fresh=True))
+    assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
+
+
+def test_half_a_start_is_no_start(project: Path) -> None:
+    """Killed between writing and sealing config.yaml: the same command goes on, and so does another config."""
+    (project / "runs/x").mkdir(parents=True)
+    (project / "runs/x/config.yaml").write_text("data: {size: 3}\n")
+    jobs.train("exp001", TINY, fold="0", name="x")
+    assert (project / "runs/x/seed0/fold0/test.arrow").exists()
+
+
+def test_a_run_does_not_take_the_name_of_an_ensemble(project: Path) -> None:
+    (project / "configs/ensembles/blend001.yaml").write_text("members: [x]\nmethod: mean\n")
+    assert "ensemble" in refusal(lambda: jobs.train("exp001", TINY, fold="0", name="blend001"))
+
+
+def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
+    jobs.train("exp001", TINY, fold="0", name="x")
+    file = project / "runs/x/config.yaml"
+    kept = [line for line in file.read_text().splitlines() if "drop_path_rate" not in line]
+    assert len(kept) == len(file.read_text().splitlines()) - 1
+    file.write_text("\n".join(kept) + "\n")
+    store.seal(file)
+    assert jobs.stored_config("x").model.drop_path_rate == 0.0
+    jobs.train("exp001", TINY, fold="1", name="x")
+
+
+def test_a_batch_of_damaged_pictures_alone_is_no_crash(project: Path) -> None:
+    table = samples.load()
+    (project / "data/raw" / table.frame["images"].iloc[table.positions("test")[47]][0]).write_bytes(b"")
+    tiny = [*TINY, "predict.batch_size=47", "model.name=test_convnext"]
+    jobs.train("exp001", tiny, fold="0", name="x")
+    assert len((project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()) == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(project: Path) -> None:
+    assert "machine.device" in refusal(lambda: jobs.train("exp001", ["machine.device=gpu"]))
+    if not torch.cuda.is_available():
+        said = refusal(lambda: jobs.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
+        assert "no GPU" in said

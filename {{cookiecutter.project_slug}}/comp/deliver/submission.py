@@ -17,6 +17,7 @@ from comp.deliver import validate
 from comp.deliver.cells import rules_of_cells, some
 from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
 from comp.deliver.sample import Sample, read_sample, refuse_stale
+from comp.ensemble import blend
 from comp.samples import Samples
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def dry_run(name: str) -> Path:
     # Not the run's own config: how a file is written may be corrected after training, and an ensemble has no config.
     cfg = config.load(store.root(), "base").config
     table = samples.load()
+    made = store.ensemble_folder(name) / "score.json"
+    if made.exists() and blend.stale(name, store.read_json(made)):
+        raise Refused(
+            f"{name}: its file or a member changed since it was made; make it anew: comp ensemble {name}"
+        )
     return write(cfg, table, name, bank.load(name, "test", table, folds.load(table)))
 
 

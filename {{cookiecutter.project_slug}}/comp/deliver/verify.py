@@ -11,35 +11,47 @@ from numpy.typing import NDArray
 from comp import bank, folds, jobs, machine, samples, store
 from comp.deliver.recheck import CHECKPOINTS, Checkpoint, drawn, recheck
 
+WEIGHTS = "weights.safetensors"
+
 if TYPE_CHECKING:
     from comp.train.loop import Material
 
 
 def verify(name: str) -> None:
+    """For a member of other views, the predictions under those views; for a blend, its members' under their own."""
     table = samples.load()
     split = folds.load(table)
-    head = table.heads[0]
-    spoke = bank.load(name, "test", table, split).meta["weights"]
-    there = [c for c in map(_checkpoint, spoke) if (store.fold_folder(*c) / "weights.safetensors").exists()]
+    said = bank.load(name, "test", table, split).meta
+    inside = name.partition(":")[2] if name.partition(":")[2].startswith("tta-") else ""
+    there = [c for c in map(_checkpoint, said["weights"]) if (store.fold_folder(*c) / WEIGHTS).exists()]
     stored = {}
     for checkpoint in drawn(name, there, CHECKPOINTS):
-        said = bank.read(store.fold_folder(*checkpoint) / "test.arrow", table, split)
-        stored[checkpoint] = said.row, said.probability(head)
+        part = bank.read(store.fold_folder(*checkpoint) / inside / "test.arrow", table, split)
+        stored[checkpoint] = part.row, np.hstack([part.probability(head) for head in table.heads])
 
     @cache
     def material(run: str) -> Material:
-        cfg = jobs.stored_config(
-            run
-        )  # torch is imported behind the next line, once all names are known to be right
+        cfg = jobs.stored_config(run)
+        if inside:
+            views = {"tta": said["tta"], "space": said["space"]}
+            cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update=views)})
+        # Eight pictures are not worth a cache of all of them: decoded on the fly they are the same pixels.
+        here = {"workers": 0, "resident": 0}
+        cfg = cfg.model_copy(
+            update={
+                "data": cfg.data.model_copy(update={"cache": False}),
+                "machine": cfg.machine.model_copy(update=here),
+            }
+        )
         machine.settle(cfg.train.threads)
         return jobs.gather(cfg)
 
     def repredict(checkpoint: Checkpoint, rows: NDArray[np.integer]) -> NDArray[np.floating]:
-        from comp.predict import infer
+        from comp.predict import infer  # torch comes with it, so only once all names are known to be right
 
-        weights = store.fold_folder(*checkpoint) / "weights.safetensors"
+        weights = store.fold_folder(*checkpoint) / WEIGHTS
         again, _ = infer.predict(material(checkpoint.run), weights, rows.astype(np.int64))
-        return head.row.probability(again[head.name].astype(np.float64))
+        return np.hstack([h.row.probability(again[h.name].astype(np.float64)) for h in table.heads])
 
     half = any(jobs.stored_config(c.run).train.amp != "fp32" for c in stored)
     print(recheck(name, stored, repredict, 1e-3 if half else 1e-5, table.frame["id"].tolist()))

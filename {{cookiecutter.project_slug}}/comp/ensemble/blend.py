@@ -205,3 +205,19 @@ def _tell(name: str, record: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def stale(name: str, record: dict[str, Any]) -> bool:
+    """Declared anew, or a member made anew, since this ensemble was made."""
+    try:
+        if declare.read(name).hash != record["config"]:
+            return True
+    except Refused:
+        return True
+    for member in record["members"]:
+        folder = bank.folder(member["address"])
+        for kind, then in member["sha256"].items():
+            entry = store.sealed(folder / f"{kind}.arrow")
+            if entry is not None and entry["sha256"] != then:
+                return True
+    return False

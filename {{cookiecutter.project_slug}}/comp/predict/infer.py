@@ -94,7 +94,7 @@ def predict(
 def prior(head: Head, material: Material) -> NDArray[np.float64]:
     """What is said of a picture that cannot be read: the mean of the training labels, as it would be stored."""
     samples = material.samples
-    rows = samples.positions("train")
+    rows = material.folds.split("full")[0]  # everything that teaches: never a row that is locked away
     columns = samples.targets(head)[rows]
     if head.task == "multiclass" and columns.shape[1] == 1:
         columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]

@@ -75,6 +75,9 @@ def member(
     folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
     places = [store.fold_folder(experiment, seed, fold) / inside for seed, fold in parts]
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
+    # Old and new must not be read together: after a kill nothing of this member counts until it is all written again.
+    for old in ("oof.arrow", "test.arrow", "score.json"):
+        store.unseal(folder / old)
     for kind in ("test",) if all(fold == "full" for _, fold in parts) else ("oof", "test"):
         sets = [bank.read(place / f"{kind}.arrow", samples, folds) for place in places]
         bank.write(

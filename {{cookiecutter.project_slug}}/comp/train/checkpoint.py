@@ -6,6 +6,7 @@ Each state has its own file name, so that a kill between writing and sealing lea
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ State = dict[str, Any]
 def save(folder: Path, step: int, state: State, log: int) -> None:
     """`log` is where log.jsonl ends at this step: what stands behind it is cut off when the run goes on from here."""
     file = folder / f"state-{step:08d}.pt"
+    written = io.BytesIO()  # torch's own writer answers a full disk with a RuntimeError of its own kind
+    torch.save(state, written)
     with store.writing(file) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(written.getbuffer())
     store.seal(file, log=log)
     drop(folder, but=file)
 

@@ -85,7 +85,7 @@ def plain_batches(rows: Positions, size: int) -> Iterator[list[Draw]]:
         yield [Draw(row, None) for row in rows[start : start + size].tolist()]
 
 
-Loaded = tuple[Draw, list[augment.Picture | None], str]
+Loaded = tuple[Draw, list[augment.Picture], str]
 
 
 class Pictures(Dataset[Any]):
@@ -94,14 +94,14 @@ class Pictures(Dataset[Any]):
     def __init__(
         self, cfg: Config, images: cache.Images, listed: NDArray[np.int64], start: NDArray[np.int64]
     ):
-        self.size = cfg.data.size
+        self.size, self.channels = cfg.data.size, cfg.data.channels
         self.images = images
         self.listed, self.start = listed, start  # images of sample s: listed[start[s] : start[s + 1]]
         self.image_of_sample = listed[start[:-1]]  # its first
         self.augment = augment.Augment(augment.named(cfg), self.size)
 
     def __getitem__(self, draw: Draw) -> Loaded:
-        seen: list[augment.Picture | None] = []
+        seen: list[augment.Picture] = []
         reason = ""
         for number, image in enumerate(
             self.listed[self.start[draw.sample] : self.start[draw.sample + 1]].tolist()
@@ -111,7 +111,7 @@ class Pictures(Dataset[Any]):
             except Damaged as damaged:
                 # An exception would lose its type on the way out of a loader process; the reader decides what it means.
                 reason = str(damaged)
-                seen.append(None)
+                seen.append(np.zeros((self.size, self.size, self.channels), np.uint8))
                 continue
             seed = image_seed(draw.seed, number)
             seen.append(augment.centred(picture, self.size) if seed is None else self.augment(picture, seed))
@@ -132,11 +132,7 @@ def stacked(items: Sequence[Loaded]) -> Batch:
         for place, (_, pictures, _) in enumerate(items)
         for number, picture in enumerate(pictures)
     ]
-    shape = next((p.shape for _, _, p in seen if p is not None), (1, 1, 1))
-    pictures = np.zeros((len(seen), *shape), np.uint8)
-    for into, (_, _, picture) in zip(pictures, seen, strict=True):
-        if picture is not None:
-            into[...] = picture
+    pictures = np.stack([picture for _, _, picture in seen])
     draws = [draw for draw, _, _ in items]
     seeds = None
     if draws[0].seed is not None:

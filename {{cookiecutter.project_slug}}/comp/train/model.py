@@ -155,10 +155,10 @@ def load_weights(module: nn.Module, file: Path) -> nn.Module:
 
 
 def save_weights(module: nn.Module, file: Path, **facts: Any) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # Cloned, because safetensors refuses tensors that share memory and some networks tie theirs.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
     with store.writing(file) as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))
     store.seal(file, **facts)
