@@ -135,7 +135,14 @@ def compare(args: Args) -> None:
 def predict(args: Args) -> None:
     from comp import jobs
 
-    jobs.predict(args.experiment, tta=args.tta, space=args.space, last_look=args.last_look)
+    if args.kernel:
+        from comp.deliver import inside
+
+        inside.predict()
+    elif args.experiment is None:
+        raise Refused("predict what? comp predict exp001")
+    else:
+        jobs.predict(args.experiment, tta=args.tta, space=args.space, last_look=args.last_look)
 
 
 def bank(args: Args) -> None:
@@ -201,6 +208,21 @@ def submit(args: Args) -> None:
         send.submit(args.name, args.message, force=args.force, anyway=args.anyway, wait=not args.no_wait)
 
 
+def kernel(args: Args) -> None:
+    from comp.deliver import kernel, push, rehearse
+
+    if args.budget:
+        from comp.deliver import budget
+
+        args.name = budget.fit(args.name, args.budget)
+    if args.push:
+        push.push(args.name, args.message, wait=not args.no_wait, anyway=args.anyway)
+        return
+    kernel.build(args.name)
+    if args.rehearse:
+        rehearse.rehearse(args.name)
+
+
 def scores(args: Args) -> int:
     from comp.deliver import scores
 
@@ -248,10 +270,11 @@ VERBS = {
         flag("--profile", "say at the end where the time went"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
     "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
-        argument("experiment", help="name of a run"),
+        argument("experiment", nargs="?", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
         argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"),
-        flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"))),
+        flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"),
+        flag("--kernel", "on Kaggle: predict the test set that lies there, from the bundle of comp kernel"))),
     "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
     "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (
@@ -280,6 +303,14 @@ VERBS = {
         flag("--dry-run", "write and validate, send nothing"),
         flag("--force", "send bytes again that were sent before"),
         argument("--anyway", metavar="WHY", help="send it although its CV is worse than the best one sent"),
+        flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
+    "kernel": Verb("delivery", kernel, "a code competition: one folder that predicts without internet", (
+        argument("name", help="a run, a member or an ensemble"),
+        flag("--rehearse", "run it as Kaggle will: no network, read-only inputs, a hidden test set"),
+        argument("--budget", metavar="9h", help="drop views or members by their gain per second until it fits"),
+        flag("--push", "upload it, run it, submit that very version and wait for the score"),
+        argument("-m", "--message", help="with --push: what is new in it"),
+        argument("--anyway", metavar="WHY", help="submit it although its CV is worse than the best one sent"),
         flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
     "scores": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep"),
 }  # fmt: skip

@@ -30,6 +30,7 @@ NOT_RESULTS = (
     "train.checkpoint_every",
     "competition.submission",
     "competition.metric",  # how a finished run is scored, not what it learned
+    "competition.kernel",
     "competition.title",
 )
 

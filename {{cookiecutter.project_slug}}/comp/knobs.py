@@ -84,6 +84,15 @@ class Submission(Section):
     none: str | None = None
 
 
+class Kernel(Section):
+    """A code competition: what Kaggle's machine will give the notebook."""
+
+    hidden_rows: Count | None = None  # of the hidden test set, as the host says; as many as now, otherwise
+    hours: Positive = 9.0
+    ram: Positive = 13.0  # GB
+    gpu: Literal["none", "NvidiaTeslaP100", "NvidiaTeslaT4"] = "NvidiaTeslaT4"
+
+
 class Competition(Section):
     slug: str
     title: str
@@ -100,6 +109,7 @@ class Competition(Section):
     group: Text | None = None
     time: Text | None = None
     metadata: list[Text] = []
+    kernel: Kernel = Kernel()
     extra: list[Table] = []
     weight: Text | None = None
     votes: bool = False

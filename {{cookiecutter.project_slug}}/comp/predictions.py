@@ -109,6 +109,16 @@ def merge(
     )
 
 
+def prior(head: Head, samples: Samples, folds: Folds) -> Array:
+    """What is said of a picture that cannot be read: the mean of the training labels, as it would be stored. (1, outputs)"""
+    columns = samples.targets(head)[
+        folds.split("full")[0]
+    ]  # all that teaches: never a row that is locked away
+    if head.task == "multiclass" and columns.shape[1] == 1:
+        columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]
+    return head.row.store(columns.mean(axis=0, keepdims=True))
+
+
 def _mean(rows: int, parts: Iterable[Part], head: Head, space: str) -> Array:
     """Added up one part after the other, never along an array: a row alone gives the same bits as in a batch."""
     if space not in head.row.spaces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def send_dataset(slug: str, folder: Path, title: str, note: str, new: bool, prog
     from kaggle.api.kaggle_api_extended import ApiBlobType, ResumableUploadContext
 
     owner, name = slug.split("/")
+    progress = progress and sys.stderr.isatty()
     if new:
         body = kaggle.request(
             "datasets",

@@ -14,7 +14,7 @@ from comp import bank, by_row, config, folds, longform, own, samples, store
 from comp.bank import PredictionSet
 from comp.config import Config, Refused
 from comp.deliver import validate
-from comp.deliver.cells import rules_of_cells, some
+from comp.deliver.cells import Form, rules_of_cells, some
 from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
 from comp.deliver.sample import Sample, read_sample, refuse_stale
 from comp.ensemble import blend
@@ -40,23 +40,9 @@ def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -
     rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
     sample = read_sample(store.path(cfg.competition.raw, rules.sample), cfg.competition.id)
-    ids = sample.ids
-    if rules.rows is not None:
-        lines = longform.cells(rules.rows, sample.ids, samples.heads)
-        ids = list(dict.fromkeys(line.row for line in lines))
-    refuse_stale(sample, samples, ids)
-    rows, answers = scored_rows(samples, name, prediction, ids, cfg.competition.merge)
-    answers = postprocessed(rows, answers)
-    if own.get("write_submission"):
-        made = from_own(rows, answers, sample)
-    else:
-        forms = set(rules.form.values()) if isinstance(rules.form, dict) else {rules.form}
-        cuts = fitted_cuts(name) if forms & {"label", "labels"} else {}
-        made = from_form(rules, samples.heads, answers, sample, cuts, ids)
-    form = rules_of_cells(rules, samples.heads, sample)
-    with store.writing(file) as temporary:
-        temporary.write_text("".join(map(validate.written, made.lines)), encoding="utf-8", newline="\n")
-        validate.check(temporary.read_bytes(), store.shown(file), sample, form)
+    refuse_stale(sample, samples, ids_of(cfg, samples, sample))
+    made, form = filled(cfg, samples, name, prediction, sample)
+    put(file, made, form, sample)
     facts = {"sample": store.sha256(sample.file), "samples": samples.hash}
     store.seal(file, of=name, form=form.name, rows=len(sample.rows), **facts)
     for note in made.notes:
@@ -65,6 +51,37 @@ def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -
     print(f"{store.shown(file)}: {size}, form {form.name}; validated, sha256 {store.sha256(file)[:12]}")
     print(f'next: comp submit {name} -m "…"')
     return file
+
+
+def ids_of(cfg: Config, samples: Samples, sample: Sample) -> list[str]:
+    """The scored rows, in the sample's order: its lines, or what several lines of a long form speak of."""
+    rules = cfg.competition.submission
+    if rules.rows is None:
+        return sample.ids
+    return list(dict.fromkeys(line.row for line in longform.cells(rules.rows, sample.ids, samples.heads)))
+
+
+def filled(
+    cfg: Config, samples: Samples, name: str, prediction: PredictionSet, sample: Sample
+) -> tuple[Written, Form]:
+    """The lines of the file, and what each of their cells may be."""
+    rules, ids = cfg.competition.submission, ids_of(cfg, samples, sample)
+    rows, answers = scored_rows(samples, name, prediction, ids, cfg.competition.merge)
+    answers = postprocessed(rows, answers)
+    if own.get("write_submission"):
+        made = from_own(rows, answers, sample)
+    else:
+        forms = set(rules.form.values()) if isinstance(rules.form, dict) else {rules.form}
+        cuts = fitted_cuts(name) if forms & {"label", "labels"} else {}
+        made = from_form(rules, samples.heads, answers, sample, cuts, ids)
+    return made, rules_of_cells(rules, samples.heads, sample)
+
+
+def put(file: Path, made: Written, form: Form, sample: Sample) -> None:
+    """The very bytes that have passed, or what stood there before."""
+    with store.writing(file) as temporary:
+        temporary.write_text("".join(map(validate.written, made.lines)), encoding="utf-8", newline="\n")
+        validate.check(temporary.read_bytes(), store.shown(file), sample, form)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------

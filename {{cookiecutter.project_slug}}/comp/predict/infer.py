@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,13 @@ def write_fold(
 
 
 def predict(
-    material: Material, weights: Path, rows: Positions, doing: str = ""
+    material: Material,
+    weights: Path,
+    rows: Positions,
+    doing: str = "",
+    fallback: Callable[[Head], NDArray[Any]] | None = None,
 ) -> tuple[Stored, dict[int, str]]:
+    """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
     cfg, heads = material.cfg, material.samples.heads
     module = model.load_weights(model.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
         material.device
@@ -86,19 +92,11 @@ def predict(
     stored = {}
     for i, head in enumerate(heads):
         value = predictions.average([view[i] for view in each], head, cfg.predict.space)
-        value[np.isin(rows, list(damaged))] = prior(head, material)
+        value[np.isin(rows, list(damaged))] = (
+            fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
+        )
         stored[head.name] = value.astype(np.float32)
     return stored, damaged
-
-
-def prior(head: Head, material: Material) -> NDArray[np.float64]:
-    """What is said of a picture that cannot be read: the mean of the training labels, as it would be stored."""
-    samples = material.samples
-    rows = material.folds.split("full")[0]  # everything that teaches: never a row that is locked away
-    columns = samples.targets(head)[rows]
-    if head.task == "multiclass" and columns.shape[1] == 1:
-        columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]
-    return head.row.store(columns.mean(axis=0, keepdims=True))
 
 
 def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:

@@ -86,6 +86,18 @@ def load(competition: Competition) -> Rows:
     return _gathered(rows) if competition.gather else rows
 
 
+def tests(competition: Competition) -> Rows:
+    """The test rows alone: a hidden set comes without anything else."""
+    raw = store.path(competition.raw)
+    hook = own.get("read_samples")
+    if hook is not None:
+        return _own_rows(hook(raw), competition)
+    source = _source(raw, competition.test)
+    samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
+    rows = Rows(samples, source.frame, {"train": [], "test": columns(source.frame)}, source.where)
+    return _gathered(rows) if competition.gather else rows
+
+
 def _source(raw: Path, table: Table) -> Source:
     if table.files is not None:
         return Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))

@@ -1,0 +1,417 @@
+"""A code competition: the bundle, its rehearsal, its budget, and the way from push to score with the real client."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import forked
+from kaggle_server import KEY, USER, Server
+from test_download import at_kaggle
+
+from comp import bank, cli, jobs, store
+from comp.deliver import budget, hub, kaggle, kernel, ledger, push, rehearse
+from comp.ensemble.blend import blend
+
+QUICK = ["track=none", "train.epochs=1", "schedule.warmup=0", "machine.workers=0", "machine.progress=false"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    yield from at_kaggle(monkeypatch, tmp_path)
+
+
+def make(root: Path) -> None:
+    """A run, the same under two views, and a blend of both."""
+    base = root / "configs" / "base.yaml"
+    base.write_text(base.read_text().replace("mode: offline", "mode: none"))
+    jobs.train("exp001", QUICK, name="exp001")
+    jobs.predict("exp001", tta="identity,hflip")
+    (root / "configs/ensembles/blend001.yaml").write_text(
+        "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: rank\n"
+    )
+    blend("blend001")
+
+
+@pytest.fixture(scope="module")
+def whole(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kernel") / "project"
+    shutil.copytree(practice, root)
+    os.environ["COMP_ROOT"] = str(root)
+    store.root.cache_clear()
+    assert forked(lambda: make(root)) == 0
+    del os.environ["COMP_ROOT"]
+    store.root.cache_clear()
+    return root
+
+
+@pytest.fixture
+def trained(
+    whole: Path, tmp_path: Path, enter: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    shutil.copytree(whole, tmp_path / "project")
+    monkeypatch.setattr(rehearse, "ROWS", 40)
+    return enter(tmp_path / "project")
+
+
+# --- bundle --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
+    made = kernel.build("blend001")
+    bundle = made / "bundle"
+    listed = store.read_json(bundle / "manifest.json")
+    there = {file.relative_to(bundle).as_posix() for file in bundle.rglob("*") if file.is_file()} - {
+        "manifest.json"
+    }
+    assert there == set(listed) and "comp/deliver/inside.py" in there
+    assert all(entry["sha256"] == store.sha256(bundle / name) for name, entry in listed.items())
+    assert [name for name in there if name.endswith(".whl")] == [
+        f"wheels/timm-{kernel.metadata.version('timm')}-py3-none-any.whl"
+    ]
+    assert sum(name.endswith("weights.safetensors") for name in there) == 5
+    before = kernel.content(made)
+    assert kernel.content(kernel.build("blend001")) == before
+    facts = store.read_json(made / "notebook" / "kernel-metadata.json")
+    assert facts["enable_internet"] is False and facts["competition_sources"] == ["practice"]
+    notebook = store.read_json(made / "notebook" / facts["code_file"])
+    assert (
+        "'-m', 'comp', 'predict', '--kernel'"
+        in notebook["cells"][1]["source"]
+        == (made / "script.py").read_text()
+    )
+
+
+def test_damaged_weights_are_not_bundled(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = store.fold_folder("exp001", 0, 2) / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert cli.main(["kernel", "exp001"]) == 2
+    assert "fold2/weights.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["package", "manifest", "half moved"])
+def test_a_killed_build_is_built_again(trained: Path, where: str) -> None:
+    whole = kernel.content(kernel.build("exp001"))
+    shutil.rmtree(kernel.folder("exp001"))
+
+    def work() -> None:
+        def die(*_: object, **__: object) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if where == "half moved":
+            original, count = os.replace, [0]
+
+            def replace(old: Any, new: Any) -> None:
+                count[0] += "notebook" in str(new) and ".making" not in str(new)
+                original(old, new) if not count[0] else die()
+
+            os.replace = replace  # type: ignore[assignment]
+        else:
+            setattr(kernel, {"package": "_artefacts", "manifest": "_manifest"}[where], die)
+        kernel.build("exp001")
+
+    assert os.WIFSIGNALED(forked(work))
+    assert kernel.content(kernel.build("exp001")) == whole
+
+
+# --- rehearsal -----------------------------------------------------------------------------------------------------------
+
+
+def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernel", "blend001", "--rehearse"]) == 0
+    said = capsys.readouterr().out
+    facts = store.read_json(rehearse.file_of("blend001"))
+    assert (
+        facts["apart"] <= 1e-5
+        and facts["peak"] > 0
+        and set(facts["seconds_an_image"]) == {"exp001", "exp001:tta-identity-hflip"}
+    )
+    assert (
+        "2 pictures damaged" in said
+        and "hidden set of 41 rows" in said
+        and "next: comp kernel blend001 --push" in said
+    )
+    assert facts["bundle"] == kernel.content(kernel.folder("blend001"))
+    assert "no network at all" in said or "weaker" in said
+
+
+@pytest.mark.slow
+def test_without_namespaces_sockets_are_blocked_and_it_is_said(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rehearse, "NAMESPACES", "exit 1")
+    file = trained / "comp_hook.txt"
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
+    assert "weaker" in capsys.readouterr().out and not file.exists()
+    guard = trained / "guard"
+    guard.mkdir()
+    (guard / "sitecustomize.py").write_text(rehearse.BLOCKED)
+    code = "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(guard)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no network in a rehearsal" in done.stderr
+
+
+@pytest.mark.slow
+def test_other_weights_are_noticed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stored predictions are those of other weights: a bundle made by hand, or a bug."""
+    file = bank.folder("exp001") / "test.arrow"
+    from comp import folds, predictions, samples
+
+    table = samples.load()
+    said = bank.read(file, table, folds.load(table))
+    other = {name: values[::-1].copy() for name, values in said.heads.items()}
+    bank.write(file, predictions.PredictionSet(said.row, None, other, said.meta))
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
+    assert "something else than what is stored" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_too_slow_or_too_large_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "configs" / "competition.yaml"
+    text = file.read_text()
+    file.write_text(text + "kernel: {hidden_rows: 100000000}\n")
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
+    assert "--budget 9h" in capsys.readouterr().err
+    file.write_text(text + "kernel: {ram: 0.05}\n")
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
+    assert "failed" in (said := capsys.readouterr().err) or "memory" in said
+
+
+def test_only_a_bundle_is_run_as_a_kernel(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "--kernel"]) == 2
+    assert "comp kernel NAME" in capsys.readouterr().err
+
+
+def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store.write_json(
+        rehearse.file_of("blend001"),
+        {
+            "seconds_an_image": {"exp001": 0.1, "exp001:tta-identity-hflip": 0.2},
+            "hidden_rows": 36000,
+            "start": 60.0,
+        },
+    )
+    assert budget.fit("blend001", "4h") == "blend001"
+    assert budget.fit("blend001", "150m") in ("blend001-150m",)
+    out = capsys.readouterr().out
+    assert "without exp001" in out and "h of 150m" in out
+    assert (trained / "configs/ensembles/blend001-150m.yaml").exists() and (
+        store.ensemble_folder("blend001-150m") / "apply.json"
+    ).exists()
+    assert cli.main(["kernel", "blend001", "--budget", "10m"]) == 2
+    assert "are not enough" in capsys.readouterr().err
+    assert cli.main(["kernel", "blend001", "--budget", "soon"]) == 2
+    store.write_json(
+        rehearse.file_of("exp001:tta-identity-hflip"),
+        {"seconds_an_image": {"exp001:tta-identity-hflip": 0.2}, "hidden_rows": 36000, "start": 60.0},
+    )
+    assert budget.fit("exp001:tta-identity-hflip", "90m") == "exp001"
+
+
+# --- push ----------------------------------------------------------------------------------------------------------------
+
+
+def pushes(name: str = "exp001") -> int:
+    return cli.main(["kernel", name, "--push", "-m", "first"])
+
+
+def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.scores = [0.9]
+    assert pushes() == 0
+    slug = f"{USER}/comp-practice-exp001"
+    (files,) = server.datasets[slug]["files"]
+    names = [
+        name for data in files if data[:2] == b"PK" for name in zipfile.ZipFile(io.BytesIO(data)).namelist()
+    ]
+    assert any(name.endswith("weights.safetensors") for name in names) and any(
+        name.endswith("inside.py") for name in names
+    )
+    (version,) = server.kernels[slug]["versions"]
+    assert (
+        version["enableInternet"] is False
+        and version["datasetDataSources"] == [slug]
+        and version["competitionDataSources"] == ["practice"]
+    )
+    (sent,) = server.submissions
+    assert (sent["kernel"], sent["version"]) == (slug, 1)
+    entry = ledger.submissions("practice")[0]
+    assert entry["public"] == 0.9 and entry["kind"] == "kernel" and entry["version"] == 1
+    assert "public 0.9" in capsys.readouterr().out and KEY not in ledger.file().read_text()
+    assert pushes() == 0 and len(server.submissions) == 1, "typed again it tells"
+    assert len(server.kernels[slug]["versions"]) == 1 and len(server.datasets[slug]["notes"]) == 1
+
+
+WORDS = {401: "credentials", 403: "403", 429: "patience", 500: "out of order", "drop": "no answer"}
+# The client itself tries a failed upload again, ten times.
+SENDING = {
+    "StartBlobUpload": (401, 403),
+    "CreateDataset": WORDS,
+    "SaveKernel": WORDS,
+    "CreateCodeSubmission": WORDS,
+}
+STEPS = [
+    pytest.param(method, failure, marks=() if failure in (403, "drop") else pytest.mark.slow)
+    for method, failures in SENDING.items()
+    for failure in failures
+] + [(method, 500) for method in ("GetDatasetStatus", "GetKernelSessionStatus", "GetDataset")]
+
+
+@pytest.mark.parametrize(("method", "failure"), STEPS)
+def test_every_failed_step_is_one_line_and_goes_on(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], method: str, failure: Any
+) -> None:
+    server.fail[method] = [failure] * (9 if method.startswith("Get") else 1)
+    assert pushes() == 2
+    said = capsys.readouterr().err.strip()
+    assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said
+    server.fail.clear()
+    assert pushes() == 0
+    slug = f"{USER}/comp-practice-exp001"
+    assert (
+        len(server.submissions),
+        len(server.kernels[slug]["versions"]),
+        len(server.datasets[slug]["notes"]),
+    ) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["CreateDataset", "SaveKernel", "CreateCodeSubmission"])
+def test_a_lost_answer_sends_nothing_twice(server: Server, trained: Path, method: str) -> None:
+    server.fail[method] = ["after"]
+    pushes()
+    assert pushes() == 0
+    slug = f"{USER}/comp-practice-exp001"
+    assert (
+        len(server.submissions),
+        len(server.kernels[slug]["versions"]),
+        len(server.datasets[slug]["notes"]),
+    ) == (1, 1, 1)
+
+
+def test_invalid_sources_and_a_cut_upload_are_errors(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.short = [5]
+    assert pushes() == 2
+    assert "parts arrived" in capsys.readouterr().err and not server.datasets
+    server.invalid = {"invalidDatasetSources": [f"{USER}/comp-practice-exp001"]}
+    assert pushes() == 2
+    assert f"not to be had: dataset {USER}/comp-practice-exp001" in capsys.readouterr().err
+    server.invalid = {}
+    assert pushes() == 0 and len(server.submissions) == 1
+
+
+def test_a_failed_run_shows_its_log(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kernel_runs = ["RUNNING", "ERROR"]
+    server.kernel_log = json.dumps(
+        [{"stream_name": "stderr", "time": 1.0, "data": f"CUDA out of memory\nkey {KEY}\n"}]
+    )
+    assert pushes() == 2
+    said = capsys.readouterr().err
+    assert "threw an exception" in said and "CUDA out of memory" in said and KEY not in said
+    assert not server.submissions and list((trained / "kernels").glob("*.log"))
+    server.kernel_runs = ["COMPLETE"]
+    assert pushes() == 0 and server.submissions[0]["version"] == 2
+
+
+def killed(where: str) -> Callable[[], object]:
+    def die(*_: object, **__: object) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: (function(*given, **named), die())
+
+    def run() -> int:
+        places = {
+            "before the dataset": (hub, "send_dataset", die),
+            "dataset sent": (hub, "send_dataset", after(hub.send_dataset)),
+            "dataset is being made": (hub, "dataset_status", die),
+            "before the notebook": (hub, "send_kernel", die),
+            "notebook sent": (hub, "send_kernel", after(hub.send_kernel)),
+            "it runs": (hub, "kernel_status", die),
+            "before the submission": (kaggle, "submit_kernel", die),
+            "submitted": (kaggle, "submit_kernel", after(kaggle.submit_kernel)),
+            "waiting for the score": (push.send, "scored", die),
+        }
+        module, name, function = places[where]
+        setattr(module, name, function)
+        return pushes()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "before the dataset",
+        "dataset sent",
+        "dataset is being made",
+        "before the notebook",
+        "notebook sent",
+        "it runs",
+        "before the submission",
+        "submitted",
+        "waiting for the score",
+    ],
+)
+def test_killed_at_every_step_nothing_is_sent_twice(server: Server, trained: Path, where: str) -> None:
+    assert os.WIFSIGNALED(forked(killed(where)))
+    assert pushes() == 0
+    slug = f"{USER}/comp-practice-exp001"
+    assert (
+        len(server.submissions),
+        len(server.kernels[slug]["versions"]),
+        len(server.datasets[slug]["notes"]),
+    ) == (1, 1, 1)
+    assert ledger.submissions("practice")[0]["public"] == 0.5
+
+
+def test_a_changed_bundle_is_a_new_version(server: Server, trained: Path) -> None:
+    assert pushes() == 0
+    assert (
+        cli.main(["kernel", "exp001:tta-identity-hflip", "--push", "-m", "views", "--anyway", "to compare"])
+        == 0
+    )
+    file = trained / "configs" / "competition.yaml"
+    file.write_text(file.read_text() + "kernel: {ram: 12.5}\n")
+    assert cli.main(["kernel", "exp001", "--push", "-m", "again", "--anyway", "less memory"]) == 0
+    slug = f"{USER}/comp-practice-exp001"
+    assert len(server.datasets[slug]["notes"]) == 2 and [s["version"] for s in server.submissions] == [
+        1,
+        1,
+        2,
+    ]
+
+
+def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
+    """The wheel is a real one: unpacked by itself it is the same timm."""
+    assert kernel.needed() == ["timm"]
+    (tmp_path / "wheels").mkdir()
+    wheel = kernel._wheel(tmp_path / "wheels", "timm")
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        assert "timm/models/resnet.py" in names and not any(
+            name.endswith(".pyc") or ".." in name for name in names
+        )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.deliver import inside; from pathlib import Path; inside._installed = lambda name: None; before = sys.path[0]; inside.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "comp-wheels-" in done.stdout
