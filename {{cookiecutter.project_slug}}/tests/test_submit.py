@@ -197,7 +197,7 @@ def killed(where: str) -> Callable[[], object]:
                 original(file, message, competition)
                 return die()
 
-            kaggle.submit_file = sent  # type: ignore[assignment]
+            kaggle.submit_file = sent
         elif where == "booked":
 
             def booked(event: str, **facts: Any) -> Any:
