@@ -19,7 +19,7 @@ import yaml
 from conftest import config
 from PIL import Image
 
-from comp import bank, folds, predictions, samples, score, store
+from comp import bank, competition, folds, predictions, samples, score, store
 from comp.config import Refused
 from comp.deliver import submission
 from comp.prepare import assign, cache, check, containers, images, making, tables
@@ -460,3 +460,39 @@ def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
     for pool, first in (("mean", [2.0, 2.0]), ("max", [3.0, 4.0])):
         joined = Joined(torch.nn.Identity(), pool)
         assert joined(features, owner=torch.tensor([0, 0, 1])).tolist() == [first, [7.0, 7.0]]
+
+
+# --- your own ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_readme_reads_and_writes(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    code = next(part for part in page.split("```python\n")[1:] if "def read_samples" in part).partition(
+        "```"
+    )[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for name in ("read_samples", "write_submission"):
+        monkeypatch.setattr(competition, name, names[name], raising=False)
+    kinds = "".join(f"train|{i}|{'cat' if i % 2 else 'dog'}\n" for i in range(8))
+    put(empty, "labels.txt", kinds + "test|x|\ntest|y|\n")
+    put(empty, "sample.csv", "id,label\ny,cat\nx,cat\n")
+    declare(empty, task="binary", metric="roc_auc", classes=["dog", "cat"])
+    table = prepared()
+    truth = table.truth(table.heads[0], table.positions("train"))
+    stand(table, {"label": logits(0.2 + 0.6 * truth)[:, None]}, {"label": logits([[0.9], [0.3]])})
+    assert written() == ["id,label", "y,dog", "x,cat"]
+
+
+def test_closer_views_show_the_part_they_name() -> None:
+    import torch
+
+    from comp.predict import tta
+
+    x = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    x[:, :, 0, 0] = 255
+    (left, right, same) = tta.views(["crop_top_left", "crop_bottom_right", "zoom150"])
+    assert left(x).shape == x.shape and left(x).dtype == torch.uint8
+    assert left(x)[0, 0, 0, 0] > 200 and right(x).sum() == 0 and same(x).sum() == 0
+    with pytest.raises(Refused, match="there is no view 'zoom111'; the nearest is zoom110"):
+        tta.views(["zoom111"])

@@ -6,8 +6,11 @@ regression look the same from every side, so nothing has to be turned back.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from comp.config import Refused, nearest
 from comp.train.evaluate import View
@@ -45,15 +48,41 @@ def antitranspose(x: Tensor) -> Tensor:
     return x.flip(2, 3).transpose(2, 3)
 
 
-VIEWS = {v.__name__: v for v in (identity, hflip, vflip, rot90, rot180, rot270, transpose, antitranspose)}
+VIEWS: dict[str, View] = {
+    v.__name__: v for v in (identity, hflip, vflip, rot90, rot180, rot270, transpose, antitranspose)
+}
+
+
+def part(x: Tensor, share: float, down: float, across: float) -> Tensor:
+    """A square of `share` of the side, brought back to size: 0, 0 is the top left one and 0.5, 0.5 the middle."""
+    side = x.shape[2]
+    kept = max(1, round(side * share))
+    top, left = round((side - kept) * down), round((side - kept) * across)
+    piece = x[:, :, top : top + kept, left : left + kept].float()
+    larger = F.interpolate(piece, size=(side, side), mode="bilinear", antialias=True)
+    return larger.round().clamp(0, 255).to(x.dtype)
+
+
+# Closer looks: three scales, and the corners that with crop_middle are the five crops. They lose the rim, so they are no symmetries.
+CLOSER: dict[str, View] = {
+    "zoom110": partial(part, share=1 / 1.10, down=0.5, across=0.5),
+    "zoom125": partial(part, share=1 / 1.25, down=0.5, across=0.5),
+    "zoom150": partial(part, share=1 / 1.50, down=0.5, across=0.5),
+    "crop_top_left": partial(part, share=0.875, down=0.0, across=0.0),
+    "crop_top_right": partial(part, share=0.875, down=0.0, across=1.0),
+    "crop_bottom_left": partial(part, share=0.875, down=1.0, across=0.0),
+    "crop_bottom_right": partial(part, share=0.875, down=1.0, across=1.0),
+    "crop_middle": partial(part, share=0.875, down=0.5, across=0.5),
+}
 
 
 def views(names: list[str]) -> list[View]:
+    known = VIEWS | CLOSER
     for name in names:
-        if name not in VIEWS:
+        if name not in known:
             raise Refused(
-                f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, VIEWS)[0]}, there are {', '.join(VIEWS)}"
+                f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, known)[0]}, there are {', '.join(known)}"
             )
     if len(set(names)) < len(names):
         raise Refused(f"predict.tta: {', '.join(names)} names a view twice")
-    return [VIEWS[name] for name in names]
+    return [known[name] for name in names]
