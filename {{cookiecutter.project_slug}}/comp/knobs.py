@@ -80,7 +80,6 @@ class Submission(Section):
     public: Annotated[float, Field(gt=0, lt=1)] | None = None
     rows: Text | None = None
     k: Count = 5
-    unknown: Text | None = None
     none: str | None = None
 
 
