@@ -525,3 +525,45 @@ def test_killed_at_any_rename_a_fitted_ensemble_ends_in_the_same_bytes(empty: Pa
         made(project, text)
         assert {name: (folder / name).read_bytes() for name in names} == whole, event
     assert kills >= 2
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(empty: Path) -> None:
+    """Any time, not only at renames: the child is killed after a random share of what the whole command takes."""
+    import random
+    import time
+
+    project = three(lay_out(empty, "binary", metric="log_loss"))
+    chance, folder, names, kills = random.Random(0), store.ensemble_folder("blend001"), [*FILES, store.MANIFEST], 0
+    for text in ("method: greedy\nbags: 3", "method: logistic\nafter: [platt]", "method: slsqp", "method: rank"):
+        began = time.perf_counter()
+        made(project, text)
+        spent = time.perf_counter() - began
+        whole = {name: (folder / name).read_bytes() for name in names}
+        for _ in range(5):
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+            child = os.fork()
+            if child == 0:
+                made(project, text)
+                os._exit(0)
+            time.sleep(chance.random() * spent)
+            os.kill(child, signal.SIGKILL)
+            kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+            made(project, text)
+            assert {name: (folder / name).read_bytes() for name in names} == whole, text
+    assert kills >= 12
+
+
+def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
+    """Values that are shrunken to the middle need cuts of their own; values with the right spread are as well rounded."""
+    from comp import score
+
+    project = lay_out(empty, "ordinal")
+    truth = project.samples.truth(project.head, np.arange(400)).astype(float)
+    rows, fold = np.arange(400), np.arange(400) % 5
+    metric = metrics.find("qwk")
+    for shrunk, fitted_ in ((0.3, True), (1.0, False)):
+        value = (1.5 + shrunk * (truth - 1.5) + np.random.default_rng(0).normal(0, 0.1 * shrunk, 400))[:, None]
+        _, cuts = score.answers(metric, project.head, value, project.samples, project.folds, rows, fold)
+        assert cuts is not None and (np.abs(cuts - [0.5, 1.5, 2.5]).max() > 0.1) == fitted_
