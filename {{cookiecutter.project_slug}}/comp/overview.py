@@ -16,7 +16,7 @@ from comp import bank as banked
 from comp import config as configs
 from comp import folds, samples, score, store, table, track
 from comp.config import Config, Refused
-from comp.ensemble import blend, choose
+from comp.ensemble import blend, choose, compare
 from comp.folds import Folds
 from comp.samples import Samples
 
@@ -51,7 +51,9 @@ def runs() -> None:
     scored = [(name, record) for name, record in scored if record["metric"] == metric.name]
     if scored:
         name, record = max(scored, key=lambda each: metric.sign * each[1]["oof"])
-        print(f"best: {name}, {score.sentence(record)}\nnext: comp submit {name} --dry-run")
+        print(f"best: {name}, {score.sentence(record)}")
+        print(*compare.by_yardstick(metric, scored), sep="\n")
+        print(f"next: comp submit {name} --dry-run")
     else:
         print("nothing has a score yet\nnext: comp train exp001")
 

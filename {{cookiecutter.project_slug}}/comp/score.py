@@ -161,8 +161,9 @@ def answers(
     )
     said, rounded = graded_only(head, nested.prediction.astype(np.int64)), plain(metric, head, probability)
     frame = scored(samples, rows)
+    # Fitted cuts are kept only where they gain on other folds.
     if metric.sign * (metric(truth, said, frame) - metric(truth, rounded, frame)) <= 0:
-        return rounded, np.asarray(np.arange(1, len(head.classes)) - 0.5, np.float64)  # fitted cuts are kept only where they gain on other folds
+        return rounded, np.asarray(np.arange(1, len(head.classes)) - 0.5, np.float64)
     return said, nested.final
 
 

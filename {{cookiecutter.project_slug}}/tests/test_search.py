@@ -534,8 +534,18 @@ def test_killed_at_twenty_random_moments(empty: Path) -> None:
     import time
 
     project = three(lay_out(empty, "binary", metric="log_loss"))
-    chance, folder, names, kills = random.Random(0), store.ensemble_folder("blend001"), [*FILES, store.MANIFEST], 0
-    for text in ("method: greedy\nbags: 3", "method: logistic\nafter: [platt]", "method: slsqp", "method: rank"):
+    chance, folder, names, kills = (
+        random.Random(0),
+        store.ensemble_folder("blend001"),
+        [*FILES, store.MANIFEST],
+        0,
+    )
+    for text in (
+        "method: greedy\nbags: 3",
+        "method: logistic\nafter: [platt]",
+        "method: slsqp",
+        "method: rank",
+    ):
         began = time.perf_counter()
         made(project, text)
         spent = time.perf_counter() - began
@@ -564,6 +574,8 @@ def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
     rows, fold = np.arange(400), np.arange(400) % 5
     metric = metrics.find("qwk")
     for shrunk, fitted_ in ((0.3, True), (1.0, False)):
-        value = (1.5 + shrunk * (truth - 1.5) + np.random.default_rng(0).normal(0, 0.1 * shrunk, 400))[:, None]
+        value = (1.5 + shrunk * (truth - 1.5) + np.random.default_rng(0).normal(0, 0.1 * shrunk, 400))[
+            :, None
+        ]
         _, cuts = score.answers(metric, project.head, value, project.samples, project.folds, rows, fold)
         assert cuts is not None and (np.abs(cuts - [0.5, 1.5, 2.5]).max() > 0.1) == fitted_
