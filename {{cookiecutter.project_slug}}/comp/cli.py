@@ -6,37 +6,14 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from comp import secret
 from comp.refused import Refused
+from comp.verb import Args, Verb, argument, flag
 
 if TYPE_CHECKING:
     from comp.config import Config
-
-Args = argparse.Namespace
-
-
-class Argument(NamedTuple):
-    names: tuple[str, ...]
-    options: dict[str, Any]
-
-
-class Verb(NamedTuple):
-    chapter: str
-    run: Callable[[Args], int | None]
-    help: str
-    arguments: tuple[Argument, ...] = ()
-
-
-def argument(*names: str, **options: Any) -> Argument:
-    return Argument(names, options)
-
-
-def flag(name: str, help: str) -> Argument:
-    return argument(name, action="store_true", help=help)
-
 
 # --- data ----------------------------------------------------------------------------------------------------------------
 
