@@ -43,7 +43,10 @@ LOSS = metrics.find("log_loss")
 def models(seed: int) -> list[tuple[int, Any]]:
     """(random features, model): 14 of them, of all degrees of skill."""
     return [
-        *((n, LogisticRegression(C=c, max_iter=300)) for n, c in ((0, 0.003), (0, 0.1), (16, 0.1), (24, 0.1), (32, 0.03), (48, 0.1))),
+        *(
+            (n, LogisticRegression(C=c, max_iter=300))
+            for n, c in ((0, 0.003), (0, 0.1), (16, 0.1), (24, 0.1), (32, 0.03), (48, 0.1))
+        ),
         *((n, GaussianNB(var_smoothing=v)) for n, v in ((0, 0.3), (24, 0.1), (32, 0.1))),
         *((n, KNeighborsClassifier(k)) for n, k in ((0, 15), (20, 25), (40, 35))),
         *((n, DecisionTreeClassifier(min_samples_leaf=25, random_state=seed)) for n in (0, 30)),
@@ -59,7 +62,14 @@ def one(seed: int) -> list[dict[str, Any]]:
     y[flipped] = random.integers(0, 10, int(flipped.sum()))
     known = len(y) - int(HIDDEN * len(y))
     fold = np.arange(known) % K
-    frame = pd.DataFrame({"id": [str(i) for i in range(known)], "weight": 1.0, "source": "train", "target.label": y[:known].astype(float)})
+    frame = pd.DataFrame(
+        {
+            "id": [str(i) for i in range(known)],
+            "weight": 1.0,
+            "source": "train",
+            "target.label": y[:known].astype(float),
+        }
+    )
     table = samples.Samples(frame, (HEAD,), "s")
     meta = {"k": K, "repeats": 1, "rule": "others", "gap": 0.0, "hash": "f"}
     split = folds.Folds(pd.DataFrame({"id": frame["id"], "repeat": 0, "fold": fold}), meta, table)
@@ -77,7 +87,9 @@ def one(seed: int) -> list[dict[str, Any]]:
     rows, truth = np.arange(known), y[:known].astype(float)
     lines = []
     for method in METHODS:
-        blend = Blend.model_validate({"members": [f"m{i}" for i in range(len(oof))], "method": method, **MORE.get(method, {})})
+        blend = Blend.model_validate(
+            {"members": [f"m{i}" for i in range(len(oof))], "method": method, **MORE.get(method, {})}
+        )
         space = blend.merged_in
         given = methods.Teaching(HEAD, LOSS, space, oof, truth, frame, fold)
 
@@ -85,7 +97,13 @@ def one(seed: int) -> list[dict[str, Any]]:
             return fitted.predict(params, [part[at] for part in parts], HEAD, space)
 
         found = worth.nested(
-            table, split, rows, fold, lambda at, b=blend, g=given: methods.fit(b, g.at(at)), apply, methods.even(blend, len(oof))
+            table,
+            split,
+            rows,
+            fold,
+            lambda at, b=blend, g=given: methods.fit(b, g.at(at)),
+            apply,
+            methods.even(blend, len(oof)),
         )
         said = HEAD.row.probability(found.prediction)
         interval = honest.bootstrap(LOSS, truth, said, n=300)
