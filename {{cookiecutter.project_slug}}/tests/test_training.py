@@ -407,8 +407,11 @@ def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
 
 def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.train("exp001", TINY, fold="0", name="x")
-    loss = torch.nn.functional.cross_entropy
-    monkeypatch.setattr(own.competition, "loss", lambda output, target: loss(output, target), raising=False)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(output, target, reduction="none")
+
+    monkeypatch.setattr(own.competition, "loss", loss, raising=False)
     assert "another comp/competition.py" in refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
 
 
