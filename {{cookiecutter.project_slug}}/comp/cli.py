@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from comp import secret
 from comp.refused import Refused
+from comp.tune import verb as search
 from comp.verb import Args, Verb, argument, flag
 
 if TYPE_CHECKING:
@@ -268,6 +269,9 @@ VERBS = {
         flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
+    "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
+        EXPERIMENT, OVERRIDES, *(argument(name, **options) for name, options in search.TUNE.items()))),
+    "studies": Verb("search", search.studies, "the table of studies"),
     "runs": Verb("overview", runs, "the table of runs and ensembles"),
     "config": Verb("overview", config, "an experiment's resolved config, with where each value comes from", (
         EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment"))),

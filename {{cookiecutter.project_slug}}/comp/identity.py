@@ -21,7 +21,6 @@ HOOKS = ("load_image", "model", "loss", "recipe")  # that move weights; the othe
 def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: list[Path] | None = None) -> None:
     """Begin or go on with runs/<name>. `fresh` are folders to move to the trash first; none of them may be in use."""
     folder = store.run_folder(name)
-    refuse_name(name)
     for old in fresh or []:
         _away(old)
     with store.lock(folder, "starting", wait=True):

@@ -62,6 +62,15 @@ def member_folder(experiment: str, member: str) -> Path:
     return path("runs", experiment, "members", member)
 
 
+def study_folder(study: str) -> Path:
+    return path("studies", study)
+
+
+def trial_run(study: str, number: int) -> str:
+    """Name of the run that a trial is: out of sight of comp runs and the bank until it is exported."""
+    return f".studies/{study}/{number:04d}"
+
+
 def ensemble_folder(name: str) -> Path:
     return path("ensembles", name)
 
@@ -251,6 +260,17 @@ def holder(folder: Path) -> str:
     if owner.isdigit() and started == _started(int(owner)):
         return f"{shown(folder)}: process {owner} is already {what} since {since}"
     return ""
+
+
+def me() -> str:
+    """This process, told from every other of this machine, earlier ones of the same number included."""
+    return f"{os.getpid()}:{_started(os.getpid())}"
+
+
+def alive(process: str) -> bool:
+    """Whether the process that called itself so with `me` still runs here."""
+    number, _, started = process.partition(":")
+    return number.isdigit() and started == _started(int(number))
 
 
 def orphaned(file: Path) -> bool:

@@ -1,0 +1,102 @@
+"""--confirm N: the best N settings and the experiment's own once more, on seeds that no trial has seen.
+
+The winner of many trials is in part the luckiest; on fresh seeds the luck is gone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from optuna.trial import TrialState
+
+from comp import bank, identity, jobs, machine, predictions, score, store
+from comp.config import Refused
+from comp.tune import report
+from comp.tune.study import Joined, setting_of
+from comp.tune.trial import config_of, count_of, name_of, ranked
+
+SEEDS = 3  # fresh ones for each setting
+BEYOND = 2.0  # standard errors that a difference must be from 0
+
+
+def confirm(joined: Joined, n: int) -> None:
+    if n < 1:
+        raise Refused(f"--confirm {n}: must be 1 or more")
+    machine.settle(joined.cfg.train.threads)
+    done = [t for t in joined.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    if not done:
+        raise Refused(f"{joined.name}: no trial is complete yet, so there is nothing to confirm")
+    begun = report.baseline(joined)
+    chosen = ranked(joined, done)[:n]
+    if begun is not None and begun.number not in {t.number for t in chosen}:
+        chosen.append(begun)
+    stop = machine.Stop()
+    for trial in chosen:
+        cfg = config_of(joined, setting_of(joined.space, trial))
+        name = name_of(joined, trial)
+        material = jobs.gather(cfg, stop)
+        identity.claim(
+            name, cfg, material.folds, f"comp tune {joined.experiment} --space {joined.space.name}"
+        )
+        values: list[float] = []
+        for seed in fresh(joined):
+            for number in range(count_of(joined)):
+                jobs.one_fold(material, name, seed, number, search=True)
+                if stop.asked:
+                    raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
+            values.append(_score(joined, material, name, seed))
+        store.write_json(
+            store.run_folder(name) / "confirmed.json", {"seeds": fresh(joined), "scores": values}
+        )
+        print(
+            f"trial {trial.number}: {_spread(values)} over {len(values)} fresh seeds, {trial.values[0]:.4f} in the search",
+            flush=True,
+        )
+    report.write(joined)
+    report.tell(joined)
+
+
+def fresh(joined: Joined) -> list[int]:
+    first = joined.cfg.train.seeds[0]
+    return [first + 1000 + i for i in range(1, SEEDS + 1)]
+
+
+def scores(joined: Joined) -> dict[int, list[float]]:
+    """Trial -> scores on fresh seeds, of those that were confirmed here."""
+    found = {}
+    for trial in joined.study.get_trials(deepcopy=False):
+        if trial.state == TrialState.COMPLETE:
+            file = store.run_folder(name_of(joined, trial)) / "confirmed.json"
+            if file.exists():
+                found[trial.number] = store.read_json(file)["scores"]
+    return found
+
+
+def verdict(joined: Joined, best: int, begun: int, fresh: dict[int, list[float]]) -> str:
+    sign = score.metric_of(joined.cfg).sign
+    gains = [sign * (a - b) for a, b in zip(fresh[best], fresh[begun], strict=True)]
+    gain, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+    word = "better" if gain > 0 else "worse"
+    sure = f"{word}, beyond the noise of seeds" if abs(gain) > BEYOND * error else "within the noise of seeds"
+    return (
+        f"trial {best} against {joined.experiment} on {len(gains)} fresh seeds: {_spread(fresh[best])} against "
+        f"{_spread(fresh[begun])}, {sign * gain:+.4f} ± {error:.4f}: {sure}"
+    )
+
+
+def _score(joined: Joined, material: Any, name: str, seed: int) -> float:
+    facts = (material.samples, material.folds)
+    sets = [
+        bank.read(store.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
+    ]
+    record = score.of(material.cfg, *facts, predictions.merge(sets, *facts, material.cfg.predict.space))
+    value = record["oof"] if record["oof"] is not None else record["mean"]
+    if value is None:
+        raise Refused(score.sentence(record))
+    return float(value)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"

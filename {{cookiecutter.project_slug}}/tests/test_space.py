@@ -1,0 +1,130 @@
+"""Space files: every mistake is one line with its place, exit 2, before torch is imported; the ones that ship are right."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, config
+
+from comp import cli
+from comp.config import Refused
+from comp.tune import declare, space
+
+RATE = "  optim.rate: {low: 1e-4, high: 1e-2, log: true}\n"
+MISTAKES = {
+    # what the file says: what the answer must contain
+    "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; the nearest is optim.rate",
+    "search:\n  optim: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim: is a section; say which of optim.name",
+    "search:\n  competition.metric: [accuracy, log_loss]\n": "competition.metric: changes what is scored",
+    "search:\n  machine.workers: [1, 2]\n": "machine.workers: is useless here, it changes no result",
+    "search:\n  train.seeds: [[0], [1]]\n": "train.seeds: is useless here",
+    "search:\n  train.threads: {low: 1, high: 4}\n": "train.threads: is useless here, it changes nothing but the last digit",
+    "search:\n  optim.rate: 3e-4\n": "optim.rate: 0.0003 must be {low: …, high: …} or a list of choices",
+    "search:\n  optim.rate: {lo: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rate: lo: no such word; the nearest is low",
+    "search:\n  optim.rate: {log: true}\n": "optim.rate: wants either low and high, or choices",
+    "search:\n  optim.rate: {low: 1e-4, high: 1, choices: [1, 2]}\n": "optim.rate: wants either low and high, or choices",
+    "search:\n  optim.rate: {low: 1e-4}\n": "optim.rate: high is missing",
+    "search:\n  optim.rate: {low: 1e-2, high: 1e-4}\n": "optim.rate: low 0.01 must be below high 0.0001",
+    "search:\n  optim.rate: {low: small, high: 1e-4}\n": "optim.rate: low: 'small' must be a number",
+    "search:\n  optim.rate: {low: 1e-4, high: .inf}\n": "optim.rate: high: inf must be a number",
+    "search:\n  optim.rate: {low: 0, high: 1e-2, log: true}\n": "optim.rate: a log range must begin above 0, not at 0",
+    "search:\n  optim.rate: {low: 1e-4, high: 1e-2, log: yes}\n": "optim.rate: log: 'yes' must be true or false",
+    "search:\n  optim.rate: {low: 1e-4, high: 1e-2, log: true, step: 1e-3}\n": "optim.rate: log and step exclude each other",
+    "search:\n  model.drop_rate: {low: 0, high: 0.5, step: 0.7}\n": "model.drop_rate: step: 0.7 must be above 0 and at most 0.5",
+    "search:\n  train.epochs: {low: 4, high: 8.5}\n": "train.epochs: high: 8.5 must be a whole number",
+    "search:\n  model.name: {low: 1, high: 2}\n": "model.name: is no number; give a list of choices",
+    "search:\n  model.name: [resnet18]\n": "model.name: choices: ['resnet18'] must be a list of two or more",
+    "search:\n  model.name: [resnet18, resnet18]\n": "model.name: choices: 'resnet18' stands there twice",
+    "search:\n  model.name: {choices: [a, b], log: true}\n": "model.name: log is for ranges",
+    "search:\n  optim.name: [adamw, sdg]\n": "optim.name: input should be 'adamw' or 'sgd', not 'sdg' (text); the nearest is sgd",
+    "search:\n  model.drop_rate: {low: 0, high: 1.5}\n": "odd.yaml:2: model.drop_rate: input should be less than 1, not 1.5",
+    "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs of warm-up leave nothing of train.epochs",
+    f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip: when: optim.nam is not searched",
+    f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.rate: 1}}}}\n": "optim.clip: when: optim.rate is a range",
+    "search:\n  optim.name: [adamw, sgd]\n  optim.clip: {low: 1, high: 2, when: {optim.name: sg}}\n": "optim.name is never 'sg'; the nearest is sgd",
+    "search:\n  optim.name: {choices: [adamw, sgd], when: {optim.name: sgd}}\n": "optim.name: when: asks for itself",
+    "search:\n  optim.name: {choices: [adamw, sgd], when: {train.amp: fp32}}\n"
+    "  train.amp: {choices: [fp32, bf16], when: {optim.name: sgd}}\n": "when: the conditions go round in a circle",
+    f"search:\n{RATE}sampler: tpee\n": "odd.yaml:3: sampler: 'tpee' is none of tpe, gp, cmaes, qmc, random, grid; the nearest is tpe",
+    f"search:\n{RATE}pruner: mediann\n": "pruner: 'mediann' is none of median",
+    f"search:\n{RATE}objectives: [speed]\n": "objectives: ['speed'] must be [score] or [score, time]",
+    f"search:\n{RATE}objectives: [score, time]\n": "pruner: median compares one number, there are two objectives",
+    f"search:\n{RATE}sampler: grid\n": "sampler: grid wants a step or choices for optim.rate",
+    "search:\n  model.name: [a, b]\nsampler: cmaes\n": "sampler: cmaes knows no choices like model.name",
+    f"search:\n{RATE}folds: 9\n": "folds: 9 must be a whole number from 1 to 5",
+    f"search:\n{RATE}trials: many\n": "trials: 'many' must be a whole number",
+    f"search:\n{RATE}serch: 1\n": "odd.yaml:3: serch: no such key; the nearest is search",
+    "search: {}\n": "odd.yaml:1: search: wants lines like",
+    f"search:\n{RATE}{RATE}": "stands here for the second time, first on line 2",
+    "search:\n  optim.rate: {low: 1e-4, high: 1e-2\n": "odd.yaml:3: is not YAML",
+    "- optim.rate\n": "a list of `key: value` lines is wanted",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line(empty: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (empty / "configs" / "tune").mkdir()
+    (empty / "configs" / "tune" / "odd.yaml").write_text(text)
+    assert cli.main(["tune", "exp001", "--space", "odd"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert MISTAKES[text] in lines[0] and lines[0].startswith("configs/tune/odd.yaml:")
+    assert not (empty / "studies").exists()
+
+
+def test_there_are_thirty_kinds_and_all_are_told_at_once(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(MISTAKES) >= 30
+    (empty / "configs" / "tune").mkdir()
+    (empty / "configs" / "tune" / "odd.yaml").write_text(
+        "search:\n  optim.rat: [1, 2]\n  machine.workers: [1, 2]\nsampler: x\n"
+    )
+    assert cli.main(["tune", "exp001", "--space", "odd"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+def test_torch_is_not_imported_for_a_mistake(empty: Path) -> None:
+    (empty / "configs" / "tune").mkdir()
+    (empty / "configs" / "tune" / "odd.yaml").write_text("search:\n  optim.rat: [1, 2]\n")
+    code = "import sys; from comp import cli; code = cli.main(['tune', 'exp001', '--space', 'odd']); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "optim.rate" in done.stderr
+
+
+def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
+    (empty / "configs" / "tune").mkdir()
+    (empty / "configs" / "tune" / "quick.yaml").write_text(f"search:\n{RATE}")
+    with pytest.raises(
+        Refused, match=r"--space quik: there is no configs/tune/quik.yaml; the nearest is quick"
+    ):
+        declare.read("quik", config(), "exp001")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "configs" / "tune").glob("*.yaml")))
+def test_every_space_that_ships_loads(empty: Path, name: str) -> None:
+    shutil.copytree(HERE / "configs" / "tune", empty / "configs" / "tune")
+    loaded = declare.read(name, config(), "exp001")
+    chance = random.Random(0)
+    for _ in range(20):
+        setting = loaded.drawn(chance)
+        assert loaded.fitted(setting) == setting
+        space.applied(config(), setting)
+
+
+def test_what_a_condition_asks_for_comes_first(empty: Path) -> None:
+    (empty / "configs" / "tune").mkdir()
+    (empty / "configs" / "tune" / "s.yaml").write_text(
+        "search:\n  optim.momentum: {low: 0.5, high: 0.9, when: {optim.name: sgd}}\n  optim.name: [adamw, sgd]\n"
+    )
+    loaded = declare.read("s", config(), "exp001")
+    assert [knob.key for knob in loaded.knobs] == ["optim.name", "optim.momentum"]
+    drawn = [loaded.drawn(random.Random(seed)) for seed in range(20)]
+    assert {len(setting) for setting in drawn} == {1, 2}
+    assert all(("optim.momentum" in setting) == (setting["optim.name"] == "sgd") for setting in drawn)

@@ -1,0 +1,316 @@
+"""The queue of a study, shared by processes that die; a trial that is killed goes on; what a search ends in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import config
+from optuna.trial import TrialState
+
+from comp import bank, cli, folds, identity, jobs, machine, samples, store, track
+from comp.config import Refused
+from comp.train import loop
+from comp.tune import export, listing, report, search, study, trial
+from comp.tune.study import Joined
+
+SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
+SMALL = ["track=none", "machine.workers=0", "train.epochs=2", "train.limit=64", "schedule.warmup=0"]
+FOREVER = float("inf")
+
+
+@pytest.fixture
+def tuned(project: Path) -> Path:
+    (project / "configs" / "tune").mkdir()
+    (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
+    return project
+
+
+def join(trials: int | None = None, *more: str, space: str = "s") -> Joined:
+    return search.join("exp001", [*SMALL, *more], space, None, trials)
+
+
+def states(joined: Joined) -> list[str]:
+    return [t.state.name for t in joined.study.get_trials(deepcopy=False)]
+
+
+def run(joined: Joined) -> TrialState:
+    taken = study.take(joined)
+    assert taken is not None
+    return trial.run(joined, *taken, machine.Stop(), FOREVER)
+
+
+def forked(work: Any) -> int:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def test_from_the_first_setting_to_an_experiment_in_the_bank(
+    tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", "exp001", "--space", "s", "--trials", "3", *SMALL]) == 0
+    joined = join()
+    trials = joined.study.get_trials(deepcopy=False)
+    ended = [t for t in study.counted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(ended) == 3
+    assert trials[0].user_attrs["from"] == "exp001" and trials[0].params["optim.rate"] == 5e-3
+    for name in ("history.png", "slice.png", "report.html"):
+        assert (joined.folder / name).stat().st_size > 1000, name
+    capsys.readouterr()
+    listing.studies(None)
+    assert "exp001-s" in capsys.readouterr().out
+
+    export.export(joined, "exp014", None)
+    best = trial.ranked(joined, [t for t in trials if t.state == TrialState.COMPLETE])[0]
+    text = (tuned / "configs" / "exp014.yaml").read_text()
+    assert f"trial {best.number} of" in text and "base: exp001" in text and "batch_size" not in text
+    assert config(experiment="exp014").optim.rate == best.params["optim.rate"]
+    # What the trial trained is not trained again; its OOF is what the run would have written itself.
+    before = (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns
+    jobs.train("exp014", ["track=none"], fold="0")
+    assert (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns == before
+    table = samples.load()
+    assert (
+        bank.read(store.fold_folder("exp014", 0, 0) / "oof.arrow", table, folds.load(table)).meta["run"]
+        == "exp014"
+    )
+    with pytest.raises(Refused, match=r"configs/exp014.yaml is there already"):
+        export.export(joined, "exp014", None)
+    with pytest.raises(Refused, match="--trial 99: is no completed trial"):
+        export.export(joined, "exp015", 99)
+
+
+def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: Path) -> None:
+    joined = join()
+
+    def die() -> None:
+        seen = 0
+
+        def log(self: Any, record: Any) -> None:
+            nonlocal seen
+            seen += 1
+            original(self, record)
+            if "epoch" in record and "fold" not in record and seen > 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        original = track.Track.log
+        track.Track.log = log  # type: ignore[method-assign]
+        run(join())
+
+    assert os.WIFSIGNALED(forked(die))
+    assert states(joined)[0] == "RUNNING"
+    assert run(joined) == TrialState.COMPLETE
+    trials = joined.study.get_trials(deepcopy=False)
+    again = next(t for t in trials if t.state == TrialState.COMPLETE)
+    assert trials[0].state == TrialState.FAIL and again.user_attrs["retry_of"] == 0
+    assert again.params == trials[0].params and again.user_attrs["folder"] == 0
+    killed = {
+        f.parent.name: store.sha256(f)
+        for f in (tuned / "runs/.studies/exp001-s/0000").rglob("weights.safetensors")
+    }
+
+    cfg = trial.config_of(joined, study.setting_of(joined.space, again))
+    material = jobs.gather(cfg)
+    identity.claim("whole", cfg, material.folds, "")
+    for number in range(2):
+        jobs.one_fold(material, "whole", 0, number, search=True)
+    whole = {f.parent.name: store.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")}
+    assert killed == whole and len(whole) == 2
+
+
+def test_only_the_dead_are_taken_up(tuned: Path) -> None:
+    joined = join(20)
+    living = study.take(joined)
+    assert living is not None
+    forked(lambda: study.take(join(20)))  # ends without a word to the study
+    queued = study.requeue(joined)
+    assert queued == [1] and states(joined)[:2] == ["RUNNING", "FAIL"]
+    assert study.requeue(joined) == [], "one successor each"
+    taken = study.take(joined)
+    assert taken is not None and taken[0].user_attrs["retry_of"] == 1
+    assert living[0].number == 0 and states(joined)[0] == "RUNNING"
+
+
+def test_a_death_between_closing_and_queueing_loses_nothing(tuned: Path) -> None:
+    joined = join(20)
+    forked(lambda: study.take(join(20)))
+    frozen = joined.study.get_trials(deepcopy=False)[0]
+    joined.storage.set_trial_state_values(
+        frozen._trial_id, TrialState.FAIL
+    )  # as far as the dead process came
+    assert study.requeue(joined) == [0]
+
+
+def test_a_setting_that_kills_its_process_again_and_again_is_given_up(tuned: Path) -> None:
+    joined = join(20)
+    for _ in range(study.DEATHS):
+        forked(lambda: study.take(join(20)))
+    study.requeue(joined)
+    last = joined.study.get_trials(deepcopy=False)[-1]
+    assert last.state == TrialState.FAIL and last.user_attrs["error"]["kind"] == "killed"
+    assert study.requeue(joined) == []
+
+
+def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tuned / "configs/tune/big.yaml").write_text(
+        "search:\n  train.batch_size: [8, 16, 32, 64]\nfolds: 1\nsampler: grid\n"
+    )
+    joined = join(space="big")
+
+    def fold(material: Any, *rest: Any) -> None:
+        if material.cfg.train.batch_size >= 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        original(material, *rest)
+
+    original = loop.fold
+    monkeypatch.setattr(loop, "fold", fold)
+    ends = []
+    while taken := study.take(joined):
+        ends.append(trial.run(joined, *taken, machine.Stop(), FOREVER).name)
+    trials = joined.study.get_trials(deepcopy=False)
+    assert trials[0].params["train.batch_size"] == 32 and trials[0].user_attrs["error"]["kind"] == "memory"
+    big = next(t for t in trials if t.params["train.batch_size"] == 64)
+    assert big.user_attrs["skipped"] == "trial 0 ran out of memory, and this one is no smaller"
+    assert ends == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("no such")
+
+    monkeypatch.setattr(loop, "fold", fail)
+    assert cli.main(["tune", "exp001", "--space", "s", "--trials", "9", *SMALL]) == 2
+    said = capsys.readouterr()
+    assert "3 trials in a row failed, the last with: 'no such'" in said.err
+    trials = join().study.get_trials(deepcopy=False)
+    assert [t.user_attrs["error"]["kind"] for t in trials if "error" in t.user_attrs] == ["crash"] * 3
+    assert "KeyError" in (tuned / "runs/.studies/exp001-s/0000/error.txt").read_text()
+
+
+def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -> None:
+    (tuned / "configs/tune/few.yaml").write_text("search:\n  model.drop_rate: [0.0, 0.1, 0.2]\nfolds: 1\n")
+    joined = join(space="few")
+    seen = []
+    while taken := study.take(joined):
+        seen.append(taken[1]["model.drop_rate"])
+        joined.study.tell(taken[0], 0.5)
+    assert sorted(seen) == [0.0, 0.1, 0.2] and seen[0] == 0.0
+    skipped = [
+        t.user_attrs["skipped"] for t in joined.study.get_trials(deepcopy=False) if "skipped" in t.user_attrs
+    ]
+    assert all(text.startswith("the same setting as trial") for text in skipped)
+
+
+def test_the_best_of_an_earlier_study_is_tried_early(tuned: Path) -> None:
+    old = join()
+    for value in (0.1, 0.9, 0.2):
+        taken = study.take(old)
+        assert taken is not None
+        old.study.tell(taken[0], value)
+    best = search.best_of(old.study)
+    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.rate: {low: 1e-4, high: 0.1, log: true}\n")
+    new = join(space="t")
+    queued = [t.user_attrs["from"] for t in new.study.get_trials(deepcopy=False)]
+    assert queued == ["exp001", "exp001-s"]
+    study.take(new)
+    taken = study.take(new)
+    assert best is not None and taken is not None and taken[1]["optim.rate"] == best.params["optim.rate"]
+
+
+@pytest.mark.parametrize("pruner", ["median", "halving", "hyperband", "wilcoxon"])
+def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
+    (tuned / "configs/tune/p.yaml").write_text(
+        f"search:\n  optim.rate: {{low: 1e-3, high: 2e-2, log: true}}\npruner: {pruner}\nsampler: random\n"
+    )
+    joined = join(8, space="p")
+    cost: list[int] = []
+
+    def one_fold(material: Any, name: str, seed: int, number: int, search: bool) -> None:
+        """A fold whose metric is known beforehand: from the seventh trial on it is bad."""
+        worth = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
+        with (store.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:
+            for epoch in range(1, 3):
+                log.write(f'{{"epoch": {epoch}, "valid_metric": {worth + number / 100}}}\n')
+                cost[-1] += 1
+                material.watch({"epoch": epoch, "valid_metric": worth + number / 100})
+
+    def begun(*_: Any) -> None:
+        assert taken is not None
+        for number in range(5):
+            store.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
+
+    material = jobs.gather(trial.config_of(joined, {}))
+    monkeypatch.setattr(jobs, "gather", lambda *_: material)
+    monkeypatch.setattr(jobs, "one_fold", one_fold)
+    monkeypatch.setattr(trial, "scored", lambda *_: {"value": 0.8, "text": ""})
+    monkeypatch.setattr(identity, "claim", lambda *_, **__: begun())
+    ends = []
+    while taken := study.take(joined):
+        cost.append(0)
+        ends.append(trial.run(joined, *taken, machine.Stop(), FOREVER).name)
+    assert ends[-1] == "PRUNED" and cost[-1] < 10, (ends, cost)
+    assert ends[0] == "COMPLETE" and cost[0] == 10
+
+
+def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
+    joined, stop = join(), machine.Stop()
+    taken = study.take(joined)
+    assert taken is not None
+    stop.asked = True
+    with pytest.raises(KeyboardInterrupt, match="saved at step 1"):
+        trial.run(joined, *taken, stop, FOREVER)
+    assert run(joined) == TrialState.COMPLETE
+    trials = joined.study.get_trials(deepcopy=False)
+    again = next(t for t in trials if t.state == TrialState.COMPLETE)
+    assert again.user_attrs["retry_of"] == 0 and again.user_attrs["deaths"]["times"] == 0
+
+
+def test_another_experiment_does_not_join(tuned: Path) -> None:
+    join()
+    with pytest.raises(Refused, match=r"was begun with another train.batch_size"):
+        join(None, "train.batch_size=16")
+    join(None, "machine.resident=0")  # changes no result
+
+
+def test_score_and_time_have_a_front(tuned: Path) -> None:
+    (tuned / "configs/tune/two.yaml").write_text(
+        "search:\n  model.name: [test_resnet, test_efficientnet]\nobjectives: [score, time]\npruner: none\nfolds: 1\n"
+    )
+    joined = join(2, space="two")
+    assert run(joined) == run(joined) == TrialState.COMPLETE
+    assert all(t.values[1] > 0 for t in joined.study.trials if t.values)
+    assert joined.folder / "pareto.png" in report.write(joined)
+
+
+@pytest.mark.parametrize(
+    "name", ["tpe", "qmc", "random", "cmaes", pytest.param("gp", marks=pytest.mark.slow)]
+)
+def test_samplers_by_name(tuned: Path, name: str) -> None:
+    if name == "cmaes":
+        pytest.importorskip("cmaes")
+    (tuned / "configs/tune/n.yaml").write_text(
+        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: {low: 0, high: 0.5}\n"
+        f"sampler: {name}\n"
+    )
+    joined = join(14, space="n")
+    seen = set()
+    while taken := study.take(joined):
+        joined.study.tell(taken[0], -abs(taken[1]["optim.rate"] - 3e-3))
+        seen.add(taken[1]["optim.rate"])
+    assert len(seen) == 14
