@@ -40,8 +40,8 @@ def table(
             "time": rng.integers(0, count // 3, count).astype(float),
             "target.y": drawn if target is None else target,
         }
-    )
-    return Samples(frame.assign(**columns), (head,), "hash")
+    ).assign(**columns)
+    return Samples(frame.assign(row=frame["id"]), (head,), "hash")
 
 
 def plan(scheme: str, **changes: Any) -> knobs.Folds:
