@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import config
+from forked import forked
 from optuna.trial import TrialState
 
 from comp import bank, cli, folds, identity, jobs, machine, samples, store, track
@@ -43,18 +43,6 @@ def run(joined: Joined) -> TrialState:
     taken = study.take(joined)
     assert taken is not None
     return trial.run(joined, *taken, machine.Stop(), FOREVER)
-
-
-def forked(work: Any) -> int:
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
 
 
 def test_from_the_first_setting_to_an_experiment_in_the_bank(
