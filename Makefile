@@ -9,7 +9,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup demo test slow check bench lock
+.PHONY: help setup extras demo test slow check bench lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
@@ -26,6 +26,13 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	@touch $@
+
+# What the project only imports when asked: the long checks ask.
+extras: .venv/extras
+
+.venv/extras: .venv/installed $(PROJECT)/requirements-extras.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes -r "$(PROJECT)/requirements-extras.txt"
 	@touch $@
 
 demo: setup
@@ -45,7 +52,7 @@ test: check
 	$(BIN)/python -m pytest -n 2
 	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 -o cache_dir=$(CURDIR)/build/pytest-project
 
-slow: setup
+slow: extras
 	$(BIN)/python -m pytest -m slow
 	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
 
@@ -60,6 +67,6 @@ COMPILE := env -u UV_FIND_LINKS $(BIN)/uv pip compile --group pyproject.toml:dev
 
 lock: setup
 	rm -rf build/lock && $(BIN)/python bake.py build/lock project_slug=project
-	cd build/lock/project && $(COMPILE) pyproject.toml
-	cp build/lock/project/requirements.txt "$(PROJECT)/requirements.txt"
+	$(MAKE) -C build/lock/project pins BIN=$(BIN)
+	cp build/lock/project/requirements*.txt "$(PROJECT)/"
 	$(COMPILE) "$(PROJECT)/requirements.txt"

@@ -8,6 +8,7 @@ import pytest
 from bake import CHECKOUT, PROJECT
 
 FILES = ["requirements.txt", f"{PROJECT}/requirements.txt"]
+EXTRAS = f"{PROJECT}/requirements-extras.txt"
 
 
 def pins(file: str) -> dict[str, str]:
@@ -29,9 +30,9 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^A-Za-z0-9_-]", text)[0].lower().replace("_", "-") for text in requirements}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_line_is_pinned_and_hashed_and_names_no_address(file):
-    assert len(pins(file)) > 100
+@pytest.mark.parametrize(("file", "least"), [*((file, 100) for file in FILES), (EXTRAS, 5)])
+def test_every_line_is_pinned_and_hashed_and_names_no_address(file, least):
+    assert len(pins(file)) > least
     text = (CHECKOUT / file).read_text()
     assert "://" not in text
     assert not re.search(r"^\s*(-i|-f|--index|--extra-index|--find-links|--trusted)", text, re.MULTILINE)
@@ -42,7 +43,8 @@ def test_what_pyproject_asks_for_is_pinned():
     asked = names(about["project"]["dependencies"]) | names(about["dependency-groups"]["dev"])
     assert asked - set(pins(FILES[1])) == set()
     for extra in about["project"]["optional-dependencies"].values():
-        assert not names(extra) & set(pins(FILES[1]))
+        assert names(extra) - set(pins(EXTRAS)) == set()
+    assert not set(pins(EXTRAS)) & set(pins(FILES[1])), "an extra has what everybody has"
 
 
 def test_the_template_has_the_projects_pins_and_its_own():
