@@ -142,11 +142,11 @@ def _marks(record: Record | None) -> list[str]:
     """What stands in the score, and whether it is still about the samples and folds of today."""
     if record is None:
         return []
-    now = {"samples": ("sha256", store.samples_file()), "folds": ("hash", store.folds_file())}
+    now = {"samples": store.samples_file(), "folds": store.folds_file()}
     other = [
         f"other {what}"
-        for what, (key, file) in now.items()
-        if (store.sealed(file) or {}).get(key) != record["made_for"][what]
+        for what, file in now.items()
+        if (store.sealed(file) or {}).get("hash") != record["made_for"][what]
     ]
     return [*record["marks"], *other[:1]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -51,7 +52,7 @@ def load(file: Path | None = None) -> Samples:
     table = pq.read_table(file)
     facts = json.loads(table.schema.metadata[b"comp"])
     heads = tuple(_head(said) for said in facts["heads"])
-    return Samples(table.to_pandas(), heads, store.sha256(file))
+    return Samples(table.to_pandas(), heads, facts["hash"])
 
 
 def _head(said: dict[str, Any]) -> Head:
@@ -66,8 +67,30 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None,
 
     file = file or store.samples_file()
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata({"comp": json.dumps({"heads": [asdict(head) for head in heads]})})
+    said = {"heads": [asdict(head) for head in heads], "hash": content_hash(frame, heads)}
+    table = table.replace_schema_metadata({"comp": json.dumps(said)})
     with store.writing(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    store.seal(file, rows=len(frame), **facts)
+    store.seal(file, rows=len(frame), hash=said["hash"], **facts)
     return file
+
+
+def content_hash(frame: pd.DataFrame, heads: tuple[Head, ...]) -> str:
+    """What every later artefact repeats: the rows and what their columns mean, not the file's bytes, which another pyarrow
+    would write differently."""
+    hashed = hashlib.sha256(json.dumps([asdict(head) for head in heads]).encode())
+    for name in frame.columns:
+        values = frame[name].to_numpy()
+        hashed.update(f"\n{name}\n".encode())
+        if values.dtype.kind in "fiub":
+            hashed.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
+        else:
+            hashed.update("\n".join(map(_written, values)).encode())
+    return hashed.hexdigest()
+
+
+def _written(cell: Any) -> str:
+    """Text as it is, a list of paths, or a mark for what is missing: pandas 2 and 3 disagree on what that is."""
+    if isinstance(cell, str):
+        return cell
+    return "\x00" if np.ndim(cell) == 0 else "\x1f".join(cell)

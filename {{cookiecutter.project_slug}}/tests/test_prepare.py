@@ -520,6 +520,19 @@ def test_check_sees_tables_that_moved_on(project: Path, capsys: pytest.CaptureFi
     )
 
 
+def test_the_hash_of_samples_is_of_what_they_say_not_of_the_bytes(project: Path) -> None:
+    """Another pyarrow writes other bytes; runs, folds and blends must not turn stale for that."""
+    table = samples.load()
+    assert len(table.frame.columns) > 6
+    assert table.hash == samples.content_hash(table.frame, table.heads)
+    for column in table.frame.columns:
+        changed = table.frame.copy()
+        values = changed[column].to_numpy(object).copy()
+        values[0] = ["else"] if column == "images" else "else" if isinstance(values[0], str) else 0.5
+        changed[column] = pd.Series(values, changed.index).astype(changed[column].dtype)
+        assert samples.content_hash(changed, table.heads) != table.hash, column
+
+
 def test_prepare_says_when_folds_are_of_another_table(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,9 +278,7 @@ def _stale(reading: Reading) -> list[str]:
     """data/samples.parquet is a copy of what the tables say; they may have moved on."""
     if reading.faults or not store.sealed(store.samples_file()):
         return []
-    now = samples.save(reading.frame, reading.heads, store.path("data", "checked", "samples.parquet"))
-    same = store.sha256(now) == store.sha256(store.samples_file())
-    now.unlink()
+    same = samples.load().hash == samples.content_hash(reading.frame, reading.heads)
     return (
         []
         if same

@@ -35,7 +35,7 @@ class Reading:
 
 def prepare(cfg: Config) -> Path:
     """The same raw files give the same bytes, however often it is killed and run again."""
-    before = store.sha256(store.samples_file()) if store.samples_file().is_file() else None
+    before = (store.sealed(store.samples_file()) or {}).get("hash")
     reading = read(cfg.competition)
     if reading.faults:
         more = len(reading.faults) - targets.SHOWN
@@ -56,7 +56,7 @@ def prepare(cfg: Config) -> Path:
     extra = [c for c in sources.columns(reading.frame) if c in ("group", "time") or c.startswith("meta.")]
     if extra:
         print(f"  also {targets.listed(extra)}")
-    if store.folds_file().is_file() and before not in (None, store.sha256(file)):
+    if store.folds_file().is_file() and before not in (None, samples.load().hash):
         print(
             f"{store.shown(store.folds_file())} was made for the table as it was before; comp folds says what to do"
         )
