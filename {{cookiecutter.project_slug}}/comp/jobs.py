@@ -57,17 +57,19 @@ def train(
 
 def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
+    from comp import folds, objective, samples, score
+
+    table = samples.load()
+    score.metric_of(cfg)
+    objective.of(cfg, table.heads)
     import torch
 
-    from comp import folds, samples, score
     from comp.predict import tta
     from comp.train import model
     from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
 
-    table = samples.load()
-    score.metric_of(cfg)
     tta.views(cfg.predict.tta)
     model.outputs(cfg, table.heads)
     model.known(cfg)

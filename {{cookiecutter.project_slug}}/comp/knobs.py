@@ -176,6 +176,12 @@ class Augment(Section):
     recipe: Text
 
 
+class Sampling(Section):
+    balance: Literal["none", "weighted", "under", "over"]
+    strength: Share
+    together: Count
+
+
 class Model(Section):
     name: Text
     pretrained: bool
@@ -186,8 +192,24 @@ class Model(Section):
 
 
 class Loss(Section):
+    """Which loss takes which knob stands in comp/objective.py."""
+
     name: Text
     smoothing: BelowOne
+    gamma: NotNegative | None
+    gamma_positive: NotNegative | None
+    alpha: Share | None
+    shift: BelowOne | None
+    epsilon: float | None
+    share: Annotated[float, Field(gt=0, lt=1)] | None
+    threshold: BelowOne | None
+    delta: Positive | None
+    bins: Annotated[int, Field(ge=2)] | None
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    spread: Positive | None
+    hardest: Annotated[float, Field(gt=0, le=1)]
+    class_weights: Literal["none", "balanced", "effective"]
+    beta: Annotated[float, Field(gt=0, lt=1)] | None
 
 
 class Optim(Section):
@@ -244,6 +266,7 @@ class Config(Section):
     competition: Competition
     data: Data
     augment: Augment
+    sampling: Sampling
     model: Model
     loss: Loss
     optim: Optim
@@ -253,6 +276,19 @@ class Config(Section):
     machine: Machine
     track: Track
     keep: Keep
+
+    @model_validator(mode="after")
+    def _one_cure(self) -> Config:
+        balance, weights = self.sampling.balance, self.loss.class_weights
+        if balance == "none" and self.sampling.strength != 1:
+            raise ValueError(
+                f"sampling.strength: {self.sampling.strength} has no effect with sampling.balance: none"
+            )
+        if balance != "none" and weights != "none":
+            raise ValueError(
+                f"loss.class_weights: {weights} and sampling.balance: {balance} make up for rare classes twice; choose one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fit_together(self) -> Config:

@@ -6,8 +6,9 @@ on a tuple of heads, so several targets of different kinds are several heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +36,28 @@ class Head:
     def row(self) -> Task:
         return TASKS[self.task]
 
+    @property
+    def exclusive(self) -> bool:
+        """One of many classes: its outputs are one distribution."""
+        return self.row.spaces is EXCLUSIVE
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head minimises; see comp/objective.py."""
+
+    name: str
+    knobs: Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Task:
     losses: tuple[str, ...]  # that fit it, the default first
     metric: str  # the default
     space: str  # stored predictions are logits (nothing saturates in float32) or values
-    raw_outputs: Callable[[Head, str], int]  # network outputs for a head under a loss
+    raw_outputs: Callable[[Head, Objective], int]  # network outputs for a head under a loss
     target: Callable[[Array], NDArray]  # float columns (rows, columns) -> what loss and metric take
-    decode: Callable[[Array, str], Array]  # network output under a loss -> what is stored
+    decode: Callable[[Array, Objective], Array]  # network output under a loss -> what is stored
     probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
     store: Callable[[Array], Array]  # the way back
     spaces: dict[str, Space]  # where predictions are averaged, by name
@@ -80,9 +94,36 @@ def _codes(columns: Array) -> NDArray:
     return columns[:, 0].astype(np.int64) if columns.shape[1] == 1 else columns
 
 
-def _above(scores: Array) -> Array:
-    """Cumulative head: output k says how likely the grade is above k, so the expected grade is their sum."""
-    return sigmoid(scores).sum(axis=1, keepdims=True)
+def bin_centres(knobs: Mapping[str, Any]) -> Array:
+    low, high = knobs["range"]
+    return np.linspace(low, high, knobs["bins"])
+
+
+def _value(raw: Array, loss: Objective) -> Array:
+    """What a head of values says, (rows, targets): some losses have several outputs a target, and their mean is the answer."""
+    if loss.name == "cumulative":  # output k says how likely the grade is above k
+        return sigmoid(raw).sum(axis=1, keepdims=True)
+    if loss.name == "soft_labels":  # an output a grade
+        return softmax(raw) @ np.arange(raw.shape[1])[:, None]
+    if loss.name == "bins":
+        centres = bin_centres(loss.knobs)
+        return np.stack(
+            [
+                softmax(raw[:, at : at + len(centres)]) @ centres
+                for at in range(0, raw.shape[1], len(centres))
+            ],
+            axis=1,
+        )
+    return raw
+
+
+def _one_of_many(raw: Array, loss: Objective) -> Array:
+    """bce asks of each class by itself."""
+    return log_softmax(_log_sigmoid(raw) if loss.name == "bce" else raw)
+
+
+def _grades(head: Head, loss: Objective) -> int:
+    return {"cumulative": len(head.classes) - 1, "soft_labels": len(head.classes)}.get(loss.name, 1)
 
 
 def _identity(x: Array) -> Array:
@@ -128,7 +169,7 @@ VALUES: dict[str, Space] = dict.fromkeys(("probability", "logit", "geometric"), 
 
 TASKS: dict[str, Task] = {
     "binary": Task(
-        losses=("bce",),
+        losses=("bce", "focal", "asymmetric", "poly"),
         metric="roc_auc",
         space="logit",
         raw_outputs=lambda head, loss: 1,
@@ -140,19 +181,19 @@ TASKS: dict[str, Task] = {
         label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
     ),
     "multiclass": Task(
-        losses=("cross_entropy", "kl"),
+        losses=("cross_entropy", "kl", "focal", "poly", "jensen_shannon", "bce"),
         metric="accuracy",
         space="logit",
         raw_outputs=lambda head, loss: len(head.outputs),
         target=_codes,
-        decode=lambda raw, loss: log_softmax(raw),
+        decode=_one_of_many,
         probability=softmax,
         store=lambda p: np.log(np.clip(p, SMALLEST, None)),
         spaces=EXCLUSIVE,
         label=lambda p: p.argmax(axis=1),
     ),
     "multilabel": Task(
-        losses=("bce",),
+        losses=("bce", "focal", "asymmetric", "poly"),
         metric="mean_column_auc",
         space="logit",
         raw_outputs=lambda head, loss: len(head.outputs),
@@ -164,36 +205,36 @@ TASKS: dict[str, Task] = {
         label=lambda p: (p >= 0.5).astype(np.int64),
     ),
     "retrieval": Task(
-        losses=("cross_entropy",),
+        losses=("cross_entropy", "focal", "poly", "jensen_shannon"),
         metric="map@5",
         space="logit",
         raw_outputs=lambda head, loss: len(head.outputs),
         target=_codes,
-        decode=lambda raw, loss: log_softmax(raw),
+        decode=_one_of_many,
         probability=softmax,
         store=lambda p: np.log(np.clip(p, SMALLEST, None)),
         spaces=EXCLUSIVE,
         label=lambda p: p.argmax(axis=1),
     ),
     "regression": Task(
-        losses=("mse", "l1", "huber"),
+        losses=("mse", "l1", "huber", "log_cosh", "bins"),
         metric="rmse",
         space="value",
-        raw_outputs=lambda head, loss: len(head.outputs),
+        raw_outputs=lambda head, loss: len(head.outputs) * (loss.knobs["bins"] if loss.name == "bins" else 1),
         target=lambda columns: columns[:, 0] if columns.shape[1] == 1 else columns,
-        decode=lambda raw, loss: raw,
+        decode=_value,
         probability=_identity,
         store=_identity,
         spaces=VALUES,
         label=lambda value: np.rint(value[:, 0]).astype(np.int64),
     ),
     "ordinal": Task(
-        losses=("mse", "cumulative", "l1", "huber"),
+        losses=("mse", "cumulative", "soft_labels", "l1", "huber", "log_cosh"),
         metric="qwk",
         space="value",
-        raw_outputs=lambda head, loss: len(head.classes) - 1 if loss == "cumulative" else 1,
+        raw_outputs=_grades,
         target=lambda columns: columns[:, 0],
-        decode=lambda raw, loss: _above(raw) if loss == "cumulative" else raw,
+        decode=_value,
         probability=_identity,
         store=_identity,
         spaces=VALUES,

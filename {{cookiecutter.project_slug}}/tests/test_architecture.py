@@ -18,7 +18,7 @@ LAYERS = [
     ["knobs"],
     ["config"],
     ["store", "tasks"],
-    ["formulas", "metrics"],
+    ["formulas", "metrics", "objective"],
     ["competition"],
     ["own"],
     ["samples", "longform", "by_row"],

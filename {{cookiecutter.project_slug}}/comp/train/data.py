@@ -29,7 +29,7 @@ from comp.config import Config
 from comp.prepare import cache
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
-from comp.train import augment, beside
+from comp.train import augment, balance, beside
 from comp.train.draws import mixed
 
 AHEAD = 4  # batches that each worker has ready
@@ -63,14 +63,16 @@ class Batch:
 Plan = Iterable[list[Draw]]
 
 
-def epoch_list(rows: Positions, seed: int, epoch: int) -> Positions:
+def epoch_list(rows: Positions, seed: int, epoch: int, draw: balance.Draw = balance.shuffled) -> Positions:
     """Which samples an epoch draws, in which order. An oversampled one may stand in it several times."""
-    return np.random.Generator(np.random.PCG64(mixed(seed, epoch, 1))).permutation(rows)
+    return draw(rows, np.random.Generator(np.random.PCG64(mixed(seed, epoch, 1))))
 
 
-def training_batches(rows: Positions, size: int, seed: int, epoch: int, first: int) -> Iterator[list[Draw]]:
+def training_batches(
+    rows: Positions, size: int, seed: int, epoch: int, first: int, draw: balance.Draw = balance.shuffled
+) -> Iterator[list[Draw]]:
     """The epoch's micro-batches from number `first` on; a remainder smaller than a batch is left out."""
-    drawn = epoch_list(rows, seed, epoch)
+    drawn = epoch_list(rows, seed, epoch, draw)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
         seeds = mixed(seed, epoch, 2, spread=np.arange(start, start + size))

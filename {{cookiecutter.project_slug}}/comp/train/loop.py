@@ -21,9 +21,9 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
-from comp.train import augment, checkpoint, losses, model, optim
+from comp.train import augment, balance, checkpoint, losses, model, optim
 from comp.train.clock import Clock
-from comp.train.data import Batch, Feed, training_batches
+from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of
 
@@ -64,9 +64,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     taught, scored = (rows[: cfg.train.limit] for rows in material.folds.split(number))
     if len(taught) == 0:
         raise Refused(f"fold {number}: no rows to train on")
-    batch_size = min(cfg.train.batch_size, len(taught))
-    accumulate = min(cfg.train.accumulate, len(taught) // batch_size)
-    steps_per_epoch = len(taught) // (batch_size * accumulate)
+    draw = balance.drawing(cfg, material.samples, taught)
+    drawn_each_epoch = len(epoch_list(taught, seed, 0, draw))
+    batch_size = min(cfg.train.batch_size, drawn_each_epoch)
+    accumulate = min(cfg.train.accumulate, drawn_each_epoch // batch_size)
+    steps_per_epoch = drawn_each_epoch // (batch_size * accumulate)
     steps = steps_per_epoch * cfg.train.epochs
     targets = [
         _target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads
@@ -76,7 +78,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     # --- model ---------------------------------------------------------------------------------------------------------
     module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
     seen = augment.Seen(model.normalisation(cfg, module, device), augment.named(cfg))
-    criterion = losses.total(cfg, heads)
+    criterion = losses.total(cfg, material.samples, taught)
     optimizer = optim.optimizer(cfg, module)
     averaged = _ema(cfg, module)
     half = HALF[cfg.train.amp]
@@ -116,7 +118,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         module.train()
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
-        batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first))
+        batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first, draw))
         while step < (epoch + 1) * steps_per_epoch:
             torch.manual_seed(mixed(seed, step, 4))  # dropout and whatever else draws on the device
             rates.append(cfg.optim.rate * optim.share(cfg.schedule, step, steps, steps_per_epoch))
@@ -129,7 +131,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
                     output = module(pictures, **material.feed.extras(batch))  # (batch, outputs of all heads)
-                loss = (criterion(output, truth) * weight[batch.samples]).mean() / accumulate
+                each = criterion(output, truth)  # (batch,)
+                loss = losses.reduced(each, weight[batch.samples], cfg.loss.hardest) / accumulate
                 clock.lap("forward")
                 scaler.scale(loss).backward()
                 clock.lap("backward")

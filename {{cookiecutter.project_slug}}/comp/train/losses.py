@@ -1,65 +1,186 @@
-"""Losses by name: (network output of a head, target) -> one number a sample. `loss.name` in a config names one of them."""
+"""Losses by name: (network output of a head, target, its knobs) -> one number a sample. `loss.name` in a config names one.
+
+Targets are class codes (batch,), or shares for each class (batch, classes); 0, 1 or a share for each label; or values. Losses
+that ask of each output by itself give (batch, outputs), so that yes and no can be weighed label by label.
+
+Those of timm are not used: the versions that run on Kaggle return means only. The tests hold ours against them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from comp import own
+from comp import objective, own
 from comp.config import Config, Refused
-from comp.tasks import Head
-from comp.train.model import loss_name, outputs
+from comp.samples import Positions, Samples
+from comp.tasks import Head, Objective, bin_centres
+from comp.train import balance
+from comp.train.model import outputs
 
+TINY = 1e-8  # a power below 1 has no slope at 0
 Loss = Callable[[Tensor, Tensor], Tensor]
 Total = Callable[[Tensor, list[Tensor]], Tensor]
 
 
+# --- one of many classes -------------------------------------------------------------------------------------------------
+
+
+def shares(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """(batch, classes), whichever way the target came."""
+    if target.ndim == 1:
+        target = F.one_hot(target, output.shape[1]).to(output.dtype)
+    return target * (1 - smoothing) + smoothing / output.shape[1]
+
+
 def cross_entropy(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Target: class codes (batch,), or a share for each class (batch, classes)."""
     return F.cross_entropy(output, target, reduction="none", label_smoothing=smoothing)
 
 
 def kl(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """How far the answer is from a share for each class: cross entropy less what no model can get rid of."""
-    if target.ndim == 1:
-        target = F.one_hot(target, output.shape[1]).to(output.dtype)
-    target = target * (1 - smoothing) + smoothing / output.shape[1]
-    return F.kl_div(F.log_softmax(output, 1), target, reduction="none").sum(1)
+    return F.kl_div(F.log_softmax(output, 1), shares(output, target, smoothing), reduction="none").sum(1)
 
 
-def bce(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    target = target.view_as(output) * (1 - smoothing) + 0.5 * smoothing
-    return F.binary_cross_entropy_with_logits(output, target, reduction="none").mean(1)
+def jensen_shannon(output: Tensor, target: Tensor, smoothing: float, share: float) -> Tensor:
+    """Distance of answer and target from what lies between them, `share` of it target. A label that is wrong costs at most
+    so much. Scaled so that a small share gives cross entropy and one near 1 the absolute error."""
+    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+    between = torch.logaddexp(torch.log(share * truth), math.log(1 - share) + log_p)
+    from_truth = (torch.xlogy(truth, truth) - truth * between).sum(1)
+    from_answer = (log_p.exp() * (log_p - between)).sum(1)
+    return (share * from_truth + (1 - share) * from_answer) / (-(1 - share) * math.log(1 - share))
 
 
-def mse(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return F.mse_loss(output, target.view_as(output), reduction="none").mean(1)
+# --- each output by itself, or one of many: told by the target -----------------------------------------------------------
 
 
-def l1(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return F.l1_loss(output, target.view_as(output), reduction="none").mean(1)
+def _labels(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    return target.view_as(output) * (1 - smoothing) + 0.5 * smoothing
 
 
-def huber(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return F.huber_loss(output, target.view_as(output), reduction="none").mean(1)
+def _wrong(truth: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """The probability of what is not so."""
+    return (truth * no + (1 - truth) * yes).clamp(min=TINY)
 
 
-def cumulative(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def bce(output: Tensor, target: Tensor, smoothing: float, threshold: float | None) -> Tensor:
+    if threshold is not None:
+        target = (target > threshold).to(output.dtype)
+    return F.binary_cross_entropy_with_logits(output, _labels(output, target, smoothing), reduction="none")
+
+
+def bce_of_classes(output: Tensor, target: Tensor, smoothing: float, threshold: float | None) -> Tensor:
+    """Each class is asked for by itself, so none has to lose for another to win: mixed pictures hold two."""
+    truth = shares(output, target, smoothing)
+    return bce(output, truth, 0.0, threshold).mean(1)
+
+
+def focal(output: Tensor, target: Tensor, smoothing: float, gamma: float, alpha: float | None) -> Tensor:
+    truth = _labels(output, target, smoothing)
+    loss = F.binary_cross_entropy_with_logits(output, truth, reduction="none")
+    loss = loss * _wrong(truth, output.sigmoid(), (-output).sigmoid()) ** gamma
+    return loss if alpha is None else loss * (alpha * truth + (1 - alpha) * (1 - truth))
+
+
+def focal_of_classes(
+    output: Tensor, target: Tensor, smoothing: float, gamma: float, alpha: float | None
+) -> Tensor:
+    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+    return -(truth * (1 - log_p.exp()).clamp(min=TINY) ** gamma * log_p).sum(1)
+
+
+def poly(output: Tensor, target: Tensor, smoothing: float, epsilon: float) -> Tensor:
+    truth = _labels(output, target, smoothing)
+    wrong = _wrong(truth, output.sigmoid(), (-output).sigmoid())
+    return F.binary_cross_entropy_with_logits(output, truth, reduction="none") + epsilon * wrong
+
+
+def poly_of_classes(output: Tensor, target: Tensor, smoothing: float, epsilon: float) -> Tensor:
+    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+    return -(truth * log_p).sum(1) + epsilon * (1 - (truth * log_p.exp()).sum(1))
+
+
+def asymmetric(
+    output: Tensor, target: Tensor, smoothing: float, gamma: float, gamma_positive: float, shift: float
+) -> Tensor:
+    """Easy no's count less than easy yes's, and those below `shift` nothing: of many labels most are no."""
+    truth = _labels(output, target, smoothing)
+    yes, no = output.sigmoid(), ((-output).sigmoid() + shift).clamp(max=1)
+    loss = truth * yes.clamp(min=TINY).log() + (1 - truth) * no.clamp(min=TINY).log()
+    wrong = 1 - (truth * yes + (1 - truth) * no)
+    return -loss * wrong.clamp(min=TINY) ** (gamma_positive * truth + gamma * (1 - truth))
+
+
+# --- values and grades ---------------------------------------------------------------------------------------------------
+
+
+def mse(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target.view_as(output), reduction="none")
+
+
+def l1(output: Tensor, target: Tensor) -> Tensor:
+    return F.l1_loss(output, target.view_as(output), reduction="none")
+
+
+def huber(output: Tensor, target: Tensor, delta: float) -> Tensor:
+    return F.huber_loss(output, target.view_as(output), reduction="none", delta=delta)
+
+
+def log_cosh(output: Tensor, target: Tensor) -> Tensor:
+    """Squared near 0, absolute far away, smooth in between."""
+    away = output - target.view_as(output)
+    return away + F.softplus(-2 * away) - math.log(2)
+
+
+def bins(output: Tensor, target: Tensor, smoothing: float, bins: int, range: list[float]) -> Tensor:
+    """A value is shared between the two centres beside it, so that the mean that is read off is the value itself."""
+    places = torch.as_tensor(
+        bin_centres({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
+    )
+    values = target.reshape(len(output), -1, 1).clamp(places[0], places[-1])  # (batch, targets, 1)
+    truth = (1 - (values - places).abs() / (places[1] - places[0])).clamp(min=0)  # (batch, targets, bins)
+    truth = truth * (1 - smoothing) + smoothing / bins
+    return -(truth * F.log_softmax(output.view(len(output), -1, bins), 2)).sum(2)
+
+
+def cumulative(output: Tensor, target: Tensor) -> Tensor:
     """Ordinal: output k asks whether the grade is above k."""
     above = (target[:, None] > torch.arange(output.shape[1], device=output.device)).to(output.dtype)
     return F.binary_cross_entropy_with_logits(output, above, reduction="none").sum(1)
 
 
-LOSSES = {loss.__name__: loss for loss in (cross_entropy, kl, bce, mse, l1, huber, cumulative)}
+def soft_labels(output: Tensor, target: Tensor, spread: float) -> Tensor:
+    """Ordinal: an output a grade, and the grades beside the true one are right a little."""
+    grades = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
+    near = F.softmax(-0.5 * ((grades - target[:, None]) / spread) ** 2, 1)
+    return -(near * F.log_softmax(output, 1)).sum(1)
 
 
-def total(cfg: Config, heads: tuple[Head, ...]) -> Total:
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    loss.__name__: loss
+    for loss in (
+        cross_entropy, kl, jensen_shannon, bce, bce_of_classes, focal, focal_of_classes, poly, poly_of_classes, asymmetric,
+        mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
+    )
+}  # fmt: skip
+
+
+# --- of a run ------------------------------------------------------------------------------------------------------------
+
+
+def total(cfg: Config, samples: Samples, taught: Positions) -> Total:
     """The mean over heads of each head's loss: (batch, all outputs), one target a head -> (batch,)"""
-    sizes = outputs(cfg, heads)
-    losses = [_named(cfg, head) for head in heads]
+    sizes = outputs(cfg, samples.heads)
+    losses = [
+        _named(cfg, head, loss, samples, taught)
+        for head, loss in zip(samples.heads, objective.of(cfg, samples.heads), strict=True)
+    ]
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         blocks = output.float().split(sizes, dim=1)
@@ -69,12 +190,38 @@ def total(cfg: Config, heads: tuple[Head, ...]) -> Total:
     return loss
 
 
-def _named(cfg: Config, head: Head) -> Loss:
-    name = loss_name(cfg, head)
-    if name == "loss":
+def reduced(each: Tensor, weight: Tensor, hardest: float) -> Tensor:
+    """(batch,) -> the number that is back-propagated: the mean over all samples, or over the share with the highest loss."""
+    each = each * weight
+    if hardest < 1:
+        each = each.topk(max(1, round(hardest * len(each))), sorted=False).values
+    return each.mean()
+
+
+def _named(cfg: Config, head: Head, chosen: Objective, samples: Samples, taught: Positions) -> Loss:
+    if chosen.name == "loss":
         hook = own.get("loss")
         if hook is None:
             raise Refused("loss.name: loss: comp/competition.py defines no loss(output, target)")
         return hook
-    function, smoothing = LOSSES[name], cfg.loss.smoothing
-    return lambda output, target: function(output, target, smoothing)
+    of_classes = f"{chosen.name}_of_classes"
+    function = LOSSES[of_classes if head.exclusive and of_classes in LOSSES else chosen.name]
+    weigh = balance.class_weights(cfg, head, samples, taught)
+    if chosen.name == "bins":
+        _within(chosen, head, samples.targets(head)[taught])
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        each = function(output, target, **chosen.knobs)
+        if weigh is not None:
+            each = each * weigh(target).view_as(each)
+        return each if each.ndim == 1 else each.mean(1)
+
+    return loss
+
+
+def _within(chosen: Objective, head: Head, values: np.ndarray) -> None:
+    low, high = chosen.knobs["range"]
+    if values.min() < low or values.max() > high:
+        raise Refused(
+            f"loss.range: {low:g} to {high:g} leaves out targets of {head.name}, which go from {values.min():g} to {values.max():g}"
+        )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from comp import own, store
+from comp import objective, own, store
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head
 
@@ -22,24 +22,15 @@ BESIDE = 32  # what the metadata is brought to before it joins the image
 
 def outputs(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
     """Network outputs of each head, in order."""
-    return [head.row.raw_outputs(head, loss_name(cfg, head)) for head in heads]
+    losses = objective.of(cfg, heads)
+    return [head.row.raw_outputs(head, loss) for head, loss in zip(heads, losses, strict=True)]
 
 
 def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
     """(rows, network outputs) -> what is stored of each head, in float64."""
     blocks = np.split(raw.astype(np.float64), np.cumsum(outputs(cfg, heads))[:-1], axis=1)
-    return [head.row.decode(block, loss_name(cfg, head)) for head, block in zip(heads, blocks, strict=True)]
-
-
-def loss_name(cfg: Config, head: Head) -> str:
-    name = head.row.losses[0] if cfg.loss.name == "default" else cfg.loss.name
-    if name != "loss" and name not in head.row.losses:
-        raise Refused(
-            f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(head.row.losses)}"
-        )
-    if cfg.loss.smoothing and head.row.space != "logit":
-        raise Refused(f"loss.smoothing: {cfg.loss.smoothing} has no effect on task {head.task}; set it to 0")
-    return name
+    losses = objective.of(cfg, heads)
+    return [h.row.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
 
 
 def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None = None) -> nn.Module:
