@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from comp import secret
+from comp import secret, verb
 from comp.refused import Refused
 from comp.tune import verb as search
 from comp.verb import Args, Verb, argument, flag
@@ -55,8 +54,11 @@ def check(args: Args) -> int:
 
 def folds(args: Args) -> None:
     from comp import samples
-    from comp.prepare import assign
+    from comp.prepare import assign, duplicates
 
+    if args.duplicates:
+        duplicates.tell(_competition_config(), samples.load())
+        return
     assign.make(_competition_config(), samples.load(), remake=args.remake)
 
 
@@ -237,7 +239,8 @@ VERBS = {
     "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
     "check": Verb("data", check, "look for faults in tables, images and declaration before they cost a run"),
     "folds": Verb("data", folds, "make data/folds.parquet, once, and audit it", (
-        flag("--remake", "new folds on purpose: runs on the old ones can no longer be mixed with new ones"),)),
+        flag("--remake", "new folds on purpose: runs on the old ones can no longer be mixed with new ones"),
+        flag("--duplicates", "list copies by bytes and by pixels, those between train and test apart"))),
     "cache": Verb("data", cache, "decode all images once, to the size of an experiment", (EXPERIMENT, OVERRIDES)),
     "train": Verb("training", train, "train every fold of an experiment, and predict OOF and test rows", (
         EXPERIMENT, OVERRIDES,
@@ -297,22 +300,6 @@ VERBS = {
 }  # fmt: skip
 
 
-def overview_text() -> str:
-    lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
-    for chapter in dict.fromkeys(verb.chapter for verb in VERBS.values()):
-        lines += ["", chapter] + [
-            f"  {name:10} {verb.help}" for name, verb in VERBS.items() if verb.chapter == chapter
-        ]
-    return "\n".join([*lines, "", "comp VERB --help says more."])
-
-
-def parsed(name: str, arguments: list[str]) -> Args:
-    parser = argparse.ArgumentParser(f"comp {name}", description=VERBS[name].help)
-    for names, options in VERBS[name].arguments:
-        parser.add_argument(*names, **options)
-    return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
-
-
 def main(arguments: list[str] | None = None) -> int:
     try:
         status = answer((sys.argv[1:] if arguments is None else arguments) or ["--help"])
@@ -336,12 +323,12 @@ def answer(arguments: list[str]) -> int:
     secret.refuse(arguments)
     name, *rest = arguments
     if name in ("-h", "--help", "help"):
-        print(overview_text())
+        print(verb.overview(VERBS))
         return 0
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
-    return VERBS[name].run(parsed(name, rest)) or 0
+    return VERBS[name].run(verb.parsed(name, VERBS[name], rest)) or 0
 
 
 if __name__ == "__main__":

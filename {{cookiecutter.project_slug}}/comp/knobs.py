@@ -70,6 +70,7 @@ class Folds(Section):
     holdout: BelowOne = 0.0
     gap: NotNegative = 0.0
     blind_to_groups: bool = False
+    duplicates: Literal["ignore", "group"] = "ignore"
 
 
 class Submission(Section):
@@ -153,6 +154,10 @@ class Competition(Section):
             )
         if self.folds.scheme == "time" and self.time is None:
             raise ValueError("folds.scheme: time needs competition.time, the column to order by")
+        if self.folds.scheme == "time" and self.folds.duplicates == "group":
+            raise ValueError(
+                "folds.duplicates: copies of different times cannot stand together; leave it out"
+            )
         if self.folds.scheme == "time" and self.folds.repeats > 1:
             raise ValueError("folds.repeats: the past comes once; time folds take repeats: 1")
         if self.group and "group" not in self.folds.scheme and not self.folds.blind_to_groups:

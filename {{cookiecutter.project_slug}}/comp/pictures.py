@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 30  # more cannot be read; then the ones with the most mistakes are shown
 MOST_POINTS = 5000  # more are drawn as density
+TILE = 112  # px of a picture on a sheet
 SMALLEST = 1e-15
 
 Array = NDArray[Any]
@@ -142,3 +143,30 @@ def save(figure: Figure, file: Path) -> None:
             "ignore"
         )  # a class name in letters that the font lacks is drawn as boxes, and that is all
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def sheet(
+    tiles: Sequence[tuple[Array, str]], file: Path, columns: int = 8, title: str = "", pairs: bool = False
+) -> None:
+    """Small pictures with a caption each, row by row; with pairs every second gap is wide. Any number of channels."""
+    from PIL import Image, ImageDraw
+
+    gap, line = 6, 16
+    left = [gap + i * (TILE + gap) + (i // 2 * 3 * gap if pairs else 0) for i in range(columns)]
+    rows = -(-len(tiles) // columns)
+    drawn = Image.new("RGB", (left[-1] + TILE + gap, line + gap + rows * (TILE + line + gap)), "white")
+    pen = ImageDraw.Draw(drawn)
+    pen.text((gap, 2), title, "black")
+    for number, (picture, caption) in enumerate(tiles):
+        x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
+        shown = picture if picture.shape[2] == 3 else np.repeat(picture[:, :, :1], 3, axis=2)
+        drawn.paste(Image.fromarray(shown).resize((TILE, TILE)), (x, y))
+        pen.text((x, y + TILE + 2), _fitting(caption), "black")
+    with store.writing(file) as temporary:
+        drawn.save(temporary, "PNG")
+
+
+def _fitting(caption: str, most: int = 18) -> str:
+    """Of letters that the built-in font has, and as many as fit under a picture."""
+    plain = caption.encode("latin-1", "replace").decode("latin-1")
+    return plain if len(plain) <= most else plain[: most - 1] + "~"

@@ -44,6 +44,18 @@ class Samples:
     def truth(self, head: Head, positions: Positions) -> NDArray[Any]:
         return head.row.target(self.targets(head)[positions])
 
+    def label(self, position: int) -> str:
+        """What the first head says of a sample, as people write it."""
+        head = self.heads[0]
+        values = self.targets(head)[position]
+        if head.classes and len(values) == 1:
+            return head.classes[int(values[0])]
+        if head.task == "multilabel":
+            return " ".join(n for n, value in zip(head.outputs, values, strict=True) if value > 0.5)
+        if head.row.space == "logit" and len(values) > 1:
+            return head.outputs[int(np.argmax(values))]
+        return " ".join(f"{value:g}" for value in values)
+
 
 def load(file: Path | None = None) -> Samples:
     import pyarrow.parquet as pq

@@ -27,3 +27,19 @@ def argument(*names: str, **options: Any) -> Argument:
 
 def flag(name: str, help: str) -> Argument:
     return argument(name, action="store_true", help=help)
+
+
+def overview(verbs: dict[str, Verb]) -> str:
+    lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
+    for chapter in dict.fromkeys(verb.chapter for verb in verbs.values()):
+        lines += ["", chapter] + [
+            f"  {name:10} {verb.help}" for name, verb in verbs.items() if verb.chapter == chapter
+        ]
+    return "\n".join([*lines, "", "comp VERB --help says more."])
+
+
+def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
+    parser = argparse.ArgumentParser(f"comp {name}", description=verb.help)
+    for names, options in verb.arguments:
+        parser.add_argument(*names, **options)
+    return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options

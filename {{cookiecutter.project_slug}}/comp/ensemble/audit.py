@@ -101,7 +101,7 @@ def _optimistic(addresses: list[str]) -> None:
 
 
 def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
-    """The same bytes on both sides of a fold. Pictures that only look alike are found by comp check."""
+    """The same bytes on both sides of a fold. Pictures that only look alike: comp folds --duplicates."""
     from tqdm import tqdm
 
     where: dict[str, set[int]] = defaultdict(set)

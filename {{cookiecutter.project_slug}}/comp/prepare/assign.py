@@ -5,7 +5,7 @@ Only source = train is ever scored. Extra and pseudo-labelled rows are TAUGHT_ON
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from comp import folds, knobs, store
 from comp.config import Config, Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
-from comp.prepare import audit, balance
+from comp.prepare import audit, balance, duplicates
 from comp.prepare.balance import Ints, Keys
 from comp.samples import Samples
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TOGETHER: dict[knobs.Scheme, knobs.Scheme] = {  # what a scheme is where copies are groups
+    "kfold": "group", "stratified": "stratified_group", "quantiles": "stratified_group"
+}  # fmt: skip
 DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most like the whole
 
 
@@ -68,7 +71,11 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
         return _finish(file, kept, audit.audit(samples, kept))
     if len(samples.frame) > 200_000:
         print(f"{len(samples.frame)} rows into folds, some seconds …")
-    made = Folds(assign(samples, plan), meta, samples)
+    copies: Iterable[Iterable[int]] = ()
+    if plan.duplicates == "group":
+        copies = duplicates.find(cfg, samples).pairs
+        print(f"{len(copies)} pairs of copies are kept together; comp folds --duplicates shows them")
+    made = Folds(assign(samples, plan, copies), meta, samples)
     report = audit.audit(samples, made)
     if report["faults"]:
         print(audit.table(report))
@@ -87,16 +94,18 @@ def described(plan: knobs.Folds, samples: Samples) -> dict[str, Any]:
     return plan.model_dump() | {"rule": rule, "samples": samples.hash}
 
 
-def assign(samples: Samples, plan: knobs.Folds) -> pd.DataFrame:
-    """The frame of Folds: id, repeat, fold of every row that has labels."""
+def assign(samples: Samples, plan: knobs.Folds, copies: Iterable[Iterable[int]] = ()) -> pd.DataFrame:
+    """The frame of Folds: id, repeat, fold of every row that has labels. `copies`: pairs of samples that stay together."""
     import pandas as pd
 
     positions = samples.positions("train")
-    rows = _rows(samples, positions)
     if plan.scheme == "stratified" and all(head.task == "regression" for head in samples.heads):
         raise Refused(
             "configs/competition.yaml: folds.scheme: stratified wants classes, and the target is a number; use quantiles"
         )
+    if plan.duplicates == "group":
+        plan = plan.model_copy(update={"scheme": TOGETHER.get(plan.scheme, plan.scheme)})
+    rows = _rows(samples, positions, plan, copies)
     keys = samples.frame["row"].iloc[positions]
     if "group" not in plan.scheme and keys.duplicated().any():
         raise Refused(
@@ -122,11 +131,15 @@ def assign(samples: Samples, plan: knobs.Folds) -> pd.DataFrame:
     return pd.concat(lines, ignore_index=True)
 
 
-def _rows(samples: Samples, positions: NDArray) -> Rows:
+def _rows(samples: Samples, positions: NDArray, plan: knobs.Folds, copies: Iterable[Iterable[int]]) -> Rows:
     frame = samples.frame.iloc[positions]
     group: Ints | None = None
     names: NDArray = np.zeros(0, str)
-    if "group" in frame:
+    if plan.duplicates == "group":
+        ours = "group" if "group" in frame else "id"
+        named = samples.frame[ours].fillna(samples.frame["id"]).to_numpy(object)
+        names, group = np.unique(duplicates.units(named, copies)[positions], return_inverse=True)
+    elif "group" in frame:
         names, group = np.unique(frame["group"].to_numpy(object).astype(str), return_inverse=True)
     return Rows(
         hashed=balance.hashes(frame["id"]),
@@ -282,7 +295,7 @@ def _locked_groups(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
 
 def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples) -> list[str]:
     """One line for each thing that the frozen folds were made from and that is another now."""
-    names = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups")
+    names = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
     shown = store.shown(store.folds_file())
     lines = [
         f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now" for n in names if old[n] != new[n]

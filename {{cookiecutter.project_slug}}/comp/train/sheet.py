@@ -45,22 +45,9 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
         batch = torch.from_numpy(np.stack([change(picture, seed) for seed in seeds])).permute(0, 3, 1, 2)
         drawn = seen(batch, np.array(seeds)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         top = TITLE + row * (side + TITLE)
-        pen.text((GAP, top), _label(samples, int(sample)), "black")
+        pen.text((GAP, top), f"{samples.frame['id'].iloc[sample]}: {samples.label(int(sample))}", "black")
         for column, shown in enumerate([augment.centred(picture, cfg.data.size), *drawn]):
             scaled = Image.fromarray(shown.squeeze()).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GAP + column * (side + GAP), top + TITLE - GAP))
     with store.writing(file) as temporary:
         sheet.save(temporary, "png")
-
-
-def _label(samples: Samples, sample: int) -> str:
-    """The id, and what the first head says of it."""
-    head = samples.heads[0]
-    values = samples.targets(head)[sample]
-    if head.classes and len(values) == 1:
-        text = head.classes[int(values[0])]
-    elif head.row.space == "logit":
-        text = head.outputs[int(np.argmax(values))]
-    else:
-        text = f"{values[0]:g}"
-    return f"{samples.frame['id'].iloc[sample]}: {text}"
