@@ -7,10 +7,10 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from comp import secret, verb
+from comp import secret, training, verb
 from comp.refused import Refused
 from comp.tune import verb as search
-from comp.verb import Args, Verb, argument, flag
+from comp.verb import DEBUG, EXPERIMENT, OVERRIDES, Args, Verb, argument, flag
 
 if TYPE_CHECKING:
     from comp.config import Config
@@ -71,42 +71,6 @@ def cache(args: Args) -> None:
     paths = sorted({path for images in samples.load().frame["images"] for path in images})
     cache.open_images(cfg, paths, cfg.machine.progress, must_fit=True)
     print(f"next: comp train {args.experiment}")
-
-
-# --- training ------------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> None:
-    from comp import jobs
-
-    jobs.train(
-        args.experiment,
-        args.overrides,
-        fold=args.fold,
-        seed=args.seed,
-        name=args.name,
-        fresh=args.fresh,
-        debug=args.debug,
-        profile=args.profile,
-    )
-
-
-def augment(args: Args) -> None:
-    from comp import jobs
-
-    jobs.augmentation_sheet(args.experiment, args.overrides)
-
-
-def noise(args: Args) -> None:
-    from comp.ensemble import compare
-
-    compare.noise(args.experiment, args.seeds)
-
-
-def compare(args: Args) -> None:
-    from comp.ensemble import compare
-
-    compare.compare(args.experiments, args.seeds)
 
 
 # --- predictions ---------------------------------------------------------------------------------------------------------
@@ -224,12 +188,6 @@ def _competition_config() -> Config:
     return config.load(store.root(), "base").config
 
 
-EXPERIMENT = argument("experiment", help="name of a file in configs/, like exp001")
-OVERRIDES = argument(
-    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
-)
-DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
-
 VERBS = {
     "download": Verb("data", download, "the competition's files from Kaggle into data/raw, once", (
         argument("--ceiling", type=int, metavar="GB", help="unpack up to this much without asking; 100 otherwise"),)),
@@ -242,25 +200,13 @@ VERBS = {
         flag("--remake", "new folds on purpose: runs on the old ones can no longer be mixed with new ones"),
         flag("--duplicates", "list copies by bytes and by pixels, those between train and test apart"))),
     "cache": Verb("data", cache, "decode all images once, to the size of an experiment", (EXPERIMENT, OVERRIDES)),
-    "train": Verb("training", train, "train every fold of an experiment, and predict OOF and test rows", (
-        EXPERIMENT, OVERRIDES,
-        argument("--fold", help="only this fold; full is all data"),
-        argument("--seed", type=int, help="only this seed, instead of train.seeds"),
-        argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
-        flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,
-        flag("--profile", "say at the end where the time went"))),
-    "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
+    **training.VERBS,
     "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
         argument("experiment", nargs="?", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
         argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged"),
         flag("--last-look", "the score on the rows that folds.holdout locked away; every look is counted"),
         flag("--kernel", "on Kaggle: predict the test set that lies there, from the bundle of comp kernel"))),
-    "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
-        EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
-    "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (
-        argument("experiments", nargs="+", help="two or more, like exp001 exp002"),
-        argument("--seeds", type=int, default=3, help="trainings of each; 3 unless told"))),
     "tta": Verb("predictions", tta, "the views that gain most for their time, scored on folds that did not choose them", (
         argument("experiment", help="name of a finished run"),
         argument("--max-ms", type=float, help="ceiling of an image and checkpoint, all views together"))),

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from comp import duration
 
 
 class Section(BaseModel):
@@ -26,7 +29,23 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _lasting(value: object) -> object:
+    try:
+        duration.parse(value)
+    except ValueError as error:
+        raise PydanticCustomError("duration", "{said}", {"said": str(error)}) from None
+    return value
+
+
 Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
+# Kept as it was written: how many steps it is depends on the fold.
+Duration = Annotated[float | str, PlainValidator(_lasting)]
+Durations = Annotated[
+    float | str | list[float | str],
+    PlainValidator(
+        lambda value: [_lasting(v) for v in value] if isinstance(value, list) else _lasting(value)
+    ),
+]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
 FormName = Literal["label", "probability", "probabilities", "value", "labels", "ranking"]
@@ -220,15 +239,33 @@ class Loss(Section):
 class Optim(Section):
     name: Literal["adamw", "sgd"]
     rate: Positive
+    base_batch: Count | None
+    scaling: Literal["linear", "root"]
     weight_decay: NotNegative
     momentum: BelowOne
     clip: Positive | None
 
 
+ScheduleName = Literal[
+    "constant", "linear", "step", "plateau", "cosine", "cosine_restarts", "one_cycle", "triangular", "exponential", "wsd"
+]  # fmt: skip
+
+
 class Schedule(Section):
-    name: Literal["cosine", "constant"]
-    warmup: NotNegative
+    name: ScheduleName
+    warmup: Duration
     final: Share
+    every: Durations
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    patience: Annotated[int, Field(ge=0)]
+    cycles: Count
+    multiplier: Annotated[float, Field(ge=1)]
+    decay: Annotated[float, Field(gt=0, le=1)]
+    start: Share
+    rise: Annotated[float, Field(gt=0, lt=1)]
+    anneal: Literal["cosine", "linear"]
+    momentum: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] | None
+    cooldown: Duration
 
 
 class Train(Section):
@@ -297,9 +334,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Config:
-        if self.schedule.warmup >= self.train.epochs:
+        warmup = duration.parse(self.schedule.warmup).in_epochs(self.train.epochs)
+        if warmup is not None and warmup >= self.train.epochs:
             raise ValueError(
-                f"schedule.warmup: {self.schedule.warmup} epochs of warm-up leave nothing of train.epochs {self.train.epochs}"
+                f"schedule.warmup: {warmup} epochs of warm-up leave nothing of train.epochs {self.train.epochs}"
             )
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")

@@ -37,6 +37,11 @@ def device(wanted: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def processes() -> int:
+    """How many train this one model together: torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Stop:
     """Ctrl+C asks: the loop saves its state at the next step and ends. A second Ctrl+C does not wait."""
 

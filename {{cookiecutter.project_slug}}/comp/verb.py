@@ -29,6 +29,13 @@ def flag(name: str, help: str) -> Argument:
     return argument(name, action="store_true", help=help)
 
 
+EXPERIMENT = argument("experiment", help="name of a file in configs/, like exp001")
+OVERRIDES = argument(
+    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
+)
+DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
+
+
 def overview(verbs: dict[str, Verb]) -> str:
     lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
     for chapter in dict.fromkeys(verb.chapter for verb in verbs.values()):

@@ -13,7 +13,7 @@ COMP = Path(__file__).parent.parent / "comp"
 
 # Lowest first; modules of one line do not import each other's lines above.
 LAYERS = [
-    ["refused", "yaml_lines", "machine", "table", "verb"],
+    ["refused", "yaml_lines", "machine", "table", "verb", "duration"],
     ["secret"],
     ["knobs"],
     ["config"],
@@ -37,10 +37,11 @@ LAYERS = [
     ["tune"],
     ["deliver"],
     ["overview", "clean"],
+    ["training"],
     ["cli", "__main__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-LIGHT = ["cli", "config", "store", "tasks", "metrics", "competition", "own", "samples", "folds"]
+LIGHT = ["cli", "training", "config", "store", "tasks", "metrics", "competition", "own", "samples", "folds"]
 HEAVY = {
     "torch",
     "timm",

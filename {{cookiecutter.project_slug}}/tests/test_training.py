@@ -18,7 +18,7 @@ from comp import bank, folds, jobs, own, samples, score, store
 from comp.config import Refused
 from comp.predict import tta
 from comp.prepare import assign, tables
-from comp.train import augment, data, evaluate, model, optim
+from comp.train import augment, data, evaluate, model
 
 TINY = [
     "track=none",
@@ -149,19 +149,6 @@ def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: p
 
 
 # --- the parts against what they promise ---------------------------------------------------------------------------------
-
-
-def test_the_rate_is_linear_warmup_then_cosine() -> None:
-    schedule = config_of_schedule(warmup=2.0, final=0.1)
-    shares = [optim.share(schedule, step, 100, 10) for step in range(100)]
-    assert shares[:20] == pytest.approx([(s + 1) / 21 for s in range(20)])
-    assert shares[20:] == pytest.approx([0.1 + 0.9 * (1 + np.cos(np.pi * s / 80)) / 2 for s in range(80)])
-
-
-def config_of_schedule(**knobs: Any) -> Any:
-    from comp.knobs import Schedule
-
-    return Schedule(name="cosine", **knobs)
 
 
 def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:

@@ -16,12 +16,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from comp import score, track
+from comp import machine, score, track
 from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
-from comp.train import augment, balance, checkpoint, losses, model, optim
+from comp.train import augment, balance, checkpoint, losses, model, optim, schedule
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
@@ -65,11 +65,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     if len(taught) == 0:
         raise Refused(f"fold {number}: no rows to train on")
     draw = balance.drawing(cfg, material.samples, taught)
-    drawn_each_epoch = len(epoch_list(taught, seed, 0, draw))
-    batch_size = min(cfg.train.batch_size, drawn_each_epoch)
-    accumulate = min(cfg.train.accumulate, drawn_each_epoch // batch_size)
-    steps_per_epoch = drawn_each_epoch // (batch_size * accumulate)
-    steps = steps_per_epoch * cfg.train.epochs
+    span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)), machine.processes())
+    batch_size, accumulate, _, steps_per_epoch, steps = span
+    curve = schedule.curve(cfg, span)
     targets = [
         _target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads
     ]
@@ -86,7 +84,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     predicting = averaged.module if averaged else module
 
     # --- resume --------------------------------------------------------------------------------------------------------
-    step = 0
+    step, losses_seen = 0, list[float]()  # of this epoch
     state = checkpoint.newest(folder, device)
     if state is not None:
         module.load_state_dict(state["model"])
@@ -94,12 +92,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         scaler.load_state_dict(state["scaler"])
         if averaged:
             averaged.module.load_state_dict(state["averaged"])
-        step = state["step"]
+        step, losses_seen = state["step"], state["losses"]
+        curve.seen.extend(state["epochs"])
 
     def save() -> None:
         checkpoint.save(folder, step, {
             "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "averaged": averaged.module.state_dict() if averaged else None,
+            "averaged": averaged.module.state_dict() if averaged else None, "losses": losses_seen, "epochs": curve.seen,
         }, log.offset())  # fmt: skip
 
     # --- epochs --------------------------------------------------------------------------------------------------------
@@ -121,8 +120,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first, draw))
         while step < (epoch + 1) * steps_per_epoch:
             torch.manual_seed(mixed(seed, step, 4))  # dropout and whatever else draws on the device
-            rates.append(cfg.optim.rate * optim.share(cfg.schedule, step, steps, steps_per_epoch))
-            optim.set_rate(optimizer, rates[-1])
+            rates.append(curve.rate(step))
+            optim.set_rate(optimizer, rates[-1], curve.momentum(step))
             for _ in range(accumulate):
                 batch = _whole(next(batches), material)
                 clock.lap("waiting for pictures")
@@ -152,7 +151,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
             if last or inside or material.stop.asked or len(pending) >= LOG_EVERY * accumulate:
-                bar.set_postfix_str(f"loss {_note(log, pending, step, accumulate, rates):.4f}")
+                losses_seen += _note(log, pending, step, accumulate, rates)
+                bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}")
             if inside or (material.stop.asked and not last):
                 save()
             if material.stop.asked and not last:
@@ -160,8 +160,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         report = {
             "epoch": epoch + 1,
             "step": step,
+            "train_loss": sum(losses_seen) / steps_per_epoch,
             "images_per_second": round(drawn / (time.perf_counter() - began), 1),
         }
+        curve.seen.append(report["train_loss"])
+        losses_seen.clear()
         clock.lap("log and checkpoint")
         report |= validate(material, predicting, seen, criterion, scored, targets)
         clock.lap("validation")
@@ -231,9 +234,11 @@ def _refuse(damaged: dict[int, str], material: Material) -> None:
         )
 
 
-def _note(log: track.Track, pending: list[Tensor], step: int, accumulate: int, rates: list[float]) -> float:
+def _note(
+    log: track.Track, pending: list[Tensor], step: int, accumulate: int, rates: list[float]
+) -> list[float]:
     """One record a step. Looking at the losses is what makes the CPU wait, so it is done for many steps at once."""
-    values = torch.stack(pending).view(-1, accumulate).sum(1).tolist()
+    values: list[float] = torch.stack(pending).view(-1, accumulate).sum(1).tolist()
     first = step - len(values) + 1
     for number, (loss, rate) in enumerate(zip(values, rates, strict=True), first):
         if not math.isfinite(loss):
@@ -243,7 +248,7 @@ def _note(log: track.Track, pending: list[Tensor], step: int, accumulate: int, r
         log.log({"step": number, "loss": loss, "rate": rate})
     pending.clear()
     rates.clear()
-    return float(values[-1])
+    return values
 
 
 def _quiet(cfg: Config) -> bool | None:

@@ -1,13 +1,11 @@
-"""The optimizer and its rate. The rate is a function of the step alone, so that a resumed run needs no scheduler state."""
+"""The optimizer. Its rate is set before every step: schedule.py."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 
-from comp.config import Config, Schedule
+from comp.config import Config
 
 
 def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
@@ -25,21 +23,11 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def share(schedule: Schedule, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The rate at a step (from 0) as a share of the peak: linear warm-up, then the schedule down to `final`."""
-    warmup = round(schedule.warmup * steps_per_epoch)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    return SHAPES[schedule.name](done, schedule.final)
-
-
-SHAPES = {
-    "constant": lambda done, final: 1.0,
-    "cosine": lambda done, final: final + (1 - final) * (1 + math.cos(math.pi * done)) / 2,
-}
-
-
-def set_rate(optim: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optim: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
+    """momentum None: as it is."""
     for group in optim.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
+        if momentum is not None and "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        if momentum is not None and "momentum" in group:
+            group["momentum"] = momentum

@@ -1,0 +1,242 @@
+"""The rate and the momentum as functions of the step. A resumed run needs no state of a scheduler for them.
+
+Only the plateau schedule looks at how training goes: at one number an epoch, which the checkpoint carries.
+No torch in here, so that `comp schedule` can draw a curve at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from comp import duration
+from comp.config import Config, Refused, Schedule
+
+BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share, as in torch
+
+
+class Span(NamedTuple):
+    """How long a fold trains."""
+
+    batch_size: int  # images a forward pass
+    accumulate: int  # forward passes a step, in each process
+    processes: int
+    steps_per_epoch: int
+    steps: int
+
+    @property
+    def effective(self) -> int:
+        """Images a step."""
+        return self.batch_size * self.accumulate * self.processes
+
+
+def span(cfg: Config, drawn: int, processes: int = 1) -> Span:
+    """`drawn` is how many samples an epoch draws. A set smaller than a batch is a batch; what does not fill a step is left out."""
+    batch_size = min(cfg.train.batch_size, drawn // processes)
+    if batch_size == 0:
+        raise Refused(f"{drawn} rows to train on are fewer than {processes} processes")
+    accumulate = min(cfg.train.accumulate, drawn // (batch_size * processes))
+    steps_per_epoch = drawn // (batch_size * accumulate * processes)
+    return Span(batch_size, accumulate, processes, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
+
+
+def peak(cfg: Config, effective: int) -> float:
+    """The highest rate: optim.rate is meant for optim.base_batch images a step, if that is said."""
+    if cfg.optim.base_batch is None:
+        return cfg.optim.rate
+    power = {"linear": 1.0, "root": 0.5}[cfg.optim.scaling]
+    return float(cfg.optim.rate * (effective / cfg.optim.base_batch) ** power)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The schedule of one fold."""
+
+    schedule: Schedule
+    peak: float
+    steps: int
+    steps_per_epoch: int
+    seen: list[float] = field(default_factory=list)  # plateau: the loss of every epoch so far
+
+    def __post_init__(self) -> None:
+        if self.warmup >= self.steps:
+            raise Refused(
+                f"schedule.warmup: {self.schedule.warmup} is {self.warmup} steps, and the run has {self.steps}"
+            )
+        if self.schedule.name == "wsd" and self.warmup + self.in_steps(self.schedule.cooldown) > self.steps:
+            raise Refused(
+                f"schedule.cooldown: {self.schedule.cooldown} after a warm-up of {self.warmup} steps is more than the {self.steps} steps of the run"
+            )
+        if (
+            self.schedule.name in ("cosine_restarts", "triangular", "exponential")
+            and min(length for _, length in self.cycles) < 1
+        ):
+            raise Refused(
+                f"schedule.cycles: {self.schedule.cycles} cycles in {self.steps - self.warmup} steps leave one without any"
+            )
+
+    def in_steps(self, value: float | str) -> int:
+        return duration.parse(value).in_steps(self.steps, self.steps_per_epoch)
+
+    @property
+    def warmup(self) -> int:
+        return self.in_steps(self.schedule.warmup)
+
+    def rate(self, step: int) -> float:
+        return self.peak * self.share(step)
+
+    def share(self, step: int) -> float:
+        """The rate at a step (from 0) as a share of the peak: linear warm-up to the first value of the schedule, then the schedule."""
+        share = SHAPES[self.schedule.name](self, max(0, step - self.warmup)).share
+        return share * min(1.0, (step + 1) / (self.warmup + 1))
+
+    def momentum(self, step: int) -> float | None:
+        """None: the schedule leaves momentum alone."""
+        if self.schedule.momentum is None:
+            return None
+        height = SHAPES[self.schedule.name](self, max(0, step - self.warmup)).height
+        low, high = self.schedule.momentum
+        return None if height is None else high + (low - high) * height
+
+    @property
+    def cycles(self) -> list[tuple[int, int]]:
+        """(first step, steps) of each cycle. They fill the run after the warm-up, so that the last one ends with it."""
+        count, times = self.schedule.cycles, self.schedule.multiplier
+        if self.schedule.name != "cosine_restarts":
+            times = 1.0
+        ends = [sum(times**i for i in range(k)) for k in range(count + 1)]
+        edges = [
+            self.warmup + math.floor((self.steps - self.warmup) * end / ends[-1] + 1e-9 + 0.5) for end in ends
+        ]
+        return [(a, b - a) for a, b in itertools.pairwise(edges)]
+
+
+def curve(cfg: Config, span: Span) -> Curve:
+    return Curve(cfg.schedule, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
+
+
+class Point(NamedTuple):
+    share: float  # of the peak
+    height: float | None = (
+        None  # where between its ends (0) and its peak (1) a cycle stands; momentum runs against it
+    )
+
+
+def constant(curve: Curve, step: int) -> Point:
+    return Point(1.0)
+
+
+def stairs(curve: Curve, step: int) -> Point:
+    """One drop every so often, or one at each of the times listed."""
+    every = curve.schedule.every
+    if isinstance(every, list):
+        drops = sum(step + curve.warmup >= curve.in_steps(at) for at in every)
+    else:
+        drops = step // max(1, curve.in_steps(every))
+    return Point(curve.schedule.factor**drops)
+
+
+def plateau(curve: Curve, step: int) -> Point:
+    """Down by `factor` whenever more than `patience` epochs in a row brought nothing better; never below `final`."""
+    drops, waited, best = 0, 0, math.inf
+    for loss in curve.seen:
+        better = loss < best * (1 - BETTER)
+        best, waited = (loss, 0) if better else (best, waited + 1)
+        if waited > curve.schedule.patience:
+            drops, waited = drops + 1, 0
+    return Point(max(curve.schedule.final, curve.schedule.factor**drops))
+
+
+def linear(curve: Curve, step: int) -> Point:
+    return Point(_between(curve.schedule.final, 1.0, 1 - step / (curve.steps - curve.warmup)))
+
+
+def cosine(curve: Curve, step: int) -> Point:
+    return Point(_between(curve.schedule.final, 1.0, _half_wave(step / (curve.steps - curve.warmup))))
+
+
+def cosine_restarts(curve: Curve, step: int) -> Point:
+    number, done = _place(curve, step)
+    top = curve.schedule.decay**number
+    return Point(_between(curve.schedule.final, top, _half_wave(done)))
+
+
+def one_cycle(curve: Curve, step: int) -> Point:
+    """Up from `start` to the peak, then down to `final`."""
+    height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal])
+    return Point(_between(curve.schedule.start if rising else curve.schedule.final, 1.0, height), height)
+
+
+def triangular(curve: Curve, step: int) -> Point:
+    """Cycles between `final` and the peak, each lower than the one before by `decay`."""
+    number, done = _place(curve, step)
+    height, _ = _wave(curve, done, SLOPES["linear"])
+    return Point(_between(curve.schedule.final, 1.0, height * curve.schedule.decay**number), height)
+
+
+def exponential(curve: Curve, step: int) -> Point:
+    """Like triangular, but lower with every step: by `decay` over a cycle."""
+    number, done = _place(curve, step)
+    height, _ = _wave(curve, done, SLOPES["linear"])
+    return Point(
+        _between(curve.schedule.final, 1.0, height * curve.schedule.decay ** (number + done)), height
+    )
+
+
+def wsd(curve: Curve, step: int) -> Point:
+    """Warm-up, stable, decay: the peak until the last `cooldown`."""
+    length = curve.in_steps(curve.schedule.cooldown)
+    left = curve.steps - curve.warmup - step
+    if left >= length:
+        return Point(1.0)
+    return Point(_between(curve.schedule.final, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
+
+
+SHAPES: dict[str, Callable[[Curve, int], Point]] = {
+    "step": stairs,
+    **{
+        shape.__name__: shape
+        for shape in (
+            constant,
+            linear,
+            plateau,
+            cosine,
+            cosine_restarts,
+            one_cycle,
+            triangular,
+            exponential,
+            wsd,
+        )
+    },
+}
+
+
+def _between(low: float, high: float, height: float) -> float:
+    return low + (high - low) * height
+
+
+def _half_wave(done: float) -> float:
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+# How far down from 1 to 0 after this share of the way.
+SLOPES: dict[str, Callable[[float], float]] = {"cosine": _half_wave, "linear": lambda done: 1 - done}
+
+
+def _place(curve: Curve, step: int) -> tuple[int, float]:
+    """Number of the cycle, and how much of it is done."""
+    at = step + curve.warmup
+    number = max(i for i, (first, _) in enumerate(curve.cycles) if first <= at)
+    first, length = curve.cycles[number]
+    return number, (at - first) / length
+
+
+def _wave(curve: Curve, done: float, slope: Callable[[float], float]) -> tuple[float, bool]:
+    """Up during `rise` of it, down during the rest: (height, still rising)."""
+    rise = curve.schedule.rise
+    if done < rise:
+        return 1 - slope(done / rise), True
+    return slope((done - rise) / (1 - rise)), False

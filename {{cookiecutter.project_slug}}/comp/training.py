@@ -1,0 +1,55 @@
+"""The verbs of training, as cli.py shows them."""
+
+from __future__ import annotations
+
+from comp.verb import DEBUG, EXPERIMENT, OVERRIDES, Args, Verb, argument, flag
+
+
+def train(args: Args) -> None:
+    from comp import jobs
+
+    jobs.train(
+        args.experiment,
+        args.overrides,
+        fold=args.fold,
+        seed=args.seed,
+        name=args.name,
+        fresh=args.fresh,
+        debug=args.debug,
+        profile=args.profile,
+    )
+
+
+def augment(args: Args) -> None:
+    from comp import jobs
+
+    jobs.augmentation_sheet(args.experiment, args.overrides)
+
+
+def noise(args: Args) -> None:
+    from comp.ensemble import compare
+
+    compare.noise(args.experiment, args.seeds)
+
+
+def compare(args: Args) -> None:
+    from comp.ensemble import compare
+
+    compare.compare(args.experiments, args.seeds)
+
+
+VERBS = {
+    "train": Verb("training", train, "train every fold of an experiment, and predict OOF and test rows", (
+        EXPERIMENT, OVERRIDES,
+        argument("--fold", help="only this fold; full is all data"),
+        argument("--seed", type=int, help="only this seed, instead of train.seeds"),
+        argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
+        flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,
+        flag("--profile", "say at the end where the time went"))),
+    "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
+    "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
+        EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
+    "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (
+        argument("experiments", nargs="+", help="two or more, like exp001 exp002"),
+        argument("--seeds", type=int, default=3, help="trainings of each; 3 unless told"))),
+}  # fmt: skip

@@ -1,0 +1,189 @@
+"""Rates and momentum against their closed forms, and against torch where torch has the schedule."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import config
+
+from comp import duration
+from comp.config import Refused
+from comp.train import schedule
+from comp.train.schedule import Curve
+
+STEPS, EPOCH = 120, 10  # a run of 12 epochs
+
+
+@pytest.fixture(autouse=True)
+def _somewhere(empty: Path) -> None:
+    """Knobs come from configs/base.yaml."""
+
+
+def curve(*said: str, steps: int = STEPS) -> Curve:
+    cfg = config("schedule.warmup=0", *(f"schedule.{text}" for text in said))
+    return Curve(cfg.schedule, 1.0, steps, EPOCH)
+
+
+def rates(*said: str, steps: int = STEPS) -> list[float]:
+    drawn = curve(*said, steps=steps)
+    return [drawn.rate(step) for step in range(steps)]
+
+
+def of_torch(make: Any, steps: int, peak: float = 1.0) -> tuple[list[float], list[float]]:
+    """Rate and momentum that one of torch's schedulers sets."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], peak, momentum=0.9)
+    scheduler = make(optimizer)
+    out: tuple[list[float], list[float]] = ([], [])
+    for _ in range(steps):
+        out[0].append(optimizer.param_groups[0]["lr"])
+        out[1].append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def half_wave(done: float) -> float:
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+CLOSED = {
+    "constant": ([], lambda s: 1.0),
+    "linear": (["final=0.1"], lambda s: 1 - 0.9 * s / STEPS),
+    "cosine": (["final=0.1"], lambda s: 0.1 + 0.9 * half_wave(s / STEPS)),
+    "step": (["every=3 epochs", "factor=0.5"], lambda s: 0.5 ** (s // 30)),
+    "cosine_restarts": (
+        ["cycles=3", "final=0", "decay=0.5"],
+        lambda s: 0.5 ** (s // 40) * half_wave(s % 40 / 40),
+    ),
+    "triangular": (
+        ["cycles=3", "final=0.2", "rise=0.5", "decay=0.5"],
+        lambda s: 0.2 + 0.8 * 0.5 ** (s // 40) * (1 - abs(s % 40 / 20 - 1)),
+    ),
+    "exponential": (
+        ["cycles=3", "final=0.2", "rise=0.25", "decay=0.5"],
+        lambda s: 0.2 + 0.8 * 0.5 ** (s / 40) * min(s % 40 / 10, (40 - s % 40) / 30),
+    ),
+    "wsd": (["cooldown=25%", "anneal=linear", "final=0"], lambda s: min(1.0, (STEPS - s) / 30)),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_curve_equals_its_closed_form(name: str) -> None:
+    said, form = CLOSED[name]
+    assert rates(f"name={name}", *said) == pytest.approx([form(step) for step in range(STEPS)], abs=1e-12)
+
+
+def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
+    dropped = rates("name=step", "every=[50%, 9 epochs, 110 steps]")
+    assert [step for step in range(1, STEPS) if dropped[step] < dropped[step - 1]] == [60, 90, 110]
+    assert rates("name=wsd", "cooldown=60 steps", "final=0") == pytest.approx(
+        [half_wave(max(0, step - 60) / 60) for step in range(STEPS)]
+    )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_restarts_are_those_of_torch(times: int) -> None:
+    first, cycles = (30, 4) if times == 1 else (8, 4)
+    whole = first * (cycles if times == 1 else 2**cycles - 1)
+    said = ["name=cosine_restarts", f"cycles={cycles}", f"multiplier={times}", "final=0.1"]
+    make = lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, first, times, eta_min=0.1)  # noqa: E731
+    assert rates(*said, steps=whole) == pytest.approx(of_torch(make, whole)[0])
+    ends = [sum(first * times**i for i in range(k + 1)) for k in range(cycles)]
+    assert [start + length for start, length in curve(*said, steps=whole).cycles] == ends
+
+
+@pytest.mark.parametrize(("anneal", "torchs"), [("cosine", "cos"), ("linear", "linear")])
+def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
+    """Torch reaches its last value in its last step and ours would one step later, so torch gets one step more."""
+    share = (0.3 * STEPS + 1) / (STEPS + 1)
+    rate, momentum = of_torch(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, 1.0, STEPS + 1, pct_start=share, anneal_strategy=torchs, div_factor=25, final_div_factor=4, base_momentum=0.8,
+            max_momentum=0.95), STEPS,
+    )  # fmt: skip
+    drawn = curve("name=one_cycle", f"anneal={anneal}", "final=0.01", "momentum=[0.8, 0.95]")
+    assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
+    assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
+
+
+def test_triangles_and_their_momentum_are_those_of_torch() -> None:
+    rate, momentum = of_torch(
+        lambda o: torch.optim.lr_scheduler.CyclicLR(
+            o, 0.2, 1.0, step_size_up=12, step_size_down=28, base_momentum=0.85, max_momentum=0.95), STEPS,
+    )  # fmt: skip
+    drawn = curve("name=triangular", "cycles=3", "final=0.2", "rise=0.3")
+    assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
+    assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
+    assert curve("name=triangular", "momentum=null").momentum(3) is None
+    assert curve("name=cosine").momentum(3) is None
+
+
+def test_plateau_is_that_of_torch() -> None:
+    losses = [3.0, 2.0, 2.0, 1.9999, 2.1, 1.5, 1.6, 1.7, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, min_lr=0.02)
+    drawn = curve("name=plateau", "factor=0.3", "patience=1", "final=0.02")
+    seen = []
+    for loss in losses:
+        theirs.step(loss)
+        drawn.seen.append(loss)
+        seen.append(drawn.rate(50))
+        assert seen[-1] == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert seen[0] == 1 and seen[-1] == 0.02 and len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("name", [*CLOSED, "one_cycle", "plateau"])
+def test_warmup_leads_up_to_every_schedule(name: str) -> None:
+    drawn = curve(f"name={name}", "warmup=25%")
+    first = drawn.share(30)
+    assert [drawn.share(step) for step in range(30)] == pytest.approx(
+        [first * (s + 1) / 31 for s in range(30)]
+    )
+    shorter = curve(f"name={name}", "every=40 steps", "cooldown=20 steps", steps=90)
+    drawn = curve(f"name={name}", "every=40 steps", "cooldown=20 steps", "warmup=3 epochs")
+    assert [drawn.share(30 + s) for s in range(90)] == pytest.approx([shorter.share(s) for s in range(90)])
+
+
+def test_durations() -> None:
+    assert duration.parse("500 steps").in_steps(1000, 10) == 500
+    assert duration.parse("1.5 epochs").in_steps(1000, 10) == duration.parse(1.5).in_steps(1000, 10) == 15
+    assert duration.parse("12.5%").in_steps(1000, 10) == 125 and duration.parse("12.5 %").in_epochs(8) == 1
+    assert duration.parse("1 step").in_epochs(8) is None and duration.parse("1 epoch").in_epochs(8) == 1
+    for wrong in ("3 epohs", "epochs", "-1 epoch", "120%", True, None, [1], float("nan"), "1e3 steps"):
+        with pytest.raises(ValueError, match="should be"):
+            duration.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (["warmup=120 steps"], "schedule.warmup: 120 steps is 120 steps, and the run has 120"),
+        (["name=wsd", "warmup=50%", "cooldown=60%"], "schedule.cooldown: 60% after a warm-up of 60 steps"),
+        (["name=cosine_restarts", "cycles=121"], "schedule.cycles: 121 cycles in 120 steps"),
+        (["name=cosine_restarts", "cycles=12", "multiplier=3"], "schedule.cycles: 12 cycles in 120 steps"),
+        (["warmup=3 epohs"], "schedule.warmup: should be like 500 steps, 3 epochs or 10%, not '3 epohs'"),
+        (["every=[1 epoch, x]"], "schedule.every: should be like"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        curve(*said)
+    assert words in str(refused.value)
+
+
+def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
+    cfg = config("optim.rate=0.1", "train.batch_size=8", "train.accumulate=4", "optim.base_batch=256")
+    span = schedule.span(cfg, 1000, processes=2)
+    assert (span.effective, span.steps_per_epoch, span.steps) == (64, 15, 15 * cfg.train.epochs)
+    assert schedule.curve(cfg, span).rate(10**3) != 0
+    assert schedule.peak(cfg, span.effective) == pytest.approx(0.1 / 4)
+    root = config("optim.rate=0.1", "optim.base_batch=256", "optim.scaling=root")
+    assert schedule.peak(root, 64) == pytest.approx(0.1 / 2)
+    assert schedule.peak(config("optim.rate=0.1"), 64) == 0.1
+    assert schedule.span(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
+    with pytest.raises(Refused, match="fewer than 4 processes"):
+        schedule.span(cfg, 3, processes=4)
