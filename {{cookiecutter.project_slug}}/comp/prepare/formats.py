@@ -68,7 +68,7 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def cut(data: bytes) -> str:
-    """Why a PNG or GIF is not whole; empty if it is. Of WebP, TIFF, BMP and the like Pillow takes nothing that was cut."""
+    """Why a PNG, GIF or BMP is not whole; empty if it is. Of WebP, TIFF and the like Pillow takes nothing that was cut."""
     for start, check in CHECKS.items():
         if data.startswith(start):
             return check(data)
@@ -120,4 +120,19 @@ def _gif(data: bytes) -> str:
     return ""
 
 
-CHECKS = {b"\x89PNG\r\n\x1a\n": _png, b"GIF8": _gif}
+def _bmp(data: bytes) -> str:
+    """Pillow makes up as many bytes as a row's padding has. Compressed ones it checks by itself."""
+    try:
+        offset, header, width, height, _, depth, compression = struct.unpack_from("<IIiiHHI", data, 10)
+    except struct.error:
+        return "cut off in its header"
+    if header < 40 or compression not in (0, 3):
+        return ""
+    row = abs(width) * depth
+    whole = (
+        offset + (row + 31) // 32 * 4 * (abs(height) - 1) + (row + 7) // 8
+    )  # the last row may lack its padding
+    return "cut off, pixels are missing at its end" if len(data) < whole else ""
+
+
+CHECKS = {b"\x89PNG\r\n\x1a\n": _png, b"GIF8": _gif, b"BM": _bmp}
