@@ -49,7 +49,7 @@ def prepare(args: Args) -> None:
 def check(args: Args) -> int:
     from comp.prepare import check
 
-    return 1 if check.check(_competition_config()) else 0
+    return 2 if check.check(_competition_config()) else 0
 
 
 def folds(args: Args) -> None:

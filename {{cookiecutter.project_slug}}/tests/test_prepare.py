@@ -329,7 +329,7 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "only train has it": (
         "id,label,m\na,1,p\nb,2,q\n",
         {"metadata": ["m"]},
-        "metadata: 'm' stands in the training table only",
+        "it stands in the training table only",
     ),
     "the target as feature": (TRAIN, {"metadata": ["label"]}, "metadata: 'label' is the target"),
     "no such table": (

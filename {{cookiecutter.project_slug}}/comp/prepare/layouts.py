@@ -26,17 +26,18 @@ def json_frame(file: Path) -> pd.DataFrame:
     """A list of records, COCO's lists that refer to each other, columns, or id -> label or record."""
     import pandas as pd
 
-    text = file.read_bytes()
+    text, before, data = file.read_bytes(), 0, None
     try:
         if file.suffix in (".jsonl", ".ndjson"):
-            data: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+            data = []
+            for line in text.splitlines():
+                data += [json.loads(line)] if line.strip() else []
+                before += 1
         else:
             data = json.loads(text)
     except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise Refused(
-            f"{store.shown(file)}:{line}: is broken json ({str(error).partition(':')[0]})"
-        ) from None
+        at = before + getattr(error, "lineno", 1)
+        raise Refused(f"{store.shown(file)}:{at}: is broken json ({str(error).partition(':')[0]})") from None
     rows = _rows(data, file)
     return pd.DataFrame([{key: _cell(value) for key, value in _flat(row)} for row in rows], dtype=object)
 

@@ -262,7 +262,7 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
         wanted["metadata"] = competition.metadata
         wanted |= {key: [column] for key, column in single.items() if column}
     there = columns(source.frame)
-    file = store.shown(source.file)
+    file = store.shown(source.file) + ":1" * (source.file.suffix in (".csv", ".tsv"))
     return [
         f"configs/competition.yaml: {key}: {file} has no column {column!r}; the nearest is {nearest(column, there)[0]!r}"
         for key, names in wanted.items()

@@ -90,8 +90,8 @@ def read(competition: Competition) -> Reading:
     for name in competition.metadata:
         if name not in rows.has["test"]:
             raise Refused(
-                f"configs/competition.yaml: metadata: {name!r} stands in the training table only; "
-                "a column that the test rows lack cannot become a feature"
+                f"configs/competition.yaml: metadata: {competition.test.table or competition.test.files}:1 has no column {name!r}, "
+                "it stands in the training table only; a column that the test rows lack cannot become a feature"
             )
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
