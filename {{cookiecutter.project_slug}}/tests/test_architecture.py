@@ -26,7 +26,7 @@ LAYERS = [
     ["predictions", "decide", "honest"],
     ["bank"],
     ["score"],
-    ["provenance", "track", "feeder", "pictures"],
+    ["provenance", "track", "feeder", "pictures", "page"],
     ["prepare"],
     ["train"],
     ["predict"],

@@ -10,7 +10,7 @@ import pytest
 from banked import Project, declare, lay_out, member
 from PIL import Image
 
-from comp import config, jobs, metrics, store
+from comp import config, jobs, metrics, page, store
 from comp.config import Refused
 from comp.ensemble import augmented, compare, drawings, views, worth
 from comp.ensemble.blend import blend
@@ -113,6 +113,16 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
         blend("blend001")
         for file in drawings.draw("blend001"):
             assert np.asarray(Image.open(file)).std() > 5, file
+    report = (empty / "ensembles" / "blend001" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 4
+    assert "<td>blend001 (weighted)</td>" in report and "recommended: " in report
+
+
+def test_a_page_shows_text_as_text(empty: Path) -> None:
+    """Names of members, classes and trials are other people's words."""
+    page.write(empty / "p.html", "<b>", ["a & b"], ["<i>"], [["<script>alert(1)</script>"]], [])
+    text = (empty / "p.html").read_text()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "a &amp; b" in text
 
 
 def test_groups_are_drawn_whole(empty: Path) -> None:

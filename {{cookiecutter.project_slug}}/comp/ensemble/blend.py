@@ -177,26 +177,41 @@ def _about(
     } | beside
 
 
-def _tell(name: str, record: dict[str, Any]) -> None:
+def heads(record: dict[str, Any]) -> list[str]:
+    return ["member", "weight", f"{record['metric']}, all rows", "folds", "marks"]
+
+
+def lines(name: str, record: dict[str, Any]) -> list[list[str]]:
+    """The members that have a weight, the plain mean, and the ensemble itself."""
+
     def line(label: str, weight: str, of: dict[str, Any]) -> list[str]:
         return [label, weight, _number(of["oof"]), score.spread(of), ", ".join(of.get("marks", []))]
 
     shown = [m for m in record["members"] if m["weight"] != 0]
     rows = [line(m["address"], "-" if m["weight"] is None else f"{m['weight']:.3f}", m) for m in shown]
-    rows.append(line("plain mean", "", record["plain_mean"]))
-    rows.append(line(f"{name} ({record['method']})", "", record))
-    print(
-        table.text(["member", "weight", f"{record['metric']}, all rows", "folds", "marks"], rows, ["weight"])
-    )
-    if len(shown) < len(record["members"]):
-        print(f"{len(record['members']) - len(shown)} of {len(record['members'])} members have no weight")
-    print(*record["after"], *worth.verdict(name, record), sep="\n")
+    return [
+        *rows,
+        line("plain mean", "", record["plain_mean"]),
+        line(f"{name} ({record['method']})", "", record),
+    ]
+
+
+def said(name: str, record: dict[str, Any]) -> list[str]:
+    silent = sum(m["weight"] == 0 for m in record["members"])
+    out = [f"{silent} of {len(record['members'])} members have no weight"] if silent else []
+    out += [*record["after"], *worth.verdict(name, record)]
     if "selected_on_fold" in record["marks"]:
         guilty = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
-        print(
+        out.append(
             f"selected_on_fold: {', '.join(guilty) or 'a member'} chose its epoch on the rows it is scored on, "
             "so these scores are too good"
         )
+    return out
+
+
+def _tell(name: str, record: dict[str, Any]) -> None:
+    print(table.text(heads(record), lines(name, record), ["weight"]))
+    print(*said(name, record), sep="\n")
     folder = store.shown(store.ensemble_folder(name))
     print(
         f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"

@@ -1,5 +1,5 @@
 """comp ensemble NAME --pictures: how alike members are, what each adds, their weights, and how far honest and in-sample part as
-members grow in number. As PNG in ensembles/NAME/pictures and in W&B; the report takes them from there."""
+members grow in number. As PNG in ensembles/NAME/pictures, in W&B, and together in ensembles/NAME/report.html."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, config, folds, pictures, samples, score, store, track
+from comp import bank, config, folds, page, pictures, samples, score, store, track
 from comp.config import Config
 from comp.ensemble import blend, declare, fitting
 from comp.ensemble.declare import Declared
@@ -45,7 +45,15 @@ def draw(name: str) -> list[Path]:
     weights(record, order, files["weights"])
     honest(cfg, rows, split, declared, order, oof, test, record, files["honest"])
     told(name, cfg, files, record)
-    print(f"written: {store.shown(files['honest'].parent)}/{', '.join(file.name for file in files.values())}")
+    report = page.write(
+        bank.folder(name) / "report.html",
+        name,
+        blend.said(name, record),
+        blend.heads(record),
+        blend.lines(name, record),
+        list(files.values()),
+    )
+    print(f"written: {store.shown(report)}, with the pictures of {store.shown(files['honest'].parent)}")
     return list(files.values())
 
 

@@ -99,9 +99,9 @@ def beside(
             "decided": pair.decided, "says": str(pair),
         }  # fmt: skip
     wide = wider(int(kept.sum()), len(samples.positions("test")))
-    on_test = {
-        "low": whole[0] - wide * (whole[0] - float(low)),
-        "high": whole[0] + wide * (float(high) - whole[0]),
+    on_test = {  # no further than a score can go
+        "low": max(metric.low, whole[0] - wide * (whole[0] - float(low))),
+        "high": min(metric.high, whole[0] + wide * (float(high) - whole[0])),
     }
     interval = {
         "on_test": on_test,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from comp import store, track
+from comp import page, store, track
 from comp.tune import live
 from comp.tune.study import counted, setting_of
 from comp.tune.trial import ranked
@@ -30,7 +28,7 @@ def write(joined: Joined) -> list[Path]:
         return []
     with store.lock(joined.folder, "writing its report", wait=True):
         pictures = _pictures(joined, done)
-        store.write_text(joined.folder / "report.html", _page(joined, pictures))
+        _page(joined, pictures)
         with track.open_run(
             joined.folder,
             run_id=f"{joined.name}-{joined.study.user_attrs['birth']}-study",
@@ -83,10 +81,9 @@ def _drawn(draw: Callable[[], Any], file: Path) -> Path:
     return file
 
 
-def _page(joined: Joined, pictures: list[Path]) -> str:
-    """One file with everything in it, to be sent around."""
+def _page(joined: Joined, pictures: list[Path]) -> Path:
     trials = counted(joined.study.get_trials(deepcopy=False))
-    cells = [
+    rows = [
         [
             str(t.number),
             t.state.name.lower(),
@@ -96,20 +93,8 @@ def _page(joined: Joined, pictures: list[Path]) -> str:
         ]
         for t in trials
     ]
-    rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in line)}</tr>" for line in cells)
-    images = "\n".join(
-        f'<h2>{file.stem}</h2><img src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
-        for file in pictures
-    )
-    said = "<br>".join(html.escape(line) for line in sentences(joined))
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(joined.name)}</title>"
-        "<style>body{font:14px sans-serif;margin:2em;max-width:70em}td{padding:.2em .8em;border-top:1px solid #ddd}"
-        "img{max-width:100%}</style>"
-        f"<h1>{html.escape(joined.name)}</h1><p>{said}</p>{images}"
-        f"<h2>trials</h2><table><tr><th>trial<th>state<th>{', '.join(joined.space.objectives)}<th>setting<th>note</tr>\n"
-        f"{rows}</table>\n"
-    )
+    heads = ["trial", "state", ", ".join(joined.space.objectives), "setting", "note"]
+    return page.write(joined.folder / "report.html", joined.name, sentences(joined), heads, rows, pictures)
 
 
 def baseline(joined: Joined) -> FrozenTrial | None:
