@@ -16,7 +16,7 @@ help:
 	@echo "make test    lint, format, types, the template's tests, the project's own tests"
 	@echo "make slow    the long checks (up to 40 minutes)"
 	@echo "make check   lint, format and types alone"
-	@echo "make bench   ratios against what users have, each script's own in one run"
+	@echo "make bench   speed against what users have, into the table of README.md; ten minutes, wants a quiet machine"
 	@echo "make lock    pin the dependencies anew, with hashes"
 
 setup: .venv/installed
@@ -33,6 +33,10 @@ extras: .venv/extras
 
 .venv/extras: .venv/installed $(PROJECT)/requirements-extras.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes -r "$(PROJECT)/requirements-extras.txt"
+	@touch $@
+
+.venv/bench: .venv/installed benchmarks/requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes -r benchmarks/requirements.txt
 	@touch $@
 
 demo: setup
@@ -56,17 +60,19 @@ slow: extras
 	$(BIN)/python -m pytest -m slow
 	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
 
-bench: setup
-	@set -e; for script in benchmarks/*.py; do echo "+ $$script"; $(BIN)/python $$script; done
+bench: .venv/bench
+	$(BIN)/python benchmarks/speed.py
 
 # The project's pins come from a baked project (a placeholder is no project name), the template's from them and from
 # what it needs besides. Find-links would bring in hashes of one machine's own wheels.
-COMPILE := env -u UV_FIND_LINKS $(BIN)/uv pip compile --group pyproject.toml:dev --universal --fork-strategy fewest \
-           --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
-           --custom-compile-command "make lock" --quiet --output-file requirements.txt
+COMPILE := env -u UV_FIND_LINKS $(BIN)/uv pip compile --universal --fork-strategy fewest --python-version 3.11 \
+           --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+           --custom-compile-command "make lock" --quiet
 
 lock: setup
 	rm -rf build/lock && $(BIN)/python bake.py build/lock project_slug=project
 	$(MAKE) -C build/lock/project pins BIN=$(BIN)
 	cp build/lock/project/requirements*.txt "$(PROJECT)/"
-	$(COMPILE) "$(PROJECT)/requirements.txt"
+	$(COMPILE) --group pyproject.toml:dev --output-file requirements.txt "$(PROJECT)/requirements.txt"
+	$(COMPILE) --group pyproject.toml:bench --constraint requirements.txt --output-file benchmarks/requirements.txt \
+	  $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.txt)

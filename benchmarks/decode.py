@@ -94,7 +94,7 @@ def main() -> None:
         names = jpegs(root / "raw", FILES, COPIES)
         files = [(root / "raw" / name).read_bytes() for name in names[:FILES]]
         result = {"decode": decoding(files), "build": building(root, names)}
-    written("decode", result)
+    written(result)
 
 
 if __name__ == "__main__":

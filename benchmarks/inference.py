@@ -82,7 +82,6 @@ def main() -> None:
         taken = in_turns({"once": once, "four": four, "typical": typical(module, files)}, [None], ROUNDS)
         same = np.array_equal(said["once"], said["four"])
     written(
-        "inference",
         {
             "pictures_per_second": per_second(taken, dict.fromkeys(taken, FILES)),
             "once_times_four_passes_of_ours": ratio(taken["four"], taken["once"]),

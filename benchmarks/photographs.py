@@ -78,21 +78,19 @@ def in_turns(variants: dict[str, Callable[[Any], object]], items: Iterable[Any],
     return taken
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+def ratio(above: list[float], below: list[float], times: float = 1.0) -> dict[str, float]:
+    """Median and spread over the rounds."""
+    return spread([times * a / b for a, b in zip(above, below, strict=True)], 3)
+
+
+def spread(values: list[float], digits: int = 1) -> dict[str, float]:
+    of = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {name: round(value, digits) for name, value in of.items()}
 
 
 def per_second(taken: Taken, work: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Median and spread of what was done a second."""
-    out = {}
-    for name, seconds in taken.items():
-        rates = sorted(work[name] / s for s in seconds)
-        out[name] = {
-            "median": round(statistics.median(rates), 1),
-            "low": round(rates[0], 1),
-            "high": round(rates[-1], 1),
-        }
-    return out
+    """What was done a second."""
+    return {name: spread([work[name] / s for s in seconds]) for name, seconds in taken.items()}
 
 
 def project(root: Path, names: list[str], classes: int = 10) -> Any:
@@ -120,9 +118,5 @@ def project(root: Path, names: list[str], classes: int = 10) -> Any:
     return samples.load()
 
 
-def written(name: str, result: dict[str, Any]) -> None:
-    """build/<name>.json, or in the folder given on the command line."""
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent / "build" / "bench")
-    target.mkdir(parents=True, exist_ok=True)
-    (target / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+def written(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=1))

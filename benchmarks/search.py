@@ -131,11 +131,9 @@ def one_case(name: str, count: int, rows: int) -> dict[str, Any]:
 
 
 def against_hillclimbers(count: int, rows: int) -> dict[str, Any]:
-    try:
-        import hillclimbers
-        import pandas as pd
-    except ImportError as missing:
-        return {"skipped": f"{missing}; pip install hillclimbers measures this too"}
+    import hillclimbers
+    import pandas as pd
+
     truth, said = members(BINARY, count, rows)
     columns = {f"m{i}": BINARY.row.probability(each.astype(np.float64))[:, 0] for i, each in enumerate(said)}
     table = pd.DataFrame(columns)

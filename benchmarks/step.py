@@ -136,4 +136,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rows"]:
         measure(int(sys.argv[2]))
     else:
-        written("step", {"step": step(), "memory": memory()})
+        written({"step": step(), "memory": memory()})

@@ -30,7 +30,9 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^A-Za-z0-9_-]", text)[0].lower().replace("_", "-") for text in requirements}
 
 
-@pytest.mark.parametrize(("file", "least"), [*((file, 100) for file in FILES), (EXTRAS, 5)])
+@pytest.mark.parametrize(
+    ("file", "least"), [*((file, 100) for file in FILES), (EXTRAS, 5), ("benchmarks/requirements.txt", 2)]
+)
 def test_every_line_is_pinned_and_hashed_and_names_no_address(file, least):
     assert len(pins(file)) > least
     text = (CHECKOUT / file).read_text()
