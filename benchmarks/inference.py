@@ -54,7 +54,7 @@ def main() -> None:
     import torch
     from comp import config
     from comp.predict import tta
-    from comp.train import augment, data
+    from comp.train import augment, data, normal
     from comp.train.evaluate import outputs_of
 
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def main() -> None:
         cfg = config.load(root, "exp001", overrides).config
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
-        seen = augment.Seen((torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+        seen = augment.Seen(normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
         rows = table.positions("train")
         said: dict[str, Any] = {}
 

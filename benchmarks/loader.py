@@ -61,7 +61,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     """A function that reads so many epochs, and how long the first took with cache and start of workers."""
     import torch
     from comp import competition, config, store
-    from comp.train import augment, data
+    from comp.train import augment, data, normal
 
     competition.recipe = recipe  # type: ignore[attr-defined]
     overrides = [
@@ -75,7 +75,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     began = time.perf_counter()
     feed = data.Feed(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0
-    seen = augment.Seen((torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+    seen = augment.Seen(normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
 
     def read(_: object, count: int = epochs) -> None:
         nonlocal epoch

@@ -38,7 +38,7 @@ def config(root: Path, recipe: str, size: int, workers: int) -> Any:
 def step() -> dict[str, Any]:
     import timm
     import torch
-    from comp.train import augment, data
+    from comp.train import augment, data, normal
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,9 @@ def step() -> dict[str, Any]:
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
-        seen = augment.Seen((torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), augment.Recipe([]))
+        seen = augment.Seen(
+            normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), augment.Recipe([])
+        )
 
         def endless() -> Iterator[data.Batch]:
             epoch = 0

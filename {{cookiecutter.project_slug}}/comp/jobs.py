@@ -145,8 +145,9 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
     machine.settle(cfg.train.threads)
     file = store.path("runs", f"{experiment}-augment.png")
     sheet.write(cfg, samples.load(), file)
+    print(*sheet.ops(cfg), sep="\n")
     print(
-        f"{store.shown(file)}: first column as it is, then {cfg.augment.recipe} as seven draws\nnext: comp train {experiment}"
+        f"written: {store.shown(file)}: first column as it is, then seven draws\nnext: comp train {experiment}"
     )
 
 

@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+WHITENED = 4096  # numbers of a picture: 64 x 64 grey, 36 x 36 in colour; the matrix is their square
 
 
 def _listed(value: object) -> object:
@@ -193,11 +194,27 @@ class Data(Section):
     margin: Annotated[float, Field(ge=1, le=2)]
     channels: Annotated[int, Field(ge=1, le=64)]
     images: Count
+    normalise: Literal["model", "data", "minmax", "none"]
+    whiten: Literal["none", "pca", "zca"]
+    whiten_eps: NotNegative
     cache: bool
 
 
 class Augment(Section):
     recipe: Text
+    policy: Text | None
+    erase: Share
+    mixup: NotNegative
+    cutmix: NotNegative
+    mix_share: Share
+    mosaic: Share
+    off_last: Annotated[int, Field(ge=0)]
+    sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
+
+    @property
+    def strong(self) -> list[str]:
+        """What is on of what augment.off_last can switch off."""
+        return [name for name in ("policy", "erase", "mixup", "cutmix", "mosaic") if getattr(self, name)]
 
 
 class Sampling(Section):
@@ -339,6 +356,34 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup: {warmup} epochs of warm-up leave nothing of train.epochs {self.train.epochs}"
             )
+        knobs, epochs = self.augment, self.train.epochs
+        if knobs.off_last and not knobs.strong:
+            raise ValueError(
+                f"augment.off_last: {knobs.off_last} has no effect, there is no policy, erase, mixup, cutmix or mosaic; set it to 0"
+            )
+        if knobs.strong and knobs.off_last >= epochs:
+            raise ValueError(
+                f"augment.off_last: {knobs.off_last} leaves no epoch with augment.{knobs.strong[0]}, train.epochs is {epochs}"
+            )
+        if knobs.mix_share != 1 and not (knobs.mixup or knobs.cutmix):
+            raise ValueError(
+                f"augment.mix_share: {knobs.mix_share} has no effect without mixup or cutmix; set it to 1"
+            )
+        if (knobs.mixup or knobs.cutmix or knobs.mosaic) and self.train.batch_size % (
+            whole := 4 if knobs.mosaic else 2
+        ):
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} would part the {'fours of augment.mosaic' if whole == 4 else 'pairs of mixup and cutmix'}; a multiple of {whole} keeps them together"
+            )
+        data = self.data
+        if data.whiten != "none" and (features := data.channels * data.size**2) > WHITENED:
+            raise ValueError(
+                f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {WHITENED} the most"
+            )
+        if data.whiten != "none" and knobs.sizes:
+            raise ValueError("data.whiten: knows pictures of data.size only; set augment.sizes to null")
+        if knobs.sizes and len(knobs.sizes) > epochs:
+            raise ValueError(f"augment.sizes: {len(knobs.sizes)} sizes do not fit into train.epochs {epochs}")
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
         return self

@@ -178,7 +178,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
             output = output.clone().requires_grad_()
             each = total(output, [target.long() if target is CODES else target])
             assert each.shape == (BATCH,)
-            losses.reduced(each, torch.ones(BATCH), 1.0).backward()
+            losses.reduced(each, 1.0).backward()
             assert (
                 output.grad is not None and torch.isfinite(output.grad).all() and torch.isfinite(each).all()
             )
@@ -208,10 +208,10 @@ def test_the_hardest_samples_alone_teach() -> None:
     each = torch.tensor([0.1, 3.0, 0.2, 2.0, 0.3, 0.4, 9.0, 0.5], requires_grad=True)
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1])
     for share, kept in ((0.25, {1, 3}), (0.5, {1, 3, 5, 7}), (0.01, {1})):
-        (slope,) = torch.autograd.grad(losses.reduced(each, weight, share), each)
+        (slope,) = torch.autograd.grad(losses.reduced(each * weight, share), each)
         assert set(slope.nonzero().flatten().tolist()) == kept
         assert slope[sorted(kept)].tolist() == pytest.approx([1 / len(kept)] * len(kept))
-    assert float(losses.reduced(each, weight, 1.0)) == pytest.approx(float((each * weight).mean()))
+    assert float(losses.reduced(each * weight, 1.0)) == pytest.approx(float((each * weight).mean()))
 
 
 # --- rare classes --------------------------------------------------------------------------------------------------------

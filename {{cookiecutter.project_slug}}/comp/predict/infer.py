@@ -16,7 +16,7 @@ from comp.config import Refused
 from comp.predict import tta
 from comp.samples import Positions
 from comp.tasks import Head
-from comp.train import augment, model
+from comp.train import augment, model, normal
 from comp.train.evaluate import outputs_of
 from comp.train.loop import Material
 
@@ -69,7 +69,7 @@ def predict(
     module = model.load_weights(model.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
         material.device
     )
-    seen = augment.Seen(model.normalisation(cfg, module, material.device))
+    seen = augment.Seen(normal.of(cfg, module, material.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(
         total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True

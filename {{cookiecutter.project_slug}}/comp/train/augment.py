@@ -4,9 +4,13 @@ geometry  moves pixels, ends in a square of `size`
 colour    changes them
 batch     comes after normalising
 
-What an op is decides where it runs, on every machine: any albumentations transform in loader processes; a function of
-train/native.py on a sample, in threads; one of train/device.py on the batch, on the device. A sample leaves the loader as
-uint8, always. To have your own: define `recipe(size)` in comp/competition.py and set `augment.recipe: recipe`.
+What an op is decides where it runs, on every machine: any albumentations transform and a policy (train/policies.py) in
+loader processes; a function of train/native.py on a sample, in threads; one of train/device.py on the batch, on the device.
+A sample leaves the loader as uint8, always. To have your own: define `recipe(size)` in comp/competition.py and set
+`augment.recipe: recipe`.
+
+The knobs beside the recipe are added to its lists: the policy to the colours, erasing to the batch. What an epoch gets of
+them, and at which size, is its Day. What pairs samples stands in train/mixing.py.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would go online
 import albumentations as A
@@ -27,10 +31,11 @@ import torch
 
 from comp import own
 from comp.config import Config, Refused, nearest
-from comp.train import device, native
+from comp.train import device, native, policies
 from comp.train.device import OnBatch, Seeds
 from comp.train.draws import mixed
 from comp.train.native import Picture
+from comp.train.normal import Normal
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,36 @@ def resident(size: int) -> Recipe:
 RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy, fast, resident)}
 
 
-def named(cfg: Config) -> Recipe:
+class Day(NamedTuple):
+    """What all pictures of an epoch have in common, a function of the epoch alone."""
+
+    size: int  # px, of augment.sizes
+    strong: bool  # False in the last epochs, as many as augment.off_last says
+
+
+def day(cfg: Config, epoch: int) -> Day:
+    sizes = cfg.augment.sizes or [cfg.data.size]
+    strong = epoch < cfg.train.epochs - cfg.augment.off_last
+    return Day(sizes[epoch * len(sizes) // cfg.train.epochs], strong)
+
+
+def days(cfg: Config) -> list[Day]:
+    """Every kind of day of a run, in order."""
+    return list(dict.fromkeys(day(cfg, epoch) for epoch in range(cfg.train.epochs)))
+
+
+def of_day(cfg: Config, today: Day) -> Recipe:
+    """The recipe with what the knobs beside it add."""
+    recipe, knobs = named(cfg, today.size), cfg.augment
+    colour, batch = list(recipe.colour), list(recipe.batch)
+    if today.strong and knobs.policy is not None:
+        colour.append(policies.named(knobs.policy, cfg.data.channels))
+    if today.strong and knobs.erase:
+        batch.append(device.erase(knobs.erase))
+    return Recipe(recipe.geometry, colour, batch)
+
+
+def named(cfg: Config, size: int | None = None) -> Recipe:
     name = cfg.augment.recipe
     make = own.get("recipe") if name == "recipe" else RECIPES.get(name)
     if make is None:
@@ -111,7 +145,7 @@ def named(cfg: Config) -> Recipe:
         # A wrong argument is only a warning for albumentations, and the transform would run with its defaults.
         warnings.simplefilter("error", UserWarning)
         try:
-            recipe = make(cfg.data.size)
+            recipe = make(size or cfg.data.size)
         except UserWarning as warning:
             raise Refused(f"augment.recipe: {name}: {warning}") from None
     assert isinstance(recipe, Recipe), f"{name} must return a Recipe"
@@ -119,21 +153,24 @@ def named(cfg: Config) -> Recipe:
 
 
 class Augment:
-    """A recipe's sample ops as one function of (picture, seed): the same seed, the same bytes, in whichever process."""
+    """A recipe's sample ops as one function of (picture, seed): the same seed, the same bytes, in whichever process.
 
-    def __init__(self, recipe: Recipe, size: int):
-        self.size = size
-        self.steps = [
-            _step(kind, list(ops))
-            for kind, ops in groupby(
-                recipe.on_sample, lambda op: isinstance(op, A.BasicTransform | A.BaseCompose)
-            )
-        ]
-        self.threads = not any(isinstance(op, A.BasicTransform | A.BaseCompose) for op in recipe.on_sample)
+    `shrink`: pictures of a day smaller than data.size are brought to its scale first, since recipes crop by pixels.
+    """
+
+    def __init__(self, recipe: Recipe, size: int, shrink: float = 1.0):
+        self.size, self.shrink = size, shrink
+        self.steps = [_step(what, list(ops)) for what, ops in groupby(recipe.on_sample, kind)]
+        self.threads = all(kind(op) == "native" for op in recipe.on_sample)
 
     def __call__(self, picture: Picture, seed: int) -> Picture:
         if not self.steps:
             return centred(picture, self.size)
+        if self.shrink != 1:
+            height, width = picture.shape[:2]
+            picture = _resized(
+                picture, *(max(self.size, round(side * self.shrink)) for side in (height, width))
+            )
         for number, step in enumerate(self.steps):
             picture = step(picture, mixed(seed, number))
         assert picture.dtype == np.uint8, (
@@ -141,30 +178,40 @@ class Augment:
         )
         if picture.shape[:2] != (self.size, self.size):
             raise Refused(
-                f"augment.recipe: ends in {picture.shape[1]} x {picture.shape[0]} px, not in data.size {self.size}"
+                f"augment.recipe: ends in {picture.shape[1]} x {picture.shape[0]} px, not in {self.size}, the size of its pictures"
             )
         return picture.reshape(self.size, self.size, -1)
 
 
-def _step(albumentations: bool, ops: list[Any]) -> Callable[[Picture, int], Picture]:
-    if not albumentations:
+def kind(op: Any) -> str:
+    """Whose an op on a sample is, which decides where it runs."""
+    if isinstance(op, policies.Policy):
+        return "policy"
+    return "albumentations" if isinstance(op, A.BasicTransform | A.BaseCompose) else "native"
 
-        def ours(picture: Picture, seed: int) -> Picture:
-            random = Random(seed)
-            for op in ops:
-                picture = op(picture, random)
-            return picture
 
-        return ours
-    chain = A.Compose(ops)
+def _step(what: str, ops: list[Any]) -> Callable[[Picture, int], Picture]:
+    if what == "albumentations":
+        chain = A.Compose(ops)
 
-    def theirs(picture: Picture, seed: int) -> Picture:
-        chain.set_random_seed(
-            seed % 2**32
-        )  # inside loader processes it repeats its draws unless seeded before each call
-        return chain(image=np.array(picture))["image"]  # a copy: the cache is read-only
+        def theirs(picture: Picture, seed: int) -> Picture:
+            chain.set_random_seed(
+                seed % 2**32
+            )  # inside loader processes it repeats its draws unless seeded before each call
+            return chain(image=np.array(picture))["image"]  # a copy: the cache is read-only
 
-    return theirs
+        return theirs
+    if what == "policy":
+        (policy,) = ops
+        return policy
+
+    def ours(picture: Picture, seed: int) -> Picture:
+        random = Random(seed)
+        for op in ops:
+            picture = op(picture, random)
+        return picture
+
+    return ours
 
 
 def centred(picture: Picture, size: int) -> Picture:
@@ -174,41 +221,41 @@ def centred(picture: Picture, size: int) -> Picture:
         return picture
     scale = size / min(height, width)
     if scale != 1:
-        shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        channels = picture.shape[2] if picture.ndim == 3 else 1
-        parts = [
-            cv2.resize(picture.reshape(height, width, -1)[:, :, at : at + 4], shape, interpolation=how)
-            for at in range(0, channels, 4)  # OpenCV knows four at most
-        ]
-        wide = (
-            parts[0] if len(parts) == 1 else np.concatenate([p.reshape(*shape[::-1], -1) for p in parts], 2)
-        )
-        picture = wide.astype(np.uint8, copy=False)
+        picture = _resized(picture, max(size, round(height * scale)), max(size, round(width * scale)))
         height, width = picture.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2
     return picture[top : top + size, left : left + size].reshape(size, size, -1)
 
 
+def _resized(picture: Picture, height: int, width: int) -> Picture:
+    how = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_CUBIC
+    flat = picture.reshape(*picture.shape[:2], -1)
+    parts = [
+        cv2.resize(flat[:, :, at : at + 4], (width, height), interpolation=how).reshape(height, width, -1)
+        for at in range(0, flat.shape[2], 4)  # OpenCV knows four at most
+    ]
+    return np.concatenate(parts, 2).astype(np.uint8, copy=False)
+
+
 class Seen:
     """From a uint8 batch to what the network sees: the device's share of the recipe around normalising."""
 
-    def __init__(self, normal: tuple[torch.Tensor, torch.Tensor], recipe: Recipe | None = None):
-        self.mean, self.std = normal
+    def __init__(self, normal: Normal, recipe: Recipe | None = None):
+        self.normal = normal
         self.before = recipe.on_batch if recipe else []
         self.after = recipe.batch if recipe else []
 
     def __call__(self, pictures: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
         """(batch, channels, height, width), uint8 -> float"""
-        x = pictures.to(self.mean.device, non_blocking=True).float()
+        x = pictures.to(self.normal.device, non_blocking=True).float()
         if seeds is None:
-            return (x - self.mean) / self.std
+            return self.normal(x)
         if self.before:
             x = x / 255
             for op in self.before:
                 x = op(x, seeds)
             x = x * 255
-        x = (x - self.mean) / self.std
+        x = self.normal(x)
         for op in self.after:
             x = op(x, seeds)
         return x

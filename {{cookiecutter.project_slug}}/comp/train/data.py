@@ -40,6 +40,7 @@ class Draw(NamedTuple):
 
     sample: int
     seed: int | None
+    day: augment.Day | None = None  # None: as on the last one, at full size
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,12 @@ class Pictures(Dataset[Any]):
         self.images = images
         self.listed, self.start = listed, start  # images of sample s: listed[start[s] : start[s + 1]]
         self.image_of_sample = listed[start[:-1]]  # its first
-        self.augment = augment.Augment(augment.named(cfg), self.size)
+        # One for each kind of day; what a draw does not say is as on the last.
+        kinds = augment.days(cfg)
+        self.augment = {
+            day: augment.Augment(augment.of_day(cfg, day), day.size, day.size / self.size) for day in kinds
+        }
+        self.last = kinds[-1]
 
     def __getitem__(self, draw: Draw) -> Loaded:
         seen: list[augment.Picture] = []
@@ -113,10 +119,14 @@ class Pictures(Dataset[Any]):
             except Damaged as damaged:
                 # An exception would lose its type on the way out of a loader process; the reader decides what it means.
                 reason = str(damaged)
-                seen.append(np.zeros((self.size, self.size, self.channels), np.uint8))
+                side = (draw.day or self.last).size if draw.seed is not None else self.size
+                seen.append(np.zeros((side, side, self.channels), np.uint8))
                 continue
             seed = image_seed(draw.seed, number)
-            seen.append(augment.centred(picture, self.size) if seed is None else self.augment(picture, seed))
+            if seed is None:
+                seen.append(augment.centred(picture, self.size))
+            else:
+                seen.append(self.augment[draw.day or self.last](picture, seed))
         return draw, seen, reason
 
     def batch(self, draws: list[Draw]) -> Batch:
@@ -169,8 +179,10 @@ class Feed:
             out["metadata"] = self.metadata[torch.from_numpy(batch.samples).to(self.device)]
         return out
 
-    def batches(self, plan: Plan) -> Iterator[Batch]:
-        """Batches on their way to the device, one copied ahead of the one in use."""
+    def batches(self, plan: Plan, day: augment.Day | None = None) -> Iterator[Batch]:
+        """Batches on their way to the device, one copied ahead of the one in use. `day`: what augments those with a seed."""
+        if day is not None:
+            plan = ([draw._replace(day=day) for draw in draws] for draws in plan)
         if self.resident.possible:
             return self.resident.batches(plan)
         return ahead(self._loaded(plan), self.device)
@@ -178,7 +190,7 @@ class Feed:
     def _loaded(self, plan: Plan) -> Iterator[Batch]:
         if self.cfg.machine.workers == 0:
             return map(self.pictures.batch, plan)
-        if self.pictures.augment.threads:
+        if all(change.threads for change in self.pictures.augment.values()):
             return self._by_threads(plan)
         self.processes.batch_sampler.plan = plan  # type: ignore[union-attr]
         return iter(self.processes)
@@ -261,7 +273,7 @@ class _Resident:
         side = pictures.size
         size = len(pictures.images) * side * side * 3
         self.possible = (
-            not pictures.augment.steps
+            not any(change.steps or change.size != side for change in pictures.augment.values())
             and size <= room
             and len(pictures.listed) == len(pictures.image_of_sample)
         )

@@ -33,7 +33,7 @@ def outputs_of(
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
-    device = seen.mean.device
+    device = seen.normal.device
     module.eval()
     fitting = Fitting(module, batch_size)
     damaged: dict[int, str] = {}

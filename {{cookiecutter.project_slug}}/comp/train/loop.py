@@ -21,7 +21,7 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
-from comp.train import augment, balance, checkpoint, losses, model, optim, schedule
+from comp.train import augment, balance, checkpoint, losses, mixing, model, normal, optim, schedule
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
@@ -75,8 +75,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- model ---------------------------------------------------------------------------------------------------------
     module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
-    seen = augment.Seen(model.normalisation(cfg, module, device), augment.named(cfg))
+    normal.fit(cfg, module, material.feed, taught)
     criterion = losses.total(cfg, material.samples, taught)
+    mixture = mixing.loss(cfg, heads, material.feed.several, criterion)
     optimizer = optim.optimizer(cfg, module)
     averaged = _ema(cfg, module)
     half = HALF[cfg.train.amp]
@@ -117,7 +118,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         module.train()
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
-        batches = material.feed.batches(training_batches(taught, batch_size, seed, epoch, first, draw))
+        today = augment.day(cfg, epoch)  # the size of its pictures, and whether the strong ops are on
+        seen = augment.Seen(normal.of(cfg, module, device), augment.of_day(cfg, today))
+        mix = mixing.of_day(cfg, today)
+        plan = training_batches(taught, batch_size, seed, epoch, first, draw)
+        batches = material.feed.batches(plan, today)
         while step < (epoch + 1) * steps_per_epoch:
             torch.manual_seed(mixed(seed, step, 4))  # dropout and whatever else draws on the device
             rates.append(curve.rate(step))
@@ -126,12 +131,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                 batch = _whole(next(batches), material)
                 clock.lap("waiting for pictures")
                 pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
+                pictures, parts = mix(pictures, batch.seeds)  # of a mixture: whose targets, with which share
                 clock.lap("colour and normalising")
                 truth = [target[batch.samples] for target in targets]
                 with torch.autocast(device.type, half, enabled=half is not None):
                     output = module(pictures, **material.feed.extras(batch))  # (batch, outputs of all heads)
-                each = criterion(output, truth)  # (batch,)
-                loss = losses.reduced(each, weight[batch.samples], cfg.loss.hardest) / accumulate
+                each = mixture(output, truth, weight[batch.samples], parts)  # (batch,), weighted
+                loss = losses.reduced(each, cfg.loss.hardest) / accumulate
                 clock.lap("forward")
                 scaler.scale(loss).backward()
                 clock.lap("backward")

@@ -190,9 +190,9 @@ def total(cfg: Config, samples: Samples, taught: Positions) -> Total:
     return loss
 
 
-def reduced(each: Tensor, weight: Tensor, hardest: float) -> Tensor:
-    """(batch,) -> the number that is back-propagated: the mean over all samples, or over the share with the highest loss."""
-    each = each * weight
+def reduced(each: Tensor, hardest: float) -> Tensor:
+    """(batch,), weighted -> the number that is back-propagated: the mean over all samples, or over the share with the
+    highest loss."""
     if hardest < 1:
         each = each.topk(max(1, round(hardest * len(each))), sorted=False).values
     return each.mean()

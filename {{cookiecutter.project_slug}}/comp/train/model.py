@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from comp import objective, own, store
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head
+from comp.train import normal
 
 if TYPE_CHECKING:
     from comp.train.data import Feed
@@ -36,6 +37,12 @@ def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> l
 def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None = None) -> nn.Module:
     """Inference passes pretrained=False: there may be no internet, and our own weights follow. A feed whose samples have
     several images, or metadata beside them, wants them joined before the last layer."""
+    module = _network(cfg, heads, pretrained, feed)
+    normal.register(cfg, module)
+    return module
+
+
+def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None) -> nn.Module:
     total = sum(outputs(cfg, heads))
     width = 0 if feed is None or feed.metadata is None else int(feed.metadata.shape[1])
     several = feed is not None and feed.several
@@ -125,17 +132,9 @@ def _from_timm(cfg: Config, total: int, pretrained: bool) -> nn.Module:
             f"model.pretrained: the weights of {name} could not be had ({reason}); without internet set model.pretrained=false"
         ) from error
     assert isinstance(module, nn.Module)
+    if cfg.augment.sizes and getattr(module, "pretrained_cfg", {}).get("fixed_input_size"):
+        raise Refused(f"augment.sizes: {name} takes pictures of one size only; set it to null")
     return module
-
-
-def normalisation(cfg: Config, module: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation that the network was made for, in units of uint8, shape (channels, 1, 1)."""
-    made_for = getattr(module, "pretrained_cfg", {})
-    mean = torch.tensor(made_for.get("mean", (0.5, 0.5, 0.5)), device=device)
-    std = torch.tensor(made_for.get("std", (0.5, 0.5, 0.5)), device=device)
-    if cfg.data.channels != len(mean):  # grey, or more than a camera has
-        mean, std = (value.mean(0, keepdim=True).repeat(cfg.data.channels) for value in (mean, std))
-    return 255 * mean[:, None, None], 255 * std[:, None, None]
 
 
 def load_weights(module: nn.Module, file: Path) -> nn.Module:

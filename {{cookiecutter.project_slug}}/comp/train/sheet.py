@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +14,82 @@ from comp.config import Config, Refused
 from comp.prepare import making
 from comp.prepare.images import Damaged
 from comp.samples import Samples
-from comp.train import augment
+from comp.train import augment, mixing, policies
 from comp.train.data import epoch_list
+from comp.train.device import OnBatch
 from comp.train.draws import mixed
+from comp.train.normal import Normal
 
 ROWS, DRAWS = 8, 7
 GAP, TITLE = 6, 22  # px
 
 
 def write(cfg: Config, samples: Samples, file: Path) -> None:
-    """Eight samples, each as it is and as seven draws. The same config, the same picture."""
-    recipe = augment.named(cfg)
-    change = augment.Augment(recipe, cfg.data.size)
-    seen = augment.Seen((torch.zeros(1, 1, 1), torch.ones(1, 1, 1)), recipe)
+    """Eight samples, each as it is and as seven draws of the first day, pairs and fours among them. The same config, the
+    same picture."""
+    today = augment.days(cfg)[0]
+    recipe = augment.of_day(cfg, today)
+    change = augment.Augment(recipe, today.size, today.size / cfg.data.size)
+    grey = Normal(
+        torch.full((1, 1, 1), 128.0), torch.full((1, 1, 1), 64.0)
+    )  # so that erasing's noise shows as noise
+    seen, mix = augment.Seen(grey, recipe), mixing.of_day(cfg, today)
     how = making.of(cfg)
     chosen = epoch_list(samples.positions("train"), 0, 0)[:ROWS]
-    side = max(96, cfg.data.size) if cfg.data.size < 192 else 192
+    side = max(96, today.size) if today.size < 192 else 192
     sheet = Image.new(
         "RGB", (GAP + (DRAWS + 1) * (side + GAP), TITLE + len(chosen) * (side + TITLE)), "white"
     )
     pen = ImageDraw.Draw(sheet)
-    pen.text(
-        (GAP, GAP), f"recipe {cfg.augment.recipe}, {cfg.data.size} px: as it is, then {DRAWS} draws", "black"
-    )
+    pen.text((GAP, GAP), f"{heading(cfg)}, {today.size} px: as it is, then {DRAWS} draws", "black")
+    try:
+        pictures = [how.picture(samples.frame["images"].iloc[sample][0]) for sample in chosen]
+    except Damaged as damaged:
+        raise Refused(f"{damaged}; comp check lists every such file") from None
+    columns = [np.stack([augment.centred(picture, today.size) for picture in pictures])]
+    for number in range(DRAWS):
+        seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
+        batch = np.stack([change(*each) for each in zip(pictures, seeds.tolist(), strict=True)])
+        drawn, _ = mix(seen(torch.from_numpy(batch).permute(0, 3, 1, 2), seeds), seeds)
+        columns.append((drawn * 64 + 128).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
     for row, sample in enumerate(chosen):
-        try:
-            picture = how.picture(samples.frame["images"].iloc[sample][0])
-        except Damaged as damaged:
-            raise Refused(f"{damaged}; comp check lists every such file") from None
-        seeds = [mixed(0, 0, int(sample), n) for n in range(DRAWS)]
-        batch = torch.from_numpy(np.stack([change(picture, seed) for seed in seeds])).permute(0, 3, 1, 2)
-        drawn = seen(batch, np.array(seeds)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         top = TITLE + row * (side + TITLE)
         pen.text((GAP, top), f"{samples.frame['id'].iloc[sample]}: {samples.label(int(sample))}", "black")
-        for column, shown in enumerate([augment.centred(picture, cfg.data.size), *drawn]):
-            scaled = Image.fromarray(shown.squeeze()).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(scaled, (GAP + column * (side + GAP), top + TITLE - GAP))
+        for place, column in enumerate(columns):
+            scaled = Image.fromarray(column[row].squeeze()).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (GAP + place * (side + GAP), top + TITLE - GAP))
     with store.writing(file) as temporary:
         sheet.save(temporary, "png")
+
+
+def heading(cfg: Config) -> str:
+    """The recipe and the knobs beside it that are on, in one line."""
+    knobs = cfg.augment
+    return ", ".join([f"recipe {knobs.recipe}", *(f"{name} {getattr(knobs, name)}" for name in knobs.strong)])
+
+
+def ops(cfg: Config) -> list[str]:
+    """Every op of the first day in the order in which a picture meets it, with where it runs."""
+    recipe = augment.of_day(cfg, augment.days(cfg)[0])
+    lines = [*_of_recipe(recipe)]
+    for name in ("mixup", "cutmix", "mosaic"):
+        if value := getattr(cfg.augment, name):
+            what = {"mosaic": f"{value:g} of the pictures"}.get(name, f"alpha {value:g}")
+            lines.append(f"{'pairs' if name != 'mosaic' else 'fours':9} device     {name}: {what}")
+    if cfg.augment.off_last:
+        lines.append(f"the last {cfg.augment.off_last} epochs without {', '.join(cfg.augment.strong)}")
+    if cfg.augment.sizes:
+        lines.append(f"sizes     {', '.join(map(str, cfg.augment.sizes))} px, in equal parts of the epochs")
+    return lines or ["nothing: pictures as they are"]
+
+
+def _of_recipe(recipe: augment.Recipe) -> Iterator[str]:
+    for name in ("geometry", "colour", "batch"):
+        for op in getattr(recipe, name):
+            if isinstance(op, policies.Policy):
+                yield f"{name:9} processes  {op.name}, out of: {', '.join(policies.ops(op))}"
+            elif isinstance(op, OnBatch):
+                yield f"{name:9} device     {op.name}"
+            else:
+                native = augment.kind(op) == "native"
+                yield f"{name:9} {'threads   ' if native else 'processes '} {op.__qualname__.split('.')[0] if native else op}"

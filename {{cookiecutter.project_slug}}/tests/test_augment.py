@@ -1,0 +1,282 @@
+"""What teaches beside the recipe: policies, erasing, what pairs samples, sizes that grow, and when they end."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import config
+
+from comp import jobs, samples
+from comp.config import Refused
+from comp.tasks import Head
+from comp.train import augment, data, device, losses, mixing, model, policies, sheet
+from comp.train.draws import mixed
+
+SEEDS = mixed(1, spread=np.arange(400))
+TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.limit=48"]
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(Refused) as refused:
+        config(*TINY, *overrides)
+    return str(refused.value)
+
+
+def pictures(count: int = 16, side: int = 12) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+# --- policies ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["trivial", "rand-m9-n2-mstd0.5-inc1", "augmix-m3-w2", "original-mstd0.5"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
+    name: str, channels: int
+) -> None:
+    policy = policies.named(name, channels)
+    picture = np.random.default_rng(0).integers(0, 256, (24, 24, channels)).astype(np.uint8)
+    before = random.random(), torch.rand(1)
+    random.seed(5)
+    torch.manual_seed(5)
+    drawn = [policy(picture, seed) for seed in range(40)]
+    after = random.random(), torch.rand(1)
+    random.seed(5)
+    torch.manual_seed(5)
+    assert after == (random.random(), torch.rand(1)) != before
+    assert all(each.shape == picture.shape and each.dtype == np.uint8 for each in drawn)
+    assert all((policy(picture, seed) == each).all() for seed, each in enumerate(drawn))
+    assert len({each.tobytes() for each in drawn}) > 15
+    assert policies.ops(policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rnad-m9", "rand-m9-n2-mstd0.5"),
+        ("rand-m9-x3", "no policy"),
+        ("rand-mx", "no number"),
+        ("trivial-m3", "trivial"),
+    ],
+)
+def test_a_policy_that_timm_would_pass_over_is_refused(name: str, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        policies.named(name, 3)
+
+
+def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project: Path) -> None:
+    rows = samples.load().positions("train")[:16]
+
+    def drawn(*overrides: str) -> list[bytes]:
+        cfg = config(
+            *TINY[2:], "augment.policy=rand-m9-n2", "train.epochs=3", "augment.off_last=1", *overrides
+        )
+        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        return [
+            p.numpy().tobytes()
+            for epoch in (1, 2)
+            for batch in feed.batches(data.training_batches(rows, 8, 7, epoch, 0), augment.day(cfg, epoch))
+            for p in batch.pictures
+        ]
+
+    alone = drawn("machine.workers=0")
+    assert drawn("machine.workers=1") == alone
+    plain = drawn("machine.workers=0", "augment.policy=null", "augment.off_last=0")
+    assert sum(a != b for a, b in zip(alone[:16], plain[:16], strict=True)) > 4
+    assert alone[16:] == plain[16:], "the last epoch is without it"
+
+
+# --- erasing -------------------------------------------------------------------------------------------------------------
+
+
+def test_erasing_takes_its_share_and_does_not_mind_how_batches_are_cut() -> None:
+    op = device.erase(0.3)
+    whole = torch.full((400, 1, 20, 20), 9.0)
+    out = op(whole, SEEDS)
+    changed = (out != 9).flatten(1).float().mean(1).numpy()
+    hit = changed > 0
+    assert abs(hit.mean() - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 400)
+    assert changed[hit].min() > 0.01 and changed[hit].max() < 0.4
+    assert abs(float(out[out != 9].mean())) < 0.05 and abs(float(out[out != 9].std()) - 1) < 0.05
+    assert torch.equal(torch.cat([op(whole[i : i + 7], SEEDS[i : i + 7]) for i in range(0, 400, 7)]), out)
+    assert (whole == 9).all()
+
+
+# --- pairs and fours -----------------------------------------------------------------------------------------------------
+
+
+def mix(x: torch.Tensor, mixup: float = 0, cutmix: float = 0, share: float = 1, mosaic: float = 0) -> Any:
+    return mixing.mixed(x, SEEDS[: len(x)], mixup, cutmix, share, mosaic)
+
+
+def test_mixup_blends_neighbours_by_the_share_that_their_targets_get() -> None:
+    x = pictures(400, 4)
+    out, [(own, first), (mate, second)] = mix(x, mixup=0.4)
+    assert own.tolist() == list(range(400)) and mate.tolist() == [i ^ 1 for i in range(400)]
+    assert torch.allclose(first + second, torch.ones(400))
+    shares = first.view(-1, 1, 1, 1)
+    assert torch.allclose(out, shares * x + (1 - shares) * x[mate], atol=1e-6)
+    # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)); both within three standard errors
+    assert abs(float(first.mean()) - 0.5) < 3 * np.sqrt(1 / (4 * 1.8) / 400)
+    assert abs(float(first.var()) - 1 / (4 * 1.8)) < 0.02
+
+
+def test_cutmix_takes_the_area_that_the_targets_say() -> None:
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 16, 16)
+    out, [_, (mate, second)] = mix(x, cutmix=1.0)
+    taken = (out[:, 0] == mate.view(-1, 1, 1)).float().mean((1, 2))
+    assert torch.allclose(taken, second) and len(set(taken.tolist())) > 10
+    assert ((out[:, 0] == mate.view(-1, 1, 1)) | (out[:, 0] == torch.arange(64).view(-1, 1, 1))).all()
+    mask = (out[:, 0] == mate.view(-1, 1, 1)).numpy()
+    for each in mask:
+        rows, columns = np.flatnonzero(each.any(1)), np.flatnonzero(each.any(0))
+        assert each.sum() == len(rows) * len(columns) and (np.diff(rows) == 1).all(), "one rectangle"
+
+
+def test_a_mosaic_shows_four_whole_pictures_by_their_areas() -> None:
+    x = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 3, 16, 16).contiguous()
+    out, parts = mix(x, mosaic=1.0)
+    assert len(parts) == 4 and torch.allclose(sum(share for _, share in parts), torch.ones(32))
+    for who, share in parts:
+        assert (who // 4 == torch.arange(32) // 4).all(), "of the same four"
+        assert torch.allclose(((out[:, 0] - who.view(-1, 1, 1)).abs() < 1e-3).float().mean((1, 2)), share)
+    _, parts = mix(pictures(400, 4), mosaic=0.25)
+    assert abs(float((parts[0][1] < 1).float().mean()) - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 400)
+
+
+def test_shares_of_what_is_mixed_and_both_at_once() -> None:
+    x = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 1, 8, 8).contiguous()
+    out, _ = mix(x, mixup=0.8, cutmix=1.0, share=0.5)
+    alone = (out == x).flatten(1).all(1)
+    blended = torch.tensor([len(each.unique()) == 1 for each in out]) & ~alone
+    assert (
+        abs(float(alone.float().mean()) - 0.5) < 3 * np.sqrt(0.25 / 400) + 0.02
+    )  # some rectangles are empty
+    assert abs(float(blended.float().sum() / (~alone).float().sum()) - 0.5) < 3 * np.sqrt(0.25 / 200) + 0.02
+
+
+@pytest.mark.parametrize(
+    "kind", [{"mixup": 0.4}, {"cutmix": 1.0, "share": 0.7}, {"mosaic": 0.5, "mixup": 1.0}]
+)
+def test_micro_batches_of_whole_pairs_are_mixed_like_the_batch(kind: dict[str, float]) -> None:
+    x = pictures(32)
+    whole, parts = mix(x, **kind)
+    for start in range(0, 32, 8):
+        part = slice(start, start + 8)
+        out, mine = mixing.mixed(
+            x[part],
+            SEEDS[part],
+            kind.get("mixup", 0),
+            kind.get("cutmix", 0),
+            kind.get("share", 1),
+            kind.get("mosaic", 0),
+        )
+        assert torch.equal(out, whole[part])
+        for (who, share), (all_who, all_share) in zip(mine, parts, strict=False):
+            assert torch.equal(who + start, all_who[part]) and torch.equal(share, all_share[part])
+
+
+def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(project: Path) -> None:
+    heads = (Head("digit", "multiclass", tuple("abcde"), ("target.digit",)),)
+    output = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
+    codes, weight = torch.arange(16) % 5, torch.ones(16)
+    _, parts = mix(pictures(), mosaic=0.4, mixup=0.4)
+    soft = sum(share[:, None] * torch.eye(5)[codes[who]] for who, share in parts)
+    assert isinstance(soft, torch.Tensor)
+
+    def by(cfg: Any, function: Any, *knobs: Any) -> Any:
+        return mixing.loss(cfg, heads, False, lambda out, truth: function(out, truth[0], *knobs))
+
+    criterion = by(config(), losses.cross_entropy, 0.1)
+    assert torch.allclose(
+        criterion(output, [codes], weight, parts), losses.cross_entropy(output, soft, 0.1), atol=1e-6
+    )
+    # a threshold looks at the mixture, as in timm: whatever has a fifth of it is a yes
+    firm = by(config("loss.name=bce", "loss.threshold=0.2"), losses.bce_of_classes, 0.0, 0.2)
+    wanted = losses.bce_of_classes(output, (soft > 0.2).float(), 0.0, None)
+    assert torch.allclose(firm(output, [codes], weight, parts), wanted, atol=1e-6)
+    # squared errors: the same gradient as against the mixed value
+    value, out = torch.rand(16), torch.rand(16, 1, requires_grad=True)
+    by(config(), losses.mse)(out, [value], weight, parts).sum().backward()
+    target = sum(share * value[who] for who, share in parts)
+    assert out.grad is not None and torch.allclose(out.grad[:, 0], 2 * (out.detach()[:, 0] - target), atol=1e-6)
+    # weights belong to whose target it is
+    heavy = torch.where(torch.arange(16) == 1, 3.0, 0.0)
+    only = criterion(output, [codes], heavy, mix(pictures(), mixup=1.0)[1])
+    assert (only[:2] > 0).all() and (only[2:] == 0).all()
+
+
+def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> None:
+    cfg = config("augment.mosaic=0.5")
+    retrieval = (Head("whale", "retrieval", ("a", "b"), ("target.whale",)),)
+    for heads, several, words in ((retrieval, False, "likeness"), (samples.load().heads, True, "several")):
+        with pytest.raises(Refused, match=f"augment.mosaic.*{words}"):
+            mixing.loss(cfg, heads, several, losses.bce)
+    with pytest.raises(Refused, match="metadata"):
+        mixing.loss(config("augment.mixup=0.2", "model.metadata=true"), samples.load().heads, False, losses.bce)
+    assert "train.batch_size" in refusal("augment.mosaic=0.5", "train.batch_size=6")
+    assert "train.batch_size" in refusal("augment.cutmix=1.0", "train.batch_size=7")
+
+
+def test_knobs_without_effect_are_refused(empty: Path) -> None:
+    assert "augment.off_last" in refusal("augment.off_last=2")
+    assert "leaves no epoch" in refusal("augment.off_last=15", "augment.erase=0.5")
+    assert "augment.mix_share" in refusal("augment.mix_share=0.5", "augment.mosaic=0.5")
+    assert "augment.sizes" in refusal("augment.sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0")
+    assert config("augment.off_last=2", "augment.sizes=[16,32]", "augment.erase=1.0", debug=True)
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) -> None:
+    cfg = config(*TINY, "augment.recipe=light", "augment.sizes=[16,24,32]", "train.epochs=7")
+    assert [augment.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    table = samples.load()
+    feed = data.Feed(cfg, table, torch.device("cpu"))
+    rows = table.positions("train")[:64]
+    ink = []
+    for epoch in (0, 4, 6):
+        batches = list(feed.batches(data.training_batches(rows, 32, 0, epoch, 0), augment.day(cfg, epoch)))
+        assert {b.pictures.shape[1:3] for b in batches} == {(augment.day(cfg, epoch).size,) * 2}
+        ink.append(float(torch.cat([b.pictures for b in batches]).float().mean()))
+    assert max(ink) < 1.1 * min(ink), "shrunk, not cut out"
+    assert next(iter(feed.batches(data.plain_batches(rows, 8)))).pictures.shape[1] == 32
+    with pytest.raises(Refused, match=r"augment.sizes.*test_vit"):
+        model.build(
+            config("augment.sizes=[64,160]", "model.name=test_vit", "data.size=160"), table.heads, False
+        )
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [
+        "augment.policy=trivial", "augment.erase=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
+        "augment.off_last=1", "augment.sizes=[24,32]", "train.epochs=3", "train.accumulate=2", "train.batch_size=8",
+    ]  # fmt: skip
+    jobs.augmentation_sheet("exp001", every)
+    said = capsys.readouterr().out
+    for word in (
+        "Affine",
+        "trivial",
+        "ShearX",
+        "erase(0.5)",
+        "mixup",
+        "cutmix",
+        "mosaic",
+        "24, 32 px",
+        "next:",
+    ):
+        assert word in said, word
+    assert sheet.ops(config("augment.recipe=none")) == ["nothing: pictures as they are"]
+    jobs.train("exp001", [*TINY, *every], fold="0", name="x")
+    assert (project / "runs/x/seed0/fold0/oof.arrow").exists()

@@ -1,0 +1,112 @@
+"""data.normalise and data.whiten: what they do to pictures, and that only the training part of a fold has a say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import config
+from safetensors.torch import load_file
+
+from comp import bank, folds, jobs, samples, store
+from comp.config import Config, Refused
+from comp.samples import Positions
+from comp.train import augment, data, model, normal
+
+TINY = ["track=none", "machine.workers=0", "machine.progress=false", "augment.recipe=none"]
+CPU = torch.device("cpu")
+
+
+def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
+    """The training part as the network gets it."""
+    table = samples.load()
+    feed = data.Feed(cfg, table, CPU)
+    module = model.build(cfg, table.heads, pretrained=False)
+    normal.fit(cfg, module, feed, rows)
+    seen = augment.Seen(normal.of(cfg, module, CPU))
+    return torch.cat(
+        [seen(b.pictures.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))]
+    )
+
+
+def noisy(project: Path) -> Positions:
+    """Pictures that fill every direction: digits under noise, 12 px."""
+    table = samples.load()
+    rows = table.positions("train")[:600]
+    draw = np.random.default_rng(0)
+    for place in rows:
+        file = project / "data/raw" / table.frame["images"].iloc[place][0]
+        whole = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert whole is not None
+        picture = cv2.resize(whole, (8, 8))
+        cv2.imwrite(str(file), (picture // 2 + draw.integers(0, 128, (8, 8))).astype(np.uint8))
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_the_covariance_of_whitened_training_pictures_is_the_identity(project: Path, kind: str) -> None:
+    rows = noisy(project)
+    cfg = config(*TINY, "data.size=8", f"data.whiten={kind}", "data.whiten_eps=1e-7", "data.normalise=data")
+    flat = seen_of(cfg, rows).flatten(1).double()
+    assert flat.mean(0).abs().max() < 1e-4
+    assert torch.allclose(flat.T @ flat / len(flat), torch.eye(64, dtype=torch.float64), atol=1e-3)
+    plain = seen_of(config(*TINY, "data.size=8", "data.normalise=data"), rows).flatten(1).double()
+    likeness = (plain * flat).sum() / (plain.norm() * flat.norm())
+    assert (likeness > 0.7) == (kind == "zca"), "zca stays near the picture, pca does not"
+
+
+def test_what_each_normalising_does(project: Path) -> None:
+    rows = samples.load().positions("train")[:200]
+    as_data = seen_of(config(*TINY, "data.normalise=data"), rows)
+    assert abs(float(as_data.mean())) < 1e-4 and abs(float(as_data.std()) - 1) < 1e-3
+    stretched = seen_of(config(*TINY, "data.normalise=minmax"), rows)
+    assert (stretched.amin((1, 2, 3)) == 0).all() and (stretched.amax((1, 2, 3)) == 1).all()
+    raw = seen_of(config(*TINY, "data.normalise=none"), rows)
+    assert raw.min() >= 0 and raw.max() <= 1
+    by_model = seen_of(config(*TINY), rows)
+    assert torch.allclose(by_model, (raw - 0.5) / 0.5, atol=1e-6)  # what test_resnet was made for
+
+
+def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
+    """And the numbers are in the weights: inference and the kernel have no other."""
+    table = samples.load()
+    taught, scored = folds.load(table).split(0)
+    run = [
+        *TINY,
+        "train.epochs=1",
+        "schedule.warmup=0",
+        "data.size=16",
+        "data.normalise=data",
+        "data.whiten=zca",
+    ]
+
+    def numbers(name: str) -> dict[str, torch.Tensor]:
+        jobs.train("exp001", run, fold="0", name=name)
+        weights = load_file(store.fold_folder(name, 0, 0) / "weights.safetensors")
+        return {key: value for key, value in weights.items() if key.startswith(("pixel", "white"))}
+
+    def plant(rows: Positions) -> None:
+        for place in rows:
+            file = project / "data/raw" / table.frame["images"].iloc[place][0]
+            cv2.imwrite(
+                str(file), np.random.default_rng(int(place)).integers(0, 256, (32, 32)).astype(np.uint8)
+            )
+
+    before = numbers("before")
+    assert set(before) == {"pixel_mean", "pixel_std", "white_middle", "white"}
+    plant(np.concatenate([scored[:3], table.positions("test")[:3]]))
+    after = numbers("after")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    plant(taught[:3])
+    assert not any(torch.equal(before[key], value) for key, value in numbers("taught").items())
+    said = bank.read(store.fold_folder("before", 0, 0) / "oof.arrow", table, folds.load(table))
+    assert said.predicted.all()
+
+
+def test_whitening_is_for_small_pictures(empty: Path) -> None:
+    for overrides in (["data.size=96"], ["augment.sizes=[16,32]"]):
+        with pytest.raises(Refused, match=r"data.whiten"):
+            config("data.whiten=zca", *overrides)
