@@ -228,7 +228,9 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
     assert "leaves no epoch" in refusal("augment.off_last=15", "augment.erase=0.5")
     assert "augment.mix_share" in refusal("augment.mix_share=0.5", "augment.mosaic=0.5")
     assert "augment.sizes" in refusal("augment.sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0")
-    assert config("augment.off_last=2", "augment.sizes=[16,32]", "augment.erase=1.0", debug=True)
+    long = "base: exp001\naugment: {off_last: 2, sizes: [16, 32], erase: 1.0}\n"
+    (empty / "configs" / "exp003.yaml").write_text(long)
+    assert config(experiment="exp003", debug=True).augment.off_last == 0, "a debug run has one epoch"
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def none(size: int) -> Recipe:
 def light(size: int) -> Recipe:
     """Small shifts and turns only: safe where left and right differ, as in digits or scans."""
     return Recipe([
-        A.Affine(scale=(0.9, 1.1), translate_percent=0.08, rotate=(-12, 12), p=0.8),
+        A.Affine(scale=(0.9, 1.1), translate_percent=(-0.08, 0.08), rotate=(-12, 12), p=0.8),
         A.RandomCrop(size, size),
     ])  # fmt: skip
 
