@@ -65,7 +65,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     import torch
 
     from comp.predict import tta
-    from comp.train import model
+    from comp.train import mixing, model
     from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
@@ -78,6 +78,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
         cfg.train.amp != "fp32"
     )  # fp32 means it: predictions are compared to 1e-5
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
+    mixing.refuse(cfg, table.heads, feed.several)
     return Material(cfg, table, folds.load(table), feed, device, stop or machine.Stop(), clock)
 
 

@@ -77,7 +77,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
     normal.fit(cfg, module, material.feed, taught)
     criterion = losses.total(cfg, material.samples, taught)
-    mixture = mixing.loss(cfg, heads, material.feed.several, criterion)
+    mixture = mixing.loss(cfg, heads, criterion)
     optimizer = optim.optimizer(cfg, module)
     averaged = _ema(cfg, module)
     half = HALF[cfg.train.amp]

@@ -44,7 +44,7 @@ def of_day(cfg: Config, day: Day) -> Mix:
     return mix
 
 
-def _refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
+def refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
     """Where a mixture of two pictures has no meaning, or the pictures would not find each other."""
     on = [name for name in ("mixup", "cutmix", "mosaic") if getattr(cfg.augment, name)]
     if not on:
@@ -57,9 +57,13 @@ def _refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
     if several:
         raise Refused(f"augment.{on[0]}: pairs single pictures, and samples here have several; set it to 0")
     if cfg.model.metadata:
-        raise Refused(f"augment.{on[0]}: mixes pictures, not what model.metadata puts beside them; turn one of them off")
+        raise Refused(
+            f"augment.{on[0]}: mixes pictures, not what model.metadata puts beside them; turn one of them off"
+        )
     if cfg.sampling.together > 1:
-        raise Refused(f"augment.{on[0]}: sampling.together puts a class side by side, so it would be mixed with itself; turn one of them off")
+        raise Refused(
+            f"augment.{on[0]}: sampling.together puts a class side by side, so it would be mixed with itself; turn one of them off"
+        )
 
 
 def unmixed(pictures: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
@@ -123,13 +127,12 @@ def mixed(
 
 
 def loss(
-    cfg: Config, heads: tuple[Head, ...], several: bool, criterion: Callable[[Tensor, list[Tensor]], Tensor]
+    cfg: Config, heads: tuple[Head, ...], criterion: Callable[[Tensor, list[Tensor]], Tensor]
 ) -> Callable[[Tensor, list[Tensor], Tensor, list[Part]], Tensor]:
     """(output, truth, weight, parts) -> (batch,): each sample's loss times its weight; of a mixture, the sum over its parts.
 
     Only loss.threshold must see the soft target itself: it turns every class of a mixture that is large enough into a yes.
     """
-    _refuse(cfg, heads, several)
 
     def mixture(output: Tensor, truth: list[Tensor], weight: Tensor, parts: list[Part]) -> Tensor:
         if not parts:
