@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from comp import knobs, tasks
+from comp import declared, knobs, tasks
 
 COMP = Path(__file__).parent.parent / "comp"
 
@@ -15,6 +15,8 @@ COMP = Path(__file__).parent.parent / "comp"
 LAYERS = [
     ["refused", "yaml_lines", "machine", "table", "verb", "duration"],
     ["secret"],
+    ["declared"],
+    ["declared"],
     ["knobs"],
     ["config"],
     ["store", "tasks"],
@@ -142,7 +144,7 @@ def test_every_knob_stands_in_base_yaml_and_has_no_default_in_python() -> None:
 
 
 def test_tasks_and_knobs_name_the_same_tasks() -> None:
-    assert set(tasks.TASKS) == set(knobs.TaskName.__args__)  # type: ignore[attr-defined]
+    assert set(tasks.TASKS) == set(declared.TaskName.__args__)  # type: ignore[attr-defined]
 
 
 def test_nothing_that_runs_code_is_loaded() -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import config
 from numpy.typing import NDArray
 
-from comp import folds, knobs, samples, store
+from comp import folds, samples, store
 from comp.config import Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
 from comp.prepare import assign, audit, balance
@@ -44,8 +44,8 @@ def table(
     return Samples(frame.assign(row=frame["id"]), (head,), "hash")
 
 
-def plan(scheme: str, **changes: Any) -> knobs.Folds:
-    return knobs.Folds.model_validate(
+def plan(scheme: str, **changes: Any) -> declared.Folds:
+    return declared.Folds.model_validate(
         {"scheme": scheme, "k": 5, "seed": 0, "blind_to_groups": "group" not in scheme} | changes
     )
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comp.config import Refused, nearest
+from comp.declared import Submission
 from comp.deliver.sample import Sample
-from comp.knobs import Submission
 from comp.tasks import Head
 
 FORMS = ("probability", "probabilities", "label", "value", "labels", "ranking")

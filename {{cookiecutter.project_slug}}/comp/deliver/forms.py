@@ -9,8 +9,8 @@ import numpy as np
 
 from comp import decide, longform, store
 from comp.config import Refused
+from comp.declared import Submission
 from comp.deliver.sample import Sample
-from comp.knobs import Submission
 from comp.tasks import Array, Head
 
 # head -> (scored rows, outputs): probabilities or values, as the metric sees them

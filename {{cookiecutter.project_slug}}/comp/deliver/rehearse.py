@@ -20,10 +20,10 @@ import numpy as np
 
 from comp import bank, config, folds, jobs, own, samples, store
 from comp.config import Config, Refused
+from comp.declared import Competition
 from comp.deliver import kernel, validate
 from comp.deliver.cells import rules_of_cells
 from comp.deliver.sample import read_sample
-from comp.knobs import Competition
 from comp.prepare import sources
 
 ROWS = 512  # of the visible test set that are compared, and the most of a hidden one

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from comp import config, store
 from comp.config import Refused, nearest
+from comp.declared import Count, Many, NotNegative, Positive, Section
 from comp.ensemble import choose
-from comp.knobs import Count, Many, NotNegative, Positive, Section
 
 AVERAGES = ("mean", "weighted", "rank", "geometric", "power", "median", "trimmed", "snapshots")
 SEARCHED = ("greedy", "hill", "slsqp", "optuna")

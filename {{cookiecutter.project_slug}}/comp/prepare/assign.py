@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import folds, knobs, store
+from comp import declared, folds, store
 from comp.config import Config, Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
 from comp.prepare import audit, balance, duplicates
@@ -23,7 +23,7 @@ from comp.samples import Samples
 if TYPE_CHECKING:
     import pandas as pd
 
-TOGETHER: dict[knobs.Scheme, knobs.Scheme] = {  # what a scheme is where copies are groups
+TOGETHER: dict[declared.Scheme, declared.Scheme] = {  # what a scheme is where copies are groups
     "kfold": "group", "stratified": "stratified_group", "quantiles": "stratified_group"
 }  # fmt: skip
 DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most like the whole
@@ -89,12 +89,12 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     return _finish(file, made, report)
 
 
-def described(plan: knobs.Folds, samples: Samples) -> dict[str, Any]:
+def described(plan: declared.Folds, samples: Samples) -> dict[str, Any]:
     rule = "earlier" if plan.scheme == "time" else "others"
     return plan.model_dump() | {"rule": rule, "samples": samples.hash}
 
 
-def assign(samples: Samples, plan: knobs.Folds, copies: Iterable[Iterable[int]] = ()) -> pd.DataFrame:
+def assign(samples: Samples, plan: declared.Folds, copies: Iterable[Iterable[int]] = ()) -> pd.DataFrame:
     """The frame of Folds: id, repeat, fold of every row that has labels. `copies`: pairs of samples that stay together."""
     import pandas as pd
 
@@ -131,7 +131,9 @@ def assign(samples: Samples, plan: knobs.Folds, copies: Iterable[Iterable[int]] 
     return pd.concat(lines, ignore_index=True)
 
 
-def _rows(samples: Samples, positions: NDArray, plan: knobs.Folds, copies: Iterable[Iterable[int]]) -> Rows:
+def _rows(
+    samples: Samples, positions: NDArray, plan: declared.Folds, copies: Iterable[Iterable[int]]
+) -> Rows:
     frame = samples.frame.iloc[positions]
     group: Ints | None = None
     names: NDArray = np.zeros(0, str)
@@ -232,7 +234,7 @@ def _time(rows: Rows, k: int, seed: int) -> Ints:
     return (twice_middle * (k + 1) // (2 * len(rows)) - 1)[moment]
 
 
-SCHEMES: dict[knobs.Scheme, Callable[[Rows, int, int], Ints]] = {
+SCHEMES: dict[declared.Scheme, Callable[[Rows, int, int], Ints]] = {
     "kfold": _kfold,
     "stratified": _stratified,
     "quantiles": _quantiles,
@@ -243,7 +245,7 @@ SCHEMES: dict[knobs.Scheme, Callable[[Rows, int, int], Ints]] = {
 assert TAUGHT_ONLY == -1  # what `_time` calls its first block
 
 
-def _locked(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
+def _locked(rows: Rows, plan: declared.Folds) -> NDArray[np.bool_]:
     """The hold-out: the latest rows, or whole groups, or a share of every class or range of values."""
     locked = np.zeros(len(rows), bool)
     if plan.holdout == 0:
@@ -273,7 +275,7 @@ def _locked(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
     return locked
 
 
-def _locked_groups(rows: Rows, plan: knobs.Folds) -> NDArray[np.bool_]:
+def _locked_groups(rows: Rows, plan: declared.Folds) -> NDArray[np.bool_]:
     """Groups in random order until the share is reached; of many such draws the one whose labels are most like the whole."""
     assert rows.group is not None
     labels = rows.labels if plan.scheme == "stratified_group" else np.zeros(len(rows), np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 
 from comp import longform, machine, metrics, own, samples, store
 from comp.config import Config, Refused, nearest
-from comp.knobs import Competition
+from comp.declared import Competition
 from comp.prepare import images, making, sources, tables
 from comp.prepare.tables import Reading
 from comp.tasks import TASKS

@@ -16,7 +16,7 @@ import numpy as np
 
 from comp import own, store
 from comp.config import Refused, nearest
-from comp.knobs import Competition, Table
+from comp.declared import Competition, Table
 from comp.prepare import containers, layouts, texts
 
 if TYPE_CHECKING:

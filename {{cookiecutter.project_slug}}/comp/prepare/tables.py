@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from comp import samples, store
 from comp.config import Config, Refused
-from comp.knobs import Competition
+from comp.declared import Competition
 from comp.prepare import sources, targets
 from comp.prepare.sources import Rows
 from comp.tasks import Head

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from comp import store
 from comp.config import Refused, nearest
-from comp.knobs import Competition
+from comp.declared import Competition
 from comp.prepare import sources
 from comp.prepare.sources import Rows
 from comp.tasks import Head
