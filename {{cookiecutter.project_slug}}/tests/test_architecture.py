@@ -16,7 +16,6 @@ LAYERS = [
     ["refused", "yaml_lines", "machine", "table", "verb", "duration"],
     ["secret"],
     ["declared"],
-    ["declared"],
     ["knobs"],
     ["config"],
     ["store", "tasks"],

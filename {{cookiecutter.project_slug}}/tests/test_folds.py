@@ -12,7 +12,7 @@ import pytest
 from conftest import config
 from numpy.typing import NDArray
 
-from comp import folds, samples, store
+from comp import declared, folds, samples, store
 from comp.config import Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
 from comp.prepare import assign, audit, balance
