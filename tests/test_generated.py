@@ -1,15 +1,17 @@
 """A project with names out of the ordinary passes its own checks, and its README works as written."""
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from bake import bake
+from bake import CHECKOUT, PROJECT, bake
 
 ODD = {
     "project_name": "O\"Neill's \\ 🎉 {digits} %s",
@@ -44,27 +46,80 @@ def test_make_knows_its_targets(odd):
         run(odd, "make", "--dry-run", target)
 
 
+def block(readme: Path, chapter: str) -> str:
+    """The commands of a chapter, as one would copy them."""
+    found = re.search(rf"## {chapter}\n.*?```bash\n(.+?)```", readme.read_text("utf-8"), re.DOTALL)
+    assert found, chapter
+    return found[1]
+
+
+def typed(folder: Path, commands: str, environment: dict[str, str]) -> str:
+    """What a shell says that stops at the first failure."""
+    command = ["bash", "-c", f"set -euo pipefail\n{commands}"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_the_projects_readme_works_as_written(odd):
-    """In a fresh shell, with nothing but what the README says: set-up, first commands, make test."""
-    block = re.search(
-        r"## First commands\n\n```bash\n(.+?)```", (odd / "README.md").read_text("utf-8"), re.DOTALL
-    )
-    assert block
+def test_the_projects_readme_works_as_written(odd, tmp_path):
+    """In a fresh shell, with nothing but what the README says: set-up, first commands, make test, first submission."""
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     clean["PATH"] = os.pathsep.join(
         folder
         for folder in os.environ["PATH"].split(os.pathsep)
         if Path(folder) != Path(sys.executable).parent
     )
+    readme = odd / "README.md"
     try:
-        script = f"set -euo pipefail\n{block[1]}\nmake test\n"
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=odd, env=clean, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        score = re.search(r"accuracy ([\d.]+) on", done.stdout)
+        said = typed(odd, block(readme, "First commands"), clean)
+        score = re.search(r"accuracy ([\d.]+) on", said)
         assert score
         assert float(score[1]) >= 0.9
+        # The project's tests ran where they lie in the template, the same files; here it is about the target.
+        few = "tests/test_architecture.py tests/test_config.py tests/test_practice.py"
+        assert " passed" in typed(odd, "make test", clean | {"PYTEST_ADDOPTS": few})
+        first_submission(odd, readme, clean, tmp_path)
     finally:
         shutil.rmtree(odd / ".venv", ignore_errors=True)  # gigabytes
+
+
+def first_submission(project: Path, readme: Path, clean: dict[str, str], home: Path) -> None:
+    """With the real client; all that differs from Kaggle is where it is, and that its data are the practice digits."""
+    sys.path.insert(0, str(CHECKOUT / PROJECT / "tests"))
+    try:
+        from kaggle_server import KEY, Server
+    finally:
+        sys.path.pop(0)
+    server = Server()
+    try:
+        server.archive = zipped(project / "data" / "raw")
+        key = home / ".kaggle" / "access_token"
+        assert f"~/{key.relative_to(home)}" in readme.read_text("utf-8")
+        key.parent.mkdir()
+        key.write_text(KEY)
+        where = server.environment() | {"HOME": str(home)}
+        keyless = {
+            name: value for name, value in where.items() if name not in ("KAGGLE_USERNAME", "KAGGLE_KEY")
+        }
+        away = re.search(r"`(mkdir \.\./practice .+?)`", readme.read_text("utf-8"))
+        assert away
+        typed(project, away[1], clean)
+        commands = "source .venv/bin/activate\n" + block(readme, "First submission in ten minutes")
+        said = typed(project, commands, clean | keyless)
+        (sent,) = server.submissions
+        assert sent["description"].startswith("first ")
+        assert sent["data"] == (project / "submissions" / "exp001.csv").read_bytes()
+        assert "submission 1000: public 0.5" in said
+        assert KEY not in said
+    finally:
+        server.close()
+
+
+def zipped(raw: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for file in sorted(raw.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(raw))
+    return out.getvalue()

@@ -54,6 +54,7 @@ def test_a_table_and_archives(empty: Path) -> None:
     written = (empty / "configs" / "competition.yaml").read_text()
     assert "15 values, by its name" in written and "ambiguous: metric" in written
     assert (empty / "data" / "inspect.png").exists()
+    assert (said.slug, said.title) == ("practice", "Practice"), "no look at the files could say them"
 
 
 def test_no_table_at_all(empty: Path) -> None:

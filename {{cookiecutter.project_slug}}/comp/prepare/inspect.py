@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from comp import config, store
+from comp import config, store, yaml_lines
 from comp.config import Refused
 from comp.prepare import containers, guess
 from comp.prepare.guess import Found
@@ -18,12 +18,13 @@ from comp.prepare.guess import Found
 ORDER = ("train", "test", "id", "row", "target", "task", "metric", "group", "metadata", "folds", "submission")
 
 
-def inspect(raw_name: str = "data/raw", slug: str = "competition", title: str = "Competition") -> Path:
+def inspect() -> Path:
+    file = store.path("configs", "competition.yaml")
+    slug, title, raw_name = kept(file)
     raw = store.path(raw_name)
     if not raw.is_dir() or not any(raw.iterdir()):
         raise Refused(f"{store.shown(raw)}: is empty; put the unpacked competition there")
     found = guess.look(raw)
-    file = store.path("configs", "competition.yaml")
     if file.exists():
         print(f"the old one lies in {store.shown(store.trash(file))}")
     store.write_text(file, text(found, slug, title, raw_name))
@@ -32,6 +33,20 @@ def inspect(raw_name: str = "data/raw", slug: str = "competition", title: str = 
     print(f"{store.shown(file)}: a first guess, every line with its reason; correct it, then: comp check")
     config.load(store.root(), "base")  # what was written must at least be a competition
     return file
+
+
+def kept(file: Path) -> tuple[str, str, str]:
+    """What no look at the files can say, and the old declaration does: slug, title, and where the files are."""
+    said: Any = {}
+    if file.exists():
+        try:
+            said, _ = yaml_lines.parse(file.read_bytes())
+        except yaml_lines.Unreadable:
+            print(f"{store.shown(file)}: cannot be read, so slug and title have to be written anew")
+    old = said if isinstance(said, dict) else {}
+    usual = {"slug": "competition", "title": "Competition", "raw": "data/raw"}
+    slug, title, raw = (str(old.get(key) or value) for key, value in usual.items())
+    return slug, title, raw
 
 
 def text(found: Found, slug: str, title: str, raw: str) -> str:
