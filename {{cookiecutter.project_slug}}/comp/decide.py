@@ -103,6 +103,51 @@ def _boundaries(
     return np.array(chosen[::-1], dtype=np.int64)
 
 
+def with_unknown(probability: ArrayLike, unknown: int, shift: float, listed: int) -> NDArray[np.int64]:
+    """(rows, listed) classes, the likeliest first, the unknown one moved by `shift` in logarithm among the others."""
+    ranked, at = _ranked(np.asarray(probability, np.float64), unknown, listed)
+    return _inserted(ranked, at, unknown, shift, listed)
+
+
+def fit_unknown(
+    probability: ArrayLike, truth: ArrayLike, unknown: int, metric: Metric, listed: int, rows: Any = None
+) -> float:
+    """The shift that scores best among GRID of those that matter: where the unknown class passes one of the likeliest five."""
+    ranked, at = _ranked(np.asarray(probability, np.float64), unknown, listed)
+    shifts = np.unique(np.quantile(at[:, :5], np.linspace(0, 1, GRID), method="lower"))
+    shifts = np.concatenate([[0.0], shifts + 1e-9])
+    scores = [
+        metric.sign * metric(truth, _answer(_inserted(ranked, at, unknown, shift, listed), metric), rows)
+        for shift in shifts
+    ]
+    return float(shifts[int(np.argmax(scores))])
+
+
+def _answer(ranking: NDArray[np.int64], metric: Metric) -> NDArray[np.int64]:
+    return ranking if metric.needs == "ranking" else ranking[:, 0]
+
+
+def _ranked(probability: Array, unknown: int, listed: int) -> tuple[NDArray[np.int64], Array]:
+    """Of the other classes the likeliest, and by how much, in logarithm, each is ahead of the unknown one."""
+    log_p = np.log(np.maximum(probability, 1e-300))
+    others = np.delete(log_p, unknown, axis=1)
+    ranked = np.argsort(-others, axis=1, kind="stable")[:, :listed]
+    ahead = np.take_along_axis(others, ranked, axis=1) - log_p[:, [unknown]]
+    return ranked + (ranked >= unknown), ahead
+
+
+def _inserted(
+    ranked: NDArray[np.int64], ahead: Array, unknown: int, shift: float, listed: int
+) -> NDArray[np.int64]:
+    place = (ahead >= shift).sum(axis=1, keepdims=True)
+    column = np.arange(min(ranked.shape[1] + 1, listed))
+    before = np.take_along_axis(
+        ranked, np.minimum(column, ranked.shape[1] - 1)[None].repeat(len(ranked), 0), axis=1
+    )
+    after = np.take_along_axis(ranked, np.maximum(column - 1, 0)[None].repeat(len(ranked), 0), axis=1)
+    return np.where(column < place, before, np.where(column == place, unknown, after))
+
+
 def _mcc(tp: Array, fp: Array, fn: Array, tn: Array) -> Array:
     return (tp * tn - fp * fn) / np.sqrt(np.maximum((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn), 1e-300))
 

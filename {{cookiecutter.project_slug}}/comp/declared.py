@@ -108,6 +108,7 @@ class Competition(Section):
     group: Text | None = None
     time: Text | None = None
     metadata: list[Text] = []
+    unknown: Text | None = None
     kernel: Kernel = Kernel()
     extra: list[Table] = []
     weight: Text | None = None
@@ -143,6 +144,15 @@ class Competition(Section):
                 raise ValueError(
                     f"{key}: names {', '.join(value)}, where the targets are {', '.join(self.targets)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_unknown(self) -> Competition:
+        kinds = set(self.tasks.values())
+        if self.unknown is not None and not kinds <= {"retrieval", "multiclass"}:
+            raise ValueError(
+                f"unknown: {self.unknown} is a class, and task {', '.join(sorted(kinds))} has none to choose from"
+            )
         return self
 
     @model_validator(mode="after")

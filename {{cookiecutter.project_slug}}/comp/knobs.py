@@ -73,7 +73,9 @@ class Model(Section):
     pretrained: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne
-    pool: Literal["mean", "max"]
+    pool: Literal["mean", "max", "attention"]
+    global_pool: Literal["default", "gem"]
+    embedding: Count | None
     metadata: bool
 
 
@@ -93,6 +95,10 @@ class Loss(Section):
     bins: Annotated[int, Field(ge=2)] | None
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     spread: Positive | None
+    margin: NotNegative | None
+    margin_rare: NotNegative | None
+    scale: Positive | None
+    centres: Count | None
     hardest: Annotated[float, Field(gt=0, le=1)]
     class_weights: Literal["none", "balanced", "effective"]
     beta: Annotated[float, Field(gt=0, lt=1)] | None
@@ -144,6 +150,7 @@ class Train(Section):
 
 class Predict(Section):
     tta: Many
+    neighbours: Count | None
     space: Literal["probability", "logit", "geometric"]
     batch_size: Count
 

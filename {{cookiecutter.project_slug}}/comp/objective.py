@@ -27,16 +27,27 @@ TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
     "bins": {"smoothing": 0.0, "bins": 32, "range": OFF},
     "cumulative": {},
     "soft_labels": {"spread": 0.5},
+    "arcface": {"margin": 0.3, "margin_rare": OFF, "scale": 30.0, "centres": 1},
+    "contrastive": {"margin": 1.0},
+    "triplet": {"margin": 0.3},
     "loss": {},  # your own
 }
+EMBEDS = ("arcface", "contrastive", "triplet")  # their predictions come from neighbours
+SIZE, NEIGHBOURS = 256, 5  # of an embedding; that vote
 BETA = 0.999  # of class_weights: effective
 EVERY = ("name", "hardest", "class_weights")  # beside those of TAKES
+
+
+def embedding(cfg: Config, heads: Sequence[Head]) -> Objective | None:
+    """The objective of a run that puts pictures of one class close together, or None."""
+    found = of(cfg, heads)[0]
+    return found if found.name in EMBEDS else None
 
 
 def of(cfg: Config, heads: Sequence[Head]) -> list[Objective]:
     """One for each head. What has no effect on any of them is refused by name, all at once."""
     found = [_one(cfg, head) for head in heads]
-    faults = [f"loss.{knob}: {why}" for knob, why in _useless(cfg, heads, found)]
+    faults = [f"{knob}: {why}" for knob, why in _useless(cfg, heads, found)]
     if faults:
         raise Refused(*faults)
     return found
@@ -53,6 +64,8 @@ def _one(cfg: Config, head: Head) -> Objective:
         raise Refused(f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(fit)}")
     given = cfg.loss.model_dump()
     knobs = {key: own if given[key] is None else given[key] for key, own in TAKES[name].items()}
+    if name in EMBEDS:
+        knobs["embedding"] = cfg.model.embedding or SIZE
     return Objective(name, knobs)
 
 
@@ -64,24 +77,44 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
         if knob in (*EVERY, "beta") or knob in taken or value is None or value == 0:
             continue
         fit = [loss for loss, takes in TAKES.items() if knob in takes]
-        out.append((knob, f"{value} has no effect on loss {names}; {', '.join(fit)} takes it"))
+        out.append((f"loss.{knob}", f"{value} has no effect on loss {names}; {', '.join(fit)} takes it"))
     if cfg.loss.class_weights != "none" and not any(weighable(head) for head in heads):
         out.append(
-            ("class_weights", f"{cfg.loss.class_weights} has no effect on {heads[0].task}: no classes")
+            ("loss.class_weights", f"{cfg.loss.class_weights} has no effect on {heads[0].task}: no classes")
         )
     if cfg.loss.class_weights != "none" and "loss" in (objective.name for objective in found):
-        out.append(("class_weights", "has no effect on a loss of your own; weigh the classes in it"))
+        out.append(("loss.class_weights", "has no effect on a loss of your own; weigh the classes in it"))
     if cfg.loss.beta is not None and cfg.loss.class_weights != "effective":
-        out.append(("beta", f"{cfg.loss.beta} has no effect with class_weights: {cfg.loss.class_weights}"))
+        out.append(
+            ("loss.beta", f"{cfg.loss.beta} has no effect with class_weights: {cfg.loss.class_weights}")
+        )
+    embeds = [objective.name for objective in found if objective.name in EMBEDS]
+    for knob, value in (
+        ("model.embedding", cfg.model.embedding),
+        ("predict.neighbours", cfg.predict.neighbours),
+    ):
+        if value is not None and not embeds:
+            out.append((knob, f"{value} has no effect on loss {names}; {', '.join(EMBEDS)} takes it"))
+    if embeds and len(heads) > 1:
+        out.append(
+            (
+                "loss.name",
+                f"{embeds[0]} wants the one target alone; beside others retrieval takes cross_entropy",
+            )
+        )
+    if embeds and embeds[0] != "arcface" and cfg.sampling.together < 2:
+        out.append(
+            ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.together to 4 or so")
+        )
     for head, objective in zip(heads, found, strict=True):
         if objective.knobs.get("alpha") is not None and head.exclusive:
             out.append(
-                ("alpha", f"parts yes from no; the classes of {head.task} are weighed by class_weights")
+                ("loss.alpha", f"parts yes from no; the classes of {head.task} are weighed by class_weights")
             )
         if objective.knobs.get("threshold") is not None and objective.knobs["smoothing"]:
-            out.append(("smoothing", "is undone by loss.threshold; set one of them"))
+            out.append(("loss.smoothing", "is undone by loss.threshold; set one of them"))
         if objective.name == "bins" and objective.knobs["range"] is None:
-            out.append(("range", "bins needs the lowest and highest target that can be, like [0, 100]"))
+            out.append(("loss.range", "bins needs the lowest and highest target that can be, like [0, 100]"))
     return out
 
 

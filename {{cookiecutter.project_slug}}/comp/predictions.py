@@ -114,7 +114,7 @@ def prior(head: Head, samples: Samples, folds: Folds) -> Array:
     columns = samples.targets(head)[
         folds.split("full")[0]
     ]  # all that teaches: never a row that is locked away
-    if head.task == "multiclass" and columns.shape[1] == 1:
+    if head.exclusive and columns.shape[1] == 1:
         columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]
     return head.row.store(columns.mean(axis=0, keepdims=True))
 

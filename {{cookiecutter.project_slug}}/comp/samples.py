@@ -68,8 +68,10 @@ def load(file: Path | None = None) -> Samples:
 
 
 def _head(said: dict[str, Any]) -> Head:
-    lists = ("outputs", "columns", "classes", "graded")
-    return Head(said["name"], said["task"], *(tuple(said[name]) for name in lists))
+    outputs, columns, classes, graded = (
+        tuple(said[name]) for name in ("outputs", "columns", "classes", "graded")
+    )
+    return Head(said["name"], said["task"], outputs, columns, classes, graded, said.get("unknown", ""))
 
 
 def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **facts: Any) -> Path:

@@ -132,6 +132,8 @@ def answers(
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array | None]:
     """What the metric takes, honestly; and the cut points that new rows get, where there are any."""
+    if head.unknown and metric.needs in ("label", "ranking"):
+        return _with_unknown(metric, head, probability, samples, folds, rows, fold)
     if not (metric.needs == "label" and (graded(head) or head.task == "multilabel")):
         return plain(metric, head, probability), None
     truth = samples.truth(head, rows)
@@ -165,6 +167,33 @@ def answers(
     if metric.sign * (metric(truth, said, frame) - metric(truth, rounded, frame)) <= 0:
         return rounded, np.asarray(np.arange(1, len(head.classes)) - 0.5, np.float64)
     return said, nested.final
+
+
+def _with_unknown(
+    metric: Metric,
+    head: Head,
+    probability: Array,
+    samples: Samples,
+    folds: Folds,
+    rows: Positions,
+    fold: NDArray[np.int64],
+) -> tuple[NDArray[Any], Array]:
+    """Where the class that stands for none of the others comes in the ranking: fitted on the folds that may teach."""
+    truth, code = samples.truth(head, rows), head.classes.index(head.unknown)
+
+    def fit(positions: NDArray[np.int64]) -> Array:
+        frame = scored(samples, rows[positions])
+        shift = decide.fit_unknown(probability[positions], truth[positions], code, metric, LISTED, frame)
+        return np.array([shift])
+
+    def apply(shift: Array, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        ranking = decide.with_unknown(probability[positions], code, float(shift[0]), LISTED)
+        return ranking if metric.needs == "ranking" else ranking[:, 0]
+
+    nested = honest.nested(
+        fold, fit, apply, allowed=lambda number: np.isin(rows, folds.split(number)[0]), first=np.zeros(1)
+    )
+    return nested.prediction.astype(np.int64), nested.final
 
 
 def scored(samples: Samples, rows: Positions) -> pd.DataFrame:

@@ -26,6 +26,7 @@ class Head:
     columns: tuple[str, ...]  # target columns of the samples table
     classes: tuple[str, ...] = ()  # labels as the raw table writes them, by code
     graded: tuple[str, ...] = ()  # outputs that the host scores, where it does not score all
+    unknown: str = ""  # the class that stands for none of the others
 
     @property
     def scored(self) -> list[int]:
@@ -122,6 +123,19 @@ def _one_of_many(raw: Array, loss: Objective) -> Array:
     return log_softmax(_log_sigmoid(raw) if loss.name == "bce" else raw)
 
 
+def _by_centres(raw: Array, loss: Objective) -> Array:
+    """To watch: what is stored of embeddings comes from neighbours. Without centres there is nothing to see, (rows, 0)."""
+    if "embedding" not in loss.knobs:
+        return log_softmax(raw)
+    cosine = raw[:, loss.knobs["embedding"] :]
+    return log_softmax(loss.knobs["scale"] * cosine) if cosine.shape[1] else cosine
+
+
+def _embedded(head: Head, loss: Objective) -> int:
+    beside = 0 if loss.name in ("contrastive", "triplet") else len(head.outputs)
+    return beside + loss.knobs.get("embedding", 0)
+
+
 def _grades(head: Head, loss: Objective) -> int:
     return {"cumulative": len(head.classes) - 1, "soft_labels": len(head.classes)}.get(loss.name, 1)
 
@@ -205,12 +219,12 @@ TASKS: dict[str, Task] = {
         label=lambda p: (p >= 0.5).astype(np.int64),
     ),
     "retrieval": Task(
-        losses=("cross_entropy", "focal", "poly", "jensen_shannon"),
+        losses=("arcface", "contrastive", "triplet", "cross_entropy", "focal", "poly", "jensen_shannon"),
         metric="map@5",
         space="logit",
-        raw_outputs=lambda head, loss: len(head.outputs),
+        raw_outputs=_embedded,
         target=_codes,
-        decode=_one_of_many,
+        decode=_by_centres,
         probability=softmax,
         store=lambda p: np.log(np.clip(p, SMALLEST, None)),
         spaces=EXCLUSIVE,

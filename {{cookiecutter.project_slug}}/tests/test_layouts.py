@@ -458,7 +458,7 @@ def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
 
     features = torch.tensor([[1.0, 4.0], [3.0, 0.0], [7.0, 7.0]])
     for pool, first in (("mean", [2.0, 2.0]), ("max", [3.0, 4.0])):
-        joined = Joined(torch.nn.Identity(), pool)
+        joined = Joined(torch.nn.Identity(), pool, 2)
         assert joined(features, owner=torch.tensor([0, 0, 1])).tolist() == [first, [7.0, 7.0]]
 
 

@@ -142,7 +142,12 @@ TARGETS: dict[str, list[Tensor]] = {
     "ordinal": [GRADES],
 }
 FITTING = [(task, name) for task, row in TASKS.items() for name in row.losses]
-NEEDED = {"bins": {"loss.range": [-10, 10]}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "bins": {"loss.range": [-10, 10]},
+    "contrastive": {"sampling.together": 2},
+    "triplet": {"sampling.together": 2},
+}
+PAIRS = ("contrastive", "triplet")
 
 
 def samples_of(task: str, targets: Tensor) -> Samples:
@@ -164,7 +169,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
 ) -> None:
     """Also where the network is sure, and wrong."""
     cfg = cfg_of(empty, **{"loss.name": name, "loss.class_weights": "none", **NEEDED.get(name, {})})
-    for target in TARGETS[task]:
+    for target in TARGETS[task][: 1 if name in PAIRS else 2]:
         table = samples_of(task, target if target.ndim == 1 else LABELS)
         head = table.heads[0]
         (chosen,) = objective.of(cfg, table.heads)
@@ -183,7 +188,9 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
                 output.grad is not None and torch.isfinite(output.grad).all() and torch.isfinite(each).all()
             )
         stored = head.row.decode(output.detach().double().numpy(), chosen)
-        assert stored.shape == (BATCH, len(head.outputs)) and np.isfinite(stored).all()
+        assert (
+            stored.shape == (BATCH, 0 if name in PAIRS else len(head.outputs)) and np.isfinite(stored).all()
+        )
 
 
 def test_a_value_put_into_bins_is_read_off_again() -> None:
@@ -316,6 +323,9 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
         ("regression", {"loss.name": "bins"}, r"loss.range: bins needs .*\[0, 100\]"),
         ("multilabel", {"loss.threshold": 0.2, "loss.smoothing": 0.1}, "undone by loss.threshold"),
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
+        ("retrieval", {"loss.name": "triplet"}, "set sampling.together"),
+        ("multiclass", {"model.embedding": 64}, "model.embedding: 64 has no effect on loss cross_entropy; arcface"),
+        ("retrieval", {"loss.name": "focal", "predict.neighbours": 3}, "predict.neighbours: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),
         ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "twice; choose one"),
     ],
@@ -341,10 +351,10 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
     seen = 0
     for task, name in FITTING:
         table = samples_of(task, LABELS if task == "multilabel" else TARGETS[task][0])
-        target = TARGETS[task][-1]
-        base = {"loss.name": name, **NEEDED.get(name, {})}
+        target = TARGETS[task][0 if name in PAIRS else -1]
+        base: dict[str, Any] = {"loss.name": name, **NEEDED.get(name, {})}
         for knob, own in objective.TAKES[name].items():
-            if knob == "alpha" and task in ("multiclass", "retrieval"):
+            if knob == "centres" or (knob == "alpha" and task in ("multiclass", "retrieval")):
                 continue
             value = other.get(knob, 0.3 if not own else own * 0.7)
             heard = []

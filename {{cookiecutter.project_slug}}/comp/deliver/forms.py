@@ -208,11 +208,13 @@ def labels(
             yield list(_several(rules, head, value, cut, column, notes))
             continue
         if rules.form == "ranking":
-            yield _ranked(rules, head, value)
+            yield _ranked(rules, head, value, cut)
             continue
         if head.task == "regression":
             value = clipped(value, rules.range, sample, notes)
-        if cut is not None:  # of two classes the one cut is the threshold
+        if cut is not None and head.unknown:
+            codes = decide.with_unknown(value, head.classes.index(head.unknown), cut[0], 1)[:, 0]
+        elif cut is not None:  # of two classes the one cut is the threshold
             codes = decide.apply_cuts(value[:, 0], np.asarray(cut))
             places = ", ".join(f"{each:.4g}" for each in cut)
             notes.append(f"{column}: cut at {places}, as fitted on the OOF rows")
@@ -241,7 +243,11 @@ def _several(
         yield " ".join(head.classes[code] for code in np.flatnonzero(row)) or rules.none or ""
 
 
-def _ranked(rules: Submission, head: Head, value: Array) -> list[str]:
+def _ranked(rules: Submission, head: Head, value: Array, cut: Sequence[float] | None) -> list[str]:
+    if cut is not None and head.unknown:
+        code = head.classes.index(head.unknown)
+        order = decide.with_unknown(value, code, cut[0], rules.k)
+        return [" ".join(head.classes[code] for code in row) for row in order.tolist()]
     order = np.argsort(-value, axis=1, kind="stable")[:, : rules.k]
     return [" ".join(head.classes[code] for code in row) for row in order.tolist()]
 

@@ -25,6 +25,7 @@ from typing import Any
 from comp import bank, config, folds, predictions, samples, store
 from comp.config import Config, Refused
 from comp.ensemble import average
+from comp.predict import neighbours
 from comp.samples import Samples
 
 PYTHON = "3.12"  # of Kaggle's image
@@ -152,6 +153,7 @@ def _package(bundle: Path) -> None:
 def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
     """Everything lies where it lies in the project, with its manifest, so that the same code reads it the same way."""
     wanted = [file for leaf in leaves for file in weights_of(leaf)]
+    wanted += [file for file in map(neighbours.beside, wanted) if file.exists()]
     wanted += [store.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
     homes = {bank.folder(name), bank.folder(name.partition(":")[0])}
     wanted += [

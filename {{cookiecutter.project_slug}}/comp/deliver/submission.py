@@ -72,7 +72,7 @@ def filled(
         made = from_own(rows, answers, sample)
     else:
         forms = set(rules.form.values()) if isinstance(rules.form, dict) else {rules.form}
-        cuts = fitted_cuts(name) if forms & {"label", "labels"} else {}
+        cuts = fitted_cuts(name) if forms & {"label", "labels", "ranking"} else {}
         made = from_form(rules, samples.heads, answers, sample, cuts, ids)
     return made, rules_of_cells(rules, samples.heads, sample)
 

@@ -31,7 +31,7 @@ def apply(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
 
 def _scaled(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
     out = stored * step["slope"] + np.asarray(step["shift"])
-    return log_softmax(out) if head.task == "multiclass" else out
+    return log_softmax(out) if head.exclusive else out
 
 
 def _temperature(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _minimal(stored: Array, truth: NDArray[Any], head: Head, shifted: bool) -> d
     """The slope, and where wanted the shifts, with the least log loss: convex, so there is one."""
     from scipy.optimize import minimize
 
-    width, several = len(head.outputs), head.task == "multiclass"
+    width, several = len(head.outputs), head.exclusive
     target = (
         np.eye(width)[truth.astype(np.int64)]
         if several and truth.ndim == 1
@@ -79,7 +79,7 @@ def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, ro
 
     p, maps = head.row.probability(stored), []
     for code in range(len(head.outputs)):
-        target = (truth == code).astype(float) if head.task == "multiclass" else truth.reshape(-1)
+        target = (truth == code).astype(float) if head.exclusive else truth.reshape(-1)
         model = IsotonicRegression(y_min=SURE, y_max=1 - SURE, out_of_bounds="clip").fit(p[:, code], target)
         kept = np.unique(np.linspace(0, len(model.X_thresholds_) - 1, KNOTS).round().astype(int))
         maps.append({"x": model.X_thresholds_[kept].tolist(), "y": model.y_thresholds_[kept].tolist()})
@@ -89,7 +89,7 @@ def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, ro
 def _stairs(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
     p = head.row.probability(stored)
     out = np.stack([np.interp(p[:, i], m["x"], m["y"]) for i, m in enumerate(step["maps"])], axis=1)
-    return log_softmax(np.log(out)) if head.task == "multiclass" else logit(out)
+    return log_softmax(np.log(out)) if head.exclusive else logit(out)
 
 
 # --- thresholds ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def _mapped(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
         x, y = np.asarray(m["x"]), np.asarray(m["y"])
         out[:, i] = np.interp(stored[:, i], x, y)
         out[:, i] += np.minimum(stored[:, i] - x[0], 0) + np.maximum(stored[:, i] - x[-1], 0)
-    return log_softmax(out) if head.task == "multiclass" else out
+    return log_softmax(out) if head.exclusive else out
 
 
 APPLY |= {"scaled": _scaled, "stairs": _stairs, "mapped": _mapped}

@@ -59,7 +59,7 @@ def lens(
             return _binary_log_loss(head, space, truth)
         if metric.name in decide.RATES and space in HALF and 0 < truth.sum() < len(truth):
             return _binary_labels(metric, head, space, truth)
-    if head.task == "multiclass" and space in ("probability", "logit", "geometric"):
+    if head.exclusive and space in ("probability", "logit", "geometric"):
         if metric.name == "log_loss":
             if space == "probability" and not signed:
                 return _true_class(head, truth)

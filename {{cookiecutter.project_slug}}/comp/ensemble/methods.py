@@ -154,7 +154,7 @@ COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc",
 
 def _per_class(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
     """(members, outputs): each class against the rest, by its own AUC where the metric is one, else by log loss."""
-    if given.head.task != "multiclass" or given.space != "probability" or given.truth.ndim > 1:
+    if not given.head.exclusive or given.space != "probability" or given.truth.ndim > 1:
         raise Refused(
             "per_class: weights per class are for task multiclass with hard labels, in space: probability"
         )

@@ -40,7 +40,7 @@ def loss(
 
 def _shares(truth: NDArray[Any], head: Head) -> Array:
     """(rows, outputs): what a perfect member would say. Soft labels as they are."""
-    if head.task == "multiclass" and truth.ndim == 1:
+    if head.exclusive and truth.ndim == 1:
         return np.eye(len(head.outputs))[truth.astype(np.int64)]
     return truth.reshape(len(truth), -1).astype(np.float64)
 

@@ -64,7 +64,7 @@ def fit(
 
 def shares(truth: NDArray[Any], head: Head) -> Array:
     """(rows, outputs): labels one-hot, soft ones and values as they are."""
-    if head.task == "multiclass" and truth.ndim == 1:
+    if head.exclusive and truth.ndim == 1:
         return np.eye(len(head.outputs))[truth.astype(np.int64)]
     return truth.reshape(len(truth), -1).astype(np.float64)
 
@@ -123,7 +123,7 @@ def _logistic(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
     codes, weight, x = _hard(x, target, head)
     model = LogisticRegression(C=1 / strength, max_iter=5000, tol=1e-8).fit(x, codes, weight)
     coef, intercept = model.coef_, model.intercept_
-    if head.task == "multiclass":
+    if head.exclusive:
         if len(model.classes_) == 2:  # scikit-learn has one row for two classes
             coef, intercept = np.vstack([-coef / 2, coef / 2]), np.append(-intercept / 2, intercept / 2)
         coef, intercept = _every_class(coef, intercept, model.classes_, len(head.outputs))
@@ -172,7 +172,7 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
     if kind is MLPRegressor:
         labels: Any = target if target.shape[1] > 1 else target[:, 0]
     else:
-        labels = target.argmax(axis=1) if head.task == "multiclass" else target[:, 0].round()
+        labels = target.argmax(axis=1) if head.exclusive else target[:, 0].round()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", ConvergenceWarning
@@ -180,7 +180,7 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
         model.fit(x, labels)
     link = "identity" if kind is MLPRegressor else "logistic"
     coefs, intercepts = list(model.coefs_), list(model.intercepts_)
-    if head.task == "multiclass":
+    if head.exclusive:
         last, start = coefs[-1].T, intercepts[-1]
         if len(model.classes_) == 2:
             last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
@@ -197,7 +197,7 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
         raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
     if head.row.space == "value" and target.shape[1] > 1:
         raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
-    several = head.task == "multiclass"
+    several = head.exclusive
     labels = target.argmax(axis=1) if several else target[:, 0]
     options = {
         "objective": "multiclass" if several else "cross_entropy" if head.task == "binary" else "regression",

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from comp import bank, config, predictions, store
+from comp import bank, config, objective, predictions, store
 from comp.config import Refused
-from comp.predict import tta
+from comp.predict import neighbours, tta
 from comp.samples import Positions
 from comp.tasks import Head
-from comp.train import augment, model, normal
+from comp.train import augment, balance, margins, model, normal
 from comp.train.evaluate import outputs_of
 from comp.train.loop import Material
 
@@ -34,9 +34,10 @@ def write_fold(
     rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
     began = time.perf_counter()
-    heads, damaged = predict(
-        material, folder / "weights.safetensors", rows, f"{kind} of seed {seed} fold {number}"
-    )
+    weights = folder / "weights.safetensors"
+    if objective.embedding(cfg, material.samples.heads):
+        _gallery(material, weights, material.folds.split(number)[0])
+    heads, damaged = predict(material, weights, rows, f"{kind} of seed {seed} fold {number}")
     if len(
         rows
     ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
@@ -66,6 +67,29 @@ def predict(
 ) -> tuple[Stored, dict[int, str]]:
     """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
     cfg, heads = material.cfg, material.samples.heads
+    raw, damaged = _said(material, weights, rows, doing)
+    if embeds := objective.embedding(cfg, heads):
+        answers = _by_neighbours(material, weights, raw, embeds.knobs["embedding"])
+    else:
+        each = [model.decoded(cfg, heads, view) for view in raw]  # views x heads
+        answers = [
+            predictions.average([view[i] for view in each], head, cfg.predict.space)
+            for i, head in enumerate(heads)
+        ]
+    stored = {}
+    for head, value in zip(heads, answers, strict=True):
+        value[np.isin(rows, list(damaged))] = (
+            fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
+        )
+        stored[head.name] = value.astype(np.float32)
+    return stored, damaged
+
+
+def _said(
+    material: Material, weights: Path, rows: Positions, doing: str
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
+    cfg, heads = material.cfg, material.samples.heads
     module = model.load_weights(model.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
         material.device
     )
@@ -88,15 +112,31 @@ def predict(
         raise Refused(
             f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate"
         )
-    each = [model.decoded(cfg, heads, view) for view in raw]  # views x heads
-    stored = {}
-    for i, head in enumerate(heads):
-        value = predictions.average([view[i] for view in each], head, cfg.predict.space)
-        value[np.isin(rows, list(damaged))] = (
-            fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
-        )
-        stored[head.name] = value.astype(np.float32)
-    return stored, damaged
+    return raw, damaged
+
+
+def _gallery(material: Material, weights: Path, taught: Positions) -> None:
+    """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
+    file, cfg = neighbours.beside(weights), material.cfg
+    if store.sealed(file):
+        return
+    (head,) = material.samples.heads
+    rows = margins.known_rows(cfg, material.samples, taught[: cfg.train.limit])
+    raw, damaged = _said(material, weights, rows, "gallery")
+    whole = ~np.isin(rows, list(damaged))
+    seen = neighbours.averaged(raw[:, whole], objective.of(cfg, [head])[0].knobs["embedding"])
+    neighbours.write(file, seen, balance.classes(head, material.samples, rows[whole]))
+
+
+def _by_neighbours(
+    material: Material, weights: Path, raw: NDArray[np.float32], size: int
+) -> list[NDArray[np.float64]]:
+    (head,) = material.samples.heads
+    k = material.cfg.predict.neighbours or objective.NEIGHBOURS
+    asked = neighbours.averaged(raw, size)
+    return [
+        neighbours.class_scores(asked, *neighbours.read(neighbours.beside(weights)), head, k, material.device)
+    ]
 
 
 def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:

@@ -66,6 +66,8 @@ def _labels(rows: Rows, competition: Competition, name: str, task: str, known: N
             _not_numbers(rows, known, name, values),
         )
     classes = _classes(rows, competition, name, task, known)
+    if competition.unknown is not None and competition.unknown not in classes:
+        classes = (*classes, competition.unknown)  # no training row may show it
     code = {label: float(i) for i, label in enumerate(classes)}
     values = np.asarray(text.map(code), np.float64)
     outputs = (name,) if task in ("binary", "ordinal") else classes
@@ -80,7 +82,8 @@ def _labels(rows: Rows, competition: Competition, name: str, task: str, known: N
         else:
             why = f"{name}: the label is missing"
         faults.append(f"{rows.where(position)}: {why}")
-    return (Head(name, task, outputs, (f"target.{name}",), classes),), {name: values}, faults
+    head = Head(name, task, outputs, (f"target.{name}",), classes, unknown=competition.unknown or "")
+    return (head,), {name: values}, faults
 
 
 def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArray) -> Found:

@@ -129,13 +129,7 @@ def class_weights(
     """target -> a weight a sample, or a weight a label where yes and no are parted. Their mean over the taught rows is 1."""
     if cfg.loss.class_weights == "none" or not objective.weighable(head):
         return None
-    targets = samples.targets(head)[taught]
-    if head.task in ("binary", "multilabel"):
-        count = np.stack([(1 - targets).sum(axis=0), targets.sum(axis=0)])  # no, yes
-    elif targets.shape[1] > 1:
-        count = targets.sum(axis=0)
-    else:
-        count = np.bincount(targets[:, 0].astype(np.int64), minlength=len(head.classes)).astype(np.float64)
+    count = counts(head, samples, taught)
     beta = objective.BETA if cfg.loss.beta is None else cfg.loss.beta
     weight = balanced(count) if cfg.loss.class_weights == "balanced" else effective(count, beta)
 
@@ -150,6 +144,16 @@ def class_weights(
         return target @ of if target.ndim == 2 else of[target.long()]
 
     return weigh
+
+
+def counts(head: Head, samples: Samples, taught: Positions) -> NDArray[np.float64]:
+    """(classes,), or no and yes of each label, (2, labels)"""
+    targets = samples.targets(head)[taught]
+    if head.task in ("binary", "multilabel"):
+        return np.stack([(1 - targets).sum(axis=0), targets.sum(axis=0)])
+    if targets.shape[1] > 1:
+        return np.asarray(targets.sum(axis=0))
+    return np.bincount(targets[:, 0].astype(np.int64), minlength=len(head.classes)).astype(np.float64)
 
 
 def balanced(count: NDArray[np.float64]) -> NDArray[np.float64]:

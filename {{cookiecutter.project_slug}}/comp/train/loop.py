@@ -21,7 +21,9 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
-from comp.train import augment, balance, checkpoint, losses, mixing, model, normal, optim, schedule
+from comp.train import (
+    augment, balance, checkpoint, losses, margins, mixing, model, normal, optim, schedule,
+)  # fmt: skip
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
@@ -62,6 +64,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- data ----------------------------------------------------------------------------------------------------------
     taught, scored = (rows[: cfg.train.limit] for rows in material.folds.split(number))
+    taught, watched = (margins.known_rows(cfg, material.samples, rows) for rows in (taught, scored))
     if len(taught) == 0:
         raise Refused(f"fold {number}: no rows to train on")
     draw = balance.drawing(cfg, material.samples, taught)
@@ -172,7 +175,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
         clock.lap("log and checkpoint")
-        report |= validate(material, predicting, seen, criterion, scored, targets)
+        report |= validate(material, predicting, seen, criterion, watched, targets)
         clock.lap("validation")
         log.log(report)
         material.watch(report)
@@ -209,6 +212,8 @@ def validate(
     for head, stored in zip(
         material.samples.heads, model.decoded(cfg, material.samples.heads, raw[0]), strict=True
     ):
+        if stored.shape[1] == 0:
+            continue  # embeddings without centres
         name = "valid_metric" if len(material.samples.heads) == 1 else f"valid_metric_{head.name}"
         report[name] = score.glance(cfg, head, stored, material.samples, rows)
     return report

@@ -20,7 +20,7 @@ from comp import objective, own
 from comp.config import Config, Refused
 from comp.samples import Positions, Samples
 from comp.tasks import Head, Objective, bin_centres
-from comp.train import balance
+from comp.train import balance, margins
 from comp.train.model import outputs
 
 TINY = 1e-8  # a power below 1 has no slope at 0
@@ -165,7 +165,7 @@ def soft_labels(output: Tensor, target: Tensor, spread: float) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
-        cross_entropy, kl, jensen_shannon, bce, bce_of_classes, focal, focal_of_classes, poly, poly_of_classes, asymmetric,
+        margins.arcface, margins.contrastive, margins.triplet, cross_entropy, kl, jensen_shannon, bce, bce_of_classes, focal, focal_of_classes, poly, poly_of_classes, asymmetric,
         mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
     )
 }  # fmt: skip
@@ -207,11 +207,16 @@ def _named(cfg: Config, head: Head, chosen: Objective, samples: Samples, taught:
     of_classes = f"{chosen.name}_of_classes"
     function = LOSSES[of_classes if head.exclusive and of_classes in LOSSES else chosen.name]
     weigh = balance.class_weights(cfg, head, samples, taught)
+    knobs = dict(chosen.knobs)
+    if chosen.name == "arcface":
+        count = balance.counts(head, samples, taught)
+        knobs["margin"] = margins.margin_of_class(count, knobs["margin"], knobs.pop("margin_rare"))
+        del knobs["centres"]  # of the network
     if chosen.name == "bins":
         _within(chosen, head, samples.targets(head)[taught])
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        each = function(output, target, **chosen.knobs)
+        each = function(output, target, **knobs)
         if weigh is not None:
             each = each * weigh(target).view_as(each)
         return each if each.ndim == 1 else each.mean(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,12 @@ from comp import objective, own, store
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head
 from comp.train import normal
+from comp.train.margins import Embedded, GeM
 
 if TYPE_CHECKING:
     from comp.train.data import Feed
 
+Last = Callable[[int], nn.Module]  # features -> the last layer
 BESIDE = 32  # what the metadata is brought to before it joins the image
 
 
@@ -46,24 +50,32 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
     total = sum(outputs(cfg, heads))
     width = 0 if feed is None or feed.metadata is None else int(feed.metadata.shape[1])
     several = feed is not None and feed.several
+    embeds = objective.embedding(cfg, heads)
+    last: Last | None = None
+    if embeds is not None:  # its centres are no outputs of a last layer but points of their own
+        size, per_class = embeds.knobs["embedding"], embeds.knobs.get("centres", 1)
+        last = partial(Embedded, size=size, classes=total - size, per_class=per_class)
     if (make := own.get("model")) is not None:
+        if cfg.model.global_pool != "default":
+            raise Refused(
+                "model.global_pool: gem has no effect on model(cfg, outputs) of comp/competition.py; set it to default"
+            )
         if width:
             raise Refused(
                 "model.metadata: true has no effect on model(cfg, outputs) of comp/competition.py; set it to false"
             )
-        module = make(cfg, total)
+        module = make(cfg, total if embeds is None else embeds.knobs["embedding"])
         assert isinstance(module, nn.Module)
-        return Joined(module, cfg.model.pool) if several else module
-    if not several and not width:
+        if embeds is not None:
+            return Joined(module, cfg.model.pool, embeds.knobs["embedding"], last=last)
+        return Joined(module, cfg.model.pool, total) if several else module
+    gem = cfg.model.global_pool == "gem"
+    if not several and not width and not gem and embeds is None:
         return _from_timm(cfg, total, pretrained)
-    backbone = _from_timm(cfg, 0, pretrained)
-    return Joined(
-        backbone,
-        cfg.model.pool,
-        _width(backbone),
-        width,
-        total,
-    )
+    backbone = _from_timm(cfg, 0, pretrained, **({"global_pool": ""} if gem else {}))
+    features = _width(backbone)
+    backbone = GeM(backbone, features, cfg.model.name) if gem else backbone
+    return Joined(backbone, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
 
 
 def _width(backbone: nn.Module) -> int:
@@ -76,24 +88,39 @@ def _width(backbone: nn.Module) -> int:
 class Joined(nn.Module):
     """Features of several images of a sample become one, the metadata of the sample stands beside them, then the last layer."""
 
-    def __init__(self, backbone: nn.Module, pool: str, features: int = 0, metadata: int = 0, total: int = 0):
+    def __init__(
+        self, backbone: nn.Module, pool: str, features: int, metadata: int = 0, last: Last | None = None
+    ):
         super().__init__()
         self.backbone = backbone
-        self.pool = {"mean": "mean", "max": "amax"}[pool]
+        self.pool = {"mean": "mean", "max": "amax", "attention": ""}[pool]
+        self.heard = nn.Linear(features, 1) if pool == "attention" else None
         self.beside = nn.Sequential(nn.Linear(metadata, BESIDE), nn.SiLU()) if metadata else None
-        self.last = nn.Linear(features + (BESIDE if metadata else 0), total) if total else nn.Identity()
+        self.last = last(features + (BESIDE if metadata else 0)) if last else nn.Identity()
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
 
     def forward(
         self, pictures: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None
     ) -> Tensor:
         x = self.backbone(pictures)  # (images, features)
-        if owner is not None:
+        if owner is not None and self.heard is not None:
+            x = attended(x, owner, self.heard)
+        elif owner is not None:
             into = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
             x = into.scatter_reduce(0, owner[:, None].expand_as(x), x, self.pool, include_self=False)
         if self.beside is not None:
             x = torch.cat([x, self.beside(metadata)], 1)
         return self.last(x)
+
+
+def attended(x: Tensor, owner: Tensor, heard: nn.Linear) -> Tensor:
+    """(images, features) -> (samples, features): a mean in which each image has the weight that its features ask for."""
+    samples = int(owner[-1]) + 1
+    ask = heard(x)  # (images, 1)
+    most = ask.new_full((samples, 1), -torch.inf).scatter_reduce(0, owner[:, None], ask, "amax")
+    share = (ask - most[owner]).exp()
+    whole = share.new_zeros(samples, 1).index_add(0, owner, share)
+    return x.new_zeros(samples, x.shape[1]).index_add(0, owner, (x * share / whole[owner]).to(x.dtype))
 
 
 def size(cfg: Config, heads: tuple[Head, ...]) -> int:
@@ -111,14 +138,16 @@ def known(cfg: Config) -> None:
         raise Refused(f"model.name: timm has no {cfg.model.name!r}; the nearest are {', '.join(close)}")
 
 
-def _from_timm(cfg: Config, total: int, pretrained: bool) -> nn.Module:
+def _from_timm(cfg: Config, total: int, pretrained: bool, **more: Any) -> nn.Module:
     import timm
 
     known(cfg)
     name = cfg.model.name
     rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(cfg.model, key))}
     try:
-        module = timm.create_model(name, pretrained, num_classes=total, in_chans=cfg.data.channels, **rates)
+        module = timm.create_model(
+            name, pretrained, num_classes=total, in_chans=cfg.data.channels, **rates, **more
+        )
     except TypeError as error:
         useless = next((key for key in rates if key in str(error)), None)
         if useless is None:

@@ -1,0 +1,297 @@
+"""Retrieval by embeddings: margin losses by hand, neighbours by hand, and the whole road on a small competition of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import config
+from torch.nn import functional as F
+
+from comp import bank, decide, folds, jobs, metrics, samples, store
+from comp.config import Refused
+from comp.deliver import inside, kernel, submission
+from comp.ensemble.blend import blend
+from comp.predict import neighbours
+from comp.prepare import assign, tables
+from comp.tasks import Head
+from comp.train import margins, model
+
+Z = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+CODES = torch.tensor([0, 0, 1, 1, 2, 0])
+HEAD = Head("Id", "retrieval", tuple("abcd"), ("target.Id",), tuple("abcd"))
+
+
+# --- losses --------------------------------------------------------------------------------------------------------------
+
+
+def test_arcface_is_cross_entropy_of_pushed_angles() -> None:
+    cosine = torch.tensor([[0.6, 0.2, -0.4], [0.1, 0.9, 0.3]])
+    output, target = torch.cat([torch.zeros(2, 4), cosine], 1), torch.tensor([0, 2])
+    ours = margins.arcface(output, target, torch.tensor([0.5, 0.2, 0.3]), 10.0, 4)
+    pushed = cosine.clone()
+    pushed[0, 0] = np.cos(np.arccos(0.6) + 0.5)
+    pushed[1, 2] = np.cos(np.arccos(0.3) + 0.3)
+    assert ours.tolist() == pytest.approx(
+        F.cross_entropy(10 * pushed, target, reduction="none").tolist(), rel=1e-5
+    )
+    plain = margins.arcface(output, target, torch.zeros(3), 10.0, 4)
+    assert plain.tolist() == pytest.approx(
+        F.cross_entropy(10 * cosine, target, reduction="none").tolist(), rel=1e-5
+    )
+    soft = margins.arcface(output, F.one_hot(target, 3).float(), torch.tensor([0.5, 0.2, 0.3]), 10.0, 4)
+    assert torch.equal(ours, soft)
+
+
+def test_the_rarest_class_has_the_widest_margin() -> None:
+    found = margins.margin_of_class(np.array([16.0, 1, 256, 0]), 0.2, 0.8)
+    inner = (16**-0.25 - 256**-0.25) / (1 - 256**-0.25)
+    assert found[:3].tolist() == pytest.approx([0.2 + 0.6 * inner, 0.8, 0.2])
+    assert margins.margin_of_class(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx([0.3, 0.3])
+
+
+def test_pair_losses_against_loops() -> None:
+    d = torch.cdist(Z, Z)
+    wanted_pairs, wanted_triples = [], []
+    for i in range(6):
+        terms = [
+            float(d[i, j]) ** 2 if CODES[i] == CODES[j] else max(0.0, 1.2 - float(d[i, j])) ** 2
+            for j in range(6)
+            if j != i
+        ]
+        wanted_pairs.append(sum(terms) / 5)
+        own = [float(d[i, j]) for j in range(6) if j != i and CODES[i] == CODES[j]]
+        other = [float(d[i, j]) for j in range(6) if CODES[i] != CODES[j]]
+        wanted_triples.append(max(0.0, max(own) - min(other) + 0.3) if own else 0.0)
+    assert margins.contrastive(Z, CODES, 1.2, 4).tolist() == pytest.approx(wanted_pairs, rel=1e-3)
+    assert margins.triplet(Z, CODES, 0.3, 4).tolist() == pytest.approx(wanted_triples, rel=1e-3, abs=1e-4)
+    with pytest.raises(Refused, match="mixed ones have two"):
+        margins.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
+
+
+def test_a_class_has_the_nearest_of_its_centres() -> None:
+    last = margins.Embedded(5, 4, classes=3, per_class=2)
+    out = last(torch.randn(7, 5))
+    assert out.shape == (7, 4 + 3) and out[:, :4].norm(dim=1).tolist() == pytest.approx([1.0] * 7)
+    assert last.centres is not None
+    cosine = F.cosine_similarity(out[:, None, :4], last.centres[None], dim=2).view(7, 3, 2)
+    assert out[:, 4:].tolist() == [pytest.approx(row, abs=1e-5) for row in cosine.amax(2).tolist()]
+
+
+# --- pooling -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
+    cfg = config("model.global_pool=gem", f"model.name={name}")
+    module = model.build(
+        cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False
+    ).eval()
+    gem: Any = module.backbone
+    pictures = torch.randn(2, 1, 64, 64)
+    fmap = gem.backbone(pictures)
+    fmap = fmap if fmap.shape[1] == gem.features else fmap.permute(0, 3, 1, 2)
+    assert module(pictures).shape == (2, 2)
+    positive = fmap.clamp(min=1e-6)
+    cubic: torch.Tensor = (positive**3).mean((2, 3)) ** (1 / 3)
+    for p, wanted in ((1.0, positive.mean((2, 3))), (3.0, cubic)):
+        with torch.no_grad():
+            gem.p.fill_(p)
+        assert gem(pictures).detach().numpy() == pytest.approx(wanted.detach().numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
+    cfg = config("model.global_pool=gem", "model.name=test_vit", "data.size=160")
+    module = model.build(cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False)
+    with pytest.raises(Refused, match=r"model.global_pool: gem .*test_vit"):
+        module(torch.randn(2, 1, 160, 160))
+
+
+def test_attention_is_a_weighted_mean_of_the_images_of_a_sample() -> None:
+    heard, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
+    out = model.attended(x, torch.tensor([0, 0, 1, 2, 2]), heard)
+    wanted = [
+        (heard(x[part]).softmax(0) * x[part]).sum(0) for part in (slice(0, 2), slice(2, 3), slice(3, 5))
+    ]
+    assert out.detach().numpy() == pytest.approx(torch.stack(wanted).detach().numpy(), rel=1e-5)
+
+
+# --- neighbours ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_vote_and_the_others_stand_behind() -> None:
+    angle = np.deg2rad([0, 10, 20, 40, 90])
+    gallery = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    codes = np.array([0, 1, 1, 2, 2])  # class d was never taught
+    asked = np.array([[1.0, 0.0]], np.float32)
+    said = neighbours.class_scores(asked, gallery, codes, HEAD, 3, torch.device("cpu"))[0]
+    vote = np.exp(20 * (np.cos(angle) - 1))
+    weights = np.array([vote[0], vote[1] + vote[2], vote[3], np.exp(-40)])
+    assert np.exp(said) == pytest.approx(weights / weights.sum(), rel=1e-4)
+    one = neighbours.class_scores(asked, gallery, codes, HEAD, 1, torch.device("cpu"))[0]
+    assert one[1] - one[0] == pytest.approx(20 * (np.cos(angle[1]) - 1), rel=1e-4)
+
+
+def test_views_are_averaged_on_the_sphere() -> None:
+    views = np.stack([np.eye(2, 5), np.eye(2, 5, k=1)]).astype(
+        np.float32
+    )  # outputs beyond the embedding are left out
+    assert neighbours.averaged(views, 3) == pytest.approx(
+        np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2), abs=1e-6
+    )
+
+
+def test_where_the_unknown_class_comes_is_fitted_exactly() -> None:
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.ones(6), 200)
+    truth = np.where(p[:, :5].max(axis=1) < 0.35, 5, p[:, :5].argmax(axis=1))
+    metric = metrics.find("map@5")
+    shift = decide.fit_unknown(p, truth, 5, metric, 100)
+
+    def score(shift: float) -> float:
+        moved = np.log(p) + np.array([0, 0, 0, 0, 0, shift])
+        return metric(truth, np.argsort(-moved, axis=1))
+
+    ranking = decide.with_unknown(p, 5, shift, 100)
+    assert sorted(map(tuple, np.sort(ranking, axis=1).tolist())) == [(0, 1, 2, 3, 4, 5)] * 200
+    assert metric(truth, ranking) == pytest.approx(score(shift))
+    assert score(shift) >= max(score(s) for s in np.linspace(-8, 8, 400)) - 0.005
+    assert score(shift) > score(0.0) and score(shift) > score(-50.0)
+
+
+# --- the whole road ------------------------------------------------------------------------------------------------------
+
+COMPETITION = """
+slug: tails
+title: Tails
+raw: data/raw
+train: {table: train.csv, image: "train/{Image}"}
+test: {table: sample.csv, image: "test/{Image}"}
+id: Image
+target: Id
+task: retrieval
+unknown: new
+metric: map@5
+folds: {scheme: stratified, k: 2, seed: 0}
+submission: {sample: sample.csv, form: ranking, k: 5}
+"""
+TINY = [
+    "track=none", "machine.workers=0", "machine.progress=false", "data.size=32", "data.channels=3", "model.name=test_resnet",
+    "model.pretrained=false", "augment.recipe=none", "train.epochs=10", "train.batch_size=16", "optim.rate=5e-3",
+    "train.ema=null", "model.global_pool=gem", "model.embedding=32",
+]  # fmt: skip
+
+
+def picture(random: np.random.Generator, who: int | None) -> np.ndarray:
+    """Each animal has two colours and a stripe; an unknown one has its own."""
+    own = np.random.default_rng(who) if who is not None else random
+    ground, stripe, place = own.integers(0, 256, 3), own.integers(0, 256, 3), int(own.integers(4, 24))
+    out = np.broadcast_to(ground, (32, 32, 3)).astype(np.float64).copy()
+    out[place : place + 5] = stripe
+    return np.clip(out + random.normal(0, 12, out.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def tails(empty: Path) -> tuple[Path, dict[str, str]]:
+    import cv2
+
+    random = np.random.default_rng(5)
+    raw, answers = empty / "data/raw", {}
+    for kind, each in (("train", 8), ("test", 2)):
+        (raw / kind).mkdir(parents=True)
+        rows = [f"w{who}" for who in range(8) for _ in range(each)] + ["new"] * (16 if kind == "train" else 6)
+        names = [f"{kind}{i:03d}.png" for i in range(len(rows))]
+        for name, label in zip(names, rows, strict=True):
+            cv2.imwrite(
+                str(raw / kind / name), picture(random, None if label == "new" else int(label[1:]) + 100)
+            )
+        table = pd.DataFrame({"Image": names, "Id": rows})
+        if kind == "test":
+            answers = dict(zip(names, rows, strict=True))
+            table["Id"] = "new w0 w1 w2 w3"
+        table.to_csv(raw / ("train.csv" if kind == "train" else "sample.csv"), index=False)
+    (empty / "configs/competition.yaml").write_text(COMPETITION)
+    cfg = config(experiment="base")
+    tables.prepare(cfg)
+    assign.make(cfg, samples.load())
+    return empty, answers
+
+
+def map_at_5(file: Path, answers: dict[str, str]) -> float:
+    said = pd.read_csv(file, dtype=str)
+    ranks = [
+        row.split().index(answers[i]) if answers[i] in row.split() else None
+        for i, row in zip(said["Image"], said["Id"], strict=True)
+    ]
+    return float(np.mean([0 if rank is None else 1 / (rank + 1) for rank in ranks]))
+
+
+def test_the_whole_road_from_training_to_the_kernel(
+    tails: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, answers = tails
+    cfg = config(*TINY)
+    run = [*TINY, "loss.margin_rare=0.5", "loss.centres=2"]
+    jobs.train("exp001", run, name="x")
+    jobs.train("exp001", [*TINY, "loss=triplet", "sampling.together=4", "predict.neighbours=3"], name="y")
+    table = samples.load()
+    split = folds.load(table)
+    head = table.heads[0]
+    assert head.unknown == "new" and head.outputs[-1] != "" and len(head.outputs) == 9
+    for name in ("x", "y"):
+        record = store.read_json(root / "runs" / name / "score.json")
+        assert record["metric"] == "map@5" and record["n"] == 2 and record["oof"] > 0.75, record
+        assert len(record["cuts"]["Id"]) == 1
+    # the gallery is of the fold's own training rows, and of none that it is scored on, none that are unknown
+    unknown = head.classes.index("new")
+    for number in range(2):
+        weights = store.fold_folder("x", 0, number) / "weights.safetensors"
+        held, codes = neighbours.read(neighbours.beside(weights))
+        taught, scored = split.split(number)
+        own = table.truth(head, taught)
+        assert codes.tolist() == own[own != unknown].tolist() and not set(taught) & set(scored)
+        assert np.linalg.norm(held, axis=1) == pytest.approx(np.ones(len(held)), abs=1e-5)
+    # views: the normalised embeddings are averaged, then asked
+    jobs.predict("x", tta="identity,hflip")
+    assert bank.find("x:tta-identity-hflip", "oof").exists()
+    # a blend, and a submission in the host's form
+    (root / "configs/ensembles/b.yaml").write_text("members: [x, y]\nmethod: mean\n")
+    blend("b")
+    for name in ("x", "b"):
+        submission.dry_run(name)
+        assert map_at_5(root / f"submissions/{name}.csv", answers) > 0.7
+    # the same from what a kernel carries, with nothing of the project beside it
+    monkeypatch.setattr(kernel, "needed", list)
+    bundle = kernel.build("b") / "bundle"
+    stored, submitted = bank.load("b", "test", table, split), (root / "submissions/b.csv").read_bytes()
+    (root / "runs").rename(root / "gone")
+    monkeypatch.setenv("COMP_ROOT", str(bundle))
+    store.root.cache_clear()
+    about = store.read_json(bundle / "bundle.json")
+    home = cfg.competition.model_copy(update={"raw": str(root / "data/raw")})
+    hidden = inside.test_rows(
+        cfg.model_copy(update={"competition": home}), (inside._head(about["heads"][0]),)
+    )
+    said = {}
+    for leaf in about["leaves"]:
+        its = jobs.stored_config(leaf["run"])
+        said[leaf["address"]], damaged = inside.spoken(
+            inside.here(its, home, leaf), hidden, leaf, about["prior"]
+        )
+        assert not damaged
+    there = inside.together("b", said)
+    assert there["Id"] == pytest.approx(stored.heads["Id"], abs=1e-4)
+    at_home = cfg.model_copy(update={"competition": home})
+    assert inside.written(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
+
+
+def test_rows_of_the_unknown_class_do_not_teach(tails: tuple[Path, dict[str, str]]) -> None:
+    table = samples.load()
+    rows = table.positions("train")
+    kept = margins.known_rows(config(*TINY), table, rows)
+    assert len(rows) - len(kept) == 16
+    assert len(margins.known_rows(config(*TINY[:-1], "loss=cross_entropy"), table, rows)) == len(rows)
