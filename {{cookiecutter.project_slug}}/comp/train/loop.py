@@ -22,7 +22,16 @@ from comp.folds import Folds
 from comp.machine import Stop
 from comp.samples import Positions, Samples
 from comp.train import (
-    augment, balance, checkpoint, losses, margins, mixing, model, normal, optim, schedule,
+    augment,
+    balance,
+    checkpoint,
+    losses,
+    margins,
+    mixing,
+    model,
+    normal,
+    optim,
+    schedule,
 )  # fmt: skip
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
