@@ -274,7 +274,9 @@ def answer(arguments: list[str]) -> int:
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
-    return VERBS[name].run(verb.parsed(name, VERBS[name], rest)) or 0
+    given = verb.parsed(name, VERBS[name], rest)
+    verb.refuse_older(f"comp {name}", verb.NEEDS.get(name, ()))
+    return VERBS[name].run(given) or 0
 
 
 if __name__ == "__main__":

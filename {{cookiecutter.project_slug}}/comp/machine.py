@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -59,3 +60,15 @@ class Stop:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cards() -> list[str]:
+    """The GPUs that a process may be given, as CUDA_VISIBLE_DEVICES names them. Without torch, whose threads are not settled yet."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        ask = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        try:
+            named = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.replace("\n", ",")
+        except (OSError, subprocess.CalledProcessError):
+            return []  # none, or none that works
+    return [card.strip() for card in named.split(",") if card.strip()]

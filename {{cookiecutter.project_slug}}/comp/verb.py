@@ -1,10 +1,26 @@
-"""What a verb of the command line is: the function that runs, its help, its arguments. The verbs themselves stand in cli.py."""
+"""What a verb of the command line is: the function that runs, its help, its arguments, and what it needs installed. The
+verbs themselves stand in cli.py."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple
+
+from comp.refused import Refused
+
+# The project's own environment has all of it; a notebook's image (Kaggle, Colab) may be older. The floors are pyproject's.
+TRAINS = ("torch>=2.10", "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
+NEEDS = {
+    "predict": ("torch>=2.10",),  # in a kernel timm comes out of the bundle
+    "tune": (*TRAINS, "optuna>=5"),
+    "studies": ("optuna>=5",),
+} | dict.fromkeys(("train", "augment", "noise", "compare", "tta"), TRAINS)
+SAME = {
+    "opencv-python-headless": ("opencv-python", "opencv-contrib-python")
+}  # the same cv2 under other names
 
 Args = argparse.Namespace
 
@@ -19,6 +35,36 @@ class Verb(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
     arguments: tuple[Argument, ...] = ()
+
+
+def refuse_older(what: str, needs: tuple[str, ...]) -> None:
+    """Before anything is imported: which package is absent or too old, and how to get it."""
+    wrong = []
+    for need in needs:
+        found = re.fullmatch(r"([\w-]+)(>=|==)([\d.]+)", need)
+        assert found, need
+        name, how, floor = found.groups()
+        there = next((v for each in (name, *SAME.get(name, ())) if (v := _installed(each))), "")
+        fine = there and (_numbers(there) >= _numbers(floor) if how == ">=" else there == floor)
+        if not fine:
+            wrong.append((need, f"{name} {there}" if there else f"no {name}"))
+    if wrong:
+        raise Refused(
+            f"{what} needs {', '.join(need for need, _ in wrong)}, and here is {', '.join(is_ for _, is_ in wrong)}: "
+            f"pip install {' '.join(repr(need) for need, _ in wrong)}, then restart the notebook if this is one"
+        )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.10.0+cu128 -> (2, 10, 0)"""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
 
 
 def argument(*names: str, **options: Any) -> Argument:

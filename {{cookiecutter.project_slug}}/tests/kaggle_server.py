@@ -4,6 +4,8 @@ The client finds it as a proxy: KAGGLE_API_ENVIRONMENT=LOCALHOST and HTTP_PROXY,
 
     server.fail["CreateSubmission"] = [500]      the next call of that method answers 500, then all is well again
     server.fail["StartSubmissionUpload"] = ["drop"]   the connection is dropped; "after": done, but the answer is lost
+    server.fail["ListSubmissions"] = [None, None, 403]   None lets a call pass
+    "upload" and "storage" are the calls that carry the bytes to Kaggle and from it
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.fail: dict[str, list[Any]] = {}
+        self.messages = dict(MESSAGES)
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.archive = b""
         self.archives: list[bytes] = []  # what the next downloads get instead
@@ -86,13 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         *_, method = urlsplit(self.path).path.split("/")
         request = json.loads(body or b"{}")
         self.server.calls.append((method, request))
-        failures = self.server.fail.get(method) or []
-        failure = failures.pop(0) if failures else None
-        if failure == "drop":
-            self.close_connection = True
-            return
-        if isinstance(failure, int):
-            self._answer({"code": failure, "message": MESSAGES[failure]}, failure)
+        failure = self._failure(method)
+        if self._failed(failure):
             return
         if not self.headers.get("Authorization"):
             self._answer({"code": 401, "message": "Unauthorized"}, 401)
@@ -105,9 +103,25 @@ class Handler(BaseHTTPRequestHandler):
         elif answer is not None:
             self._answer(answer)
 
+    def _failure(self, method: str) -> Any:
+        failures = self.server.fail.get(method) or []
+        return failures.pop(0) if failures else None
+
+    def _failed(self, failure: Any) -> bool:
+        if failure == "drop":
+            self.close_connection = True
+        elif isinstance(failure, int):
+            self._answer({"code": failure, "message": self.server.messages[failure]}, failure)
+        return failure == "drop" or isinstance(failure, int)
+
     def do_PUT(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         token = urlsplit(self.path).path.rpartition("/")[2]
+        failure = self._failure("upload")
+        if failure is not None:
+            self.rfile.read(length)
+            self._failed(failure)
+            return
         if self.server.short:
             self.server.uploads[token] = self.rfile.read(min(self.server.short.pop(0), length))
             self._answer({}, 400)
@@ -117,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({}, 200)
 
     def do_GET(self) -> None:
+        if self._failed(self._failure("storage")):
+            return
         data = self.server.archive
         if self.server.archives:
             data = self.server.archives[0]

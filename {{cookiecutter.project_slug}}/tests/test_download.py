@@ -99,6 +99,25 @@ def test_every_refusal_is_one_line(
     assert download() == 0 and raw(empty) == UNPACKED
 
 
+@pytest.mark.parametrize("failure", [403, 404, 500, "drop", "short"])
+def test_a_failing_storage_is_one_line_too(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str], failure: object
+) -> None:
+    """Kaggle says yes and names where the bytes lie; they do not come, or never as many as were promised."""
+    server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
+    if failure == "short":
+        server.cut = [2 << 20] + [0] * 40
+    else:
+        server.fail["storage"] = [failure] * 40
+    assert download() == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and KEY not in said and "Traceback" not in said
+    assert not (empty / "data/raw").exists()
+    server.fail.clear()
+    server.cut.clear()
+    assert download() == 0 and raw(empty) == UNPACKED | {"large.bin"}
+
+
 def test_no_credentials(
     server: Server, empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,9 @@ from comp.deliver import budget, hub, kaggle, kernel, ledger, push, rehearse
 from comp.ensemble.blend import blend
 
 QUICK = ["track=none", "train.epochs=1", "schedule.warmup=0", "machine.workers=0", "machine.progress=false"]
+# Beside the pictures goes a column whose levels come from the training rows: what a test set alone cannot say.
+QUICK += ["model.metadata=true"]
+STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetadata: [pen]\n"
 
 
 @pytest.fixture
@@ -41,6 +45,8 @@ def make(root: Path) -> None:
         "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: rank\n"
     )
     blend("blend001")
+    (root / "configs/ensembles/stack001.yaml").write_text(STACK)
+    blend("stack001")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +151,72 @@ def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.
     )
     assert facts["bundle"] == kernel.content(kernel.folder("blend001"))
     assert "no network at all" in said or "weaker" in said
+
+
+IMAGE = Path(__file__).with_name("kaggle_image.txt")
+
+
+def test_the_image_is_the_one_that_is_written_down() -> None:
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", IMAGE.read_text(), re.MULTILINE))
+    for name, version in kernel.IMAGE.items():
+        assert (pins[name.lower()] + ".").startswith(f"{version}."), name
+    assert "://" not in IMAGE.read_text() and IMAGE.read_text().count("--hash=") > len(pins)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Python with the versions of Kaggle's image: 3.12 where it can be had, else this one. uv links what it has already."""
+    place = tmp_path_factory.mktemp("image") / "venv"
+    uv = [str(Path(sys.executable).with_name("uv"))]
+    if not Path(uv[0]).exists():
+        uv = ["uv"]
+    if subprocess.run([*uv, "venv", "-q", "--no-python-downloads", "--python", kernel.PYTHON, str(place)], check=False).returncode:  # fmt: skip
+        subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(place)], check=True)
+    python = place / "bin" / "python"
+    subprocess.run(
+        [*uv, "pip", "install", "-q", "--require-hashes", "--python", str(python), "-r", str(IMAGE)],
+        check=True,
+    )
+    yield python
+    shutil.rmtree(place)  # gigabytes
+
+
+@pytest.mark.slow
+def test_under_the_versions_of_kaggles_image(
+    image: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its torch, timm, pandas and scikit-learn say the same to 1e-5; then the road from tables to a file, in it alone."""
+    kernel.build("stack001")
+    facts = rehearse.rehearse("stack001", str(image))
+    assert facts["apart"] <= 1e-5
+    print(capsys.readouterr().out, facts)
+
+    def comp(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(image), "-m", "comp", *arguments]
+        return subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
+
+    shutil.rmtree(trained / "runs")
+    for verb in (["prepare"], ["check"], ["folds"], ["train", "exp001", "--debug"]):
+        done = comp(*verb)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = comp("submit", "exp001-debug", "--dry-run")
+    assert done.returncode == 0 and "validated" in done.stdout, done.stdout + done.stderr
+    for verb, words in ((["studies"], "optuna>=5"), (["scores"], "kaggle==2.2.4")):
+        done = comp(*verb)
+        assert done.returncode == 2 and words in done.stderr and "pip install" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_gpus_share_the_rows(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    kernel.build("blend001")
+    facts = rehearse.rehearse("blend001")
+    assert facts["cards"] == 2 and facts["apart"] <= 1e-5
 
 
 @pytest.mark.slow

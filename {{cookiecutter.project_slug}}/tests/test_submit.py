@@ -106,41 +106,69 @@ def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture
     assert not server.submissions and "intent" not in events()
 
 
-FAILURES: list[tuple[str, list[Any], str]] = [
-    ("ListSubmissions", [401] * 9, "credentials"),
-    ("ListSubmissions", [403] * 9, "practice/rules"),
-    ("ListSubmissions", [404] * 9, "no competition"),
-    ("ListSubmissions", [429] * 9, "patience"),
-    ("ListSubmissions", [500] * 9, "out of order"),
-    ("ListSubmissions", ["drop"] * 9, "no answer"),
-    ("StartSubmissionUpload", [403], "practice/rules"),
-    ("StartSubmissionUpload", [500], "out of order"),
-    ("StartSubmissionUpload", ["drop"], "no answer"),
-    ("CreateSubmission", [401], "credentials"),
-    ("CreateSubmission", [429], "patience"),
-    ("CreateSubmission", [500], "out of order"),
-    ("CreateSubmission", ["drop"], "no answer"),
-    ("GetSubmissionLimits", [500] * 9, "out of order"),
+WORDS = {401: "credentials", 403: "practice/rules", 404: "no competition", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
+READING = ("ListSubmissions", "GetSubmissionLimits")
+ONCE = ("StartSubmissionUpload", "CreateSubmission")
+# Quick: every failure at the first call, and one of a kind at the others. Slow: all of them everywhere.
+QUICK = {(READING[0], each) for each in WORDS} | {(ONCE[0], "drop"), (ONCE[1], 500), (ONCE[1], "drop"), (READING[1], 403)}  # fmt: skip
+FAILURES = [
+    pytest.param(method, failure, marks=() if (method, failure) in QUICK else pytest.mark.slow)
+    for method in (*READING, *ONCE)
+    for failure in WORDS
 ]
 
 
-@pytest.mark.parametrize(("method", "failures", "word"), FAILURES)
+@pytest.mark.parametrize(("method", "failure"), FAILURES)
 def test_every_failure_is_one_line_and_the_same_command_goes_on(
     server: Server,
     sendable: Project,
     capsys: pytest.CaptureFixture[str],
     method: str,
-    failures: list[Any],
-    word: str,
+    failure: Any,
 ) -> None:
-    server.fail[method] = list(failures)
+    server.fail[method] = [failure] * (1 if method in ONCE else 9)
     assert submit() == 2
     said = capsys.readouterr().err.strip()
-    assert word in said and len(said.splitlines()) == 1 and KEY not in said
+    assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said
     assert not server.submissions
     server.fail.clear()
     assert submit() == 0
     assert len(server.submissions) == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [pytest.param(each, marks=() if each in (403, "drop") else pytest.mark.slow) for each in WORDS],
+)
+def test_a_failure_while_waiting_loses_nothing(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], failure: Any
+) -> None:
+    """The list answers before the sending and not after it: then comp scores does not answer, and then it does."""
+    server.fail["ListSubmissions"] = [None] + [failure] * 9
+    assert submit() == 2
+    said = capsys.readouterr().err.strip()
+    assert WORDS[failure] in said and len(said.splitlines()) == 1 and len(server.submissions) == 1
+    server.fail["ListSubmissions"] = [failure] * 9
+    assert cli.main(["scores"]) == 2
+    said = capsys.readouterr().out
+    assert WORDS[failure] in said and "first try" in said
+    server.fail.clear()
+    assert submit() == 0 and len(server.submissions) == 1
+    assert ledger.submissions("practice")[0]["public"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "failure", ["drop", pytest.param(500, marks=pytest.mark.slow), pytest.param(403, marks=pytest.mark.slow)]
+)
+def test_a_failed_upload_is_no_submission(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], failure: Any
+) -> None:
+    server.fail["upload"] = [failure] * 40
+    assert submit() == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and KEY not in said and not server.submissions
+    server.fail.clear()
+    assert submit() == 0 and len(server.submissions) == 1
 
 
 def test_a_passing_failure_of_reading_is_tried_again(server: Server, sendable: Project) -> None:
@@ -235,6 +263,33 @@ def test_comp_scores_picks_up_what_was_killed(
     assert entry["kind"] == "file" and entry["public"] == 0.5 and entry["name"] == "exp001"
 
 
+@pytest.mark.parametrize("line", [0, 1])
+def test_comp_scores_killed_at_a_line_of_the_book(server: Server, sendable: Project, line: int) -> None:
+    assert submit("exp001", "--no-wait") == 0
+    server.submissions.append(
+        {"ref": 77, "description": "by hand", "score": 0.6, "looks": 0, "date": "2026-11-01T00:00:00Z"}
+    )
+
+    def work() -> None:
+        add, count = ledger.add, [0]
+
+        def counted(event: str, **facts: Any) -> Any:
+            if count[0] == line:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return add(event, **facts)
+
+        ledger.add = counted
+        cli.main(["scores"])
+
+    assert os.WIFSIGNALED(forked(work))
+    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    assert [(each["number"], each["public"]) for each in ledger.submissions("practice")] == [
+        (77, 0.6),
+        (1000, 0.5),
+    ]
+
+
 def test_a_torn_line_never_happened(sendable: Project) -> None:
     ledger.intend("file", competition="practice", name="a")
     whole = ledger.file().read_bytes()
@@ -304,6 +359,9 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
     summary = next(json.loads(line) for line in log.read_text().splitlines() if '"summary"' in line)
     assert summary["values"]["public"] == 0.5
     assert list((sendable.root / "wandb").glob("offline-run-*"))
+    assert submit("exp002") == 0 and cli.main(["scores"]) == 0
+    text = (sendable.root / "submissions" / "tracked" / "book" / "log.jsonl").read_text()
+    assert "cv_against_leaderboard" in text and "final two: " in text and "rank_correlation" in text
 
 
 def test_rank_correlation_is_spearmans() -> None:

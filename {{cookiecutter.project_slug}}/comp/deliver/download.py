@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from comp import store
+from comp import notebook, store
 from comp.config import Config, Refused
 from comp.deliver import kaggle, unpack
 
@@ -20,6 +20,18 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
     if raw.exists() and any(raw.iterdir()):
         print(f"{store.shown(raw)}: is there, and is never changed; to get it anew, move it away first")
         print("next: comp prepare")
+        return
+    if (there := notebook.inputs(slug)) is not None:
+        if raw.is_symlink():
+            raw.unlink()  # of a session before, to what is not there any more
+        elif raw.exists():
+            raw.rmdir()  # empty, as looked up above
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        raw.symlink_to(there)
+        print(
+            f"written: {store.shown(raw)}, a link to {there}: this notebook has the files, nothing was fetched"
+        )
+        print("next: configs/competition.yaml says what they are, then comp prepare")
         return
     folder = store.path("data", ".download")
     with store.lock(folder, f"downloading {slug}"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comp import config, machine, store
+from comp import config, machine, notebook, samples, store
 from comp.config import Config, Refused
-from comp.samples import Samples
+from comp.samples import Positions, Samples
 from comp.tasks import Head
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from comp.train.loop import Material
 
 Values = dict[str, Any]  # head -> (rows, outputs)
+Said = tuple[dict[str, Values], dict[int, str], dict[str, float]]  # of every model, reasons by row, seconds
+SHARE = "COMP_SHARE"  # in the environment of a process that is one of several: number, of how many, where its part goes
 
 
 def predict() -> Path:
@@ -47,37 +50,100 @@ def predict() -> Path:
     table = test_rows(
         base.model_copy(update={"competition": home}), tuple(_head(each) for each in about["heads"])
     )
-    print(f"{about['name']}: {len(table.frame)} test rows, {len(about['leaves'])} models", flush=True)
+    rows = table.positions("test")
     ready = time.perf_counter() - began
+    if share := os.environ.get(SHARE):
+        mine, of, place = share.split("/", 2)
+        put_share(Path(place), *everything(about, home, table, rows[int(mine) :: int(of)]))
+        return Path(place)
+    print(f"{about['name']}: {len(rows)} test rows, {len(about['leaves'])} models", flush=True)
+    cards = machine.cards()[: len(rows)]
+    given, damaged, seconds = (
+        everything(about, home, table, rows) if len(cards) < 2 else over_cards(cards, about, rows)
+    )
+    said = together(about["name"], given, table.frame.iloc[rows])
+    filled = base.model_copy(update={"competition": home})
+    file = written(filled, table, about["name"], said, kaggle / "working")
+    for at, reason in sorted(damaged.items())[:20]:
+        print(f"damaged: {table.frame['id'].iloc[at]}: {reason}; it got the mean of the labels")
+    if len(damaged) > 20:
+        print(f"and {len(damaged) - 20} more damaged pictures")
+    facts = {
+        "ready": ready,
+        "seconds": seconds,
+        "rows": len(rows),
+        "damaged": len(damaged),
+        "cards": len(cards),
+    }
+    _report(kaggle / "working", table.frame["id"].iloc[rows], said, facts)
+    print(f"written: {file}, {len(rows)} rows, validated")
+    return file
+
+
+def everything(about: dict[str, Any], home: Any, table: Samples, rows: Positions) -> Said:
+    """What every model says of these rows; which of them are damaged; how long each model took."""
     given: dict[str, Values] = {}
     seconds: dict[str, float] = {}
     damaged: dict[int, str] = {}
     for leaf in about["leaves"]:
         start = time.perf_counter()
         cfg = config.from_yaml(store.verified(store.run_folder(leaf["run"]) / "config.yaml"))
-        given[leaf["address"]], broken = spoken(here(cfg, home, leaf), table, leaf, about["prior"])
+        given[leaf["address"]], broken = spoken(here(cfg, home, leaf), table, rows, leaf, about["prior"])
         damaged |= broken
         seconds[leaf["address"]] = time.perf_counter() - start
         print(f"{leaf['address']}: {seconds[leaf['address']]:.0f} s", flush=True)
-    file = written(
-        base.model_copy(update={"competition": home}),
-        table,
-        about["name"],
-        together(about["name"], given),
-        kaggle / "working",
-    )
-    for place, reason in sorted(damaged.items())[:20]:
-        print(f"damaged: {table.frame['id'].iloc[place]}: {reason}; it got the mean of the labels")
-    if len(damaged) > 20:
-        print(f"and {len(damaged) - 20} more damaged pictures")
-    _report(
-        kaggle / "working",
-        table,
-        together(about["name"], given),
-        {"ready": ready, "seconds": seconds, "rows": len(table.frame), "damaged": len(damaged)},
-    )
-    print(f"written: {file}, {len(table.frame)} rows, validated")
-    return file
+    return given, damaged, seconds
+
+
+# --- several GPUs --------------------------------------------------------------------------------------------------------
+
+
+def over_cards(cards: list[str], about: dict[str, Any], rows: Positions) -> Said:
+    """Every GPU gets each count-th row, in a process of its own: all models, so none waits for another."""
+    count = len(cards)
+    with tempfile.TemporaryDirectory(prefix="comp-cards-") as folder:
+        print(f"{count} GPUs: each takes every {count}-th row", flush=True)
+        workers = []
+        for i, card in enumerate(cards):
+            mine = {SHARE: f"{i}/{count}/{folder}/{i}", "CUDA_VISIBLE_DEVICES": card}
+            command = [sys.executable, "-m", "comp", "predict", "--kernel"]
+            workers.append(subprocess.Popen(command, env={**os.environ, **mine}))
+        ends = [worker.wait() for worker in workers]
+        for card, end in zip(cards, ends, strict=True):
+            if end:
+                raise Refused(f"GPU {card}: its process ended with {end}; what it said stands above")
+        shares = [get_share(Path(folder, str(i))) for i in range(count)]
+    given: dict[str, Values] = {}
+    for leaf in about["leaves"]:
+        address, heads = leaf["address"], {}
+        for head in shares[0][0][address]:
+            parts = [share[0][address][head] for share in shares]
+            whole = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+            for i, part in enumerate(parts):
+                whole[i::count] = part
+            heads[head] = whole
+        given[address] = heads
+    damaged = {at: reason for _, broken, _ in shares for at, reason in broken.items()}
+    return given, damaged, {each: max(took[each] for *_, took in shares) for each in given}
+
+
+def put_share(
+    place: Path, given: dict[str, Values], damaged: dict[int, str], seconds: dict[str, float]
+) -> None:
+    names = [(address, head) for address, heads in given.items() for head in heads]
+    np.savez(place.with_suffix(".npz"), *(given[address][head] for address, head in names))
+    store.write_json(place, {"names": names, "damaged": damaged, "seconds": seconds})
+
+
+def get_share(place: Path) -> Said:
+    facts, given = store.read_json(place), {}
+    with np.load(place.with_suffix(".npz")) as arrays:
+        for i, (address, head) in enumerate(facts["names"]):
+            given.setdefault(address, {})[head] = arrays[f"arr_{i}"]
+    return given, {int(at): reason for at, reason in facts["damaged"].items()}, facts["seconds"]
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------------
 
 
 def unpack_wheels(place: Path) -> None:
@@ -103,39 +169,42 @@ def _installed(name: str) -> str | None:
 
 
 def raw_folder(kaggle: Path, slug: str) -> Path:
-    for place in (kaggle / "input" / slug, kaggle / "input" / "competitions" / slug):
-        if place.is_dir():
-            return place
+    if (place := notebook.inputs(slug)) is not None:
+        return place
     raise Refused(
         f"{kaggle / 'input' / slug}: no such folder; add the competition {slug} to the notebook's inputs"
     )
 
 
 def test_rows(cfg: Config, heads: tuple[Head, ...]) -> Samples:
-    """The samples table of a test set that nobody has seen: no targets, no training rows."""
+    """The samples table of a test set that nobody has seen: no targets, and of training rows their metadata alone."""
+    import pandas as pd
+
     from comp.prepare import sources
 
     rows = sources.tests(cfg.competition)
     mine = (rows.samples["source"] == "test").to_numpy()
     table = rows.samples[mine].reset_index(drop=True)
-    for name in cfg.competition.metadata:
-        table[f"meta.{name}"] = _feature(rows.columns[name][mine].reset_index(drop=True))
+    if cfg.competition.metadata:
+        known = samples.load().frame
+        for name in cfg.competition.metadata:
+            text = rows.columns[name][mine].reset_index(drop=True)
+            numbers = (
+                known[f"meta.{name}"].dtype.kind == "f"
+            )  # as comp prepare found it over all rows at home
+            table[f"meta.{name}"] = (
+                pd.to_numeric(text, errors="coerce").astype("float64") if numbers else text
+            )
+        table = pd.concat([known, table], ignore_index=True)
     for column in dict.fromkeys(column for head in heads for column in head.columns):
         table[column] = np.nan
     return Samples(table, heads, "")
 
 
-def _feature(text: pd.Series) -> Any:
-    """As comp prepare does it: numbers where every value is one."""
-    import pandas as pd
-
-    numbers = pd.to_numeric(text, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    return numbers if (np.isfinite(numbers) | text.isna().to_numpy()).all() else text.to_numpy()
-
-
 def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
     """The run's own config on this machine: the pictures as they come, no cache, every core reads."""
-    workers = machine.cores() if machine.cores() > 1 else 0
+    of = int(os.environ.get(SHARE, "0/1/").split("/")[1])
+    workers = max(1, machine.cores() // of) if machine.cores() > 1 else 0
     changes = {
         "competition": home,
         "data": cfg.data.model_copy(update={"cache": False}),
@@ -146,13 +215,15 @@ def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
     return cfg.model_copy(update=changes)
 
 
-def spoken(cfg: Config, table: Samples, leaf: dict[str, Any], prior: Values) -> tuple[Values, dict[int, str]]:
+def spoken(
+    cfg: Config, table: Samples, rows: Positions, leaf: dict[str, Any], prior: Values
+) -> tuple[Values, dict[int, str]]:
     """What one run or member says of every row, merged over its checkpoints as at home; and what is damaged."""
     machine.settle(cfg.train.threads)
     from comp import predictions
     from comp.predict import infer
 
-    made, rows = material(cfg, table), table.positions("test")
+    made = material(cfg, table)
     said: list[Values] = []
     damaged: dict[int, str] = {}
     for seed, fold in leaf["checkpoints"]:
@@ -183,14 +254,14 @@ def material(cfg: Config, table: Samples) -> Material:
     return Material(cfg, table, no_folds, feed, device, machine.Stop(), Clock(device))
 
 
-def together(name: str, given: dict[str, Values]) -> Values:
+def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values:
     from comp import bank
     from comp.ensemble import average
 
     recipe = bank.folder(name) / "apply.json"
     if not recipe.exists():
         return given[name]
-    return dict(average.apply(store.read_json(store.verified(recipe)), given))
+    return dict(average.apply(store.read_json(store.verified(recipe)), given, frame))
 
 
 def written(cfg: Config, table: Samples, name: str, heads: Values, working: Path) -> Path:
@@ -213,14 +284,17 @@ def _head(said: dict[str, Any]) -> Head:
     return Head(**fields)
 
 
-def _report(working: Path, table: Samples, heads: Values, facts: dict[str, Any]) -> None:
+def _report(working: Path, ids: pd.Series, heads: Values, facts: dict[str, Any]) -> None:
     """Only for a rehearsal: what it took, and what was said before it became a file."""
     if not os.environ.get("COMP_REHEARSAL"):
         return
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mine, one = (
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    peak = max(mine, one * max(1, facts["cards"]))
     store.write_json(working / "report.json", {**facts, "peak": peak * 1024})
     np.savez(
         working / "said.npz",
-        ids=table.frame["id"].to_numpy().astype(str),
+        ids=ids.to_numpy().astype(str),
         **{f"head.{k}": v for k, v in heads.items()},
     )

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 
 from comp import secret
 from comp.config import Refused
+from comp.verb import refuse_older
 
 T = TypeVar("T")
 PAUSES = [2.0, 8.0, 20.0]  # seconds before a read is tried again; more of them than this is an outage
+NEEDS = ("kaggle==2.2.4",)
 SITE = "https://www.kaggle.com"
 PAGE = 100  # submissions a page
 WAYS = "KAGGLE_API_TOKEN, ~/.kaggle/access_token, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/kaggle.json"
@@ -34,6 +36,7 @@ class Unsure(Refused):
 @cache
 def client() -> Any:
     """An authenticated KaggleApi."""
+    refuse_older("talking to Kaggle", NEEDS)  # calls and answers are those of this version
     import requests
 
     said = io.StringIO()

@@ -64,6 +64,8 @@ def build(name: str, owner: str = "me") -> Path:
         bundle = beside / "bundle"
         _package(bundle)
         _artefacts(bundle, name, leaves)
+        if cfg.competition.metadata:
+            _known(bundle, table)
         wheels = [_wheel(bundle / "wheels", each) for each in needed()]
         store.write_json(bundle / "bundle.json", about(cfg, table, name, leaves))
         _manifest(bundle)
@@ -171,6 +173,15 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
         listed = target.parent / store.MANIFEST
         known = json.loads(listed.read_text()) if listed.exists() else {}
         listed.write_text(json.dumps(known | {file.name: entry}, indent=1, sort_keys=True))
+
+
+def _known(bundle: Path, table: Samples) -> None:
+    """Metadata of the training rows, without ids, pictures and labels: means and levels of a column come from them."""
+    kept = ["weight", *(name for name in table.frame.columns if str(name).startswith("meta."))]
+    frame = table.frame.loc[table.positions("train"), kept].reset_index(drop=True)
+    frame["id"] = frame["row"] = [f"known:{i}" for i in range(len(frame))]
+    frame["images"], frame["source"] = [[""]] * len(frame), "train"
+    samples.save(frame, (), bundle / "data" / "samples.parquet")
 
 
 def _link(file: Path, target: Path) -> None:

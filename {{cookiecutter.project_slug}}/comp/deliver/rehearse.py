@@ -76,6 +76,7 @@ def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
         "seconds_an_image": each,
         "start": visible["ready"],
         "hidden_rows": wanted,
+        "cards": hidden["cards"],
         "seconds": total,
         "peak": max(hidden["peak"], visible["peak"]),
         "apart": far,
@@ -198,7 +199,7 @@ def _one_disk(place: Path) -> bool:
 def lay_out(cfg: Config, target: Path, hidden: bool) -> None:
     """The competition's folder as the notebook finds it: tables, the sample, test pictures; no training pictures."""
     home, raw = cfg.competition, store.path(cfg.competition.raw)
-    if home.test.table is None or not home.test.image or not _plain(home):
+    if home.test.table is None or not home.test.image or not _plain(home, raw):
         shutil.copytree(
             raw, target
         )  # other rows cannot be made up: it gets everything, and the ids that there are
@@ -246,10 +247,20 @@ def lay_out(cfg: Config, target: Path, hidden: bool) -> None:
     place.write_text("".join(validate.written(row) for row in [list(sample.columns), *lines]))
 
 
-def _plain(home: Competition) -> bool:
+def _plain(home: Competition, raw: Path) -> bool:
     """Whether test rows are lines of a table whose ids name their files, and lines of the sample."""
-    patterns = any("*" in each for each in home.test.image or [])
-    return not (own.get("read_samples") or home.gather or patterns or home.submission.rows)
+    templates = home.test.image or []
+    if (
+        own.get("read_samples")
+        or home.gather
+        or any("*" in each for each in templates)
+        or home.submission.rows
+    ):
+        return False
+    few = sources.read(raw / str(home.test.table))
+    few = sources.Source(few.file, few.frame.head(20))
+    # Inside an archive, or several channels in one path: no files that could be cut.
+    return all(any((raw / path).is_file() for path in sources.paths(few, each)) for each in templates)
 
 
 def _write(place: Path, frame: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, config, folds, honest, samples, score, store, table
+from comp import bank, config, folds, honest, samples, score, store, table, track
 from comp.config import Config, Refused
 from comp.deliver import ledger, send
 from comp.folds import Folds
@@ -36,15 +36,17 @@ def scores() -> int:
         return 2 if fault else 0
     print(table.text(["ref", "sent", "name", "kind", "CV", "honest", "public", "private", "status", "message"], [_line(each) for each in book]))  # fmt: skip
     both = [each for each in book if each["public"] is not None and send.worth(each) is not None]
-    if len(both) > 1:
-        for line in agreement(both):
-            print(line)
-        print(f"written: {store.shown(plot(cfg, both))}")
+    said = agreement(both) if len(both) > 1 else []
     rows = samples.load() if store.samples_file().exists() else None
     if rows is not None and both:
         split = folds.load(rows)
-        for line in (*shake_up(cfg, both, rows, split), *advice(cfg, both, rows, split)):
-            print(line)
+        said += [*shake_up(cfg, both, rows, split), *advice(cfg, both, rows, split)]
+    for line in said:
+        print(line)
+    if len(both) > 1:
+        picture = plot(cfg, both)
+        _tell(cfg, both, said, picture)
+        print(f"written: {store.shown(picture)}")
     print(f"written: {store.shown(ledger.file())}")
     print("next: choose the final two on the competition's page of submissions")
     return 2 if fault else 0
@@ -59,13 +61,42 @@ def _line(entry: Entry) -> list[str]:
     return [str(entry["number"]), str(entry["at"])[:16], entry["name"] or "(elsewhere)", entry["kind"], *numbers, entry["status"] or "PENDING", entry["message"][:40]]  # fmt: skip
 
 
+def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], picture: Path) -> None:
+    """One W&B run for the book as a whole, told anew when it says something new."""
+    folder = store.path("submissions", "tracked", "book")
+    told = {
+        "said": list(said),
+        "scores": [[each["number"], each["public"], each["private"]] for each in both],
+    }
+    if (folder / "told.json").exists() and store.read_json(folder / "told.json") == told:
+        return
+    slug = cfg.competition.slug
+    with track.open_run(
+        folder,
+        run_id=f"submissions-{slug}",
+        name="submissions",
+        group="submissions",
+        job_type="submit",
+        config={"competition": {"slug": slug}},
+        settings=cfg.track,
+    ) as log:
+        log.sheet("cv_against_leaderboard", picture)
+        log.summary(
+            {
+                "submissions": len(both),
+                "rank_correlation": rank_correlation(*_cv_and_public(both)),
+                "said": "\n".join(said),
+            }
+        )
+    store.write_json(folder / "told.json", told)
+
+
 # --- CV against leaderboard ----------------------------------------------------------------------------------------------
 
 
 def agreement(both: Sequence[Entry]) -> list[str]:
     """Oldest first: does a better CV mean a better place?"""
-    cv = np.array([send.worth(each) for each in both], np.float64)
-    lb = np.array([each["public"] for each in both], np.float64)
+    cv, lb = _cv_and_public(both)
     said = [
         f"rank correlation of CV and public score over {len(both)} submissions: {rank_correlation(cv, lb):.2f}"
     ]
@@ -74,6 +105,13 @@ def agreement(both: Sequence[Entry]) -> list[str]:
         same = sum(a == b for a, b in moves)
         said.append(f"consecutive changes of the same sign: {same} of {len(moves)}")
     return said
+
+
+def _cv_and_public(both: Sequence[Entry]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return (
+        np.array([send.worth(each) for each in both], np.float64),
+        np.array([each["public"] for each in both], np.float64),
+    )
 
 
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
