@@ -136,7 +136,8 @@ def put_share(
 
 
 def get_share(place: Path) -> Said:
-    facts, given = store.read_json(place), {}
+    facts = store.read_json(place)
+    given: dict[str, Values] = {}
     with np.load(place.with_suffix(".npz")) as arrays:
         for i, (address, head) in enumerate(facts["names"]):
             given.setdefault(address, {})[head] = arrays[f"arr_{i}"]
