@@ -275,7 +275,7 @@ def answer(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
     given = verb.parsed(name, VERBS[name], rest)
-    verb.refuse_older(f"comp {name}", verb.NEEDS.get(name, ()))
+    verb.refuse_older(f"comp {name}", verb.needs(name, VERBS[name]))
     return VERBS[name].run(given) or 0
 
 

@@ -13,11 +13,12 @@ from comp.refused import Refused
 
 # The project's own environment has all of it; a notebook's image (Kaggle, Colab) may be older. The floors are pyproject's.
 TRAINS = ("torch>=2.10", "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
-NEEDS = {
+NEEDS = {  # of a verb; those of the chapter training need TRAINS
     "predict": ("torch>=2.10",),  # in a kernel timm comes out of the bundle
+    "tta": TRAINS,
     "tune": (*TRAINS, "optuna>=5"),
     "studies": ("optuna>=5",),
-} | dict.fromkeys(("train", "augment", "noise", "compare", "tta"), TRAINS)
+}
 SAME = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python")
 }  # the same cv2 under other names
@@ -65,6 +66,10 @@ def _installed(name: str) -> str | None:
 def _numbers(version: str) -> tuple[int, ...]:
     """2.10.0+cu128 -> (2, 10, 0)"""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
+
+
+def needs(name: str, verb: Verb) -> tuple[str, ...]:
+    return NEEDS.get(name, TRAINS if verb.chapter == "training" else ())
 
 
 def argument(*names: str, **options: Any) -> Argument:

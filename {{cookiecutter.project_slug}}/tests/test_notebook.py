@@ -90,9 +90,9 @@ def test_what_is_too_old_says_which_and_how(
 
 def test_floors_are_those_of_pyproject() -> None:
     listed = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    needs = {need for each in verb.NEEDS.values() for need in each} | set(kaggle.NEEDS)
+    needs = {need for name, each in cli.VERBS.items() for need in verb.needs(name, each)} | set(kaggle.NEEDS)
     assert needs <= set(listed)
-    assert verb.NEEDS.keys() <= cli.VERBS.keys()
+    assert verb.NEEDS.keys() <= cli.VERBS.keys() and verb.needs("train", cli.VERBS["train"])
 
 
 def test_the_notebook_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
