@@ -35,7 +35,7 @@ def loud(*given):
     print({said!r}, flush=True)
     return validate(*given)
 loop.validate = loud
-sys.exit(cli.main(["train", "exp001", "--debug", "track.mode=offline"]))
+sys.exit(cli.main(["train", "exp001", "--as", "tiny", "train.epochs=1", "schedule.warmup=0"]))
 """
 
 
@@ -103,11 +103,11 @@ def test_no_planted_key_is_in_anything_written(
     server.fail["ListSubmissions"] = [403]
     server.messages = {403: f"no {ANSWERS[0]} {VARIABLES['KAGGLE_KEY']}"}
     monkeypatch.setenv("ANSWERED_TOKEN", ANSWERS[0])
-    assert cli.main(["submit", "exp001-debug", "-m", "first"]) == 2
-    assert cli.main(["submit", "exp001-debug", "-m", "first"]) == 0
+    assert cli.main(["submit", "tiny", "-m", "first"]) == 2
+    assert cli.main(["submit", "tiny", "-m", "first"]) == 0
     server.kernel_runs, server.kernel_log = ["ERROR"], f"it was {ANSWERS[1]} {VARIABLES['KAGGLE_KEY']}"
     monkeypatch.setenv("LOGGED_TOKEN", ANSWERS[1])
-    push = ["kernel", "exp001-debug", "--push", "-m", "second", "--anyway", "to look"]
+    push = ["kernel", "tiny", "--push", "-m", "second", "--anyway", "to look"]
     assert cli.main(push) == 2
     server.kernel_runs = ["COMPLETE"]
     assert cli.main(push) == 0 and cli.main(["scores"]) == 0
