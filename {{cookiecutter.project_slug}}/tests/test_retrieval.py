@@ -276,14 +276,10 @@ def test_the_whole_road_from_training_to_the_kernel(
     hidden = inside.test_rows(
         cfg.model_copy(update={"competition": home}), (inside._head(about["heads"][0]),)
     )
-    said = {}
-    for leaf in about["leaves"]:
-        its = jobs.stored_config(leaf["run"])
-        said[leaf["address"]], damaged = inside.spoken(
-            inside.here(its, home, leaf), hidden, leaf, about["prior"]
-        )
-        assert not damaged
-    there = inside.together("b", said)
+    rows = hidden.positions("test")
+    said, damaged, _ = inside.everything(about, home, hidden, rows)
+    assert not damaged
+    there = inside.together("b", said, hidden.frame.iloc[rows])
     assert there["Id"] == pytest.approx(stored.heads["Id"], abs=1e-4)
     at_home = cfg.model_copy(update={"competition": home})
     assert inside.written(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
