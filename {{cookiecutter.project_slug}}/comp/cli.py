@@ -220,7 +220,8 @@ VERBS = {
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
     "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
         EXPERIMENT, OVERRIDES, *(argument(name, **options) for name, options in search.TUNE.items()))),
-    "studies": Verb("search", search.studies, "the table of studies"),
+    "studies": Verb("search", search.studies, "the table of studies", tuple(
+        argument(name, **options) for name, options in search.STUDIES.items())),
     "runs": Verb("overview", runs, "the table of runs and ensembles"),
     "config": Verb("overview", config, "an experiment's resolved config, with where each value comes from", (
         EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment"))),

@@ -6,12 +6,13 @@ import optuna
 
 from comp import table
 from comp.tune import live, report, search
+from comp.tune import storage as storages
 
 
 def studies(storage: str | None) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     lines = []
-    for database, name in search.studies(storage):
+    for database, name in search.studies(storages.address("", storage) if storage else None):
         study = optuna.load_study(study_name=name, storage=database)
         count, best = report.state_of(study), search.best_of(study)
         told = best.user_attrs.get("result", {}).get("text", "-") if best else "-"

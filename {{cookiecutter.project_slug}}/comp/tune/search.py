@@ -128,22 +128,22 @@ def join(
     directions: list[Direction] = ["maximize" if metric.direction == "max" else "minimize"]
     directions += ["minimize"] * (len(chosen.objectives) - 1)
     steps = (chosen.folds or cfg.competition.folds.k * cfg.competition.folds.repeats) * cfg.train.epochs
-    with storages.alone(folder, None):  # two processes that create one database at once harm each other
+    with storages.alone(folder, url, "begin"):  # two processes that create one database at once harm each other
         database = storages.connect(url)
-        with storages.alone(folder, database):
-            opened = optuna.create_study(
-                study_name=name,
-                storage=database,
-                sampler=study.sampler(chosen),
-                pruner=study.pruner(chosen, steps),
-                directions=directions,
-                load_if_exists=True,
-            )
-            joined = Joined(name, experiment, cfg, chosen, opened, database, folder, trials or chosen.trials)
-            _agree(joined)
-            if "ready" not in opened.user_attrs:
-                _enqueue_known(joined)
-                opened.set_user_attr("ready", True)
+    with storages.alone(folder, url):
+        opened = optuna.create_study(
+            study_name=name,
+            storage=database,
+            sampler=study.sampler(chosen),
+            pruner=study.pruner(chosen, steps),
+            directions=directions,
+            load_if_exists=True,
+        )
+        joined = Joined(name, experiment, cfg, chosen, opened, database, url, folder, trials or chosen.trials)
+        _agree(joined)
+        if "ready" not in opened.user_attrs:
+            _enqueue_known(joined)
+            opened.set_user_attr("ready", True)
     return joined
 
 
@@ -198,7 +198,7 @@ def _enqueue_known(joined: Joined) -> None:
 def _earlier(joined: Joined) -> list[tuple[str, dict[str, Any]]]:
     """(study, its best setting), of studies on the same metric that share a knob with this one."""
     found = []
-    for database, name in studies():
+    for database, name in studies(None if joined.url.startswith("sqlite") else joined.url):
         if name == joined.name:
             continue
         old = optuna.load_study(study_name=name, storage=database)
@@ -211,11 +211,11 @@ def _earlier(joined: Joined) -> list[tuple[str, dict[str, Any]]]:
 
 
 def studies(storage: str | None = None) -> list[tuple[optuna.storages.RDBStorage, str]]:
-    """Every study of the project: one database a folder, and those in `storage`."""
+    """Every study of the project: one database a folder, and those behind the URL `storage`."""
     files = sorted(store.path("studies").glob("*/study.db"))
     bases = [storages.connect(f"sqlite:///{file}") for file in files]
     if storage is not None:
-        bases.append(storages.connect(storages.address("", storage)))
+        bases.append(storages.connect(storage))
     return [(base, name) for base in bases for name in optuna.get_all_study_names(base)]
 
 

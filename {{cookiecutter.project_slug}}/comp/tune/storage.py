@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 import warnings
@@ -10,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from comp import store
+from comp import secret, store
 from comp.config import Refused
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
 
 BEAT, GRACE = (
     10,
@@ -27,17 +31,14 @@ def address(name: str, storage: str | None) -> str:
     if storage is None:
         return f"sqlite:///{store.study_folder(name) / 'study.db'}"
     for scheme in ("postgresql://", "postgres://"):
-        storage = (
-            storage.replace(scheme, "postgresql+psycopg://", 1) if storage.startswith(scheme) else storage
-        )
-    if not storage.startswith(("sqlite:///", "postgresql+psycopg://")):
-        raise Refused("--storage: wants postgresql://user@host/database, or nothing for SQLite in studies/")
-    return storage
+        if storage.startswith(scheme):
+            return storage.replace(scheme, "postgresql+psycopg://", 1)
+    raise Refused(
+        f"--storage {secret.removed(storage)}: wants postgresql://user@host/database, or nothing for SQLite in studies/"
+    )
 
 
 def connect(url: str) -> optuna.storages.RDBStorage:
-    from sqlalchemy.exc import SQLAlchemyError
-
     # Eight processes write to one SQLite file: each waits its turn instead of giving up after five seconds.
     settings: dict[str, Any] = (
         {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
@@ -46,37 +47,55 @@ def connect(url: str) -> optuna.storages.RDBStorage:
         "ignore", category=optuna.exceptions.ExperimentalWarning
     )  # heartbeat, group, multivariate
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # Heartbeat beats by itself
-    try:
+    with _answering():
         return optuna.storages.RDBStorage(
             url, engine_kwargs=settings, heartbeat_interval=BEAT, grace_period=GRACE
         )
+
+
+@contextmanager
+def alone(folder: Path, url: str, doing: str = "queue") -> Iterator[None]:
+    """One process at a time, on all machines that share the study. Released by a death, whatever its cause."""
+    if url.startswith("sqlite"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{doing}").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        return
+    from sqlalchemy import text
+
+    # The tables belong to all studies of a database, a queue to one.
+    name = "tables" if doing == "begin" else f"{folder.name} {doing}"
+    key = {"key": int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")}
+    with _answering():
+        connection = _engine(url).connect().execution_options(isolation_level="AUTOCOMMIT")
+    with connection:  # which holds the lock, so its end is the lock's
+        connection.execute(text("select pg_advisory_lock(:key)"), key)
+        yield
+
+
+@cache
+def _engine(url: str) -> Engine:
+    """For locks alone. Without a pool: what is closed is closed, and a forked process shares nothing."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    return create_engine(url, poolclass=NullPool)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
     except ImportError as error:
         raise Refused(
             f"--storage: PostgreSQL needs the extra postgres: pip install 'psycopg[binary]' ({error})"
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        raise Refused(f"--storage: the database does not answer: {reason}") from None
-
-
-@contextmanager
-def alone(folder: Path, storage: optuna.storages.RDBStorage | None) -> Iterator[None]:
-    """One process at a time, on all machines that share the study. Released by a death, whatever its cause."""
-    if storage is not None and storage.engine.dialect.name == "postgresql":
-        from sqlalchemy import text
-
-        key = {"key": int.from_bytes(folder.name.encode()[-7:].rjust(7, b"c"), "big")}
-        with storage.engine.connect() as connection:
-            connection.execute(text("select pg_advisory_lock(:key)"), key)
-            try:
-                yield
-            finally:
-                connection.execute(text("select pg_advisory_unlock(:key)"), key)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / (".begin" if storage is None else ".queue")).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        raise Refused(f"--storage: the database does not answer: {secret.removed(reason)}") from None
 
 
 @cache

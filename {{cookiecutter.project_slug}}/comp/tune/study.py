@@ -56,6 +56,7 @@ class Joined:
     space: Space
     study: optuna.Study
     storage: optuna.storages.RDBStorage
+    url: str  # of the storage
     folder: Path
     total: int  # trials of the whole study
 
@@ -167,7 +168,7 @@ def counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 def take(joined: Joined) -> tuple[Trial, Setting] | None:
     """The next trial of the study, or None when the budget is spent or nothing is left to try."""
-    with alone(joined.folder, joined.storage):
+    with alone(joined.folder, joined.url):
         requeue(joined)
         for known in itertools.count():
             trials = joined.study.get_trials(deepcopy=False)

@@ -13,6 +13,10 @@ TUNE: dict[str, dict[str, Any]] = {
     },
     "--hours": {"type": float, "help": "stop after so long"},
     "--until": {"metavar": "HH:MM", "help": "stop at this time of day"},
+    "--storage": {
+        "metavar": "URL",
+        "help": "postgresql://user@host/database, for several machines; SQLite in studies/ otherwise",
+    },
     "--confirm": {
         "type": int,
         "metavar": "N",
@@ -21,6 +25,7 @@ TUNE: dict[str, dict[str, Any]] = {
     "--export": {"metavar": "NAME", "help": "write the best trial as configs/NAME.yaml and runs/NAME"},
     "--trial": {"type": int, "help": "with --export: this one instead of the best"},
 }
+STUDIES: dict[str, dict[str, Any]] = {"--storage": TUNE["--storage"] | {"help": "those of this PostgreSQL too"}}
 
 
 def tune(args: Namespace) -> None:
@@ -34,10 +39,10 @@ def tune(args: Namespace) -> None:
             trials=args.trials,
             hours=args.hours,
             until=args.until,
-            storage=None,
+            storage=args.storage,
         )
         return
-    joined = search.join(args.experiment, args.overrides, args.space, None)
+    joined = search.join(args.experiment, args.overrides, args.space, args.storage)
     if args.confirm is not None:
         confirm.confirm(joined, args.confirm)
     if args.export is not None:
@@ -47,4 +52,4 @@ def tune(args: Namespace) -> None:
 def studies(args: Namespace) -> None:
     from comp.tune import listing
 
-    listing.studies(None)
+    listing.studies(args.storage)
