@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from comp import secret, training, verb
 from comp.refused import Refused
 from comp.tune import verb as search
-from comp.verb import DEBUG, EXPERIMENT, OVERRIDES, Args, Verb, argument, flag
+from comp.verb import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
 
 if TYPE_CHECKING:
     from comp.config import Config
@@ -219,7 +219,7 @@ VERBS = {
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
     "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
-        EXPERIMENT, OVERRIDES, *(argument(name, **options) for name, options in search.TUNE.items()))),
+        EXPERIMENT, OVERRIDES, ON, *(argument(name, **options) for name, options in search.TUNE.items()))),
     "studies": Verb("search", search.studies, "the table of studies", tuple(
         argument(name, **options) for name, options in search.STUDIES.items())),
     "runs": Verb("overview", runs, "the table of runs and ensembles"),

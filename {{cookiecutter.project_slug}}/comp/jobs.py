@@ -22,8 +22,11 @@ def train(
     fresh: bool = False,
     debug: bool = False,
     profile: bool = False,
+    on: str | None = None,
 ) -> None:
-    """Every fold of every seed that is not done yet, then the run's score."""
+    """Every fold of every seed that is not done yet, one after the other or side by side, then the run's score."""
+    if on is not None and profile:
+        raise Refused("--profile looks into one process; leave --on out")
     cfg = config.load(store.root(), experiment, overrides, debug).config
     changed = config.changes_results(overrides)
     if changed and name is None:
@@ -44,8 +47,11 @@ def train(
     old = [] if not afresh else one if fold is not None else [store.run_folder(name)]
     identity.claim(name, cfg, material.folds, command, old)
     _announce(material, name, seeds, folds)
-    for s in seeds:
-        for number in folds:
+    todo = [(s, number) for s in seeds for number in folds]
+    if on is not None:
+        _side_by_side(material, name, todo, on)
+    else:
+        for s, number in todo:
             one_fold(material, name, s, number)
             if material.stop.asked:
                 raise KeyboardInterrupt(f"seed {s} fold {number} is done")
@@ -53,6 +59,33 @@ def train(
         print(material.clock.table())
     if score := _merge(name, cfg):
         record.summary(material, name, score)
+
+
+def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
+    """The same folds, each in a process of its own. What is left of a killed one is gone on with elsewhere."""
+    from tqdm import tqdm
+
+    from comp import fan
+    from comp.predict import merge
+
+    left = [(s, n) for s, n in todo if not merge.finished(name, s, [n])]
+    jobs = [
+        fan.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n}) for s, n in left
+    ]
+    if not jobs:
+        return
+    crew = fan.crew(on, material.cfg.train.threads)
+    print(f"{name}: {len(jobs)} folds, {min(crew.size, len(jobs))} at a time", flush=True)
+    quiet = None if material.cfg.machine.progress else True
+    with tqdm(total=len(jobs), desc=name, unit="fold", disable=quiet, leave=False) as bar:
+        fan.out(jobs, crew, material.stop, lambda left: bar.update(len(jobs) - left - bar.n))
+
+
+def part(name: str, seed: int, number: int | str) -> None:
+    """One fold of a run that was begun elsewhere, by the config that lies in it."""
+    cfg = stored_config(name)
+    machine.settle(cfg.train.threads)
+    one_fold(gather(cfg), name, seed, number, wait=True)
 
 
 def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
@@ -82,17 +115,31 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     return Material(cfg, table, folds.load(table), feed, device, stop or machine.Stop(), clock)
 
 
-def one_fold(material: Material, name: str, seed: int, number: int | str, *, search: bool = False) -> None:
+def one_fold(
+    material: Material,
+    name: str,
+    seed: int,
+    number: int | str,
+    *,
+    search: bool = False,
+    wait: bool = False,  # for another process that is at it, one that is about to die
+) -> None:
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
     from comp.predict import infer, merge
     from comp.train import checkpoint, loop
 
     folder = store.fold_folder(name, seed, number)
-    if merge.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow")):
+
+    def done() -> bool:
+        return bool(merge.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow")))
+
+    if done():
         return
     cfg = material.cfg
-    with store.lock(folder, f"training seed {seed} fold {number}"):
+    with store.lock(folder, f"training seed {seed} fold {number}", wait=wait):
+        if done():
+            return
         began = time.perf_counter()
         log = track.open_run(
             folder,

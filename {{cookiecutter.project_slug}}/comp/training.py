@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comp.verb import DEBUG, EXPERIMENT, OVERRIDES, Args, Verb, argument, flag
+from comp.verb import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
 
 
 def train(args: Args) -> None:
@@ -17,6 +17,7 @@ def train(args: Args) -> None:
         fresh=args.fresh,
         debug=args.debug,
         profile=args.profile,
+        on=args.on,
     )
 
 
@@ -45,6 +46,7 @@ VERBS = {
         argument("--seed", type=int, help="only this seed, instead of train.seeds"),
         argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
         flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,
+        ON,
         flag("--profile", "say at the end where the time went"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
     "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (

@@ -101,3 +101,10 @@ def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
     for names, options in verb.arguments:
         parser.add_argument(*names, **options)
     return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
+
+
+ON = argument(
+    "--on",
+    metavar="WHERE",
+    help="side by side: local (one a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
+)

@@ -32,14 +32,14 @@ LAYERS = [
     ["train"],
     ["predict"],
     ["record"],
-    ["identity"],
+    ["identity", "fan"],
     ["jobs"],
     ["ensemble"],
     ["tune"],
     ["deliver"],
     ["overview", "clean"],
     ["training"],
-    ["cli", "__main__"],
+    ["cli", "__main__", "leashed"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 LIGHT = ["cli", "training", "config", "store", "tasks", "metrics", "competition", "own", "samples", "folds"]

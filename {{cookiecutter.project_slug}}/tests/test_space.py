@@ -98,6 +98,23 @@ def test_torch_is_not_imported_for_a_mistake(empty: Path) -> None:
     assert "optim.rate" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--export", "exp014", "--hours", "1"], "--hours has no effect with --export"),
+        (["--confirm", "3", "--on", "local"], "--on has no effect with --confirm"),
+        (["--trial", "7"], "--trial has no effect without --export NAME"),
+        (["--hours", "1", "--until", "07:30"], "--hours and --until exclude each other"),
+        (["--until", "half past seven"], "a time of day is written like 07:30"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    empty: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], answer: str
+) -> None:
+    assert cli.main(["tune", "exp001", *arguments]) == 2
+    assert answer in capsys.readouterr().err
+
+
 def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "quick.yaml").write_text(f"search:\n{RATE}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb_reader
 from conftest import config
 from forked import forked
 from optuna.trial import TrialState
@@ -269,6 +273,53 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
     assert again.user_attrs["retry_of"] == 0 and again.user_attrs["deaths"]["times"] == 0
 
 
+def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = join()
+    assert run(joined) == TrialState.COMPLETE
+    taken, stop = study.take(joined), machine.Stop()
+    assert taken is not None
+
+    def pressed(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trial.Watch, "epoch", pressed)
+        trial.run(joined, *taken, stop, FOREVER)
+    assert states(joined)[0] == "COMPLETE" and states(joined)[taken[0].number] == "FAIL"
+    assert run(joined) in (TrialState.COMPLETE, TrialState.PRUNED)
+    again = joined.study.get_trials(deepcopy=False)[-1]
+    assert again.user_attrs["retry_of"] == taken[0].number and again.params == taken[0].params
+
+
+@pytest.mark.slow
+def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_opens_it(tuned: Path) -> None:
+    pytest.importorskip("optuna_dashboard")
+    (tuned / "configs/tune/few.yaml").write_text(
+        "search:\n  model.drop_rate: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]\nfolds: 1\npruner: none\n"
+    )
+    small = ["machine.workers=0", "train.epochs=1", "train.limit=32", "schedule.warmup=0"]
+    assert cli.main(["tune", "exp001", "--space", "few", "--trials", "4", *small]) == 0
+    parts = [wandb_reader.read(part) for part in sorted((tuned / "wandb").glob("offline-run-*"))]
+    assert {part.run.run_group for part in parts} == {"exp001-few"}
+    assert sorted(part.run.job_type for part in parts) == ["study", *["trial"] * 4]
+    whole = next(part for part in parts if part.run.job_type == "study")
+    for name in ("history", "slice", "importance"):
+        assert (tuned / "studies" / "exp001-few" / f"{name}.png").is_file()
+        assert any(name in file for file in whole.files), whole.files
+    assert whole.summary["best_value"] == pytest.approx(
+        search.join("exp001", small, "few", None).study.best_value
+    )
+
+    from optuna_dashboard import wsgi
+
+    app, said = wsgi(f"sqlite:///{tuned}/studies/exp001-few/study.db"), list[str]()
+    asked = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr,
+             "SERVER_NAME": "", "SERVER_PORT": "0", "wsgi.url_scheme": "http", "QUERY_STRING": "", "SCRIPT_NAME": ""}  # fmt: skip
+    body = b"".join(app(asked, lambda status, headers, *_: said.append(status)))
+    assert said[0].startswith("200") and json.loads(body)["study_summaries"][0]["study_name"] == "exp001-few"
+
+
 def test_another_experiment_does_not_join(tuned: Path) -> None:
     join()
     with pytest.raises(Refused, match=r"was begun with another train.batch_size"):
@@ -287,7 +338,8 @@ def test_score_and_time_have_a_front(tuned: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tpe", "qmc", "random", "cmaes", pytest.param("gp", marks=pytest.mark.slow)]
+    "name",
+    ["tpe", "qmc", "random", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cmaes", "gp"))],
 )
 def test_samplers_by_name(tuned: Path, name: str) -> None:
     if name == "cmaes":

@@ -31,13 +31,17 @@ def tune(
     hours: float | None,
     until: str | None,
     storage: str | None,
+    on: str | None = None,
 ) -> None:
     deadline = _deadline(hours, until)
     joined = join(experiment, overrides, space_name, storage, trials)
     machine.settle(joined.cfg.train.threads)
     stop = machine.Stop()
     try:
-        _work(joined, stop, deadline)
+        if on is None:
+            _work(joined, stop, deadline)
+        else:
+            _side_by_side(joined, stop, deadline, on, overrides, storage)
     except KeyboardInterrupt:
         if not stop.asked or time.time() < deadline:
             raise
@@ -45,6 +49,54 @@ def tune(
     live.leave()
     report.write(joined)
     report.tell(joined)
+
+
+def _side_by_side(
+    joined: Joined, stop: machine.Stop, deadline: float, on: str, overrides: list[str], storage: str | None
+) -> None:
+    """Processes that join the study as one typed by hand would. They see what is left by themselves."""
+    from comp import fan
+
+    def say(line: str) -> None:
+        live.leave()
+        print(line, end="", flush=True)
+
+    given = {
+        "experiment": joined.experiment,
+        "overrides": overrides,
+        "space_name": joined.space.name,
+        "storage": storage,
+        "trials": joined.total,
+        "deadline": None if deadline == float("inf") else deadline,
+    }
+    crew = fan.crew(on, joined.cfg.train.threads, say)
+    if crew.machines > 1 and storage is None:
+        raise Refused(
+            f"--on {on}: {crew.machines} machines, and SQLite is for one; --storage postgresql://user@host/database is for many"
+        )
+    workers = [
+        fan.Job(f"{joined.name} worker {i}", "trials", given) for i in range(min(crew.size, joined.total))
+    ]
+    fan.out(workers, crew, stop, lambda left: live.show(joined, deadline))
+
+
+def part(
+    experiment: str,
+    overrides: list[str],
+    space_name: str,
+    storage: str | None,
+    trials: int,
+    deadline: float | None,
+) -> None:
+    """One of several that work through a study. What they found is told by who started them."""
+    joined = join(experiment, overrides, space_name, storage, trials)
+    machine.settle(joined.cfg.train.threads)
+    end, stop = float("inf") if deadline is None else deadline, machine.Stop()
+    try:
+        _work(joined, stop, end)
+    except KeyboardInterrupt:
+        if not stop.asked or time.time() < end:
+            raise
 
 
 def _work(joined: Joined, stop: machine.Stop, deadline: float) -> None:
@@ -128,7 +180,9 @@ def join(
     directions: list[Direction] = ["maximize" if metric.direction == "max" else "minimize"]
     directions += ["minimize"] * (len(chosen.objectives) - 1)
     steps = (chosen.folds or cfg.competition.folds.k * cfg.competition.folds.repeats) * cfg.train.epochs
-    with storages.alone(folder, url, "begin"):  # two processes that create one database at once harm each other
+    with storages.alone(
+        folder, url, "begin"
+    ):  # two processes that create one database at once harm each other
         database = storages.connect(url)
     with storages.alone(folder, url):
         opened = optuna.create_study(

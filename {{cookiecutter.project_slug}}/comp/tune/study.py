@@ -184,6 +184,9 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
                 joined.study.enqueue_trial({key: label(value) for key, value in fresh.items()})
             trial = joined.study.ask()
             setting = suggested(joined.space, trial)
+            joined.storage.record_heartbeat(
+                trial._trial_id
+            )  # or a machine that dies now would never be missed
             trial.set_user_attr("worker", f"{machine()} {store.me()}")
             reason = None if "retry_of" in trial.user_attrs else needless(joined, trial, setting)
             if reason is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from comp.refused import Refused
+
 TUNE: dict[str, dict[str, Any]] = {
     "--space": {"default": "quick", "help": "name of a file in configs/tune/ (default: quick)"},
     "--trials": {
@@ -25,10 +27,20 @@ TUNE: dict[str, dict[str, Any]] = {
     "--export": {"metavar": "NAME", "help": "write the best trial as configs/NAME.yaml and runs/NAME"},
     "--trial": {"type": int, "help": "with --export: this one instead of the best"},
 }
-STUDIES: dict[str, dict[str, Any]] = {"--storage": TUNE["--storage"] | {"help": "those of this PostgreSQL too"}}
+STUDIES: dict[str, dict[str, Any]] = {
+    "--storage": TUNE["--storage"] | {"help": "those of this PostgreSQL too"}
+}
 
 
 def tune(args: Namespace) -> None:
+    ends = next((flag for flag in ("export", "confirm") if getattr(args, flag) is not None), None)
+    searching = [flag for flag in ("trials", "hours", "until", "on") if getattr(args, flag) is not None]
+    if ends and searching:
+        raise Refused(
+            f"--{searching[0]} has no effect with --{ends}, which searches no further; leave it out"
+        )
+    if args.trial is not None and args.export is None:
+        raise Refused("--trial has no effect without --export NAME")
     from comp.tune import confirm, export, search
 
     if args.export is None and args.confirm is None:
@@ -40,6 +52,7 @@ def tune(args: Namespace) -> None:
             hours=args.hours,
             until=args.until,
             storage=args.storage,
+            on=args.on,
         )
         return
     joined = search.join(args.experiment, args.overrides, args.space, args.storage)

@@ -1,0 +1,183 @@
+"""Jobs side by side: the same bytes as one after the other, here and on a cluster that loses a machine; nothing outlives its master."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from conftest import HERE
+
+from comp import bank, cli, fan, folds, jobs, machine, samples, store
+from comp.config import Refused
+
+SMALL = ["track=none", "machine.workers=0", "train.limit=64", "schedule.warmup=0"]
+
+
+@pytest.fixture
+def alone(project: Path) -> Path:
+    """With a package of its own, for processes that are started in it: what competition.py defines is for yours."""
+    shutil.copytree(HERE / "comp", project / "comp", ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "comp" / "competition.py").write_text("")
+    return project
+
+
+def weights(name: str) -> dict[str, str]:
+    return {
+        str(file.relative_to(store.run_folder(name))): store.sha256(file)
+        for file in store.run_folder(name).rglob("weights.safetensors")
+    }
+
+
+def scores(name: str) -> dict[str, object]:
+    record = store.read_json(store.run_folder(name) / "score.json")
+    return {key: record[key] for key in ("oof", "mean", "std", "folds")}
+
+
+def test_side_by_side_gives_the_bytes_of_one_after_the_other(
+    alone: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    two = [*SMALL, "train.epochs=1", "train.seeds=[0,1]"]
+    jobs.train("exp001", two, name="alone", fold="0")
+    arguments = ["train", "exp001", *two, "--as", "beside", "--fold", "0", "--on", "local:2"]
+    assert cli.main(arguments) == 0
+    assert weights("alone") == weights("beside") and len(weights("beside")) == 2
+    assert "beside seed 1 fold 0: " in capfd.readouterr().out
+    assert cli.main(arguments) == 0, "what is done is not begun again"
+
+
+@pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
+def test_a_place_that_there_is_not(project: Path, on: str) -> None:
+    with pytest.raises(Refused, match=r"--on .*: wants local"):
+        fan.crew(on, 1)
+
+
+def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
+    lost = [fan.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
+    with pytest.raises(Refused) as refused:
+        fan.out(lost, fan.Local(1, 1, fan.show), machine.Stop(), lambda left: None)
+    assert refused.value.lines[0] == "n0 failed:"
+    assert "runs/n0/config.yaml" in refused.value.lines[1]
+
+
+class Waiting:
+    """A crew whose jobs run until they are interrupted."""
+
+    size, machines = 2, 1
+
+    def __init__(self) -> None:
+        self.futures: list[Future[fan.Ended]] = []
+
+    def begin(self, job: fan.Job) -> Future[fan.Ended]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def interrupt(self) -> None:
+        for future in self.futures:
+            future.set_result(fan.Ended(130, []))
+
+
+def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
+    crew, stop = Waiting(), machine.Stop()
+    stop.asked = True
+    with pytest.raises(KeyboardInterrupt, match="every job keeps what it has"):
+        fan.out([fan.Job("a", "fold", {}), fan.Job("b", "fold", {})], crew, stop, lambda left: None)
+    assert len(crew.futures) == 2
+
+
+def test_a_job_ends_with_who_started_it(project: Path) -> None:
+    code = (
+        "import sys, threading; from comp import leashed; sys.argv = ['', 'hold', '{}']\n"
+        "leashed.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "leashed.main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None and job.stdout.readline() == "on\n"
+        assert job.stdin is not None
+        job.stdin.close()  # as the kernel does for a process that is killed
+        assert job.wait() == 1
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    run = [*SMALL, "train.epochs=8"]
+    jobs.train("exp001", run, name="here")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    owners: dict[Path, set[str]] = {}
+    over, removed = threading.Event(), threading.Event()
+
+    def lose_one() -> None:
+        """As soon as three folds have an epoch behind them, so that every machine is in the middle of one."""
+        while not over.wait(0.05):
+            logs = list(store.run_folder("far").glob("seed*/fold*/log.jsonl"))
+            for log in logs:
+                lock = log.parent / ".lock"
+                if lock.exists() and (held := lock.read_text().split("\n")[0]):
+                    owners.setdefault(log.parent, set()).add(held)
+            if not removed.is_set() and sum('"epoch": 1' in log.read_text() for log in logs) >= 3:
+                removed.set()
+                cluster.remove_node(nodes[0], allow_graceful=False)
+
+    watcher = threading.Thread(target=lose_one)
+    watcher.start()
+    try:
+        jobs.train("exp001", run, name="far", on="ray")
+    finally:
+        over.set()
+        watcher.join()
+        ray.shutdown()
+        cluster.shutdown()
+    assert removed.is_set() and any(len(pids) > 1 for pids in owners.values()), owners
+    assert weights("here") == weights("far") and len(weights("far")) == 5
+    assert scores("here") == scores("far")
+    table = samples.load()
+    here, far = (
+        bank.read(store.run_folder(n) / "oof.arrow", table, folds.load(table)) for n in ("here", "far")
+    )
+    assert here.heads.keys() == far.heads.keys()
+    assert all(here.heads[head].tobytes() == far.heads[head].tobytes() for head in here.heads)
+
+
+@pytest.mark.slow
+def test_a_study_on_a_cluster(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    try:
+        small = [*SMALL, "train.epochs=1"]
+        assert cli.main(["tune", "exp001", "--space", "s", "--trials", "4", "--on", "ray", *small]) == 0
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    from comp.tune import search
+
+    joined = search.join("exp001", small, "s", None)
+    trials = joined.study.get_trials()
+    assert sorted(t.number for t in trials) == list(range(len(trials))) and len(trials) >= 4
+    assert (joined.folder / "report.html").is_file()
+    assert os.environ["RAY_ADDRESS"] == cluster.address
+
+
+@pytest.fixture
+def tuned(alone: Path) -> Path:
+    (alone / "configs" / "tune").mkdir()
+    (alone / "configs" / "tune" / "s.yaml").write_text(
+        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\n"
+    )
+    return alone

@@ -1,0 +1,233 @@
+"""A study whose workers are killed at random statements of SQL and lines of log: nothing acknowledged is lost, nothing runs twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config
+from optuna.trial import TrialState
+from postgres import server
+
+from comp import jobs, machine, store, track
+from comp.tune import search, study, trial
+from comp.tune.study import Joined
+
+SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\n"
+TINY = [
+    "track=none",
+    "machine.workers=0",
+    "machine.progress=false",
+    "train.epochs=2",
+    "train.limit=32",
+    "train.batch_size=16",
+    "schedule.warmup=0",
+]
+WORKERS = 4
+ENDLESS = 10**6
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    with ExitStack() as stack:
+        yield None if request.param == "sqlite" else stack.enter_context(server())
+
+
+@pytest.fixture
+def tuned(project: Path) -> Path:
+    (project / "configs" / "tune").mkdir()
+    (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
+    jobs.gather(config(*TINY))  # what is imported here need not be imported by every worker
+    return project
+
+
+def begun(work: Callable[[], object]) -> int:
+    """The process id of a fork that does this work."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+            os._exit(1)
+    return child
+
+
+def note(file: Path, **what: Any) -> None:
+    """One write to a file opened for appending: whole lines, whoever else writes."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, (json.dumps(what) + "\n").encode())
+    os.close(handle)
+
+
+def dying(after: int) -> None:
+    """This process kills itself at its so-manieth event: a statement sent, a transaction about to commit, a line of log."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    left = after
+
+    def count(*_: Any, **__: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(Engine, "before_cursor_execute", count)
+    event.listen(Engine, "after_cursor_execute", count)
+    event.listen(Engine, "commit", count)
+    log = track.Track.log
+
+    def logged(self: Any, record: Any) -> None:
+        count()
+        log(self, record)
+
+    track.Track.log = logged  # type: ignore[method-assign]
+
+
+def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[[], None]:
+    def work() -> None:
+        joined = search.join("exp001", TINY, "s", storage, total)
+        dying(after)
+        told = trial._tell
+
+        def tell(joined: Joined, which: Any, state: TrialState, values: list[float] | None = None) -> None:
+            told(joined, which, state, values)
+            note(book, number=which.number, state=state.name, values=values)
+
+        trial._tell = tell
+        search._work(joined, machine.Stop(), float("inf"))
+
+    return work
+
+
+def looked_at(storage: str | None) -> Joined:
+    return search.join("exp001", TINY, "s", storage, ENDLESS)
+
+
+def kill(storage: str | None, book: Path, kills: int) -> set[int]:
+    """Workers until so many were killed and none is left. The process ids of the dead."""
+    chance = random.Random(kills)
+    living: set[int] = set()
+    dead: set[int] = set()
+    while len(dead) < kills:
+        while len(living) < WORKERS and len(living) + len(dead) < kills:
+            living.add(begun(worker(storage, book, ENDLESS, chance.randint(1, 600))))
+        child, status = os.wait()
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        living.remove(child)
+        dead.add(child)
+    return dead
+
+
+def check(storage: str | None, book: Path, kills: int) -> None:
+    looked_at(storage)
+    dead = kill(storage, book, kills)
+    spent = len(study.counted(looked_at(storage).study.get_trials()))
+    last = [begun(worker(storage, book, spent + WORKERS, ENDLESS)) for _ in range(WORKERS)]
+    assert [os.waitpid(child, 0)[1] for child in last] == [0] * WORKERS
+
+    joined = looked_at(storage)
+    trials = joined.study.get_trials()
+    assert [t.number for t in trials] == list(range(len(trials))), "a number twice, or none"
+    assert not [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+    acknowledged = [json.loads(line) for line in book.read_text().splitlines()]
+    for said in acknowledged:
+        kept = trials[said["number"]]
+        assert kept.state.name == said["state"] and (said["values"] or kept.values) == kept.values, said
+    assert len({said["number"] for said in acknowledged}) == len(acknowledged)
+
+    # A trial was handed on only by a process that had died, and only once.
+    by_dead = [t for t in trials if t.state == TrialState.FAIL and "skipped" not in t.user_attrs]
+    assert not [t.user_attrs["error"] for t in by_dead if "error" in t.user_attrs]
+    assert {
+        int(t.user_attrs["worker"].split()[-1].split(":")[0]) for t in by_dead if "worker" in t.user_attrs
+    } <= dead
+    successors = [t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs]
+    assert len(set(successors)) == len(successors) and set(successors) == {t.number for t in by_dead}
+    for t in trials:
+        if "retry_of" in t.user_attrs:
+            assert t.params == trials[t.user_attrs["retry_of"]].params
+
+    done = [t for t in trials if t.state == TrialState.COMPLETE]
+    assert len(done) >= WORKERS and joined.study.best_value == max(t.values[0] for t in done)
+    ended = [t for t in study.counted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(ended) == spent + WORKERS, "the budget is the study's, whoever dies"
+
+
+def test_six_kills(tuned: Path, tmp_path: Path) -> None:
+    check(None, tmp_path / "book", 6)
+
+
+@pytest.mark.slow
+def test_thirty_kills(tuned: Path, storage: str | None, tmp_path: Path) -> None:
+    check(storage, tmp_path / "book", 30)
+
+
+def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str | None) -> None:
+    """They make the tables together, and each takes a trial of its own. While all live, none is taken up by another."""
+    gate, taken = os.pipe(), os.pipe()
+    hold = os.pipe()
+
+    def work() -> None:
+        os.close(gate[1])
+        os.close(hold[1])
+        os.read(gate[0], 1)  # until it is closed
+        found = study.take(looked_at(storage))
+        assert found is not None
+        os.write(taken[1], f"{found[0].number}\n".encode())
+        os.read(hold[0], 1)
+
+    children = [begun(work) for _ in range(8)]
+    os.close(taken[1])
+    os.close(gate[1])
+    said = b""
+    while said.count(b"\n") < 8:
+        more = os.read(taken[0], 100)
+        assert more, "one of them ended early"
+        said += more
+    assert sorted(map(int, said.split())) == list(range(8))
+    joined = looked_at(storage)
+    assert study.requeue(joined) == [], "all of them live"
+    os.close(hold[1])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    assert study.requeue(joined) == list(range(8)), "all of them are dead now, and each has one successor"
+    assert study.requeue(joined) == []
+
+
+def test_a_machine_counts_as_dead_by_its_silence(
+    tuned: Path, storage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy import text
+
+    joined = looked_at(storage)
+    with monkeypatch.context() as there:
+        there.setattr(study, "machine", lambda: "elsewhere")
+        assert study.take(joined) is not None
+    assert study.requeue(joined) == [], "it has beaten just now"
+    with joined.storage.engine.begin() as connection:
+        connection.execute(text("update trial_heartbeats set heartbeat = '2020-01-01 00:00:00'"))
+    assert study.requeue(joined) == [0]
+
+
+@pytest.mark.slow  # where the extras are
+def test_a_database_that_does_not_answer_is_one_line(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from comp import cli
+
+    pytest.importorskip("psycopg")
+    nowhere = "postgresql://comp@/postgres?host=/nowhere"
+    assert cli.main(["tune", "exp001", "--space", "s", "--storage", nowhere, *TINY]) == 2
+    assert "--storage: the database does not answer: " in capsys.readouterr().err
+    assert cli.main(["tune", "exp001", "--space", "s", "--storage", "mysql://x", *TINY]) == 2
+    assert "wants postgresql://user@host/database" in capsys.readouterr().err
+    assert not store.study_folder("exp001-s").exists() or not list(
+        store.study_folder("exp001-s").glob("*.db")
+    )
