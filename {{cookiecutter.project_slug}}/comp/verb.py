@@ -85,6 +85,11 @@ OVERRIDES = argument(
     "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
 )
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
+ON = argument(
+    "--on",
+    metavar="WHERE",
+    help="side by side: local (one a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
+)
 
 
 def overview(verbs: dict[str, Verb]) -> str:
@@ -101,10 +106,3 @@ def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
     for names, options in verb.arguments:
         parser.add_argument(*names, **options)
     return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
-
-
-ON = argument(
-    "--on",
-    metavar="WHERE",
-    help="side by side: local (one a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
-)
