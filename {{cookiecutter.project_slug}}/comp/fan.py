@@ -52,8 +52,8 @@ def show(line: str) -> None:
     tqdm.write(line, end="")
 
 
-def out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[], object] = lambda: None) -> None:
-    """All of them. The first that fails stops the others, which keep what they have."""
+def out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[int], object]) -> None:
+    """All of them; `look` hears again and again how many are left. The first that fails stops the others, which keep what they have."""
     running = {crew.begin(job): job for job in jobs}
     failed: list[str] = []
     told = False

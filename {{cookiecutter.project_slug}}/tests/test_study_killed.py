@@ -103,7 +103,7 @@ def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[
             told(joined, which, state, values)
             note(book, number=which.number, state=state.name, values=values)
 
-        trial._tell = tell
+        trial._tell = tell  # type: ignore[assignment]
         search._work(joined, machine.Stop(), float("inf"))
 
     return work
@@ -155,7 +155,9 @@ def check(storage: str | None, book: Path, kills: int) -> None:
     assert len(set(successors)) == len(successors) and set(successors) == {t.number for t in by_dead}
     for t in trials:
         if "retry_of" in t.user_attrs:
-            assert t.params == trials[t.user_attrs["retry_of"]].params
+            assert (
+                trials[t.user_attrs["retry_of"]].params.items() <= t.params.items()
+            )  # as far as it was drawn
 
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     assert len(done) >= WORKERS and joined.study.best_value == max(t.values[0] for t in done)
