@@ -11,7 +11,7 @@ from comp import store, table
 from comp.config import Refused
 
 WORKED_IN = ("runs", "ensembles", "studies", "submissions", "data")
-WEIGHTS, STATES = "weights.safetensors", "state-*.pt"
+WEIGHTS, STATES = "weights.safetensors", ("state-*.pt", "epoch-*.safetensors")
 
 
 def clean(trash: bool = False, cache: bool = False, state: bool = False) -> None:
@@ -75,7 +75,8 @@ def size(folder: Path) -> int:
 def _finished_states() -> Iterator[Path]:
     for fold in store.path("runs").glob("*/seed*/fold*"):
         if store.sealed(fold / WEIGHTS):
-            yield from fold.glob(STATES)
+            for pattern in STATES:
+                yield from fold.glob(pattern)
 
 
 def _orphans() -> Iterator[Path]:

@@ -65,6 +65,48 @@ class Folds:
             free &= (mine < number) & (time[taught] <= time[scored].min() - float(self.meta["gap"]))
         return taught[free], scored
 
+    def inner(self, fold: int | str, share: float) -> tuple[Positions, Positions]:
+        """(positions that teach, training rows held out from them): where a choice is made that must not see the scored rows.
+
+        What belongs together stays together; of a split by time the latest are held out, with the gap before them.
+        """
+        taught = self.split(fold)[0]
+        own = taught[(self.samples.frame["source"].to_numpy()[taught] == "train")]
+        if len(own) < 2:
+            raise Refused(
+                f"fold {fold}: {len(own)} training rows are too few to hold some out; select.on: inner needs 2"
+            )
+        if self.meta["rule"] == "earlier":
+            time = self.samples.frame["time"].to_numpy(np.float64)
+            cut = np.sort(time[own])[-max(1, round(share * len(own)))]
+            held = own[time[own] >= cut]
+            free = (time[taught] <= cut - float(self.meta["gap"])) & ~np.isin(taught, held)
+        else:
+            names, place = self.units(own, f"inner of {fold}")
+            before = np.cumsum(np.bincount(place)) - np.bincount(place)  # rows of the units in front of each
+            wanted = np.flatnonzero(before < round(share * len(own)))[: len(names) - 1]
+            held = own[np.isin(place, wanted)] if len(wanted) else own[place == 0]
+            free = ~np.isin(self._unit(taught), names[wanted] if len(wanted) else names[:1])
+        if not free.any() or not len(held):
+            raise Refused(
+                f"fold {fold}: holding out {share:.0%} of the training rows leaves none to train on; lower select.share"
+            )
+        return taught[free], held
+
+    def units(self, rows: Positions, salt: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """What belongs together among rows, in an order without meaning: names, and the place of each row's unit in them."""
+        names, place = np.unique(self._unit(rows), return_inverse=True)
+        hashed = [hashlib.blake2b(f"{salt}:{name}".encode(), digest_size=8).digest() for name in names]
+        order = np.array(sorted(range(len(names)), key=hashed.__getitem__), np.int64)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return names[order], rank[place]
+
+    def _unit(self, rows: Positions) -> NDArray[Any]:
+        """A row's group; where there are none, the row that the host scores."""
+        column = "group" if "group" in self.samples.frame else "row"
+        return self.samples.frame[column].to_numpy(object)[rows].astype(str)
+
     def locked(self) -> Positions:
         return self.samples.taught[self.of_sample[0, self.samples.taught] == LOCKED]
 

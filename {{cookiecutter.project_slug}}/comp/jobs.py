@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from comp import config, identity, machine, store
+from comp import config, identity, machine, members, store
 from comp.config import Config, Refused
 
 if TYPE_CHECKING:
@@ -163,7 +163,12 @@ def one_fold(
             log.finish()
             if search:
                 return
-            infer.write_fold(material, name, seed, number, "test")
+            for inside in [
+                *members.kept(cfg, number),
+                "",
+            ]:  # the run itself last: with it the fold is finished
+                for kind in ("oof", "test") if number != "full" else ("test",):
+                    infer.write_fold(material, name, seed, number, kind, inside)
     print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
 
 
@@ -215,7 +220,7 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
         return
     weights = model.size(material.cfg, material.samples.heads)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
-    size = len(todo) * weights + 8 * weights
+    size = sum(1 + len(members.kept(material.cfg, n)) for _, n in todo) * weights + 8 * weights
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )

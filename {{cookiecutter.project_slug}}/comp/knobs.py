@@ -148,6 +148,29 @@ class Train(Section):
     limit: Count | None
 
 
+WeightsName = Literal["raw", "ema", "swa", "tail", "uniform", "greedy"]
+
+
+class Snapshots(Section):
+    cycles: Annotated[int, Field(ge=2)] | None
+    restarts: bool
+    last: Annotated[int, Field(ge=2)]
+
+
+class Average(Section):
+    predicts: Literal["default", "raw", "ema", "swa", "tail", "uniform", "greedy"]
+    beside: list[WeightsName]
+    swa_from: BelowOne
+    tail: Annotated[int, Field(ge=2)]
+
+
+class Select(Section):
+    name: Literal["last", "best"]
+    on: Literal["inner", "fold"]
+    share: Annotated[float, Field(gt=0, le=0.5)]
+    patience: Count | None
+
+
 class Predict(Section):
     tta: Many
     neighbours: Count | None
@@ -183,6 +206,9 @@ class Config(Section):
     optim: Optim
     schedule: Schedule
     train: Train
+    snapshots: Snapshots
+    average: Average
+    select: Select
     predict: Predict
     machine: Machine
     track: Track
@@ -238,4 +264,38 @@ class Config(Section):
             raise ValueError(f"augment.sizes: {len(knobs.sizes)} sizes do not fit into train.epochs {epochs}")
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
+        if fault := weights_fault(self):
+            raise ValueError(fault)
         return self
+
+
+def weights_fault(cfg: Config) -> str:
+    """Why the weights that a run is to keep cannot be had, or would be kept in vain."""
+    cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
+    said = average.predicts
+    speaks = ("raw" if cfg.train.ema is None else "ema") if said == "default" else said
+    wanted = {speaks, *average.beside}
+    chooses = select.name == "best" or "greedy" in wanted
+    tail = "tail" in wanted or ("greedy" in wanted and cycles is None)
+    faults = {
+        f"snapshots.cycles: {cycles} cycles do not fit into {epochs} epochs": (cycles or 0) > epochs,
+        f"snapshots.cycles: are cosines; schedule.name: {cfg.schedule.name} has no effect beside them, set it to cosine":
+            cycles is not None and cfg.snapshots.restarts and cfg.schedule.name != "cosine",
+        f"average.beside: {speaks} is the run itself": speaks in average.beside,
+        "snapshots.restarts: has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
+        "average.beside: names one twice": len(set(average.beside)) < len(average.beside),
+        "average: ema needs train.ema, a decay like 0.999": "ema" in wanted and cfg.train.ema is None,
+        f"train.ema: has no effect where average.predicts is {speaks} and average.beside has no ema":
+            cfg.train.ema is not None and "ema" not in wanted,
+        "average: uniform is the mean of snapshots, and there are none; set snapshots.cycles, or take tail":
+            "uniform" in wanted and cycles is None,
+        f"average.tail: the last {average.tail} of {epochs} epochs are more than there are": tail and average.tail > epochs,
+        f"select.name: best picks an epoch, and average.predicts: {speaks} is made of several; one of the two":
+            select.name == "best" and speaks not in ("raw", "ema"),
+        "select.patience: has no effect without select.name: best": select.patience is not None and select.name != "best",
+        "select.patience: may end training before all snapshots, swa or tail are there; without them, or patience: null":
+            select.patience is not None and (cycles is not None or bool(wanted & {"swa", "tail", "greedy"})),
+        "select.on: has no effect, nothing is chosen; set select.name: best, or average.predicts: greedy":
+            select.on == "fold" and not chooses,
+    }  # fmt: skip
+    return next((fault for fault, true in faults.items() if true), "")

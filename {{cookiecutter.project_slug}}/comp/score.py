@@ -256,7 +256,16 @@ def sentence(record: Mapping[str, Any]) -> str:
     if record["oof"] is None:
         return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
     marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
-    return f"{record['metric']} {spread(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}"
+    return f"{record['metric']} {spread(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}{_flattery(record)}"
+
+
+def _flattery(record: Mapping[str, Any]) -> str:
+    """What is left of a score whose weights were chosen on the scored rows."""
+    optimism = record.get("optimism")
+    if optimism is None:
+        return ""
+    left = record["oof"] - (optimism if record["direction"] == "max" else -optimism)
+    return f", about {abs(optimism):.4f} too {'good' if optimism >= 0 else 'bad'} by the choice: {left:.4f}"
 
 
 def spread(record: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ def forget(part: str) -> Callable[..., Any]:
                 for name in ("exp_avg", "exp_avg_sq"):
                     values[name].zero_()
         if part == "averaged":
-            state["averaged"] = {k: v.clone() for k, v in state["model"].items()}
+            state["kept"]["ema"] = {k: v.clone() for k, v in state["model"].items()}
         if part == "schedule":
             state["step"] -= 1
         return state

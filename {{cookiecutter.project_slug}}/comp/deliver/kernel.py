@@ -108,7 +108,8 @@ def leaves_of(name: str) -> list[dict[str, Any]]:
 
 
 def _checkpoint(weights: str) -> tuple[str, int, str]:
-    run, seed, fold = weights.split("/")
+    """exp003/seed0/fold3/snap2 -> exp003, 0, 3/snap2: of a member with weights of its own, their folder goes with the fold."""
+    run, seed, fold = weights.split("/", 2)
     return run, int(seed.removeprefix("seed")), fold.removeprefix("fold")
 
 

@@ -58,6 +58,6 @@ def verify(name: str) -> None:
 
 
 def _checkpoint(weights: str) -> Checkpoint:
-    """exp001/seed0/fold3, as predictions name the weights they come from."""
-    run, seed, fold = weights.split("/")
+    """exp001/seed0/fold3, or exp001/seed0/fold3/snap2, as predictions name the weights they come from."""
+    run, seed, fold = weights.split("/", 2)
     return Checkpoint(run, int(seed.removeprefix("seed")), fold.removeprefix("fold"))

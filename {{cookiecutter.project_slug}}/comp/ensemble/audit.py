@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, config, folds, jobs, machine, samples, score, store, table
+from comp import bank, config, folds, jobs, machine, members, samples, score, store, table
 from comp.config import Config, Refused
 from comp.ensemble import blend, canary, declare, fitting
 from comp.ensemble.canary import Leak
@@ -172,8 +172,8 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Leak]:
 def of_log(place: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     """What the OOF rows score is what the log says of the last epoch, and of no better one before it."""
     log = place / "log.jsonl"
-    if not log.exists() or cfg.predict.tta != ["identity"] or len(rows.heads) > 1:
-        return []
+    if not log.exists() or cfg.predict.tta != ["identity"] or len(rows.heads) > 1 or members.chosen(cfg):
+        return []  # a choice by config was made elsewhere, or is marked
     lines = [json.loads(line) for line in log.read_text().splitlines() if '"valid_metric"' in line]
     by_epoch = {line["epoch"]: line["valid_metric"] for line in lines if "epoch" in line}
     if len(by_epoch) < 2:

@@ -30,5 +30,5 @@ def predict(material: Material, run: str, views: list[str], space: str) -> str:
                 infer.write_fold(other, run, seed, number, kind, inside=member)
                 if material.stop.asked:
                     raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
-        merge.member(run, member, cfg, material.samples, material.folds, parts, inside=member)
+        merge.member(run, member, cfg, material.samples, material.folds, parts, inside=[member])
     return member

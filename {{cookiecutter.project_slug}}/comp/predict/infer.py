@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from comp import bank, config, objective, predictions, store
+from comp import bank, config, members, objective, predictions, store
 from comp.config import Refused
 from comp.predict import neighbours, tta
 from comp.samples import Positions
@@ -26,18 +26,22 @@ Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space
 def write_fold(
     material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = ""
 ) -> Path:
-    """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views."""
+    """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views, or for a
+    member with weights of its own."""
     cfg, folder = material.cfg, store.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
+    own = inside if inside in members.kept(cfg, number) else ""
+    weights = folder / own / bank.WEIGHTS
     if store.sealed(file):
         return file
     rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
     began = time.perf_counter()
-    weights = folder / "weights.safetensors"
     if objective.embedding(cfg, material.samples.heads):
         _gallery(material, weights, material.folds.split(number)[0])
-    heads, damaged = predict(material, weights, rows, f"{kind} of seed {seed} fold {number}")
+    heads, damaged = predict(
+        material, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip()
+    )
     if len(
         rows
     ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
@@ -50,7 +54,8 @@ def write_fold(
         "run": run,
         "seed": seed,
         "config": store.digest(config.identity(cfg)),
-        "weights": bank.weights_of(folder),
+        "weights": bank.weights_of(weights.parent),
+        "marks": members.marks(cfg, own),
     }
     facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
     fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from comp import bank, predictions, score, store
+import numpy as np
+
+from comp import bank, members, predictions, score, store
 from comp.config import Config
 from comp.folds import Folds
 from comp.samples import Samples
@@ -54,9 +58,15 @@ def run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[st
     if len(complete) > 1:
         for seed in complete:
             member(experiment, f"seed{seed}", cfg, samples, folds, [(seed, fold) for fold in everything])
-    return member(
-        experiment, "", cfg, samples, folds, [(seed, fold) for seed in complete for fold in everything]
-    )
+    parts = [(seed, fold) for seed in complete for fold in everything]
+    for name, inside in members.merged(cfg).items():
+        if all(
+            store.sealed(place / each / "test.arrow")
+            for place in _places(experiment, parts)
+            for each in inside
+        ):
+            member(experiment, name, cfg, samples, folds, parts, inside)
+    return member(experiment, "", cfg, samples, folds, parts)
 
 
 def member(
@@ -66,14 +76,14 @@ def member(
     samples: Samples,
     folds: Folds,
     parts: list[tuple[int, Number]],
-    inside: str = "",
+    inside: Sequence[str] = ("",),
 ) -> dict[str, Any]:
-    """Average the predictions of (seed, fold) parts. `inside` is a folder within each fold's, for other views.
+    """Average the predictions of (seed, fold) parts. `inside` are folders within each fold's, for other views or weights.
 
     Killed half-way, the next call writes the same bytes over what is there.
     """
     folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
-    places = [store.fold_folder(experiment, seed, fold) / inside for seed, fold in parts]
+    places = [store.fold_folder(experiment, seed, fold) / each for each in inside for seed, fold in parts]
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
     # Old and new must not be read together: after a kill nothing of this member counts until it is all written again.
     for old in ("oof.arrow", "test.arrow", "score.json"):
@@ -84,8 +94,24 @@ def member(
             folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts)
         )
         if kind == "oof":
-            result = score.write(folder, cfg, samples, folds, bank.read(folder / "oof.arrow", samples, folds))
+            oof = bank.read(folder / "oof.arrow", samples, folds)
+            flattered = (
+                {} if "selected_on_fold" not in oof.meta["marks"] else optimism(experiment, name, parts)
+            )
+            result = score.write(folder, cfg, samples, folds, oof, **flattered)
     return result if (folder / "oof.arrow").exists() else {}
+
+
+def _places(experiment: str, parts: list[tuple[int, Number]]) -> list[Path]:
+    return [store.fold_folder(experiment, seed, fold) for seed, fold in parts]
+
+
+def optimism(experiment: str, name: str, parts: list[tuple[int, Number]]) -> dict[str, float | None]:
+    """By how much choosing on the scored rows flatters a member: the mean over its folds."""
+    files = [place / "optimism.json" for place in _places(experiment, parts)]
+    key = name if name == "greedy" else ""
+    known = [value for file in files if (value := store.read_json(store.verified(file)).get(key)) is not None]
+    return {"optimism": float(np.mean(known)) if known else None}
 
 
 def tell(experiment: str, name: str = "") -> None:

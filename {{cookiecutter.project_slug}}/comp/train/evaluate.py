@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from comp.samples import Positions
+from comp.config import Refused
+from comp.samples import Positions, Samples
 from comp.train.augment import Seen
 from comp.train.data import Feed, plain_batches
 
@@ -67,3 +68,15 @@ class Fitting:
                     raise
                 self.size = (min(self.size, len(pictures)) + 1) // 2
             torch.cuda.empty_cache()
+
+
+def refuse(damaged: Mapping[int, str], samples: Samples) -> None:
+    """Half an image never teaches: training stops at the first damaged file and names it."""
+    if damaged:
+        ids = samples.frame["id"]
+        raise Refused(
+            *(
+                f"sample {ids.iloc[i]}: {reason}; comp check lists every such file"
+                for i, reason in damaged.items()
+            )
+        )

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from comp.train import (
     augment,
     balance,
     checkpoint,
+    choice,
     losses,
     margins,
     mixing,
@@ -36,7 +36,8 @@ from comp.train import (
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
-from comp.train.evaluate import HALF, outputs_of
+from comp.train.evaluate import HALF, outputs_of, refuse
+from comp.train.kept import Kept, renewal
 
 LOG_EVERY = 25  # steps between two looks at the losses: each look makes the CPU wait for the GPU
 
@@ -72,8 +73,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     torch.manual_seed(mixed(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
-    taught, scored = (rows[: cfg.train.limit] for rows in material.folds.split(number))
-    taught, watched = (margins.known_rows(cfg, material.samples, rows) for rows in (taught, scored))
+    taught, watched, judged = (
+        margins.known_rows(cfg, material.samples, rows) for rows in choice.rows(material, number)
+    )
     if len(taught) == 0:
         raise Refused(f"fold {number}: no rows to train on")
     draw = balance.drawing(cfg, material.samples, taught)
@@ -91,10 +93,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     criterion = losses.total(cfg, material.samples, taught)
     mixture = mixing.loss(cfg, heads, criterion)
     optimizer = optim.optimizer(cfg, module)
-    averaged = _ema(cfg, module)
+    kept = Kept(cfg, module, folder, number, schedule.snapshots(cfg, span))
+    judge = choice.judge(material, judged, augment.Seen(normal.of(cfg, module, device)))
+    renew = renewal(
+        material, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
+    )
     half = HALF[cfg.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-    predicting = averaged.module if averaged else module
 
     # --- resume --------------------------------------------------------------------------------------------------------
     step, losses_seen = 0, list[float]()  # of this epoch
@@ -103,15 +108,14 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if averaged:
-            averaged.module.load_state_dict(state["averaged"])
+        kept.load(state["kept"])
         step, losses_seen = state["step"], state["losses"]
         curve.seen.extend(state["epochs"])
 
     def save() -> None:
         checkpoint.save(folder, step, {
             "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "averaged": averaged.module.state_dict() if averaged else None, "losses": losses_seen, "epochs": curve.seen,
+            "kept": kept.state(), "losses": losses_seen, "epochs": curve.seen,
         }, log.offset())  # fmt: skip
 
     # --- epochs --------------------------------------------------------------------------------------------------------
@@ -127,6 +131,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     )
     clock.start()
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
+        if kept.enough():
+            break
         module.train()
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
@@ -161,10 +167,9 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if averaged:
-                averaged.update(module, step)
-            clock.lap("step")
             step += 1
+            kept.after_step(step)
+            clock.lap("step")
             bar.update()
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
@@ -184,16 +189,18 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
         clock.lap("log and checkpoint")
-        report |= validate(material, predicting, seen, criterion, watched, targets)
+        report |= validate(material, kept.current, seen, criterion, watched, targets)
+        report |= kept.after_epoch(epoch + 1, judge)
         clock.lap("validation")
         log.log(report)
         material.watch(report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
         save()
+        kept.drop(epoch + 1)
 
     # --- finish --------------------------------------------------------------------------------------------------------
     bar.close()
-    model.save_weights(predicting, folder / "weights.safetensors", log=log.offset())
+    kept.seal(renew, judge, log.offset())
     if not cfg.keep.state:
         checkpoint.drop(folder)
 
@@ -211,7 +218,7 @@ def validate(
         return {}
     cfg = material.cfg
     raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
-    _refuse(damaged, material)
+    refuse(damaged, material.samples)
     truth = [target[rows].cpu() for target in targets]
     report = {"valid_loss": float(criterion(torch.from_numpy(raw[0]), truth).mean())}
     if not math.isfinite(report["valid_loss"]):
@@ -233,25 +240,9 @@ def _target(values: NDArray[Any], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=kind, device=device)
 
 
-def _ema(cfg: Config, module: nn.Module) -> ModelEmaV3 | None:
-    return None if cfg.train.ema is None else ModelEmaV3(module, decay=cfg.train.ema, foreach=True)
-
-
 def _whole(batch: Batch, material: Material) -> Batch:
-    _refuse(batch.damaged, material)
+    refuse(batch.damaged, material.samples)
     return batch
-
-
-def _refuse(damaged: dict[int, str], material: Material) -> None:
-    """Half an image never teaches: training stops at the first damaged file and names it."""
-    if damaged:
-        ids = material.samples.frame["id"]
-        raise Refused(
-            *(
-                f"sample {ids.iloc[i]}: {reason}; comp check lists every such file"
-                for i, reason in damaged.items()
-            )
-        )
 
 
 def _note(

@@ -115,7 +115,24 @@ class Curve:
 
 
 def curve(cfg: Config, span: Span) -> Curve:
-    return Curve(cfg.schedule, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
+    plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
+    return Curve(plan, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
+
+
+def snapshots(cfg: Config, span: Span) -> list[int]:
+    """How many steps are over when each snapshot is taken: at the end of every cycle, whether the rate restarts there or not."""
+    if not cfg.snapshots.cycles:
+        return []
+    return [
+        first + length for first, length in Curve(_cyclic(cfg), 1.0, span.steps, span.steps_per_epoch).cycles
+    ]
+
+
+def _cyclic(cfg: Config) -> Schedule:
+    """Of the snapshot-ensembles paper: cosines of one length and height."""
+    return cfg.schedule.model_copy(
+        update={"name": "cosine_restarts", "cycles": cfg.snapshots.cycles, "multiplier": 1.0, "decay": 1.0}
+    )
 
 
 class Point(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from comp import bank, config, folds, identity, samples, store, yaml_lines
+from comp import bank, config, folds, identity, members, samples, store, yaml_lines
 from comp.config import Refused
 from comp.predictions import PredictionSet
 from comp.tune.study import Joined, setting_of
@@ -97,9 +98,12 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
         target = store.fold_folder(name, seed, number)
         target.mkdir(parents=True, exist_ok=True)
         for each in FOLD_FILES:
-            if (place / each).exists():
-                with store.writing(target / each) as temporary:
-                    shutil.copy2(place / each, temporary)
+            _copied(place / each, target / each)
+        for inside in members.kept(cfg, number):
+            _copied(place / inside / bank.WEIGHTS, target / inside / bank.WEIGHTS)
+            store.seal(target / inside / bank.WEIGHTS)
+        if _copied(place / "optimism.json", target / "optimism.json"):
+            store.seal(target / "optimism.json")
         kept = store.sealed(place / FOLD_FILES[0]) or {}
         said = bank.read(place / "oof.arrow", table, split)
         store.verified(place / FOLD_FILES[0])
@@ -107,3 +111,11 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
         meta = dict(said.meta) | {"run": name, "weights": bank.weights_of(target)}
         bank.write(target / "oof.arrow", PredictionSet(said.row, said.fold, said.heads, meta))
     return len(ready)
+
+
+def _copied(file: Path, target: Path) -> bool:
+    if not file.exists():
+        return False
+    with store.writing(target) as temporary:
+        shutil.copy2(file, temporary)
+    return True

@@ -247,7 +247,11 @@ def drop_weights(joined: Joined, trial: Trial | FrozenTrial) -> None:
     """Weights and states are what costs space; logs and predictions stay."""
     folder = store.run_folder(name_of(joined, trial))
     for fold in folder.glob("seed*/fold*"):
-        for file in [*fold.glob("state-*.pt"), *fold.glob("weights.safetensors")]:
+        for file in [
+            *fold.glob("state-*.pt"),
+            *fold.glob("**/weights.safetensors"),
+            *fold.glob("epoch-*.safetensors"),
+        ]:
             file.unlink(missing_ok=True)
             store.unseal(file)
 

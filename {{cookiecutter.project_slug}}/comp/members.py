@@ -1,0 +1,48 @@
+"""Which weights a run keeps and which members it has, as a function of its config alone.
+
+runs/exp003/seed0/fold1/weights.safetensors          what speaks for the run, fixed beforehand
+runs/exp003/seed0/fold1/snap2/weights.safetensors    kept beside it: a member of its own, exp003:snap2
+"""
+
+from __future__ import annotations
+
+from comp.config import Config
+
+
+def speaks(cfg: Config) -> str:
+    """raw | ema | swa | tail | uniform | greedy"""
+    if cfg.average.predicts != "default":
+        return cfg.average.predicts
+    return "raw" if cfg.train.ema is None else "ema"
+
+
+def snapshots(cfg: Config) -> list[str]:
+    return [f"snap{i + 1}" for i in range(cfg.snapshots.cycles or 0)]
+
+
+def kept(cfg: Config, fold: int | str) -> list[str]:
+    """Folders within a fold's, each with weights and predictions of its own. A refit on all data is the run alone."""
+    return [] if fold == "full" else [*snapshots(cfg), *cfg.average.beside]
+
+
+def merged(cfg: Config) -> dict[str, list[str]]:
+    """Every member of a finished run beside itself -> the kept weights whose predictions it is the mean of."""
+    found = {name: [name] for name in kept(cfg, 0)}
+    if snaps := snapshots(cfg):
+        last = snaps[-cfg.snapshots.last :]
+        found[f"last{len(last)}"] = last
+    return found
+
+
+def chooses(cfg: Config) -> bool:
+    """Whether anything is picked by its score, so that rows are needed to pick on."""
+    return cfg.select.name == "best" or "greedy" in (speaks(cfg), *cfg.average.beside)
+
+
+def chosen(cfg: Config, name: str = "") -> bool:
+    """Whether these weights were picked by their score; the run's own have no name."""
+    return name == "greedy" or (name == "" and (cfg.select.name == "best" or speaks(cfg) == "greedy"))
+
+
+def marks(cfg: Config, name: str = "") -> list[str]:
+    return ["selected_on_fold"] if cfg.select.on == "fold" and chosen(cfg, name) else []

@@ -1,0 +1,240 @@
+"""Which weights a run keeps: snapshots, averages, soups, the best epoch; and what a choice does to a score."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import banked
+import numpy as np
+import pytest
+import torch
+from conftest import config
+from forked import forked
+from safetensors.torch import load_file
+from test_resume import killed_at
+
+from comp import bank, folds, jobs, members, samples, store, track
+from comp.config import Refused
+from comp.deliver import kernel, verify
+from comp.ensemble import choose, latency
+from comp.prepare import assign
+from comp.train import choice, schedule
+
+QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
+EVERYTHING = [
+    *QUIET, "train.epochs=3", "train.ema=0.9", "snapshots.cycles=3", "snapshots.last=2", "average.predicts=raw",
+    "average.beside=[ema,swa,tail,uniform,greedy]", "average.swa_from=0.4", "average.tail=2",
+]  # fmt: skip
+
+
+def weights(run: str, *inside: str, fold: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(store.verified(store.fold_folder(run, 0, fold).joinpath(*inside, "weights.safetensors")))
+
+
+@pytest.fixture
+def halves(project: Path) -> Path:
+    """Two folds: half of the trainings, and still a whole CV."""
+    file = project / "configs/competition.yaml"
+    file.write_text(file.read_text().replace("k: 5", "k: 2"))
+    assign.make(config(), samples.load(), remake=True)
+    return project
+
+
+# --- snapshots and averages ----------------------------------------------------------------------------------------------
+
+
+def test_the_cyclic_cosine_is_the_papers() -> None:
+    """Snapshot Ensembles (Huang et al. 2017), equation 2: T steps, M cycles, t from 1."""
+    total, cycles = 120, 4
+    cfg = config("schedule.warmup=0", "schedule.final=0", f"snapshots.cycles={cycles}", "train.epochs=12")
+    span = schedule.span(cfg, 10 * cfg.train.batch_size)
+    assert (span.steps, schedule.snapshots(cfg, span)) == (total, [30, 60, 90, 120])
+    length = -(-total // cycles)
+    paper = [(np.cos(np.pi * ((t - 1) % length) / length) + 1) / 2 for t in range(1, total + 1)]
+    curve = schedule.curve(cfg, span)
+    assert [curve.share(step) for step in range(total)] == pytest.approx(paper, abs=1e-12)
+    once = config(
+        "schedule.warmup=0", f"snapshots.cycles={cycles}", "snapshots.restarts=false", "train.epochs=12"
+    )
+    shares = [schedule.curve(once, span).share(step) for step in range(total)]
+    assert shares == sorted(shares, reverse=True) and schedule.snapshots(once, span) == [30, 60, 90, 120]
+
+
+def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: Path) -> None:
+    jobs.train("exp001", EVERYTHING, name="x")
+    snaps = ["snap1", "snap2", "snap3"]
+    names = {*snaps, "last2", "ema", "swa", "tail", "uniform", "greedy"}
+    assert set(bank.members()) == {"x"} | {f"x:{name}" for name in names}
+    table = samples.load()
+    split, head = folds.load(table), table.heads[0]
+
+    def said(name: str, kind: str = "oof") -> np.ndarray:
+        return bank.load(f"x:{name}" if name else "x", kind, table, split).probability(head)
+
+    assert np.array_equal(said(""), said("snap3"), equal_nan=True), "the run is its last snapshot"
+    for kind in bank.KINDS:
+        mean = (said("snap2", kind) + said("snap3", kind)) / 2
+        if kind == "oof":
+            assert said("last2", kind) == pytest.approx(mean, abs=1e-6, nan_ok=True)
+    assert choose.addresses("x:snapshots") == [f"x:{name}" for name in snaps]
+    # Of the parameters; what batch norms measured is measured anew.
+    each = [weights("x", name) for name in snaps]
+    parameters = [name for name in each[0] if "running" not in name and "num_batches" not in name]
+    wanted = {"uniform": each, "tail": each[1:], "swa": each[1:]}
+    for kind, parts in wanted.items():
+        found = weights("x", kind)
+        for name in parameters:
+            torch.testing.assert_close(found[name], torch.stack([p[name] for p in parts]).mean(0))
+    norm = next(name for name in each[0] if "running_mean" in name)
+    assert not torch.allclose(weights("x", "tail")[norm], (each[1][norm] + each[2][norm]) / 2, atol=1e-4)
+    torch.testing.assert_close(weights("x", "tail")[norm], weights("x", "swa")[norm], rtol=1e-4, atol=1e-5)
+    assert not list((store.run_folder("x")).rglob("epoch-*")), "what only the average needed is gone"
+    # Delivery finds the weights of each.
+    leaf = kernel.leaves_of("x:last2")[0]
+    assert len(leaf["checkpoints"]) == 4 and len(kernel.weights_of(leaf)) == 4
+    for address in ("x:last2", "x:swa"):
+        verify.verify(address)
+    assert latency.of("x:last2") == pytest.approx(latency.of("x:snap2") + latency.of("x:snap3"))
+
+
+def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: Path) -> None:
+    def train() -> None:
+        jobs.train("exp001", [*EVERYTHING, "train.checkpoint_every=2"], fold="1", name="x")
+
+    def artefacts() -> dict[str, str]:
+        place = store.fold_folder("x", 0, 1)
+        return {str(f.relative_to(place)): store.sha256(f) for e in ("arrow", "safetensors") for f in sorted(place.rglob(f"*.{e}"))}  # fmt: skip
+
+    assert forked(train) == 0
+    whole = artefacts()
+    assert len(whole) == 3 * 9
+    store.trash(store.run_folder("x"))
+    for event in (23, 11, 9):
+        assert os.WIFSIGNALED(forked(killed_at(event, train)))
+    assert os.WIFSIGNALED(forked(killed_at(1, train, after="uniform/weights.safetensors"))), "while it seals"
+    assert forked(train) == 0
+    assert artefacts() == whole
+
+
+def test_what_speaks_is_said_beforehand(project: Path) -> None:
+    run = [*QUIET, "train.epochs=2", "average.tail=2", "train.ema=null"]
+    jobs.train("exp001", [*run, "average.predicts=tail", "average.beside=[raw]"], fold="0", name="tail")
+    jobs.train("exp001", [*run, "average.beside=[tail]"], fold="0", name="raw")
+    assert all(torch.equal(weights("tail")[name], value) for name, value in weights("raw", "tail").items())
+    assert all(torch.equal(weights("tail", "raw")[name], value) for name, value in weights("raw").items())
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_choose_are_held_out_with_their_groups(project: Path) -> None:
+    table = samples.load()
+    split = folds.load(table)
+    group = table.frame["group"].to_numpy()
+    for number in range(5):
+        taught, scored = split.split(number)
+        free, held = split.inner(number, 0.1)
+        assert set(free) | set(held) == set(taught) and not set(free) & set(held)
+        assert not set(group[free]) & set(group[held]) and not set(held) & set(scored)
+        assert 0.05 < len(held) / len(taught) < 0.25
+        assert np.array_equal(held, split.inner(number, 0.1)[1])
+    assert not np.array_equal(split.inner(0, 0.1)[1], split.inner(1, 0.1)[1])
+
+
+def test_of_time_the_latest_are_held_out(empty: Path) -> None:
+    project = banked.lay_out(empty, rule="earlier")
+    time = project.samples.frame["time"].to_numpy()
+    free, held = project.folds.inner(3, 0.2)
+    taught = project.folds.split(3)[0]
+    assert time[free].max() <= time[held].min() and len(held) == pytest.approx(0.2 * len(taught), abs=1)
+
+
+def epochs(run: str) -> list[dict[str, float]]:
+    return [line for line in track.read(store.fold_folder(run, 0, 0) / "log.jsonl") if "epoch" in line]
+
+
+@pytest.mark.parametrize("on", ["inner", "fold"])
+def test_the_best_epoch_speaks_and_patience_ends_it(
+    halves: Path, on: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*QUIET, "train.epochs=8", "train.ema=null", "optim.rate=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
+    jobs.train("exp001", run, name="x")
+    lines = epochs("x")
+    scores = [line["select_score"] for line in lines]
+    best = int(np.argmax(scores))
+    assert len(lines) == min(8, best + 3)
+    table = samples.load()
+    split, head = folds.load(table), table.heads[0]
+    oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, split)
+    right = oof.probability(head).argmax(1) == table.truth(head, oof.row.astype(np.int64))
+    assert right.mean() == pytest.approx(lines[best]["valid_metric"])
+    assert (scores == [line["valid_metric"] for line in lines]) == (on == "fold")
+    record = store.read_json(store.run_folder("x") / "score.json")
+    assert ("selected_on_fold" in record["marks"]) == ("optimism" in record) == (on == "fold")
+    assert ("by the choice" in capsys.readouterr().out) == (on == "fold")
+    if on == "fold":
+        with pytest.raises(Refused, match="--fold full"):
+            jobs.train("exp001", run, fold="full", name="x")
+
+
+def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
+    """Thirty candidates that all guess: whatever the best one shows above one half is the choice."""
+    shown, estimated = [], []
+    for seed in range(200):
+        right = np.random.default_rng(seed).random((30, 400)) < 0.5
+        part = np.arange(400) * choice.FIFTHS // 400
+        columns = [np.ones(400, bool), *(part == i for i in range(5)), *(part != i for i in range(5))]
+        scores = np.array([[each[column].mean() for column in columns] for each in right])
+        found = choice.optimism(partial(choice.best, list(scores)), scores.__getitem__)
+        assert found is not None
+        shown.append(scores[choice.best(list(scores)), 0] - 0.5)
+        estimated.append(found)
+    error = np.std(np.subtract(shown, estimated)) / np.sqrt(200)
+    assert np.mean(shown) > 0.04
+    assert abs(np.mean(shown) - np.mean(estimated)) < 4 * error
+
+
+def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
+    """On the scored rows, so that the score of every part can be read from the members."""
+    run = [*QUIET, "train.epochs=3", "train.ema=null", "snapshots.cycles=3", "average.beside=[greedy,uniform]", "select.on=fold"]  # fmt: skip
+    jobs.train("exp001", run, fold="0", name="x")
+    table = samples.load()
+    split, head = folds.load(table), table.heads[0]
+
+    def right(inside: str) -> float:
+        oof = bank.read(store.fold_folder("x", 0, 0) / inside / "oof.arrow", table, split)
+        return float((oof.probability(head).argmax(1) == table.truth(head, oof.row.astype(np.int64))).mean())
+
+    assert right("greedy") >= max(right(name) for name in ("snap1", "snap2", "snap3"))
+    place = store.fold_folder("x", 0, 0)
+    assert bank.read_meta(place / "greedy/oof.arrow")["marks"] == ["selected_on_fold"]
+    assert bank.read_meta(place / "oof.arrow")["marks"] == [] and members.marks(config(*run), "snap1") == []
+    assert set(store.read_json(place / "optimism.json")) == {"greedy"}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["snapshots.cycles=20"], "20 cycles do not fit into 15 epochs"),
+        (["snapshots.cycles=3", "schedule=constant"], "schedule.name: constant has no effect"),
+        (["average.beside=[ema]"], "ema is the run itself"),
+        (["average.predicts=raw"], "train.ema: has no effect"),
+        (["average.predicts=uniform", "train.ema=null"], "set snapshots.cycles"),
+        (["average.beside=[tail]", "average.tail=16"], "more than there are"),
+        (["average.predicts=swa", "train.ema=null", "select=best"], "one of the two"),
+        (["select.patience=2"], "without select.name: best"),
+        (["select=best", "select.patience=2", "snapshots.cycles=3"], "select.patience"),
+        (["select.on=fold"], "nothing is chosen"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        config(*override)
+    assert words in str(refused.value) and "override" not in str(refused.value)
+
+
+def test_a_mean_of_members_is_a_mean_of_predictions() -> None:
+    assert members.merged(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]
+    assert members.kept(config("snapshots.cycles=2"), "full") == []
