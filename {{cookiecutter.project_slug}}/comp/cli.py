@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from comp import secret, training, verb
+from comp import machine, secret, training, verb
 from comp.refused import Refused
 from comp.tune import verb as search
 from comp.verb import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
@@ -277,6 +277,10 @@ def answer(arguments: list[str]) -> int:
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
     given = verb.parsed(name, VERBS[name], rest)
     verb.refuse_older(f"comp {name}", verb.needs(name, VERBS[name]))
+    if machine.processes() > 1:  # torchrun -m comp train exp001
+        from comp import gang
+
+        return gang.answer(name, lambda: VERBS[name].run(given)) or 0
     return VERBS[name].run(given) or 0
 
 

@@ -23,10 +23,14 @@ def train(
     debug: bool = False,
     profile: bool = False,
     on: str | None = None,
+    stop: machine.Stop | None = None,
 ) -> None:
     """Every fold of every seed that is not done yet, one after the other or side by side, then the run's score."""
     if on is not None and profile:
         raise Refused("--profile looks into one process; leave --on out")
+    if on is not None and (stop is not None or machine.processes() > 1):
+        what = "--time-limit" if stop is not None else "torchrun"
+        raise Refused(f"{what}: is for folds one after the other; leave --on out")
     cfg = config.load(store.root(), experiment, overrides, debug).config
     changed = config.changes_results(overrides)
     if changed and name is None:
@@ -39,7 +43,7 @@ def train(
     machine.settle(cfg.train.threads)
     from comp import record
 
-    material = gather(cfg, profile=profile)
+    material = gather(cfg, stop, profile)
     folds = _wanted(fold, material.folds.count)
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
@@ -48,13 +52,17 @@ def train(
     identity.claim(name, cfg, material.folds, command, old)
     _announce(material, name, seeds, folds)
     todo = [(s, number) for s in seeds for number in folds]
-    if on is not None:
-        _side_by_side(material, name, todo, on)
-    else:
-        for s, number in todo:
+    try:
+        if on is not None:
+            _side_by_side(material, name, todo, on)
+        for s, number in todo if on is None else []:
             one_fold(material, name, s, number)
             if material.stop.asked:
-                raise KeyboardInterrupt(f"seed {s} fold {number} is done")
+                raise machine.Stopped(f"seed {s} fold {number} is done")
+    except machine.Stopped as stopped:
+        if not material.stop.out_of_time:
+            raise
+        print(f"time limit: {stopped}")
     if profile:
         print(material.clock.table())
     if score := _merge(name, cfg):
@@ -98,11 +106,12 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     import torch
 
     from comp.predict import tta
-    from comp.train import mixing, model
+    from comp.train import distributed, mixing, model
     from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
 
+    distributed.begin()
     tta.views(cfg.predict.tta)
     model.outputs(cfg, table.heads)
     model.known(cfg)
@@ -127,7 +136,7 @@ def one_fold(
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
     from comp.predict import infer, merge
-    from comp.train import checkpoint, loop
+    from comp.train import checkpoint, distributed, loop
 
     folder = store.fold_folder(name, seed, number)
 
@@ -155,7 +164,8 @@ def one_fold(
             if not search:
                 record.before(material, log, name, folder, number)
             if not store.sealed(folder / "weights.safetensors"):
-                loop.fold(material, seed, number, folder, log)
+                with distributed.together(_order(cfg, seed, number)):
+                    loop.fold(material, seed, number, folder, log)
             if number != "full":
                 infer.write_fold(material, name, seed, number, "oof")
             if number != "full" and not search:
@@ -170,6 +180,13 @@ def one_fold(
                 for kind in ("oof", "test") if number != "full" else ("test",):
                     infer.write_fold(material, name, seed, number, kind, inside)
     print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
+
+
+def _order(cfg: Config, seed: int, fold: int | str) -> dict[str, Any]:
+    """What the other processes of a torchrun hear (gang.py): without bars and W&B, which are for the first."""
+    told = cfg.model_dump()
+    told["machine"]["progress"], told["track"]["mode"] = False, "none"
+    return {"config": told, "seed": seed, "fold": fold}
 
 
 def predict(name: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False) -> None:

@@ -142,6 +142,9 @@ class Train(Section):
     accumulate: Count
     amp: Literal["fp32", "fp16", "bf16"]
     ema: BelowOne | None
+    grad_checkpointing: bool
+    channels_last: bool
+    compile: bool
     threads: Count
     checkpoint_every: Annotated[int, Field(ge=0)]
     seeds: Annotated[list[int], Field(min_length=1)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from comp.refused import Refused
@@ -31,6 +34,14 @@ def device(wanted: str) -> torch.device:
 
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise Refused(f"machine.device: {wanted}: torch finds no GPU here; auto takes what there is")
+    if processes() > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
+        mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if mine >= there:
+            raise Refused(
+                f"torchrun: {mine + 1} processes on a machine of {there} GPUs; --nproc-per-node {there}"
+            )
+        torch.cuda.set_device(mine)
+        return torch.device("cuda", mine)
     if wanted != "auto":
         return torch.device(wanted)
     if torch.cuda.is_available():
@@ -39,23 +50,64 @@ def device(wanted: str) -> torch.device:
 
 
 def processes() -> int:
-    """How many train this one model together: torchrun says."""
+    """How many torchrun has started, on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Stop:
-    """Ctrl+C asks: the loop saves its state at the next step and ends. A second Ctrl+C does not wait."""
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
-    def __init__(self) -> None:
-        self.asked = False
+
+class Stopped(KeyboardInterrupt):
+    """Stopped where everything is saved, and in all processes at the same place."""
+
+
+class Stop:
+    """Ctrl+C asks, and so does a time limit: the loop saves its state at the next step and ends. A second Ctrl+C does not wait."""
+
+    MARGIN = 10.0  # seconds for the end itself: the last state, W&B, the table; a tenth of a limit shorter than 100 s
+
+    def __init__(
+        self, limit: float | None = None, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limit, self.quiet, self.clock = limit, quiet, clock
+        self.looked = self.began = clock()
+        self.longest = 0.0  # seconds between two looks at the clock: no look, no end
+        self._asked = False
+        self.out_of_time = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._ask)
 
+    @property
+    def asked(self) -> bool:
+        """True from the moment when another stretch as long as the longest so far might not end in time."""
+        if self.limit is not None and not self._asked:
+            now = self.clock()
+            self.longest, self.looked = max(self.longest, now - self.looked), now
+            left = self.limit - min(self.MARGIN, self.limit / 10) - (now - self.began)
+            self._asked = self.out_of_time = left < 1.2 * self.longest
+        return self._asked
+
+    @asked.setter
+    def asked(self, asked: bool) -> None:
+        self._asked = asked
+
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self._asked and not self.out_of_time:
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; Ctrl+C again to stop at once", file=sys.stderr, flush=True)
+        self._asked, self.out_of_time = True, False
+        if not self.quiet:
+            print("\nstopping after this step; Ctrl+C again to stop at once", file=sys.stderr, flush=True)
+
+
+def seconds(option: str, text: str) -> float:
+    """Of 8h30m, 9h, 45m or 90s."""
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
+    hours, minutes, rest = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    if not (total := 3600 * hours + 60 * minutes + rest) > 0:
+        raise Refused(f"{option} {text!r}: a time like 8h30m, 9h, 90m or 600s")
+    return total
 
 
 def cores() -> int:

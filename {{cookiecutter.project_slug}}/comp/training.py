@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from comp import machine
 from comp.verb import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
 
 
@@ -18,6 +19,7 @@ def train(args: Args) -> None:
         debug=args.debug,
         profile=args.profile,
         on=args.on,
+        stop=machine.Stop(machine.seconds("--time-limit", args.time_limit)) if args.time_limit else None,
     )
 
 
@@ -47,6 +49,7 @@ VERBS = {
         argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
         flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,
         ON,
+        argument("--time-limit", metavar="8h30m", help="end in time, with everything saved; the same command goes on"),
         flag("--profile", "say at the end where the time went"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
     "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from comp import bank, config, folds, samples, score, store
+from comp import bank, config, folds, machine, samples, score, store
 from comp.config import Config, Refused
 from comp.deliver import kernel, rehearse
 from comp.ensemble import average, blend, declare
@@ -27,7 +27,7 @@ class Team:
 
 def fit(name: str, text: str) -> str:
     """The name of what fits: NAME itself, a member with fewer views, or a new ensemble NAME-<budget>."""
-    limit = seconds(text)
+    limit = machine.seconds("--budget", text)
     cfg = config.load(store.root(), "base").config
     if not rehearse.file_of(name).exists():
         kernel.build(name)
@@ -77,18 +77,6 @@ def measure(name: str) -> None:
     except Refused:
         if not rehearse.file_of(name).exists():
             raise
-
-
-def seconds(text: str) -> float:
-    """9h, 90m, 600s"""
-    unit = {"h": 3600.0, "m": 60.0, "s": 1.0}.get(text[-1:], 0.0)
-    try:
-        found = float(text[:-1]) * unit
-    except ValueError:
-        found = 0.0
-    if not found > 0:
-        raise Refused(f"--budget {text!r}: a time like 9h, 90m or 600s")
-    return found
 
 
 def cost(team: Team, facts: dict[str, Any]) -> float:

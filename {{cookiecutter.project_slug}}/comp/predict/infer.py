@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from comp import bank, config, members, objective, predictions, store
 from comp.config import Refused
+from comp.machine import Stopped
 from comp.predict import neighbours, tta
 from comp.samples import Positions
 from comp.tasks import Head
@@ -103,6 +104,12 @@ def _said(
     with tqdm(
         total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
     ) as bar:
+
+        def told(count: int) -> None:
+            bar.update(count)
+            if material.stop.asked:  # its weights are sealed, so a later start begins with the predictions
+                raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
+
         raw, damaged = outputs_of(
             module,
             material.feed,
@@ -111,7 +118,7 @@ def _said(
             seen,
             cfg.train.amp,
             views,
-            on_batch=bar.update,
+            on_batch=told,
         )
     if not np.isfinite(raw).all():
         raise Refused(

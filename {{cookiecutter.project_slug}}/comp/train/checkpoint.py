@@ -14,12 +14,15 @@ import torch
 
 from comp import store
 from comp.config import Refused
+from comp.train import distributed
 
 State = dict[str, Any]
 
 
 def save(folder: Path, step: int, state: State, log: int) -> None:
-    """`log` is where log.jsonl ends at this step: what stands behind it is cut off when the run goes on from here."""
+    """Of several processes the first alone saves. `log` is where log.jsonl ends at this step: what stands behind it is cut off when the run goes on from here."""
+    if not distributed.first():
+        return
     file = folder / f"state-{step:08d}.pt"
     written = io.BytesIO()  # torch's own writer answers a full disk with a RuntimeError of its own kind
     torch.save(state, written)
@@ -34,7 +37,8 @@ def newest(folder: Path, device: torch.device) -> State | None:
     if not files:
         return None
     file = store.verified(files[-1], "start this fold again with --fresh")
-    state = torch.load(file, map_location=device, weights_only=True)
+    place = device if distributed.count() == 1 else "cpu"  # from where the others get it
+    state = torch.load(file, map_location=place, weights_only=True)
     if not isinstance(state, dict):
         raise Refused(f"{store.shown(file)}: is not a training state")
     return state

@@ -11,7 +11,6 @@ Three ways lead to the same pixels. Which one is taken follows from the recipe a
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from comp.config import Config
 from comp.prepare import cache
@@ -31,8 +30,9 @@ from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
 from comp.train import augment, balance, beside
 from comp.train.draws import mixed
+from comp.train.processes import AHEAD, Processes
 
-AHEAD = 4  # batches that each worker has ready
+WHOLE = 4  # neighbours in the epoch's list that a mixture may join: cuts leave them together where they can
 
 
 class Draw(NamedTuple):
@@ -59,6 +59,26 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         owner = None if self.owner is None else self.owner.to(device, non_blocking=True)
         return replace(self, pictures=self.pictures.to(device, non_blocking=True), owner=owner)
+
+    def cut(self, size: int) -> Iterator[Batch]:
+        """The same samples in pieces of at most `size`."""
+        if len(self.samples) <= size:
+            yield self
+            return
+        for start in range(0, len(self.samples), size):
+            part = slice(start, start + size)
+            mine: Any = part
+            if self.owner is not None:
+                mine = ((self.owner >= start) & (self.owner < start + size)).cpu()
+            yield Batch(
+                self.samples[part],
+                self.pictures[mine],
+                None
+                if self.seeds is None
+                else self.seeds[np.asarray(mine) if self.owner is not None else part],
+                {},
+                None if self.owner is None else self.owner[mine] - start,
+            )
 
 
 Plan = Iterable[list[Draw]]
@@ -192,8 +212,7 @@ class Feed:
             return map(self.pictures.batch, plan)
         if all(change.threads for change in self.pictures.augment.values()):
             return self._by_threads(plan)
-        self.processes.batch_sampler.plan = plan  # type: ignore[union-attr]
-        return iter(self.processes)
+        return self.processes.batches(plan)
 
     def _by_threads(self, plan: Plan) -> Iterator[Batch]:
         pinned = self.device.type == "cuda"
@@ -216,35 +235,8 @@ class Feed:
         return ThreadPoolExecutor(self.cfg.machine.workers, "pictures")
 
     @cached_property
-    def processes(self) -> DataLoader[Any]:
-        return DataLoader(
-            self.pictures,
-            batch_sampler=_Plan(),
-            num_workers=self.cfg.machine.workers,
-            collate_fn=stacked,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=True,
-            prefetch_factor=AHEAD,
-            worker_init_fn=_alone,
-        )
-
-
-class _Plan:
-    """A batch sampler whose batches are set from outside, so that one DataLoader can read anything."""
-
-    plan: Plan = ()
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.plan)
-
-
-def _alone(worker: int) -> None:
-    """OpenCV and torch start a pool in every worker otherwise, and they fight for two cores."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl+C reaches the whole group: the trainer decides when to stop
+    def processes(self) -> Processes[list[Draw], Batch]:
+        return Processes(self.pictures, stacked, self.cfg.machine.workers, self.device.type == "cuda")
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from comp.config import Refused
 from comp.samples import Positions, Samples
+from comp.train import distributed
 from comp.train.augment import Seen
 from comp.train.data import Feed, plain_batches
 
@@ -33,13 +34,16 @@ def outputs_of(
     views: Sequence[View] = (plain,),
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
+    """(views, rows, network outputs), and for each row whose picture is damaged the reason. Where all processes of a training
+    ask for the same, each goes through its share of the rows, and all get all."""
+    shared = distributed.sharing()
+    mine = rows[distributed.rank() :: distributed.count()] if shared else rows
     device = seen.normal.device
     module.eval()
     fitting = Fitting(module, batch_size)
     damaged: dict[int, str] = {}
     out: list[Tensor] = []
-    for batch in feed.batches(plain_batches(rows, batch_size)):
+    for batch in feed.batches(plain_batches(mine, batch_size)):
         damaged |= batch.damaged
         extras = feed.extras(batch)
         pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
@@ -47,7 +51,20 @@ def outputs_of(
             # Decoded once: the views turn the uint8 batch.
             out.append(torch.stack([fitting(seen(view(pictures)), extras).float() for view in views]).cpu())
         on_batch(len(batch.samples))
-    return torch.cat(out, dim=1).numpy(), damaged
+    found = torch.cat(out, dim=1).numpy() if out else np.empty((len(views), 0, 0), np.float32)
+    return _joined(len(rows), distributed.everybody((found, damaged))) if shared else (found, damaged)
+
+
+def _joined(
+    count: int, parts: list[tuple[NDArray[np.float32], dict[int, str]]]
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Every row once, in its place."""
+    views, _, width = parts[0][0].shape
+    whole = np.empty((views, count, width), np.float32)
+    for rank, (part, _) in enumerate(parts):
+        if part.size:
+            whole[:, rank :: len(parts)] = part
+    return whole, {row: reason for _, damaged in parts for row, reason in damaged.items()}
 
 
 class Fitting:

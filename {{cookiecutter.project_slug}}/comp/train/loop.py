@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from comp import machine, score, track
+from comp import score, track
 from comp.config import Config, Refused
 from comp.folds import Folds
-from comp.machine import Stop
+from comp.machine import Stop, Stopped
 from comp.samples import Positions, Samples
 from comp.train import (
     augment,
     balance,
     checkpoint,
     choice,
+    distributed,
     losses,
     margins,
     mixing,
@@ -32,18 +32,15 @@ from comp.train import (
     normal,
     optim,
     schedule,
+    speed,
 )  # fmt: skip
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
 from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of, refuse
 from comp.train.kept import Kept, renewal
-
-LOG_EVERY = 25  # steps between two looks at the losses: each look makes the CPU wait for the GPU
-
-
-class Pruned(Exception):
-    """Raised by a watcher that has seen enough of this setting."""
+from comp.train.looks import REMEDY, Looks, named
+from comp.train.room import Room
 
 
 def unwatched(report: dict[str, Any]) -> None:
@@ -62,7 +59,7 @@ class Material:
     stop: Stop
     clock: Clock
     watch: Callable[[dict[str, Any]], None] = (
-        unwatched  # sees every epoch; a search ends a fold here with Pruned
+        unwatched  # sees every epoch; a search ends a fold here with distributed.Pruned
     )
 
 
@@ -79,8 +76,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     if len(taught) == 0:
         raise Refused(f"fold {number}: no rows to train on")
     draw = balance.drawing(cfg, material.samples, taught)
-    span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)), machine.processes())
-    batch_size, accumulate, _, steps_per_epoch, steps = span
+    span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
+    batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
     targets = [
         _target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads
@@ -90,6 +87,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     # --- model ---------------------------------------------------------------------------------------------------------
     module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
     normal.fit(cfg, module, material.feed, taught)
+    network = speed.prepared(cfg, module)
     criterion = losses.total(cfg, material.samples, taught)
     mixture = mixing.loss(cfg, heads, criterion)
     optimizer = optim.optimizer(cfg, module)
@@ -103,24 +101,30 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- resume --------------------------------------------------------------------------------------------------------
     step, losses_seen = 0, list[float]()  # of this epoch
-    state = checkpoint.newest(folder, device)
+    state = distributed.from_first(checkpoint.newest(folder, device))
+    distributed.resumable(state)
     if state is not None:
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         kept.load(state["kept"])
+        distributed.same_files(folder)
         step, losses_seen = state["step"], state["losses"]
         curve.seen.extend(state["epochs"])
+    distributed.suits(cfg, batch_size, accumulate, module)
+    distributed.same_network(module)
+    room = Room(module, state["room"] if state else batch_size)
+    looks = Looks(log, material.samples, half == torch.float16, room.size)
 
     def save() -> None:
+        looks.weights(module, step)
         checkpoint.save(folder, step, {
-            "step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "kept": kept.state(), "losses": losses_seen, "epochs": curve.seen,
+            "step": step, "processes": distributed.count(), "room": room.size, "losses": losses_seen, "epochs": curve.seen,
+            "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "kept": kept.state(),
         }, log.offset())  # fmt: skip
 
     # --- epochs --------------------------------------------------------------------------------------------------------
-    pending: list[Tensor] = []
-    rates: list[float] = []
     bar = tqdm(
         total=steps,
         initial=step,
@@ -140,46 +144,54 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         seen = augment.Seen(normal.of(cfg, module, device), augment.of_day(cfg, today))
         mix = mixing.of_day(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = material.feed.batches(plan, today)
+        batches = material.feed.batches(distributed.share(plan, accumulate), today)
         while step < (epoch + 1) * steps_per_epoch:
-            torch.manual_seed(mixed(seed, step, 4))  # dropout and whatever else draws on the device
-            rates.append(curve.rate(step))
-            optim.set_rate(optimizer, rates[-1], curve.momentum(step))
-            for _ in range(accumulate):
-                batch = _whole(next(batches), material)
-                clock.lap("waiting for pictures")
-                pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
-                pictures, parts = mix(pictures, batch.seeds)  # of a mixture: whose targets, with which share
-                clock.lap("colour and normalising")
-                truth = [target[batch.samples] for target in targets]
-                with torch.autocast(device.type, half, enabled=half is not None):
-                    output = module(pictures, **material.feed.extras(batch))  # (batch, outputs of all heads)
-                each = mixture(output, truth, weight[batch.samples], parts)  # (batch,), weighted
-                loss = losses.reduced(each, cfg.loss.hardest) / accumulate
-                clock.lap("forward")
-                scaler.scale(loss).backward()
-                clock.lap("backward")
-                pending.append(loss.detach())
-                drawn += len(batch.samples)
+            optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
+            looks.begin(step + 1, curve.rate(step))
+            room.begin(
+                (_whole(next(batches), material) for _ in range(distributed.passes(accumulate))),
+                mixed(seed, step, 4, distributed.rank()),
+            )
+            drawn += span.effective
+            clock.lap("waiting for pictures")
+            while room.to_do:
+                with room.fits(looks.again):
+                    batch = room.to_do.popleft()
+                    pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
+                    pictures, parts = mix(pictures, batch.seeds)  # parts: whose targets, with which share
+                    clock.lap("colour and normalising")
+                    truth = [target[batch.samples] for target in targets]
+                    with torch.autocast(device.type, half, enabled=half is not None):
+                        output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
+                    each = mixture(output, truth, weight[batch.samples], parts)  # (batch,), weighted
+                    loss = losses.reduced(each, cfg.loss.hardest) * (len(batch.samples) / span.effective)
+                    clock.lap("forward")
+                    scaler.scale(loss).backward()
+                    clock.lap("backward")
+                    looks.note(batch.samples, each, loss)
+            distributed.sum_gradients(module)
             if cfg.optim.clip is not None:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.clip)
+                looks.note_gradient(nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.clip))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            step += 1
-            kept.after_step(step)
             clock.lap("step")
+            step += 1
             bar.update()
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            if last or inside or material.stop.asked or len(pending) >= LOG_EVERY * accumulate:
-                losses_seen += _note(log, pending, step, accumulate, rates)
+            stopping = distributed.anybody(material.stop.asked) and not last
+            if last or inside or stopping or looks.due or step in kept.ends:
+                losses_seen += looks.look(room.size)
                 bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}")
-            if inside or (material.stop.asked and not last):
+            if step in kept.ends:
+                looks.weights(module, step)
+            kept.after_step(step)
+            if inside or stopping:
                 save()
-            if material.stop.asked and not last:
-                raise KeyboardInterrupt(f"saved at step {step} of {steps}")
+            if stopping:
+                raise Stopped(f"saved at step {step} of {steps}")
         report = {
             "epoch": epoch + 1,
             "step": step,
@@ -189,11 +201,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
         clock.lap("log and checkpoint")
-        report |= validate(material, kept.current, seen, criterion, watched, targets)
+        report |= validate(material, kept.current, seen, criterion, watched, targets, step)
         report |= kept.after_epoch(epoch + 1, judge)
         clock.lap("validation")
         log.log(report)
-        material.watch(report)
+        distributed.watched(material.watch, report)
         bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
         save()
         kept.drop(epoch + 1)
@@ -212,19 +224,22 @@ def validate(
     criterion: losses.Total,
     rows: Positions,
     targets: list[Tensor],
+    step: int,
 ) -> dict[str, float]:
     """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
     if len(rows) == 0:
         return {}
     cfg = material.cfg
+    distributed.same_statistics(module)
     raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
     refuse(damaged, material.samples)
     truth = [target[rows].cpu() for target in targets]
-    report = {"valid_loss": float(criterion(torch.from_numpy(raw[0]), truth).mean())}
-    if not math.isfinite(report["valid_loss"]):
-        raise Refused(
-            f"the loss on the validation rows is {report['valid_loss']}: lower optim.rate, or train.amp=fp32"
+    loss = criterion(torch.from_numpy(raw[0]), truth).numpy()
+    if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
+        raise distributed.Agreed(
+            f"validation behind step {step}: NaN or inf{named(material.samples, bad)}: {REMEDY}; the last checkpoint is from before"
         )
+    report = {"valid_loss": float(loss.mean())}
     for head, stored in zip(
         material.samples.heads, model.decoded(cfg, material.samples.heads, raw[0]), strict=True
     ):
@@ -243,23 +258,6 @@ def _target(values: NDArray[Any], device: torch.device) -> Tensor:
 def _whole(batch: Batch, material: Material) -> Batch:
     refuse(batch.damaged, material.samples)
     return batch
-
-
-def _note(
-    log: track.Track, pending: list[Tensor], step: int, accumulate: int, rates: list[float]
-) -> list[float]:
-    """One record a step. Looking at the losses is what makes the CPU wait, so it is done for many steps at once."""
-    values: list[float] = torch.stack(pending).view(-1, accumulate).sum(1).tolist()
-    first = step - len(values) + 1
-    for number, (loss, rate) in enumerate(zip(values, rates, strict=True), first):
-        if not math.isfinite(loss):
-            raise Refused(
-                f"the loss is {loss} at step {number}: lower optim.rate, or train.amp=fp32; the last checkpoint is from before"
-            )
-        log.log({"step": number, "loss": loss, "rate": rate})
-    pending.clear()
-    rates.clear()
-    return values
 
 
 def _quiet(cfg: Config) -> bool | None:

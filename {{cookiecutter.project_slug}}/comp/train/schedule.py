@@ -19,28 +19,25 @@ BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share
 
 
 class Span(NamedTuple):
-    """How long a fold trains."""
+    """How long a fold trains, however many processes share the work."""
 
     batch_size: int  # images a forward pass
-    accumulate: int  # forward passes a step, in each process
-    processes: int
+    accumulate: int  # forward passes a step
     steps_per_epoch: int
     steps: int
 
     @property
     def effective(self) -> int:
         """Images a step."""
-        return self.batch_size * self.accumulate * self.processes
+        return self.batch_size * self.accumulate
 
 
-def span(cfg: Config, drawn: int, processes: int = 1) -> Span:
+def span(cfg: Config, drawn: int) -> Span:
     """`drawn` is how many samples an epoch draws. A set smaller than a batch is a batch; what does not fill a step is left out."""
-    batch_size = min(cfg.train.batch_size, drawn // processes)
-    if batch_size == 0:
-        raise Refused(f"{drawn} rows to train on are fewer than {processes} processes")
-    accumulate = min(cfg.train.accumulate, drawn // (batch_size * processes))
-    steps_per_epoch = drawn // (batch_size * accumulate * processes)
-    return Span(batch_size, accumulate, processes, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
+    batch_size = min(cfg.train.batch_size, drawn)
+    accumulate = min(cfg.train.accumulate, drawn // batch_size)
+    steps_per_epoch = drawn // (batch_size * accumulate)
+    return Span(batch_size, accumulate, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
 
 
 def peak(cfg: Config, effective: int) -> float:

@@ -38,7 +38,7 @@ def count_of(joined: Joined) -> int:
 
 def run(joined: Joined, trial: Trial, setting: Setting, stop: machine.Stop, until: float) -> TrialState:
     """To its end, which is told to the study last of all. What ends a trial early says so in its user_attrs first."""
-    from comp.train.loop import Pruned
+    from comp.train.distributed import Pruned
 
     folder = store.run_folder(name_of(joined, trial))
     attrs: dict[str, Any] = {}
@@ -183,7 +183,7 @@ class Watch:
             self.judge(self.number + 1 if self.by_fold else (self.number + 1) * self.cfg.train.epochs, mean)
 
     def judge(self, step: int, value: float) -> None:
-        from comp.train.loop import Pruned
+        from comp.train.distributed import Pruned
 
         if len(self.joined.space.objectives) > 1 or not math.isfinite(value):
             return  # Optuna prunes by one number only

@@ -1,0 +1,173 @@
+"""Several processes train one fold: with real torchrun, over gloo, against one process on the same config."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import config
+from safetensors.torch import load_file
+
+from comp import bank, folds, jobs, samples, store, track
+from comp.config import Refused
+from comp.train import distributed
+from comp.train.data import Draw
+
+# Everything that draws but dropout, on a network without batch norm, and an optimizer that does not blow rounding up.
+SHARED = [
+    "track=none", "machine.workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
+    "optim.rate=0.05", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
+]  # fmt: skip
+
+
+def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    return subprocess.Popen(
+        [*starter, "-m", "comp", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+    )
+
+
+def trained(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    folder = store.fold_folder(name, 0, 0)
+    weights = load_file(folder / "weights.safetensors")
+    return torch.cat([weights[key].double().flatten() for key in sorted(weights)]), track.read(
+        folder / "log.jsonl"
+    )
+
+
+def away(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_two_processes_are_one(project: Path) -> None:
+    """Weights to 1e-5, losses and validation too; every row is predicted once; nothing is left by the second process."""
+    assert distributed.count() == 1
+    jobs.train("exp001", [*SHARED, "train.batch_size=32"], fold="0", name="one")
+    jobs.train("exp001", [*SHARED, "train.batch_size=8", "train.accumulate=4"], fold="0", name="cut")
+    both = torchrun("train", "exp001", *SHARED, "train.batch_size=32", "--fold", "0", "--as", "two")
+    said = both.communicate()[0]
+    assert both.returncode == 0, said
+    assert said.count("1 of 1 folds to train") == 1, said
+    (one, log), (cut, _), (two, log_of_two) = trained("one"), trained("cut"), trained("two")
+    assert away(cut, one) < 1e-5 and away(two, one) < 1e-5 and not torch.equal(two, torch.zeros_like(two))
+    for key in ("loss", "valid_loss"):
+        values = [[line[key] for line in lines if key in line] for lines in (log, log_of_two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) == (
+            6 if key == "loss" else 2
+        )
+    table = samples.load()
+    split = folds.load(table)
+    oof = bank.read(store.fold_folder("two", 0, 0) / "oof.arrow", table, split)
+    assert sorted(oof.row.tolist()) == sorted(split.split(0)[1][:100].tolist())
+    state = store.fold_folder("two", 0, 0)
+    for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
+        (state / file).unlink()
+    with pytest.raises(Refused, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
+        jobs.train("exp001", [*SHARED, "train.batch_size=32"], fold="0", name="two")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: Path) -> None:
+    """With passes dealt out whole, and batch norm, whose statistics are those of the first process."""
+    told = [
+        *SHARED,
+        "model.name=test_resnet",
+        "train.batch_size=16",
+        "train.accumulate=2",
+        "train.epochs=8",
+        "--fold",
+        "0",
+        "--as",
+    ]
+    whole = torchrun("train", "exp001", *told, "whole")
+    said = whole.communicate()[0]
+    assert whole.returncode == 0 and "batch norm (bn1)" in said, said
+    stopped = torchrun("train", "exp001", *told, "again")
+    log = store.fold_folder("again", 0, 0) / "log.jsonl"
+    while stopped.poll() is None and not (log.exists() and b'"epoch": 2' in log.read_bytes()):
+        time.sleep(0.01)  # until the event, not for a time
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate()[0]
+    assert "saved at step" in said, said
+    again = torchrun("train", "exp001", *told, "again")
+    assert again.wait() == 0
+    for file in ("weights.safetensors", "oof.arrow"):
+        hashes = {store.sha256(store.fold_folder(name, 0, 0) / file) for name in ("whole", "again")}
+        assert len(hashes) == 1 or file == "oof.arrow", file  # the run's name is in oof.arrow
+    assert not list(Path(store.root()).glob("**/comp-*")), "the second process keeps nothing"
+    shutil.rmtree(store.run_folder("whole"))
+
+
+def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+
+
+@pytest.mark.parametrize(("accumulate", "passes"), [(1, 1), (2, 1), (3, 3), (4, 2)])
+def test_each_draw_of_a_step_is_somebodys_once(
+    monkeypatch: pytest.MonkeyPatch, accumulate: int, passes: int
+) -> None:
+    plan = [[Draw(8 * number + i, i) for i in range(8)] for number in range(2 * accumulate)]
+    shares = []
+    for rank in range(2):
+        as_one_of(2, rank, monkeypatch)
+        assert distributed.passes(accumulate) == passes
+        shares.append(list(distributed.share(plan, accumulate)))
+        assert len(shares[-1]) == 2 * passes
+    for step in range(2):  # the same step in all processes
+        mine = [
+            draw for share in shares for part in share[step * passes : (step + 1) * passes] for draw in part
+        ]
+        assert sorted(mine) == sorted(
+            draw for part in plan[step * accumulate : (step + 1) * accumulate] for draw in part
+        )
+
+
+def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_one_of(4, 0, monkeypatch)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with pytest.raises(Refused, match="2 pictures a pass cannot be shared by 4 processes"):
+        distributed.suits(config(), 2, 1, network)
+    distributed.suits(config("loss.hardest=0.5"), 32, 1, network)
+    said = capsys.readouterr().err
+    assert "batch norm (1) normalises over 8 pictures" in said and "among 8 pictures, not 32" in said
+    assert "train.accumulate=4" in said
+    distributed.suits(config("loss.hardest=0.5"), 32, 4, network)
+    said = capsys.readouterr().err
+    assert "over 32 pictures" in said and "hardest" not in said and "train.accumulate" not in said
+    distributed.suits(config(), 32, 1, network[:1])
+    assert not capsys.readouterr().err
+
+
+def test_a_verb_for_one_process_says_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from comp import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["runs"]) == 2 and "comp train and comp tune" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["runs"]) == 2 and not capsys.readouterr().err
+
+
+def test_the_rows_of_all_processes_join_in_their_places() -> None:
+    from comp.train.evaluate import _joined
+
+    whole = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)
+    joined, damaged = _joined(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])
+    assert np.array_equal(joined, whole) and damaged == {0: "x", 1: "x", 2: "x"}

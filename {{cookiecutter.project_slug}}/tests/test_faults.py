@@ -1,0 +1,241 @@
+"""What goes wrong in a training, and what is left of it: NaN, no memory, dead loaders, no time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import config
+from test_training import TINY, refusal
+
+from comp import jobs, machine, own, samples, store, track
+from comp.train import data, losses, processes, room
+from comp.train.data import Batch
+
+
+def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the step on (counted in passes) a loss, or only its gradient, is not finite for the second sample of the batch."""
+    passes = 0
+    whole = losses.total
+
+    def total(*args: Any) -> Any:
+        right = whole(*args)
+
+        def wrong(output: torch.Tensor, targets: Any) -> torch.Tensor:
+            nonlocal passes
+            passes += output.requires_grad
+            out = right(output, targets)
+            if output.requires_grad and passes == step:
+                factor = torch.ones_like(out)
+                factor[1] = value
+                out = (
+                    out * factor
+                    if part == "loss"
+                    else out + (output.sum(1) - output.sum(1).detach()) * (factor - 1)
+                )
+            return out
+
+        return wrong
+
+    monkeypatch.setattr(losses, "total", total)
+
+
+@pytest.mark.parametrize(("part", "clip"), [("loss", "1.0"), ("gradient", "1.0"), ("gradient", "null")])
+def test_nan_names_step_and_samples_and_is_never_saved(
+    project: Path, monkeypatch: pytest.MonkeyPatch, part: str, clip: str
+) -> None:
+    broken(3, float("nan"), part, monkeypatch)
+    tiny = [*TINY, "train.batch_size=8", "train.checkpoint_every=1", f"optim.clip={clip}"]
+    said = refusal(lambda: jobs.train("exp001", tiny, fold="0", name="x"))
+    folder = project / "runs/x/seed0/fold0"
+    assert "step 3" in said and "lower optim.rate" in said, said
+    assert said.count(",") >= 1 and (clip == "null" or "samples" in said)
+    assert [file.name for file in folder.glob("state-*.pt")] == ["state-00000002.pt"]
+    assert not (folder / "weights.safetensors").exists()
+    monkeypatch.undo()
+
+
+class Cramped(torch.nn.Module):
+    """A network that holds at most `most` samples at once, and says what it was given."""
+
+    def __init__(self, module: torch.nn.Module, most: int):
+        super().__init__()
+        self.inside, self.most = module, most
+        self.given: list[int] = []
+
+    def forward(self, pictures: torch.Tensor, **more: Any) -> Any:
+        if self.training:
+            self.given.append(len(pictures))
+            if len(pictures) > self.most:
+                self.inside(pictures, **more)  # its batch norm has seen them already
+                raise torch.OutOfMemoryError("no room")
+        return self.inside(pictures, **more)
+
+
+def test_out_of_memory_halves_the_passes_and_keeps_the_step(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a network without batch norm the weights come out the same, to rounding; the log says what happened."""
+
+    def weights(most: int) -> tuple[torch.Tensor, list[int], list[dict[str, Any]]]:
+        made: list[Cramped] = []
+
+        def network(cfg: Any, outputs: int) -> torch.nn.Module:
+            torch.manual_seed(0)
+            flat = torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(32 * 32, 16), torch.nn.Linear(16, outputs)
+            )
+            made.append(Cramped(flat, most))
+            return made[-1]
+
+        monkeypatch.setattr(own.competition, "model", network, raising=False)
+        jobs.train("exp001", [*TINY, "train.batch_size=16", "train.accumulate=2"], fold="0", name=f"x{most}")
+        folder = project / f"runs/x{most}/seed0/fold0"
+        from safetensors.torch import load_file
+
+        file = load_file(folder / "weights.safetensors")
+        given = next(m.given for m in made if m.given)
+        return torch.cat([t.flatten() for t in file.values()]), given, track.read(folder / "log.jsonl")
+
+    whole, given, _ = weights(16)
+    assert given == [16, 16]
+    cramped, given, log = weights(5)
+    assert given == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4], "halved twice, each time from the step's beginning"
+    assert torch.allclose(whole, cramped, rtol=1e-5, atol=1e-7)
+    assert [line["pass_size"] for line in log if "pass_size" in line] == [4]
+    assert "out of memory: passes of 16 become passes of 8" in capsys.readouterr().err
+
+
+def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
+    network = torch.nn.BatchNorm1d(3)
+    place = room.Room(network, 4)
+    batch = Batch(torch.arange(4).numpy(), torch.randn(4, 3), None, {})
+    place.begin([batch], seed=1)
+    again: list[int] = []
+    cramped = Cramped(network.train(), 3)
+    with place.fits(lambda: again.append(1)):
+        cramped(place.to_do.popleft().pictures)
+    assert again == [1] and place.size == 2 and [len(piece.samples) for piece in place.to_do] == [2, 2]
+    assert (
+        not network.state_dict()["running_mean"].any()
+        and int(network.state_dict()["num_batches_tracked"]) == 0
+    )
+
+
+def test_pieces_of_several_images_a_sample_keep_their_owners() -> None:
+    owner = torch.tensor([0, 0, 1, 2, 2, 2])
+    batch = Batch(
+        torch.tensor([7, 8, 9]).numpy(), torch.arange(6)[:, None], torch.arange(6).numpy(), {}, owner
+    )
+    one, two = batch.cut(2)
+    assert (
+        one.pictures.flatten().tolist() == [0, 1, 2]
+        and one.owner is not None
+        and one.owner.tolist() == [0, 0, 1]
+    )
+    assert two.samples.tolist() == [9] and two.owner is not None and two.owner.tolist() == [0, 0, 0]
+    assert two.seeds is not None and two.seeds.tolist() == [3, 4, 5]
+
+
+def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_bytes(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = samples.load().positions("train")[:64]
+
+    def drawn(workers: int, victim: int | None = None) -> list[bytes]:
+        cfg = config(f"machine.workers={workers}", "machine.progress=false", "augment=heavy")
+        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        out = []
+        for number, batch in enumerate(feed.batches(data.training_batches(rows, 2, 7, 0, 0))):
+            out.append(batch.pictures.numpy().tobytes())
+            if number == victim:
+                for worker in feed.processes.loader._iterator._workers:  # type: ignore[union-attr]
+                    os.kill(worker.pid, signal.SIGKILL)
+        return out
+
+    assert drawn(2, victim=3) == drawn(0) and len(drawn(0)) == 32
+    assert "on with 1 from where it stopped" in capsys.readouterr().err
+
+
+def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a worker raises is no death."""
+    feed = data.Feed(
+        config("machine.workers=2", "machine.progress=false"), samples.load(), torch.device("cpu")
+    )
+
+    def dying(loader: Any) -> Any:
+        if loader:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(processes, "undisturbed", dying)
+    plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)
+    assert "machine.workers=0" in refusal(lambda: list(feed.batches(plan)))
+
+
+# --- no time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_time_is_read_as_people_write_it() -> None:
+    for text, seconds in {"8h30m": 30600, "90s": 90, "1.5h": 5400, "45m": 2700, "1h1m1s": 3661}.items():
+        assert machine.seconds("--time-limit", text) == seconds
+    for text in ("", "8", "0h", "-1h", "8h30", "soon"):
+        assert "8h30m" in refusal(lambda text=text: machine.seconds("--time-limit", text))  # type: ignore[misc]
+
+
+def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:
+    """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so far."""
+    ticks = iter([0, 10, 20, 320, 330, 340, 629, 631])
+    stop = machine.Stop(1000, clock=lambda: float(next(ticks)))
+    assert [stop.asked for _ in range(7)] == [False] * 6 + [True]
+    assert stop.longest == 300 and stop.out_of_time
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], machine.Stop]:
+    """A clock that goes on by a second at every look, so that a limit of n is n steps."""
+
+    def limited(limit: float) -> machine.Stop:
+        clock = itertools.count()
+        return machine.Stop(limit, clock=lambda: float(next(clock)))
+
+    monkeypatch.setattr(machine.Stop, "MARGIN", 1.0)
+    return limited
+
+
+def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
+    project: Path, ticking: Callable[[float], machine.Stop], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY, "train.batch_size=8", "train.epochs=2"]  # 6 steps an epoch
+    whole = [*tiny, "train.seeds=[0]"]
+    jobs.train("exp001", whole, fold="1", name="whole")
+    capsys.readouterr()
+    jobs.train("exp001", whole, name="x", stop=ticking(20))
+    said = capsys.readouterr().out
+    assert "time limit: saved at step" in said and said.strip().splitlines()[-1].startswith(
+        "next: comp train exp001"
+    )
+    assert "seed 0 fold 1, 2, 3, 4 to go" in said
+    assert (project / "runs/x/seed0/fold0/test.arrow").exists() and list(
+        (project / "runs/x/seed0/fold1").glob("state-*.pt")
+    )
+    jobs.train("exp001", whole, fold="1", name="x")
+    ends = {store.sha256(project / f"runs/{name}/seed0/fold1/weights.safetensors") for name in ("whole", "x")}
+    assert len(ends) == 1
+
+
+def test_predictions_that_the_limit_cut_are_made_at_the_next_start(
+    project: Path, ticking: Callable[[float], machine.Stop], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY, "train.batch_size=8", "predict.batch_size=8"]
+    jobs.train("exp001", tiny, fold="0", name="x", stop=ticking(11))
+    folder = project / "runs/x/seed0/fold0"
+    assert "time limit: oof of seed 0 fold 0" in capsys.readouterr().out
+    assert (folder / "weights.safetensors").exists() and not (folder / "oof.arrow").exists()
+    jobs.train("exp001", tiny, fold="0", name="x")
+    assert (folder / "oof.arrow").exists() and (folder / "test.arrow").exists()
