@@ -34,6 +34,10 @@ def device(wanted: str) -> torch.device:
 
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise Refused(f"machine.device: {wanted}: torch finds no GPU here; auto takes what there is")
+    if processes() > 1 and wanted.startswith("cuda:"):
+        raise Refused(
+            f"machine.device: {wanted} is one GPU, and torchrun gives each process its own; leave it at auto"
+        )
     if processes() > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:

@@ -79,7 +79,7 @@ def test_killed_and_run_again_gives_the_same_bytes(root: Path, name: str) -> Non
     assert forked(train) == 0
     whole = left(root)
     draw = random.Random(zlib.crc32(name.encode()))
-    for _ in range(1 if name in QUICK else 3):
+    for _ in range(1 if name in QUICK else 2):
         shutil.rmtree(root / "runs")
         event = draw.randrange(10, 50)
         assert os.WIFSIGNALED(forked(killed_at(event, train))), f"there are fewer than {event} events"
