@@ -38,6 +38,7 @@ class Data(Section):
     fit: Literal["stretch", "cover", "contain"]
     margin: Annotated[float, Field(ge=1, le=2)]
     channels: Annotated[int, Field(ge=1, le=64)]
+    depth: Literal[8, 16, 32]
     images: Count
     normalise: Literal["model", "data", "minmax", "none"]
     whiten: Literal["none", "pca", "zca"]

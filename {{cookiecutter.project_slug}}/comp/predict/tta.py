@@ -1,4 +1,4 @@
-"""Views of a picture for test-time augmentation: small functions on the uint8 batch (batch, channels, height, width).
+"""Views of a picture for test-time augmentation: small functions on the batch as it was loaded (batch, channels, height, width).
 
 `predict.tta` lists them by name; what they say of one picture is averaged in `predict.space`. Classification and
 regression look the same from every side, so nothing has to be turned back.
@@ -60,7 +60,7 @@ def part(x: Tensor, share: float, down: float, across: float) -> Tensor:
     top, left = round((side - kept) * down), round((side - kept) * across)
     piece = x[:, :, top : top + kept, left : left + kept].float()
     larger = F.interpolate(piece, size=(side, side), mode="bilinear", antialias=True)
-    return larger.round().clamp(0, 255).to(x.dtype)
+    return larger if x.is_floating_point() else larger.round().clamp(0, torch.iinfo(x.dtype).max).to(x.dtype)
 
 
 # Closer looks: three scales, and the corners that with crop_middle are the five crops. They lose the rim, so they are no symmetries.

@@ -1,7 +1,11 @@
-"""Pictures that are numbers: .npy bytes, DICOM, and TIFF stacks whose pages are channels, to uint8 by a rule that one declares.
+"""Pictures that are numbers: .npy bytes, DICOM, and TIFF stacks whose pages are channels, to grey levels by a rule that one declares.
 
-`competition.pixels.range: [low, high]` says which numbers become 0 and 255. Without it: uint8 as it is, uint16 its high byte
-(as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is refused.
+`competition.pixels.range: [low, high]` says which numbers become 0 and the brightest level. Without it: uint8 as it is, uint16 its
+high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
+refused.
+
+`data.depth` says how fine the levels are: 8 bits, 16 (0 to 65535, so that 16 bit files stay whole), or 32 (floating point in units
+of 8 bits; nothing is cut off at the ends, and without a range numbers stay as they are).
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
+KINDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
+BRIGHTEST = {8: 255, 16: 65535, 32: 255}
 
 
 class Damaged(Exception):
@@ -30,11 +36,12 @@ class Damaged(Exception):
 
 
 class Numbers(NamedTuple):
-    """What competition.pixels says of pictures that are numbers."""
+    """What competition.pixels says of pictures that are numbers, and data.depth of all."""
 
     low: float | None = None
     high: float | None = None
     shape: tuple[int, ...] = ()
+    depth: int = 8
 
 
 def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixels]:
@@ -58,7 +65,7 @@ def _npy(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
         array = array.astype(np.uint8) * 255
     if not np.issubdtype(array.dtype, np.number) or not array.size:
         raise Damaged(name, f"holds no numbers but {array.dtype} of shape {array.shape}")
-    return uint8(_layout(array, channels, numbers, name), numbers, name)
+    return levels(_layout(array, channels, numbers, name), numbers, name)
 
 
 def _layout(array: NDArray[Any], channels: int, numbers: Numbers, name: str) -> NDArray[Any]:
@@ -94,24 +101,38 @@ def _wanted(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
     raise Damaged(name, f"has {array.shape[2]} channels, and data.channels wants {channels}")
 
 
-def uint8(array: NDArray[Any], numbers: Numbers, name: str) -> Pixels:
+def levels(array: NDArray[Any], numbers: Numbers, name: str) -> Pixels:
     if numbers.low is not None and numbers.high is not None:
-        return _between(array, numbers.low, numbers.high)
+        return _between(array, numbers.low, numbers.high, numbers.depth)
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)
+        return deepened(array, numbers.depth)
+    if array.dtype == np.uint16 and numbers.depth < 32:
+        return np.ascontiguousarray(array) if numbers.depth == 16 else (array >> 8).astype(np.uint8)
+    if numbers.depth == 32:
+        if not np.isfinite(array).all():
+            raise Damaged(
+                name, "holds NaN or infinity; say competition.pixels.range, or mend it in load_image"
+            )
+        return np.ascontiguousarray(array, np.float32)
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
-        return array.astype(np.uint8)  # grey levels that a table or json carries as other numbers
+        # grey levels that a table or json carries as other numbers
+        return deepened(array.astype(np.uint8), numbers.depth)
     raise Damaged(
         name, f"numbers from {low:g} to {high:g}: say competition.pixels.range, what becomes 0 and 255"
     )
 
 
-def _between(array: NDArray[Any], low: float, high: float) -> Pixels:
+def deepened(picture: NDArray[np.uint8], depth: int) -> Pixels:
+    """8 bits in another depth: 255 stays the brightest."""
+    return np.ascontiguousarray(picture, KINDS[depth]) * KINDS[depth](BRIGHTEST[depth] // 255)
+
+
+def _between(array: NDArray[Any], low: float, high: float, depth: int) -> Pixels:
     share = (np.nan_to_num(array.astype(np.float64), nan=low) - low) / max(high - low, 1e-12)
-    return np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8)
+    if depth == 32:
+        return (share * 255).astype(np.float32)
+    return np.rint(np.clip(share, 0, 1) * BRIGHTEST[depth]).astype(KINDS[depth])
 
 
 def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
@@ -137,10 +158,13 @@ def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
         array = np.moveaxis(array, 0, -1) if not colour and len(array) == channels else array[0]
     if not colour:
         low, high = _window(file, array, numbers)
-        array = _between(array, low, high)
+        array = _between(array, low, high, numbers.depth)
         if meaning == "MONOCHROME1":  # the lowest number is the brightest
-            array = 255 - array
-    return _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name).astype(np.uint8)
+            array = KINDS[numbers.depth](BRIGHTEST[numbers.depth]) - array
+    elif array.dtype == np.uint8:
+        array = deepened(array, numbers.depth)
+    wanted = _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name)
+    return wanted.astype(KINDS[numbers.depth])
 
 
 def _window(file: Any, array: NDArray[Any], numbers: Numbers) -> tuple[float, float]:
@@ -167,4 +191,4 @@ def _stack(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | 
         raise Damaged(name, f"broken, {str(error) or type(error).__name__}") from None
     if len({page.shape for page in pages}) > 1:
         raise Damaged(name, "its pages differ in size, so they cannot be channels")
-    return uint8(np.stack(pages, -1), numbers, name)
+    return levels(np.stack(pages, -1), numbers, name)

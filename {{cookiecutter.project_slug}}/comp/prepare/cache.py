@@ -1,4 +1,4 @@
-"""data/cache/<key>: every picture decoded once, to uint8 at the run's size, in one memory-mapped file.
+"""data/cache/<key>: every picture decoded once, at the run's size and depth, in one memory-mapped file.
 
     pixels.bin          the pictures one after the other, only ever appended to
     index-<hash>.arrow  one line a file: offset, shape, crc32, and of its source: bytes, mtime, hash; or why it is damaged
@@ -63,14 +63,14 @@ class Cached:
 
     @cached_property
     def pages(self) -> _Pages:
-        return _Pages(self.index_file)
+        return _Pages(self.index_file, np.dtype(self.how.kind))
 
     def __getstate__(self) -> dict[str, Any]:
         """Mappings do not travel to another process."""
         return {key: value for key, value in self.__dict__.items() if key != "pages"}
 
 
-# images[i]: (height, width, channels) uint8; raises Damaged, whose text names file and reason.
+# images[i]: (height, width, channels) of data.depth; raises Damaged, whose text names file and reason.
 Images = Direct | Cached
 
 
@@ -79,7 +79,8 @@ class _Pages:
 
     KEEP = 2**24  # bytes of pixels: what stays mapped counts as this process's memory
 
-    def __init__(self, index_file: Path):
+    def __init__(self, index_file: Path, kind: np.dtype[Any]):
+        self.kind = kind
         self.folder = index_file.parent
         self.table = index.mapped(index_file)
         self.offset, *self.shape, self.crc = (
@@ -87,7 +88,7 @@ class _Pages:
         )
         self.checked = np.zeros(len(self.table), bool)
         self.touched = 0
-        file, end = self.folder / "pixels.bin", index.end(self.table)
+        file, end = self.folder / "pixels.bin", index.end(self.table, kind.itemsize)
         if file.stat().st_size < end:
             raise index.broken(
                 self.folder, f"{store.shown(file)}: {end - file.stat().st_size} bytes are missing at its end"
@@ -97,7 +98,8 @@ class _Pages:
 
     def picture(self, at: int) -> Pixels:
         height, width, channels = (int(column[at]) for column in self.shape)
-        size = height * width * channels
+        count = height * width * channels
+        size = count * self.kind.itemsize
         if self.map is None or not size:
             raise Damaged(self.table["name"][at].as_py(), self.table["reason"][at].as_py())
         self.touched += size
@@ -105,7 +107,7 @@ class _Pages:
             # Views handed out stay valid: their pages come again, from the page cache.
             self.touched = size
             self.map.madvise(mmap.MADV_DONTNEED)
-        pixels = np.frombuffer(self.map, np.uint8, size, int(self.offset[at]))
+        pixels = np.frombuffer(self.map, self.kind, count, int(self.offset[at]))
         if not self.checked[at]:
             if zlib.crc32(pixels.data) != self.crc[at]:
                 name = self.table["name"][at].as_py()

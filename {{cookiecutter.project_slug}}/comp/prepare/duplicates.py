@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from comp import folds, pictures, store, table
 from comp.config import Config
 from comp.prepare import cache, making, near
+from comp.prepare.arrays import BRIGHTEST
 from comp.prepare.images import Damaged
 from comp.samples import Samples
 
@@ -88,7 +89,7 @@ def _looked(cfg: Config, names: list[str]) -> tuple[near.Grey, list[str]]:
     listed = images.pages.table["hash"] if isinstance(images, cache.Cached) else None
     for at, name in enumerate(names):
         try:
-            grey[at] = images[at].mean(axis=2)
+            grey[at] = images[at].mean(axis=2) / (BRIGHTEST[cfg.data.depth] // 255)
         except Damaged:
             continue
         if listed is not None and isinstance(images, cache.Cached) and images.where[at] >= 0:

@@ -59,7 +59,7 @@ class NoRoom(Refused):
 def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], progress: bool) -> Path:
     """Adds to the cache what it lacks of these files. Called under the folder's lock; returns the index that counts."""
     before = index.current(folder)
-    lines = _resumed(folder, before)
+    lines = _resumed(folder, how, before)
     known = _merged(before, lines)
     stale = np.flatnonzero(index.where(names, found, known) == index.STALE)
     if before is not None and not len(stale) and not lines:
@@ -156,7 +156,7 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> None:
     journal.flush()
 
 
-def _resumed(folder: Path, before: Path | None) -> list[Line]:
+def _resumed(folder: Path, how: Making, before: Path | None) -> list[Line]:
     """What a killed build had finished; pixels.bin and journal end there. Lines that have come to count do no harm again."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
     journal.touch()
@@ -165,7 +165,8 @@ def _resumed(folder: Path, before: Path | None) -> list[Line]:
     text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
     lines = [Line(*values) for part in text.splitlines() for values in json.loads(part)]
     counted = store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0
-    end = max([counted] + [line.offset + line.height * line.width * line.channels for line in lines])
+    each = np.dtype(how.kind).itemsize
+    end = max([counted] + [line.offset + line.height * line.width * line.channels * each for line in lines])
     if pixels.stat().st_size < end:
         raise index.broken(
             folder, f"{store.shown(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
@@ -184,6 +185,7 @@ def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]
         "px": how.size,
         "fit": how.fit,
         "channels": how.channels,
+        "depth": how.numbers.depth,
         "decoder": images.DECODER,
     }
     facts = {"images": len(table), "damaged": damaged, "pixels": size}
@@ -205,7 +207,7 @@ def _announce(folder: Path, how: Making, todo: list[str]) -> None:
 
 
 def _bytes_each(how: Making, names: list[str]) -> int:
-    square = how.size * how.size * how.channels
+    square = how.size * how.size * how.channels * np.dtype(how.kind).itemsize
     if how.fit != "cover":
         return square
     shapes = [images.shape(how.file(name)) for name in names[:: max(1, len(names) // 64)]]

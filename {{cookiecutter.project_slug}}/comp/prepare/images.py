@@ -1,11 +1,11 @@
-"""From the bytes of an image file to uint8 pixels: one decoder for cache, training, inference and Kaggle.
+"""From the bytes of an image file to pixels of 8 bits, or of data.depth: one decoder for cache, training, inference and Kaggle.
 
 JPEG is decoded at the smallest power-of-two scale that still covers the wanted size (the inverse cosine transform does it for
 next to nothing) and area-resized from there: twice as fast as decoding every pixel first. Everything else is decoded whole.
 
 Rules for every kind of file: RGB or grey, turned as EXIF says, alpha dropped, first frame or page, 16 bit becomes its high
 byte (the same for all pictures: 12 bit in 16 comes out dark, and load_image of comp/competition.py is the place to window
-it), floating point refused. A cut file is damaged even where a decoder would make half a picture of it.
+it; with data.depth: 16 both bytes), floating point refused (with data.depth: 32 taken). A cut file is damaged even where a decoder would make half a picture of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -40,7 +39,7 @@ try:
 except ImportError:  # as on Kaggle; Pillow gives the same pixels and takes a fifth longer
     simplejpeg = None
 
-Pixels = NDArray[np.uint8]
+Pixels = arrays.Pixels
 Fit = Literal["stretch", "cover", "contain"]
 
 DECODER = f"3, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
@@ -123,8 +122,12 @@ def decode(
         made = _jpeg(data, header, size, fit, channels, name)
     elif reason := formats.cut(data):
         raise Damaged(name, reason)
+    elif numbers.depth > 8 and (deep := _deep(data, channels, numbers, name)) is not None:
+        made = _Decoded(deep, *deep.shape[:2])
     else:
         made = _pillow(data, channels, name)
+    if made.pixels.dtype != arrays.KINDS[numbers.depth]:
+        made = made._replace(pixels=arrays.deepened(made.pixels, numbers.depth))
     return _fitted(made, size, fit, name)
 
 
@@ -142,7 +145,7 @@ def _fitted(made: _Decoded, size: int | None, fit: Fit, name: str) -> Pixels:
     if fit != "contain" or height == width:
         return picture
     high, wide, channels = picture.shape
-    square = np.zeros((size, size, channels), np.uint8)
+    square = np.zeros((size, size, channels), picture.dtype)
     top, left = (size - high) // 2, (size - wide) // 2
     square[top : top + high, left : left + wide] = picture
     return square
@@ -169,11 +172,17 @@ def _resized(made: _Decoded, height: int, width: int) -> Pixels:
             for at in range(0, channels, 4)  # OpenCV knows four at most
         ]
         kept = [part[:low, :narrow].reshape(low, narrow, -1) for part in parts]
-        picture = (kept[0] if len(kept) == 1 else np.concatenate(kept, axis=2)).astype(np.uint8, copy=False)
+        wide = kept[0] if len(kept) == 1 else np.concatenate(kept, axis=2)
+        picture = wide.astype(picture.dtype, copy=False)
     if (low, narrow) != (height, width):
-        planes = [Image.fromarray(picture[:, :, channel]) for channel in range(channels)]
+        kind = picture.dtype
+        fine = picture if kind == np.uint8 else picture.astype(np.float32)  # Pillow's 16 bit knows no cubic
+        planes = [Image.fromarray(fine[:, :, channel]) for channel in range(channels)]
         larger = [plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
         picture = np.stack([np.asarray(plane) for plane in larger], -1)
+        if kind == np.uint16:
+            picture = np.rint(picture).clip(0, 65535)
+        picture = picture.astype(kind, copy=False)
     return picture
 
 
@@ -239,6 +248,34 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
         raise Damaged(name, f"no image: it begins with {data[:8]!r}") from None
     except Exception as error:  # Pillow meets broken files with any exception there is
         raise Damaged(name, f"broken, {str(error) or type(error).__name__}") from None
+
+
+def _deep(data: bytes, channels: int, numbers: arrays.Numbers, name: str) -> Pixels | None:
+    """More than 8 bits of PNG and TIFF: Pillow halves them, or does not know them. None: an ordinary picture."""
+    if not (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16) and data[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    made = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if made is None or made.dtype == np.uint8:
+        return None  # Pillow takes it, or says what is wrong
+    height, width = made.shape[:2]
+    _refuse_size(height, width, name)
+    if made.ndim == 3:
+        made = cv2.cvtColor(made, cv2.COLOR_BGRA2RGBA if made.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        made = made[:, :, :3] if channels != 4 else made
+    if numbers.depth < 32 and made.dtype != np.uint16 and numbers.low is None:
+        raise Damaged(
+            name, f"pixels of {made.dtype} have no one way to 16 bit; take data.depth: 32, or {HOOK}"
+        )
+    grey = made.reshape(height, width, -1).astype(np.float64) if channels == 1 and made.ndim == 3 else None
+    if grey is not None:
+        weighed = grey @ np.array([[0.299], [0.587], [0.114]])
+        made = (np.rint(weighed) if made.dtype == np.uint16 else weighed).astype(made.dtype)
+    made = made.reshape(height, width, -1)
+    if made.shape[2] == 1 and channels > 1:
+        made = np.repeat(made, channels, axis=2)
+    if made.shape[2] != channels:
+        raise Damaged(name, f"has {made.shape[2]} channels, and data.channels wants {channels}")
+    return arrays.levels(made, numbers, name)
 
 
 def _exif(image: Image.Image) -> bytes:

@@ -16,7 +16,7 @@ from comp.config import Refused
 SCHEMA = pa.schema({
     "name": pa.string(),  # path under raw
     "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string(),  # of the file as it was
-    "offset": pa.int64(), "height": pa.int32(), "width": pa.int32(), "channels": pa.int32(),  # in pixels.bin, uint8
+    "offset": pa.int64(), "height": pa.int32(), "width": pa.int32(), "channels": pa.int32(),  # in pixels.bin
     "crc": pa.uint32(),  # of the pixels
     "reason": pa.string(),  # why there is no picture; then height is 0
 })  # fmt: skip
@@ -67,12 +67,12 @@ def column(table: pa.Table, name: str) -> NDArray[Any]:
     return chunks[0].to_numpy() if len(chunks) == 1 else table[name].to_numpy()
 
 
-def end(table: pa.Table) -> int:
-    """Where the pixels of these lines end in pixels.bin."""
+def end(table: pa.Table, each: int) -> int:
+    """Where the pixels of these lines end in pixels.bin, with so many bytes each."""
     height, width, channels = (
         column(table, name).astype(np.int64) for name in ("height", "width", "channels")
     )
-    return int((column(table, "offset") + height * width * channels).max(initial=0))
+    return int((column(table, "offset") + height * width * channels * each).max(initial=0))
 
 
 def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ import numpy as np
 from comp import own, store
 from comp.config import Config, Refused
 from comp.prepare import containers, images
-from comp.prepare.arrays import Damaged, Numbers
+from comp.prepare.arrays import KINDS, Damaged, Numbers
 from comp.prepare.images import Fit, Pixels
 
 PLUS = "+"  # between files that are channels of one picture
@@ -48,6 +48,11 @@ class Making:
                 _source(hook) if hook else None,
             ]
         )
+
+    @property
+    def kind(self) -> Any:
+        """Of a pixel, by data.depth."""
+        return KINDS[self.numbers.depth]
 
     @property
     def by_hook(self) -> bool:
@@ -98,12 +103,12 @@ class Making:
             raise Refused(f"{where}: load_image fails for {name}: {type(error).__name__}: {error}") from error
         if not (
             isinstance(made, np.ndarray)
-            and made.dtype == np.uint8
+            and made.dtype == self.kind
             and made.ndim == 3
             and made.shape[2] == self.channels
         ):
             got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
-            wanted = f"a uint8 array (height, width, {self.channels})"
+            wanted = f"a {np.dtype(self.kind)} array (height, width, {self.channels})"
             raise Refused(f"comp/competition.py: load_image gave {got} for {name}; {wanted} is wanted")
         return images.fitted(made, self.size, self.fit, name)
 
@@ -131,7 +136,7 @@ class Making:
 def of(cfg: Config) -> Making:
     pixels = cfg.competition.pixels
     low, high = (pixels.range if pixels else None) or (None, None)
-    numbers = Numbers(low, high, tuple((pixels.shape if pixels else None) or ()))
+    numbers = Numbers(low, high, tuple((pixels.shape if pixels else None) or ()), cfg.data.depth)
     size = round(cfg.data.size * cfg.data.margin)
     return Making(cfg.competition.raw, size, cfg.data.fit, cfg.data.channels, numbers)
 

@@ -6,7 +6,7 @@ batch     comes after normalising
 
 What an op is decides where it runs, on every machine: any albumentations transform and a policy (train/policies.py) in
 loader processes; a function of train/native.py on a sample, in threads; one of train/device.py on the batch, on the device.
-A sample leaves the loader as uint8, always. To have your own: define `recipe(size)` in comp/competition.py and set
+A sample leaves the loader as uint8, or in the kind of data.depth, never normalised. To have your own: define `recipe(size)` in comp/competition.py and set
 `augment.recipe: recipe`.
 
 The knobs beside the recipe are added to its lists: the policy to the colours, erasing to the batch. What an epoch gets of
@@ -31,6 +31,7 @@ import torch
 
 from comp import own
 from comp.config import Config, Refused, nearest
+from comp.prepare.arrays import KINDS
 from comp.train import device, native, policies
 from comp.train.device import OnBatch, Seeds
 from comp.train.draws import mixed
@@ -130,7 +131,13 @@ def of_day(cfg: Config, today: Day) -> Recipe:
         colour.append(policies.named(knobs.policy, cfg.data.channels))
     if today.strong and knobs.erase:
         batch.append(device.erase(knobs.erase))
-    return Recipe(recipe.geometry, colour, batch)
+    made = Recipe(recipe.geometry, colour, batch)
+    if cfg.data.depth > 8 and (coarse := [op for op in made.on_sample if kind(op) != "native"]):
+        raise Refused(
+            f"data.depth: {cfg.data.depth} bits, and {type(coarse[0]).__name__} of augment.recipe {knobs.recipe} works on 8; "
+            "take none, fast, resident, or your own recipe of comp/train/native.py and device.py"
+        )
+    return made
 
 
 def named(cfg: Config, size: int | None = None) -> Recipe:
@@ -173,8 +180,8 @@ class Augment:
             )
         for number, step in enumerate(self.steps):
             picture = step(picture, mixed(seed, number))
-        assert picture.dtype == np.uint8, (
-            "a recipe must hand over uint8; normalising is the first line of the step"
+        assert picture.dtype in KINDS.values(), (
+            "a recipe must hand over pixels as it got them; normalising is the first line of the step"
         )
         if picture.shape[:2] != (self.size, self.size):
             raise Refused(
@@ -234,7 +241,7 @@ def _resized(picture: Picture, height: int, width: int) -> Picture:
         cv2.resize(flat[:, :, at : at + 4], (width, height), interpolation=how).reshape(height, width, -1)
         for at in range(0, flat.shape[2], 4)  # OpenCV knows four at most
     ]
-    return np.concatenate(parts, 2).astype(np.uint8, copy=False)
+    return np.concatenate(parts, 2).astype(picture.dtype, copy=False)
 
 
 class Seen:
@@ -246,8 +253,10 @@ class Seen:
         self.after = recipe.batch if recipe else []
 
     def __call__(self, pictures: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
-        """(batch, channels, height, width), uint8 -> float"""
+        """(batch, channels, height, width), uint8 -> float, in its units"""
         x = pictures.to(self.normal.device, non_blocking=True).float()
+        if pictures.dtype == torch.uint16:
+            x = x / 257
         if seeds is None:
             return self.normal(x)
         if self.before:

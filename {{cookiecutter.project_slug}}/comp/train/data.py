@@ -46,7 +46,7 @@ class Draw(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     samples: Positions
-    pictures: torch.Tensor  # (images, height, width, channels), uint8
+    pictures: torch.Tensor  # (images, height, width, channels), uint8 or what data.depth says
     seeds: NDArray[np.int64] | None  # one an image
     damaged: dict[int, str]  # sample -> reason; their pictures are black
     owner: torch.Tensor | None = (
@@ -140,7 +140,7 @@ class Pictures(Dataset[Any]):
                 # An exception would lose its type on the way out of a loader process; the reader decides what it means.
                 reason = str(damaged)
                 side = (draw.day or self.last).size if draw.seed is not None else self.size
-                seen.append(np.zeros((side, side, self.channels), np.uint8))
+                seen.append(np.zeros((side, side, self.channels), self.images.how.kind))
                 continue
             seed = image_seed(draw.seed, number)
             if seed is None:
@@ -263,7 +263,13 @@ class _Resident:
 
     def __init__(self, pictures: Pictures, device: torch.device, room: int):
         side = pictures.size
-        size = len(pictures.images) * side * side * 3
+        size = (
+            len(pictures.images)
+            * side
+            * side
+            * pictures.channels
+            * np.dtype(pictures.images.how.kind).itemsize
+        )
         self.possible = (
             not any(change.steps or change.size != side for change in pictures.augment.values())
             and size <= room
@@ -274,7 +280,7 @@ class _Resident:
 
     @cached_property
     def tensor(self) -> torch.Tensor:
-        """(images, height, width, channels), uint8"""
+        """(images, height, width, channels)"""
         first = {
             int(image): sample for sample, image in reversed(list(enumerate(self.pictures.image_of_sample)))
         }

@@ -1,4 +1,4 @@
-"""Geometry straight on OpenCV: (picture, random) -> picture, uint8 in and out.
+"""Geometry straight on OpenCV: (picture, random) -> picture, of the same kind: uint8, or what data.depth says.
 
 What runs here releases Python's lock, so that threads of one process do it over the cache, without loader processes and
 without copying batches between them. A recipe made of these alone is loaded by threads; see train/data.py.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Picture = NDArray[np.uint8]
+Picture = NDArray[Any]
 Op = Callable[[Picture, Random], Picture]
 
 
@@ -32,7 +33,7 @@ def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float,
         # Area averaging costs five times as much, and shows only where a pixel stands for several.
         far = height > 2 * size or width > 2 * size
         made = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
-        return made.astype(np.uint8, copy=False)
+        return made.astype(picture.dtype, copy=False)
 
     return crop
 
@@ -41,7 +42,7 @@ def mirror(p: float = 0.5) -> Op:
     """Left and right change sides."""
 
     def mirror(picture: Picture, random: Random) -> Picture:
-        return cv2.flip(picture, 1).astype(np.uint8, copy=False) if random.random() < p else picture
+        return cv2.flip(picture, 1).astype(picture.dtype, copy=False) if random.random() < p else picture
 
     return mirror
 

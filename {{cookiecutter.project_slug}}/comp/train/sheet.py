@@ -46,12 +46,13 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
         pictures = [how.picture(samples.frame["images"].iloc[sample][0]) for sample in chosen]
     except Damaged as damaged:
         raise Refused(f"{damaged}; comp check lists every such file") from None
-    columns = [np.stack([augment.centred(picture, today.size) for picture in pictures])]
+    plain = np.stack([augment.centred(picture, today.size) for picture in pictures])
+    columns = [_shown(augment.Seen(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
         seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
         batch = np.stack([change(*each) for each in zip(pictures, seeds.tolist(), strict=True)])
         drawn, _ = mix(seen(torch.from_numpy(batch).permute(0, 3, 1, 2), seeds), seeds)
-        columns.append((drawn * 64 + 128).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+        columns.append(_shown(drawn))
     for row, sample in enumerate(chosen):
         top = TITLE + row * (side + TITLE)
         pen.text((GAP, top), f"{samples.frame['id'].iloc[sample]}: {samples.label(int(sample))}", "black")
@@ -60,6 +61,10 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
             sheet.paste(scaled, (GAP + place * (side + GAP), top + TITLE - GAP))
     with store.writing(file) as temporary:
         sheet.save(temporary, "png")
+
+
+def _shown(x: torch.Tensor) -> np.ndarray:
+    return (x * 64 + 128).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def heading(cfg: Config) -> str:

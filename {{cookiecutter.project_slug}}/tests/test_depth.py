@@ -1,0 +1,117 @@
+"""data.depth: 16 bit files and arrays come whole through decoder, cache, loader and views."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import config
+
+from comp.config import Refused
+from comp.predict import tta
+from comp.prepare import arrays, cache, images, making
+from comp.train import augment
+from comp.train.draws import mixed
+from comp.train.normal import Normal
+
+DEEP = np.random.default_rng(0).integers(0, 65536, (24, 24, 3), np.uint16)
+UNITS = Normal(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+
+
+def numbers(depth: int, low: float | None = None, high: float | None = None) -> arrays.Numbers:
+    return arrays.Numbers(low, high, (), depth)
+
+
+def encoded(suffix: str, picture: Any) -> bytes:
+    return bytes(cv2.imencode(suffix, picture)[1].tobytes())
+
+
+def saved(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_a_16_bit_file_stays_whole(suffix: str) -> None:
+    data = encoded(suffix, DEEP[:, :, ::-1])
+    found = images.decode(data, None, "stretch", 3, "x", numbers(16))
+    assert found.dtype == np.uint16 and np.array_equal(found, DEEP)
+    grey = images.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 3, "x", numbers(16))
+    assert np.array_equal(grey, np.repeat(DEEP[:, :, :1], 3, 2))
+    if suffix == ".png":  # in 8 bits it is the high byte, as ever
+        grey = images.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 1, "x")
+        assert np.array_equal(grey[:, :, 0], DEEP[:, :, 0] >> 8)
+
+
+def test_arrays_stay_whole() -> None:
+    deep = images.decode(saved(DEEP), None, "stretch", 3, "x", numbers(16))
+    assert deep.dtype == np.uint16 and np.array_equal(deep, DEEP)
+    values = np.random.default_rng(0).normal(0, 3, (24, 24, 3)).astype(np.float32)
+    assert np.array_equal(images.decode(saved(values), None, "stretch", 3, "x", numbers(32)), values)
+    ranged = images.decode(saved(values), None, "stretch", 3, "x", numbers(32, -1.0, 1.0))
+    assert np.allclose(ranged, (values + 1) / 2 * 255, atol=1e-3), "beyond the range nothing is cut off"
+    values[0, 0, 0] = np.nan
+    with pytest.raises(images.Damaged, match="holds NaN"):
+        images.decode(saved(values), None, "stretch", 3, "x", numbers(32))
+
+
+@pytest.mark.parametrize("size", [16, 40])
+@pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
+def test_all_depths_agree(size: int, fit: Any) -> None:
+    """An 8 bit file is the same picture in every depth, resized as finely as the depth allows."""
+    picture = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 24, 3), np.uint8), (5, 5), 0)
+    data = encoded(".png", picture)
+    coarse = images.decode(data, size, fit, 3, "x")
+    fine = images.decode(data, size, fit, 3, "x", numbers(16)) / 257
+    real = images.decode(data, size, fit, 3, "x", numbers(32))
+    assert coarse.shape == fine.shape == real.shape
+    assert np.abs(fine - coarse).max() < 1.6 and np.abs(np.clip(real, 0, 255) - fine).max() < 0.02
+
+
+def deep_project(root: Path, depth: int, count: int = 5) -> tuple[Any, list[str]]:
+    raw = root / "data" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (raw / f"{i}.png").write_bytes(encoded(".png", np.roll(DEEP, i, axis=0)))
+    cfg = config(f"data.depth={depth}", "data.size=24", "data.channels=3", "augment=fast", experiment="base")
+    return cfg, [f"{i}.png" for i in range(count)]
+
+
+def test_cached_and_direct_are_the_same(empty: Path) -> None:
+    for depth in (8, 16, 32):
+        cfg, names = deep_project(empty, depth)
+        cached = cache.open_images(cfg, names, progress=False)
+        assert isinstance(cached, cache.Cached)
+        direct = cache.Direct(making.of(cfg), cached.pages.table["name"])
+        for i in range(len(names)):
+            assert cached[i].dtype == arrays.KINDS[depth] and np.array_equal(cached[i], direct[i])
+        size = (cached.pages.folder / "pixels.bin").stat().st_size
+        assert size == len(names) * 24 * 24 * 3 * depth // 8
+    cfg, names = deep_project(empty, 16, count=7)  # grows behind what is there
+    assert np.array_equal(cache.open_images(cfg, names, progress=False)[6], making.of(cfg).picture("6.png"))
+
+
+def test_the_network_sees_both_bytes(empty: Path) -> None:
+    cfg, names = deep_project(empty, 16)
+    picture = making.of(cfg).picture(names[0])
+    seen = augment.Seen(UNITS)(torch.from_numpy(picture)[None].permute(0, 3, 1, 2))
+    assert torch.allclose(seen[0], torch.from_numpy(picture.astype(np.float32) / 257).permute(2, 0, 1))
+    drawn = augment.Augment(augment.named(cfg), 24)(picture, mixed(1, 2))
+    assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
+    turned = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)
+    for view in tta.views(list(tta.VIEWS | tta.CLOSER)):
+        assert view(turned).dtype == torch.uint16
+
+
+def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
+    cfg = config("data.depth=16", "augment=medium", experiment="base")
+    with pytest.raises(
+        Refused, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
+    ):
+        augment.of_day(cfg, augment.days(cfg)[0])
