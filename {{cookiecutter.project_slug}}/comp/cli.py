@@ -111,6 +111,18 @@ def tta(args: Args) -> None:
     augmented.tta(args.experiment, args.max_ms)
 
 
+def slices(args: Args) -> None:
+    from comp.ensemble import slices
+
+    slices.slices(args.name)
+
+
+def contradicted(args: Args) -> None:
+    from comp.ensemble import contradicted
+
+    contradicted.contradicted(args.names)
+
+
 def audit(args: Args) -> int:
     from comp.ensemble import audit
 
@@ -216,6 +228,10 @@ VERBS = {
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
         argument("name", help="name of a file in configs/ensembles/"),
         flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
+    "slices": Verb("predictions", slices, "where it is wrong: scores by group and metadata, with n and interval", (
+        argument("name", help="a run, a member or an ensemble"),)),
+    "contradicted": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
+        argument("names", nargs="*", help="runs, members or ensembles; all runs unless told"),)),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
     "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
