@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import banked
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ from comp.ensemble import contradicted, slices
 from comp.refused import Refused
 
 
-def with_columns(project: banked.Project, **columns: object) -> banked.Project:
+def with_columns(project: banked.Project, **columns: Any) -> banked.Project:
     rows = project.samples
     samples.save(rows.frame.assign(**columns), rows.heads)
     rows = samples.load()

@@ -1,18 +1,24 @@
 """Views of a picture for test-time augmentation: small functions on the batch as it was loaded (batch, channels, height, width).
 
 `predict.tta` lists them by name; what they say of one picture is averaged in `predict.space`. Classification and
-regression look the same from every side, so nothing has to be turned back.
+regression look the same from every side, so nothing has to be turned back. Any recipe of train/augment.py is a view as well.
 """
 
 from __future__ import annotations
 
+import re
+import zlib
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from comp import own
 from comp.config import Refused, nearest
+from comp.train import augment
+from comp.train.draws import mixed
 from comp.train.evaluate import View
 
 
@@ -76,13 +82,48 @@ CLOSER: dict[str, View] = {
 }
 
 
+class Recipe:
+    """One draw of an augmentation recipe: `light2` is the second of `light`. What a picture gets follows from its own pixels, so it
+    is the same in any batch, in any process and on Kaggle. Costs what augmenting costs, picture by picture in this process; what
+    a recipe does after normalising (mixing, erasing) is left out."""
+
+    def __init__(self, name: str, draw: int):
+        self.name, self.draw = name, draw
+        self.made: dict[int, tuple[augment.Augment, list[augment.OnBatch]]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        side = x.shape[2]
+        if side not in self.made:
+            recipe = augment.by_name(self.name, side)
+            self.made[side] = augment.Augment(recipe, side), recipe.on_batch
+        change, on_batch = self.made[side]
+        pictures = [np.ascontiguousarray(picture) for picture in x.permute(0, 2, 3, 1).cpu().numpy()]
+        seeds = np.array([mixed(zlib.crc32(picture.data), self.draw, 5) for picture in pictures], np.int64)
+        drawn = np.stack([change(p, seed) for p, seed in zip(pictures, seeds.tolist(), strict=True)])
+        out = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(x.device)
+        if not on_batch:
+            return out
+        share = out.float() / 255
+        for op in on_batch:
+            share = op(share, seeds)
+        return (share * 255).round().clamp(0, 255).to(x.dtype)
+
+
 def views(names: list[str]) -> list[View]:
     known = VIEWS | CLOSER
-    for name in names:
-        if name not in known:
-            raise Refused(
-                f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, known)[0]}, there are {', '.join(known)}"
-            )
     if len(set(names)) < len(names):
         raise Refused(f"predict.tta: {', '.join(names)} names a view twice")
-    return [known[name] for name in names]
+    return [known[name] if name in known else _of_recipe(name) for name in names]
+
+
+def _of_recipe(name: str) -> View:
+    found = re.fullmatch(r"([a-z_]+?)([1-9]\d?)?", name)
+    recipes = [each for each in augment.RECIPES if each != "none"] + ["recipe"] * (
+        own.get("recipe") is not None
+    )
+    if found is None or found[1] not in recipes:
+        known = [*VIEWS, *CLOSER, *recipes]
+        raise Refused(
+            f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, known)[0]}, there are {', '.join(known)}"
+        )
+    return Recipe(found[1], int(found[2] or 1))

@@ -141,7 +141,10 @@ def of_day(cfg: Config, today: Day) -> Recipe:
 
 
 def named(cfg: Config, size: int | None = None) -> Recipe:
-    name = cfg.augment.recipe
+    return by_name(cfg.augment.recipe, size or cfg.data.size)
+
+
+def by_name(name: str, size: int) -> Recipe:
     make = own.get("recipe") if name == "recipe" else RECIPES.get(name)
     if make is None:
         missing = (
@@ -152,7 +155,7 @@ def named(cfg: Config, size: int | None = None) -> Recipe:
         # A wrong argument is only a warning for albumentations, and the transform would run with its defaults.
         warnings.simplefilter("error", UserWarning)
         try:
-            recipe = make(size or cfg.data.size)
+            recipe = make(size)
         except UserWarning as warning:
             raise Refused(f"augment.recipe: {name}: {warning}") from None
     assert isinstance(recipe, Recipe), f"{name} must return a Recipe"

@@ -1,0 +1,89 @@
+"""Recipes as views: the same draw of a picture whatever stands beside it, averaged for every kind of task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import config
+
+from comp import competition, folds, jobs, samples, store
+from comp.predict import infer, tta
+from comp.refused import Refused
+from comp.tasks import Head
+from comp.train import augment, model, native
+
+
+def pictures(count: int = 5, side: int = 24) -> torch.Tensor:
+    random = np.random.default_rng(0)
+    return torch.from_numpy(random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", ["light", "medium", "fast", "resident"])
+def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
+    x = pictures()
+    first, second = tta.views([name, f"{name}2"])
+    whole = first(x)
+    assert whole.shape == x.shape and whole.dtype == torch.uint8
+    assert not torch.equal(whole, x) and not torch.equal(whole, second(x))
+    again = tta.views([name])[0]
+    alone = torch.cat([again(part) for part in x.flip(0).split(2)]).flip(0)
+    assert (
+        alone.int() - whole.int()
+    ).abs().max() <= 1  # on the device the size of a batch may round otherwise
+
+
+def test_views_that_are_none_are_refused() -> None:
+    with pytest.raises(Refused, match="there is no view 'ligth2'; the nearest is light"):
+        tta.views(["ligth2"])
+    with pytest.raises(Refused, match="there is no view 'recipe'"):
+        tta.views(["recipe"])
+    with pytest.raises(Refused, match="there is no view 'none'"):
+        tta.views(["none"])
+    with pytest.raises(Refused, match="names a view twice"):
+        tta.views(["light", "light"])
+
+
+def test_a_recipe_of_ones_own_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = lambda size: augment.Recipe([native.quarter_turns()])  # noqa: E731
+    monkeypatch.setattr(competition, "recipe", turns, raising=False)
+    x = pictures(1)
+    turned = {tta.views([f"recipe{n}"])[0](x).numpy().tobytes() for n in range(1, 20)}
+    assert turned == {torch.rot90(x, n, (2, 3)).contiguous().numpy().tobytes() for n in range(4)}
+
+
+HEADS = {
+    "regression": Head("ink", "regression", ("ink",), ("target.ink",)),
+    "multilabel": Head("labels", "multilabel", ("odd", "large"), ("target.odd", "target.large"), ("odd", "large")),
+    "multiclass": Head("label", "multiclass", tuple("0123456789"), ("target.label",), tuple("0123456789")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
+    rows, split = samples.load(), folds.load(samples.load())
+    digit = rows.frame["target.label"].to_numpy()
+    more = {"target.ink": digit * 1.5, "target.odd": digit % 2, "target.large": (digit > 4).astype(float)}
+    samples.save(rows.frame.assign(**more), (HEADS[task],))
+    folds.save(split.frame, split.meta | {"samples": samples.load().hash})
+    declared = project / "configs" / "competition.yaml"
+    text = declared.read_text().replace("task: multiclass", f"task: {task}")
+    metric = {"regression": "rmse", "multilabel": "mean_column_auc"}.get(task, "accuracy")
+    declared.write_text(text.replace("metric: accuracy", f"metric: {metric}"))
+    torch.manual_seed(0)
+    views = ["identity", "hflip", "crop_top_left", "light2"]
+    said = {}
+    for names in [views, *([name] for name in views)]:
+        cfg = config(f"predict.tta=[{','.join(names)}]", "machine.workers=0", "machine.progress=false")
+        material = jobs.gather(cfg)
+        weights = store.path("weights.safetensors")
+        if not weights.exists():
+            model.save_weights(model.build(cfg, material.samples.heads, False, material.feed), weights)
+        head = material.samples.heads[0]
+        stored, _ = infer.predict(material, weights, material.samples.positions("test")[:7])
+        said[",".join(names)] = head.row.probability(stored[head.name].astype(np.float64))
+    mean = np.mean([said[name] for name in views], axis=0)
+    assert said[",".join(views)] == pytest.approx(mean, abs=1e-5)
+    assert not np.allclose(said["identity"], said["light2"], atol=1e-5)
