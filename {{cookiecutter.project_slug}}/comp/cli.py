@@ -124,8 +124,11 @@ def contradicted(args: Args) -> None:
 
 
 def audit(args: Args) -> int:
-    from comp.ensemble import audit
+    from comp.ensemble import audit, drift
 
+    if args.drift:
+        drift.drift(args.drift)
+        return 0
     return 1 if audit.audit(args.seeds) else 0
 
 
@@ -233,7 +236,8 @@ VERBS = {
     "contradicted": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
         argument("names", nargs="*", help="runs, members or ensembles; all runs unless told"),)),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
-        argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),)),
+        argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),
+        argument("--drift", metavar="RUN", help="instead: train against test, by the features of a finished run"),)),
     "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
         EXPERIMENT, OVERRIDES, ON, *(argument(name, **options) for name, options in search.TUNE.items()))),
     "studies": Verb("search", search.studies, "the table of studies", tuple(

@@ -118,6 +118,7 @@ class Competition(Section):
     row: Text | None = None
     merge: Literal["mean", "max"] = "mean"
     pixels: Pixels | None = None
+    drift: list[Literal["weights", "folds"]] = []
 
     @property
     def tasks(self) -> dict[str, TaskName]:
@@ -160,6 +161,10 @@ class Competition(Section):
         if "group" in self.folds.scheme and self.group is None:
             raise ValueError(
                 f"folds.scheme: {self.folds.scheme} needs competition.group, the column to keep together"
+            )
+        if "folds" in self.drift and not self.folds.scheme.startswith("stratified"):
+            raise ValueError(
+                f"drift: folds of scheme {self.folds.scheme} spread nothing evenly; use stratified or stratified_group"
             )
         if self.folds.scheme == "time" and self.time is None:
             raise ValueError("folds.scheme: time needs competition.time, the column to order by")

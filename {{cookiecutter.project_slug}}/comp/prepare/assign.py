@@ -170,6 +170,8 @@ def _labels(samples: Samples, positions: NDArray) -> Ints:
             found.append(
                 np.rint(columns[:, 0]).astype(np.int64)
             )  # a soft label counts for the class it is nearer to
+    if "drift" in samples.frame:
+        found.append(_tenths(samples.frame["drift"].to_numpy(np.float64)[positions]))
     if len(found) == 1 and not several:
         return found[0]
     # Of two classes one column says all.

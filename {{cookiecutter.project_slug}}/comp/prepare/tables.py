@@ -79,6 +79,8 @@ def read(competition: Competition) -> Reading:
     if competition.time:
         frame["time"], wrong = _times(rows, competition.time, known)
         faults += wrong
+    if competition.drift:
+        frame = _drifted(frame, competition)
     heads, values, wrong = targets.read(rows, competition, np.flatnonzero(known))
     faults += wrong
     wide = {}
@@ -96,6 +98,30 @@ def read(competition: Competition) -> Reading:
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
     return Reading(frame, heads, faults, rows.where)
+
+
+def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
+    """What comp audit --drift wrote of every training row; other people's data keep their weight."""
+    import pandas as pd
+
+    file = store.path("data", "drift.csv")
+    if not file.is_file():
+        raise Refused(
+            f"configs/competition.yaml: drift: wants {store.shown(file)}, which comp audit --drift RUN makes"
+        )
+    told = pd.read_csv(file, dtype={"id": str}).set_index("id")
+    train = frame["source"] == "train"
+    absent = frame["id"][train & ~frame["id"].isin(told.index)]
+    if len(absent):
+        raise Refused(
+            f"{store.shown(file)}: knows nothing of the row {absent.iloc[0]!r} and {len(absent) - 1} more; "
+            "take drift out of configs/competition.yaml, and make it anew on a run of today: comp audit --drift RUN"
+        )
+    if "weights" in competition.drift:
+        frame["weight"] *= frame["id"].map(told["weight"]).where(train, 1.0)
+    if "folds" in competition.drift:
+        frame["drift"] = frame["id"].map(told["like_test"]).where(train)
+    return frame
 
 
 def _refuse_features(competition: Competition) -> None:
