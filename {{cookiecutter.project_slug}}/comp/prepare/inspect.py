@@ -7,12 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 
 from comp import config, store, yaml_lines
 from comp.config import Refused
-from comp.prepare import containers, guess
+from comp.prepare import arrays, guess, images
+from comp.prepare.arrays import Damaged
 from comp.prepare.guess import Found
 
 ORDER = ("train", "test", "id", "row", "target", "task", "metric", "group", "metadata", "folds", "submission")
@@ -88,13 +90,7 @@ def _told(found: Found, raw: Path) -> None:
             f"{len(common)} labels: {shown}"
             + (f" … {common[-1][0]} {common[-1][1]}" if len(common) > 8 else "")
         )
-    kinds: Counter[str] = Counter()
-    for name in found.images:
-        try:
-            with Image.open(io.BytesIO(_bytes(raw / name))) as image:
-                kinds[f"{image.format} {image.mode} {image.width} x {image.height}"] += 1
-        except (OSError, Image.UnidentifiedImageError):
-            kinds[f"no ordinary picture ({name.rpartition('.')[2]})"] += 1
+    kinds = Counter(_kind(raw, name) for name in found.images)
     print(
         f"of {len(found.images)} pictures: "
         + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
@@ -103,20 +99,34 @@ def _told(found: Found, raw: Path) -> None:
         print(f"ambiguous: {line}")
 
 
-def _bytes(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else containers.read(file)
+def _kind(raw: Path, name: str) -> str:
+    """Format, mode and size as people say them; of what is no ordinary picture what the decoder makes of it."""
+    try:
+        data = images.read(raw / name, name)
+        with Image.open(io.BytesIO(data)) as image:
+            return f"{image.format} {image.mode} {image.width} x {image.height}"
+    except Damaged as damaged:
+        return f"no picture ({damaged.reason})"
+    except (OSError, Image.UnidentifiedImageError):
+        pass
+    try:
+        height, width, _ = images.decode(data, None, "stretch", 1, name).shape
+    except Damaged as damaged:
+        return f"no ordinary picture ({damaged.reason})"
+    return f"{name.rpartition('.')[2]} {width} x {height}"
 
 
 def _contact_sheet(names: list[str], raw: Path, file: Path, side: int = 96) -> None:
     sheet = Image.new("RGB", (8 * side, 6 * side))
     for number, name in enumerate(names[:48]):
         try:
-            with Image.open(io.BytesIO(_bytes(raw / name))) as image:
-                sheet.paste(
-                    image.convert("RGB").resize((side, side)), (number % 8 * side, number // 8 * side)
-                )
-        except (OSError, Image.UnidentifiedImageError):
+            data = images.read(raw / name, name)
+            channels = 1 if arrays.planes(data, 1, images.NO_NUMBERS, name) else 3
+            pixels = images.decode(data, side, "contain", channels, name)
+        except Damaged:
             continue  # said above, by kind
+        picture = Image.fromarray(np.repeat(pixels, 3 // channels, axis=2))
+        sheet.paste(picture, (number % 8 * side, number // 8 * side))
     with store.writing(file) as temporary:
         sheet.save(temporary, "PNG")
     print(f"{store.shown(file)}: a contact sheet")
