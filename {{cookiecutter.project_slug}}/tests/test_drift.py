@@ -62,7 +62,7 @@ def test_drift_is_found_and_becomes_weights_and_folds(
     frame = pd.read_csv(project / "data" / "drift.csv", dtype={"id": str}).set_index("id")
     train = frame[frame["source"] == "train"]
     dark = pd.read_csv(project / "data" / "raw" / "train.csv", dtype=str)["id"][::5]
-    others = train.index.difference(dark)
+    others = train.index.difference(list(dark))
     assert train.loc[dark, "weight"].mean() > 3 * train.loc[others, "weight"].mean()
     assert train["weight"].mean() == pytest.approx(1, abs=1e-4)
     assert Image.open(project / "data" / "drift.png").width > 800

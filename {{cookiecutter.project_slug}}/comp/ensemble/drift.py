@@ -68,7 +68,7 @@ def _features(material: Material, run: str, seed: int, number: int, rows: Positi
     import torch
     from torch import nn
 
-    from comp.train import augment, model
+    from comp.train import augment, model, normal
     from comp.train.evaluate import outputs_of
 
     cfg = material.cfg
@@ -81,8 +81,8 @@ def _features(material: Material, run: str, seed: int, number: int, rows: Positi
         raise Refused(f"{run}: its network ends in no linear layer, so there are no features to look at")
     seen: list[torch.Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
-    normal = augment.Seen(model.normalisation(cfg, module, material.device))
-    outputs_of(module, material.feed, rows, cfg.predict.batch_size, normal, cfg.train.amp)
+    look = augment.Seen(normal.of(cfg, module, material.device))
+    outputs_of(module, material.feed, rows, cfg.predict.batch_size, look, cfg.train.amp)
     hook.remove()
     return np.asarray(torch.cat(seen).flatten(1).numpy())
 
@@ -153,7 +153,7 @@ def _tell(material: Material, frame: pd.DataFrame, record: dict[str, Any]) -> No
         "test rows most like train": test.head(SHOWN),
     }
     for kind, some in telling.items():
-        cells = [[row.id, f"{row.like_test:.3f}"] for row in some.itertuples()]
+        cells = [[str(row.id), f"{row.like_test:.3f}"] for row in some.itertuples()]
         print(f"\n{kind}\n" + table.text(["id", "like test"], cells, ["like test"]))
     how = replace(making.of(material.cfg), size=pictures.TILE, fit="contain")
     tiles = []
