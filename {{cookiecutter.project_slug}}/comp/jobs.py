@@ -229,13 +229,14 @@ def stored_config(name: str) -> Config:
 
 def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
     """How much will be written; refused now rather than in the middle of the last fold."""
-    from comp.predict import merge
+    from comp.predict import merge, neighbours
     from comp.train import model
 
     todo = [(s, n) for s in seeds for n in numbers if not merge.finished(name, s, [n])]
     if not todo:
         return
     weights = model.size(material.cfg, material.samples.heads)
+    weights += neighbours.size(material.cfg, material.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
     size = sum(1 + len(members.kept(material.cfg, n)) for _, n in todo) * weights + 8 * weights
     print(

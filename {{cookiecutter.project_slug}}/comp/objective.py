@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from comp import members
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head, Objective
 
@@ -105,6 +106,13 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
     if embeds and embeds[0] != "arcface" and cfg.sampling.together < 2:
         out.append(
             ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.together to 4 or so")
+        )
+    if embeds and embeds[0] != "arcface" and members.chooses(cfg):
+        out.append(
+            (
+                "loss.name",
+                f"{embeds[0]} has no centres to score an epoch by, so nothing can be chosen; arcface has",
+            )
         )
     for head, objective in zip(heads, found, strict=True):
         if objective.knobs.get("alpha") is not None and head.exclusive:

@@ -325,6 +325,7 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
         ("multilabel", {"loss.threshold": 0.2, "loss.smoothing": 0.1}, "undone by loss.threshold"),
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
         ("retrieval", {"loss.name": "triplet"}, "set sampling.together"),
+        ("retrieval", {"loss.name": "triplet", "sampling.together": 2, "select.name": "best"}, "nothing can be chosen"),
         ("multiclass", {"model.embedding": 64}, "model.embedding: 64 has no effect on loss cross_entropy; arcface"),
         ("retrieval", {"loss.name": "focal", "predict.neighbours": 3}, "predict.neighbours: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),

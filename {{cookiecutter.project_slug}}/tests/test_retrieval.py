@@ -54,7 +54,7 @@ def test_the_rarest_class_has_the_widest_margin() -> None:
     assert margins.margin_of_class(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx([0.3, 0.3])
 
 
-def test_pair_losses_against_loops() -> None:
+def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     d = torch.cdist(Z, Z)
     wanted_pairs, wanted_triples = [], []
     for i in range(6):
@@ -69,6 +69,10 @@ def test_pair_losses_against_loops() -> None:
         wanted_triples.append(max(0.0, max(own) - min(other) + 0.3) if own else 0.0)
     assert margins.contrastive(Z, CODES, 1.2, 4).tolist() == pytest.approx(wanted_pairs, rel=1e-3)
     assert margins.triplet(Z, CODES, 0.3, 4).tolist() == pytest.approx(wanted_triples, rel=1e-3, abs=1e-4)
+    whole = [loss(Z, CODES, 0.9, 4) for loss in (margins.contrastive, margins.triplet)]
+    monkeypatch.setattr(margins, "AT_ONCE", 4)
+    parts = [loss(Z, CODES, 0.9, 4) for loss in (margins.contrastive, margins.triplet)]
+    assert torch.allclose(torch.stack(whole), torch.stack(parts), atol=1e-6)
     with pytest.raises(Refused, match="mixed ones have two"):
         margins.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import store
+from comp import objective, store
+from comp.config import Config
+from comp.samples import Samples
 from comp.tasks import Head, log_softmax
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ Values = NDArray[np.float32]
 
 def beside(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}-gallery.safetensors")
+
+
+def size(cfg: Config, samples: Samples) -> int:
+    """Bytes of a fold's gallery, at most."""
+    embeds = objective.embedding(cfg, samples.heads)
+    return 0 if embeds is None else len(samples.taught) * (4 * int(embeds.knobs["embedding"]) + 4)
 
 
 def write(file: Path, embeddings: Values, codes: NDArray[np.int64]) -> None:

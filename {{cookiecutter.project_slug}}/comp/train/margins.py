@@ -6,6 +6,8 @@ of each class. The centres only teach: predictions come from neighbours, see com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from comp.config import Config, Refused
 from comp.objective import embedding
 from comp.samples import Positions, Samples
 
+AT_ONCE = 1024  # rows against all: validation is one batch, and its square may not fit
 TINY = 1e-7  # the slope of a root ends nowhere at 0
 
 
@@ -95,25 +98,37 @@ def margin_of_class(count: NDArray[np.float64], margin: float, margin_rare: floa
 
 def contrastive(output: Tensor, target: Tensor, margin: float, embedding: int) -> Tensor:
     """Of all pairs with the others of the batch: one class close, two classes at least `margin` apart."""
-    squared, same, other = _pairs(output, target, embedding)
-    apart = (margin - (squared + TINY).sqrt()).clamp(min=0) ** 2
-    return (same * squared + other * apart).sum(1) / max(1, len(output) - 1)
+
+    def of(squared: Tensor, same: Tensor, other: Tensor) -> Tensor:
+        apart = (margin - (squared + TINY).sqrt()).clamp(min=0) ** 2
+        return (same * squared + other * apart).sum(1) / max(1, len(output) - 1)
+
+    return _against_all(output, target, embedding, of)
 
 
 def triplet(output: Tensor, target: Tensor, margin: float, embedding: int) -> Tensor:
     """The farthest of one's own class in the batch has to be nearer, by `margin`, than the nearest of another."""
-    squared, same, other = _pairs(output, target, embedding)
-    distance = (squared + TINY).sqrt()
-    farthest = torch.where(same, distance, -torch.inf).amax(1)
-    nearest = torch.where(other, distance, torch.inf).amin(1)
-    whole = same.any(1) & other.any(1)  # who is alone in the batch says nothing
-    return torch.where(whole, farthest - nearest + margin, 0.0).clamp(min=0)
+
+    def of(squared: Tensor, same: Tensor, other: Tensor) -> Tensor:
+        distance = (squared + TINY).sqrt()
+        farthest = torch.where(same, distance, -torch.inf).amax(1)
+        nearest = torch.where(other, distance, torch.inf).amin(1)
+        whole = same.any(1) & other.any(1)  # who is alone in the batch says nothing
+        return torch.where(whole, farthest - nearest + margin, 0.0).clamp(min=0)
+
+    return _against_all(output, target, embedding, of)
 
 
-def _pairs(output: Tensor, target: Tensor, embedding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, batch): squared distances, who shares one's class, who does not"""
+def _against_all(
+    output: Tensor, target: Tensor, embedding: int, of: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`of` takes, of some rows against the whole batch, squared distances, who shares one's class, who does not."""
     if target.ndim == 2:
         raise Refused("loss.name: contrastive and triplet want one class a picture, and mixed ones have two")
-    z = output[:, :embedding]
-    same = target[:, None] == target
-    return (2 - 2 * z @ z.T).clamp(min=0), same & ~torch.eye(len(z), dtype=torch.bool, device=z.device), ~same
+    z, place = output[:, :embedding], torch.arange(len(output), device=output.device)
+    parts = []
+    for mine in place.split(AT_ONCE):
+        same = target[mine, None] == target
+        squared = (2 - 2 * z[mine] @ z.T).clamp(min=0)
+        parts.append(of(squared, same & (mine[:, None] != place), ~same))
+    return torch.cat(parts)
