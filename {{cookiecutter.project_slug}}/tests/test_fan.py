@@ -112,7 +112,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "600")  # a busy machine takes its time
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")  # a busy machine takes its time
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")
     started = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8},
