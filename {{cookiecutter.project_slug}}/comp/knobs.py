@@ -24,9 +24,9 @@ def _lasting(value: object) -> object:
 
 
 # Kept as it was written: how many steps it is depends on the fold.
-Duration = Annotated[float | str, PlainValidator(_lasting)]
+Duration = Annotated[int | float | str, PlainValidator(_lasting)]
 Durations = Annotated[
-    float | str | list[float | str],
+    int | float | str | list[int | float | str],
     PlainValidator(
         lambda value: [_lasting(v) for v in value] if isinstance(value, list) else _lasting(value)
     ),
