@@ -87,17 +87,17 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
         "model.name=test_resnet",
         "train.batch_size=16",
         "train.accumulate=2",
-        "train.epochs=8",
+        "train.epochs=4",
         "--fold",
         "0",
         "--as",
     ]
     whole = torchrun("train", "exp001", *told, "whole")
     said = whole.communicate()[0]
-    assert whole.returncode == 0 and "batch norm (bn1)" in said, said
+    assert whole.returncode == 0 and "batch norm (" in said, said
     stopped = torchrun("train", "exp001", *told, "again")
     log = store.fold_folder("again", 0, 0) / "log.jsonl"
-    while stopped.poll() is None and not (log.exists() and b'"epoch": 2' in log.read_bytes()):
+    while stopped.poll() is None and not (log.exists() and b'"epoch": 1' in log.read_bytes()):
         time.sleep(0.01)  # until the event, not for a time
     stopped.send_signal(signal.SIGINT)
     said = stopped.communicate()[0]
