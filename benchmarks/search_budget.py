@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from comp import competition, config, identity, jobs, machine, samples, store
 from comp.prepare import assign, practice, tables
-from comp.train import loop
+from comp.train.distributed import Pruned
 from comp.tune import confirm, search, study, trial
 from optuna.trial import TrialState
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
         nonlocal spent
         spent += 1
         if spent > BUDGET:
-            raise loop.Pruned
+            raise Pruned
         watched(self, report)
 
     trial.Watch.epoch = counting  # type: ignore[method-assign]

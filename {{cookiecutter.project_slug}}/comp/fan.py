@@ -75,7 +75,7 @@ def out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[int], o
     if failed:
         raise Refused(*failed)
     if stop.asked:
-        raise KeyboardInterrupt("every job keeps what it has")
+        raise machine.Stopped("every job keeps what it has")
 
 
 def carry(
