@@ -169,6 +169,10 @@ def sum_gradients(module: nn.Module) -> None:
     if count() == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if any(gradient.requires_grad for gradient in gradients):
+        raise Agreed(
+            "optim.name: it differentiates gradients, which a sum over processes ends; train it in one"
+        )
     buckets: list[list[Tensor]] = [[]]
     for gradient in gradients:
         if sum(each.numel() for each in buckets[-1]) > BUCKET:
