@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from comp import machine, secret, training, verb
+from comp.models import verb as models
 from comp.refused import Refused
 from comp.tune import verb as search
 from comp.verb import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
@@ -216,6 +217,7 @@ VERBS = {
         flag("--duplicates", "list copies by bytes and by pixels, those between train and test apart"))),
     "cache": Verb("data", cache, "decode all images once, to the size of an experiment", (EXPERIMENT, OVERRIDES)),
     **training.VERBS,
+    **models.VERBS,
     "predict": Verb("predictions", predict, "merge folds and seeds of a run; with --tta, predict again under other views", (
         argument("experiment", nargs="?", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),

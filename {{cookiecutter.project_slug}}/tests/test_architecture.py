@@ -33,6 +33,7 @@ LAYERS = [
     ["identity", "fan"],
     ["jobs"],
     ["gang"],
+    ["models"],
     ["ensemble"],
     ["tune"],
     ["deliver"],

@@ -78,6 +78,12 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
     return Joined(backbone, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
 
 
+def backbone(cfg: Config, pretrained: bool, feed: Feed) -> nn.Module:
+    """The network without its last layer; several images of a sample become one."""
+    module = _from_timm(cfg, 0, pretrained)
+    return Joined(module, cfg.model.pool, _width(module)) if feed.several else module
+
+
 def _width(backbone: nn.Module) -> int:
     """Features before the last layer; some of timm's widen them after pooling."""
     found = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features", None)

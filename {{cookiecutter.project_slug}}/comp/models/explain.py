@@ -1,0 +1,198 @@
+"""comp explain: what in a picture made the network say what it said. Grad-CAM and SmoothGrad, for each row by the weights of
+its own fold, which have not seen it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from comp import bank, jobs, machine, pictures, store
+from comp.config import Refused, nearest
+from comp.train import augment, model, normal
+from comp.train.data import Draw
+from comp.train.draws import mixed
+from comp.train.loop import Material
+
+NOISY, NOISE = 24, 0.15  # SmoothGrad: so many copies, with noise of so much of the picture's range
+SIDE, GAP, TITLE = 192, 8, 34  # px
+
+
+def explain(run: str, ids: list[str], count: int) -> Path:
+    cfg = jobs.stored_config(run)
+    machine.settle(cfg.train.threads)
+    material = jobs.gather(cfg)
+    rows, captions = _chosen(material, run, ids, count)
+    sheet = Image.new("RGB", (GAP + 3 * (SIDE + GAP), TITLE + len(rows) * (SIDE + TITLE)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), f"{run}: the picture, Grad-CAM, SmoothGrad", "black")
+    of_row = material.folds.of_sample[0]
+    networks: dict[int, nn.Module] = {}
+    bar = tqdm(list(zip(rows, captions, strict=True)), desc="explaining", unit="row", leave=False, delay=2,
+               disable=None if cfg.machine.progress else True)  # fmt: skip
+    for place, (row, caption) in enumerate(bar):
+        fold = int(of_row[row])
+        if fold not in networks:
+            networks[fold] = network(material, _weights(run, fold))
+        picture, cam, smooth = maps(material, networks[fold], int(row))
+        top = TITLE + place * (SIDE + TITLE)
+        pen.multiline_text((GAP, top - 4), caption, "black", spacing=1)
+        for column, shown in enumerate((_plain(picture), _over(picture, cam), _heat(smooth))):
+            sheet.paste(shown.resize((SIDE, SIDE)), (GAP + column * (SIDE + GAP), top + TITLE - GAP))
+    file = store.run_folder(run) / "explain.png"
+    with store.writing(file) as temporary:
+        sheet.save(temporary, "png")
+    print(
+        f"written: {store.shown(file)}, {len(rows)} rows, each by the weights of its own fold\nnext: comp audit"
+    )
+    return file
+
+
+def _chosen(material: Material, run: str, ids: list[str], count: int) -> tuple[NDArray[np.int64], list[str]]:
+    """Rows and what stands above them: those of `ids`, or the ones that went worst."""
+    head = material.samples.heads[0]
+    file = store.run_folder(run) / "oof.arrow"
+    if not store.sealed(file):
+        parts = sorted(store.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
+        if not parts:
+            raise Refused(f"{run}: has no predictions to explain yet: comp train {run}")
+        file = parts[0]
+    oof = bank.read(file, material.samples, material.folds)
+    rows = oof.row.astype(np.int64)[oof.predicted]
+    said = oof.probability(head)[oof.predicted]
+    truth = material.samples.truth(head, rows)
+    names = material.samples.frame["id"].to_numpy()[rows].tolist()
+    classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
+    table = pictures.worst(truth, said, names, classes, len(rows) if ids else count)
+    if ids:
+        unknown = [name for name in ids if name not in set(names)]
+        if unknown:
+            raise Refused(
+                f"--ids: {unknown[0]}: {run} has no out-of-fold prediction of it; the nearest is {nearest(unknown[0], names)[0]}"
+            )
+        table = table.set_index("id").loc[ids].reset_index()
+    captions = [
+        f"{row.id}: {row.true}\nsaid {row.predicted}, error {row.error:.3f}" for row in table.itertuples()
+    ]
+    return rows[table["position"].to_numpy()], captions
+
+
+def _weights(run: str, fold: int) -> Path:
+    found = sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))
+    if not found:
+        raise Refused(
+            f"{run}: the weights of fold {fold} are gone; comp train {run} --fresh makes them again"
+        )
+    return found[0]
+
+
+def network(material: Material, weights: Path) -> nn.Module:
+    module = model.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
+    return model.load_weights(module, weights).to(material.device).eval()
+
+
+def maps(
+    material: Material, module: nn.Module, row: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """(height, width, channels) of the sample's first picture, and two maps of (height, width) from 0 to 1."""
+    batch = material.feed.pictures.batch([Draw(row, None)])
+    extras = material.feed.extras(batch)
+    seen = augment.Seen(normal.of(material.cfg, module, material.device))
+    x = seen(batch.pictures.permute(0, 3, 1, 2))
+    with kept(module) as layers:
+        output = module(x, **extras)
+        place, sign = _answer(material, output)
+        # Of layers asked several times, the last word; its gradient says which features spoke for the answer.
+        feature = layers[-1]
+        (slope,) = torch.autograd.grad(sign * output[0, place], feature)
+    cam = grad_cam(spatial(feature, module)[:1], spatial(slope, module)[:1], x.shape[2:])
+    total = torch.zeros_like(x[0, 0])
+    generator = torch.Generator().manual_seed(mixed(row, 6))
+    spread = NOISE * float(x[0].max() - x[0].min())
+    for _ in range(NOISY):
+        noise = torch.randn(x.shape, generator=generator).to(x.device) * spread
+        noisy = (x + noise).requires_grad_()
+        (slope,) = torch.autograd.grad(sign * module(noisy, **extras)[0, place], noisy)
+        total += slope[0].abs().sum(0)
+    smooth = total / total.max().clamp(min=1e-12)
+    return batch.pictures[0].numpy(), cam[0].cpu().numpy(), smooth.cpu().numpy()
+
+
+def _answer(material: Material, output: Tensor) -> tuple[int, int]:
+    """Which output is explained: the first head's likeliest class, or its value; of a single logit, the side it took."""
+    width = model.outputs(material.cfg, material.samples.heads)[0]
+    head = material.samples.heads[0]
+    if width == 1:
+        return 0, -1 if head.row.space == "logit" and float(output[0, 0]) < 0 else 1
+    return int(output[0, :width].argmax()), 1
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the last features that still know where they are: what timm calls forward_features, or the last convolution."""
+    layers: list[Tensor] = []
+    backbone = getattr(module, "backbone", module)
+    forward = getattr(backbone, "forward_features", None)
+    if forward is not None:
+
+        def keeping(*args: Tensor, **named: Tensor) -> Tensor:
+            layers.append(forward(*args, **named))
+            return layers[-1]
+
+        backbone.forward_features = keeping
+        try:
+            yield layers
+        finally:
+            del backbone.forward_features
+        return
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    if not convolutions:
+        raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
+    handle = convolutions[-1].register_forward_hook(lambda _module, _inputs, output: layers.append(output))
+    try:
+        yield layers
+    finally:
+        handle.remove()
+
+
+def spatial(feature: Tensor, module: nn.Module) -> Tensor:
+    """(batch, channels, rows, columns), whatever order a network keeps: tokens, channels last, or this."""
+    backbone = getattr(module, "backbone", module)
+    if feature.ndim == 3:  # (batch, tokens, channels), class tokens first
+        patches = feature[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        side = math.isqrt(patches.shape[1])
+        return patches.transpose(1, 2).reshape(len(feature), feature.shape[2], side, -1)
+    width = getattr(backbone, "num_features", feature.shape[1])
+    return feature.permute(0, 3, 1, 2) if feature.shape[1] != width == feature.shape[3] else feature
+
+
+def grad_cam(feature: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
+    """(batch, height, width), 0 to 1: each feature weighs as much as it raises the answer on average."""
+    weight = slope.mean((2, 3), keepdim=True)
+    cam = (weight * feature).sum(1, keepdim=True).clamp(min=0).detach()
+    cam = F.interpolate(cam, tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def _plain(picture: NDArray[np.uint8]) -> Image.Image:
+    channels = picture.shape[2]
+    return Image.fromarray(picture if channels == 3 else picture[:, :, 0]).convert("RGB")
+
+
+def _heat(values: NDArray[np.float32]) -> Image.Image:
+    from matplotlib import colormaps
+
+    return Image.fromarray((255 * colormaps["inferno"](values)[:, :, :3]).astype(np.uint8))
+
+
+def _over(picture: NDArray[np.uint8], cam: NDArray[np.float32]) -> Image.Image:
+    return Image.blend(_plain(picture), _heat(cam), 0.55)

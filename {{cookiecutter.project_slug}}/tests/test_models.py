@@ -1,0 +1,207 @@
+"""What can be done with a network besides training it: measured, explained, exported, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import config
+from PIL import Image
+from torch import nn
+
+from comp import bank, folds, jobs, samples, store
+from comp.config import Refused
+from comp.models import explain, export, features, measure
+from comp.tasks import Head
+from comp.train.normal import Normal
+
+TINY = [
+    "track=none", "machine.workers=0", "machine.progress=false", "train.limit=96", "train.epochs=1", "schedule.warmup=0",
+    "data.size=16", "model.pretrained=false",
+]  # fmt: skip
+
+
+# --- measured ------------------------------------------------------------------------------------------------------------
+
+
+def test_multiply_adds_are_those_on_paper() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+    on_paper = 8 * 16 * 16 * 3 * 9 + 8 * 16 * 16 * 5
+    assert measure.multiply_adds(network, torch.zeros(1, 3, 16, 16)) == on_paper
+
+
+def test_comp_model_says_what_it_counted(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    measure.measure("exp001", [*TINY, "predict.batch_size=4"])
+    said = capsys.readouterr().out
+    for word in (
+        "parameters",
+        "multiply-adds",
+        "forward of 1 ",
+        "forward of 4",
+        "training step of 32",
+        "at the peak",
+        "next:",
+    ):
+        assert word in said, word
+
+
+# --- explained -----------------------------------------------------------------------------------------------------------
+
+
+def test_grad_cam_is_the_weighted_sum_and_looks_where_the_answer_comes_from() -> None:
+    feature = torch.zeros(1, 2, 4, 4)
+    feature[0, 0, 1, 2], feature[0, 1, 3, 0] = 2.0, 5.0
+    slope = torch.ones_like(feature) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    cam = explain.grad_cam(feature, slope, torch.Size((4, 4)))[0]
+    wanted = torch.zeros(4, 4)
+    wanted[1, 2] = 1.0
+    assert torch.allclose(cam, wanted), "what speaks against the answer is not shown"
+
+
+def test_features_are_found_in_whatever_order_a_network_keeps_them() -> None:
+    wanted = torch.arange(2 * 6 * 3 * 3.0).view(2, 6, 3, 3)
+    network = nn.Module()
+    network.num_features, network.num_prefix_tokens = 6, 2  # type: ignore[assignment]
+    tokens = torch.cat([torch.zeros(2, 2, 6), wanted.flatten(2).transpose(1, 2)], 1)
+    for order in (wanted, wanted.permute(0, 2, 3, 1), tokens):
+        assert torch.equal(explain.spatial(order, network), wanted)
+
+
+def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(project: Path) -> None:
+    jobs.train("exp001", TINY, fold="0", name="x")
+    table, ids = samples.load(), []
+    file = explain.explain("x", [], 3)
+    with Image.open(file) as drawn:
+        pixels = np.asarray(drawn)
+    assert pixels.shape == (
+        explain.TITLE + 3 * (explain.SIDE + explain.TITLE),
+        explain.GAP + 3 * (explain.SIDE + explain.GAP),
+        3,
+    )
+    for column in range(3):
+        left = explain.GAP + column * (explain.SIDE + explain.GAP)
+        assert pixels[100:150, left : left + explain.SIDE].std() > 5, "no empty panel"
+    rows = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table)).row
+    ids = table.frame["id"].iloc[rows[:2]].tolist()
+    assert explain.explain("x", ids, 3) == file
+    with pytest.raises(Refused, match="no out-of-fold prediction"):
+        explain.explain("x", ["nobody"], 3)
+
+
+# --- exported ------------------------------------------------------------------------------------------------------------
+
+
+def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    whole = export.Whole(module, Normal(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))
+    before = torch.cat([module[0].weight.flatten(), module[2].weight.flatten()]).detach().clone()  # type: ignore[operator]
+    cut: Any = export.pruned(whole, 0.3).module
+    after = torch.cat([cut[0].weight.flatten(), cut[2].weight.flatten()]).detach()
+    gone = after == 0
+    assert int(gone.sum()) == round(0.3 * len(before))
+    assert before[gone].abs().max() <= before[~gone].abs().min() and torch.equal(after[~gone], before[~gone])
+    assert not (before == 0).any() and "0.weight" in cut.state_dict()
+
+
+def test_shares_to_prune_are_read_strictly() -> None:
+    assert export._shares("0.3,0.5") == [0.3, 0.5] and export._shares("none") == []
+    for wrong in ("half", "0.3,1.0", "30"):
+        with pytest.raises(Refused, match="--prune"):
+            export._shares(wrong)
+
+
+@pytest.mark.slow
+def test_an_export_says_the_same_and_a_wrong_one_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    jobs.train("exp001", TINY, fold="0", name="x")
+    made = store.read_json(store.verified(export.export("x", 0, 60, "0.5")))
+    said = {line["name"]: line for line in made["variants"]}
+    assert list(said) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
+    assert max(said["torch.export"]["away"], said["onnx"]["away"]) < 1e-4
+    assert said["torch"]["score"] == said["onnx"]["score"]
+    assert said["onnx int8"]["bytes"] < 0.5 * said["onnx"]["bytes"]
+    assert said["pruned 50%"]["bytes"] < said["torch"]["bytes"]
+    assert "away" in capsys.readouterr().out
+    table = samples.load()
+    stored = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
+    import onnxruntime
+
+    material = jobs.gather(config(*TINY))
+    pictures = export._pictures(material, stored.row[:20].astype(np.int64))
+    session = onnxruntime.InferenceSession(str(store.run_folder("x") / "export" / "model.onnx"))
+    raw = session.run(None, {"pictures": pictures})[0]
+    assert np.allclose(torch.from_numpy(raw).log_softmax(1).numpy(), stored.heads["label"][:20], atol=1e-4)
+    monkeypatch.setattr(export, "NEAR", -1.0)
+    with pytest.raises(Refused, match="not to be used"):
+        export.export("x", 0, 20, "none")
+
+
+# --- frozen --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(features.HEADS))
+def test_each_head_learns_what_features_say(name: str) -> None:
+    draw = np.random.default_rng(0)
+    codes = draw.integers(0, 3, 400)
+    x = np.eye(3)[codes] @ draw.normal(0, 2, (3, 8)) + draw.normal(0, 0.7, (400, 8))
+    many = Head("kind", "multiclass", ("a", "b", "c", "never"), ("target.kind",))
+    said = features.fitted(name, many, x[:300], codes[:300, None].astype(float))(x[300:])
+    assert (
+        said.shape == (100, 4)
+        and np.allclose(said.sum(1), 1)
+        and (said.argmax(1) == codes[300:]).mean() > 0.9
+    )
+    two = Head("has", "multilabel", ("a", "b"), ("target.a", "target.b"))
+    labels = np.column_stack([codes == 0, codes == 1]).astype(float)
+    said = features.fitted(name, two, x[:300], labels[:300])(x[300:])
+    assert said.shape == (100, 2) and ((said > 0.5) == labels[300:]).mean() > 0.9
+    value = Head("age", "regression", ("age",), ("target.age",))
+    truth = (x @ draw.normal(0, 1, 8))[:, None] + 30
+    if name == "logistic":
+        with pytest.raises(Refused, match="linear, mlp, knn"):
+            features.fitted(name, value, x, truth)
+        return
+    guess = features.fitted(name, value, x[:300], truth[:300])(x[300:])
+    assert guess.shape == (100, 1) and np.corrcoef(guess[:, 0], truth[300:, 0])[0, 1] > 0.8
+
+
+def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = ["machine.workers=0", "machine.progress=false"]
+    (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
+    features.features("exp003", quiet, "knn")
+    table = samples.load()
+    split = folds.load(table)
+    assert bank.members() == ["exp003:knn"]
+    oof = bank.load("exp003:knn", "oof", table, split)
+    assert oof.predicted.all() and bank.load("exp003:knn", "test", table, split).predicted.all()
+    assert store.read_json(store.member_folder("exp003", "knn") / "score.json")["oof"] > 0.4, "chance is 0.1"
+    before = store.sha256(store.run_folder("exp003") / features.FILE)
+    capsys.readouterr()
+    features.features("exp003", quiet, "linear")
+    assert "kept from before" in capsys.readouterr().out
+    picture = project / "data/raw" / table.frame["images"].iloc[0][0]
+    cv2.imwrite(str(picture), np.full((9, 9), 200, np.uint8))
+    with pytest.raises(Refused, match="stale, made of other pictures"):
+        features.features("exp003", quiet, "linear")
+    features.features("exp003", quiet, "linear", fresh=True)
+    assert store.sha256(store.run_folder("exp003") / features.FILE) != before
+    cfg = config(*quiet, experiment="exp003")
+    material = jobs.gather(cfg)
+    sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
+    reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
+    for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):
+        with pytest.raises(Refused, match=f"stale, made of other {what}"):
+            features.of_run(replace(material, cfg=other), "exp003", False)
+    with pytest.raises(Refused, match="nearest is linear"):
+        features.features("exp003", quiet, "linaer")
