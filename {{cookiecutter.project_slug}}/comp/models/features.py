@@ -227,7 +227,9 @@ def _logistic() -> Any:
 def _mlp() -> Any:
     from sklearn.neural_network import MLPClassifier
 
-    return MLPClassifier((256,), alpha=1e-2, max_iter=200, early_stopping=True, random_state=0)
+    return MLPClassifier(
+        hidden_layer_sizes=(256,), alpha=1e-2, learning_rate_init=3e-3, max_iter=200, random_state=0
+    )
 
 
 def _knn() -> Any:
@@ -260,7 +262,9 @@ def _ridge() -> Any:
 def _mlp_value() -> Any:
     from sklearn.neural_network import MLPRegressor
 
-    return MLPRegressor((256,), alpha=1e-2, max_iter=200, early_stopping=True, random_state=0)
+    return MLPRegressor(
+        hidden_layer_sizes=(256,), alpha=1e-2, learning_rate_init=3e-3, max_iter=200, random_state=0
+    )
 
 
 def _knn_value() -> Any:
