@@ -94,7 +94,7 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
             raise Refused(
                 f"{store.shown(file)}: stale, made of other {' and other '.join(changed)}; comp features {run} --fresh makes them again"
             )
-        kept: NDArray[np.float32] = np.load(store.verified(file), allow_pickle=False)
+        kept: NDArray[np.float32] = np.load(store.verified(file))
         print(f"{store.shown(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
         return kept
     rows = np.arange(len(material.samples.frame))
@@ -120,7 +120,7 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
         )
     made = raw[0]
     with store.writing(file) as temporary, temporary.open("wb") as opened:
-        np.save(opened, made, allow_pickle=False)
+        np.save(opened, made)
     store.seal(file, **now)
     print(
         f"{store.shown(file)}: {len(made):,} samples, {made.shape[1]} features, {time.perf_counter() - began:.0f} s"
