@@ -99,8 +99,11 @@ def part(name: str, seed: int, number: int | str) -> None:
 def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
     from comp import folds, objective, samples, score
+    from comp.train import transfer
 
     table = samples.load()
+    split = folds.load(table)
+    transfer.check(cfg, split)
     score.metric_of(cfg)
     objective.of(cfg, table.heads)
     import torch
@@ -121,7 +124,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     )  # fp32 means it: predictions are compared to 1e-5
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
     mixing.refuse(cfg, table.heads, feed.several)
-    return Material(cfg, table, folds.load(table), feed, device, stop or machine.Stop(), clock)
+    return Material(cfg, table, split, feed, device, stop or machine.Stop(), clock)
 
 
 def one_fold(

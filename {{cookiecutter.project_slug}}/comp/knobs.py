@@ -71,7 +71,8 @@ class Sampling(Section):
 
 class Model(Section):
     name: Text
-    pretrained: bool
+    pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.safetensors$")]
+    freeze_norm: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne
     pool: Literal["mean", "max", "attention"]
@@ -137,7 +138,14 @@ class Schedule(Section):
     cooldown: Duration
 
 
+class Stage(Section):
+    train: Annotated[str, Field(pattern=r"^(head|everything|last [1-9]\d* blocks?)$")]
+    epochs: Count
+    rate: Positive
+
+
 class Train(Section):
+    stages: list[Stage]
     epochs: Count
     batch_size: Count
     accumulate: Count
@@ -275,6 +283,7 @@ class Config(Section):
 
 def weights_fault(cfg: Config) -> str:
     """Why the weights that a run is to keep cannot be had, or would be kept in vain."""
+    stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
     said = average.predicts
     speaks = ("raw" if cfg.train.ema is None else "ema") if said == "default" else said
@@ -285,6 +294,10 @@ def weights_fault(cfg: Config) -> str:
         f"snapshots.cycles: {cycles} cycles do not fit into {epochs} epochs": (cycles or 0) > epochs,
         f"snapshots.cycles: are cosines; schedule.name: {cfg.schedule.name} has no effect beside them, set it to cosine":
             cycles is not None and cfg.snapshots.restarts and cfg.schedule.name != "cosine",
+        f"train.stages: their {sum(stage.epochs for stage in stages)} epochs are not the {epochs} of train.epochs":
+            bool(stages) and sum(stage.epochs for stage in stages) != epochs,
+        "train.stages: each has a schedule of its own, so snapshots.cycles has no place; one of the two": bool(stages) and cycles is not None,
+        "train.stages: plateau looks back over stages; take another schedule.name": bool(stages) and cfg.schedule.name == "plateau",
         f"average.beside: {speaks} is the run itself": speaks in average.beside,
         "snapshots.restarts: has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
         "average.beside: names one twice": len(set(average.beside)) < len(average.beside),

@@ -26,6 +26,7 @@ from comp.train.draws import mixed
 
 if TYPE_CHECKING:
     from comp.train.loop import Material
+    from comp.train.stages import Stages
 
 State = dict[str, Any]
 Judge = Callable[[nn.Module], Scores]
@@ -221,14 +222,14 @@ def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
     return (load_file(store.verified(file)) for file in files)
 
 
-def renewal(material: Material, seed: int, plan: Callable[[], Plan]) -> Renew:
+def renewal(material: Material, stages: Stages, seed: int, plan: Callable[[], Plan]) -> Renew:
     """One pass over training pictures as the last epoch saw them, under draws that never taught."""
 
     def renew(module: nn.Module) -> None:
         cfg, feed = material.cfg, material.feed
         today = augment.day(cfg, cfg.train.epochs - 1)
         seen = augment.Seen(normal.of(cfg, module, material.device), augment.of_day(cfg, today))
-        module.train()
+        stages.enter(cfg.train.epochs - 1, module)
         torch.manual_seed(mixed(seed, 5))
         batches = feed.batches(plan(), today)
         renewed(module, ((seen(b.pictures.permute(0, 3, 1, 2), b.seeds), feed.extras(b)) for b in batches))

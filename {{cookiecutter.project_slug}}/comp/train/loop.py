@@ -33,6 +33,7 @@ from comp.train import (
     optim,
     schedule,
     speed,
+    transfer,
 )  # fmt: skip
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
@@ -41,6 +42,7 @@ from comp.train.evaluate import HALF, outputs_of, refuse
 from comp.train.kept import Kept, renewal
 from comp.train.looks import REMEDY, Looks, named
 from comp.train.room import Room
+from comp.train.stages import Stages
 
 
 def unwatched(report: dict[str, Any]) -> None:
@@ -85,7 +87,10 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
-    module = model.build(cfg, heads, cfg.model.pretrained, material.feed).to(device)
+    module = model.build(cfg, heads, cfg.model.pretrained is True, material.feed).to(device)
+    if checkpoint.log_offset(folder) is None:
+        transfer.begin(module, cfg, seed, number)
+    stages = Stages(cfg, module)
     normal.fit(cfg, module, material.feed, taught)
     network = speed.prepared(cfg, module)
     criterion = losses.total(cfg, material.samples, taught)
@@ -94,7 +99,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     kept = Kept(cfg, module, folder, number, schedule.snapshots(cfg, span))
     judge = choice.judge(material, judged, augment.Seen(normal.of(cfg, module, device)))
     renew = renewal(
-        material, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
+        material, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
     )
     half = HALF[cfg.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
@@ -137,7 +142,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         if kept.enough():
             break
-        module.train()
+        stages.enter(epoch)
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
         today = augment.day(cfg, epoch)  # the size of its pictures, and whether the strong ops are on

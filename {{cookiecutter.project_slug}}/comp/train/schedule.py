@@ -111,7 +111,36 @@ class Curve:
         return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
-def curve(cfg: Config, span: Span) -> Curve:
+@dataclass(frozen=True)
+class Staged:
+    """The schedule once for every stage, each with its own peak."""
+
+    curves: list[Curve]
+    seen: list[float] = field(default_factory=list)
+
+    def _at(self, step: int) -> tuple[Curve, int]:
+        for curve in self.curves[:-1]:
+            if step < curve.steps:
+                return curve, step
+            step -= curve.steps
+        return self.curves[-1], step
+
+    def rate(self, step: int) -> float:
+        curve, inside = self._at(step)
+        return curve.rate(inside)
+
+    def momentum(self, step: int) -> float | None:
+        curve, inside = self._at(step)
+        return curve.momentum(inside)
+
+
+def curve(cfg: Config, span: Span) -> Curve | Staged:
+    if cfg.train.stages:
+        each = span.steps_per_epoch
+        return Staged([
+            Curve(cfg.schedule, stage.rate * peak(cfg, span.effective) / cfg.optim.rate, stage.epochs * each, each)
+            for stage in cfg.train.stages
+        ])  # fmt: skip
     plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
     return Curve(plan, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
 

@@ -1,0 +1,96 @@
+"""Weights to begin with, and training in stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import config
+from safetensors.torch import load_file, save_file
+
+from comp import jobs, store
+from comp.config import Refused
+from comp.train import schedule, transfer
+from comp.train.stages import Stages
+
+STAGES = "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: last 2 blocks, epochs: 1, rate: 2e-3}, {train: everything, epochs: 2, rate: 1e-3}]"
+QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.limit=32", "train.batch_size=8", "train.ema=null"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_what_a_stage_freezes_stays_to_the_last_bit(empty: Path, name: str) -> None:
+    cfg = config(STAGES, "train.epochs=4", f"model.name={name}")
+    module = timm.create_model(name, num_classes=3)
+    stages = Stages(cfg, module)
+    head, blocks, every = stages.trains
+    assert head < blocks < every and len(every) == len(list(module.named_parameters()))
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2, weight_decay=0.1)
+    size = {"test_vit": 160}.get(name, 64)
+    for epoch, trains in enumerate([head, blocks, every, every]):
+        stages.enter(epoch)
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        module(torch.randn(4, 3, size, size)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+        buffers = {k for k, _ in module.named_buffers()}
+        assert changed - buffers <= trains and any(k in changed for k in head)
+        if epoch == 0:
+            assert not changed & buffers, "frozen batch norms keep what they measured"
+    assert len(changed - buffers) > len(blocks)
+
+
+def test_frozen_norms(empty: Path) -> None:
+    module = timm.create_model("test_resnet")
+    Stages(config("model.freeze_norm=true"), module).enter(0)
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training or m.weight.requires_grad for m in norms) and module.training
+    with pytest.raises(Refused, match="no batch norm"):
+        Stages(config("model.freeze_norm=true", "model.name=test_vit"), timm.create_model("test_vit"))
+
+
+def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
+    cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.final=0")
+    curve = schedule.curve(cfg, schedule.span(cfg, 10 * cfg.train.batch_size))
+    assert [curve.rate(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
+    assert curve.rate(9) < 1e-3 and curve.rate(39) < 1e-4
+    with pytest.raises(Refused, match="their 4 epochs are not the 5"):
+        config(STAGES, "train.epochs=5")
+
+
+def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
+    given = timm.create_model("test_resnet", num_classes=5).state_dict()
+    module = timm.create_model("test_resnet", num_classes=7)
+    assert transfer.fill(module, given, "x") == ["fc.weight", "fc.bias"]
+    assert all(torch.equal(v, given[k]) for k, v in module.state_dict().items() if not k.startswith("fc."))
+    with pytest.raises(Refused, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
+        transfer.fill(timm.create_model("test_resnet", in_chans=4), given, "x")
+
+
+def test_another_run_of_the_same_fold(project: Path) -> None:
+    jobs.train("exp001", [*QUIET, "train.epochs=1"], fold="1", name="first")
+    file = store.fold_folder("first", 0, 1) / "weights.safetensors"
+    # A rate so small that nothing moves shows what training began with.
+    still = [
+        *QUIET,
+        STAGES.replace("1e-2", "1e-20").replace("2e-3", "1e-20").replace("1e-3", "1e-20"),
+        "train.epochs=4",
+    ]
+    jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="second")
+    first, second = (load_file(f) for f in (file, store.fold_folder("second", 0, 1) / "weights.safetensors"))
+    names = [k for k in first if "running" not in k and "num_batches" not in k]
+    assert all(torch.allclose(first[k], second[k], atol=1e-7) for k in names)
+    with pytest.raises(Refused, match="no seed 0 fold 2, and weights of another fold"):
+        jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
+    with pytest.raises(Refused, match="no such run; the nearest are"):
+        jobs.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
+    made = store.run_folder("first") / "made_of.json"
+    store.write_json(made, store.read_json(made) | {"folds": "others"})
+    store.seal(made)
+    with pytest.raises(Refused, match="other folds"):
+        jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
+    save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")
+    with pytest.raises(Refused, match=r"mine.safetensors: \S+ is not in it"):
+        jobs.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
