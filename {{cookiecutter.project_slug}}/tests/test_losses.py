@@ -17,9 +17,8 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from comp import bank, folds, jobs, objective, samples, store
+from comp import objective
 from comp.config import Refused
-from comp.prepare import assign
 from comp.samples import Samples
 from comp.tasks import TASKS, Head, Objective
 from comp.train import balance, losses
@@ -385,32 +384,3 @@ def test_base_yaml_says_what_each_loss_takes_by_itself() -> None:
                     knob,
                 )
         assert name in section
-
-
-# --- in a run ------------------------------------------------------------------------------------------------------------
-
-
-def test_extra_rows_teach_as_much_as_they_weigh_and_never_answer(project: Path) -> None:
-    """A third of the practice rows become other people's: with weight 0 their labels leave no trace in the weights."""
-    table = samples.load()
-    extra = table.positions("train")[::3]
-    run = ["track=none", "machine.workers=0", "machine.progress=false", "train.epochs=1", "schedule.warmup=0"]
-
-    def trained(weight: float, label: float) -> str:
-        frame = table.frame.copy()
-        frame.loc[extra, "source"] = "extra"
-        frame.loc[extra, "weight"], frame.loc[extra, "target.label"] = weight, label
-        samples.save(frame, table.heads)
-        assign.make(config(), samples.load(), remake=True)
-        split = folds.load(samples.load())
-        for fold in range(split.count):
-            taught, scored = split.split(fold)
-            assert set(extra) <= set(taught) and not set(extra) & set(scored)
-        jobs.train("exp001", run, fold="0", name="x", fresh=True)
-        folder = store.fold_folder("x", 0, 0)
-        assert not set(extra) & set(bank.read(folder / "oof.arrow", samples.load(), split).row.tolist())
-        return store.sha256(folder / "weights.safetensors")
-
-    weightless = trained(0.0, 3.0)
-    assert trained(0.0, 8.0) == weightless
-    assert trained(1.0, 8.0) != weightless
