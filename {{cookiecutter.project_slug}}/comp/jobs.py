@@ -109,7 +109,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     import torch
 
     from comp.predict import tta
-    from comp.train import distributed, mixing, model
+    from comp.train import distributed, mixing, model, optim
     from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
@@ -118,6 +118,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     tta.views(cfg.predict.tta)
     model.outputs(cfg, table.heads)
     model.known(cfg)
+    optim.known(cfg)
     device = machine.device(cfg.machine.device)
     torch.backends.cudnn.allow_tf32 = (
         cfg.train.amp != "fp32"
@@ -222,6 +223,34 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
     print(
         f"written: {store.shown(file)}: first column as it is, then seven draws\nnext: comp train {experiment}"
     )
+
+
+def draw_schedule(experiment: str, overrides: list[str], *, debug: bool = False) -> None:
+    from comp.train import preview
+
+    preview.draw(config.load(store.root(), experiment, overrides, debug).config, experiment)
+
+
+def lr_range(
+    experiment: str, overrides: list[str], *, low: float, high: float, steps: int, linear: bool
+) -> None:
+    if not 0 < low < high:
+        raise Refused(f"--low {low:g} --high {high:g}: rates climb from above 0")
+    cfg = config.load(store.root(), experiment, overrides).config
+    machine.settle(cfg.train.threads)
+    from comp.train import lr_range
+
+    if steps < lr_range.FEWEST:
+        raise Refused(f"--steps {steps}: {lr_range.FEWEST} is the least that shows anything")
+    png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
+    material = gather(cfg)
+    points = lr_range.sweep(material, low, high, steps, linear)
+    rate = lr_range.knob(material, lr_range.write(cfg, points, png, csv, linear))
+    print(
+        f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.rate={rate:.2g}"
+    )
+    print(f"{store.shown(png)}, {store.shown(csv)}")
+    print(f"next: comp train {experiment} --as {experiment}r optim.rate={rate:.2g}")
 
 
 def stored_config(name: str) -> Config:

@@ -15,12 +15,12 @@ from comp.declared import BelowOne, Competition, Count, Many, NotNegative, Posit
 WHITENED = 4096  # numbers of a picture: 64 x 64 grey, 36 x 36 in colour; the matrix is their square
 
 
-def _lasting(value: object) -> object:
+def _lasting(value: object) -> float | str:
     try:
         duration.parse(value)
     except ValueError as error:
         raise PydanticCustomError("duration", "{said}", {"said": str(error)}) from None
-    return value
+    return value if isinstance(value, str) else float(value)  # type: ignore[arg-type]
 
 
 # Kept as it was written: how many steps it is depends on the fold.
@@ -107,13 +107,20 @@ class Loss(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "sgd"]
+    name: Text
     rate: Positive
     base_batch: Count | None
     scaling: Literal["linear", "root"]
+    momentum: BelowOne | None
+    options: dict[Text, bool | int | float | str | list[float]]
     weight_decay: NotNegative
-    momentum: BelowOne
+    weight_decay_head: NotNegative | None
+    l1: NotNegative
+    l1_head: NotNegative | None
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    lookahead: Count | None
     clip: Positive | None
+    clip_mode: Literal["norm", "value", "agc"]
 
 
 ScheduleName = Literal[

@@ -29,6 +29,20 @@ def augment(args: Args) -> None:
     jobs.augmentation_sheet(args.experiment, args.overrides)
 
 
+def schedule(args: Args) -> None:
+    from comp import jobs
+
+    jobs.draw_schedule(args.experiment, args.overrides, debug=args.debug)
+
+
+def lr_range(args: Args) -> None:
+    from comp import jobs
+
+    jobs.lr_range(
+        args.experiment, args.overrides, low=args.low, high=args.high, steps=args.steps, linear=args.linear
+    )
+
+
 def noise(args: Args) -> None:
     from comp.ensemble import compare
 
@@ -51,6 +65,13 @@ VERBS = {
         ON,
         argument("--time-limit", metavar="8h30m", help="end in time, with everything saved; the same command goes on"),
         flag("--profile", "say at the end where the time went"))),
+    "schedule": Verb("training", schedule, "the curve of an experiment's learning rate, before anything runs", (EXPERIMENT, OVERRIDES, DEBUG)),
+    "lr-range": Verb("training", lr_range, "which learning rate? The loss while the rate climbs, as picture, table and suggestion", (
+        EXPERIMENT, OVERRIDES,
+        argument("--low", type=float, default=1e-6, help="first rate; 1e-6 unless told"),
+        argument("--high", type=float, default=10.0, help="last rate; 10 unless told, and it stops when the loss flies away"),
+        argument("--steps", type=int, default=200, help="200 unless told"),
+        flag("--linear", "equal steps instead of equal ratios"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
     "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),

@@ -84,7 +84,7 @@ MISTAKES = {
     "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "True"),
     "train: {epochs: 2.5}": ("exp.yaml:2", "train.epochs", "2.5"),
     "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
-    "optim: {name: adam}": ("exp.yaml:2", "optim.name", "adamw"),
+    "optim: {clip_mode: norn}": ("exp.yaml:2", "optim.clip_mode", "norm"),
     "data: {size: 4}": ("exp.yaml:2", "data.size", "8"),
     "schedule: {warmup: 15}": ("exp.yaml:2", "warm-up", "15"),
     "optm: {rate: 1}": ("exp.yaml:2", "optm", "optim"),

@@ -200,7 +200,7 @@ def test_config_says_where_each_value_comes_from(
     assert cli.main(["config", "exp001", "optim.clip=null"]) == 0
     out = capsys.readouterr().out
     assert "configs/exp001.yaml:" in row(out, "optim.rate=0.005")
-    assert "configs/base.yaml:" in row(out, "optim.momentum=0.9")
+    assert "configs/base.yaml:" in row(out, "optim.momentum=null")
     assert "optim.clip=null" in row(out, "optim.clip=null").split()[-1]
     assert "configs/competition.yaml:" in row(out, "competition.task=multiclass")
 

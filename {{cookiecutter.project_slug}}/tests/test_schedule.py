@@ -18,6 +18,9 @@ from comp.train.schedule import Curve
 STEPS, EPOCH = 120, 10  # a run of 12 epochs
 
 
+pytestmark = pytest.mark.filterwarnings("error")
+
+
 @pytest.fixture(autouse=True)
 def _somewhere(empty: Path) -> None:
     """Knobs come from configs/base.yaml."""
@@ -149,6 +152,8 @@ def test_warmup_leads_up_to_every_schedule(name: str) -> None:
 
 
 def test_durations() -> None:
+    written = config("schedule.warmup=2", "schedule.every=[1, 50%]").model_dump()["schedule"]
+    assert (written["warmup"], written["every"]) == (2.0, [1.0, "50%"])
     assert duration.parse("500 steps").in_steps(1000, 10) == 500
     assert duration.parse("1.5 epochs").in_steps(1000, 10) == duration.parse(1.5).in_steps(1000, 10) == 15
     assert duration.parse("12.5%").in_steps(1000, 10) == 125 and duration.parse("12.5 %").in_epochs(8) == 1

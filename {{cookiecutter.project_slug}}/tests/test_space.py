@@ -41,7 +41,7 @@ MISTAKES = {
     "search:\n  model.name: [resnet18]\n": "model.name: choices: ['resnet18'] must be a list of two or more",
     "search:\n  model.name: [resnet18, resnet18]\n": "model.name: choices: 'resnet18' stands there twice",
     "search:\n  model.name: {choices: [a, b], log: true}\n": "model.name: log is for ranges",
-    "search:\n  optim.name: [adamw, sdg]\n": "optim.name: input should be 'adamw' or 'sgd', not 'sdg' (text); the nearest is sgd",
+    "search:\n  optim.clip_mode: [norm, vlaue]\n": "optim.clip_mode: input should be 'norm', 'value' or 'agc', not 'vlaue' (text); the nearest is value",
     "search:\n  model.drop_rate: {low: 0, high: 1.5}\n": "odd.yaml:2: model.drop_rate: input should be less than 1, not 1.5",
     "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs of warm-up leave nothing of train.epochs",
     f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip: when: optim.nam is not searched",

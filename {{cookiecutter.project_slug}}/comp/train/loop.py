@@ -101,6 +101,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     renew = renewal(
         material, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
     )
+    second_order = optim.second_order(optimizer)
     half = HALF[cfg.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
 
@@ -171,13 +172,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                     each = mixture(output, truth, weight[batch.samples], parts)  # (batch,), weighted
                     loss = losses.reduced(each, cfg.loss.hardest) * (len(batch.samples) / span.effective)
                     clock.lap("forward")
-                    scaler.scale(loss).backward()
+                    scaler.scale(loss).backward(create_graph=second_order)
                     clock.lap("backward")
                     looks.note(batch.samples, each, loss)
             distributed.sum_gradients(module)
             if cfg.optim.clip is not None:
                 scaler.unscale_(optimizer)
-                looks.note_gradient(nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.clip))
+                looks.note_gradient(optim.clip(cfg, module))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from comp import duration
 from comp.config import Config, Refused, Schedule
 
+CYCLING = ("one_cycle", "triangular", "exponential")  # momentum runs against the rate
 BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share, as in torch
 
 
@@ -238,6 +239,20 @@ def wsd(curve: Curve, step: int) -> Point:
     return Point(_between(curve.schedule.final, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
 
 
+def range_linear(curve: Curve, step: int) -> Point:
+    """comp lr-range: from `start` to the peak, in `every`."""
+    return Point(_between(curve.schedule.start, 1.0, min(1.0, step / max(1, _climb(curve) - 1))))
+
+
+def range_exponential(curve: Curve, step: int) -> Point:
+    return Point(curve.schedule.start ** (1 - min(1.0, step / max(1, _climb(curve) - 1))))
+
+
+def _climb(curve: Curve) -> int:
+    assert not isinstance(curve.schedule.every, list)
+    return curve.in_steps(curve.schedule.every)
+
+
 SHAPES: dict[str, Callable[[Curve, int], Point]] = {
     "step": stairs,
     **{
@@ -252,6 +267,8 @@ SHAPES: dict[str, Callable[[Curve, int], Point]] = {
             triangular,
             exponential,
             wsd,
+            range_linear,
+            range_exponential,
         )
     },
 }

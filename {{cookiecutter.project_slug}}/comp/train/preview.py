@@ -1,0 +1,85 @@
+"""comp schedule: the rate of a run before anything runs. Neither pictures nor torch are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comp import duration, folds, machine, pictures, samples, store
+from comp.config import Config
+from comp.train import schedule
+from comp.train.schedule import CYCLING, Curve, Span
+
+MOST_POINTS = 4000  # more cannot be told apart
+
+
+def draw(cfg: Config, experiment: str) -> None:
+    """Fold 0 speaks for the others: they differ by a few steps."""
+    table = samples.load()
+    taught = folds.load(table).split(0)[0][: cfg.train.limit]
+    drawn = len(taught)
+    if cfg.sampling.balance != "none":  # rare classes may be drawn more often than they are there
+        from comp.train import balance, data
+
+        drawn = len(data.epoch_list(taught, 0, 0, balance.drawing(cfg, table, taught)))
+    span = schedule.span(cfg, drawn, machine.processes())
+    curve = schedule.curve(cfg, span)
+    file = store.path("runs", f"{experiment}-schedule.png")
+    _picture(cfg, curve, span, file)
+    print(*summary(cfg, curve, span), sep="\n")
+    print(f"{store.shown(file)}\nnext: comp train {experiment}")
+
+
+def summary(cfg: Config, curve: Curve, span: Span) -> list[str]:
+    rates = [curve.rate(step) for step in range(curve.steps)]
+    lasting = f"{curve.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
+    if span.accumulate * span.processes > 1:
+        lasting += f" ({span.batch_size} x {span.accumulate} x {span.processes})"
+    lines = [
+        f"{cfg.schedule.name}: {lasting}",
+        f"rate: first {rates[0]:.3g}, highest {max(rates):.3g} at step {rates.index(max(rates)):,}, last {rates[-1]:.3g}",
+    ]
+    if curve.peak != cfg.optim.rate:
+        lines.append(
+            f"optim.rate {cfg.optim.rate:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {curve.peak:.4g}"
+        )
+    momenta = [m for step in range(curve.steps) if (m := curve.momentum(step)) is not None]
+    if momenta:
+        lines.append(f"momentum: {min(momenta):.3g} at the peak, {max(momenta):.3g} away from it")
+    if cfg.schedule.name in ("cosine_restarts", *CYCLING[1:]):
+        lines.append(
+            "cycles end after step " + ", ".join(f"{first + length:,}" for first, length in curve.cycles)
+        )
+    if cfg.schedule.name == "plateau":
+        lines.append("plateau: drawn as if every epoch were better than the one before")
+    return lines
+
+
+def _picture(cfg: Config, curve: Curve, span: Span, file: Path) -> None:
+    steps = range(0, curve.steps, max(1, curve.steps // MOST_POINTS))
+    at = [step / span.steps_per_epoch for step in steps]
+    figure, axes = pictures.figure_of(9, 4)
+    axes.plot(at, [curve.rate(step) for step in steps], color="tab:blue", drawstyle="steps-post")
+    axes.set(xlabel=f"epoch of {span.steps_per_epoch:,} steps", ylabel="rate", xlim=(0, cfg.train.epochs))
+    axes.set_ylim(bottom=0)
+    warm = duration.parse(cfg.schedule.warmup).in_steps(curve.steps, curve.steps_per_epoch)
+    if warm:
+        axes.axvspan(0, warm / span.steps_per_epoch, color="tab:orange", alpha=0.15, linewidth=0)
+        axes.annotate(
+            "warm-up",
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    momenta = [curve.momentum(step) for step in steps]
+    if momenta[-1] is not None:
+        right = axes.twinx()
+        right.plot(at, [m or 0.0 for m in momenta], color="tab:green", linewidth=1)
+        right.set_ylabel("momentum", color="tab:green")
+    axes.set_title(
+        f"{cfg.schedule.name}, peak {curve.peak:.3g}, {span.effective} images a step, {curve.steps:,} steps",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.3)
+    pictures.save(figure, file)
