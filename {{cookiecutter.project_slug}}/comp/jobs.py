@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from comp import config, identity, machine, members, store
+from comp import config, identity, idle, machine, members, store
 from comp.config import Config, Refused
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def train(
     if on is not None and (stop is not None or machine.processes() > 1):
         what = "--time-limit" if stop is not None else "torchrun"
         raise Refused(f"{what}: is for folds one after the other; leave --on out")
-    cfg = config.load(store.root(), experiment, overrides, debug).config
+    cfg = idle.warn(config.load(store.root(), experiment, overrides, debug))
     changed = config.changes_results(overrides)
     if changed and name is None:
         raise Refused(
@@ -228,7 +228,7 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
 def draw_schedule(experiment: str, overrides: list[str], *, debug: bool = False) -> None:
     from comp.train import preview
 
-    preview.draw(config.load(store.root(), experiment, overrides, debug).config, experiment)
+    preview.draw(idle.warn(config.load(store.root(), experiment, overrides, debug)), experiment)
 
 
 def lr_range(

@@ -16,7 +16,7 @@ LAYERS = [
     ["declared"],
     ["knobs"],
     ["config"],
-    ["store", "tasks", "members"],
+    ["store", "tasks", "members", "idle"],
     ["formulas", "metrics", "objective"],
     ["competition"],
     ["own"],

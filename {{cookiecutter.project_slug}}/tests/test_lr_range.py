@@ -105,7 +105,7 @@ def test_a_curve_is_drawn_without_pictures(
     said = ["schedule=one_cycle", "train.accumulate=2", "optim.base_batch=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0
     out = capsys.readouterr().out
-    assert "one_cycle: 270 steps, 18 an epoch, 64 images each (32 x 2 x 1)" in out
+    assert "one_cycle: 270 steps, 18 an epoch, 64 images each (32 x 2)" in out
     assert "linear scaling makes it 0.00125" in out and "momentum: 0.85 at the peak" in out
     assert "runs/exp001-schedule.png" in out and out.splitlines()[-1] == "next: comp train exp001"
     with Image.open(project / "runs/exp001-schedule.png") as drawn:

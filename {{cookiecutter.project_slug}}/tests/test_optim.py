@@ -15,8 +15,8 @@ from conftest import config
 from torch import Tensor, nn
 
 from comp.config import Config, Refused
+from comp.idle import CYCLING
 from comp.train import optim
-from comp.train.schedule import CYCLING
 
 # By name in the promise, and one of each other kind: own classes of timm, cautious, corrected, trust ratios.
 LISTED = [

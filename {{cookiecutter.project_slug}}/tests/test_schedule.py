@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import config
 
-from comp import duration
+from comp import config as configs
+from comp import duration, idle, knobs, store
 from comp.config import Refused
 from comp.train import schedule
 from comp.train.schedule import Curve
@@ -190,3 +191,35 @@ def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
     assert schedule.peak(root, 64) == pytest.approx(0.1 / 2)
     assert schedule.peak(config("optim.rate=0.1"), 64) == 0.1
     assert schedule.span(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
+
+
+def idle_lines(*said: str) -> list[str]:
+    return idle.lines(configs.load(store.root(), "exp001", said))
+
+
+def test_an_idle_knob_is_named_with_its_place() -> None:
+    assert idle_lines("schedule=cosine_restarts", "schedule.cycles=3") == []
+    assert idle_lines("schedule=constant", "schedule.cycles=3") == [
+        "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "
+        "cosine_restarts, triangular, exponential looks at it"
+    ]
+    assert len(idle_lines("optim.scaling=root", "optim.clip=null", "optim.clip_mode=agc")) == 2
+    assert "schedule.momentum: null" in idle_lines("schedule=one_cycle", "optim.momentum=0.8")[0]
+    assert idle_lines("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
+    assert set(idle.SCHEDULES) == set(knobs.Schedule.model_fields) - {"name", "warmup"}
+
+
+@pytest.mark.parametrize("knob", idle.SCHEDULES)
+def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> None:
+    other: dict[str, Any] = {
+        "final": 0.3, "every": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "multiplier": 2, "decay": 0.5, "start": 0.4, "rise": 0.6,
+        "anneal": "linear", "momentum": "[0.5, 0.6]", "cooldown": "50%",
+    }  # fmt: skip
+    for name in schedule.SHAPES:
+        if name.startswith("range"):
+            continue
+        one, two = curve(f"name={name}"), curve(f"name={name}", f"{knob}={other[knob]}")
+        for drawn in (one, two):
+            drawn.seen.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "final" else 1))
+        same = all((one.rate(s), one.momentum(s)) == (two.rate(s), two.momentum(s)) for s in range(STEPS))
+        assert same == (name not in idle.SCHEDULES[knob]), name

@@ -77,6 +77,9 @@ def climbing(cfg: Config, low: float, high: float, steps: int, linear: bool) -> 
         schedule={**shape, "warmup": 0, "momentum": None},
         optim={"rate": high, "base_batch": None},
         train={"ema": None, "checkpoint_every": 0},
+        snapshots={"cycles": None},
+        average={"predicts": "default", "beside": []},
+        select={"name": "last"},
     )
 
 

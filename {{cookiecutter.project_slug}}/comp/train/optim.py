@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comp.config import Config, Refused, nearest
+from comp.idle import CYCLING
 from comp.train.draws import mixed
-from comp.train.schedule import CYCLING
 
 Group = dict[str, Any]
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)

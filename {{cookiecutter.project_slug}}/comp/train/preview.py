@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comp import duration, folds, machine, pictures, samples, store
+from comp import duration, folds, pictures, samples, store
 from comp.config import Config
+from comp.idle import CYCLIC
 from comp.train import schedule
-from comp.train.schedule import CYCLING, Curve, Span
+from comp.train.schedule import Curve, Span
 
 MOST_POINTS = 4000  # more cannot be told apart
 
@@ -21,7 +22,7 @@ def draw(cfg: Config, experiment: str) -> None:
         from comp.train import balance, data
 
         drawn = len(data.epoch_list(taught, 0, 0, balance.drawing(cfg, table, taught)))
-    span = schedule.span(cfg, drawn, machine.processes())
+    span = schedule.span(cfg, drawn)
     curve = schedule.curve(cfg, span)
     file = store.path("runs", f"{experiment}-schedule.png")
     _picture(cfg, curve, span, file)
@@ -32,10 +33,10 @@ def draw(cfg: Config, experiment: str) -> None:
 def summary(cfg: Config, curve: Curve, span: Span) -> list[str]:
     rates = [curve.rate(step) for step in range(curve.steps)]
     lasting = f"{curve.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
-    if span.accumulate * span.processes > 1:
-        lasting += f" ({span.batch_size} x {span.accumulate} x {span.processes})"
+    if span.accumulate > 1:
+        lasting += f" ({span.batch_size} x {span.accumulate})"
     lines = [
-        f"{cfg.schedule.name}: {lasting}",
+        f"{curve.schedule.name}: {lasting}",
         f"rate: first {rates[0]:.3g}, highest {max(rates):.3g} at step {rates.index(max(rates)):,}, last {rates[-1]:.3g}",
     ]
     if curve.peak != cfg.optim.rate:
@@ -45,11 +46,11 @@ def summary(cfg: Config, curve: Curve, span: Span) -> list[str]:
     momenta = [m for step in range(curve.steps) if (m := curve.momentum(step)) is not None]
     if momenta:
         lines.append(f"momentum: {min(momenta):.3g} at the peak, {max(momenta):.3g} away from it")
-    if cfg.schedule.name in ("cosine_restarts", *CYCLING[1:]):
+    if curve.schedule.name in CYCLIC:
         lines.append(
             "cycles end after step " + ", ".join(f"{first + length:,}" for first, length in curve.cycles)
         )
-    if cfg.schedule.name == "plateau":
+    if curve.schedule.name == "plateau":
         lines.append("plateau: drawn as if every epoch were better than the one before")
     return lines
 
@@ -61,7 +62,7 @@ def _picture(cfg: Config, curve: Curve, span: Span, file: Path) -> None:
     axes.plot(at, [curve.rate(step) for step in steps], color="tab:blue", drawstyle="steps-post")
     axes.set(xlabel=f"epoch of {span.steps_per_epoch:,} steps", ylabel="rate", xlim=(0, cfg.train.epochs))
     axes.set_ylim(bottom=0)
-    warm = duration.parse(cfg.schedule.warmup).in_steps(curve.steps, curve.steps_per_epoch)
+    warm = duration.parse(curve.schedule.warmup).in_steps(curve.steps, curve.steps_per_epoch)
     if warm:
         axes.axvspan(0, warm / span.steps_per_epoch, color="tab:orange", alpha=0.15, linewidth=0)
         axes.annotate(
@@ -78,7 +79,7 @@ def _picture(cfg: Config, curve: Curve, span: Span, file: Path) -> None:
         right.plot(at, [m or 0.0 for m in momenta], color="tab:green", linewidth=1)
         right.set_ylabel("momentum", color="tab:green")
     axes.set_title(
-        f"{cfg.schedule.name}, peak {curve.peak:.3g}, {span.effective} images a step, {curve.steps:,} steps",
+        f"{curve.schedule.name}, peak {curve.peak:.3g}, {span.effective} images a step, {curve.steps:,} steps",
         fontsize=10,
     )
     axes.grid(alpha=0.3)

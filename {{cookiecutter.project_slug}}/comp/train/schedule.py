@@ -15,7 +15,6 @@ from typing import NamedTuple
 from comp import duration
 from comp.config import Config, Refused, Schedule
 
-CYCLING = ("one_cycle", "triangular", "exponential")  # momentum runs against the rate
 BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share, as in torch
 
 
