@@ -125,6 +125,10 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     )  # fp32 means it: predictions are compared to 1e-5
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
     mixing.refuse(cfg, table.heads, feed.several)
+    if cfg.model.pool != "mean" and not feed.several:
+        raise Refused(
+            f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
+        )
     return Material(cfg, table, split, feed, device, stop or machine.Stop(), clock)
 
 

@@ -29,6 +29,9 @@ class Samples:
     frame: pd.DataFrame
     heads: tuple[Head, ...]
     hash: str
+    several: bool = (
+        False  # images of a sample: then networks join them, also where a test set happens to have one each
+    )
 
     def positions(self, source: str) -> Positions:
         return np.flatnonzero((self.frame["source"] == source).to_numpy())
@@ -64,7 +67,7 @@ def load(file: Path | None = None) -> Samples:
     table = pq.read_table(file)
     facts = json.loads(table.schema.metadata[b"comp"])
     heads = tuple(_head(said) for said in facts["heads"])
-    return Samples(table.to_pandas(), heads, facts["hash"])
+    return Samples(table.to_pandas(), heads, facts["hash"], facts["several"])
 
 
 def _head(said: dict[str, Any]) -> Head:
@@ -81,7 +84,11 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None,
 
     file = file or store.samples_file()
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    said = {"heads": [asdict(head) for head in heads], "hash": content_hash(frame, heads)}
+    said = {
+        "heads": [asdict(head) for head in heads],
+        "hash": content_hash(frame, heads),
+        "several": bool((frame["images"].map(len) > 1).any()),
+    }
     table = table.replace_schema_metadata({"comp": json.dumps(said)})
     with store.writing(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")

@@ -418,7 +418,8 @@ def test_ranking_soft_labels_extra_tables_and_weights(empty: Path) -> None:
 
 def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
     from comp import jobs
-    from comp.train.data import plain_batches
+    from comp.train import model
+    from comp.train.data import Feed, plain_batches
 
     for i in range(8):
         for n in range(1 + i % 2):
@@ -449,6 +450,17 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     jobs.train("exp001", ["model.metadata=true"], name="both")
     alone = bank.load("both", "oof", table, folds.load(table))
     assert alone.predicted.all()
+
+    # A hidden test set may happen to have one image a sample: the network stays the one that was trained.
+    single = replace(table, frame=table.frame.assign(images=[images[:1] for images in table.frame["images"]]))
+    feed = Feed(config("model.metadata=true"), single, material.device)
+    assert single.several and model.build(material.cfg, table.heads, False, feed).state_dict().keys() == (
+        model.build(material.cfg, table.heads, False, material.feed).state_dict().keys()
+    )
+    with pytest.raises(Refused, match="trained on one each"):
+        Feed(config(), replace(table, several=False), material.device)
+    with pytest.raises(Refused, match=r"model.pool: max has no effect"):
+        jobs.gather(config("model.pool=max", "data.images=1"))
 
 
 def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:

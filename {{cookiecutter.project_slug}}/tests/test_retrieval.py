@@ -278,7 +278,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     about = store.read_json(bundle / "bundle.json")
     home = cfg.competition.model_copy(update={"raw": str(root / "data/raw")})
     hidden = inside.test_rows(
-        cfg.model_copy(update={"competition": home}), (inside._head(about["heads"][0]),)
+        cfg.model_copy(update={"competition": home}), (inside._head(about["heads"][0]),), about["several"]
     )
     rows = hidden.positions("test")
     said, damaged, _ = inside.everything(about, home, hidden, rows)

@@ -48,7 +48,9 @@ def predict() -> Path:
     base = config.load(store.root(), "base").config
     home = base.competition.model_copy(update={"raw": str(raw_folder(kaggle, about["competition"]))})
     table = test_rows(
-        base.model_copy(update={"competition": home}), tuple(_head(each) for each in about["heads"])
+        base.model_copy(update={"competition": home}),
+        tuple(_head(each) for each in about["heads"]),
+        about["several"],
     )
     rows = table.positions("test")
     ready = time.perf_counter() - began
@@ -177,7 +179,7 @@ def raw_folder(kaggle: Path, slug: str) -> Path:
     )
 
 
-def test_rows(cfg: Config, heads: tuple[Head, ...]) -> Samples:
+def test_rows(cfg: Config, heads: tuple[Head, ...], several: bool) -> Samples:
     """The samples table of a test set that nobody has seen: no targets, and of training rows their metadata alone."""
     import pandas as pd
 
@@ -199,7 +201,7 @@ def test_rows(cfg: Config, heads: tuple[Head, ...]) -> Samples:
         table = pd.concat([known, table], ignore_index=True)
     for column in dict.fromkeys(column for head in heads for column in head.columns):
         table[column] = np.nan
-    return Samples(table, heads, "")
+    return Samples(table, heads, "", several)
 
 
 def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:

@@ -26,7 +26,7 @@ from comp.config import Config, Refused, nearest
 from comp.prepare import making
 from comp.samples import Samples
 from comp.tasks import Head
-from comp.train import augment, model, normal
+from comp.train import augment, model, normal, transfer
 from comp.train.draws import mixed
 from comp.train.evaluate import outputs_of
 from comp.train.loop import Material
@@ -72,6 +72,7 @@ def _refuse(cfg: Config) -> None:
     for key, value, good in (
         ("data.normalise", cfg.data.normalise == "data", "model"),
         ("data.whiten", cfg.data.whiten != "none", "none"),
+        ("model.pretrained", bool(transfer.run_of(cfg)), "true, false or a file"),
         ("model.metadata", cfg.model.metadata, "false"),
         ("model.pool", cfg.model.pool == "attention", "mean"),
         ("model.global_pool", cfg.model.global_pool == "gem", "default"),
@@ -86,7 +87,8 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
     cfg, file = material.cfg, store.run_folder(run) / FILE
     torch.manual_seed(mixed(cfg.train.seeds[0], 3))
-    backbone = model.backbone(cfg, cfg.model.pretrained, material.feed).to(material.device)
+    backbone = model.backbone(cfg, cfg.model.pretrained is True, material.feed).to(material.device)
+    transfer.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
     now = made_of(cfg, material.samples, backbone)
     if not fresh and (entry := store.sealed(file)):
         changed = [what for what, value in now.items() if entry.get(what) != value]

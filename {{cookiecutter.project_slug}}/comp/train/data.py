@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from comp.config import Config
+from comp.config import Config, Refused
 from comp.prepare import cache
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
@@ -187,7 +187,11 @@ class Feed:
         codes, unique = paths.explode().factorize()
         images = cache.open_images(cfg, list(unique), cfg.machine.progress)
         self.pictures = Pictures(cfg, images, codes.astype(np.int64), start)
-        self.several = len(codes) > len(paths)
+        self.several = samples.several and cfg.data.images > 1
+        if len(codes) > len(paths) and not self.several:
+            raise Refused(
+                "some samples have several images, and the networks were trained on one each; data.images=1 takes the first"
+            )
         self.metadata = beside.encoded(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
         self.resident = _Resident(self.pictures, device, cfg.machine.resident * 10**6)

@@ -8,7 +8,7 @@ from comp import duration, folds, pictures, samples, store
 from comp.config import Config
 from comp.idle import CYCLIC
 from comp.train import schedule
-from comp.train.schedule import Curve, Span
+from comp.train.schedule import Curve, Span, Staged
 
 MOST_POINTS = 4000  # more cannot be told apart
 
@@ -30,39 +30,48 @@ def draw(cfg: Config, experiment: str) -> None:
     print(f"{store.shown(file)}\nnext: comp train {experiment}")
 
 
-def summary(cfg: Config, curve: Curve, span: Span) -> list[str]:
-    rates = [curve.rate(step) for step in range(curve.steps)]
-    lasting = f"{curve.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
+def parts_of(curve: Curve | Staged) -> list[Curve]:
+    """One a stage; of a run without stages, the one there is."""
+    return curve.curves if isinstance(curve, Staged) else [curve]
+
+
+def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
+    first, *later = parts_of(curve)
+    rates = [curve.rate(step) for step in range(span.steps)]
+    lasting = f"{span.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
     if span.accumulate > 1:
         lasting += f" ({span.batch_size} x {span.accumulate})"
+    if later:
+        lasting += f", the schedule once for each of {1 + len(later)} stages"
     lines = [
-        f"{curve.schedule.name}: {lasting}",
+        f"{first.schedule.name}: {lasting}",
         f"rate: first {rates[0]:.3g}, highest {max(rates):.3g} at step {rates.index(max(rates)):,}, last {rates[-1]:.3g}",
     ]
-    if curve.peak != cfg.optim.rate:
+    if first.peak != cfg.optim.rate and not later:
         lines.append(
-            f"optim.rate {cfg.optim.rate:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {curve.peak:.4g}"
+            f"optim.rate {cfg.optim.rate:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {first.peak:.4g}"
         )
-    momenta = [m for step in range(curve.steps) if (m := curve.momentum(step)) is not None]
+    momenta = [m for step in range(span.steps) if (m := curve.momentum(step)) is not None]
     if momenta:
         lines.append(f"momentum: {min(momenta):.3g} at the peak, {max(momenta):.3g} away from it")
-    if curve.schedule.name in CYCLIC:
+    if first.schedule.name in CYCLIC and not later:
         lines.append(
-            "cycles end after step " + ", ".join(f"{first + length:,}" for first, length in curve.cycles)
+            "cycles end after step " + ", ".join(f"{start + length:,}" for start, length in first.cycles)
         )
-    if curve.schedule.name == "plateau":
+    if first.schedule.name == "plateau":
         lines.append("plateau: drawn as if every epoch were better than the one before")
     return lines
 
 
-def _picture(cfg: Config, curve: Curve, span: Span, file: Path) -> None:
-    steps = range(0, curve.steps, max(1, curve.steps // MOST_POINTS))
+def _picture(cfg: Config, curve: Curve | Staged, span: Span, file: Path) -> None:
+    first, *later = parts_of(curve)
+    steps = range(0, span.steps, max(1, span.steps // MOST_POINTS))
     at = [step / span.steps_per_epoch for step in steps]
     figure, axes = pictures.figure_of(9, 4)
     axes.plot(at, [curve.rate(step) for step in steps], color="tab:blue", drawstyle="steps-post")
     axes.set(xlabel=f"epoch of {span.steps_per_epoch:,} steps", ylabel="rate", xlim=(0, cfg.train.epochs))
     axes.set_ylim(bottom=0)
-    warm = duration.parse(curve.schedule.warmup).in_steps(curve.steps, curve.steps_per_epoch)
+    warm = duration.parse(first.schedule.warmup).in_steps(first.steps, first.steps_per_epoch)
     if warm:
         axes.axvspan(0, warm / span.steps_per_epoch, color="tab:orange", alpha=0.15, linewidth=0)
         axes.annotate(
@@ -78,8 +87,9 @@ def _picture(cfg: Config, curve: Curve, span: Span, file: Path) -> None:
         right = axes.twinx()
         right.plot(at, [m or 0.0 for m in momenta], color="tab:green", linewidth=1)
         right.set_ylabel("momentum", color="tab:green")
+    peaks = ", ".join(f"{part.peak:.3g}" for part in (first, *later))
     axes.set_title(
-        f"{curve.schedule.name}, peak {curve.peak:.3g}, {span.effective} images a step, {curve.steps:,} steps",
+        f"{first.schedule.name}, peak {peaks}, {span.effective} images a step, {span.steps:,} steps",
         fontsize=10,
     )
     axes.grid(alpha=0.3)
