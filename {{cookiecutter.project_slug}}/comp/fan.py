@@ -189,13 +189,15 @@ class Ray:
         gpus, cpus = (int(sum(n["Resources"].get(kind, 0) for n in nodes)) for kind in ("GPU", "CPU"))
         self.size = max(1, gpus or cpus // threads)
         # A dead machine's jobs begin again without end; a job that fails by itself does not.
-        self._carry = ray.remote(carry).options(
-            num_cpus=1 if gpus else threads, num_gpus=1 if gpus else 0, max_retries=-1
-        )
+        needs = {"num_cpus": 1 if gpus else threads, "num_gpus": 1 if gpus else 0}
+        self._options = {**needs, "max_retries": -1}
+        self._carry = ray.remote(carry)
         self._begun: list[Any] = []
 
     def begin(self, job: Job) -> Future[Ended]:
-        self._begun.append(self._carry.options(name=job.name).remote(job, str(store.root()), {}))
+        self._begun.append(
+            self._carry.options(name=job.name, **self._options).remote(job, str(store.root()), {})
+        )
         future: Future[Ended] = Future()
         self._begun[-1].future().add_done_callback(lambda found: future.set_result(self._ended(found)))
         return future
