@@ -109,6 +109,11 @@ def test_the_network_sees_both_bytes(empty: Path) -> None:
         assert view(turned).dtype == torch.uint16
 
 
+def test_people_see_8_bits() -> None:
+    assert np.array_equal(arrays.shown(DEEP), np.rint(DEEP / 257).astype(np.uint8))
+    assert arrays.shown(np.array([-3.0, 7.4, 300.0], np.float32)).tolist() == [0, 7, 255]
+
+
 def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
     cfg = config("data.depth=16", "augment=medium", experiment="base")
     with pytest.raises(

@@ -56,6 +56,23 @@ def test_comp_model_says_what_it_counted(
 # --- explained -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_map_is_fine_enough_to_look_at() -> None:
+    """resnets end in a single square for 32 px; then an earlier layer speaks."""
+    import timm
+
+    for name in ("test_resnet", "test_vit"):
+        network: Any = timm.create_model(name, num_classes=3).eval()
+        side = int(network.pretrained_cfg["input_size"][1])
+        for px in (32, side) if name == "test_resnet" else (side,):
+            with explain.kept(network) as layers:
+                output = network(torch.rand(1, 3, px, px))
+            feature = explain.telling(layers, network)
+            assert min(explain.spatial(feature, network).shape[2:]) >= explain.FINE
+            (slope,) = torch.autograd.grad(output[0, 0], feature)
+            assert slope.abs().sum() > 0, "the answer does not hang on what is shown"
+        assert "forward_features" not in vars(network), "what was hung in is taken out again"
+
+
 def test_grad_cam_is_the_weighted_sum_and_looks_where_the_answer_comes_from() -> None:
     feature = torch.zeros(1, 2, 4, 4)
     feature[0, 0, 1, 2], feature[0, 1, 3, 0] = 2.0, 5.0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from comp import bank, config, folds, pictures, samples, store, table
 from comp.config import Config, Refused
 from comp.predictions import PredictionSet
-from comp.prepare import making
+from comp.prepare import arrays, making
 from comp.prepare.images import Damaged
 from comp.samples import Samples
 from comp.tasks import Head
@@ -132,7 +132,7 @@ def _drawn(cfg: Config, lines: list[dict[str, Any]], file: Any) -> None:
     tiles = []
     for line in lines:
         try:
-            picture = how.picture(line["image"])
+            picture = arrays.shown(how.picture(line["image"]))
         except Damaged:
             picture = np.zeros((pictures.TILE, pictures.TILE, 3), np.uint8)
         tiles.append((picture, f"{line['given']}? {line['models say']}!"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from comp import folds, jobs, machine, pictures, samples, store, table
 from comp.config import Refused
 from comp.predict import merge
-from comp.prepare import making
+from comp.prepare import arrays, making
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
 
@@ -160,7 +160,7 @@ def _tell(material: Material, frame: pd.DataFrame, record: dict[str, Any]) -> No
     for some in telling.values():
         for row in some.itertuples():
             try:
-                picture = how.picture(str(row.image))
+                picture = arrays.shown(how.picture(str(row.image)))
             except Damaged:
                 picture = np.zeros((pictures.TILE, pictures.TILE, 3), np.uint8)
             tiles.append((picture, f"{row.source} {row.like_test:.2f} {row.id}"))

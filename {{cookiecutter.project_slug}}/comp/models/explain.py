@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from comp import bank, jobs, machine, pictures, store
 from comp.config import Refused, nearest
+from comp.prepare import arrays
 from comp.train import augment, model, normal
 from comp.train.data import Draw
 from comp.train.draws import mixed
@@ -25,6 +26,7 @@ from comp.train.loop import Material
 
 NOISY, NOISE = 24, 0.15  # SmoothGrad: so many copies, with noise of so much of the picture's range
 SIDE, GAP, TITLE = 192, 8, 34  # px
+FINE = 4  # a map of fewer squares a side says nothing about where
 
 
 def explain(run: str, ids: list[str], count: int) -> Path:
@@ -111,8 +113,8 @@ def maps(
     with kept(module) as layers:
         output = module(x, **extras)
         place, sign = _answer(material, output)
-        # Of layers asked several times, the last word; its gradient says which features spoke for the answer.
-        feature = layers[-1]
+        # Its gradient says which features spoke for the answer.
+        feature = telling(layers, module)
         (slope,) = torch.autograd.grad(sign * output[0, place], feature)
     cam = grad_cam(spatial(feature, module)[:1], spatial(slope, module)[:1], x.shape[2:])
     total = torch.zeros_like(x[0, 0])
@@ -124,7 +126,7 @@ def maps(
         (slope,) = torch.autograd.grad(sign * module(noisy, **extras)[0, place], noisy)
         total += slope[0].abs().sum(0)
     smooth = total / total.max().clamp(min=1e-12)
-    return batch.pictures[0].numpy(), cam[0].cpu().numpy(), smooth.cpu().numpy()
+    return arrays.shown(batch.pictures[0].numpy()), cam[0].cpu().numpy(), smooth.cpu().numpy()
 
 
 def _answer(material: Material, output: Tensor) -> tuple[int, int]:
@@ -138,10 +140,17 @@ def _answer(material: Material, output: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the last features that still know where they are: what timm calls forward_features, or the last convolution."""
+    """Collects features that still know where they are: of every convolution, then what timm calls forward_features."""
     layers: list[Tensor] = []
     backbone = getattr(module, "backbone", module)
+    convolutions = [part for part in backbone.modules() if isinstance(part, nn.Conv2d)]
+    handles = [
+        part.register_forward_hook(lambda _module, _inputs, output: layers.append(output))
+        for part in convolutions
+    ]
     forward = getattr(backbone, "forward_features", None)
+    if forward is None and not convolutions:
+        raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
     if forward is not None:
 
         def keeping(*args: Tensor, **named: Tensor) -> Tensor:
@@ -149,19 +158,20 @@ def kept(module: nn.Module) -> Iterator[list[Tensor]]:
             return layers[-1]
 
         backbone.forward_features = keeping
-        try:
-            yield layers
-        finally:
-            del backbone.forward_features
-        return
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-    if not convolutions:
-        raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
-    handle = convolutions[-1].register_forward_hook(lambda _module, _inputs, output: layers.append(output))
     try:
         yield layers
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        if forward is not None:
+            del backbone.forward_features
+
+
+def telling(layers: list[Tensor], module: nn.Module) -> Tensor:
+    """The last features whose map is fine enough to look at: of a 32 px picture some networks end in a single square."""
+    sides = [min(spatial(layer, module).shape[2:]) for layer in layers]
+    fine = [layer for layer, side in zip(layers, sides, strict=True) if side >= FINE]
+    return fine[-1] if fine else layers[sides.index(max(sides))]
 
 
 def spatial(feature: Tensor, module: nn.Module) -> Tensor:

@@ -128,6 +128,14 @@ def deepened(picture: NDArray[np.uint8], depth: int) -> Pixels:
     return np.ascontiguousarray(picture, KINDS[depth]) * KINDS[depth](BRIGHTEST[depth] // 255)
 
 
+def shown(picture: Pixels) -> NDArray[np.uint8]:
+    """8 bits of any depth, for a person to look at."""
+    if picture.dtype == np.uint8:
+        return picture
+    grey = picture / 257 if picture.dtype == np.uint16 else picture
+    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+
+
 def _between(array: NDArray[Any], low: float, high: float, depth: int) -> Pixels:
     share = (np.nan_to_num(array.astype(np.float64), nan=low) - low) / max(high - low, 1e-12)
     if depth == 32:

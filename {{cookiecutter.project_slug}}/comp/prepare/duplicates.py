@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from comp import folds, pictures, store, table
 from comp.config import Config
-from comp.prepare import cache, making, near
-from comp.prepare.arrays import BRIGHTEST
+from comp.prepare import arrays, cache, making, near
 from comp.prepare.images import Damaged
 from comp.samples import Samples
 
@@ -89,7 +88,7 @@ def _looked(cfg: Config, names: list[str]) -> tuple[near.Grey, list[str]]:
     listed = images.pages.table["hash"] if isinstance(images, cache.Cached) else None
     for at, name in enumerate(names):
         try:
-            grey[at] = images[at].mean(axis=2) / (BRIGHTEST[cfg.data.depth] // 255)
+            grey[at] = images[at].mean(axis=2) / (arrays.BRIGHTEST[cfg.data.depth] // 255)
         except Damaged:
             continue
         if listed is not None and isinstance(images, cache.Cached) and images.where[at] >= 0:
@@ -199,5 +198,5 @@ def _drawn(cfg: Config, frame: pd.DataFrame, file: Any) -> None:
     for row in frame.head(DRAWN).itertuples():
         for side in "ab":
             said = [str(getattr(row, f"{name}_{side}")) for name in ("source", "id", "label")]
-            tiles.append((how.picture(getattr(row, f"image_{side}")), " ".join(said)))
+            tiles.append((arrays.shown(how.picture(getattr(row, f"image_{side}"))), " ".join(said)))
     pictures.sheet(tiles, file, columns=8, title="copies, in pairs; train and test first", pairs=True)
