@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,17 +141,23 @@ def _answer(material: Material, output: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects features that still know where they are: of every convolution, then what timm calls forward_features."""
+    """Collects features that still know where they are, in the order in which they are made: the stages that timm's feature_info
+    names, through which everything goes, and at last forward_features; of a network of your own the convolutions."""
     layers: list[Tensor] = []
     backbone = getattr(module, "backbone", module)
-    convolutions = [part for part in backbone.modules() if isinstance(part, nn.Conv2d)]
-    handles = [
-        part.register_forward_hook(lambda _module, _inputs, output: layers.append(output))
-        for part in convolutions
-    ]
+
+    def look(_part: nn.Module, _inputs: Any, output: Any) -> None:
+        layers.append(output)
+
+    info = getattr(backbone, "feature_info", None)
+    stages = {each["module"] for each in info or () if each.get("module")}
     forward = getattr(backbone, "forward_features", None)
-    if forward is None and not convolutions:
-        raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
+    parts = [
+        part
+        for name, part in backbone.named_modules()
+        if (name in stages if forward is not None else isinstance(part, nn.Conv2d))
+    ]
+    handles = [part.register_forward_hook(look) for part in parts]
     if forward is not None:
 
         def keeping(*args: Tensor, **named: Tensor) -> Tensor:
@@ -169,6 +176,8 @@ def kept(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def telling(layers: list[Tensor], module: nn.Module) -> Tensor:
     """The last features whose map is fine enough to look at: of a 32 px picture some networks end in a single square."""
+    if not layers:
+        raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
     sides = [min(spatial(layer, module).shape[2:]) for layer in layers]
     fine = [layer for layer, side in zip(layers, sides, strict=True) if side >= FINE]
     return fine[-1] if fine else layers[sides.index(max(sides))]
