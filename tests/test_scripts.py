@@ -119,12 +119,16 @@ def test_ctrl_c_reaches_every_gpu(place):
         "comp",
         f"trap 'echo stopped >> $CALLS; exit 130' INT; cd {place}; echo > ready$CUDA_VISIBLE_DEVICES; cat never",
     )
+    # Whoever runs the tests in the background of a shell has them ignore SIGINT; a child would inherit that, and bash cannot
+    # undo it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = subprocess.Popen(
         [str(place / "scripts" / "train_folds.sh"), "exp001"],
         env=environment(place, "0,1"),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     for gpu in range(2):
         (place / f"ready{gpu}").read_text()
     script.send_signal(signal.SIGINT)

@@ -8,23 +8,24 @@ from pathlib import Path
 
 from comp import store
 
+# In brackets, since the braces of a template belong to cookiecutter in this repository.
 LAYOUT = """<!doctype html>
 <meta charset="utf-8">
-<title>{{ title }}</title>
+<title>[[ title ]]</title>
 <style>
   body { font: 14px sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
   td, th { border-top: 1px solid #ddd; padding: .2em .8em; text-align: left }
   img { max-width: 100% }
 </style>
-<h1>{{ title }}</h1>
-<p>{% for line in said %}{{ line }}<br>{% endfor %}</p>
+<h1>[[ title ]]</h1>
+<p>[% for line in said %][[ line ]]<br>[% endfor %]</p>
 <table>
-  <tr>{% for name in heads %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}  <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% for name, bytes in pictures %}<h2>{{ name }}</h2>
-<img alt="{{ name }}" src="data:image/png;base64,{{ bytes }}">
-{% endfor %}"""
+  <tr>[% for name in heads %]<th>[[ name ]]</th>[% endfor %]</tr>
+[% for row in rows %]  <tr>[% for cell in row %]<td>[[ cell ]]</td>[% endfor %]</tr>
+[% endfor %]</table>
+[% for name, bytes in pictures %]<h2>[[ name ]]</h2>
+<img alt="[[ name ]]" src="data:image/png;base64,[[ bytes ]]">
+[% endfor %]"""
 
 
 def write(
@@ -37,7 +38,14 @@ def write(
 ) -> Path:
     from jinja2 import Environment, StrictUndefined
 
-    layout = Environment(autoescape=True, undefined=StrictUndefined).from_string(LAYOUT)
+    layout = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        variable_start_string="[[",
+        variable_end_string="]]",
+        block_start_string="[%",
+        block_end_string="%]",
+    ).from_string(LAYOUT)
     seen = [(picture.stem, base64.b64encode(picture.read_bytes()).decode()) for picture in pictures]
     store.write_text(file, layout.render(title=title, said=said, heads=heads, rows=rows, pictures=seen))
     return file
