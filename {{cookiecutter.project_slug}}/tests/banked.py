@@ -22,10 +22,13 @@ CLASSES = ("ant", "bee", "cat")
 HEADS = {
     "binary": Head("label", "binary", ("label",), ("target.label",), ("0", "1")),
     "multiclass": Head("label", "multiclass", CLASSES, ("target.label",), CLASSES),
+    "multilabel": Head("label", "multilabel", CLASSES, tuple(f"target.{each}" for each in CLASSES)),
     "regression": Head("label", "regression", ("label",), ("target.label",)),
     "ordinal": Head("label", "ordinal", ("label",), ("target.label",), ("0", "1", "2", "3")),
 }
-METRIC = {"binary": "roc_auc", "multiclass": "accuracy", "regression": "rmse", "ordinal": "qwk"}
+METRIC = {
+    "binary": "roc_auc", "multiclass": "accuracy", "multilabel": "mean_column_auc", "regression": "rmse", "ordinal": "qwk",
+}  # fmt: skip
 
 
 class Project(NamedTuple):
@@ -65,6 +68,9 @@ def lay_out(
         "id": ids, "images": [[f"{i}.png"] for i in ids], "weight": 1.0, "source": ["train"] * TRAIN + ["test"] * TEST,
         "row": ids, "time": np.arange(TRAIN + TEST, dtype=float), "target.label": target.astype(float),
     })  # fmt: skip
+    if task == "multilabel":
+        frame = frame.drop(columns="target.label")
+        frame[list(head.columns)] = random.integers(0, 2, (len(ids), len(CLASSES))).astype(float)
     samples.save(frame, (head,))
     table = samples.load()
     fold = np.arange(TRAIN) * K // TRAIN if rule == "earlier" else (np.arange(TRAIN) + shift) % K
@@ -85,6 +91,9 @@ def lay_out(
 def values(project: Project, rows: Any, noise: float, seed: int) -> Any:
     """As a network would say it: the truth (of test rows too) under noise, as stored."""
     head, random = project.head, np.random.default_rng(seed)
+    if head.task == "multilabel":
+        both = 4 * project.samples.targets(head)[rows] - 2
+        return (both + random.normal(0, noise, both.shape)).astype(np.float32)
     truth = project.samples.targets(head)[rows, 0]
     if head.task == "multiclass":
         hot = np.eye(len(head.outputs))[truth.astype(int)]

@@ -156,7 +156,7 @@ def test_what_leaves_is_valid_and_row_by_row_the_same(empty: Path, task: str) ->
             members = {
                 name: load(project, name, kind).heads["label"] for name in ("exp001", "exp002", "exp003")
             }
-            for row in range(0, len(batch.row), 7):
+            for row in range(0, len(batch.row), 23):
                 alone = {name: {"label": values[row : row + 1]} for name, values in members.items()}
                 assert (average.apply(recipe, alone)["label"] == batch.heads["label"][row : row + 1]).all()
 
@@ -331,8 +331,9 @@ def test_a_metric_that_does_not_fit_is_refused(empty: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> None:
     project = lay_out(empty, task)
-    column = project.samples.frame["target.label"]
-    project.samples.frame["target.label"] = column.abs()  # rmsle wants no value below 0
+    if task == "regression":
+        column = project.samples.frame["target.label"]
+        project.samples.frame["target.label"] = column.abs()  # rmsle wants no value below 0
     member(project, "exp001", noise=0.001)
     said, seen = load(project, "exp001"), 0
     said.heads["label"].setflags(write=False)

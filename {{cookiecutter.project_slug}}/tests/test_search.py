@@ -30,6 +30,7 @@ from comp.tasks import Head, log_softmax, logit, softmax
 FIVE = tuple("abcde")
 BINARY = Head("t", "binary", ("t",), ("t",), ("0", "1"))
 CLASSES = Head("t", "multiclass", FIVE, ("t",), FIVE)
+LABELS = Head("t", "multilabel", tuple("abc"), tuple("abc"))
 GRADES = Head("t", "ordinal", ("t",), ("t",), FIVE)
 
 
@@ -37,11 +38,18 @@ def kappa(truth: Any, value: Any) -> float:
     return float(cohen_kappa_score(truth, np.clip(np.rint(value[:, 0]), 0, 4), weights="quadratic"))
 
 
+def by_column(call: Any) -> Any:
+    """The mean over labels of a function of (truth, answer)."""
+    return lambda t, p: float(np.mean([call(t[:, k], p[:, k]) for k in range(t.shape[1])]))
+
+
 Call = Callable[[Any, Any], float]
 NAIVE: dict[str, tuple[Head, str, Call]] = {
     "auc": (BINARY, "roc_auc", lambda t, p: float(roc_auc_score(t, p[:, 0]))),
     "log_loss": (BINARY, "log_loss", lambda t, p: -float(log_loss(t, p[:, 0]))),
     "log_loss_5": (CLASSES, "log_loss", lambda t, p: -float(log_loss(t, p))),
+    "auc_labels": (LABELS, "mean_column_auc", by_column(roc_auc_score)),
+    "log_loss_labels": (LABELS, "mean_column_log_loss", lambda t, p: -by_column(log_loss)(t, p)),
     "accuracy_5": (CLASSES, "accuracy", lambda t, p: float((p.argmax(axis=1) == t).mean())),
     "f1": (BINARY, "f1", lambda t, p: float(f1_score(t, p[:, 0] >= 0.5))),
     "f1_macro_5": (CLASSES, "f1_macro", lambda t, p: float(f1_score(t, p.argmax(axis=1), average="macro"))),
@@ -52,6 +60,10 @@ NAIVE: dict[str, tuple[Head, str, Call]] = {
 
 def cases(head: Head, count: int, rows: int, seed: int) -> tuple[Any, list[Any]]:
     random = np.random.default_rng(seed)
+    if head.task == "multilabel":
+        truth = random.integers(0, 2, (rows, 3)).astype(float)
+        noise = [random.normal(size=truth.shape) * (0.7 + i % 4 / 3) for i in range(count)]
+        return truth, [(2 * truth - 1 + each).astype(np.float32) for each in noise]
     truth = random.integers(0, 2 if head.task == "binary" else 5, rows)
     base = (
         np.eye(5)[truth] * 1.5
@@ -81,7 +93,7 @@ def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
 @pytest.mark.parametrize("name", NAIVE)
 def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
     head, metric, call = NAIVE[name]
-    for seed in range(6):
+    for seed in range(2 if head is LABELS else 6):
         truth, said = cases(head, 9, 150, seed)
         lens = fast.lens(metrics.find(metric), head, "probability", truth)
         taken = [lens.take(each) for each in said]
@@ -117,7 +129,7 @@ def test_hill_climbing_as_written_out(negative: bool) -> None:
 
 @pytest.mark.parametrize(
     ("head", "space"),
-    [(BINARY, "probability"), (BINARY, "logit"), (CLASSES, "probability"), (CLASSES, "logit")],
+    [(head, space) for head in (BINARY, CLASSES, LABELS) for space in ("probability", "logit")],
 )
 def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) -> None:
     """The loss is convex: an independent descent on numbers of scikit-learn's loss ends in the same place."""
@@ -128,11 +140,8 @@ def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) 
     spoken = [fast.moved(each, head, space) for each in said]
 
     def plain(w: Any) -> float:
-        return float(
-            log_loss(
-                truth, fast.shown(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space).squeeze()
-            )
-        )
+        said = fast.shown(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
+        return by_column(log_loss)(truth, said) if head is LABELS else float(log_loss(truth, said.squeeze()))
 
     free = minimize(
         lambda v: plain(softmax(np.append(v, 0)[None])[0]), np.zeros(3), method="BFGS", options={"gtol": 1e-9}
@@ -178,6 +187,30 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
     ours = head.row.probability(fitted.predict(params, again, head, "probability"))
     wanted = theirs.predict_proba(x)
     assert np.abs(ours - (wanted[:, 1:] if classes == 2 else wanted)).max() < 1e-6
+
+
+@pytest.mark.parametrize("method", [m for m in STACKED if m != "lightgbm"])
+def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
+    """Every label as if it were alone, taught by the rows where it is known; one that no row has gets a small share."""
+    truth, said = cases(LABELS, 3, 200, 0)
+    truth[::7, 1], truth[:, 2] = np.nan, 0.0
+    fold = np.zeros(200, np.int64)
+    params = stack.fit(method, LABELS, said, truth, None, fold, strength=1e-3)
+    p = LABELS.row.probability(fitted.predict(params, said, LABELS, "logit"))
+    assert p.shape == truth.shape and p[:, 2].max() < 0.01
+    known = ~np.isnan(truth[:, 1])
+    again = stack.fit(
+        method, LABELS, [s[known] for s in said], truth[known], None, fold[known], strength=1e-3
+    )
+    theirs = LABELS.row.probability(fitted.predict(again, said, LABELS, "logit"))
+    assert p[:, 1] == pytest.approx(theirs[:, 1], abs=0.05 if method == "mlp" else 1e-3)
+    for k in (0, 1):
+        assert roc_auc_score(truth[known, k], p[known, k]) > 0.97
+        assert log_loss(truth[known, k], p[known, k]) < 0.3
+    if method == "logistic":
+        x = np.concatenate(said, axis=1).astype(float)
+        model = LogisticRegression(C=1e3, max_iter=5000, tol=1e-8).fit(x, truth[:, 0])
+        assert p[:, 0] == pytest.approx(np.clip(model.predict_proba(x)[:, 1], 1e-6, 1 - 1e-6), abs=1e-6)
 
 
 def test_exact_auc_with_ties_and_signs() -> None:
@@ -238,7 +271,7 @@ def test_every_method_leaves_what_is_valid_and_applies_row_by_row(empty: Path, t
     methods = [
         *AVERAGES,
         *SEARCHED,
-        *(m for m in STACKED if task in ("binary", "multiclass") or m != "logistic"),
+        *(m for m in STACKED if HEADS[task].row.space == "logit" or m != "logistic"),
     ]
     if not has("lightgbm"):
         methods.remove("lightgbm")
@@ -247,7 +280,7 @@ def test_every_method_leaves_what_is_valid_and_applies_row_by_row(empty: Path, t
         record = made(project, f"method: {method}\n{EXTRA.get(method, '')}")
         recipe, said = recipe_of("blend001"), load(project, "blend001", "test")
         p = said.probability(project.head)
-        assert np.isfinite(p).all(), method
+        assert np.isfinite(p).all() and p.shape[1] == len(project.head.outputs), method
         if project.head.row.space == "logit":
             assert p.min() >= 0 and p.max() <= 1
         if task == "multiclass":

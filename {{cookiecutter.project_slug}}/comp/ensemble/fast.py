@@ -82,8 +82,8 @@ def moved(stored: NDArray[Any], head: Head, space: str) -> Array:
     values = np.asarray(stored, np.float64)
     if space == "rank" or head.row.space == "value":
         return values
-    if head.task == "binary":
-        return BINARY[space][0](values)
+    if not head.exclusive:
+        return INDEPENDENT[space][0](values)
     return softmax(values) if space == "probability" else values
 
 
@@ -91,8 +91,8 @@ def shown(total: Sum, head: Head, space: str) -> Array:
     """A sum as the metric takes it: a probability, a value, or a rank where only order counts."""
     if space == "rank" or head.row.space == "value":
         return np.asarray(total, np.float64)
-    if head.task == "binary":
-        return np.clip(BINARY[space][1](np.asarray(total, np.float64)), 0.0, 1.0)
+    if not head.exclusive:
+        return np.clip(INDEPENDENT[space][1](np.asarray(total, np.float64)), 0.0, 1.0)
     if space != "probability":
         return softmax(np.asarray(total, np.float64))
     floor = np.maximum(np.asarray(total, np.float64), 1e-30)
@@ -111,8 +111,8 @@ def _exp(x: Array) -> Array:
     return np.asarray(np.exp(x))
 
 
-# stored -> what is summed, and a sum -> probability; one column tells both sides
-BINARY: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+# stored -> what is summed, and a sum -> probability; each column tells both sides of its own label
+INDEPENDENT: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "probability": (sigmoid, _same),
     "logit": (_same, sigmoid),
     "geometric": (_log_sigmoid, _exp),
@@ -124,6 +124,8 @@ BINARY: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
 
 def _any(metric: Metric, head: Head, space: str, truth: NDArray[Any], rows: Any, cuts: Array) -> Lens:
     """Any metric at its own speed."""
+
+    truth = score.graded_only(head, truth)
 
     def exact(total: Sum) -> float:
         said = shown(total, head, space)

@@ -169,7 +169,7 @@ def _answer(raw: Array, link: str, head: Head) -> Array:
     """From what a model puts out to what is stored, never surer than SURE."""
     if head.row.space == "value":
         return raw
-    if head.task == "binary":
+    if not head.exclusive:
         p = sigmoid(raw) if link == "logistic" else raw
         return logit(np.clip(p, SURE, 1 - SURE))
     if link == "logistic":

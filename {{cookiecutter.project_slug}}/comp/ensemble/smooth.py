@@ -26,6 +26,7 @@ def loss(
     one = _values if head.row.space == "value" else _probability if space == "probability" else _logit
     part = one(parts, head, space, _shares(truth, head))
     rows = len(truth)
+    count = rows * (1 if head.exclusive else len(head.outputs))
 
     def whole(weights: Array) -> tuple[float, Array]:
         total, slope = 0.0, np.zeros(len(parts))
@@ -33,7 +34,7 @@ def loss(
             value, gradient = part(weights, slice(low, min(low + BLOCK, rows)))
             total += value
             slope += gradient
-        return total / rows, slope / rows
+        return total / count, slope / count
 
     return whole
 
@@ -59,12 +60,14 @@ def _values(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array)
 
 
 def _probability(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array) -> Part:
-    """Weights add up to 1, and so do the probabilities of a row: only those of what is true matter."""
+    """Weights add up to 1, and so do the probabilities of a row, or the two sides of a label: only those of what is true
+    matter. A label that nobody gave costs nothing."""
 
     def part(weights: Array, rows: slice) -> tuple[float, Array]:
         block, share = _block(parts, rows, head, space), truth[rows]
-        if head.task == "binary":
+        if not head.exclusive:
             block, share = np.concatenate([block, 1 - block], axis=2), np.hstack([share, 1 - share])
+            share = np.nan_to_num(share)
         p = np.tensordot(weights, block, 1)
         inside = p > FLOOR
         p = np.maximum(p, FLOOR)
@@ -77,9 +80,9 @@ def _logit(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array) 
     def part(weights: Array, rows: slice) -> tuple[float, Array]:
         block, share = _block(parts, rows, head, "logit"), truth[rows]
         z = np.tensordot(weights, block, 1)
-        if head.task == "binary":
-            value = (np.logaddexp(0.0, z) - share * z).sum()
-            return float(value), (block * (sigmoid(z) - share)).sum(axis=(1, 2))
+        if not head.exclusive:
+            value, off = np.logaddexp(0.0, z) - share * z, sigmoid(z) - share
+            return float(np.nansum(value)), (block * np.nan_to_num(off)).sum(axis=(1, 2))
         top = z.max(axis=1, keepdims=True)
         spread = np.log(np.exp(z - top).sum(axis=1, keepdims=True)) + top
         value = (share * (spread - z)).sum()

@@ -4,6 +4,8 @@ numbers that fitted.py applies.
     logistic, ridge, elastic_net    one weight a member's output
     mlp                             one hidden layer
     lightgbm                        100 small trees; pip install lightgbm
+
+Classes that exclude each other have one model; of labels, and of values, each has its own, taught by the rows where it is known.
 """
 
 from __future__ import annotations
@@ -97,10 +99,12 @@ def _encoded(name: str, frame: Any, target: Array, fold: NDArray[np.int64]) -> t
     text = _text(frame[name])
 
     def table(rows: NDArray[np.int64]) -> dict[str, Any]:
-        mean = target[rows].mean(axis=0)
+        seen, word = target[rows], text[rows]
+        known = ~np.isnan(seen)
+        mean = np.nansum(seen, axis=0) / np.maximum(known.sum(axis=0), 1)
         means = {
-            str(each): ((target[rows][text[rows] == each].sum(axis=0) + 10 * mean) / ((text[rows] == each).sum() + 10)).tolist()
-            for each in sorted(set(text[rows]))
+            str(each): ((np.nansum(seen[word == each], axis=0) + 10 * mean) / (known[word == each].sum(axis=0) + 10)).tolist()
+            for each in sorted(set(word))
         }  # fmt: skip
         return {"name": name, "kind": "encoded", "table": means, "else": mean.tolist()}
 
@@ -120,14 +124,43 @@ def _logistic(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
 
     if head.row.space == "value":
         raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
-    codes, weight, x = _hard(x, target, head)
-    model = LogisticRegression(C=1 / strength, max_iter=5000, tol=1e-8).fit(x, codes, weight)
-    coef, intercept = model.coef_, model.intercept_
+
+    def one(x: Array, shares: Array) -> Any:
+        codes, weight, x = _hard(x, shares)
+        return LogisticRegression(C=1 / strength, max_iter=5000, tol=1e-8).fit(x, codes, weight)
+
     if head.exclusive:
+        model = one(x, target)
+        coef, intercept = model.coef_, model.intercept_
         if len(model.classes_) == 2:  # scikit-learn has one row for two classes
             coef, intercept = np.vstack([-coef / 2, coef / 2]), np.append(-intercept / 2, intercept / 2)
         coef, intercept = _every_class(coef, intercept, model.classes_, len(head.outputs))
+    else:
+        coef, intercept = np.zeros((target.shape[1], x.shape[1])), np.zeros(target.shape[1])
+        for at, (known, label) in enumerate(_labels(target)):
+            if _told(label):
+                model = one(x[known], np.stack([1 - label, label], axis=1))
+                coef[at], intercept[at] = model.coef_[0], model.intercept_[0]
+            else:
+                intercept[at] = _constant(label)
     return {"kind": "linear", "link": "logistic", "coef": coef.T.tolist(), "intercept": intercept.tolist()}
+
+
+def _labels(target: Array) -> list[tuple[NDArray[np.bool_], Array]]:
+    """Of each output the rows where it is known, and what it is there."""
+    known = ~np.isnan(target)
+    return [(known[:, at], target[known[:, at], at]) for at in range(target.shape[1])]
+
+
+def _told(label: Array) -> bool:
+    """Whether the rows know both sides of a label: a rare one may be absent from all that teach."""
+    return bool(len(label)) and bool(np.ptp(label) > 0)
+
+
+def _constant(label: Array) -> float:
+    """The logit of a label's share, with half a row on either side, for rows that tell no more."""
+    yes = label.sum()
+    return float(np.log((yes + 0.5) / (len(label) - yes + 0.5)))
 
 
 def _every_class(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
@@ -136,56 +169,82 @@ def _every_class(coef: Array, intercept: Array, classes: NDArray[Any], count: in
     return whole, start
 
 
-def _hard(x: Array, target: Array, head: Head) -> tuple[NDArray[np.int64], Array | None, Array]:
+def _hard(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
     """Codes, and soft labels as every class with its share for a weight."""
-    if head.task == "binary":
-        target = np.hstack([1 - target, target])
     if np.isin(target, (0, 1)).all():
         return target.argmax(axis=1), None, x
     rows, codes = np.nonzero(target > 0)
     return codes, target[rows, codes], x[rows]
 
 
-def _plain(model: Any) -> dict[str, Any]:
-    coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
-    return {"kind": "linear", "link": "identity", "coef": coef.T.tolist(), "intercept": intercept.tolist()}
+def _plain(make: Callable[[], Any], x: Array, target: Array) -> dict[str, Any]:
+    models = [make().fit(x[known], label) for known, label in _labels(target)]
+    coef, intercept = (
+        np.stack([model.coef_ for model in models]),
+        [float(model.intercept_) for model in models],
+    )
+    return {"kind": "linear", "link": "identity", "coef": coef.T.tolist(), "intercept": intercept}
 
 
 def _ridge(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
     from sklearn.linear_model import Ridge
 
-    return _plain(Ridge(alpha=strength).fit(x, target))
+    return _plain(lambda: Ridge(alpha=strength), x, target)
 
 
 def _elastic_net(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
     from sklearn.linear_model import ElasticNet
 
-    return _plain(ElasticNet(alpha=strength, max_iter=20_000).fit(x, target))
+    return _plain(lambda: ElasticNet(alpha=strength, max_iter=20_000), x, target)
 
 
 def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
-    from sklearn.exceptions import ConvergenceWarning
+    from scipy.linalg import block_diag
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    kind = MLPRegressor if head.row.space == "value" else MLPClassifier
-    model = kind(hidden_layer_sizes=(HIDDEN,), solver="lbfgs", alpha=strength, max_iter=500, random_state=0)
-    if kind is MLPRegressor:
-        labels: Any = target if target.shape[1] > 1 else target[:, 0]
-    else:
-        labels = target.argmax(axis=1) if head.exclusive else target[:, 0].round()
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # to stop early is no fault here: it only overfits less
-        model.fit(x, labels)
-    link = "identity" if kind is MLPRegressor else "logistic"
-    coefs, intercepts = list(model.coefs_), list(model.intercepts_)
+    options = {
+        "hidden_layer_sizes": (HIDDEN,),
+        "solver": "lbfgs",
+        "alpha": strength,
+        "max_iter": 500,
+        "random_state": 0,
+    }
+    if head.row.space == "value":
+        model = _converged(MLPRegressor(**options), x, target if target.shape[1] > 1 else target[:, 0])
+        return _layers("identity", model.coefs_, model.intercepts_)
     if head.exclusive:
-        last, start = coefs[-1].T, intercepts[-1]
+        model = _converged(MLPClassifier(**options), x, target.argmax(axis=1))
+        last, start = model.coefs_[-1].T, model.intercepts_[-1]
         if len(model.classes_) == 2:
             last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
         last, start = _every_class(last, start, model.classes_, len(head.outputs))
-        coefs[-1], intercepts[-1] = last.T, start
+        return _layers("logistic", [*model.coefs_[:-1], last.T], [*model.intercepts_[:-1], start])
+    coefs, intercepts = [], []  # of each label, side by side in one network afterwards
+    for known, label in _labels(target.round()):
+        if _told(label):
+            model = _converged(MLPClassifier(**options), x[known], label)
+            coefs.append(model.coefs_)
+            intercepts.append(model.intercepts_)
+        else:
+            coefs.append([np.zeros((x.shape[1], 1)), np.zeros((1, 1))])
+            intercepts.append([np.zeros(1), np.array([_constant(label)])])
+    hidden, last = zip(*coefs, strict=True)
+    return _layers(
+        "logistic",
+        [np.hstack(hidden), block_diag(*last)],
+        [np.concatenate(each) for each in zip(*intercepts, strict=True)],
+    )
+
+
+def _converged(model: Any, x: Array, labels: NDArray[Any]) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():  # to stop early is no fault here: it only overfits less
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x, labels)
+
+
+def _layers(link: str, coefs: Sequence[Array], intercepts: Sequence[Array]) -> dict[str, Any]:
     layers = [{"coef": c.tolist(), "intercept": b.tolist()} for c, b in zip(coefs, intercepts, strict=True)]
     return {"kind": "network", "link": link, "layers": layers}
 
@@ -197,17 +256,29 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
         raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
     if head.row.space == "value" and target.shape[1] > 1:
         raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
-    several = head.exclusive
-    labels = target.argmax(axis=1) if several else target[:, 0]
+    values = head.row.space == "value"
     options = {
-        "objective": "multiclass" if several else "cross_entropy" if head.task == "binary" else "regression",
+        "objective": "multiclass" if head.exclusive else "regression" if values else "cross_entropy",
         "num_leaves": 7, "learning_rate": 0.05, "min_data_in_leaf": 20, "lambda_l2": strength, "seed": 0,
         "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
-    } | ({"num_class": len(head.outputs)} if several else {})  # fmt: skip
-    booster = lightgbm.train(options, lightgbm.Dataset(x, labels), TREES)
-    trees = [_tree(each["tree_structure"]) for each in booster.dump_model()["tree_info"]]
-    link = "identity" if head.row.space == "value" else "logistic"
-    return {"kind": "trees", "link": link, "outputs": len(head.outputs) if several else 1, "trees": trees}
+    } | ({"num_class": len(head.outputs)} if head.exclusive else {})  # fmt: skip
+
+    def grown(x: Array, labels: NDArray[Any]) -> list[dict[str, list[float]]]:
+        booster = lightgbm.train(options, lightgbm.Dataset(x, labels), TREES)
+        return [_tree(each["tree_structure"]) for each in booster.dump_model()["tree_info"]]
+
+    if head.exclusive:
+        trees = grown(x, target.argmax(axis=1))
+    else:
+        woods = [
+            grown(x[known], label) if values or _told(label) else [_tree({"leaf_value": _constant(label)})]
+            for known, label in _labels(target)
+        ]
+        rounds = max(len(wood) for wood in woods)  # one that found no more splits stopped before the others
+        nothing = _tree({"leaf_value": 0.0})
+        trees = [wood[i] if i < len(wood) else nothing for i in range(rounds) for wood in woods]
+    link = "identity" if values else "logistic"
+    return {"kind": "trees", "link": link, "outputs": len(head.outputs), "trees": trees}
 
 
 def _tree(root: dict[str, Any]) -> dict[str, list[float]]:
