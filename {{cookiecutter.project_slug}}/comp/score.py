@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,27 +72,20 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
     assert predictions.fold is not None, "only OOF predictions are scored"
     kept = predictions.predicted
     rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
-    keys = samples.frame["row"].to_numpy()[rows]
-    order = by_row.first(keys)  # of several samples of one scored row the first speaks for all
-    rows, fold = _one_fold_a_row(keys, order, rows, fold)
+    here = lines(samples, rows, fold)
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
-        metric = metric_of(cfg, head)
-        truth, frame = graded_only(head, samples.truth(head, rows)), scored(samples, rows)
         try:
-            probability = by_row.merged(
-                keys, predictions.probability(head)[kept], order, cfg.competition.merge
-            )
-            said, fitted = answers(metric, head, probability, samples, folds, rows, fold)
-            whole.append(metric(truth, said, frame))
-            by_fold = honest.fold_table(metric, truth, said, fold, frame)
+            ask = asked(cfg, head, predictions.probability(head)[kept], samples, folds, here)
+            whole.append(ask.metric(ask.truth, ask.answer, ask.frame))
+            by_fold = honest.fold_table(ask.metric, ask.truth, ask.answer, here.fold, ask.frame)
         except MetricUndefined as fault:
             undefined.append(f"{head.name}: {fault}")
             continue
         table.append([score for *_, score in by_fold.folds])
         undefined += [f"{head.name}: {reason}" for reason in by_fold.undefined]
-        if fitted is not None:
-            cuts[head.name] = [float(cut) for cut in fitted]
+        if ask.cuts is not None:
+            cuts[head.name] = [float(cut) for cut in ask.cuts]
     every = len(table) == len(samples.heads)
     scores = [_mean(list(column)) for column in zip(*table, strict=True)] if every else []
     known = [score for score in scores if score is not None]
@@ -105,7 +98,7 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
         "mean": _mean(known),
         "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
         "n": len(known),
-        "rows": len(rows),
+        "rows": len(here.rows),
         "marks": sorted({*predictions.meta["marks"], *partial}),
         "undefined": undefined,
         "cuts": cuts,
@@ -120,6 +113,40 @@ def write(
     store.write_json(folder / "score.json", record)
     store.seal(folder / "score.json")
     return record
+
+
+class Lines(NamedTuple):
+    """Scored rows. Of several samples of one row the first speaks for all."""
+
+    keys: NDArray[Any]  # of every sample, its row
+    order: list[str]
+    rows: Positions
+    fold: NDArray[np.int64]
+
+
+def lines(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> Lines:
+    keys = samples.frame["row"].to_numpy()[rows]
+    order = by_row.first(keys)
+    return Lines(keys, order, *_one_fold_a_row(keys, order, rows, fold))
+
+
+class Asked(NamedTuple):
+    """What the metric of a head is asked. A score, its interval and every comparison are of these and nothing else."""
+
+    metric: Metric
+    truth: NDArray[Any]
+    answer: NDArray[Any]
+    frame: pd.DataFrame
+    cuts: Array | None  # what new rows get, where anything was fitted
+
+
+def asked(cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: Lines) -> Asked:
+    """probability: of every sample."""
+    metric = metric_of(cfg, head)
+    merged = by_row.merged(here.keys, probability, here.order, cfg.competition.merge)
+    said, cuts = answers(metric, head, merged, samples, folds, here.rows, here.fold)
+    truth = graded_only(head, samples.truth(head, here.rows))
+    return Asked(metric, truth, said, scored(samples, here.rows), cuts)
 
 
 def answers(

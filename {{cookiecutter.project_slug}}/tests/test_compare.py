@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from banked import Project, declare, lay_out, member
+from banked import TRAIN, Project, declare, lay_out, member
 from PIL import Image
 
-from comp import config, jobs, metrics, page, store
+from comp import config, jobs, metrics, page, predictions, score, store
 from comp.config import Refused
-from comp.ensemble import augmented, compare, drawings, views, worth
+from comp.ensemble import augmented, compare, drawings, fitting, views, worth
 from comp.ensemble.blend import blend
 from comp.predict import tta
 from comp.tasks import Head
@@ -129,3 +130,71 @@ def test_groups_are_drawn_whole(empty: Path) -> None:
     project: Any = lay_out(empty, "binary")
     project.samples.frame["group"] = np.arange(len(project.samples.frame)) // 10
     assert worth.groups_of(project.samples, np.arange(40)).max() == 3
+
+
+@pytest.mark.parametrize("kind", ["targets", "graded", "samples of a row"])
+def test_interval_comparison_and_gate_are_of_the_score(
+    empty: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets by metrics of their own, outputs that the host does not score, two samples of each row."""
+    monkeypatch.setattr(worth, "RESAMPLES", 40)
+    project: Any = lay_out(empty, "binary")
+    table, cfg, random = project.samples, project.cfg, np.random.default_rng(0)
+    column, heads = table.frame["target.label"], table.heads
+    if kind == "targets":
+        table.frame["target.kind"] = random.integers(0, 3, len(table.frame)).astype(float)
+        heads = (*heads, Head("kind", "multiclass", tuple("abc"), ("target.kind",), tuple("abc")))
+        each: dict[str, Any] = {"task": None, "target": {"label": "binary", "kind": "multiclass"}}
+        cfg = in_competition(cfg, metric={"label": "roc_auc", "kind": "accuracy"}, **each)
+    elif kind == "graded":
+        table.frame["target.other"] = random.integers(0, 2, len(table.frame)).astype(float)
+        columns = ("target.label", "target.other")
+        heads = (Head("label", "multilabel", columns, columns, graded=("target.label",)),)
+        each = {"task": "multilabel", "target": ["label", "other"]}
+        cfg = in_competition(cfg, metric="mean_column_auc", **each)
+    else:  # as in ten lines of five folds: i and i + 5 are one row
+        at = np.arange(len(table.frame))
+        table.frame["row"] = [f"{i // 10}_{i % 5}" for i in at]
+        table.frame["target.label"] = column.to_numpy()[at - at % 10 + at % 5]
+    table = dataclasses.replace(table, heads=heads)
+    sets: list[Any] = []
+    for noise in (2.0, 4.0):
+        said = {}
+        for head in heads:
+            truth = table.targets(head)[:TRAIN]
+            wide = np.eye(3)[truth[:, 0].astype(int)] if head.task == "multiclass" else truth
+            said[head.name] = (2 * wide - 1 + random.normal(0, noise, wide.shape)).astype(np.float32)
+        fold = project.folds.of_sample[0][:TRAIN].astype(np.int16)
+        meta = predictions.meta("oof", table, project.folds, {})
+        sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
+    ours, theirs = (score.of(cfg, table, project.folds, each)["oof"] for each in sets)
+    found = worth.beside(cfg, table, project.folds, sets[0], {"it": sets[1]})
+    assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
+    assert found["interval"]["low"] < ours < found["interval"]["high"]
+    rows = sets[0].row.astype(np.int64)
+    ground = fitting.Ground(cfg, None, table, project.folds, rows, sets[0].fold.astype(np.int64))  # type: ignore[arg-type]
+    gate = [fitting._score(ground, head, sets[0].heads[head.name]) for head in heads]
+    assert np.mean(gate) == pytest.approx(ours, abs=1e-12)
+
+
+def in_competition(cfg: Any, **changed: Any) -> Any:
+    return cfg.model_copy(update={"competition": cfg.competition.model_copy(update=changed)})
+
+
+def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = lay_out(empty, "binary")
+    for i, noise in enumerate((0.5, 9.0)):
+        member(project, f"exp00{i + 1}", noise=noise, seed=i)
+
+    def never(*_: Any) -> Any:
+        raise metrics.MetricUndefined("one group only: nothing to resample")
+
+    monkeypatch.setattr(worth, "_draws", never)
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [1, 30]")
+    record = blend("blend001")
+    said = capsys.readouterr().out
+    assert record["against"] == {} and record["oof"] < record["members"][0]["oof"]
+    assert "no interval and no comparison: one group only" in said
+    assert "recommended: the best member exp001, which is simpler" in said

@@ -40,13 +40,20 @@ class Ground:
     blend: Blend
     samples: Samples
     folds: Folds
-    metric: Metric
     rows: NDArray[np.int64]  # predicted OOF rows
     fold: NDArray[np.int64]
 
     @property
     def frame(self) -> Any:
         return self.samples.frame.iloc[self.rows]
+
+    def metric(self, head: Head) -> Metric:
+        return score.metric_of(self.cfg, head)
+
+    def asked(self, head: Head, stored: Array) -> score.Asked:
+        here = score.lines(self.samples, self.rows, self.fold)
+        said = head.row.probability(np.asarray(stored, np.float64))
+        return score.asked(self.cfg, head, said, self.samples, self.folds, here)
 
 
 def make(
@@ -61,7 +68,7 @@ def make(
     kept = oof[0].predicted
     assert oof[0].fold is not None
     rows, fold = oof[0].row[kept].astype(np.int64), oof[0].fold[kept].astype(np.int64)
-    ground = Ground(cfg, blend, samples, folds, score.metric_of(cfg), rows, fold)
+    ground = Ground(cfg, blend, samples, folds, rows, fold)
     budget = _budget(blend, samples)
     honest_, taught, params, steps, notes = {}, {}, {}, {}, []
     for head in samples.heads:
@@ -107,7 +114,7 @@ def _fitted(
     maps = [average.quantiles(part) for part in parts] if space == "rank" else None
     seen = parts if maps is None else [average.ranks(p, m) for p, m in zip(parts, maps, strict=True)]
     truth = ground.samples.truth(head, ground.rows)
-    given = methods.Teaching(head, ground.metric, space, seen, truth, frame, ground.fold)
+    given = methods.Teaching(head, ground.metric(head), space, seen, truth, frame, ground.fold)
 
     def apply(params: dict[str, Any], at: NDArray[np.int64]) -> Array:
         here = [np.asarray(part[at], np.float64) for part in parts]
@@ -159,10 +166,8 @@ def _weights(params: Mapping[str, Any], members: int) -> list[float | None]:
 
 def _score(ground: Ground, head: Head, stored: Array) -> float:
     """sign * score of one head, higher is better."""
-    metric, truth = ground.metric, ground.samples.truth(head, ground.rows)
-    said = head.row.probability(np.asarray(stored, np.float64))
-    answer, _ = score.answers(metric, head, said, ground.samples, ground.folds, ground.rows, ground.fold)
-    return metric.sign * metric(truth, answer, score.scored(ground.samples, ground.rows))
+    ask = ground.asked(head, stored)
+    return ask.metric.sign * ask.metric(ask.truth, ask.answer, ask.frame)
 
 
 def _after(
@@ -170,7 +175,7 @@ def _after(
 ) -> tuple[list[dict[str, Any]], Array, Array, list[str]]:
     steps: list[dict[str, Any]] = []
     notes = []
-    truth, metric = ground.samples.truth(head, ground.rows), ground.metric
+    truth, metric = ground.samples.truth(head, ground.rows), ground.metric(head)
     frame = score.scored(ground.samples, ground.rows)
     for name in ground.blend.after or ():
         if why := after.unfit(name, head, metric, truth):
@@ -239,27 +244,17 @@ def _corrections(
         for number in np.unique(ground.fold):
             mine = ground.fold == number
             tried[mine] = after.apply(fit(own[mine], ~mine), own[mine], head)
-        answers = [
-            score.answers(
-                ground.metric,
-                head,
-                head.row.probability(each),
-                ground.samples,
-                ground.folds,
-                ground.rows,
-                ground.fold,
-            )[0]
-            for each in (tried, own)
-        ]
+        now, before = ground.asked(head, tried), ground.asked(head, own)
+        here = score.lines(ground.samples, ground.rows, ground.fold)
         try:
             pair = honest.paired(
-                ground.metric,
-                truth,
-                answers[0],
-                answers[1],
-                worth.groups_of(ground.samples, ground.rows),
+                now.metric,
+                now.truth,
+                now.answer,
+                before.answer,
+                worth.groups_of(ground.samples, here.rows),
                 worth.RESAMPLES,
-                rows=score.scored(ground.samples, ground.rows),
+                rows=now.frame,
             )
         except MetricUndefined as fault:
             notes.append(f"correct: {kind} left out: {fault}")

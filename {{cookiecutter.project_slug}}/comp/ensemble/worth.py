@@ -51,16 +51,18 @@ Scored = Callable[[NDArray[np.int64]], float]
 
 
 def _scorer(
-    cfg: Config, samples: Samples, folds: Folds, said: PredictionSet, kept: NDArray[np.bool_]
+    cfg: Config,
+    samples: Samples,
+    folds: Folds,
+    said: PredictionSet,
+    kept: NDArray[np.bool_],
+    here: score.Lines,
 ) -> Scored:
     """times -> score, the mean over heads, of the rows drawn so often."""
-    metric = score.metric_of(cfg)
-    assert said.fold is not None
-    rows, fold = said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64)
-    frame, each = score.scored(samples, rows), []
+    each = []
     for head in samples.heads:
-        answer, _ = score.answers(metric, head, said.probability(head)[kept], samples, folds, rows, fold)
-        each.append(honest.scorer(metric, samples.truth(head, rows), answer, frame))
+        ask = score.asked(cfg, head, said.probability(head)[kept], samples, folds, here)
+        each.append(honest.scorer(ask.metric, ask.truth, ask.answer, ask.frame))
     return lambda times: float(np.mean([one(times) for one in each]))
 
 
@@ -72,22 +74,25 @@ def beside(
     others: Mapping[str, PredictionSet],
 ) -> dict[str, Any]:
     """The interval of a score, and the paired comparison with others on the same draws, as plain numbers and a sentence."""
-    metric = score.metric_of(cfg)
+    metrics = [score.metric_of(cfg, head) for head in samples.heads]
+    sign = metrics[0].sign
     kept = np.logical_and.reduce([said.predicted, *(each.predicted for each in others.values())])
+    assert said.fold is not None
+    here = score.lines(samples, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
+    count = len(here.rows)
     try:
-        scorers = [_scorer(cfg, samples, folds, each, kept) for each in (said, *others.values())]
-        scores = _draws(scorers, groups_of(samples, said.row[kept].astype(np.int64)), int(kept.sum()))
-        here = np.ones(int(kept.sum()), np.int64)
-        whole = [one(here) for one in scorers]
+        scorers = [_scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
+        scores = _draws(scorers, groups_of(samples, here.rows), count)
+        whole = [one(np.ones(count, np.int64)) for one in scorers]
     except MetricUndefined as fault:
         return {"interval": None, "against": {}, "undefined_interval": str(fault)}
     low, high = np.quantile(scores[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     against = {}
     for name, own, drawn in zip(others, whole[1:], scores[1:], strict=True):
-        gains = metric.sign * (scores[0] - drawn)
+        gains = sign * (scores[0] - drawn)
         low_gain, high_gain = (float(q) for q in np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         pair = honest.Paired(
-            metric.sign * (whole[0] - own),
+            sign * (whole[0] - own),
             float(gains.std(ddof=1)),
             float(np.mean(gains > 0) + np.mean(gains == 0) / 2),
             low_gain,
@@ -98,10 +103,11 @@ def beside(
             "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
             "decided": pair.decided, "says": str(pair),
         }  # fmt: skip
-    wide = wider(int(kept.sum()), len(samples.positions("test")))
+    wide = wider(count, len(set(samples.frame["row"].to_numpy()[samples.positions("test")])))
+    lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)
     on_test = {  # no further than a score can go
-        "low": max(metric.low, whole[0] - wide * (whole[0] - float(low))),
-        "high": min(metric.high, whole[0] + wide * (float(high) - whole[0])),
+        "low": max(float(lowest), whole[0] - wide * (whole[0] - float(low))),
+        "high": min(float(highest), whole[0] + wide * (float(high) - whole[0])),
     }
     interval = {
         "on_test": on_test,
@@ -156,6 +162,8 @@ def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
             f"on other rows of this kind, as many: {low:.4f} to {high:.4f} in {100 * LEVEL:.0f} % of cases; "
             f"on the test rows, a draw of their own: {far['low']:.4f} to {far['high']:.4f}"
         )
+    elif why := record.get("undefined_interval"):
+        lines.append(f"no interval and no comparison: {why}")
     for other, pair in record["against"].items():
         lines.append(f"against {other} ({pair['score']:.4f}): {pair['says']}")
     lines.append(recommended(name, record))
@@ -165,10 +173,24 @@ def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
 def recommended(name: str, record: Mapping[str, Any]) -> str:
     """The ensemble, unless something simpler scores as well."""
     sign = 1 if record["direction"] == "max" else -1
-    better = [
-        other for other, pair in record["against"].items() if sign * (record["oof"] - pair["score"]) <= 0
-    ]
+    simpler = {other: pair["score"] for other, pair in record["against"].items()} or _simpler(record)
+    better = [other for other, own in simpler.items() if sign * (record["oof"] - own) <= 0]
     if not better:
         return f"recommended: {name}"
-    best = max(better, key=lambda other: sign * record["against"][other]["score"])
-    return f"recommended: {best}, which is simpler and scores {record['against'][best]['score']:.4f}, not less than {name}"
+    best = max(better, key=lambda other: sign * simpler[other])
+    return f"recommended: {best}, which is simpler and scores {simpler[best]:.4f}, not less than {name}"
+
+
+def _simpler(record: Mapping[str, Any]) -> dict[str, float]:
+    """Scores of the best member and the plain mean, where no comparison could be drawn."""
+    sign = 1 if record["direction"] == "max" else -1
+    alone = [member for member in record["members"] if member["oof"] is not None]
+    found = {}
+    if alone:
+        best = max(alone, key=lambda member: sign * member["oof"])
+        found[f"the best member {best['address']}"] = best["oof"]
+    if (record["method"], record["space"]) != ("mean", "probability") and record["plain_mean"][
+        "oof"
+    ] is not None:
+        found["the plain mean"] = record["plain_mean"]["oof"]
+    return found
