@@ -11,6 +11,7 @@ from pathlib import Path
 from bake import CHECKOUT, bake, copy_template
 
 EXPERIMENTS, BLEND = ["exp001", "exp002"], "blend001"
+LEAST = 0.95  # hidden accuracy on whole unseen writers; below it something is broken
 ROAD = [
     ["practice"],
     ["prepare"],
@@ -63,6 +64,10 @@ def main() -> None:
   hidden answers   {hidden[1]} accuracy of {BLEND}, on writers that no model has seen
   submission       {(project / "submissions" / f"{BLEND}.csv").relative_to(CHECKOUT)}
   took             {time.perf_counter() - began:.0f} s""")
+    if float(hidden[1]) < LEAST:
+        sys.exit(
+            f"{hidden[1]} is less than the {LEAST} that this road has reached before: something is broken"
+        )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Submission(Section):
     sample: Text
     form: FormName | dict[Text, FormName]
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    sums_to_one: bool = False
+    sums_to_one: bool | None = None  # where nothing is said: rows of probabilities that exclude each other do
     public: Annotated[float, Field(gt=0, lt=1)] | None = None
     rows: Text | None = None
     k: Count = 5

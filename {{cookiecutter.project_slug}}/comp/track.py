@@ -323,7 +323,7 @@ class Feed:
         assert self._process is not None
         began = time.monotonic()
         try:
-            self._process.wait(max(0.5, PATIENCE - Feed._waited) if self._online else DRAIN)
+            self._process.wait(max(0.0, PATIENCE - Feed._waited) if self._online else DRAIN)
         except subprocess.TimeoutExpired:
             Feed._left.append(self._process)
             print(

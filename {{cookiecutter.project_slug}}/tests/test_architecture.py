@@ -115,6 +115,14 @@ def test_light_modules_import_nothing_heavy_at_the_top() -> None:
     assert not HEAVY & set(loaded)
 
 
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom comp import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
+    ).stdout
+    assert "--fold" in said and not HEAVY & set(said.split())
+
+
 def test_no_file_is_longer_than_one_sitting() -> None:
     long = {str(f.relative_to(COMP)): n for f in modules() if (n := len(f.read_text().splitlines())) > 350}
     assert not long, f"split these at a real seam: {long}"

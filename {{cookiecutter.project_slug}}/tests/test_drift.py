@@ -21,7 +21,7 @@ TINY = ["machine.workers=0", "machine.progress=false", "track=none", "train.epoc
 def fewer(project: Path, darker: bool) -> None:
     """300 training and 120 test rows of the same writers' kind; with `darker` all of test and a fifth of train has half the light."""
     raw = project / "data" / "raw"
-    train = pd.read_csv(raw / "train.csv", dtype=str).head(420)
+    train = pd.read_csv(raw / "train.csv", dtype=str).head(420).sample(frac=1, random_state=0)
     for file in (raw / "test").glob("*.png"):
         file.unlink()
     test = train.iloc[300:]

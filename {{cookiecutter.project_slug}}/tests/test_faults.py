@@ -170,8 +170,7 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
     )
 
     def dying(loader: Any) -> Any:
-        if loader:
-            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
     monkeypatch.setattr(processes, "undisturbed", dying)
     plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)

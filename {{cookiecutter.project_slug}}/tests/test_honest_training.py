@@ -14,7 +14,6 @@ from comp.prepare import assign, tables
 
 QUIET = [
     "track=none",
-    "train.epochs=5",
     "machine.workers=0",
     "machine.progress=false",
     "machine.resident=1000",

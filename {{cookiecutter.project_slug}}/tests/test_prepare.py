@@ -234,14 +234,14 @@ def test_a_reader_of_your_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_absent_columns_are_named_with_the_nearest(empty: Path) -> None:
     lay(empty, "ID,label\na,1\n")
     assert refusal() == [
-        "configs/competition.yaml: id: data/raw/train.csv has no column 'id'; the nearest is 'ID'",
-        "configs/competition.yaml: train.image: data/raw/train.csv has no column 'id'; the nearest is 'ID'",
+        "configs/competition.yaml: id: data/raw/train.csv:1 has no column 'id'; the nearest is 'ID'",
+        "configs/competition.yaml: train.image: data/raw/train.csv:1 has no column 'id'; the nearest is 'ID'",
     ]
     lay(empty, "idd,lable\na,1\n", train={"table": "train.csv", "image": "{fid}/{idd}.png"})
     assert refusal() == [
-        "configs/competition.yaml: id: data/raw/train.csv has no column 'id'; the nearest is 'idd'",
-        "configs/competition.yaml: train.image: data/raw/train.csv has no column 'fid'; the nearest is 'idd'",
-        "configs/competition.yaml: target: data/raw/train.csv has no column 'label'; the nearest is 'lable'",
+        "configs/competition.yaml: id: data/raw/train.csv:1 has no column 'id'; the nearest is 'idd'",
+        "configs/competition.yaml: train.image: data/raw/train.csv:1 has no column 'fid'; the nearest is 'idd'",
+        "configs/competition.yaml: target: data/raw/train.csv:1 has no column 'label'; the nearest is 'lable'",
     ]
 
 

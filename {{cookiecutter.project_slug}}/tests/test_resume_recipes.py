@@ -27,6 +27,7 @@ RECIPES = {
     "accumulation": ["train.accumulate=3", "model.drop_rate=0.3"],
     "sgd without clipping": ["optim.name=sgd", "optim.rate=0.02", "optim.clip=null"],
     "bf16": ["train.amp=bf16"],
+    "fp16, whose scaler has a state": ["train.amp=fp16"],
     "balanced draws": ["sampling.balance=weighted"],
     "one-cycle": ["schedule.name=one_cycle", "optim.name=sgd", "optim.rate=0.02"],
     "plateau": ["schedule.name=plateau", "schedule.patience=0", "schedule.factor=0.5"],

@@ -55,7 +55,7 @@ class Case:
         rules = self.cfg.competition.submission
         classes = [each for head in self.table.heads for each in head.classes]
         assert isinstance(rules.form, str)
-        validate(file, self.sample, rules.form, rules.range, rules.sums_to_one, classes)
+        validate(file, self.sample, rules.form, rules.range, rules.form == "probabilities", classes)
 
 
 def lay_out(
@@ -87,7 +87,6 @@ def lay_out(
     samples.save(frame, heads, sample=store.sha256(file))
     overrides = [
         f"competition.task={heads[0].task}", f"competition.submission.form={form}", "competition.id=image_id",
-        f"competition.submission.sums_to_one={'true' if form == 'probabilities' else 'false'}",
         f"competition.submission.range={'null' if unlimited else RANGES[form] or 'null'}",
     ]  # fmt: skip
     return Case(form, config(*overrides, experiment="base"), samples.load(), file)
@@ -668,15 +667,15 @@ def test_recheck_asks_for_eight_rows_of_at_most_ten_checkpoints_and_always_the_s
         asked[checkpoint] = rows.tolist()
         return kept[checkpoint][1][rows] + 5e-6
 
-    line = recheck("blend", kept, again, 1e-5, ids)
+    line = recheck("blend", kept, again, lambda checkpoint: 1e-5, ids)
     assert "8 rows" in line and "10 of 15" in line
     assert len(asked) == 10 and all(rows == next(iter(asked.values())) for rows in asked.values())
     assert len(set(next(iter(asked.values())))) == 8
     first = dict(asked)
-    recheck("blend", kept, again, 1e-5, ids)
+    recheck("blend", kept, again, lambda checkpoint: 1e-5, ids)
     assert asked == first
     asked.clear()
-    recheck("other", kept, again, 1e-5, ids)
+    recheck("other", kept, again, lambda checkpoint: 1e-5, ids)
     assert asked != first
 
 
@@ -692,15 +691,15 @@ def test_recheck_refuses_naming_run_fold_id_and_both_values(off: float) -> None:
             values[5, 1] += off
         return values
 
-    line = refusal(lambda: recheck("exp001", kept, again, 1e-5, ids))
+    line = refusal(lambda: recheck("exp001", kept, again, lambda checkpoint: 1e-5, ids))
     value = kept[Checkpoint("exp001", 0, 2)][1][culprit["row"], 1]
     for word in ("exp001", "fold 2", f"'id{culprit['row']}'", f"{value:.9g}", f"{value + off:.9g}"):
         assert word in line
     if off == 2e-5:
-        recheck("exp001", kept, again, 1e-3, ids)
+        recheck("exp001", kept, again, lambda checkpoint: 1e-3, ids)
 
 
 def test_recheck_of_nothing_is_no_recheck() -> None:
     assert "no stored checkpoint" in refusal(
-        lambda: recheck("exp001", {}, lambda c, rows: np.zeros((0, 1)), 1e-5, [])
+        lambda: recheck("exp001", {}, lambda c, rows: np.zeros((0, 1)), lambda c: 1e-5, [])
     )

@@ -432,6 +432,11 @@ def test_patience_ends(
         feed.wait()
         assert endless.poll() is None
         assert "goes on without us" in capsys.readouterr().err and track.Feed._waited > 0
+        asked: list[float] = []
+        monkeypatch.setattr(endless, "wait", asked.append)
+        feed.wait()
+        assert asked == [0.0], "the folds that follow wait no more"
+        monkeypatch.undo()
         endless.kill()
 
 

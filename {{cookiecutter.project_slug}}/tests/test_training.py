@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from comp import bank, folds, jobs, own, samples, score, store
 from comp.config import Refused
 from comp.predict import tta
 from comp.prepare import assign, tables
-from comp.train import augment, data, evaluate, model
+from comp.train import augment, data, evaluate, loop, model
 
 TINY = [
     "track=none",
@@ -346,6 +347,18 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     jobs.predict("x", last_look=True)
     out = capsys.readouterr().out
     assert f"on {len(locked)} locked rows, look number 1" in out and "look number 2" in out
+
+
+def test_a_line_an_epoch_where_nobody_sees_a_bar(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PULSE", 0)
+    jobs.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x")
+    found = re.findall(
+        r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, \d+ images/s, (\d+) s left",
+        capsys.readouterr().out,
+    )
+    assert found and found[0][0] == "1" and found[-1][1] == "0"
 
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(

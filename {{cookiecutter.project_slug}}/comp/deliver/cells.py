@@ -129,7 +129,10 @@ def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: Sample) -> 
     if isinstance(rules.form, dict):
         low, high = rules.range or (-math.inf, math.inf)
         return Form("either", low, high, False, frozenset(classes))
-    return form_of(rules.form, rules.range, rules.sums_to_one, classes, rules.k, rules.none)
+    apart = len(heads) == 1 and (heads[0].exclusive or heads[0].task == "binary")
+    alone = rules.form == "probabilities" and rules.rows is None and apart
+    sums_to_one = alone if rules.sums_to_one is None else rules.sums_to_one
+    return form_of(rules.form, rules.range, sums_to_one, classes, rules.k, rules.none)
 
 
 def _as_number(text: str) -> str:

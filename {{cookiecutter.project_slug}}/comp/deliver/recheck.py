@@ -32,7 +32,7 @@ def recheck(
     name: str,
     stored: Stored,
     repredict: Callable[[Checkpoint, Rows], NDArray[np.floating]],
-    tolerance: float,
+    tolerance: Callable[[Checkpoint], float],
     ids: Sequence[str],
 ) -> str:
     """Predict a few rows again and compare. Which rows and checkpoints is a matter of chance, but the same for one name.
@@ -48,17 +48,18 @@ def recheck(
     checkpoints = drawn(name, list(stored), CHECKPOINTS)
     for checkpoint in checkpoints:
         rows, values = stored[checkpoint]
+        allowed = tolerance(checkpoint)
         place = drawn(name, list(range(len(rows))), ROWS, [ids[row] for row in rows])
         before = np.asarray(values, np.float64)[place]
         again = np.asarray(repredict(checkpoint, rows[place]), np.float64)
         assert again.shape == before.shape, (again.shape, before.shape)
         off = np.abs(again - before) / np.maximum(1.0, np.abs(before))
         off = np.where(np.isnan(off), np.inf, off)
-        if (off > tolerance).any():
+        if (off > allowed).any():
             row, output = np.unravel_index(off.argmax(), off.shape)
             raise Refused(
                 f"{checkpoint.run}, seed {checkpoint.seed}, fold {checkpoint.fold}, row {ids[rows[place[row]]]!r}: {before[row, output]:.9g} is "
-                f"stored, the checkpoint says {again[row, output]:.9g} now (more than {tolerance:g} apart)"
+                f"stored, the checkpoint says {again[row, output]:.9g} now (more than {allowed:g} apart)"
             )
         compared = max(compared, len(place))
         worst = max(worst, float(off.max(initial=0.0)))

@@ -53,8 +53,12 @@ def verify(name: str) -> None:
         again, _ = infer.predict(material(checkpoint.run), weights, rows.astype(np.int64))
         return np.hstack([h.row.probability(again[h.name].astype(np.float64)) for h in table.heads])
 
-    half = any(jobs.stored_config(c.run).train.amp != "fp32" for c in stored)
-    print(recheck(name, stored, repredict, 1e-3 if half else 1e-5, table.frame["id"].tolist()))
+    def tolerance(checkpoint: Checkpoint) -> float:
+        return 1e-5 if jobs.stored_config(checkpoint.run).train.amp == "fp32" else 1e-3
+
+    print(recheck(name, stored, repredict, tolerance, table.frame["id"].tolist()))
+    if gone := len(said["weights"]) - len(there):
+        print(f"{gone} of its checkpoints are gone and could not be asked")
 
 
 def _checkpoint(weights: str) -> Checkpoint:

@@ -44,6 +44,8 @@ from comp.train.looks import REMEDY, Looks, named
 from comp.train.room import Room
 from comp.train.stages import Stages
 
+PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
+
 
 def unwatched(report: dict[str, Any]) -> None:
     """Nobody looks at the epochs of an ordinary run."""
@@ -132,13 +134,15 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
 
     # --- epochs --------------------------------------------------------------------------------------------------------
     bar = tqdm(
-        total=steps,
-        initial=step,
+        total=steps * span.effective,
+        initial=step * span.effective,
         desc=f"seed {seed} fold {number}",
-        unit="step",
+        unit=" images",
+        unit_scale=True,
         disable=_quiet(cfg),
         leave=False,
     )
+    watched_last, said = "", time.perf_counter()
     clock.start()
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         if kept.enough():
@@ -184,13 +188,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             optimizer.zero_grad()
             clock.lap("step")
             step += 1
-            bar.update()
+            bar.update(span.effective)
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
             stopping = distributed.anybody(material.stop.asked) and not last
             if last or inside or stopping or looks.due or step in kept.ends:
                 losses_seen += looks.look(room.size)
-                bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}")
+                bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
             if step in kept.ends:
                 looks.weights(module, step)
             kept.after_step(step)
@@ -212,7 +216,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         clock.lap("validation")
         log.log(report)
         distributed.watched(material.watch, report)
-        bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in report.items() if k.startswith("valid")))
+        watched_last = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
+        bar.set_postfix_str(f"loss {report['train_loss']:.4f}{watched_last}")
+        if bar.disable and cfg.machine.progress and time.perf_counter() - said >= PULSE:
+            said = time.perf_counter()
+            left = (steps - step) * span.effective / report["images_per_second"]
+            bar.write(f"seed {seed} fold {number}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}{watched_last}, "
+                      f"{report['images_per_second']:.0f} images/s, {left:.0f} s left")  # fmt: skip
         save()
         kept.drop(epoch + 1)
 

@@ -49,10 +49,10 @@ class Processes(Generic[Asked, Made]):
                 waiting.popleft()
                 yield made
             return
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if not _death(error):
                 raise
-            died = str(error).strip().splitlines()[0]
+            died = str(error).strip().partition("\n")[0] or "a loader process died"
         if self.died:
             raise Refused(f"loader processes die again and again ({died}); free memory, or machine.workers=0")
         self.died = True
@@ -84,6 +84,14 @@ def undisturbed(loader: DataLoader[Any]) -> Iterator[Any]:
     batches = iter(loader)
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     yield from batches
+
+
+def _death(error: Exception) -> bool:
+    """Killed between two batches a worker is named by torch; killed while it hands one over, only its pipe ends. What an item
+    raises comes with torch's own words around it."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    return "in DataLoader worker process" not in str(error)
 
 
 class _Plan:
