@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from banked import HEADS, Project, declare, lay_out, member
 from sklearn.datasets import make_classification
@@ -22,9 +23,21 @@ from sklearn.tree import DecisionTreeClassifier
 
 from comp import bank, metrics, store
 from comp.config import Refused
-from comp.ensemble import after, average, choose, fast, fitted, latency, search, smooth, stack
+from comp.ensemble import (
+    after,
+    average,
+    choose,
+    fast,
+    fitted,
+    fitting,
+    latency,
+    methods,
+    search,
+    smooth,
+    stack,
+)
 from comp.ensemble.blend import FILES, blend
-from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED
+from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED, Blend
 from comp.tasks import Head, log_softmax, logit, softmax
 
 FIVE = tuple("abcde")
@@ -268,15 +281,15 @@ def recipe_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("task", HEADS)
 def test_every_method_leaves_what_is_valid_and_applies_row_by_row(empty: Path, task: str) -> None:
     project = three(lay_out(empty, task))
-    methods = [
+    every = [
         *AVERAGES,
         *SEARCHED,
         *(m for m in STACKED if HEADS[task].row.space == "logit" or m != "logistic"),
     ]
     if not has("lightgbm"):
-        methods.remove("lightgbm")
+        every.remove("lightgbm")
     given = {a: load(project, a, "test").heads for a in ("exp001", "exp002", "exp003")}
-    for method in methods:
+    for method in every:
         record = made(project, f"method: {method}\n{EXTRA.get(method, '')}")
         recipe, said = recipe_of("blend001"), load(project, "blend001", "test")
         p = said.probability(project.head)
@@ -392,6 +405,45 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
         assert average.leaves(recipe_of("blend001")) == sorted(used)
     with pytest.raises(Refused, match="not even one member fits"):
         made(project, "method: greedy\nmax_seconds: 0.01")
+
+
+@pytest.mark.parametrize("method", SEARCHED)
+def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None:
+    """Each class, and each target, has a best member of its own; there is time for two."""
+    seconds = search.Budget([1.0, 1.0, 1.0], 2.0)
+    random = np.random.default_rng(0)
+    hot = np.eye(3)[random.integers(0, 3, 300)]
+    said = [
+        (hot * [[6 if c == i else 0.5 for c in range(3)]]) + random.normal(0, 1, hot.shape) for i in range(3)
+    ]
+    options: dict[str, Any] = {"members": ["a", "b", "c"], "method": method}
+    if method == "optuna":
+        options["trials"] = 25
+    classes = Head("t", "multiclass", FIVE[:3], ("t",), FIVE[:3])
+    metric, fold = metrics.find("log_loss"), np.zeros(300, np.int64)
+    frame = pd.DataFrame({"row": range(300)})
+    given = methods.Teaching(classes, metric, "probability", said, hot.argmax(axis=1), frame, fold)
+    free = methods.fit(Blend(**options, per_class=True), given, search.free(3))
+    tight = methods.fit(Blend(**options, per_class=True), given, seconds)
+    assert methods.used(free, 3).all() and 0 < methods.used(tight, 3).sum() <= 2
+
+    project = lay_out(empty, "binary", metric="log_loss")
+    columns = project.samples.frame["target.label"].to_numpy()
+    heads, rows = [], np.arange(400)
+    budgets, chosen = fitting.Budgets(seconds, {}), np.zeros(3, bool)
+    for i in range(3):
+        project.samples.frame[f"target.{i}"] = columns
+        heads.append(Head(str(i), "binary", (str(i),), (f"target.{i}",), ("0", "1")))
+    ground = fitting.Ground(
+        project.cfg, Blend(**options), project.samples, project.folds, rows, project.folds.of_sample[0][rows]
+    )
+    for i, head in enumerate(heads):
+        parts = [(2.0 * columns[rows] - 1)[:, None] * (3 if k == i else -1) for k in range(3)]
+        parts = [part + random.normal(size=part.shape) for part in parts]
+        params, *_ = fitting._fitted(ground, head, parts, budgets)
+        chosen |= methods.used(params, 3)
+    assert 0 < chosen.sum() <= 2
+    assert len(budgets.left) == 6  # of five folds and of all rows, each its own
 
 
 def test_metadata_and_target_means(empty: Path) -> None:

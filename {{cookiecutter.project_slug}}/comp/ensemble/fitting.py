@@ -56,6 +56,18 @@ class Ground:
         return score.asked(self.cfg, head, said, self.samples, self.folds, here)
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """What the heads before have left of a ceiling on time, for each set of rows that teaches: no fold learns from another's
+    choice."""
+
+    whole: search.Budget
+    left: dict[bytes, search.Budget]
+
+    def of(self, rows: NDArray[np.int64]) -> search.Budget:
+        return self.left.get(rows.tobytes(), self.whole)
+
+
 def make(
     cfg: Config,
     blend: Blend,
@@ -69,11 +81,11 @@ def make(
     assert oof[0].fold is not None
     rows, fold = oof[0].row[kept].astype(np.int64), oof[0].fold[kept].astype(np.int64)
     ground = Ground(cfg, blend, samples, folds, rows, fold)
-    budget = _budget(blend, samples)
+    budgets = Budgets(_budget(blend, samples), {})
     honest_, taught, params, steps, notes = {}, {}, {}, {}, []
     for head in samples.heads:
         parts = [np.asarray(each.heads[head.name])[kept] for each in oof]
-        params[head.name], own, all_rows = _fitted(ground, head, parts, budget)
+        params[head.name], own, all_rows = _fitted(ground, head, parts, budgets)
         steps[head.name], own, all_rows, said = _after(ground, head, own, all_rows)
         notes += said
         honest_[head.name], taught[head.name] = _back(own, kept), _back(all_rows, kept)
@@ -107,7 +119,7 @@ def _back(values: Array, kept: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _fitted(
-    ground: Ground, head: Head, parts: list[NDArray[Any]], budget: search.Budget
+    ground: Ground, head: Head, parts: list[NDArray[Any]], budgets: Budgets
 ) -> tuple[dict[str, Any], Array, Array]:
     """Parameters fitted on all folds, honest predictions, and those of the rows that taught."""
     blend, space, frame = ground.blend, ground.blend.merged_in, ground.frame
@@ -125,12 +137,19 @@ def _fitted(
         params = methods.fit(blend, given)
         own = apply(params, everywhere)
         return params, own, own
+
+    def fit(at: NDArray[np.int64]) -> dict[str, Any]:
+        budget = budgets.of(at)
+        params = methods.fit(blend, given.at(at), budget)
+        budgets.left[at.tobytes()] = budget.after(methods.used(params, len(parts)))
+        return params
+
     found = worth.nested(
         ground.samples,
         ground.folds,
         ground.rows,
         ground.fold,
-        lambda at: methods.fit(blend, given.at(at), budget),
+        fit,
         apply,
         methods.even(blend, len(parts)),
     )

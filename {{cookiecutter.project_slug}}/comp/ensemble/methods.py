@@ -69,6 +69,13 @@ def fit(blend: Blend, given: Teaching, budget: search.Budget | None = None) -> d
     return {"kind": "weights", "weights": blend.shares}
 
 
+def used(params: dict[str, Any], members: int) -> NDArray[np.bool_]:
+    """Members that have to predict, for any class; of what has no weights all of them."""
+    if params["kind"] != "weights":
+        return np.ones(members, bool)
+    return (np.asarray(params["weights"], np.float64).reshape(members, -1) != 0).any(axis=1)
+
+
 def even(blend: Blend, members: int) -> dict[str, Any]:
     """For a fold that no other may teach, the first of a split by time: the plain mean."""
     return {"kind": "weights", "weights": [1 / members] * members}
@@ -134,7 +141,8 @@ def _slsqp(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
         if seconds[here[found != 0]].sum() <= budget.ceiling:
             weights[here] = found
             return weights
-        here = np.delete(here, np.argmin(np.abs(found)))
+        costly = np.flatnonzero(seconds[here] > 0)
+        here = np.delete(here, costly[np.argmin(np.abs(found[costly]))])
     raise Refused("max_seconds: not even one member fits under this ceiling")
 
 
@@ -167,6 +175,7 @@ def _per_class(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
         truth = (given.truth == code).astype(np.float64)
         one = Teaching(head, metric, "probability", parts, truth, given.frame, given.fold)
         columns.append(_weights(blend, one, budget))
+        budget = budget.after(columns[-1] != 0)
     return np.stack(columns, axis=1)
 
 

@@ -34,6 +34,12 @@ class Budget:
         spent = float(cost[chosen].sum())
         return chosen | (spent + cost <= self.ceiling + 1e-9)
 
+    def after(self, chosen: NDArray[np.bool_]) -> Budget:
+        """What is left for the next class or target: the chosen members are there for all, and cost nothing more."""
+        cost = np.asarray(self.seconds, np.float64)
+        left = max(0.0, self.ceiling - float(cost[chosen].sum()))
+        return Budget(np.where(chosen, 0.0, cost).tolist(), left)
+
 
 def free(members: int) -> Budget:
     return Budget([0.0] * members)
