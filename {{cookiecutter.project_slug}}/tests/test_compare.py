@@ -198,3 +198,11 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
     assert record["against"] == {} and record["oof"] < record["members"][0]["oof"]
     assert "no interval and no comparison: one group only" in said
     assert "recommended: the best member exp001, which is simpler" in said
+
+
+@pytest.mark.parametrize(
+    ("decided", "said"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
+)
+def test_what_is_within_noise_is_not_recommended(decided: bool, said: str) -> None:
+    record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "decided": decided}}}
+    assert worth.recommended("b", record).startswith(said)

@@ -174,10 +174,18 @@ def recommended(name: str, record: Mapping[str, Any]) -> str:
     """The ensemble, unless something simpler scores as well."""
     sign = 1 if record["direction"] == "max" else -1
     simpler = {other: pair["score"] for other, pair in record["against"].items()} or _simpler(record)
-    better = [other for other, own in simpler.items() if sign * (record["oof"] - own) <= 0]
+    pairs = record["against"]
+
+    def as_good(other: str) -> bool:
+        gain = sign * (record["oof"] - simpler[other])
+        return gain <= 0 or (other in pairs and not pairs[other]["decided"])
+
+    better = [other for other in simpler if as_good(other)]
     if not better:
         return f"recommended: {name}"
     best = max(better, key=lambda other: sign * simpler[other])
+    if sign * (record["oof"] - simpler[best]) > 0:
+        return f"recommended: {best}; within noise: it is simpler and as good as {name}"
     return f"recommended: {best}, which is simpler and scores {simpler[best]:.4f}, not less than {name}"
 
 
