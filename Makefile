@@ -58,7 +58,7 @@ test: check
 
 slow: extras
 	$(BIN)/python -m pytest -m slow
-	cd "$(PROJECT)" && $(BIN)/python -m pytest -m slow -o cache_dir=$(CURDIR)/build/pytest-project
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --dist loadfile -m slow -o cache_dir=$(CURDIR)/build/pytest-project
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/speed.py
