@@ -108,7 +108,7 @@ def test_twenty_worlds_of_coin_flips() -> None:
             f"{name}: {within} of 20 within, in-sample {np.mean([gap for _, gap in pairs]):+.3f} above honest"
         )
         assert within >= 19, (name, pairs)
-    for name in ("logistic", "ridge", "mlp", "isotonic", "thresholds"):
+    for name in ("logistic", "ridge", "mlp", "isotonic", "thresholds", "two levels"):
         assert np.mean([gap for _, gap in said[name]]) > 0.01, name
 
 

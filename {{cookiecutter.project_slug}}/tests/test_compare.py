@@ -172,7 +172,8 @@ def test_interval_comparison_and_gate_are_of_the_score(
     assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
     assert found["interval"]["low"] < ours < found["interval"]["high"]
     rows = sets[0].row.astype(np.int64)
-    ground = fitting.Ground(cfg, None, table, project.folds, rows, sets[0].fold.astype(np.int64))  # type: ignore[arg-type]
+    fold = sets[0].fold.astype(np.int64)
+    ground = fitting.Ground(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
     gate = [fitting._score(ground, head, sets[0].heads[head.name]) for head in heads]
     assert np.mean(gate) == pytest.approx(ours, abs=1e-12)
 

@@ -331,11 +331,35 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
         cfg = config.load(store.root(), "base").config
         oof = sets(declared, "oof", project.samples, project.folds)
         test = sets(declared, "test", project.samples, project.folds)
-        again = fitting.make(cfg, declared.blend, project.samples, project.folds, oof, test, {})
+        again = fitting.make(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
         assert (again.honest["label"][fold == 2] == honest[fold == 2]).all(), method
         assert (again.honest["label"][fold != 2] != honest[fold != 2]).any(), method
         frame["target.label"] = truth
         assert before["oof"] is not None and score is not None
+
+
+def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fold(empty: Path) -> None:
+    from comp import config
+    from comp.ensemble import blend as blending
+    from comp.ensemble import declare as declared_
+
+    project = three(lay_out(empty, "binary", metric="log_loss"))
+    declare(project, "fitted", "members: [exp001, exp002]\nmethod: logistic\nafter: [temperature]")
+    declare(project, "mean", "members: [fitted, exp003]\nmethod: mean")
+    declare(project, "blend001", "members: [mean, fitted, exp003]\nmethod: greedy")
+    for name in ("fitted", "mean", "blend001"):
+        blend(name)
+    cfg, declared = config.load(store.root(), "base").config, declared_.read("blend001")
+    refits = blending.refits(cfg, declared, project.samples, project.folds)
+    assert list(refits) == ["mean", "fitted"]  # what no label had a hand in stays as it is
+    stored, rows = load(project, "mean"), np.arange(400)
+    assert np.allclose(refits["mean"](rows)["label"], stored.heads["label"], atol=1e-6)
+    others = np.flatnonzero(stored.fold != 0)
+    alone = refits["mean"](others)["label"]
+    assert alone.shape == (320, 1) and not np.allclose(alone, stored.heads["label"][others], atol=1e-6)
+    declare(project, "fitted", "members: [exp001, exp002]\nmethod: ridge")
+    with pytest.raises(Refused, match=r"members: fitted is fitted again .*: comp ensemble fitted"):
+        blend("blend001")
 
 
 def test_a_search_that_overfits_says_so_and_recommends_the_simpler(
@@ -430,12 +454,18 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
     project = lay_out(empty, "binary", metric="log_loss")
     columns = project.samples.frame["target.label"].to_numpy()
     heads, rows = [], np.arange(400)
-    budgets, chosen = fitting.Budgets(seconds, {}), np.zeros(3, bool)
+    budgets, chosen = search.Budgets(seconds, {}), np.zeros(3, bool)
     for i in range(3):
         project.samples.frame[f"target.{i}"] = columns
         heads.append(Head(str(i), "binary", (str(i),), (f"target.{i}",), ("0", "1")))
     ground = fitting.Ground(
-        project.cfg, Blend(**options), project.samples, project.folds, rows, project.folds.of_sample[0][rows]
+        project.cfg,
+        Blend(**options),
+        project.samples,
+        project.folds,
+        rows,
+        project.folds.of_sample[0][rows],
+        {},
     )
     for i, head in enumerate(heads):
         parts = [(2.0 * columns[rows] - 1)[:, None] * (3 if k == i else -1) for k in range(3)]

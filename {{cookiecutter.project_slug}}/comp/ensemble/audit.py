@@ -248,10 +248,11 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Lea
         declared = declare.read(name)
         oof, test = (blend.sets(declared, kind, rows, split) for kind in bank.KINDS)
         said = bank.load(name, "oof", rows, split)
+        nested, refits = blend.recipes(declared), blend.refits(cfg, declared, rows, split)
     except Refused as refused:
         print(f"{name}: not looked at, {refused.lines[0]}")
         return []
-    made = fitting.make(cfg, declared.blend, rows, split, oof, test, blend.recipes(declared))
+    made = fitting.make(cfg, declared.blend, rows, split, oof, test, nested, refits)
     where = f"{store.shown(bank.folder(name))}/oof.arrow"
 
     def equal(values: fitting.Stored | None) -> bool:

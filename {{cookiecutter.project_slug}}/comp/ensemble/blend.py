@@ -5,6 +5,7 @@ Everything is a function of the members' files, so a killed command that runs ag
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def blend(name: str) -> dict[str, Any]:
     folder = store.ensemble_folder(name)
     oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
     machine.settle(cfg.train.threads)
-    made = fitting.make(cfg, declared.blend, rows, split, oof, test, recipes(declared))
+    nested, refits_ = recipes(declared), refits(cfg, declared, rows, split)
+    made = fitting.make(cfg, declared.blend, rows, split, oof, test, nested, refits_)
     with store.lock(folder, f"blending {name}"):
         for file in (folder / name for name in FILES):
             store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
@@ -121,6 +123,36 @@ def recipes(declared: Declared) -> dict[str, Any]:
                     declared.fault(f"members.{i}", f"members: {address} is itself made from {declared.name}")
                 )
     return found
+
+
+def refits(cfg: Config, declared: Declared, rows: Samples, split: Folds) -> dict[str, fitting.Refit]:
+    """Members that labels had a hand in, fitted again on the rows that are asked for; by their declarations, which must be
+    those that they were made from."""
+    found: dict[str, fitting.Refit] = {}
+    for i, address in enumerate(declared.blend.members):
+        if not _taught(address):
+            continue
+        if stale(address, store.read_json(bank.folder(address) / "score.json")):
+            raise Refused(
+                declared.fault(
+                    f"members.{i}",
+                    f"members: {address} is fitted again without each fold, and its declaration or members are no longer "
+                    f"those it was made from; make it again: comp ensemble {address}",
+                )
+            )
+        inner = declare.read(address)
+        oof, below = sets(inner, "oof", rows, split), refits(cfg, inner, rows, split)
+        found[address] = partial(fitting.refit, cfg, inner.blend, rows, split, oof, below)
+    return found
+
+
+def _taught(address: str) -> bool:
+    """Whether labels set something in this ensemble, or in one that it is made from."""
+    file = bank.folder(address) / "score.json"
+    if not (bank.folder(address) / "apply.json").exists() or not store.sealed(file):
+        return False
+    record = store.read_json(store.verified(file))
+    return record["in_sample"] is not None or any(_taught(m["address"]) for m in record["members"])
 
 
 def _names(recipe: dict[str, Any]) -> set[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +18,17 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp import folds, honest, metrics, samples
-from comp.ensemble import after, fast, fitted, methods, views, worth
+from comp.ensemble import after, fast, fitted, fitting, methods, views, worth
 from comp.ensemble.declare import Blend
+from comp.predictions import PredictionSet
 from comp.tasks import Array, Head, sigmoid
 
 ROWS, FEATURES, K, EPOCHS, SNAPSHOTS = 1000, 24, 5, 20, 4
 HEAD = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
 METHODS = ("mean", "rank", "greedy", "hill", "slsqp", "logistic", "ridge", "elastic_net", "mlp")
+# as much of a config as an ensemble without `after` asks for: its metric
+CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
+LOWER = 3  # ensembles that the second level is made from
 LIMIT = 3.0  # standard errors that a score on coin flips may lie from chance
 # Every two folds meet twice, each teaching the other, so errors of folds go together: the variance over worlds of what is fitted
 # on the other folds is twice that of independent rows (measured over 30 worlds: 1.38 times the error, the mean at chance).
@@ -204,10 +210,30 @@ def methods_of(
         chosen, said = views.honest(seen, y, HEAD, auc, "probability", 3, nest)
         return said, views.said(seen, chosen, HEAD, "probability")
 
+    def two_levels(y: Array) -> tuple[Array, Array]:
+        """A stack of stacks: the members are dealt to LOWER of them."""
+        table = w.samples.frame.assign(**{"target.label": y})
+        told = samples.Samples(table, w.samples.heads, w.samples.hash)
+        split = folds.Folds(w.folds.frame, w.folds.meta, told)
+        refits: dict[str, fitting.Refit] = {}
+        below = []
+        for i in range(LOWER):
+            names_, own = names[i::LOWER], [as_set(found[name]) for name in names[i::LOWER]]
+            blend = Blend.model_validate({"members": names_, "method": "logistic"})
+            below.append(as_set(fitting.make(CFG, blend, told, split, own, (), {}, {}).honest["label"]))
+            refits[f"level1-{i}"] = partial(fitting.refit, CFG, blend, told, split, own, {})
+        blend = Blend.model_validate({"members": list(refits), "method": "logistic"})
+        made = fitting.make(CFG, blend, told, split, below, (), {}, refits)
+        assert made.in_sample is not None
+        return made.honest["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
+
+    def as_set(stored: NDArray[Any]) -> PredictionSet:
+        return PredictionSet(rows.astype(np.int32), w.fold.astype(np.int16), {"label": stored}, {})
+
     return (
         {method: blended(method) for method in METHODS if method != "rank"}
         | {step: later(step) for step in ("temperature", "isotonic", "thresholds")}
-        | {"TTA choice": tta}
+        | {"TTA choice": tta, "two levels": two_levels}
     )
 
 

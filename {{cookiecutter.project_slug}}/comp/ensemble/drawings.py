@@ -137,14 +137,15 @@ def honest(
 
     counts = sorted({min(n, len(order)) for n in STEPS if n <= len(order)} | {len(order)})
     lines: dict[str, list[float]] = {"honest": [], "in-sample": []}
-    recipes = blend.recipes(declared)
+    recipes, refits = blend.recipes(declared), blend.refits(cfg, declared, rows, split)
     for count in tqdm(counts, desc="ever more members", delay=2, disable=None, leave=False):
         used = order[:count]
         change: dict[str, Any] = {"members": [declared.blend.members[i] for i in used]}
         if declared.blend.weights is not None:
             change["weights"] = [declared.blend.weights[i] for i in used]
         part = declared.blend.model_copy(update=change)
-        made = fitting.make(cfg, part, rows, split, [oof[i] for i in used], [test[i] for i in used], recipes)
+        own, unseen = [oof[i] for i in used], [test[i] for i in used]
+        made = fitting.make(cfg, part, rows, split, own, unseen, recipes, refits)
         lines["honest"].append(_scored(cfg, rows, split, oof[0], made.honest))
         lines["in-sample"].append(_scored(cfg, rows, split, oof[0], made.in_sample or made.honest))
     figure, axes = pictures.figure_of(6, 4.5)

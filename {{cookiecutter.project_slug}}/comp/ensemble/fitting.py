@@ -3,8 +3,8 @@ if it were scored on the rows that taught it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from comp.samples import Samples
 from comp.tasks import Array, Head
 
 Stored = dict[str, NDArray[np.float32]]
+# Of a member that labels had a hand in: positions among the OOF rows -> what it says of them where only they taught it.
+Refit = Callable[[NDArray[np.int64]], Stored]
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Ground:
     folds: Folds
     rows: NDArray[np.int64]  # predicted OOF rows
     fold: NDArray[np.int64]
+    refits: Mapping[int, Refit]  # member -> asked with positions among `rows`
 
     @property
     def frame(self) -> Any:
@@ -56,18 +59,6 @@ class Ground:
         return score.asked(self.cfg, head, said, self.samples, self.folds, here)
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """What the heads before have left of a ceiling on time, for each set of rows that teaches: no fold learns from another's
-    choice."""
-
-    whole: search.Budget
-    left: dict[bytes, search.Budget]
-
-    def of(self, rows: NDArray[np.int64]) -> search.Budget:
-        return self.left.get(rows.tobytes(), self.whole)
-
-
 def make(
     cfg: Config,
     blend: Blend,
@@ -76,12 +67,15 @@ def make(
     oof: Sequence[PredictionSet],
     test: Sequence[PredictionSet],
     nested: Mapping[str, Any],
+    refits: Mapping[str, Refit],
 ) -> Made:
+    """nested and refits: address of a member that is an ensemble -> its apply.json, and its fit by some rows alone."""
     kept = oof[0].predicted
     assert oof[0].fold is not None
     rows, fold = oof[0].row[kept].astype(np.int64), oof[0].fold[kept].astype(np.int64)
-    ground = Ground(cfg, blend, samples, folds, rows, fold)
-    budgets = Budgets(_budget(blend, samples), {})
+    again = {i: _among(refits[a], kept) for i, a in enumerate(blend.members) if a in refits}
+    ground = Ground(cfg, blend, samples, folds, rows, fold, again)
+    budgets = search.Budgets(_budget(blend, samples), {})
     honest_, taught, params, steps, notes = {}, {}, {}, {}, []
     for head in samples.heads:
         parts = [np.asarray(each.heads[head.name])[kept] for each in oof]
@@ -112,6 +106,47 @@ def make(
     return Made(recipe, honest_, taught if fitted_ else None, weights, notes)
 
 
+def refit(
+    cfg: Config,
+    blend: Blend,
+    samples: Samples,
+    folds: Folds,
+    oof: Sequence[PredictionSet],
+    refits: Mapping[str, Refit],
+    at: NDArray[np.int64],
+) -> Stored:
+    """The OOF predictions of an ensemble in a world that has no other rows than these: fold by fold from the rest of them.
+
+    A second level must not learn from the first level's own OOF rows. Those of fold 1 come from weights that saw the labels of
+    fold 0, so what is taught by fold 1 and scored on fold 0 would have heard of its answers. It costs K - 1 fits for each of K
+    folds."""
+    assert oof[0].fold is not None
+    few = []
+    for address, each in zip(blend.members, oof, strict=True):
+        heads = refits[address](at) if address in refits else {n: v[at] for n, v in each.heads.items()}
+        few.append(PredictionSet(each.row[at], oof[0].fold[at], heads, each.meta))
+    below = {address: _inside(each, at) for address, each in refits.items()}
+    plain = blend.model_copy(update={"correct": None})  # of test rows alone
+    return make(cfg, plain, samples, folds, few, (), {}, below).honest
+
+
+def _inside(whole: Refit, at: NDArray[np.int64]) -> Refit:
+    return lambda few: whole(at[few])
+
+
+def _among(whole: Refit, kept: NDArray[np.bool_]) -> Refit:
+    """Asked with positions among the predicted rows; each head asks for the same ones, so the answers are kept."""
+    everywhere, known = np.flatnonzero(kept), dict[bytes, Stored]()
+
+    def few(at: NDArray[np.int64]) -> Stored:
+        key = np.packbits(np.isin(everywhere, everywhere[at])).tobytes()
+        if key not in known:
+            known[key] = whole(everywhere[at])
+        return known[key]
+
+    return few
+
+
 def _back(values: Array, kept: NDArray[np.bool_]) -> NDArray[np.float32]:
     out = np.full((len(kept), values.shape[1]), np.nan, np.float32)
     out[kept] = values
@@ -119,7 +154,7 @@ def _back(values: Array, kept: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _fitted(
-    ground: Ground, head: Head, parts: list[NDArray[Any]], budgets: Budgets
+    ground: Ground, head: Head, parts: list[NDArray[Any]], budgets: search.Budgets
 ) -> tuple[dict[str, Any], Array, Array]:
     """Parameters fitted on all folds, honest predictions, and those of the rows that taught."""
     blend, space, frame = ground.blend, ground.blend.merged_in, ground.frame
@@ -127,6 +162,16 @@ def _fitted(
     seen = parts if maps is None else [average.ranks(p, m) for p, m in zip(parts, maps, strict=True)]
     truth = ground.samples.truth(head, ground.rows)
     given = methods.Teaching(head, ground.metric(head), space, seen, truth, frame, ground.fold)
+
+    def teaching(at: NDArray[np.int64]) -> methods.Teaching:
+        few = given.at(at)
+        if len(at) == len(ground.rows):
+            return few  # nobody is scored by what everyone teaches
+        alone = list(few.parts)
+        for i, again in ground.refits.items():
+            said = again(at)[head.name]
+            alone[i] = said if maps is None else average.ranks(said, average.quantiles(said))
+        return replace(few, parts=alone)
 
     def apply(params: dict[str, Any], at: NDArray[np.int64]) -> Array:
         here = [np.asarray(part[at], np.float64) for part in parts]
@@ -140,7 +185,7 @@ def _fitted(
 
     def fit(at: NDArray[np.int64]) -> dict[str, Any]:
         budget = budgets.of(at)
-        params = methods.fit(blend, given.at(at), budget)
+        params = methods.fit(blend, teaching(at), budget)
         budgets.left[at.tobytes()] = budget.after(methods.used(params, len(parts)))
         return params
 

@@ -41,6 +41,18 @@ class Budget:
         return Budget(np.where(chosen, 0.0, cost).tolist(), left)
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """What the heads before have left of a ceiling on time, for each set of rows that teaches: no fold learns from another's
+    choice."""
+
+    whole: Budget
+    left: dict[bytes, Budget]
+
+    def of(self, rows: NDArray[np.int64]) -> Budget:
+        return self.left.get(rows.tobytes(), self.whole)
+
+
 def free(members: int) -> Budget:
     return Budget([0.0] * members)
 
