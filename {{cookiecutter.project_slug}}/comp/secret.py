@@ -31,7 +31,8 @@ _SHAPE = re.compile(
 )
 _NETRC = re.compile(r"(\bpassword\s+)\S{8,}")
 _HEX = re.compile(r"(?<![0-9a-zA-Z])(?:[0-9a-f]{32}|[0-9a-f]{40})(?![0-9a-zA-Z])")  # Kaggle's old keys, W&B's
-_LOGIN = re.compile(r"(://)[^/\s:@]+(?::[^/\s@]*)?@")
+# A user's name alone is no key (postgresql://comp@host/database), one as long as a token is.
+_LOGIN = re.compile(r"(://)(?:[^/\s:@]+:[^/\s@]+|[^/\s:@]{20,})@")
 _FILES = re.compile(
     r"kaggle\.json|access_token(\.txt)?|\.?_?netrc|\.env(\..*)?|credentials(\.json)?|.*\.pem|id_(rsa|ed25519|ecdsa)"
 )

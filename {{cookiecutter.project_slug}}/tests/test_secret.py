@@ -17,6 +17,7 @@ KEYS = [
     "wandb_v1_0123456789abcdefghijXYZ", "KGAT_0123456789abcdef0123", "hf_0123456789abcdefghij", "ghp_0123456789abcdefghij",
     "github_pat_0123456789abcdefghij", "sk-0123456789abcdefghij", "AKIA0123456789ABCDEF", "xoxb-0123456789ab",
     "0123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef01234567", "https://me:0123456789pass@host.example/x",
+    "https://0123456789abcdefghij@host.example/x", "postgresql://me:0123456789@host.example/base",
 ]  # fmt: skip
 ARGUMENTS = [[key] for key in KEYS] + [
     ["--api-key", "0123456789x"],
@@ -65,6 +66,7 @@ def test_what_is_no_key_passes() -> None:
         "model.name=convnext_tiny.fb_in22k",
         "9h",
         "score>0.9",
+        "postgresql://comp@/postgres?host=/nowhere",
     ):
         secret.refuse([text])
 
