@@ -40,8 +40,21 @@ def settings(folder: Path) -> Path:
     return file
 
 
+def refuse(template: Path, answers: dict[str, str]) -> None:
+    """What cookiecutter would get wrong: it renders answers given as key=value, code in braces included, before it looks into
+    the template, and it passes over names that it does not know."""
+    known = json.loads((template / "cookiecutter.json").read_text("utf-8"))
+    for name, text in answers.items():
+        if name not in known["__allowed"]:
+            sys.exit(f"{name} = {text!r} is refused; allowed: an answer to {', '.join(known['__allowed'])}.")
+        if any(mark in text for mark in ("{{", "{%", "{#")):
+            shown = repr(text) if len(text) <= 80 else f"{text[:77]!r}..."
+            sys.exit(f"{name} = {shown} is refused; allowed: {known['__allowed'][name]}.")
+
+
 def bake(template: Path, folder: Path, answers: dict[str, str], ask: bool = False) -> Path:
     """The new project's folder. Answers not given are the defaults of cookiecutter.json."""
+    refuse(template, answers)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         made = cookiecutter(

@@ -19,6 +19,7 @@ from bake import bake, settings
 
 ANSWERS = answers()
 JINJA = ("{{", "{%", "{#")
+RENDERED = 9  # of the 200, as key=value, by cookiecutter itself
 
 
 def allowed(name: str, text: str) -> bool:
@@ -68,6 +69,8 @@ def test_two_hundred_answers_of_both_kinds():
     assert len(ANSWERS) == 200
     assert 60 < sum(answer.typed for answer in ANSWERS) < 140
     assert 40 < sum(allowed(answer.name, answer.text) for answer in ANSWERS) < 160
+    # As key=value to plain cookiecutter these alone would be rendered, and some run: bake.py refuses them before it.
+    assert sum(not answer.typed and any(mark in answer.text for mark in JINJA) for answer in ANSWERS) == RENDERED
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
@@ -93,11 +96,6 @@ def test_hostile_answer(answer, template, as_template, tmp_path, monkeypatch, ca
         crash = error
 
     assert entries(tmp_path) == ["here", "target"], "written outside the target folder"
-    if not answer.typed and any(mark in text for mark in JINJA):
-        # Cookiecutter renders key=value as Jinja before it looks into the template. What it cannot
-        # read stops it with its own words; nothing may be left behind.
-        assert entries(target) == [] if crash or sentence else len(entries(target)) == 1
-        return
     assert crash is None
     assert not list(tmp_path.rglob("CANARY")), "the answer was run as code"
     if answer.typed and answer.text == "":
