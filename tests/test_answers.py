@@ -70,7 +70,9 @@ def test_two_hundred_answers_of_both_kinds():
     assert 60 < sum(answer.typed for answer in ANSWERS) < 140
     assert 40 < sum(allowed(answer.name, answer.text) for answer in ANSWERS) < 160
     # As key=value to plain cookiecutter these alone would be rendered, and some run: bake.py refuses them before it.
-    assert sum(not answer.typed and any(mark in answer.text for mark in JINJA) for answer in ANSWERS) == RENDERED
+    assert (
+        sum(not answer.typed and any(mark in answer.text for mark in JINJA) for answer in ANSWERS) == RENDERED
+    )
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))

@@ -80,6 +80,11 @@ def write(file: Path, predictions: PredictionSet) -> Path:
     return file
 
 
+def size(samples: Samples, rows: int) -> int:
+    """Bytes of a set over so many rows."""
+    return rows * (6 + 4 * sum(len(head.outputs) for head in samples.heads))
+
+
 def read(
     file: Path, samples: Samples, folds: Folds, expect: Mapping[str, Any] | None = None
 ) -> PredictionSet:

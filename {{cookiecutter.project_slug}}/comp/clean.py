@@ -10,7 +10,8 @@ from pathlib import Path
 from comp import store, table
 from comp.config import Refused
 
-WORKED_IN = ("runs", "ensembles", "studies", "submissions", "data")
+WORKED_IN = ("runs", "ensembles", "studies", "submissions", "kernels", "data", "wandb", "configs")
+HALF = (".making", ".rehearsal")  # folders of a killed comp kernel, which its next call would clear as well
 WEIGHTS, STATES = "weights.safetensors", ("state-*.pt", "epoch-*.safetensors")
 
 
@@ -25,6 +26,9 @@ def clean(trash: bool = False, cache: bool = False, state: bool = False) -> None
     if trash:
         freed += _empty(store.path("runs", ".trash"))
         freed += sum(_drop(file) for file in list(_orphans()))
+        for folder in list(_half_made()):
+            freed += _empty(folder)
+            folder.rmdir()
     _show()
     if trash or cache or state:
         print(f"freed {store.readable(freed)}")
@@ -40,7 +44,7 @@ def _show() -> None:
     lines = [(store.shown(each), size(each), "") for each in runs]
     lines += [
         (name, size(store.path(name)), "")
-        for name in ("ensembles", "studies", "submissions", "wandb", "data/raw")
+        for name in ("ensembles", "studies", "submissions", "kernels", "wandb", "data/raw")
     ]
     lines += [
         ("optimizer states of finished folds", sum(states.values()), "--state"),
@@ -48,7 +52,7 @@ def _show() -> None:
         ("runs/.trash, replaced runs", size(store.path("runs", ".trash")), "--trash"),
         (
             "files that killed processes left half-written",
-            sum(file.stat().st_size for file in _orphans()),
+            sum(map(size, _half_made())) + sum(file.stat().st_size for file in _orphans()),
             "--trash",
         ),
     ]
@@ -82,6 +86,12 @@ def _finished_states() -> Iterator[Path]:
 def _orphans() -> Iterator[Path]:
     for name in WORKED_IN:
         yield from (file for file in store.path(name).rglob(".*.part") if store.orphaned(file))
+
+
+def _half_made() -> Iterator[Path]:
+    for made in store.path("kernels").glob("*"):
+        if not store.holder(made):
+            yield from (made / name for name in HALF if (made / name).is_dir())
 
 
 def _busy() -> str:

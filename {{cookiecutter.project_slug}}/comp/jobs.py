@@ -265,6 +265,7 @@ def stored_config(name: str) -> Config:
 
 def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
     """How much will be written; refused now rather than in the middle of the last fold."""
+    from comp import bank
     from comp.predict import merge, neighbours
     from comp.train import model
 
@@ -274,7 +275,9 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
     weights = model.size(material.cfg, material.samples.heads)
     weights += neighbours.size(material.cfg, material.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
-    size = sum(1 + len(members.kept(material.cfg, n)) for _, n in todo) * weights + 8 * weights
+    kept = sum(1 + len(members.kept(material.cfg, n)) for _, n in todo)
+    rows = len(material.samples.positions("train")) + len(material.samples.positions("test"))
+    size = kept * (weights + bank.size(material.samples, rows)) + 8 * weights
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )

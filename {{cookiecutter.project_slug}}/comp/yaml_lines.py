@@ -67,6 +67,12 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
 
 
+def inline(value: Any) -> str:
+    """On one line, as it stands behind a key."""
+    text = yaml.dump(value, Dumper=_Writer, default_flow_style=True, allow_unicode=True, width=10**6)
+    return str(text).removesuffix("...\n").strip()
+
+
 def _value(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Any:
     here = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):

@@ -2,6 +2,7 @@
 made configs/ and comp/competition.py yours; only base.yaml and debug.yaml are the project's.
 
     project    the practice competition: raw files, samples and folds; each test has its own copy
+    trained    the same with a finished run, exp001, a member of it and a blend of both, blend001
     empty      configs only
 """
 
@@ -18,6 +19,8 @@ import pytest
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that tests start
+
+from forked import forked  # noqa: E402
 
 from comp import competition, machine, own, store  # noqa: E402
 from comp.config import Config, load  # noqa: E402
@@ -44,6 +47,19 @@ EXPERIMENTS = {
     "optim: {rate: 5e-3}\ntrain: {epochs: 15, ema: 0.98}\n",
     "exp002": "base: exp001\nmodel: {name: test_efficientnet}\n",
 }
+
+
+# The files whose long checks take longest, longest first: of two that run side by side the one that begins last must be short.
+LONG = (
+    "test_resume_recipes", "test_honest_training", "test_kernel", "test_study_killed", "test_audit", "test_fan", "test_search",
+    "test_malformed", "test_resume", "test_mutations", "test_models", "test_planted", "test_track", "test_distributed",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("markexpr") == "slow":
+        rank = {name: number for number, name in enumerate(LONG)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 def lay_out(root: Path) -> Path:
@@ -78,6 +94,46 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cache.open_images(config(), [images[0] for images in samples.load().frame["images"]], progress=False)
     store.root.cache_clear()
     return root
+
+
+# What `trained` was trained with: little, and beside the pictures a column whose levels come from the training rows, which a
+# test set alone cannot say.
+QUICK = [
+    "track=none", "train.epochs=1", "schedule.warmup=0", "machine.workers=0", "machine.progress=false",
+    "model.metadata=true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once a session; nobody writes here, `trained` is a copy."""
+    root = tmp_path_factory.mktemp("finished") / "project"
+    shutil.copytree(practice, root)
+    base = root / "configs" / "base.yaml"
+    base.write_text(base.read_text().replace("mode: offline", "mode: none"))
+    with pytest.MonkeyPatch.context() as patch:
+        _enter(root, patch)
+        assert forked(lambda: _finish(root)) == 0
+    store.root.cache_clear()
+    return root
+
+
+def _finish(root: Path) -> None:
+    """A run, the same under two views, and a blend of both."""
+    from comp import jobs
+    from comp.ensemble.blend import blend
+
+    jobs.train("exp001", QUICK, name="exp001")
+    jobs.predict("exp001", tta="identity,hflip")
+    text = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: rank\n"
+    (root / "configs/ensembles/blend001.yaml").write_text(text)
+    blend("blend001")
+
+
+@pytest.fixture
+def trained(finished: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Path:
+    shutil.copytree(finished, tmp_path / "project")
+    return enter(tmp_path / "project")
 
 
 @pytest.fixture

@@ -70,11 +70,12 @@ def test_what_changes_results() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-3", 0.001), ("010", "010"), ("no", "no"), ("1:30", "1:30"), ("true", True), ("~", None), ("2020-01-01", "2020-01-01"),
-     ("0x10", "0x10"), ("-.5", -0.5), ("'5'", "5"), ("1_000", "1_000"), ("007", "007")],
+     ("0x10", "0x10"), ("-.5", -0.5), ("'5'", "5"), ("1_000", "1_000"), ("007", "007"), ("'1e5'", "1e5"), ("'#3'", "#3")],
 )  # fmt: skip
 def test_yaml_as_people_mean_it(text: str, value: object) -> None:
     assert yaml_lines.parse(f"a: {text}".encode())[0] == {"a": value}
     assert yaml_lines.parse(yaml_lines.dump({"a": value}).encode())[0] == {"a": value}
+    assert yaml_lines.parse(f"a: {yaml_lines.inline(value)}  # why\n".encode())[0] == {"a": value}
 
 
 MISTAKES = {

@@ -429,6 +429,12 @@ def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
     with pytest.raises(Refused, match="fold 16 is empty"):
         again(remake=True)
     assert before == {name: (project / "data" / name).read_bytes() for name in before}
+    refused = store.read_json(project / "data" / "folds_refused.json")
+    assert refused["k"] == 17 and "fold 16 is empty" in refused["faults"]
+    assert "FAULT fold 16 is empty" in (project / "data" / "folds_refused.txt").read_text()
+    file.write_text(file.read_text().replace("k: 17", "k: 5"))
+    again()
+    assert not list((project / "data").glob("folds_refused.*")), "what was mended is no longer told"
 
 
 def test_a_flipped_byte_is_refused(project: Path) -> None:

@@ -233,10 +233,13 @@ def full(project: Project) -> dict[str, Path]:
     made["trash"] = store.trash(fold("exp009").parent.parent)
     made["orphan"] = project.root / "runs" / "exp001" / ".oof.arrow.4194999.part"
     made["orphan"].write_bytes(b"half")
+    made["half"] = store.path("kernels", "exp001", ".making")
+    made["half"].mkdir(parents=True)
+    (made["half"] / "script.py").write_text("half")
     return made
 
 
-GOES = {"trash": {"trash", "orphan"}, "cache": {"cache"}, "state": {"done"}}
+GOES = {"trash": {"trash", "orphan", "half"}, "cache": {"cache"}, "state": {"done"}}
 
 
 @pytest.mark.parametrize("flag", GOES)

@@ -422,7 +422,10 @@ def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.
     for part in wanted:
         assert any(part in fault for fault in faults), part
     assert printed[-1] == f"{len(wanted)} faults"
-    assert "note: 1 files beside them are listed by no row, like test/stranger.png" in printed
+    assert (
+        "note: 1 more files in test are listed by no test row, like test/stranger.png; they are left out"
+        in printed
+    )
     assert (project / "data" / "check.txt").read_text().splitlines()[-len(faults) :] == faults
 
 

@@ -32,6 +32,7 @@ def blend(name: str) -> dict[str, Any]:
     split = folds.load(rows)
     folder = store.ensemble_folder(name)
     oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
+    store.need_space(sum(bank.size(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}")
     machine.settle(cfg.train.threads)
     nested, refits_ = recipes(declared), refits(cfg, declared, rows, split)
     made = fitting.make(cfg, declared.blend, rows, split, oof, test, nested, refits_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comp import store
+from comp import bank, store
 from comp.config import Refused
 from comp.predict import infer, merge, tta
 from comp.train.loop import Material
@@ -24,6 +24,10 @@ def predict(material: Material, run: str, views: list[str], space: str) -> str:
             f"{run}: {merge.missing(run, cfg, material.folds)} to go before it can be predicted again: comp train {run}"
         )
     parts = [(seed, number) for seed in seeds for number in numbers]
+    test, scored = len(material.samples.positions("test")), len(material.samples.positions("train"))
+    # Each fold by itself, then the mean of them.
+    size = bank.size(material.samples, len(parts) * test + len(seeds) * scored + test + scored)
+    store.need_space(size, f"runs/{run}/members/{member}")
     with store.lock(store.member_folder(run, member), f"predicting {run}:{member}"):
         for seed, number in parts:
             for kind in ("oof", "test"):

@@ -85,11 +85,13 @@ def member(
     folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
     places = [store.fold_folder(experiment, seed, fold) / each for each in inside for seed, fold in parts]
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
+    kinds = ("test",) if all(fold == "full" for _, fold in parts) else ("oof", "test")
+    # A damaged part is refused before anything of what stood there goes.
+    read = {kind: [bank.read(place / f"{kind}.arrow", samples, folds) for place in places] for kind in kinds}
     # Old and new must not be read together: after a kill nothing of this member counts until it is all written again.
     for old in ("oof.arrow", "test.arrow", "score.json"):
         store.unseal(folder / old)
-    for kind in ("test",) if all(fold == "full" for _, fold in parts) else ("oof", "test"):
-        sets = [bank.read(place / f"{kind}.arrow", samples, folds) for place in places]
+    for kind, sets in read.items():
         bank.write(
             folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts)
         )

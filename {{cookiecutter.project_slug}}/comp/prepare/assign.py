@@ -78,8 +78,9 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     made = Folds(assign(samples, plan, copies), meta, samples)
     report = audit.audit(samples, made)
     if report["faults"]:
-        print(audit.table(report))
-        raise Refused(*report["faults"], "no folds were written")
+        # Under a name of its own: where older folds stand, their audit stands beside them.
+        refused = _written(report, file.with_name("folds_refused.json"))
+        raise Refused(*report["faults"], f"no folds were written; {store.shown(refused)} has the audit")
     folds.save(made.frame, meta, file)
     print(
         f"{store.shown(file)}: {plan.k} folds"
@@ -316,11 +317,19 @@ def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: S
 
 
 def _finish(file: Path, made: Folds, report: dict[str, Any]) -> Path:
-    print(audit.table(report))
-    store.write_json(file.with_name("folds_audit.json"), report)
-    store.write_text(file.with_name("folds_audit.txt"), audit.table(report) + "\n")
+    numbers = _written(report, file.with_name("folds_audit.json"))
     if report["faults"]:
         raise Refused(*report["faults"])
-    print(f"{store.shown(file.with_name('folds_audit.json'))}: the same as numbers")
+    for old in ("json", "txt"):
+        file.with_name(f"folds_refused.{old}").unlink(missing_ok=True)
+    print(f"{store.shown(numbers)}: the same as numbers")
     print("next: comp train exp001")
     return file
+
+
+def _written(report: dict[str, Any], numbers: Path) -> Path:
+    """Printed, and kept as text and as numbers."""
+    print(audit.table(report))
+    store.write_json(numbers, report)
+    store.write_text(numbers.with_suffix(".txt"), audit.table(report) + "\n")
+    return numbers

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from comp import config, store, yaml_lines
@@ -55,27 +54,24 @@ def text(found: Found, slug: str, title: str, raw: str) -> str:
     lines = [
         "# Written by comp inspect. Every guess has its reason beside it; what was ambiguous stands at the end."
     ]
-    lines += [f"slug: {_plain(slug)}", f"title: {_plain(title)}", f"raw: {_plain(raw)}"]
+    lines += [
+        f"slug: {yaml_lines.inline(slug)}",
+        f"title: {yaml_lines.inline(title)}",
+        f"raw: {yaml_lines.inline(raw)}",
+    ]
     says = dict(found.says) | {"folds.k": 5, "folds.seed": 0}
     for key in ORDER:
         inner = {name.partition(".")[2]: value for name, value in says.items() if name.startswith(f"{key}.")}
         if key in says:
-            lines.append(f"{key}: {_plain(says[key])}{_why(found, key)}")
+            lines.append(f"{key}: {yaml_lines.inline(says[key])}{_why(found, key)}")
         elif inner:
             lines.append(f"{key}:")
             lines += [
-                f"  {name}: {_plain(value)}{_why(found, f'{key}.{name}')}" for name, value in inner.items()
+                f"  {name}: {yaml_lines.inline(value)}{_why(found, f'{key}.{name}')}"
+                for name, value in inner.items()
             ]
     lines += [f"# ambiguous: {line}" for line in found.unsure]
     return "\n".join(lines) + "\n"
-
-
-def _plain(value: Any) -> str:
-    return (
-        str(yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True))
-        .removesuffix("...\n")
-        .strip()
-    )
 
 
 def _why(found: Found, key: str) -> str:
