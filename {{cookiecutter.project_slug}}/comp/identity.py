@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comp import config, own, store
+from comp import config, own, store, teachers
 from comp.config import Config, Refused
 from comp.folds import Folds
 
@@ -34,7 +34,7 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: list[Path] 
         elif not (folder / "birth.json").exists():
             store.write_json(folder / "birth.json", {"at": time.time_ns(), "command": command})
         store.write_text(file, config.to_yaml(cfg))
-        store.write_json(folder / "made_of.json", made_of(folds))
+        store.write_json(folder / "made_of.json", made_of(cfg, folds))
         store.seal(file, folder / "made_of.json")
 
 
@@ -47,9 +47,21 @@ def refuse_name(name: str) -> None:
         )
 
 
-def made_of(folds: Folds) -> dict[str, Any]:
+def made_of(cfg: Config, folds: Folds) -> dict[str, Any]:
     hooks = {hook: _text(hook) for hook in HOOKS if own.get(hook) is not None}
-    return {"samples": folds.samples.hash, "folds": folds.hash, "competition.py": hooks}
+    labels = None if cfg.data.pseudo is None else store.sealed(store.pseudo_file(cfg.data.pseudo))
+    return {
+        "samples": folds.samples.hash,
+        "folds": folds.hash,
+        "competition.py": hooks,
+        "pseudo": labels and labels["sha256"],
+        "teacher": {} if cfg.distill.teacher is None else _births(cfg.distill.teacher, folds),
+    }
+
+
+def _births(teacher: str, folds: Folds) -> dict[str, str]:
+    """A run that was begun anew under its old name is another teacher."""
+    return {voice.run: birth(voice.run) for voice in teachers.of(teacher, folds, "distill.teacher").voices}
 
 
 def birth(name: str) -> str:
@@ -73,13 +85,15 @@ def _agree(name: str, cfg: Config, folds: Folds) -> None:
             f"runs/{name} was trained with another config; {ways}:",
             *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
         )
-    then, now = store.read_json(store.verified(folder / "made_of.json", ways)), made_of(folds)
+    then, now = store.read_json(store.verified(folder / "made_of.json", ways)), made_of(cfg, folds)
     what = {
         "samples": "another data/samples.parquet",
         "folds": "other folds",
         "competition.py": "another comp/competition.py",
+        "teacher": f"another {cfg.distill.teacher}",
+        "pseudo": f"another data/pseudo/{cfg.data.pseudo}.parquet",
     }
-    if differ := [words for key, words in what.items() if then[key] != now[key]]:
+    if differ := [words for key, words in what.items() if then.get(key) != now[key]]:
         raise Refused(
             f"runs/{name} was trained with {', '.join(differ)}: its rows and scores would not compare; {ways}"
         )

@@ -50,6 +50,11 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"schedule.{knob}", f"with schedule.name: {name}; {', '.join(names)} looks at it"
     if name in CYCLING and cfg.schedule.momentum is not None:
         yield "optim.momentum", f"while {name} cycles it; schedule.momentum: null lets it be"
+    if cfg.distill.teacher is None:
+        for knob in ("kind", "temperature", "weight"):
+            yield f"distill.{knob}", "without distill.teacher"
+    elif cfg.distill.kind == "hard":
+        yield "distill.temperature", "with distill.kind: hard"
     if cfg.optim.base_batch is None:
         yield "optim.scaling", "without optim.base_batch"
     if cfg.optim.clip is None:

@@ -40,6 +40,7 @@ def train(
     command = " ".join(["comp train", experiment, *([f"--as {name}"] if name else []), *overrides])
     name = name or (f"{experiment}-debug" if debug else experiment)
     identity.refuse_name(name)
+    _check_teachers(cfg)
     machine.settle(cfg.train.threads)
     from comp import record
 
@@ -67,6 +68,19 @@ def train(
         print(material.clock.table())
     if score := _merge(name, cfg):
         record.summary(material, name, score)
+
+
+def _check_teachers(cfg: Config) -> None:
+    """Who teaches beside the labels is needed to train, and not to predict."""
+    if cfg.data.pseudo is None and cfg.distill.teacher is None:
+        return
+    from comp import folds, samples, teachers
+    from comp.train import pseudo
+
+    split = folds.load(samples.load())
+    pseudo.check(cfg, split)
+    if cfg.distill.teacher is not None:
+        teachers.of(cfg.distill.teacher, split, "distill.teacher")
 
 
 def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
@@ -109,7 +123,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     import torch
 
     from comp.predict import tta
-    from comp.train import distributed, mixing, model, optim
+    from comp.train import agree, distill, distributed, mixing, model, optim
     from comp.train.clock import Clock
     from comp.train.data import Feed
     from comp.train.loop import Material
@@ -119,11 +133,16 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     model.outputs(cfg, table.heads)
     model.known(cfg)
     optim.known(cfg)
+    model.size(
+        cfg, table.heads
+    )  # on the meta device: what this network does not take is refused before pictures are decoded
     device = machine.device(cfg.machine.device)
     torch.backends.cudnn.allow_tf32 = (
         cfg.train.amp != "fp32"
     )  # fp32 means it: predictions are compared to 1e-5
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
+    distill.refuse(cfg, table.heads)
+    agree.refuse(cfg, table.heads)
     mixing.refuse(cfg, table.heads, feed.several)
     if cfg.model.pool != "mean" and not feed.several:
         raise Refused(
@@ -143,7 +162,7 @@ def one_fold(
 ) -> None:
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
-    from comp.predict import infer, merge
+    from comp.predict import infer, lessons, merge
     from comp.train import checkpoint, distributed, loop
 
     folder = store.fold_folder(name, seed, number)
@@ -172,6 +191,7 @@ def one_fold(
             if not search:
                 record.before(material, log, name, folder, number)
             if not store.sealed(folder / "weights.safetensors"):
+                lessons.prepare(material, gather, number, folder)
                 with distributed.together(_order(cfg, seed, number)):
                     loop.fold(material, seed, number, folder, log)
             if number != "full":

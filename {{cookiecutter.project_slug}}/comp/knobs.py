@@ -43,6 +43,7 @@ class Data(Section):
     normalise: Literal["model", "data", "minmax", "none"]
     whiten: Literal["none", "pca", "zca"]
     whiten_eps: NotNegative
+    pseudo: Text | None
     cache: bool
 
 
@@ -54,8 +55,14 @@ class Augment(Section):
     cutmix: NotNegative
     mix_share: Share
     mosaic: Share
+    views: Annotated[int, Field(ge=1, le=8)]
     off_last: Annotated[int, Field(ge=0)]
     sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
+
+    @property
+    def whole(self) -> int:
+        """Neighbours in the epoch's list that belong together: no pass may part them."""
+        return 4 if self.mosaic else 2 if self.mixup or self.cutmix else self.views
 
     @property
     def strong(self) -> list[str]:
@@ -71,6 +78,7 @@ class Sampling(Section):
 
 class Model(Section):
     name: Text
+    stem: Literal["default", "small"]
     pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.safetensors$")]
     freeze_norm: bool
     drop_rate: BelowOne
@@ -104,6 +112,13 @@ class Loss(Section):
     hardest: Annotated[float, Field(gt=0, le=1)]
     class_weights: Literal["none", "balanced", "effective"]
     beta: Annotated[float, Field(gt=0, lt=1)] | None
+
+
+class Distill(Section):
+    teacher: Text | None
+    kind: Literal["soft", "hard"]
+    temperature: Positive
+    weight: Annotated[float, Field(gt=0, le=1)]
 
 
 class Optim(Section):
@@ -222,6 +237,7 @@ class Config(Section):
     sampling: Sampling
     model: Model
     loss: Loss
+    distill: Distill
     optim: Optim
     schedule: Schedule
     train: Train
@@ -266,11 +282,18 @@ class Config(Section):
             raise ValueError(
                 f"augment.mix_share: {knobs.mix_share} has no effect without mixup or cutmix; set it to 1"
             )
-        if (knobs.mixup or knobs.cutmix or knobs.mosaic) and self.train.batch_size % (
-            whole := 4 if knobs.mosaic else 2
-        ):
+        mixes = bool(knobs.mixup or knobs.cutmix or knobs.mosaic)
+        if mixes and knobs.views > 1:
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} would part the {'fours of augment.mosaic' if whole == 4 else 'pairs of mixup and cutmix'}; a multiple of {whole} keeps them together"
+                f"augment.views: {knobs.views} of a picture stand side by side, so mixup, cutmix and mosaic would mix it with itself; set it to 1"
+            )
+        if self.train.batch_size % knobs.whole:
+            those = {
+                True: {4: "fours of augment.mosaic", 2: "pairs of mixup and cutmix"},
+                False: {knobs.whole: "views of a picture"},
+            }
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} would part the {those[mixes][knobs.whole]}; a multiple of {knobs.whole} keeps them together"
             )
         data = self.data
         if data.whiten != "none" and (features := data.channels * data.size**2) > WHITENED:

@@ -50,6 +50,10 @@ def folds_file() -> Path:
     return path("data", "folds.parquet")
 
 
+def pseudo_file(name: str) -> Path:
+    return path("data", "pseudo", f"{name}.parquet")
+
+
 def run_folder(experiment: str) -> Path:
     return path("runs", experiment)
 

@@ -43,6 +43,13 @@ def lr_range(args: Args) -> None:
     )
 
 
+def pseudo(args: Args) -> None:
+    from comp.predict import labels
+
+    wish = labels.Wish(args.confidence, args.share, args.soft, args.weight)
+    labels.write(args.name, args.table or args.name, wish)
+
+
 def noise(args: Args) -> None:
     from comp.ensemble import compare
 
@@ -73,6 +80,13 @@ VERBS = {
         argument("--steps", type=int, default=200, help="200 unless told"),
         flag("--linear", "equal steps instead of equal ratios"))),
     "augment": Verb("training", augment, "a contact sheet of what an experiment's recipe does to its images", (EXPERIMENT, OVERRIDES)),
+    "pseudo": Verb("training", pseudo, "test rows that a run is sure of, as labels that teach others: each fold by its own models", (
+        argument("name", help="a run, a member, or an ensemble that is a plain average"),
+        argument("--confidence", type=float, help="how sure it must be; 0.9 unless told, or unless --share is"),
+        argument("--share", type=float, help="of the rows that get a class at most this share, the surest"),
+        flag("--soft", "what it says of each class, instead of the class alone"),
+        argument("--weight", type=float, default=1.0, help="how much such a row teaches; 1, as much as a true one, unless told"),
+        argument("--as", dest="table", help="name of the table; that of the run unless told"))),
     "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
     "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from comp import bank, config, folds, predictions, samples, score, store
+from comp import bank, config, folds, identity, predictions, samples, score, store
 from comp.config import Config
 from comp.folds import Folds
 from comp.samples import Samples
@@ -135,6 +135,39 @@ def member(
         store.write_text(folder / "config.yaml", config.to_yaml(project.cfg))
         store.seal(folder / "config.yaml")
     return folder
+
+
+def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, **facts: Any) -> None:
+    """As much of a finished run as can teach others: its config, and what each of its models says of the test rows."""
+    folder, cfg = store.run_folder(name), cfg or project.cfg
+    store.write_text(folder / "config.yaml", config.to_yaml(cfg))
+    store.write_json(folder / "made_of.json", identity.made_of(cfg, project.folds) | facts)
+    store.seal(folder / "config.yaml", folder / "made_of.json")
+    for seed in range(seeds):
+        for number in range(project.folds.count):
+            said(project, name, seed, number, 100 * seed + number)
+
+
+def said(project: Project, name: str, seed: int, number: int, noise: int) -> None:
+    rows, place = project.samples.positions("test"), store.fold_folder(name, seed, number)
+    weights = (
+        bank.weights_of(place)
+        if (place / bank.WEIGHTS).exists()
+        else {f"{name}/seed{seed}/fold{number}": "w"}
+    )
+    meta = predictions.meta(
+        "test", project.samples, project.folds, {"run": name, "config": "c", "weights": weights}
+    )
+    heads = {project.head.name: values(project, rows, 1.5, noise)}
+    bank.write(place / "test.arrow", predictions.PredictionSet(rows.astype(np.int32), None, heads, meta))
+
+
+def digits(root: Path) -> Project:
+    """The practice competition; its models, if any are made here, take test rows for a 3."""
+    table = samples.load()
+    cfg = config.load(root, "exp001").config
+    filled = table.frame.assign(**{"target.label": table.frame["target.label"].fillna(3.0)})
+    return Project(root, cfg, samples.Samples(filled, table.heads, table.hash), folds.load(table))
 
 
 def declare(project: Project, name: str, text: str) -> None:

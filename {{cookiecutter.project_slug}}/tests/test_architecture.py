@@ -25,7 +25,7 @@ LAYERS = [
     ["predictions", "decide", "honest"],
     ["bank"],
     ["score"],
-    ["provenance", "track", "feeder", "pictures", "page"],
+    ["provenance", "track", "feeder", "pictures", "page", "teachers"],
     ["prepare"],
     ["train"],
     ["predict"],

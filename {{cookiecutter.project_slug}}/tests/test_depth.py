@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import config
@@ -15,7 +16,10 @@ from conftest import config
 from comp.config import Refused
 from comp.predict import tta
 from comp.prepare import arrays, cache, images, making
-from comp.train import augment
+from comp.samples import Samples
+from comp.tasks import Head
+from comp.train import augment, model, normal
+from comp.train.data import Draw, Feed, plain_batches
 from comp.train.draws import mixed
 from comp.train.normal import Normal
 
@@ -120,3 +124,37 @@ def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
         Refused, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
     ):
         augment.of_day(cfg, augment.days(cfg)[0])
+
+
+def test_five_channels_go_from_file_to_output(empty: Path) -> None:
+    raw = empty / "data" / "raw"
+    raw.mkdir(parents=True)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 5), np.uint8)
+    for i, picture in enumerate(pictures):
+        (raw / f"{i}.npy").write_bytes(saved(picture))
+    cfg = config("data.channels=5", "data.size=24", "machine.workers=0", "augment=light")
+    head = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
+    frame = pd.DataFrame(
+        {
+            "id": ["a", "b", "c"],
+            "images": [["0.npy"], ["1.npy"], ["2.npy"]],
+            "source": "train",
+            "target.label": 0.0,
+        }
+    )
+    cpu = torch.device("cpu")
+    feed = Feed(cfg, Samples(frame, (head,), "x"), cpu)
+    (batch,) = feed.batches(plain_batches(np.arange(3), 4))
+    assert np.array_equal(batch.pictures.numpy(), pictures)
+    assert feed.pictures[Draw(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
+    module = model.build(cfg, (head,), pretrained=False, feed=feed).eval()
+    seen = augment.Seen(normal.of(cfg, module, cpu))
+
+    def out(values: np.ndarray) -> torch.Tensor:
+        return module(seen(torch.from_numpy(values).permute(0, 3, 1, 2)))
+
+    other = pictures.copy()
+    other[..., 4] = 255 - other[..., 4]
+    assert out(pictures).shape == (3, 1) and not torch.allclose(out(pictures), out(other)), (
+        "the fifth is heard"
+    )

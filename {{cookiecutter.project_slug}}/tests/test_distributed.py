@@ -22,10 +22,10 @@ from comp.config import Refused
 from comp.train import distributed
 from comp.train.data import Draw
 
-# Everything that draws but dropout, on a network without batch norm, and an optimizer that does not blow rounding up.
+# Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
     "track=none", "machine.workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
-    "optim.rate=0.05", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
+    "optim.rate=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
 ]  # fmt: skip
 
 
@@ -125,7 +125,10 @@ def test_each_draw_of_a_step_is_somebodys_once(
     for rank in range(2):
         as_one_of(2, rank, monkeypatch)
         assert distributed.passes(accumulate) == passes
-        shares.append(list(distributed.share(plan, accumulate)))
+        shares.append(list(distributed.share(plan, accumulate, 4)))
+        assert all(part[0].sample % 4 == 0 and len(part) % 4 == 0 for part in shares[-1]), (
+            "fours stay together"
+        )
         assert len(shares[-1]) == 2 * passes
     for step in range(2):  # the same step in all processes
         mine = [

@@ -6,7 +6,7 @@ in-sample base predictions          provenance, re-prediction   by the weights o
 misaligned rows                     re-prediction     the right values in the wrong rows
 best epoch picked on the scored fold  provenance      log.jsonl against what the OOF rows score
 in-sample meta-model                recomputation     the ensemble fitted again, fold by fold
-pseudo-labels that saw the fold     provenance        whose models made the labels that teach a fold
+pseudo-labels that saw the fold     provenance, recomputation   whose models made the labels that teach a fold
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from comp import bank, config, folds, jobs, machine, members, samples, score, store, table
 from comp.config import Config, Refused
-from comp.ensemble import blend, canary, declare, fitting
+from comp.ensemble import blend, canary, declare, fitting, taught
 from comp.ensemble.canary import Leak
 from comp.folds import Folds
 from comp.samples import Samples
@@ -107,8 +107,7 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     where: dict[str, set[int]] = defaultdict(set)
     ids: dict[str, list[str]] = defaultdict(list)
     raw = store.path(cfg.competition.raw)
-    taught = rows.taught
-    for position in tqdm(taught.tolist(), desc="hashing images", delay=2, disable=None, leave=False):
+    for position in tqdm(rows.taught.tolist(), desc="hashing images", delay=2, disable=None, leave=False):
         for image in rows.frame["images"].iloc[position]:
             if (raw / image).is_file():
                 sha = store.sha256(raw / image)
@@ -137,9 +136,12 @@ def pseudo(rows: Samples, split: Folds) -> list[Leak]:
     :fold<k> all folds' models made them, so each fold is taught by labels that its own rows helped to make."""
     source, found = rows.frame["source"].astype(str).to_numpy(), []
     for number in range(split.count):
-        taught = split.split(number)[0]
         strange = sorted(
-            {s for s in source[taught] if s.startswith("pseudo:") and not s.endswith(f":fold{number}")}
+            {
+                s
+                for s in source[split.split(number)[0]]
+                if s.startswith("pseudo:") and not s.endswith(f":fold{number}")
+            }
         )
         found += [
             Leak("pseudo-labels that saw the fold", f"{s} teaches fold {number}", "provenance")
@@ -154,6 +156,7 @@ def pseudo(rows: Samples, split: Folds) -> list[Leak]:
 def of_run(run: str, rows: Samples, split: Folds) -> list[Leak]:
     found: list[Leak] = []
     cfg = jobs.stored_config(run)
+    found += taught.leaks(run, cfg, rows, split)
     places = [
         p for p in sorted(store.run_folder(run).glob("seed*/fold[0-9]*")) if store.sealed(p / "oof.arrow")
     ]

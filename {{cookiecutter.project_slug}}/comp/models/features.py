@@ -71,6 +71,8 @@ def _refuse(cfg: Config) -> None:
         )
     for key, value, good in (
         ("data.normalise", cfg.data.normalise == "data", "model"),
+        ("data.pseudo", cfg.data.pseudo is not None, "null"),
+        ("distill.teacher", cfg.distill.teacher is not None, "null"),
         ("data.whiten", cfg.data.whiten != "none", "none"),
         ("model.pretrained", bool(transfer.run_of(cfg)), "true, false or a file"),
         ("model.metadata", cfg.model.metadata, "false"),

@@ -179,7 +179,7 @@ def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
     if sides and np.median(sides) < SMALL:
         notes.append(
             f"hint: half of the images are {int(np.median(sides))} px or smaller; ImageNet stems shrink them by 4 before they "
-            "look: train at a larger data.size than the pictures have, or with a network made for small ones"
+            f"look: model.stem=small with data.size={int(np.median(sides))}, or a larger data.size than the pictures have"
         )
     return faults, notes
 

@@ -28,7 +28,12 @@ def shuffled(rows: Positions, random: np.random.Generator) -> Positions:
 
 def drawing(cfg: Config, samples: Samples, taught: Positions) -> Draw:
     """How `sampling` makes the list of an epoch. Its length is the same in every epoch."""
-    rules = cfg.sampling
+    rules, views = cfg.sampling, cfg.augment.views
+    if views > 1:  # side by side, each a draw of its own
+        once = drawing(
+            cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"views": 1})}), samples, taught
+        )
+        return lambda rows, random: np.repeat(once(rows, random), views)
     if rules.balance == "none" and rules.together == 1:
         return shuffled
     codes = np.full(len(samples.frame), -1, np.int64)

@@ -32,8 +32,6 @@ from comp.train import augment, balance, beside
 from comp.train.draws import mixed
 from comp.train.processes import AHEAD, Processes
 
-WHOLE = 4  # neighbours in the epoch's list that a mixture may join: cuts leave them together where they can
-
 
 class Draw(NamedTuple):
     """One sample of one batch. seed None: as it is, not augmented."""

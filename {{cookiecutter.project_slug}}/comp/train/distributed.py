@@ -24,7 +24,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from comp import machine, store
 from comp.config import Config, Refused
-from comp.train.data import WHOLE, Draw, Plan
+from comp.train.data import Draw, Plan
 from comp.train.room import batch_norm
 
 Value = TypeVar("Value")
@@ -153,15 +153,14 @@ def passes(accumulate: int) -> int:
     return accumulate // count() if accumulate % count() == 0 else accumulate
 
 
-def share(plan: Plan, accumulate: int) -> Iterator[list[Draw]]:
-    """This process's part of the passes of an epoch."""
+def share(plan: Plan, accumulate: int, whole: int = 1) -> Iterator[list[Draw]]:
+    """This process's part of the passes of an epoch. `whole` neighbours belong together."""
     for number, draws in enumerate(plan):
         if accumulate % count() == 0:
             if number % count() == rank():
                 yield draws
         else:
-            unit = WHOLE if len(draws) >= WHOLE * count() else 1
-            ends = [len(draws) // unit * r // count() * unit for r in range(count())] + [len(draws)]
+            ends = [len(draws) // whole * r // count() * whole for r in range(count())] + [len(draws)]
             yield draws[ends[rank()] : ends[rank() + 1]]
 
 
@@ -225,8 +224,11 @@ def suits(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> N
     if n == 1:
         return
     whole = accumulate % n == 0
-    if not whole and batch_size < n:
-        raise Agreed(f"train.batch_size: {batch_size} pictures a pass cannot be shared by {n} processes")
+    if not whole and batch_size < n * (those := cfg.augment.whole):
+        together = f", {those} at least each" if those > 1 else ""
+        raise Agreed(
+            f"train.batch_size: {batch_size} pictures a pass cannot be shared by {n} processes{together}"
+        )
     part = batch_size if whole else batch_size // n
     told = (
         [f"loss.hardest chooses among {part} pictures, not {batch_size}"]

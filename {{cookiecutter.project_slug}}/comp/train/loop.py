@@ -20,10 +20,12 @@ from comp.folds import Folds
 from comp.machine import Stop, Stopped
 from comp.samples import Positions, Samples
 from comp.train import (
+    agree,
     augment,
     balance,
     checkpoint,
     choice,
+    distill,
     distributed,
     losses,
     margins,
@@ -31,6 +33,7 @@ from comp.train import (
     model,
     normal,
     optim,
+    pseudo,
     schedule,
     speed,
     transfer,
@@ -70,6 +73,7 @@ class Material:
 def fold(material: Material, seed: int, number: int | str, folder: Path, log: track.Track) -> None:
     """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
     # --- setup ---------------------------------------------------------------------------------------------------------
+    material = pseudo.joined(material, number)  # test rows that teach this fold
     cfg, device, heads, clock = material.cfg, material.device, material.samples.heads, material.clock
     torch.manual_seed(mixed(seed, 3))
 
@@ -83,9 +87,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
-    targets = [
-        _target(head.row.target(np.nan_to_num(material.samples.targets(head))), device) for head in heads
-    ]
+    targets = [_target(pseudo.target(material.samples, head), device) for head in heads]
+    lessons = distill.targets(material, number, folder)  # what a teacher says, one more target a head
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
@@ -96,7 +99,8 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     normal.fit(cfg, module, material.feed, taught)
     network = speed.prepared(cfg, module)
     criterion = losses.total(cfg, material.samples, taught)
-    mixture = mixing.loss(cfg, heads, criterion)
+    mixture = mixing.loss(cfg, heads, distill.beside(cfg, material.samples, taught, criterion))
+    apart = agree.between_views(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
     kept = Kept(cfg, module, folder, number, schedule.snapshots(cfg, span))
     judge = choice.judge(material, judged, augment.Seen(normal.of(cfg, module, device)))
@@ -121,7 +125,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.extend(state["epochs"])
     distributed.suits(cfg, batch_size, accumulate, module)
     distributed.same_network(module)
-    room = Room(module, state["room"] if state else batch_size)
+    room = Room(module, state["room"] if state else batch_size, cfg.augment.whole)
     looks = Looks(log, material.samples, half == torch.float16, room.size)
 
     def save() -> None:
@@ -154,7 +158,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         seen = augment.Seen(normal.of(cfg, module, device), augment.of_day(cfg, today))
         mix = mixing.of_day(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = material.feed.batches(distributed.share(plan, accumulate), today)
+        batches = material.feed.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
         while step < (epoch + 1) * steps_per_epoch:
             optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
             looks.begin(step + 1, curve.rate(step))
@@ -170,10 +174,12 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                     pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
                     pictures, parts = mix(pictures, batch.seeds)  # parts: whose targets, with which share
                     clock.lap("colour and normalising")
-                    truth = [target[batch.samples] for target in targets]
+                    truth = [target[batch.samples] for target in (*targets, *lessons)]
                     with torch.autocast(device.type, half, enabled=half is not None):
                         output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
-                    each = mixture(output, truth, weight[batch.samples], parts)  # (batch,), weighted
+                    each = mixture(output, truth, weight[batch.samples], parts) + apart(
+                        output
+                    )  # (batch,), weighted
                     loss = losses.reduced(each, cfg.loss.hardest) * (len(batch.samples) / span.effective)
                     clock.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)

@@ -175,12 +175,19 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def total(cfg: Config, samples: Samples, taught: Positions) -> Total:
-    """The mean over heads of each head's loss: (batch, all outputs), one target a head -> (batch,)"""
-    sizes = outputs(cfg, samples.heads)
-    losses = [
+    return mean_of(cfg, samples.heads, of_heads(cfg, samples, taught))
+
+
+def of_heads(cfg: Config, samples: Samples, taught: Positions) -> list[Loss]:
+    return [
         _named(cfg, head, loss, samples, taught)
         for head, loss in zip(samples.heads, objective.of(cfg, samples.heads), strict=True)
     ]
+
+
+def mean_of(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
+    """The mean over heads of each head's loss: (batch, all outputs), one target a head -> (batch,)"""
+    sizes = outputs(cfg, heads)
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         blocks = output.float().split(sizes, dim=1)

@@ -74,6 +74,8 @@ def climbing(cfg: Config, low: float, high: float, steps: int, linear: bool) -> 
     }
     return _with(
         cfg,
+        data={"pseudo": None},
+        distill={"teacher": None},
         schedule={**shape, "warmup": 0, "momentum": None},
         optim={"rate": high, "base_batch": None},
         train={"ema": None, "checkpoint_every": 0},

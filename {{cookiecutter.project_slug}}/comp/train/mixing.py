@@ -84,6 +84,7 @@ def mixed(
     # shares[:, k]: of the own picture, then of its mate, and for mosaics of two more; mates[k]: who they are
     shares = np.zeros((count, 4))
     shares[:, 0] = 1
+    # Batches, and the passes they are cut into, hold whole pairs and fours; only the very last of an epoch may not.
     mates = [np.where(places ^ k < count, places ^ k, (places + k) % count) for k in range(4)]
     out = pictures
 
@@ -138,7 +139,7 @@ def loss(
         if not parts:
             return criterion(output, truth) * weight
         if cfg.loss.threshold is not None:
-            both = zip(truth, heads, strict=True)
+            both = zip(truth, (*heads, *heads), strict=False)  # of a teacher's there is one more each
             soft = [_mean([_shares(target, head)[who] for who, _ in parts], parts) for target, head in both]
             return criterion(output, soft) * _mean([weight[who] for who, _ in parts], parts)
         each = [weight[who] * criterion(output, [target[who] for target in truth]) for who, _ in parts]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from comp import objective, own, store
 from comp.config import Config, Refused, nearest
 from comp.tasks import Head
-from comp.train import normal
+from comp.train import normal, stem
 from comp.train.margins import Embedded, GeM
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
         if cfg.model.global_pool != "default":
             raise Refused(
                 "model.global_pool: gem has no effect on model(cfg, outputs) of comp/competition.py; set it to default"
+            )
+        if cfg.model.stem != "default":
+            raise Refused(
+                "model.stem: small has no effect on model(cfg, outputs) of comp/competition.py; set it to default"
             )
         if width:
             raise Refused(
@@ -167,6 +171,8 @@ def _from_timm(cfg: Config, total: int, pretrained: bool, **more: Any) -> nn.Mod
             f"model.pretrained: the weights of {name} could not be had ({reason}); without internet set model.pretrained=false"
         ) from error
     assert isinstance(module, nn.Module)
+    if cfg.model.stem == "small":
+        stem.small(module, name)
     if cfg.augment.sizes and getattr(module, "pretrained_cfg", {}).get("fixed_input_size"):
         raise Refused(f"augment.sizes: {name} takes pictures of one size only; set it to null")
     return module

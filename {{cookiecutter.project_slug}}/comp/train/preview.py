@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from comp import duration, folds, pictures, samples, store
 from comp.config import Config
 from comp.idle import CYCLIC
-from comp.train import schedule
+from comp.train import pseudo, schedule
 from comp.train.schedule import Curve, Span, Staged
 
 MOST_POINTS = 4000  # more cannot be told apart
@@ -16,7 +17,11 @@ MOST_POINTS = 4000  # more cannot be told apart
 def draw(cfg: Config, experiment: str) -> None:
     """Fold 0 speaks for the others: they differ by a few steps."""
     table = samples.load()
-    taught = folds.load(table).split(0)[0][: cfg.train.limit]
+    split = folds.load(table)
+    if cfg.data.pseudo is not None:
+        pseudo.check(cfg, split)
+        table = pseudo.with_lines(table, pseudo.read(cfg.data.pseudo), cfg.data.pseudo, 0)
+    taught = replace(split, samples=table).split(0)[0][: cfg.train.limit]
     drawn = len(taught)
     if cfg.sampling.balance != "none":  # rare classes may be drawn more often than they are there
         from comp.train import balance, data

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from comp.train.data import WHOLE, Batch
+from comp.train.data import Batch
 
 
 class Room:
-    """`size` is how many samples go through the network at once; it belongs to the state of a run that is to go on alike."""
+    """`size` is how many samples go through the network at once; it belongs to the state of a run that is to go on alike. `whole` of them
+    belong together."""
 
-    def __init__(self, module: nn.Module, size: int):
-        self.module, self.size = module, size
+    def __init__(self, module: nn.Module, size: int, whole: int = 1):
+        self.module, self.size, self.whole = module, size, whole
         norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.buffers = [buffer for layer in norms for buffer in layer.buffers()]
         self.kept = [buffer.clone() for buffer in self.buffers]
@@ -47,16 +48,14 @@ class Room:
             yield
         except torch.OutOfMemoryError:
             largest = max(len(batch.samples) for batch in self.step)
-            if min(self.size, largest) == 1:
+            if min(self.size, largest) <= self.whole:
                 raise
             self._halve(largest)
             again()
 
     def _halve(self, largest: int) -> None:
         before = min(self.size, largest)
-        self.size = (before + 1) // 2
-        if self.size > WHOLE:
-            self.size -= self.size % WHOLE
+        self.size = max(self.whole, (before + 1) // 2 // self.whole * self.whole)
         self.module.zero_grad()
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)

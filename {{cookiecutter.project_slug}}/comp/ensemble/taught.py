@@ -1,0 +1,75 @@
+"""For comp audit: whose labels taught a run. Where they came from is written beside them; the labels themselves are made again from
+the predictions that they should be from, which needs no network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from comp import store, teachers
+from comp.config import Config, Refused
+from comp.ensemble.canary import Leak
+from comp.folds import Folds
+from comp.predict import labels
+from comp.samples import Samples
+from comp.train import pseudo
+
+SAW = "pseudo-labels that saw the fold"
+
+
+def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
+    name = cfg.data.pseudo
+    if name is None:
+        return []
+    file = store.pseudo_file(name)
+    entry = store.sealed(file)
+    then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
+    if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
+        print(f"{run}: {store.shown(file)} is not there as it taught it; its labels were not looked at")
+        return []
+    found, table = [], pseudo.read(name)
+    for number, weights in entry["weights"].items():
+        if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
+            found.append(Leak(SAW, f"{run}: fold {number} is taught by {', '.join(wrong)}", "provenance"))
+    try:
+        again = _again(entry, rows, split)
+    except Refused as refused:
+        print(f"{run}: {store.shown(file)} was not made again: {refused.lines[0]}")
+        return found
+    by_all = again[again["fold"] == pseudo.FULL]
+    for number in range(split.count):
+        mine, wanted = (each[each["fold"] == number] for each in (table, again))
+        if _same(mine, wanted):
+            continue
+        others = {f"of fold {n}": again[again["fold"] == n] for n in range(split.count) if n != number}
+        guilty = next(
+            (who for who, each in {"of all folds": by_all, **others}.items() if _same(mine, each)), None
+        )
+        where = f"{run}: {store.shown(file)}, fold {number}"
+        if guilty is None:
+            found.append(Leak("pseudo-labels that their models do not repeat", where, "recomputation"))
+        else:
+            found.append(Leak(SAW, f"{where}: they are those {guilty}", "recomputation"))
+    return found
+
+
+def _again(entry: dict[str, object], rows: Samples, split: Folds) -> pd.DataFrame:
+    wish = labels.Wish(**entry["wish"])  # type: ignore[arg-type]
+    who = teachers.of(str(entry["source"]), split, "comp audit")
+    numbers: list[int | str] = [*range(split.count), "full"]
+    return pd.concat(
+        [labels.lines(labels.of_fold(who, n, rows, split, wish), n, rows, wish) for n in numbers],
+        ignore_index=True,
+    )
+
+
+def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    said = [each for each in map(str, one) if each.startswith(("target.", "soft.", "confidence"))]
+    return (
+        len(one) == len(other)
+        and one["id"].tolist() == other["id"].tolist()
+        and bool(np.allclose(one[said], other[said], atol=1e-6))
+    )

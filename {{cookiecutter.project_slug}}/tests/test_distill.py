@@ -1,0 +1,176 @@
+"""Distillation: what the losses are, who may teach which fold, and what the loop gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import banked
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import config
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from comp import folds, idle, jobs, samples, store
+from comp.config import Config, Refused, load
+from comp.predict import infer, lessons
+from comp.samples import Samples
+from comp.tasks import Head
+from comp.train import distill, losses, mixing
+
+BATCH, T = 6, 3.0
+ROWS = np.arange(BATCH)
+QUIET = [
+    "track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.limit=64", "train.batch_size=16", "augment=none",
+]  # fmt: skip
+
+
+class Lesson(NamedTuple):
+    cfg: Config
+    head: Head
+    own: losses.Total  # of the labels alone
+    loss: losses.Total
+    output: Tensor
+    truth: Tensor
+    stored: Tensor  # what the teacher's prediction file holds
+
+    @property
+    def told(self) -> Tensor:
+        return torch.from_numpy(distill.as_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T))
+
+
+def lesson(task: str, *overrides: str) -> Lesson:
+    head, random = banked.HEADS[task], np.random.default_rng(0)
+    cfg = config("distill.teacher=exp001", f"distill.temperature={T}", *overrides, experiment="base")
+    table = Samples(
+        pd.DataFrame({name: random.integers(0, 2, BATCH).astype(float) for name in head.columns}),
+        (head,),
+        "x",
+    )
+    truth = torch.tensor(head.row.target(table.targets(head)))
+    torch.manual_seed(0)
+    output, stored = torch.randn(2, BATCH, len(head.outputs))
+    own = losses.total(cfg, table, ROWS)
+    loss = distill.beside(cfg, table, ROWS, own)
+    return Lesson(
+        cfg, head, own, loss, output, truth if truth.dtype == torch.int64 else truth.float(), stored
+    )
+
+
+def test_soft_is_kullback_leibler_at_a_temperature(empty: Path) -> None:
+    a = lesson("multiclass", "distill.weight=0.3")
+    apart = F.kl_div(F.log_softmax(a.output / T, 1), F.softmax(a.stored / T, 1), reduction="none").sum(1)
+    wanted = 0.7 * F.cross_entropy(a.output, a.truth, reduction="none") + 0.3 * T**2 * apart
+    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted, atol=1e-6)
+    pure = lesson("multiclass", "distill.weight=1")
+    same = pure.loss(pure.stored, [pure.truth, pure.told])
+    assert same.abs().max() < 1e-5, "nothing is left to learn from a teacher that one agrees with"
+
+
+def test_each_label_by_itself(empty: Path) -> None:
+    for task in ("binary", "multilabel"):
+        a = lesson(task, "distill.weight=1")
+        p, q = (a.stored / T).sigmoid(), (a.output / T).sigmoid()
+        apart = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1)
+        assert torch.allclose(a.loss(a.output, [a.truth, a.told]), T**2 * apart, atol=1e-5)
+
+
+def test_bce_of_classes_is_read_as_its_predictions_are(empty: Path) -> None:
+    a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
+    p = torch.from_numpy(
+        a.head.row.decode(a.output.double().numpy(), losses.objective.of(a.cfg, [a.head])[0])
+    )
+    told = torch.from_numpy(distill.as_target(a.head, p.numpy(), "soft", 1.0))
+    assert a.loss(a.output, [a.truth, told]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_hard_is_the_answer_as_if_it_were_the_label(empty: Path, task: str) -> None:
+    a = lesson(task, "distill.kind=hard", "distill.weight=0.4")
+    answer = a.stored.argmax(1) if task == "multiclass" else (a.stored > 0).float()
+    wanted = 0.6 * a.own(a.output, [a.truth]) + 0.4 * a.own(a.output, [answer])
+    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
+
+
+def test_of_values_there_is_only_the_answer(empty: Path) -> None:
+    a = lesson("regression", "distill.weight=0.5")
+    wanted = 0.5 * (a.output[:, 0] - a.truth) ** 2 + 0.5 * (a.output[:, 0] - a.stored[:, 0]) ** 2
+    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
+    grades = lesson("ordinal")
+    assert grades.told.min() >= 0 and grades.told.max() <= 3, "a grade beyond the last is the last"
+
+
+@pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.threshold=0.2", "distill.kind=hard"]])
+def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[str]) -> None:
+    a = lesson("multiclass", *more)
+    mixture = mixing.loss(a.cfg, (a.head,), a.loss)
+    mate, share = torch.tensor([1, 0, 3, 2, 5, 4]), torch.rand(BATCH)
+    parts = [(torch.arange(BATCH), share), (mate, 1 - share)]
+    targets = [a.truth, a.told]
+    if more:
+        hot = [F.one_hot(each, 3).float() for each in targets]
+        wanted = a.loss(a.output, [share[:, None] * h + (1 - share[:, None]) * h[mate] for h in hot])
+    else:
+        one, other = (a.loss(a.output, [t[who] for t in targets]) for who in (parts[0][0], mate))
+        wanted = share * one + (1 - share) * other
+    assert torch.allclose(mixture(a.output, targets, torch.ones(BATCH), parts), wanted, atol=1e-6)
+
+
+def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
+    for number in "12":
+        jobs.train("exp001", QUIET, fold=number, name="teacher")
+    small = [*QUIET, "data.size=16", "augment.mixup=0.5"]
+    jobs.train("exp001", [*small, "distill.teacher=teacher"], fold="1", name="taught")
+    jobs.train("exp001", small, fold="1", name="alone")
+    found = load_file(store.fold_folder("taught", 0, 1) / distill.FILE)
+    table = samples.load()
+    rows = folds.load(table).split(1)[0][:64]
+    assert np.array_equal(found["rows"], rows)
+    material = jobs.gather(jobs.stored_config("teacher"))  # at its own size
+    said = [
+        infer.predict(material, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
+        for n in (1, 2)
+    ]
+    assert np.allclose(found["label"], said[0], atol=1e-6) and not np.allclose(said[0], said[1], atol=1e-2)
+    weights = [
+        load_file(store.fold_folder(name, 0, 1) / "weights.safetensors")["fc.weight"]
+        for name in ("taught", "alone")
+    ]
+    assert not np.array_equal(weights[0], weights[1])
+
+    with pytest.raises(
+        Refused, match="teacher has no weights of fold 3, and those of another fold have seen the rows"
+    ):
+        jobs.train("exp001", [*small, "distill.teacher=teacher"], fold="3", name="taught")
+    with pytest.raises(
+        Refused, match=r"distill.teacher: teecher: no such run or ensemble; the nearest are teacher"
+    ):
+        jobs.train("exp001", [*small, "distill.teacher=teecher"], fold="1", name="other")
+    other = store.fold_folder("teacher", 0, 1) / "weights.safetensors"
+    save_file(load_file(other) | {"fc.bias": np.zeros(10, np.float32)}, other)
+    store.seal(other)
+    with pytest.raises(
+        Refused, match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught"
+    ):
+        lessons.prepare(
+            jobs.gather(jobs.stored_config("taught")), jobs.gather, 1, store.fold_folder("taught", 0, 1)
+        )
+
+
+def test_where_it_has_no_effect(empty: Path) -> None:
+    def told(*overrides: str) -> list[str]:
+        return [line.partition(": ")[2] for line in idle.lines(load(store.root(), "base", overrides))]
+
+    assert told("distill.temperature=4") == ["distill.temperature: 4.0 has no effect without distill.teacher"]
+    assert told("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [
+        "distill.temperature: 4.0 has no effect with distill.kind: hard"
+    ]
+    head = Head("label", "retrieval", ("a", "b"), ("target.label",), ("a", "b"))
+    with pytest.raises(
+        Refused, match="loss arcface puts pictures near each other, and a teacher speaks of classes"
+    ):
+        distill.refuse(config("distill.teacher=exp001", experiment="base"), (head,))

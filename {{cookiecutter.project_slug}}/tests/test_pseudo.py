@@ -1,0 +1,279 @@
+"""comp pseudo: each fold is taught by labels of its own models, and of no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import banked
+import numpy as np
+import pandas as pd
+import pytest
+from banked import run, said
+from conftest import config
+
+from comp import bank, folds, jobs, samples, store, track
+from comp.config import Refused
+from comp.ensemble import blend, taught
+from comp.predict import labels
+from comp.predict.labels import Wish
+from comp.prepare import assign, tables
+from comp.train import pseudo
+
+SURE = Wish(None, None, False, 1.0)
+
+
+def written(source: str = "exp001", wish: Wish = SURE) -> pd.DataFrame:
+    labels.write(source, source, wish)
+    return pseudo.read(source)
+
+
+def test_another_folds_models_have_no_say(empty: Path) -> None:
+    """What the model of fold 2 says moves the labels of fold 2, those of the refit on all data, and no others."""
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    before = written(wish=Wish(0.6, None, False, 1.0))
+    assert set(before["fold"]) == {*range(5), pseudo.FULL}
+    said(project, "exp001", 0, 2, 77)
+    after = written(wish=Wish(0.6, None, False, 1.0))
+    moved = [
+        n
+        for n in (*range(5), -1)
+        if not before[before["fold"] == n]
+        .reset_index(drop=True)
+        .equals(after[after["fold"] == n].reset_index(drop=True))
+    ]
+    assert moved == [2, -1]
+
+
+def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    lines = written(wish=Wish(0.6, None, False, 0.5))
+    for number in (*range(5), "full"):
+        more = pseudo.with_lines(project.samples, lines, "exp001", number)
+        split = folds.Folds(project.folds.frame, project.folds.meta, more)
+        (before, scored), (after, still) = project.folds.split(number), split.split(number)
+        new = np.setdiff1d(after, before)
+        mine = lines[lines["fold"] == (pseudo.FULL if number == "full" else number)]
+        assert set(before) <= set(after) and np.array_equal(scored, still)
+        assert more.hash == project.samples.hash
+        assert more.frame["id"].iloc[new].tolist() == sorted(mine["id"]) and len(new) == len(mine) > 20
+        assert set(more.frame["source"].iloc[new]) == {f"pseudo:exp001:fold{number}"}
+        assert (more.frame["weight"].iloc[new] == 0.5).all() and (
+            more.frame["weight"].iloc[before] == 1
+        ).all()
+        given = mine.set_index("id")["target.label"].loc[more.frame["id"].iloc[new]]
+        assert np.array_equal(more.targets(project.head)[new, 0], given)
+        assert not np.isin(split.inner(number, 0.2)[1], new).any(), (
+            "nothing is chosen on labels that were made"
+        )
+    assert (project.samples.frame["source"].iloc[new] == "test").all(), (
+        "the samples themselves are as they were"
+    )
+
+
+def test_the_surest_of_each_class(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    mean = bank.read(store.fold_folder("exp001", 0, 3) / "test.arrow", project.samples, project.folds)
+    p = mean.probability(project.head)
+    sure = written()
+    assert (
+        sorted(sure.loc[sure["fold"] == 3, "id"])
+        == project.samples.frame["id"].iloc[mean.row[p.max(1) >= 0.9]].tolist()
+    )
+    share = written(wish=Wish(None, 0.25, False, 1.0))
+    for code, name in enumerate(banked.CLASSES):
+        mine = np.flatnonzero(p.argmax(1) == code)
+        best = mine[np.argsort(-p[mine].max(1))][: round(0.25 * len(mine))]
+        taken = share[(share["fold"] == 3) & (share["label"] == name)]
+        assert set(taken["id"]) == set(project.samples.frame["id"].iloc[mean.row[best]])
+    with pytest.raises(
+        Refused, match=r"fold 0: no test row is as sure as 0.9999, the surest is 0.\d+; --confidence"
+    ):
+        written(wish=Wish(0.9999, None, False, 1.0))
+
+
+def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    lines = written(wish=Wish(0.6, None, True, 1.0))
+    more = pseudo.with_lines(project.samples, lines, "exp001", 1)
+    target = pseudo.target(more, project.head)
+    mine = lines[lines["fold"] == 1].set_index("id")
+    at = np.flatnonzero(more.frame["id"].isin(mine.index))
+    own = project.folds.split(1)[0]
+    assert target.shape == (len(more.frame), 3)
+    assert np.array_equal(target[own], np.eye(3)[project.samples.truth(project.head, own)])
+    assert target[at].max(1) == pytest.approx(mine["confidence"].to_numpy()) and target[at].max() < 1
+    assert target[at].sum(1) == pytest.approx(1.0)
+    hard = pseudo.target(project.samples, project.head)
+    assert hard.ndim == 1, "without soft labels the loss takes codes, as ever"
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel", "ordinal", "regression"])
+def test_other_tasks(empty: Path, task: str) -> None:
+    project = banked.lay_out(empty, task)
+    run(project, "exp001", seeds=2)
+    lines = written(wish=Wish(None, 0.3, False, 1.0))
+    columns = list(project.head.columns)
+    if task == "regression":
+        both = [
+            bank.read(store.fold_folder("exp001", s, 0) / "test.arrow", project.samples, project.folds)
+            for s in (0, 1)
+        ]
+        a, b = (each.heads["label"][:, 0] for each in both)
+        near = np.argsort(np.abs(a - b))[: round(0.3 * len(a))]
+        mine = lines[lines["fold"] == 0].set_index("id")["target.label"]
+        ids = project.samples.frame["id"].to_numpy()[both[0].row[near]]
+        assert set(mine.index) == set(ids), "values that the seeds agree on"
+        assert mine.loc[ids].to_numpy() == pytest.approx((a + b)[near] / 2, abs=1e-6)
+    else:
+        values = lines[columns].to_numpy()
+        assert np.array_equal(values, np.rint(values)) and values.min() >= 0
+    more = pseudo.with_lines(project.samples, lines, "exp001", 0)
+    assert not np.isnan(
+        more.targets(project.head)[folds.Folds(project.folds.frame, project.folds.meta, more).split(0)[0]]
+    ).any()
+
+
+def test_one_model_does_not_say_how_sure_it_is_of_a_value(empty: Path) -> None:
+    run(banked.lay_out(empty, "regression"), "exp001")
+    with pytest.raises(Refused, match="train a second seed"):
+        written()
+    assert len(written(wish=Wish(None, 1.0, False, 1.0))) == 6 * banked.TEST
+    with pytest.raises(Refused, match="--soft: has no effect on values"):
+        written(wish=Wish(None, 1.0, True, 1.0))
+
+
+def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    for name, method, more in (("fitted", "logistic", "members"), ("after", "mean", "after")):
+        folder = store.ensemble_folder(name)
+        store.write_json(folder / "apply.json", {"members": [], "space": "logit", more: []})
+        store.write_json(folder / "score.json", {"method": method})
+        store.seal(folder / "apply.json", folder / "score.json")
+        with pytest.raises(
+            Refused, match=rf"{name} is fitted \({method}\): its weights have seen the answers of all folds"
+        ):
+            written(name)
+    with pytest.raises(Refused, match="exp001:full was trained on all data"):
+        written("exp001:full")
+    with pytest.raises(Refused, match="no such run or ensemble; the nearest are exp001"):
+        written("exp01")
+    picks = config("select.name=best", "select.on=fold", "train.ema=null", experiment="base")
+    run(project, "picked", cfg=picks)
+    with pytest.raises(Refused, match="picked is selected_on_fold"):
+        written("picked")
+    run(project, "elsewhere", folds="others")
+    with pytest.raises(Refused, match="trained on other folds"):
+        written("elsewhere")
+
+
+def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    for seed, name in enumerate(("exp002", "exp003")):
+        banked.member(project, name, seed=seed)
+        run(project, name)
+        said(project, name, 0, 1, 50 + seed)
+    banked.declare(project, "mean", "members: [exp002, exp003]\nmethod: mean")
+    blend.blend("mean")
+    lines = written("mean", Wish(None, 1.0, True, 1.0))
+    p = [
+        bank.read(store.fold_folder(n, 0, 1) / "test.arrow", project.samples, project.folds).probability(
+            project.head
+        )
+        for n in ("exp002", "exp003")
+    ]
+    mine = lines[lines["fold"] == 1].set_index("id").sort_index()
+    assert mine[pseudo.soft(project.head)].to_numpy() == pytest.approx((p[0] + p[1]) / 2, abs=1e-6)
+
+
+def resealed(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """A table with other lines, sealed as if it were right."""
+    file = store.pseudo_file("exp001")
+    facts = {k: v for k, v in (store.sealed(file) or {}).items() if k not in ("sha256", "size")}
+    change(pseudo.read("exp001")).to_parquet(file, index=False)
+    store.seal(file, **facts)
+
+
+def test_the_audit_makes_the_labels_again(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    written()
+    cfg = config("data.pseudo=exp001", experiment="base")
+
+    def found() -> list[str]:
+        run(project, "exp002", cfg=cfg)
+        return [leak.name for leak in taught.leaks("exp002", cfg, project.samples, project.folds)]
+
+    assert found() == []
+    original = pseudo.read("exp001")
+
+    def of_all(lines: pd.DataFrame) -> pd.DataFrame:
+        """As a careless script would: the mean of all folds' models labels the rows once, for every fold."""
+        return pd.concat([lines[lines["fold"] == -1].assign(fold=n) for n in (*range(5), -1)])
+
+    resealed(of_all)
+    assert found() == ["pseudo-labels that saw the fold"] * 5
+    resealed(lambda lines: original.assign(fold=original["fold"].replace({0: 1, 1: 0})))
+    assert found() == ["pseudo-labels that saw the fold"] * 2
+    resealed(lambda lines: original.assign(**{"target.label": 0.0}))
+    assert set(found()) == {"pseudo-labels that their models do not repeat"}
+
+
+QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
+
+
+def test_the_rows_teach(project: Path) -> None:
+    digits = banked.digits(project)
+    run(digits, "teacher")
+    labels.write("teacher", "teacher", Wish(None, 0.2, False, 1.0))
+    jobs.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
+    (epoch,) = [
+        line for line in track.read(store.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
+    ]
+    lines = pseudo.read("teacher")
+    drawn = len(digits.folds.split(1)[0]) + (lines["fold"] == 1).sum()
+    assert epoch["step"] == drawn // 64 > len(digits.folds.split(1)[0]) // 64
+    oof = bank.read(store.fold_folder("taught", 0, 1) / "oof.arrow", digits.samples, digits.folds)
+    test = bank.read(store.fold_folder("taught", 0, 1) / "test.arrow", digits.samples, digits.folds)
+    assert np.array_equal(oof.row, digits.folds.split(1)[1]) and oof.predicted.all()
+    assert np.array_equal(test.row, digits.samples.positions("test"))
+    labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
+    with pytest.raises(Refused, match=r"trained with another data/pseudo/teacher.parquet"):
+        jobs.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
+    with pytest.raises(
+        Refused, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
+    ):
+        jobs.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
+
+
+def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:
+    """Other people's pictures that are all called 3: with weight 1 the network believes it, with weight 0 it does not."""
+    raw, file = project / "data/raw", project / "configs/competition.yaml"
+    own = pd.read_csv(raw / "train.csv", dtype=str).head(160)
+    file.write_text(
+        file.read_text() + 'weight: trust\nextra: [{table: extra.csv, image: "train/{id}.png"}]\n'
+    )
+    called = {}
+    for weight in ("0", "1"):
+        own.assign(trust="1").to_csv(raw / "train.csv", index=False)
+        own.assign(label="3", trust=weight, writer="somebody else").to_csv(raw / "extra.csv", index=False)
+        cfg = config()
+        tables.prepare(cfg)
+        table = samples.load()
+        assign.make(cfg, table, remake=True)
+        split, extra = folds.load(table), table.positions("extra")
+        assert len(extra) == 160 and set(table.frame["weight"].iloc[extra]) == {float(weight)}
+        for number in range(5):
+            taught, scored = split.split(number)
+            assert set(extra) <= set(taught) and not set(extra) & set(scored)
+        jobs.train(
+            "exp001", [*QUIET, "train.batch_size=16", "train.epochs=2"], fold="1", name=f"weight{weight}"
+        )
+        oof = bank.read(store.fold_folder(f"weight{weight}", 0, 1) / "oof.arrow", table, split)
+        called[weight] = (oof.heads["label"].argmax(1) == 3).mean()
+    assert called["1"] > 0.6 > 0.4 > called["0"]
