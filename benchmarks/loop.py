@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from photographs import jpegs, project, ratio, written
+from photographs import blocks, jpegs, project, ratio, written
 
-BLOCKS, STEPS, BATCH, SIZE, CLASSES = 10, 20, 32, 64, 10
+BATCH, SIZE, CLASSES = 32, 64, 10
 MOST = 1.10  # what the loop may cost
 
 
@@ -26,13 +26,13 @@ class Enough(Exception):
     """All blocks are measured."""
 
 
-def bare(module: Any, optimizer: Any) -> Callable[[], None]:
+def bare(module: Any, optimizer: Any, steps: int) -> Callable[[], None]:
     import torch
 
     pictures, target = torch.randn(BATCH, 3, SIZE, SIZE), torch.arange(BATCH) % CLASSES
 
     def block() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps):
             torch.nn.functional.cross_entropy(module(pictures), target).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -41,6 +41,7 @@ def bare(module: Any, optimizer: Any) -> Callable[[], None]:
 
 
 def main() -> None:
+    count_of_blocks, steps = blocks(10, 20)
     import timm
     import torch
     from comp import config, machine, track
@@ -53,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         files = jpegs(root / "raw", 64, 1, side=SIZE)
-        count = BATCH * STEPS * (BLOCKS + 2)
+        count = BATCH * steps * (count_of_blocks + 2)
         table = project(root, [files[i % len(files)] for i in range(count)], CLASSES)
         said = [
             "competition.raw=raw", "model.name=resnet18", "model.pretrained=false", f"data.size={SIZE}", "data.channels=3",
@@ -62,7 +63,7 @@ def main() -> None:
         ]  # fmt: skip
         cfg = config.load(root, "exp001", said).config
         module = timm.create_model("resnet18", num_classes=CLASSES).train()
-        block = bare(module, optim.optimizer(cfg, module))
+        block = bare(module, optim.optimizer(cfg, module), steps)
 
         class Paused(data.Feed):
             """A bare block stands before every block of the loop. The first of each warms up."""
@@ -70,14 +71,14 @@ def main() -> None:
             def batches(self, plan: Any, *more: Any) -> Iterator[Any]:
                 began = 0.0
                 for number, batch in enumerate(super().batches(plan, *more)):
-                    if number % STEPS == 0:
-                        if number >= 2 * STEPS:
+                    if number % steps == 0:
+                        if number >= 2 * steps:
                             taken["loop"].append(time.perf_counter() - began)
-                        if len(taken["loop"]) == BLOCKS:
+                        if len(taken["loop"]) == count_of_blocks:
                             raise Enough
                         before = time.perf_counter()
                         block()
-                        if number >= STEPS:
+                        if number >= steps:
                             taken["bare"].append(time.perf_counter() - before)
                         began = time.perf_counter()
                     yield batch
@@ -107,7 +108,7 @@ def main() -> None:
     written(
         {
             "milliseconds a step": {
-                name: round(1000 * sorted(s)[len(s) // 2] / STEPS, 1) for name, s in taken.items()
+                name: round(1000 * sorted(s)[len(s) // 2] / steps, 1) for name, s in taken.items()
             },
             "loop_times_bare": times,
             "allowed": MOST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -116,6 +117,15 @@ def project(root: Path, names: list[str], classes: int = 10) -> Any:
     )
     samples.save(frame, (tasks.Head("label", "multiclass", labels, ("target.label",), labels),))
     return samples.load()
+
+
+def blocks(blocks: int, steps: int) -> tuple[int, int]:
+    """--blocks and --steps: how long a comparison of steps is. make bench takes short ones, or it would need half an hour."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--blocks", type=int, default=blocks)
+    parser.add_argument("--steps", type=int, default=steps, help="of a block")
+    said = parser.parse_args()
+    return said.blocks, said.steps
 
 
 def written(result: dict[str, Any]) -> None:

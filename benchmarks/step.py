@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from photographs import in_turns, jpegs, project, ratio, written
+from photographs import blocks, in_turns, jpegs, project, ratio, written
 
-BLOCKS, STEPS, BATCH, SIZE, WORKERS = 10, 20, 32, 128, 2
+BATCH, SIZE, WORKERS = 32, 128, 2
 
 
 def config(root: Path, recipe: str, size: int, workers: int) -> Any:
@@ -35,7 +35,7 @@ def config(root: Path, recipe: str, size: int, workers: int) -> Any:
     return config.load(root, "exp001", overrides).config
 
 
-def step() -> dict[str, Any]:
+def step(blocks: int, steps: int) -> dict[str, Any]:
     import timm
     import torch
     from comp.train import augment, data, normal
@@ -69,14 +69,14 @@ def step() -> dict[str, Any]:
         kept = next(batches)
         taken = in_turns(
             {
-                "loader": lambda _: [train(next(batches)) for _ in range(STEPS)],
-                "memory": lambda _: [train(kept) for _ in range(STEPS)],
+                "loader": lambda _: [train(next(batches)) for _ in range(steps)],
+                "memory": lambda _: [train(kept) for _ in range(steps)],
             },
             [None],
-            BLOCKS,
+            blocks,
         )
     return {
-        "milliseconds": {name: round(1000 * sorted(s)[len(s) // 2] / STEPS, 1) for name, s in taken.items()},
+        "milliseconds": {name: round(1000 * sorted(s)[len(s) // 2] / steps, 1) for name, s in taken.items()},
         "loader_times_memory": ratio(taken["loader"], taken["memory"]),
     }
 
@@ -138,4 +138,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rows"]:
         measure(int(sys.argv[2]))
     else:
-        written({"step": step(), "memory": memory()})
+        written({"step": step(*blocks(10, 20)), "memory": memory()})

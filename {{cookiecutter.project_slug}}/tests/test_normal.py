@@ -110,3 +110,17 @@ def test_whitening_is_for_small_pictures(empty: Path) -> None:
     for overrides in (["data.size=96"], ["augment.sizes=[16,32]"]):
         with pytest.raises(Refused, match=r"data.whiten"):
             config("data.whiten=zca", *overrides)
+
+
+def test_rows_of_pixels_give_what_single_pixels_give() -> None:
+    """The channels lie innermost as a loader has them, or outermost; flipped and turned."""
+    mean, std = (
+        torch.tensor([124.0, 116.0, 104.0])[:, None, None],
+        torch.tensor([58.0, 57.0, 56.0])[:, None, None],
+    )
+    inner = torch.rand(2, 5, 7, 3).permute(0, 3, 1, 2) * 255
+    for x in (inner, inner.contiguous(), inner.flip(3), inner.transpose(2, 3), inner[:, :1]):
+        kept = x.clone()
+        channels = x.shape[1]
+        made = normal.Normal(mean[:channels], std[:channels])(x)
+        assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, kept)

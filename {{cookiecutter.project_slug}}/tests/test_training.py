@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,25 @@ def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
     x = torch.arange(10.0)[:, None]
     assert torch.equal(fitting(x), x * 2) and torch.equal(fitting(x), x * 2)
     assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"
+
+
+def test_batches_side_by_side_share_weights_and_nothing_else() -> None:
+    together = threading.Barrier(2)  # both are inside before either goes on
+
+    class Forgetful(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x
+            together.wait()
+            return self.kept * self.weight
+
+    first, second = evaluate._side_by_side(Forgetful(), 2)
+    assert second.weight is first.weight
+    calls = [partial(one, torch.tensor(value)) for one, value in ((first, 3.0), (second, 5.0))]
+    assert list(evaluate._in_order(iter(calls), 2)) == [6.0, 10.0]
 
 
 def test_locked_rows_are_read_by_nothing_but_a_last_look(

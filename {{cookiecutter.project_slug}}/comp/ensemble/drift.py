@@ -82,7 +82,8 @@ def _features(material: Material, run: str, seed: int, number: int, rows: Positi
     seen: list[torch.Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
     look = augment.Seen(normal.of(cfg, module, material.device))
-    outputs_of(module, material.feed, rows, cfg.predict.batch_size, look, cfg.train.amp)
+    # One batch at a time, or the hook would meet them out of order.
+    outputs_of(module, material.feed, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
     hook.remove()
     return np.asarray(torch.cat(seen).flatten(1).numpy())
 

@@ -30,7 +30,7 @@ from comp.prepare import images, index
 from comp.prepare.images import Damaged, Pixels
 from comp.prepare.making import Making
 
-COMMIT = 512  # pictures between two lines of the journal: at most so many are decoded again after a kill
+COMMIT = 64  # pictures between two lines of the journal: at most so many are decoded again after a kill, or synced when all are made
 CHUNK = 8  # pictures a task of the pool: few enough for memory, many enough for the pool not to be felt
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from comp import machine
 from comp.config import Refused
 from comp.samples import Positions, Samples
 from comp.train import distributed
 from comp.train.augment import Seen
 from comp.train.data import Feed, plain_batches
 
+T = TypeVar("T")
 View = Callable[[Tensor], Tensor]
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,26 +40,69 @@ def outputs_of(
     amp: str,
     views: Sequence[View] = (plain,),
     on_batch: Callable[[int], object] = lambda count: None,
+    at_once: int | None = None,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason. Where all processes of a training
-    ask for the same, each goes through its share of the rows, and all get all."""
+    ask for the same, each goes through its share of the rows, and all get all. `at_once`: batches in the network at the same
+    time; None is one on a GPU and one a core without: the same numbers sooner."""
     shared = distributed.sharing()
     mine = rows[distributed.rank() :: distributed.count()] if shared else rows
     device = seen.normal.device
     module.eval()
-    fitting = Fitting(module, batch_size)
+    if at_once is None:
+        alone = device.type == "cpu" and not shared
+        at_once = max(1, machine.cores() // torch.get_num_threads()) if alone else 1
+    networks = SimpleQueue[Fitting]()
+    for one in _side_by_side(module, at_once):
+        networks.put(Fitting(one, batch_size))
     damaged: dict[int, str] = {}
+
+    @torch.inference_mode()
+    def forward(looks: Iterable[Tensor], extras: Mapping[str, Tensor]) -> Tensor:
+        network = networks.get()
+        try:
+            with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
+                return torch.stack([network(look, extras).float() for look in looks]).cpu()
+        finally:
+            networks.put(network)
+
+    def calls() -> Iterator[Callable[[], tuple[int, Tensor]]]:
+        for batch in feed.batches(plain_batches(mine, batch_size)):
+            damaged.update(batch.damaged)
+            pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            # Decoded once: the views turn the uint8 batch, one after the other where the memory of a GPU is what counts.
+            turned = (seen(view(pictures)) for view in views)
+            looks, extras = turned if at_once == 1 else list(turned), feed.extras(batch)
+            count = len(batch.samples)
+            yield lambda looks=looks, extras=extras, count=count: (count, forward(looks, extras))  # type: ignore[misc]
+
     out: list[Tensor] = []
-    for batch in feed.batches(plain_batches(mine, batch_size)):
-        damaged |= batch.damaged
-        extras = feed.extras(batch)
-        pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
-            # Decoded once: the views turn the uint8 batch.
-            out.append(torch.stack([fitting(seen(view(pictures)), extras).float() for view in views]).cpu())
-        on_batch(len(batch.samples))
+    for count, made in _in_order(calls(), at_once):
+        out.append(made)
+        on_batch(count)
     found = torch.cat(out, dim=1).numpy() if out else np.empty((len(views), 0, 0), np.float32)
     return _joined(len(rows), distributed.everybody((found, damaged))) if shared else (found, damaged)
+
+
+def _side_by_side(module: nn.Module, count: int) -> list[nn.Module]:
+    """The network and copies with the very same weights: what a forward notes down in itself stays its own."""
+    weights = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return [module, *(copy.deepcopy(module, dict(weights)) for _ in range(count - 1))]
+
+
+def _in_order(calls: Iterator[Callable[[], T]], at_once: int) -> Iterator[T]:
+    """What the calls give, so many of them running; alone in this thread."""
+    if at_once == 1:
+        yield from (call() for call in calls)
+        return
+    with ThreadPoolExecutor(at_once, "forward") as pool:
+        running: deque[Future[T]] = deque()
+        for call in calls:
+            running.append(pool.submit(call))
+            if len(running) > at_once:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def _joined(
