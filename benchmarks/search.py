@@ -4,7 +4,8 @@
 
 One candidate of each kind is timed in turns with the library's own; a greedy round is one pass over all members. Then the picks
 of whole searches are compared with those of the naive search, on cases small enough for it. JSON comes out. Bars: 30 for AUC and
-log loss, 20 for QWK and F1, 20 against hillclimbers at its own search with the same picks (left out where it is not installed).
+log loss, 20 for QWK, F1 and the AUC of several classes or labels, 20 against the package hillclimbers (a development dependency)
+at its own search with the same picks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, roc_auc_score
 FIVE = tuple("abcde")
 BINARY = tasks.Head("t", "binary", ("t",), ("t",), ("0", "1"))
 CLASSES = tasks.Head("t", "multiclass", FIVE, ("t",), FIVE)
+LABELS = tasks.Head("t", "multilabel", FIVE, FIVE)
 GRADES = tasks.Head("t", "ordinal", ("t",), ("t",), FIVE)
 
 
@@ -47,6 +49,8 @@ CASES: dict[str, tuple[tasks.Head, str, int, Callable[[Any, Any], float]]] = {
     "auc": (BINARY, "roc_auc", 30, lambda t, p: float(roc_auc_score(t, p[:, 0]))),
     "log_loss": (BINARY, "log_loss", 30, lambda t, p: -float(log_loss(t, p[:, 0]))),
     "log_loss_5": (CLASSES, "log_loss", 30, lambda t, p: -float(log_loss(t, p))),
+    "auc_5": (CLASSES, "roc_auc", 20, lambda t, p: float(roc_auc_score(t, p, multi_class="ovr"))),
+    "auc_labels_5": (LABELS, "mean_column_auc", 20, lambda t, p: float(roc_auc_score(t, p))),
     "qwk": (GRADES, "qwk", 20, lambda t, p: kappa(t, p[:, 0])),
     "f1": (BINARY, "f1", 20, lambda t, p: float(f1_score(t, p[:, 0] >= 0.5))),
     "f1_macro_5": (CLASSES, "f1_macro", 20, lambda t, p: float(f1_score(t, p.argmax(axis=1), average="macro"))),
@@ -58,6 +62,9 @@ def members(head: tasks.Head, count: int, rows: int, seed: int = 0) -> tuple[Any
     if head.task == "multiclass":
         truth = random.integers(0, 5, rows)
         base = 1.5 * np.eye(5, dtype=np.float32)[truth]
+    elif head.task == "multilabel":
+        truth = random.integers(0, 2, (rows, 5))
+        base = (2.0 * truth - 1).astype(np.float32)
     else:
         truth = random.integers(0, 2 if head.task == "binary" else 5, rows)
         base = (2.0 * truth - 1 if head.task == "binary" else truth)[:, None].astype(np.float32)

@@ -45,6 +45,8 @@ LINES = [
     Line("search", "auc / ratio", "a candidate of greedy selection, 200 members x 100,000 rows, AUC: times scikit-learn's metric", "≥ 30"),
     Line("search", "log_loss / ratio", "the same, log loss of two classes", "≥ 30"),
     Line("search", "log_loss_5 / ratio", "the same, log loss of five", "≥ 30"),
+    Line("search", "auc_5 / ratio", "the same, AUC of five classes", "≥ 20"),
+    Line("search", "auc_labels_5 / ratio", "the same, mean AUC of five labels", "≥ 20"),
     Line("search", "qwk / ratio", "the same, quadratic weighted kappa", "≥ 20"),
     Line("search", "f1 / ratio", "the same, F1", "≥ 20"),
     Line("search", "f1_macro_5 / ratio", "the same, macro F1 of five classes", "≥ 20"),

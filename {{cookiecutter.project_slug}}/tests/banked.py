@@ -14,6 +14,7 @@ import pandas as pd
 from comp import bank, config, folds, identity, predictions, samples, score, store
 from comp.config import Config
 from comp.folds import Folds
+from comp.predictions import PredictionSet
 from comp.samples import Samples
 from comp.tasks import Head, log_softmax
 
@@ -172,3 +173,28 @@ def digits(root: Path) -> Project:
 
 def declare(project: Project, name: str, text: str) -> None:
     (project.root / "configs" / "ensembles" / f"{name}.yaml").write_text(text)
+
+
+def three(project: Project) -> Project:
+    for i, noise in enumerate((1.2, 1.5, 2.0)):
+        member(project, f"exp00{i + 1}", noise=noise, seed=10 + i)
+    return project
+
+
+def made(
+    project: Project, text: str, members: str = "[exp001, exp002, exp003]", name: str = "blend001"
+) -> dict[str, Any]:
+    """An ensemble declared, and made."""
+    from comp.ensemble.blend import blend
+
+    declare(project, name, f"members: {members}\n{text}")
+    return blend(name)
+
+
+def load(project: Project, address: str, kind: str = "oof") -> PredictionSet:
+    return bank.load(address, kind, project.samples, project.folds)
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = store.read_json(store.ensemble_folder(name) / "apply.json")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from banked import TRAIN, Project, declare, lay_out, member
 from PIL import Image
 
-from comp import config, jobs, metrics, page, predictions, score, store
+from comp import config, jobs, metrics, page, predictions, samples, score, store
 from comp.config import Refused
-from comp.ensemble import augmented, compare, drawings, fitting, views, worth
+from comp.ensemble import augmented, compare, drawings, steps, views, worth
 from comp.ensemble.blend import blend
+from comp.ensemble.ground import Ground
 from comp.predict import tta
+from comp.prepare import assign
 from comp.tasks import Head
 
 TINY = (
@@ -24,10 +27,18 @@ TINY = (
 )
 
 
+def two_folds(project: Path) -> None:
+    """Enough for pairs, and trained in less than half the time of five."""
+    file = project / "configs" / "competition.yaml"
+    file.write_text(file.read_text().replace("k: 5", "k: 2"))
+    assign.make(config.load(project, "base").config, samples.load(), remake=True)
+
+
 def test_seeds_recipes_and_views_of_a_real_run(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip", "rot90")})
+    two_folds(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
     record = compare.noise("tiny", 2)
@@ -37,7 +48,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     assert (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns == weights, (
         "trained once"
     )
-    assert pair["pairs"] == 10 and pair["low"] < pair["difference"] < pair["high"]
+    assert pair["pairs"] == 4 and pair["low"] < pair["difference"] < pair["high"]
     assert Image.open(store.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
     capsys.readouterr()
     said_of = [
@@ -62,6 +73,9 @@ def test_seeds_recipes_and_views_of_a_real_run(
     out = capsys.readouterr().out
     assert set(said["alone"]) >= {"identity", "hflip", "rot90"} and "ms an image" in out
     assert all(option["views"][0] == "identity" for option in said["options"]) and "next: comp " in out
+    assert "chosen on other folds, views and space: honest " in out and [
+        o["space"] for o in said["options"]
+    ] == list(augmented.SPACES)
     with pytest.raises(Refused, match="one view alone takes"):
         augmented.tta("slow-seeds", max_ms=1e-9)
     assert jobs.stored_config("slow-seeds") == config.load(project, "slow").config
@@ -84,23 +98,34 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     good = {n: (2 * truth - 1 + random.normal(0, 2, 600))[:, None] for n in ("identity", "hflip", "vflip")}
     bad = {"rot90": random.normal(0, 5, 600)[:, None]}
     auc = metrics.find("roc_auc")
-    assert sorted(views.choose(good | bad, truth, head, auc, "logit", 4)) == ["hflip", "identity", "vflip"]
-    assert len(views.choose(good | bad, truth, head, auc, "logit", 2)) == 2
+    cost = dict.fromkeys([*good, *bad], 2.0)
+    question = views.Question(good | bad, truth, head, auc, ("probability", "logit"), cost)
+    assert sorted(question.choose().views) == ["hflip", "identity", "vflip"]
+    assert len(dataclasses.replace(question, ceiling=4.0).choose().views) == 2
+    dear = next(
+        n for n in question.choose().views if n != "identity"
+    )  # gains most, and not for ten times as long
+    second = dataclasses.replace(question, cost=cost | {dear: 20.0}).choose().views
+    assert second[1] not in ("identity", dear) and dear in second
     noise = {n: random.normal(size=(600, 1)) for n in ("identity", "hflip", "vflip", "rot90", "rot180")}
     fold = np.arange(600) % 5
     from comp import honest
 
-    chosen, own = views.honest(
-        noise,
-        truth,
-        head,
-        auc,
-        "logit",
-        5,
-        lambda fit, apply, first: honest.nested(fold, fit, apply, first=first),
+    question = views.Question(noise, truth, head, auc, ("probability", "logit"), dict.fromkeys(noise, 1.0))
+    out = honest.nested(fold, question.choose, question.said)
+    own, taught = (head.row.probability(p)[:, 0] for p in (out.prediction, question.said(out.final)))
+    assert auc(truth, taught) >= auc(truth, own) - 0.02
+    # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
+    loud = {
+        n: np.where(random.random(600) < 0.1, -9.0, 1.5)[:, None] * (2 * truth - 1)[:, None]
+        for n in ("identity", "hflip", "vflip")
+    }
+    question = views.Question(
+        loud, truth, head, metrics.find("log_loss"), ("logit", "probability"), dict.fromkeys(loud, 1.0)
     )
-    in_sample = auc(truth, head.row.probability(views.said(noise, chosen, head, "logit"))[:, 0])
-    assert in_sample >= auc(truth, head.row.probability(own)[:, 0]) - 0.02
+    assert {c.space for c in honest.nested(fold, question.choose, question.said).parameters.values()} == {
+        "probability"
+    }
 
 
 def test_pictures_of_an_ensemble(empty: Path) -> None:
@@ -116,6 +141,15 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
             assert np.asarray(Image.open(file)).std() > 5, file
     report = (empty / "ensembles" / "blend001" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
+    log = [
+        json.loads(line)
+        for line in (empty / "ensembles/blend001/pictures/log.jsonl").read_text().splitlines()
+    ]
+    assert {e["name"] for e in log if e["event"] == "image"} == set(
+        drawings.NAMES
+    )  # W&B is fed from these lines
+    (summary,) = [e["values"] for e in log if e["event"] == "summary"]
+    assert summary["metric"] == "log_loss" and summary["oof"] > 0 and summary["in_sample"] is None
     assert "<td>blend001 (weighted)</td>" in report and "recommended: " in report
 
 
@@ -173,9 +207,18 @@ def test_interval_comparison_and_gate_are_of_the_score(
     assert found["interval"]["low"] < ours < found["interval"]["high"]
     rows = sets[0].row.astype(np.int64)
     fold = sets[0].fold.astype(np.int64)
-    ground = fitting.Ground(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
-    gate = [fitting._score(ground, head, sets[0].heads[head.name]) for head in heads]
-    assert np.mean(gate) == pytest.approx(ours, abs=1e-12)
+    ground = Ground(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
+    gate = [steps.gained(ground, h, sets[1].heads[h.name], sets[0].heads[h.name], rows) for h in heads]
+    assert np.mean([gain.now for gain in gate]) == pytest.approx(ours, abs=1e-12)
+    assert np.mean([gain.before for gain in gate]) == pytest.approx(theirs, abs=1e-12)
+    from comp.deliver import scores
+
+    sent = scores.worth.scorer(
+        cfg, table, project.folds, sets[0], sets[0].predicted, score.lines(table, rows, fold)
+    )
+    assert sent(np.ones(len(scores._scored(table, project.folds)[0]), np.int64)) == pytest.approx(
+        ours, abs=1e-12
+    )
 
 
 def in_competition(cfg: Any, **changed: Any) -> Any:

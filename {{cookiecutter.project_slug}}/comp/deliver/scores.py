@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from comp import bank, config, folds, honest, samples, score, store, table, track
 from comp.config import Config, Refused
 from comp.deliver import ledger, send
+from comp.ensemble import worth
 from comp.folds import Folds
 from comp.metrics import MetricUndefined
 from comp.samples import Samples
@@ -170,11 +171,10 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
             continue  # its predictions are gone, or belong to other folds
     if not scorers:
         return []
-    draw, tests = np.random.default_rng(0), len(rows.positions("test"))
+    draw, tests = np.random.default_rng(0), len(set(rows.frame["row"].to_numpy()[rows.positions("test")]))
     sign = score.metric_of(cfg).sign
-    oof = np.flatnonzero(split.of_sample[0] >= 0)
-    group = rows.frame["group"].to_numpy()[oof] if "group" in rows.frame else np.arange(len(oof))
-    codes = honest.units(group)
+    oof, groups = _scored(rows, split)
+    codes = honest.units(np.arange(len(oof)) if groups is None else groups)
     units = int(codes.max()) + 1
     boards = np.full((2, DRAWS, len(scorers)), np.nan)
     for half, size in enumerate((share, 1 - share)):
@@ -203,18 +203,21 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
     return said
 
 
-def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> Any:
-    """times -> score of the OOF rows drawn so often, over all targets."""
-    metric, said = score.metric_of(cfg), bank.load(_with_oof(name), "oof", rows, split)
+def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> worth.Scored:
+    """times -> score of the scored rows drawn so often: the mean over targets, each by its own metric, as comp runs has it."""
+    said = bank.load(_with_oof(name), "oof", rows, split)
     assert said.fold is not None
-    place, fold = said.row.astype(np.int64), said.fold.astype(np.int64)
     if not said.predicted.all():
         raise MetricUndefined("not every row is predicted")
-    each = []
-    for head in rows.heads:
-        answer, _ = score.answers(metric, head, said.probability(head), rows, split, place, fold)
-        each.append(honest.scorer(metric, rows.truth(head, place), answer, rows.frame.iloc[place]))
-    return lambda times: float(np.mean([one(times) for one in each]))
+    here = score.lines(rows, said.row.astype(np.int64), said.fold.astype(np.int64))
+    return worth.scorer(cfg, rows, split, said, said.predicted, here)
+
+
+def _scored(rows: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:
+    """What is drawn: rows that the host scores, of several samples of one the first; and their groups."""
+    oof = np.flatnonzero(split.of_sample[0] >= 0)
+    here = score.lines(rows, oof, split.of_sample[0][oof]).rows
+    return here, worth.groups_of(rows, here)
 
 
 def _with_oof(name: str) -> str:
@@ -252,9 +255,8 @@ def advice(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) -> l
 
 def _noise(cfg: Config, name: str, rows: Samples, split: Folds) -> float:
     one = _scorer(cfg, name, rows, split)
-    oof = np.flatnonzero(split.of_sample[0] >= 0)
-    group = rows.frame["group"].to_numpy()[oof] if "group" in rows.frame else None
-    return float(np.std([one(times) for times in honest.resamples(len(oof), group, 200, 0)], ddof=1))
+    oof, groups = _scored(rows, split)
+    return float(np.std([one(times) for times in honest.resamples(len(oof), groups, 200, 0)], ddof=1))
 
 
 def _test(name: str, rows: Samples, split: Folds) -> NDArray[np.float64]:

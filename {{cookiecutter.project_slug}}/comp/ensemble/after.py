@@ -43,7 +43,8 @@ def _platt(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows:
 
 
 def _minimal(stored: Array, truth: NDArray[Any], head: Head, shifted: bool) -> dict[str, Any]:
-    """The slope, and where wanted the shifts, with the least log loss: convex, so there is one."""
+    """The slope, and where wanted the shifts, with the least log loss: convex, so there is one. A label that nobody gave has no
+    say."""
     from scipy.optimize import minimize
 
     width, several = len(head.outputs), head.exclusive
@@ -53,12 +54,19 @@ def _minimal(stored: Array, truth: NDArray[Any], head: Head, shifted: bool) -> d
         else truth.reshape(len(truth), -1)
     )
 
+    known = ~np.isnan(target)
+    target = np.where(known, target, 0.0)
+
     def loss(x: Array) -> tuple[float, Array]:
         shift = x[1:] if shifted else np.zeros(width)
         z = stored * x[0] + shift
         p = softmax(z) if several else sigmoid(z)
-        value = -(target * log_softmax(z)).sum() if several else (np.logaddexp(0.0, z) - target * z).sum()
-        off = p * (target.sum(axis=1, keepdims=True) if several else 1.0) - target
+        value = (
+            -(target * log_softmax(z)).sum()
+            if several
+            else ((np.logaddexp(0.0, z) - target * z) * known).sum()
+        )
+        off = (p * (target.sum(axis=1, keepdims=True) if several else 1.0) - target) * known
         slope = np.append((off * stored).sum(), off.sum(axis=0) if shifted else [])
         return float(value) / len(target), slope / len(target)
 
@@ -74,13 +82,18 @@ def _minimal(stored: Array, truth: NDArray[Any], head: Head, shifted: bool) -> d
 
 
 def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows: Any) -> dict[str, Any]:
-    """A rising staircase from probability to probability, one for each output."""
+    """A rising staircase from probability to probability, one for each output, by the rows whose label is known."""
     from sklearn.isotonic import IsotonicRegression
 
     p, maps = head.row.probability(stored), []
-    for code in range(len(head.outputs)):
-        target = (truth == code).astype(float) if head.exclusive else truth.reshape(-1)
-        model = IsotonicRegression(y_min=SURE, y_max=1 - SURE, out_of_bounds="clip").fit(p[:, code], target)
+    wide = np.eye(len(head.outputs))[truth.astype(np.int64)] if head.exclusive else truth.reshape(len(p), -1)
+    for code, target in enumerate(wide.T):
+        known = ~np.isnan(target)
+        if not known.any():
+            maps.append({"x": [SURE, 1 - SURE], "y": [SURE, 1 - SURE]})
+            continue
+        model = IsotonicRegression(y_min=SURE, y_max=1 - SURE, out_of_bounds="clip")
+        model.fit(p[known, code], target[known])
         kept = np.unique(np.linspace(0, len(model.X_thresholds_) - 1, KNOTS).round().astype(int))
         maps.append({"x": model.X_thresholds_[kept].tolist(), "y": model.y_thresholds_[kept].tolist()})
     return {"kind": "stairs", "maps": maps}
@@ -132,7 +145,9 @@ def unfit(name: str, head: Head, metric: Metric, truth: NDArray[Any]) -> str:
         return f"{name} is for classes, and {head.name} has values"
     if name == "thresholds" and (metric.needs != "label" or metric.name in ("precision", "recall")):
         return f"thresholds make labels, and {metric.name} does not score labels by one"
-    if name in ("isotonic", "thresholds") and truth.ndim > 1:
+    if name == "thresholds" and head.task == "multilabel":
+        return "those of labels are fitted with every score, by the same rule"
+    if name in ("isotonic", "thresholds") and truth.ndim > 1 and head.exclusive:
         return f"{name} wants hard labels"
     return ""
 

@@ -71,7 +71,7 @@ def apply(
     for described in recipe["heads"]:
         name = described["name"]
         head = Head(name, described["task"], tuple(described["outputs"]), (), tuple(described["classes"]))
-        parts = [np.asarray(value[name], np.float64) for value in values]
+        parts = [np.asarray(value[name]) for value in values]
         params = recipe.get("params", {}).get(name, {"kind": "weights", "weights": shares})
         maps = (
             [member["quantiles"][name] for member in recipe["members"]] if recipe["space"] == "rank" else None
@@ -152,8 +152,8 @@ def ranks(part: NDArray[Any], maps: Sequence[Mapping[str, Any]]) -> Array:
 def _by_rank(
     parts: Sequence[Array], maps: Sequence[Sequence[Mapping[str, Any]]], shares: Sequence[float], head: Head
 ) -> Array:
-    out = np.empty_like(parts[0])
-    for column in range(out.shape[1]):
+    out = np.empty((len(parts[0]), len(head.outputs)))
+    for column in range(len(head.outputs)):
         knots = [(np.asarray(m[column]["value"]), np.asarray(m[column]["share"])) for m in maps]
         rank = np.zeros(len(out))
         for part, (value, share), weight in zip(parts, knots, shares, strict=True):

@@ -1,4 +1,4 @@
-"""A small world whose labels are coin flips, sent through the pipeline: whatever scores above chance there has seen its answers.
+"""The pipeline on coin flips (flips.py): whatever scores above chance there has seen its answers.
 
 1,000 rows of noise as frozen features, heads trained by gradient steps with a snapshot every few epochs, views, weights, stackers,
 thresholds. Two questions are asked. Is the honest score chance? And, sharper, without any statistics: turn the labels of one fold
@@ -7,77 +7,23 @@ round (or its features into others), and nothing that is said of this fold's row
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from comp import folds, honest, metrics, samples
-from comp.ensemble import after, fast, fitted, fitting, methods, views, worth
-from comp.ensemble.declare import Blend
-from comp.predictions import PredictionSet
-from comp.tasks import Array, Head, sigmoid
+from comp import honest, metrics
+from comp.ensemble import areas, flips
+from comp.ensemble.findings import Leak
+from comp.ensemble.flips import HEAD, K, World
+from comp.tasks import Array, sigmoid
 
-ROWS, FEATURES, K, EPOCHS, SNAPSHOTS = 1000, 24, 5, 20, 4
-HEAD = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
-METHODS = ("mean", "rank", "greedy", "hill", "slsqp", "logistic", "ridge", "elastic_net", "mlp")
-# as much of a config as an ensemble without `after` asks for: its metric
-CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
-LOWER = 3  # ensembles that the second level is made from
+EPOCHS, SNAPSHOTS = 20, 4
 LIMIT = 3.0  # standard errors that a score on coin flips may lie from chance
 # Every two folds meet twice, each teaching the other, so errors of folds go together: the variance over worlds of what is fitted
 # on the other folds is twice that of independent rows (measured over 30 worlds: 1.38 times the error, the mean at chance).
 MEET_TWICE = 2**0.5
-
-
-@dataclass(frozen=True)
-class World:
-    samples: samples.Samples
-    folds: folds.Folds
-    x: dict[str, Array]  # view -> frozen features
-    extra: Array  # features of rows without labels, for pseudo-labels
-    y: Array
-
-    @property
-    def fold(self) -> NDArray[np.int64]:
-        return self.folds.of_sample[0]
-
-
-class Leak(NamedTuple):
-    name: str
-    where: str
-    knew: str  # hash | provenance | recomputation on permuted labels | re-prediction
-
-
-def world(seed: int, rows: int = ROWS) -> World:
-    random = np.random.default_rng([seed, 77])
-    ids = [f"{i:05d}" for i in range(rows)]
-    y = random.permutation(np.arange(rows) % 2).astype(np.float64)
-    frame = pd.DataFrame({"id": ids, "weight": 1.0, "source": "train", "row": ids, "target.label": y})
-    table = samples.Samples(frame, (HEAD,), f"canary{seed}")
-    number = np.empty(rows, np.int64)
-    for label in (
-        0,
-        1,
-    ):  # stratified: else a fold with many positives is taught by few, and its score is below chance
-        mine = random.permutation(np.flatnonzero(y == label))
-        number[mine] = np.arange(len(mine)) % K
-    lines = pd.DataFrame({"id": ids, "repeat": 0, "fold": number})
-    meta = {"k": K, "repeats": 1, "rule": "others", "gap": 0.0, "hash": f"canary{seed}"}
-    x = random.normal(size=(rows, FEATURES))
-    seen = {name: x + 0.5 * random.normal(size=x.shape) for name in ("hflip", "vflip")}
-    return World(
-        table,
-        folds.Folds(lines, meta, table),
-        {"identity": x, **seen},
-        random.normal(size=(300, FEATURES)),
-        y,
-    )
 
 
 # --- the stages of one fold; each is told who teaches, and the audit asks whether it listened -----------------------------
@@ -167,86 +113,35 @@ def members(w: World, made: list[dict[str, Any]]) -> tuple[dict[str, Array], dic
     return found, seen
 
 
-def methods_of(
-    w: World, found: dict[str, Array], seen: dict[str, Array]
-) -> dict[str, Callable[[Array], tuple[Array, Array]]]:
-    """name -> labels -> (honest, in-sample) predictions, by the same code that ensembles are made with."""
-    parts, rows = list(found.values()), np.arange(len(w.y))
-    auc, even_handed = metrics.find("roc_auc"), metrics.find("balanced_accuracy")
-    names = list(found)
+@dataclass(frozen=True)
+class Watched:
+    """A world once through the pipeline: both questions begin from here."""
 
-    def nest(fit: Any, apply: Any, first: Any) -> Any:
-        return worth.nested(w.samples, w.folds, rows, w.fold, fit, apply, first)
+    stages: list[dict[str, Any]]  # of every fold
+    sets: dict[str, Array]
+    methods: dict[str, flips.Ask]
+    said: dict[str, tuple[Array, Array]]  # method -> honest and in-sample predictions
 
-    def blended(method: str) -> Callable[[Array], tuple[Array, Array]]:
-        blend = Blend.model_validate({"members": names, "method": method})
-        space = "logit" if method in ("logistic", "ridge", "elastic_net", "mlp") else "probability"
 
-        def run(y: Array) -> tuple[Array, Array]:
-            given = methods.Teaching(HEAD, auc, space, parts, y, w.samples.frame, w.fold)
-
-            def apply(params: Any, at: NDArray[np.int64]) -> Array:
-                return fitted.predict(params, [part[at] for part in parts], HEAD, space)
-
-            out = nest(lambda at: methods.fit(blend, given.at(at)), apply, methods.even(blend, len(parts)))
-            return out.prediction, apply(out.final, rows)
-
-        return run
-
-    def later(step: str) -> Callable[[Array], tuple[Array, Array]]:
-        base = parts[-1]
-
-        def run(y: Array) -> tuple[Array, Array]:
-            out = nest(
-                lambda at: after.fit(step, base[at], y[at], HEAD, even_handed, None),
-                lambda params, at: after.apply(params, base[at], HEAD),
-                {"kind": "scaled", "slope": 1.0, "shift": [0.0]},
-            )
-            return out.prediction, after.apply(out.final, base, HEAD)
-
-        return run
-
-    def tta(y: Array) -> tuple[Array, Array]:
-        chosen, said = views.honest(seen, y, HEAD, auc, "probability", 3, nest)
-        return said, views.said(seen, chosen, HEAD, "probability")
-
-    def two_levels(y: Array) -> tuple[Array, Array]:
-        """A stack of stacks: the members are dealt to LOWER of them."""
-        table = w.samples.frame.assign(**{"target.label": y})
-        told = samples.Samples(table, w.samples.heads, w.samples.hash)
-        split = folds.Folds(w.folds.frame, w.folds.meta, told)
-        refits: dict[str, fitting.Refit] = {}
-        below = []
-        for i in range(LOWER):
-            names_, own = names[i::LOWER], [as_set(found[name]) for name in names[i::LOWER]]
-            blend = Blend.model_validate({"members": names_, "method": "logistic"})
-            below.append(as_set(fitting.make(CFG, blend, told, split, own, (), {}, {}).honest["label"]))
-            refits[f"level1-{i}"] = partial(fitting.refit, CFG, blend, told, split, own, {})
-        blend = Blend.model_validate({"members": list(refits), "method": "logistic"})
-        made = fitting.make(CFG, blend, told, split, below, (), {}, refits)
-        assert made.in_sample is not None
-        return made.honest["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
-
-    def as_set(stored: NDArray[Any]) -> PredictionSet:
-        return PredictionSet(rows.astype(np.int32), w.fold.astype(np.int16), {"label": stored}, {})
-
-    return (
-        {method: blended(method) for method in METHODS if method != "rank"}
-        | {step: later(step) for step in ("temperature", "isotonic", "thresholds")}
-        | {"TTA choice": tta, "two levels": two_levels}
-    )
+def watched(w: World) -> Watched:
+    made = [stages(w, number, w.y, w.x) for number in range(K)]
+    sets, seen = members(w, made)
+    asked = flips.methods_of(w, sets, seen)
+    said = {}
+    for name, ask in asked.items():
+        own, taught = ask(w.y, np.arange(len(w.y)))
+        assert taught is not None
+        said[name] = own, taught
+    return Watched(made, sets, asked, said)
 
 
 # --- the two questions ---------------------------------------------------------------------------------------------------
 
 
-def chance(w: World) -> dict[str, dict[str, float]]:
+def chance(w: World, first: Watched) -> dict[str, dict[str, float]]:
     """method -> honest and in-sample AUC (balanced accuracy of thresholds), with the standard error that coin flips have."""
-    made = [stages(w, number, w.y, w.x) for number in range(K)]
-    found, seen = members(w, made)
     out = {}
-    for name, run in methods_of(w, found, seen).items():
-        own, taught = run(w.y)
+    for name, (own, taught) in first.said.items():
         label = name == "thresholds"
         metric = metrics.find("balanced_accuracy" if label else "roc_auc")
         error = MEET_TWICE * (
@@ -275,18 +170,15 @@ def selection(w: World) -> float:
         flips = random.normal(
             size=(EPOCHS, len(truth))
         )  # noise beside noise: which rows are the positive ones is all the same
-        gains.append(max(fast.exact_auc(each, int(truth.sum())) for each in flips) - 0.5)
+        gains.append(max(areas.exact_auc(each, int(truth.sum())) for each in flips) - 0.5)
     return float(np.mean(gains))
 
 
-def leaks(w: World) -> list[Leak]:
+def leaks(w: World, first: Watched) -> list[Leak]:
     """Every stage that listened to the rows it is scored on. Exact: on a clean pipeline nothing is ever found."""
     by_labels, by_rows = "recomputation on permuted labels", "recomputation on other features"
     found: list[Leak] = []
-    made = []
-    for number in range(K):
-        here = stages(w, number, w.y, w.x)
-        made.append(here)
+    for number, here in enumerate(first.stages):
         scored = np.flatnonzero(w.fold == number)
         turned = w.y.copy()
         turned[scored] = 1 - turned[scored]
@@ -305,10 +197,9 @@ def leaks(w: World) -> list[Leak]:
             found.append(Leak("in-sample base predictions", where, by_labels))
         elif here["epoch"] != told["epoch"]:
             found.append(Leak("best epoch picked on the scored fold", where, by_labels))
-    sets, seen = members(w, made)
-    for name, values in sets.items():
+    for name, values in first.sets.items():
         rate, snapshot = float(name.partition(":")[0]), int(name[-1])
-        for number, m in enumerate(made):
+        for number, m in enumerate(first.stages):
             rows = np.flatnonzero(w.fold == number)[:20]
             e = m["epoch"][rate] if snapshot == SNAPSHOTS else snapshot * (EPOCHS // SNAPSHOTS) - 1
             alone = m["x"]["identity"][rows] @ m["weights"][rate][e]
@@ -321,8 +212,8 @@ def leaks(w: World) -> list[Leak]:
     rows = np.flatnonzero(w.fold == number)
     turned = w.y.copy()
     turned[rows] = 1 - turned[rows]
-    for name, run in methods_of(w, sets, seen).items():
-        if not _same(run(w.y)[0][rows], run(turned)[0][rows]):
+    for name, ask in first.methods.items():
+        if not _same(first.said[name][0][rows], ask(turned, rows)[0][rows]):
             found.append(Leak("in-sample meta-model", name, by_labels))
     return found
 

@@ -1,7 +1,7 @@
 """Members by what they are, not by name: `score>0.9 model~convnext` in configs/ensembles/*.yaml and behind `comp bank`.
 
 name~exp0       the address contains it          score>0.9    also < >= <=, of the score over all OOF rows
-model~convnext  of the run's config              task=binary
+model~convnext  of the run's config, of an ensemble those of all its runs      task=binary
 exp003:snapshots, exp003:seeds                   all snapshots, all seeds of a run, in their order
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from comp import bank, config, store
 from comp.config import Refused, nearest
+from comp.ensemble import average
 
 TERM = re.compile(r"^(\w+)(>=|<=|>|<|=|~)(.+)$")
 FIELDS = ("name", "task", "model", "score")
@@ -91,8 +92,19 @@ def _score(address: str) -> float | None:
 
 
 def _knob(address: str, field: str) -> str:
+    """Of an ensemble: the competition's tasks, and the models of all runs that it is made from."""
+    recipe = bank.folder(address) / "apply.json"
+    if recipe.exists():
+        if field == "task":
+            return _tasks(config.load(store.root(), "base").config)
+        runs = {leaf.partition(":")[0] for leaf in average.leaves(store.read_json(store.verified(recipe)))}
+        return ", ".join(sorted({_knob(run, field) for run in runs}))
     file = store.run_folder(address.partition(":")[0]) / "config.yaml"
     if not store.sealed(file):
         return ""
     cfg = config.from_yaml(store.verified(file))
-    return cfg.model.name if field == "model" else ", ".join(dict.fromkeys(cfg.competition.tasks.values()))
+    return cfg.model.name if field == "model" else _tasks(cfg)
+
+
+def _tasks(cfg: config.Config) -> str:
+    return ", ".join(dict.fromkeys(cfg.competition.tasks.values()))

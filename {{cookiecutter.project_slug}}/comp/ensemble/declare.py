@@ -54,9 +54,8 @@ class Blend(Section):
     trials: Count | None = None  # 200
     negative: bool | None = None  # false; weights below 0
     bags: Count | None = None  # 1; searches whose weights are averaged
-    bag_of: Literal["members", "rows"] | None = (
-        None  # members: half of them a bag; rows: a bootstrap sample a bag
-    )
+    # members: half of them a bag; rows: a bootstrap sample a bag; folds: a bag without each of them, as many as there are
+    bag_of: Literal["members", "rows", "folds"] | None = None
     per_class: bool | None = None  # false; each class has weights of its own
     max_seconds: Positive | None = None  # no ceiling; of inference, from the latencies measured in prediction
     images: Count | None = None  # that max_seconds must do; the rows of the test table
@@ -81,7 +80,11 @@ class Blend(Section):
                 raise ValueError(
                     f"{key}: has no effect with method: {self.method}; {', '.join(methods)} know it"
                 )
-        if self.bag_of is not None and (self.bags or 1) == 1:
+        if self.bag_of == "folds" and self.bags is not None:
+            raise ValueError(
+                "bags: has no effect with bag_of: folds, which makes one bag a fold; leave it out"
+            )
+        if self.bag_of in ("members", "rows") and (self.bags or 1) == 1:
             raise ValueError("bag_of: has no effect without bags, a number above 1")
         if self.images is not None and self.max_seconds is None:
             raise ValueError("images: has no effect without max_seconds")

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.ensemble.fast import moved
+from comp.ensemble.sums import moved
 from comp.predictions import average
 from comp.refused import Refused
 from comp.tasks import Array, Head, log_softmax, logit, sigmoid
 
 LOGIT_RANGE = 30.0  # of a stacker's inputs: beyond, a member was sure, and how sure only unsettles the fit
+BLOCK = 65_536  # numbers of all members at once
 SURE = 1e-6  # a stacker never says 0 or 1: one row would cost it everything
 
 
@@ -46,9 +47,15 @@ def weighted(parts: Sequence[NDArray[Any]], head: Head, space: str, weights: Arr
 
 
 def _robust(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head, space: str) -> Array:
+    """In blocks of rows: these need all members of a row at once, in float64."""
     there, back = head.row.spaces[space]
-    moved_ = [there(np.asarray(part, np.float64)) for part in parts]
-    return back(ROBUST[params["kind"]](params, moved_, head))
+    rows = max(1, BLOCK // (len(parts) * len(head.outputs)))
+
+    def block(low: int) -> Array:
+        moved_ = [there(np.asarray(part[low : low + rows], np.float64)) for part in parts]
+        return back(ROBUST[params["kind"]](params, moved_, head))
+
+    return np.concatenate([block(low) for low in range(0, max(1, len(parts[0])), rows)])
 
 
 def _median(params: Mapping[str, Any], moved_: list[Array], head: Head) -> Array:

@@ -14,13 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp import decide, metrics, score
-from comp.ensemble import fast, search, smooth, stack
+from comp.ensemble import fast, search, smooth, stack, sums
 from comp.ensemble.declare import Blend
 from comp.metrics import Metric
 from comp.refused import Refused
 from comp.tasks import Array, Head, logit, softmax
 
 Parts = Sequence[NDArray[Any]]
+
+
+class Some(Sequence[NDArray[Any]]):
+    """Some rows of some members, cut out when they are asked for: a search takes from one member at a time, and all of them
+    together would be as large as the predictions."""
+
+    def __init__(self, parts: Parts, rows: NDArray[np.int64], members: Sequence[int] | None = None):
+        self.parts, self.rows = parts, rows
+        self.members = range(len(parts)) if members is None else members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.parts[int(self.members[place])][self.rows]
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Teaching:
     fold: NDArray[np.int64]
 
     def at(self, rows: NDArray[np.int64]) -> Teaching:
-        parts = [part[rows] for part in self.parts]
+        parts = Some(self.parts, rows)
         return Teaching(
             self.head,
             self.metric,
@@ -86,15 +101,16 @@ def _weights(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
 
     def searched(members: NDArray[np.int64], rows: NDArray[np.int64]) -> Array:
         whole = len(members) == len(given.parts) and np.array_equal(rows, np.arange(len(given.truth)))
-        parts = [given.parts[i] if whole else given.parts[i][rows] for i in members]
+        parts = given.parts if whole else Some(given.parts, rows, members.tolist())
         inner = search.Budget([budget.seconds[i] for i in members], budget.ceiling)
         truth = given.truth if whole else given.truth[rows]
         table = frame if whole else frame.iloc[rows]
-        here = Teaching(given.head, given.metric, given.space, parts, truth, table, given.fold)
+        fold = given.fold if whole else given.fold[rows]
+        here = Teaching(given.head, given.metric, given.space, parts, truth, table, fold)
         return SEARCHES[blend.method](blend, here, inner)
 
     bags = blend.bags or 1
-    found = search.bagged(searched, len(given.parts), len(given.truth), bags, blend.bag_of or "members")
+    found = search.bagged(searched, len(given.parts), given.fold, bags, blend.bag_of or "members")
     spent = np.asarray(budget.seconds)[found != 0].sum()
     if spent > budget.ceiling:  # bags differ in their members: the heaviest that fit together stay
         kept = np.zeros(len(found), bool)
@@ -106,10 +122,13 @@ def _weights(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
     return found / found.sum()
 
 
-def _lens(blend: Blend, given: Teaching) -> tuple[fast.Lens, list[NDArray[np.float32]]]:
+def _lens(blend: Blend, given: Teaching) -> tuple[sums.Lens, list[NDArray[np.float32]]]:
     cuts = None
     if given.metric.needs == "label" and score.graded(given.head):
-        mean = np.mean([part[:, 0] for part in given.parts], axis=0, dtype=np.float64)
+        mean = np.zeros(len(given.truth))
+        for part in given.parts:
+            mean += part[:, 0]
+        mean /= len(given.parts)
         cuts = decide.fit_cuts(mean, given.truth, len(given.head.classes), given.metric, given.frame)
     lens = fast.lens(
         given.metric, given.head, given.space, given.truth, given.frame, cuts, signed=bool(blend.negative)
@@ -161,22 +180,45 @@ COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc",
 
 
 def _per_class(blend: Blend, given: Teaching, budget: search.Budget) -> Array:
-    """(members, outputs): each class against the rest, by its own AUC where the metric is one, else by log loss."""
-    if not given.head.exclusive or given.space != "probability" or given.truth.ndim > 1:
-        raise Refused(
-            "per_class: weights per class are for task multiclass with hard labels, in space: probability"
-        )
-    metric = given.metric if given.metric.name in COLUMNWISE else metrics.find("log_loss")
-    shares = [softmax(np.asarray(part, np.float64)) for part in given.parts]
+    """(members, outputs): each class against the rest, or each label by the rows where it is known, by its own AUC where the
+    metric is one, else by log loss."""
+    head = given.head
+    if head.exclusive and (given.space != "probability" or given.truth.ndim > 1):
+        raise Refused("per_class: weights per class want hard labels, in space: probability")
+    if head.task not in ("multiclass", "multilabel"):
+        raise Refused(f"per_class: {head.name} is {head.task}, and has no classes or labels to tell apart")
+    if given.space == "rank":
+        raise Refused("per_class: ranks have one weight a member; take space: probability")
     columns = []
-    for code, name in enumerate(given.head.outputs):
-        head = Head(name, "binary", (name,), (name,), ("0", "1"))
-        parts = [logit(np.clip(p[:, code : code + 1], 1e-15, 1 - 1e-15)) for p in shares]
-        truth = (given.truth == code).astype(np.float64)
-        one = Teaching(head, metric, "probability", parts, truth, given.frame, given.fold)
-        columns.append(_weights(blend, one, budget))
+    for code, name in enumerate(head.outputs):
+        one = _one_against_the_rest(given, code, name)
+        if len(one.truth):
+            columns.append(_weights(blend, one, budget))
+        else:  # a label that nobody gave: the first member that there is time for
+            columns.append(
+                np.eye(len(given.parts))[budget.affordable(np.zeros(len(given.parts), bool)).argmax()]
+            )
         budget = budget.after(columns[-1] != 0)
     return np.stack(columns, axis=1)
+
+
+def _one_against_the_rest(given: Teaching, code: int, name: str) -> Teaching:
+    target = (given.truth == code).astype(np.float64) if given.head.exclusive else given.truth[:, code]
+    known = np.flatnonzero(~np.isnan(target))
+    told = bool(len(known)) and np.ptp(target[known]) > 0  # a label that all rows have, or none, has no area
+    metric = given.metric if told and given.metric.name in COLUMNWISE else metrics.find("log_loss")
+
+    def column(part: NDArray[Any]) -> NDArray[np.float32]:
+        if not given.head.exclusive:
+            return part[known, code : code + 1]
+        p = softmax(np.asarray(part, np.float64))[:, code : code + 1]
+        return logit(np.clip(p, 1e-15, 1 - 1e-15)).astype(np.float32)
+
+    head = Head(name, "binary", (name,), (name,), ("0", "1"))
+    few = given.frame.iloc[known]
+    return Teaching(
+        head, metric, given.space, [column(p) for p in given.parts], target[known], few, given.fold[known]
+    )
 
 
 def fits_rows(blend: Blend) -> bool:

@@ -6,6 +6,7 @@ A ceiling on inference time acts inside: a member that would not fit is no candi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.ensemble.fast import CHECKED, Lens
+from comp.ensemble.fast import CHECKED
+from comp.ensemble.sums import Lens
 from comp.refused import Refused
 from comp.tasks import Array
 
@@ -50,7 +52,12 @@ class Budgets:
     left: dict[bytes, Budget]
 
     def of(self, rows: NDArray[np.int64]) -> Budget:
-        return self.left.get(rows.tobytes(), self.whole)
+        return self.left.get(key(rows), self.whole)
+
+
+def key(rows: NDArray[np.int64]) -> bytes:
+    """A set of rows by a few bytes."""
+    return hashlib.blake2b(rows.tobytes(), digest_size=16).digest()
 
 
 def free(members: int) -> Budget:
@@ -146,12 +153,18 @@ def hill(lens: Lens, taken: Taken, precision: float, negative: bool, budget: Bud
 def bagged(
     search: Callable[[NDArray[np.int64], NDArray[np.int64]], Array],
     members: int,
-    rows: int,
+    fold: NDArray[np.int64],
     bags: int,
     of: str,
 ) -> Array:
-    """Mean weights over bags. Each sees half of the members, or a bootstrap sample of the rows. search(members, rows)."""
-    total = np.zeros(members)
+    """Mean weights over bags. Each sees half of the members, a bootstrap sample of the rows, or all folds but one.
+    search(members, rows)."""
+    total, rows = np.zeros(members), len(fold)
+    numbers = np.unique(fold)
+    if of == "folds" and len(numbers) > 1:
+        for number in numbers:
+            total += search(np.arange(members), np.flatnonzero(fold != number))
+        return total / len(numbers)
     for bag in range(bags):
         random = np.random.default_rng([bag, members])
         here, drawn = np.arange(members), np.arange(rows)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.ensemble.fast import moved
+from comp.ensemble.sums import moved
 from comp.tasks import Array, Head, sigmoid, softmax
 
 BLOCK = 16_384

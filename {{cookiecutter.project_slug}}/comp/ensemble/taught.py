@@ -11,7 +11,7 @@ import pandas as pd
 
 from comp import store, teachers
 from comp.config import Config, Refused
-from comp.ensemble.canary import Leak
+from comp.ensemble.findings import Finding, Leak, NotChecked
 from comp.folds import Folds
 from comp.predict import labels
 from comp.samples import Samples
@@ -20,7 +20,7 @@ from comp.train import pseudo
 SAW = "pseudo-labels that saw the fold"
 
 
-def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
+def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     name = cfg.data.pseudo
     if name is None:
         return []
@@ -28,17 +28,17 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     entry = store.sealed(file)
     then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
     if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
-        print(f"{run}: {store.shown(file)} is not there as it taught it; its labels were not looked at")
-        return []
-    found, table = [], pseudo.read(name)
+        return [NotChecked(f"{run}, its pseudo-labels", f"{store.shown(file)} is not there as it taught it")]
+    found: list[Finding] = []
+    table = pseudo.read(name)
     for number, weights in entry["weights"].items():
         if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
             found.append(Leak(SAW, f"{run}: fold {number} is taught by {', '.join(wrong)}", "provenance"))
     try:
         again = _again(entry, rows, split)
     except Refused as refused:
-        print(f"{run}: {store.shown(file)} was not made again: {refused.lines[0]}")
-        return found
+        why = f"{store.shown(file)} cannot be made again: {refused.lines[0]}"
+        return [*found, NotChecked(f"{run}, its pseudo-labels", why)]
     by_all = again[again["fold"] == pseudo.FULL]
     for number in range(split.count):
         mine, wanted = (each[each["fold"] == number] for each in (table, again))

@@ -50,7 +50,7 @@ def nested(
 Scored = Callable[[NDArray[np.int64]], float]
 
 
-def _scorer(
+def scorer(
     cfg: Config,
     samples: Samples,
     folds: Folds,
@@ -81,7 +81,7 @@ def beside(
     here = score.lines(samples, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
     count = len(here.rows)
     try:
-        scorers = [_scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
+        scorers = [scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
         scores = _draws(scorers, groups_of(samples, here.rows), count)
         whole = [one(np.ones(count, np.int64)) for one in scorers]
     except MetricUndefined as fault:

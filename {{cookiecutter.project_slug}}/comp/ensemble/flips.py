@@ -1,0 +1,174 @@
+"""A small world whose labels are coin flips, and every way of making an ensemble asked about it, by the code that comp ensemble
+runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from comp import folds, metrics, samples
+from comp.ensemble import after, average, fitting, methods, views, worth
+from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED, Blend
+from comp.predictions import PredictionSet
+from comp.tasks import Array, Head
+
+ROWS, FEATURES, K = 1000, 24, 5
+HEAD = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
+METHODS = tuple(
+    m
+    for m in (*AVERAGES, *SEARCHED, *STACKED)
+    if m != "lightgbm" or importlib.util.find_spec("lightgbm") is not None
+)
+STEPS = ("temperature", "platt", "isotonic", "thresholds")
+# What a method cannot go without; and fewer trials than its 200, which take as long as all the other methods together.
+OPTIONS: dict[str, dict[str, Any]] = {"optuna": {"trials": 25}}
+# as much of a config as an ensemble without `after` asks for: its metric
+CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
+LOWER = 3  # ensembles that the second level is made from
+
+Ask = Callable[[Array, NDArray[np.int64]], tuple[Array, Array | None]]
+
+
+@dataclass(frozen=True)
+class World:
+    samples: samples.Samples
+    folds: folds.Folds
+    x: dict[str, Array]  # view -> frozen features
+    extra: Array  # features of rows without labels, for pseudo-labels
+    y: Array
+
+    @property
+    def fold(self) -> NDArray[np.int64]:
+        return self.folds.of_sample[0]
+
+
+def world(seed: int, rows: int = ROWS) -> World:
+    random = np.random.default_rng([seed, 77])
+    ids = [f"{i:05d}" for i in range(rows)]
+    y = random.permutation(np.arange(rows) % 2).astype(np.float64)
+    frame = pd.DataFrame({"id": ids, "weight": 1.0, "source": "train", "row": ids, "target.label": y})
+    table = samples.Samples(frame, (HEAD,), f"canary{seed}")
+    number = np.empty(rows, np.int64)
+    for label in (
+        0,
+        1,
+    ):  # stratified: else a fold with many positives is taught by few, and its score is below chance
+        mine = random.permutation(np.flatnonzero(y == label))
+        number[mine] = np.arange(len(mine)) % K
+    lines = pd.DataFrame({"id": ids, "repeat": 0, "fold": number})
+    meta = {"k": K, "repeats": 1, "rule": "others", "gap": 0.0, "hash": f"canary{seed}"}
+    x = random.normal(size=(rows, FEATURES))
+    seen = {name: x + 0.5 * random.normal(size=x.shape) for name in ("hflip", "vflip")}
+    return World(
+        table,
+        folds.Folds(lines, meta, table),
+        {"identity": x, **seen},
+        random.normal(size=(300, FEATURES)),
+        y,
+    )
+
+
+def fits(name: str) -> bool:
+    """Whether a method has something to overfit with. A temperature is fitted too, but moves no order."""
+    return name not in (*AVERAGES, "temperature", "platt")
+
+
+class _Later:
+    """Parameters that are fitted when they are first asked for: whoever wants the rows of one fold pays for one fit."""
+
+    def __init__(self, fit: Callable[[NDArray[np.int64]], Any], at: NDArray[np.int64]):
+        self.fit, self.at = fit, at
+
+    @cached_property
+    def params(self) -> Any:
+        return self.fit(self.at)
+
+
+def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dict[str, Ask]:
+    """name -> (labels, rows that are asked for) -> honest predictions, and in-sample ones where all rows are asked for."""
+    parts, names, rows = list(found.values()), list(found), np.arange(len(w.y))
+    auc, even_handed = metrics.find("roc_auc"), metrics.find("balanced_accuracy")
+
+    def asked(fit: Any, apply: Any, first: Any, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+        def said(later: _Later, at: NDArray[np.int64]) -> Array:
+            return apply(later.params, at) if np.isin(at, wanted).any() else np.zeros((len(at), 1))
+
+        out = worth.nested(
+            w.samples, w.folds, rows, w.fold, partial(_Later, fit), said, _Later(lambda _: first, rows)
+        )
+        return out.prediction, apply(out.final.params, rows) if len(wanted) == len(rows) else None
+
+    def blended(method: str) -> Ask:
+        options = {"weights": [1.0 + i for i in range(len(names))]} if method == "weighted" else {}
+        blend = Blend.model_validate(
+            {"members": names, "method": method, **options, **OPTIONS.get(method, {})}
+        )
+        space = blend.merged_in
+        maps = [average.quantiles(part) for part in parts] if space == "rank" else None
+        spoken = parts if maps is None else [average.ranks(p, m) for p, m in zip(parts, maps, strict=True)]
+
+        def run(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+            given = methods.Teaching(HEAD, auc, space, spoken, y, w.samples.frame, w.fold)
+
+            def apply(params: Any, at: NDArray[np.int64]) -> Array:
+                return average.combined(params, [part[at] for part in parts], maps, HEAD, space, None)
+
+            if not methods.fits_rows(blend):
+                own = apply(methods.fit(blend, given), rows)
+                return own, own
+            return asked(
+                lambda at: methods.fit(blend, given.at(at)), apply, methods.even(blend, len(parts)), wanted
+            )
+
+        return run
+
+    def later(step: str) -> Ask:
+        base = parts[-1]
+
+        def run(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+            return asked(
+                lambda at: after.fit(step, base[at], y[at], HEAD, even_handed, None),
+                lambda params, at: after.apply(params, base[at], HEAD),
+                {"kind": "scaled", "slope": 1.0, "shift": [0.0]},
+                wanted,
+            )
+
+        return run
+
+    def tta(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+        question = views.Question(seen, y, HEAD, auc, ("probability", "logit"), dict.fromkeys(seen, 1.0))
+        return asked(question.choose, question.said, views.PLAIN_CHOICE, wanted)
+
+    def two_levels(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+        """A stack of stacks: the members are dealt to LOWER of them."""
+        table = w.samples.frame.assign(**{"target.label": y})
+        told = samples.Samples(table, w.samples.heads, w.samples.hash)
+        split = folds.Folds(w.folds.frame, w.folds.meta, told)
+        refits: dict[str, fitting.Refit] = {}
+        below = []
+        for i in range(LOWER):
+            own = [as_set(found[name]) for name in names[i::LOWER]]
+            blend = Blend.model_validate({"members": names[i::LOWER], "method": "logistic"})
+            below.append(as_set(fitting.make(CFG, blend, told, split, own, (), {}, {}).honest["label"]))
+            refits[f"level1-{i}"] = partial(fitting.refit, CFG, blend, told, split, own, {})
+        blend = Blend.model_validate({"members": list(refits), "method": "logistic"})
+        made = fitting.make(CFG, blend, told, split, below, (), {}, refits)
+        assert made.in_sample is not None
+        return made.honest["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
+
+    def as_set(stored: NDArray[Any]) -> PredictionSet:
+        return PredictionSet(rows.astype(np.int32), w.fold.astype(np.int16), {"label": stored}, {})
+
+    return (
+        {method: blended(method) for method in METHODS}
+        | {step: later(step) for step in STEPS}
+        | {"TTA choice": tta, "two levels": two_levels}
+    )

@@ -1,0 +1,154 @@
+"""What follows a blend is kept where it gains: calibration, thresholds, corrections, cut points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from banked import lay_out, load, made, member, recipe_of, three
+from sklearn.metrics import log_loss
+
+from comp import bank, metrics
+from comp.ensemble import after, fitting, steps
+from comp.ensemble.declare import Blend
+from comp.ensemble.ground import Ground
+from comp.tasks import Head
+
+LABELS = Head("t", "multilabel", tuple("abc"), tuple("abc"))
+BINARY = Head("t", "binary", ("t",), ("t",), ("0", "1"))
+
+
+def test_calibration_is_kept_only_where_it_gains(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = lay_out(empty, "binary", metric="log_loss")
+    member(project, "exp001", noise=2.0)
+    folder = bank.folder("exp001")
+    for kind in bank.KINDS:  # five times too sure
+        said = load(project, "exp001", kind)
+        loud = {"label": said.heads["label"] * 5}
+        bank.write(
+            folder / f"{kind}.arrow",
+            type(said)(said.row.copy(), None if said.fold is None else said.fold.copy(), loud, said.meta),
+        )
+    sure = made(project, "method: mean", "[exp001]")["oof"]
+    calm = {}
+    for step in ("temperature", "platt", "isotonic"):
+        calm[step] = made(project, f"method: mean\nafter: [{step}]", "[exp001]")["oof"]
+        assert calm[step] < sure - (0.05 if step == "isotonic" else 0.1), step
+        assert recipe_of("blend001")["after"]["label"]
+    made(project, "method: mean\nafter: [temperature, isotonic]", "[exp001]")
+    out = capsys.readouterr().out
+    assert "isotonic: left out, log_loss" in out and "temperature: kept, log_loss" in out
+    assert len(recipe_of("blend001")["after"]["label"]) == 1
+
+
+@pytest.mark.parametrize("step", ["temperature", "platt", "isotonic"])
+def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 2, (300, 3)).astype(float)
+    stored = 5 * (2 * truth - 1 + random.normal(0, 1, truth.shape))
+    told = truth.copy()
+    told[::3, 1], told[:, 2] = np.nan, np.nan
+    metric = metrics.find("mean_column_log_loss")
+    assert not after.unfit(step, LABELS, metric, told)
+    found = after.fit(step, stored, told, LABELS, metric, None)
+    p = LABELS.row.probability(after.apply(found, stored, LABELS))
+    assert np.isfinite(p).all()
+    if step == "isotonic":
+        known = ~np.isnan(told[:, 1])
+        alone = after.fit(step, stored[known, 1:2], truth[known, 1], BINARY, metric, None)
+        one = BINARY.row.probability(after.apply(alone, stored[:, 1:2], BINARY))
+        assert p[:, 1] == pytest.approx(one[:, 0], abs=1e-9)
+        assert p[:, 2] == pytest.approx(LABELS.row.probability(stored)[:, 2], abs=1e-5), (
+            "nothing to learn from"
+        )
+    raw = LABELS.row.probability(stored)
+    assert log_loss(truth[:, 0], p[:, 0]) < log_loss(truth[:, 0], raw[:, 0]) - 0.05
+
+
+def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> None:
+    """Turn the labels of a fold: neither weights, nor the steps after them, nor whether these are kept may change for it."""
+    project = three(lay_out(empty, "binary", metric="log_loss"))
+    text = "members: [exp001, exp002, exp003]\nmethod: logistic\nafter: [isotonic, temperature]"
+    blend_ = Blend.model_validate(yaml.safe_load(text))
+    oof = [load(project, f"exp00{i}") for i in (1, 2, 3)]
+
+    def honest_() -> Any:
+        return fitting.make(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).honest[
+            "label"
+        ]
+
+    before = honest_()
+    frame, fold = project.samples.frame, project.folds.of_sample[0][:400]
+    rows = np.flatnonzero(fold == 2)
+    frame.loc[frame.index[rows], "target.label"] = 1 - frame["target.label"].iloc[rows]
+    now = honest_()
+    assert (now[fold == 2] == before[fold == 2]).all() and (now[fold != 2] != before[fold != 2]).any()
+    ground = Ground(
+        project.cfg, blend_, project.samples, project.folds, np.arange(400), fold.astype(np.int64), {}
+    )
+    random = np.random.default_rng(0)
+    truth = project.samples.truth(project.head, ground.rows)
+    base = (2 * truth - 1)[:, None] + random.normal(0, 1, (400, 1))
+    lucky = base + 1e-4 * random.normal(size=base.shape)
+    better, same = (
+        steps.gained(ground, project.head, base, each, ground.rows) for each in (base * 1.5, lucky)
+    )
+    assert better.kept and better.fold_gain > better.error and not same.kept
+
+
+@pytest.mark.parametrize(("task", "metric"), [("binary", "f1"), ("multiclass", "f1_macro")])
+def test_thresholds_move_labels_where_it_gains(empty: Path, task: str, metric: str) -> None:
+    project = lay_out(empty, task, metric=metric)
+    member(project, "exp001", noise=1.5)
+    folder = bank.folder("exp001")
+    for kind in bank.KINDS:  # one class is never said
+        said = load(project, "exp001", kind)
+        shifted = said.heads["label"].copy()
+        shifted[:, 0] -= 3.0
+        bank.write(
+            folder / f"{kind}.arrow",
+            type(said)(
+                said.row.copy(),
+                None if said.fold is None else said.fold.copy(),
+                {"label": shifted},
+                said.meta,
+            ),
+        )
+    before = made(project, "method: mean", "[exp001]")["oof"]
+    assert made(project, "method: mean\nafter: [thresholds]", "[exp001]")["oof"] > before + 0.1
+
+
+def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    truth = (random.random(4000) < 0.8).astype(float)
+    own = (truth * 2 - 1 + random.normal(size=4000))[:, None] * 2  # calibrated where both are as frequent
+    step = after.prior(own, np.array([0.5, 0.5]), BINARY)
+    assert step["shares"][1] == pytest.approx(0.8, abs=0.03)
+    corrected = after.apply(step, own, BINARY)
+    assert log_loss(truth, BINARY.row.probability(corrected)[:, 0]) < log_loss(
+        truth, BINARY.row.probability(own)[:, 0]
+    )
+    project = three(lay_out(empty, "binary", metric="log_loss"))
+    for kind in ("prior", "rank"):
+        plain = made(project, "method: mean")["oof"]
+        assert made(project, f"method: mean\ncorrect: {kind}")["oof"] == plain, "OOF rows go without"
+        assert f"correct: {kind}" in capsys.readouterr().out
+
+
+def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
+    """Values that are shrunken to the middle need cuts of their own; values with the right spread are as well rounded."""
+    from comp import score
+
+    project = lay_out(empty, "ordinal")
+    truth = project.samples.truth(project.head, np.arange(400)).astype(float)
+    rows, fold = np.arange(400), np.arange(400) % 5
+    metric = metrics.find("qwk")
+    for shrunk, fitted_ in ((0.3, True), (1.0, False)):
+        value = (1.5 + shrunk * (truth - 1.5) + np.random.default_rng(0).normal(0, 0.1 * shrunk, 400))[
+            :, None
+        ]
+        _, cuts = score.answers(metric, project.head, value, project.samples, project.folds, rows, fold)
+        assert cuts is not None and (np.abs(cuts - [0.5, 1.5, 2.5]).max() > 0.1) == fitted_
