@@ -28,8 +28,8 @@ METHODS = tuple(
     if m != "lightgbm" or importlib.util.find_spec("lightgbm") is not None
 )
 STEPS = ("temperature", "platt", "isotonic", "thresholds")
-# What a method cannot go without; and fewer trials than its 200, which take as long as all the other methods together.
-OPTIONS: dict[str, dict[str, Any]] = {"optuna": {"trials": 25}}
+# Fewer rounds and trials than 50 and 200: what a search overfits it overfits early, and there are 120 of each in twenty worlds.
+OPTIONS: dict[str, dict[str, Any]] = {"greedy": {"rounds": 15}, "optuna": {"trials": 25}}
 # as much of a config as an ensemble without `after` asks for: its metric
 CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
 LOWER = 3  # ensembles that the second level is made from
