@@ -207,7 +207,7 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
 
     def found() -> list[str]:
         run(project, "exp002", cfg=cfg)
-        return [leak.name for leak in taught.leaks("exp002", cfg, project.samples, project.folds)]
+        return [each[0] for each in taught.leaks("exp002", cfg, project.samples, project.folds)]
 
     assert found() == []
     original = pseudo.read("exp001")
