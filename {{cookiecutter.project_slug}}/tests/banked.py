@@ -171,6 +171,21 @@ def digits(root: Path) -> Project:
     return Project(root, cfg, samples.Samples(filled, table.heads, table.hash), folds.load(table))
 
 
+def teacher(root: Path) -> None:
+    """runs/teacher with weights of fold 1, and its labels. It has learned nothing, which is enough to teach."""
+    import torch
+
+    from comp.predict import labels
+    from comp.train import model
+
+    project = digits(root)
+    torch.manual_seed(0)
+    network = model.build(project.cfg, project.samples.heads, pretrained=False)
+    model.save_weights(network, store.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
+    run(project, "teacher")
+    labels.write("teacher", "teacher", labels.Wish(None, 0.2, True, 1.0))
+
+
 def declare(project: Project, name: str, text: str) -> None:
     (project.root / "configs" / "ensembles" / f"{name}.yaml").write_text(text)
 

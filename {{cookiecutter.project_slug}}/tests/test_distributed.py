@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import banked
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,8 @@ SHARED = [
     "optim.rate=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
 ]  # fmt: skip
 
+TAUGHT = [*SHARED, "distill.teacher=teacher", "data.pseudo=teacher"]
+
 
 def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
@@ -40,8 +43,8 @@ def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
     )
 
 
-def trained(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    folder = store.fold_folder(name, 0, 0)
+def trained(name: str, fold: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    folder = store.fold_folder(name, 0, fold)
     weights = load_file(folder / "weights.safetensors")
     return torch.cat([weights[key].double().flatten() for key in sorted(weights)]), track.read(
         folder / "log.jsonl"
@@ -55,13 +58,14 @@ def away(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_two_processes_are_one(project: Path) -> None:
     """Weights to 1e-5, losses and validation too; every row is predicted once; nothing is left by the second process."""
     assert distributed.count() == 1
-    jobs.train("exp001", [*SHARED, "train.batch_size=32"], fold="0", name="one")
-    jobs.train("exp001", [*SHARED, "train.batch_size=8", "train.accumulate=4"], fold="0", name="cut")
-    both = torchrun("train", "exp001", *SHARED, "train.batch_size=32", "--fold", "0", "--as", "two")
+    banked.teacher(project)
+    jobs.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
+    jobs.train("exp001", [*TAUGHT, "train.batch_size=8", "train.accumulate=4"], fold="1", name="cut")
+    both = torchrun("train", "exp001", *TAUGHT, "train.batch_size=32", "--fold", "1", "--as", "two")
     said = both.communicate()[0]
     assert both.returncode == 0, said
     assert said.count("1 of 1 folds to train") == 1, said
-    (one, log), (cut, _), (two, log_of_two) = trained("one"), trained("cut"), trained("two")
+    (one, log), (cut, _), (two, log_of_two) = trained("one", 1), trained("cut", 1), trained("two", 1)
     assert away(cut, one) < 1e-5 and away(two, one) < 1e-5 and not torch.equal(two, torch.zeros_like(two))
     for key in ("loss", "valid_loss"):
         values = [[line[key] for line in lines if key in line] for lines in (log, log_of_two)]
@@ -70,13 +74,13 @@ def test_two_processes_are_one(project: Path) -> None:
         )
     table = samples.load()
     split = folds.load(table)
-    oof = bank.read(store.fold_folder("two", 0, 0) / "oof.arrow", table, split)
-    assert sorted(oof.row.tolist()) == sorted(split.split(0)[1][:100].tolist())
-    state = store.fold_folder("two", 0, 0)
+    oof = bank.read(store.fold_folder("two", 0, 1) / "oof.arrow", table, split)
+    assert sorted(oof.row.tolist()) == sorted(split.split(1)[1][:100].tolist())
+    state = store.fold_folder("two", 0, 1)
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
     with pytest.raises(Refused, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
-        jobs.train("exp001", [*SHARED, "train.batch_size=32"], fold="0", name="two")
+        jobs.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from comp.ensemble import blend, taught
 from comp.predict import labels
 from comp.predict.labels import Wish
 from comp.prepare import assign, tables
-from comp.train import pseudo
+from comp.train import choice, pseudo
 
 SURE = Wish(None, None, False, 1.0)
 
@@ -249,6 +249,22 @@ def test_the_rows_teach(project: Path) -> None:
         Refused, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
     ):
         jobs.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
+
+
+def test_a_short_run_tries_them_too(empty: Path) -> None:
+    project = banked.lay_out(empty)
+    run(project, "exp001")
+    more = pseudo.with_lines(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
+    taught_ = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
+    few = choice.limited(taught_, more, 40)
+    assert (
+        (more.frame["source"].iloc[few] == "train").sum() == 30
+        and len(few) == 40
+        and (np.diff(few) > 0).all()
+    )
+    assert np.array_equal(choice.limited(taught_, more, None), taught_)
+    own = project.folds.split(2)[0]
+    assert np.array_equal(choice.limited(own, project.samples, 40), own[:40])
 
 
 def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:

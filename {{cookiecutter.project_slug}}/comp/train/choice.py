@@ -45,7 +45,20 @@ def rows(material: Material, number: int | str) -> tuple[Positions, Positions, P
             )
         else:
             judged = scored
-    return taught[: cfg.train.limit], scored[: cfg.train.limit], judged[: cfg.train.limit]
+    return (
+        limited(taught, material.samples, cfg.train.limit),
+        scored[: cfg.train.limit],
+        judged[: cfg.train.limit],
+    )
+
+
+def limited(taught: Positions, samples: Samples, limit: int | None) -> Positions:
+    """The first few; a quarter of them extra or pseudo-labelled, where there are such rows, so that a short run tries them too."""
+    if limit is None or len(taught) <= limit:
+        return taught
+    own = samples.frame["source"].to_numpy()[taught] == "train"
+    others = taught[~own][: limit // 4]
+    return np.sort(np.concatenate([taught[own][: limit - len(others)], others]))
 
 
 def judge(material: Material, rows: Positions, seen: Seen) -> Callable[[nn.Module], Scores] | None:

@@ -22,7 +22,7 @@ def draw(cfg: Config, experiment: str) -> None:
         pseudo.check(cfg, split)
         table = pseudo.with_lines(table, pseudo.read(cfg.data.pseudo), cfg.data.pseudo, 0)
     taught = replace(split, samples=table).split(0)[0][: cfg.train.limit]
-    drawn = len(taught)
+    drawn = len(taught) * cfg.augment.views
     if cfg.sampling.balance != "none":  # rare classes may be drawn more often than they are there
         from comp.train import balance, data
 

@@ -87,7 +87,7 @@ def fill(module: nn.Module, given: dict[str, Tensor], name: str) -> list[str]:
         )
         more = f", and {len(strange) - 1} more do not fit" if len(strange) > 1 else ""
         raise Refused(
-            f"model.pretrained: {name}: {k} {what}{more}; it wants the same model.name and data.channels"
+            f"model.pretrained: {name}: {k} {what}{more}; it wants the same model.name, model.stem and data.channels"
         )
     module.load_state_dict(fits, strict=False)
     return new
