@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forked import forked
@@ -112,6 +116,7 @@ def test_a_failing_storage_is_one_line_too(
     assert download() == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1 and KEY not in said and "Traceback" not in said
+    assert failure not in (403, 404) or ("storage" in said and "rules" not in said)
     assert not (empty / "data/raw").exists()
     server.fail.clear()
     server.cut.clear()
@@ -142,6 +147,42 @@ def test_a_cut_connection_goes_on_where_it_stopped(server: Server, empty: Path) 
     assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
 
 
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(server: Server, empty: Path) -> None:
+    server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
+    server.cut = [2 << 20]
+
+    def work() -> None:  # the client pauses before it asks for the rest
+        time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGKILL)
+        download()
+
+    assert os.WIFSIGNALED(forked(work)) and not server.ranges
+    assert download() == 0
+    assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
+
+
+def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_in_one_line(
+    server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    server.archive = zipped(CONTENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        assert download() == 2
+        assert "downloading practice will write" in capsys.readouterr().err
+        assert not list((empty / "data/.download").glob("*.zip*"))
+    with monkeypatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(KaggleApi, "download_file", full)
+        assert download() == 2
+        said = capsys.readouterr().err.strip()
+        assert "No space left" in said and len(said.splitlines()) == 1
+    assert download() == 0
+
+
 def test_a_damaged_archive_is_fetched_once_more(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +207,19 @@ def test_a_size_over_the_ceiling_asks(
     monkeypatch.setattr(module, "CEILING", 1e-6)
     assert download() == 2
     assert "--ceiling 1" in capsys.readouterr().err and not (empty / "data/raw").exists()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked: list[str] = []
+    answers = ["", "n", "y"]
+
+    def question(text: str) -> str:
+        asked.append(text)
+        return answers.pop(0)
+
+    monkeypatch.setattr("builtins.input", question)
+    assert [download(), download(), download()] == [2, 2, 0]
+    assert len(asked) == 3 and "unpacked it is 3.3 KB; go on?" in asked[0], asked
+    assert raw(empty) == UNPACKED
+    (empty / "data/raw").rename(empty / "old")
     assert cli.main(["download", "--ceiling", "1"]) == 0
 
 

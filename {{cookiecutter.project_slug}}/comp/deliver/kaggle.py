@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comp import secret
+from comp import secret, store
 from comp.config import Refused
 from comp.verb import refuse_older
 
@@ -144,15 +144,28 @@ def submit_kernel(kernel: str, version: int, message: str, competition: str, fil
 
 def download(competition: str, folder: Path, progress: bool) -> Path:
     """folder/<competition>.zip, complete in length. What an earlier, killed call has fetched of it is not fetched again."""
-    fetch = lambda: client().competition_download_files(competition, str(folder), quiet=not progress)  # noqa: E731
+
+    def fetch() -> Path:
+        with sdk() as api:
+            asked = request("competitions", "ApiDownloadDataFilesRequest", competition_name=competition)
+            answer = api.competitions.competition_api_client.download_data_files(
+                asked
+            )  # nothing of the body yet
+            file = folder / f"{competition}.{answer.url.partition('?')[0].rpartition('.')[2]}"
+            if client().download_needed(answer, str(file)):
+                here = file.stat().st_size if file.exists() else 0
+                size = int(answer.headers.get("Content-Length") or 0)
+                store.need_space(size - here, f"downloading {competition}")
+                client().download_file(answer, str(file), api.http_client(), not progress, resume=True)
+            return file
+
     try:
-        send(fetch, "downloading", competition, quiet=not progress)
+        return send(fetch, "downloading", competition, quiet=not progress)[0]
     except Unsure as error:
         raise Refused(f"{error}; the same command goes on where it stopped") from None
-    found = sorted(file for file in folder.glob(f"{competition}.*") if not file.name.endswith("partial"))
-    if not found:
-        raise Refused(f"downloading {competition}: the client wrote no file; type the same command again")
-    return found[0]
+    except OSError as error:
+        why = f"{store.shown(folder)}: could not be written ({error.strerror or error})"
+        raise Refused(f"{why}; what is there stays, and the same command goes on from it") from None
 
 
 # --- calls and their failures --------------------------------------------------------------------------------------------
@@ -231,6 +244,8 @@ def _code(error: Any) -> int:
 
 def _words(error: Any, doing: str, competition: str) -> str:
     code, host = _code(error), clean(_told(error))
+    if code in (401, 403, 404) and "ApiService" not in str(getattr(error.response, "url", "ApiService")):
+        return f"{doing}: the storage that Kaggle named refuses ({code}); the same command asks for a fresh address"
     if code == 401:
         return f"{doing}: Kaggle does not accept the credentials (401); make a new token at {SITE}/settings and put it into one of {WAYS}"
     if code == 403 and competition:

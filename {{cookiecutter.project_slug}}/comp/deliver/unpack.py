@@ -44,9 +44,9 @@ class _Budget:
             if not self.ask(self.used + size):
                 raise Refused(
                     f"{store.shown(what)}: would unpack to {store.readable(self.used + size)}, more than the ceiling of "
-                    f"{store.readable(self.ceiling)}; if that is right: comp download --ceiling {-(-(self.used + size) // 10**9)}"
+                    f"{store.readable(self.ceiling)}; if that is right: comp download --ceiling {-(-2 * (self.used + size) // 10**9)}"
                 )
-            self.ceiling = self.used + size
+            self.ceiling = 2 * (self.used + size)  # archives in it need not ask one by one
         store.need_space(size, f"unpacking {store.shown(what)}")
 
     def spend(self, size: int, what: Path) -> None:
