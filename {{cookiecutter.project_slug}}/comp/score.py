@@ -180,19 +180,18 @@ def answers(
         return decide.apply_cuts(value[positions], cuts)
 
     # The first of a split by time: plain rounding.
-    first = (
-        np.full(len(head.outputs), 0.5)
-        if head.task == "multilabel"
-        else np.arange(1, len(head.classes)) - 0.5
-    )
+    halves = np.full(len(head.outputs), 0.5)
+    first: Array = halves if head.task == "multilabel" else np.arange(1.0, len(head.classes)) - 0.5
     nested = honest.nested(
         fold, fit, apply, allowed=lambda number: np.isin(rows, folds.split(number)[0]), first=first
     )
-    said, rounded = graded_only(head, nested.prediction.astype(np.int64)), plain(metric, head, probability)
-    frame = scored(samples, rows)
+    said = graded_only(head, nested.prediction.astype(np.int64))
+    unfitted = apply(first, np.arange(len(rows))) if head.task == "multilabel" else None
+    rounded = plain(metric, head, probability) if unfitted is None else graded_only(head, unfitted)
+    asked_for, frame = graded_only(head, truth), scored(samples, rows)
     # Fitted cuts are kept only where they gain on other folds.
-    if metric.sign * (metric(truth, said, frame) - metric(truth, rounded, frame)) <= 0:
-        return rounded, np.asarray(np.arange(1, len(head.classes)) - 0.5, np.float64)
+    if metric.sign * (metric(asked_for, said, frame) - metric(asked_for, rounded, frame)) <= 0:
+        return rounded, first
     return said, nested.final
 
 

@@ -327,6 +327,15 @@ def test_several_labels_in_one_cell_with_thresholds_of_the_other_folds_and_a_flo
     assert written() == ["id,tags", "a,3", "b,3"], (
         "a row with nothing above its threshold gets the likeliest label"
     )
+    # Thresholds that gain nothing are a half for every label, also of three.
+    put(empty, "train.csv", "id,tags\n" + "".join(f"{i},{['3 17', '3', '5'][i % 3]}\n" for i in range(12)))
+    table = prepared()
+    truth = table.truth(table.heads[0], table.positions("train"))
+    near = np.where(np.arange(12)[:, None] < 6, 0.2 + 0.6 * truth, 0.4 + 0.2 * truth)
+    store.folds_file().unlink()
+    record = stand(table, {"tags": logits(near)}, {"tags": logits([[0.6, 0.1, 0.7], [0.1, 0.4, 0.2]])})
+    assert (record["oof"], record["cuts"]) == (1.0, {"tags": [0.5, 0.5, 0.5]})
+    assert written() == ["id,tags", "a,3", "17", "b,5"]
 
 
 def test_label_columns_of_which_the_sample_asks_some(empty: Path) -> None:
