@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import config
+from PIL import Image
 
 from comp.config import Refused
 from comp.predict import tta
@@ -51,6 +52,27 @@ def test_a_16_bit_file_stays_whole(suffix: str) -> None:
     if suffix == ".png":  # in 8 bits it is the high byte, as ever
         grey = images.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 1, "x")
         assert np.array_equal(grey[:, :, 0], DEEP[:, :, 0] >> 8)
+
+
+def test_bands_of_a_tiff_are_channels() -> None:
+    near_infrared = np.random.default_rng(1).integers(0, 256, (24, 24, 4), np.uint8)
+    for mode, bands in (("RGBX", near_infrared), ("RGBA", near_infrared)):
+        file = io.BytesIO()
+        Image.fromarray(bands, mode).save(file, "TIFF")
+        assert np.array_equal(images.decode(file.getvalue(), None, "stretch", 4, "x"), bands)
+        assert np.array_equal(images.decode(file.getvalue(), None, "stretch", 3, "x"), bands[:, :, :3])
+    tifffile = pytest.importorskip("tifffile")
+    many = np.random.default_rng(2).integers(0, 65536, (24, 30, 13), np.uint16)
+    for planar, array in (("contig", many), ("separate", np.moveaxis(many, 2, 0))):
+        file = io.BytesIO()
+        tifffile.imwrite(file, array, photometric="minisblack", planarconfig=planar)
+        data = file.getvalue()
+        assert np.array_equal(images.decode(data, None, "stretch", 13, "x", numbers(16)), many)
+        assert np.array_equal(images.decode(data, None, "stretch", 13, "x"), many >> 8)
+    with pytest.raises(images.Damaged, match=r"has 13 bands, and data\.channels wants 5"):
+        images.decode(data, None, "stretch", 5, "x")
+    with pytest.raises(images.Damaged, match="broken"):
+        images.decode(data[: len(data) // 2], None, "stretch", 13, "x")
 
 
 def test_arrays_stay_whole() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import py7zr
 import pytest
 import yaml
 from conftest import config
@@ -122,6 +123,10 @@ def archive(kind: str, prefix: str) -> bytes:
         with zipfile.ZipFile(out, "w") as zipped:
             for i in range(3):
                 zipped.writestr(f"{prefix}{i}.png", picture(10 * i))
+    elif kind == "7z":
+        with py7zr.SevenZipFile(out, "w") as packed:
+            for i in range(3):
+                packed.writef(io.BytesIO(picture(10 * i)), f"{prefix}{i}.png")
     else:
         with tarfile.open(fileobj=out, mode="w:gz" if kind == "tar.gz" else "w") as tar:
             for i in range(3):
@@ -132,7 +137,7 @@ def archive(kind: str, prefix: str) -> bytes:
 
 
 @pytest.mark.parametrize("prefix", ["", "train/deeper/"])
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "7z"])
 def test_images_inside_archives_whatever_they_are_called(empty: Path, kind: str, prefix: str) -> None:
     put(empty, "train.zip", archive(kind, prefix))  # by its bytes, not by its name
     put(empty, "train.csv", "id,label\n0,a\n1,b\n2,a\n")

@@ -18,6 +18,7 @@ from comp.deliver.cells import Form, rules_of_cells, some
 from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
 from comp.deliver.sample import Sample, read_sample, refuse_stale
 from comp.ensemble import blend
+from comp.prepare import sources
 from comp.samples import Samples
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def dry_run(name: str) -> Path:
 def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
     rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
-    sample = read_sample(store.path(cfg.competition.raw, rules.sample), cfg.competition.id)
+    place = sources.plain(store.path(cfg.competition.raw, rules.sample))  # hosts pack samples, too
+    sample = read_sample(place, cfg.competition.id)
     refuse_stale(sample, samples, ids_of(cfg, samples, sample))
     made, form = filled(cfg, samples, name, prediction, sample)
     put(file, made, form, sample)

@@ -1,4 +1,4 @@
-"""Pictures that are numbers: .npy bytes, DICOM, and TIFF stacks whose pages are channels, to grey levels by a rule that one declares.
+"""Pictures that are numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels, to grey levels by a rule that one declares.
 
 `competition.pixels.range: [low, high]` says which numbers become 0 and the brightest level. Without it: uint8 as it is, uint16 its
 high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
@@ -14,12 +14,14 @@ import io
 import math
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
 KINDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
+PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
 BRIGHTEST = {8: 255, 16: 65535, 32: 255}
 
 
@@ -51,8 +53,9 @@ def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixe
     if data[128:132] == b"DICM":
         return [_dicom(data, channels, numbers, name)]
     if channels > 1 and data[:4] in (b"II*\0", b"MM\0*"):
-        stack = _stack(data, channels, numbers, name)
-        return [] if stack is None else [stack]
+        made = _bands(data, channels, numbers, name)
+        made = _stack(data, channels, numbers, name) if made is None else made
+        return [] if made is None else [made]
     return []
 
 
@@ -183,6 +186,40 @@ def _window(file: Any, array: NDArray[Any], numbers: Numbers) -> tuple[float, fl
         return float(array.min()), float(array.max())
     first = [float(value[0] if hasattr(value, "__len__") else value) for value in (centre, width)]
     return first[0] - first[1] / 2, first[0] + first[1] / 2
+
+
+def _bands(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:
+    """A TIFF with other bands than grey, RGB and RGBA in each pixel, like near infrared: Pillow drops those, or takes none."""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        stream = io.BytesIO(data)
+        stream.seek(tags.next)
+        tags.load(stream)
+        bands, extra = int(tags.get(SAMPLES_PER_PIXEL, 1)), tags.get(EXTRA_SAMPLES, ())
+    except Exception:  # Pillow meets broken files with any exception; whoever decodes it says what is wrong
+        return None
+    usual = bands in (1, 3) or (bands == 4 and (set(extra) & {1, 2} or tags.get(PHOTOMETRIC) == 5))
+    if usual or (bands < 5 and bands != channels):
+        return None  # grey, RGB, RGBA, CMYK, or a fourth band that is not wanted
+    if bands != channels:
+        raise Damaged(name, f"has {bands} bands, and data.channels wants {channels}")
+    if bands == 4:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if array is None or array.ndim != 3:
+            raise Damaged(name, "broken, its four bands cannot be decoded")
+        return levels(cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA), numbers, name)
+    try:
+        import tifffile
+    except ImportError:
+        raise Damaged(
+            name, f"is TIFF of {bands} bands; pip install tifffile (the extra `tiff` of pyproject.toml)"
+        ) from None
+    try:
+        array = tifffile.imread(io.BytesIO(data), key=0)
+    except Exception as error:  # as of every decoder here
+        raise Damaged(name, f"broken, {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+    planar = array.ndim == 3 and array.shape[2] != bands
+    return levels(np.moveaxis(array, 0, -1) if planar else array, numbers, name)
 
 
 def _stack(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:

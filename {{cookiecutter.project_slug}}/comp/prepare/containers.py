@@ -1,7 +1,7 @@
 """Files that hold many: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder is expected.
 
     zip, uncompressed tar     read in place
-    7z, compressed tar        unpacked once into data/unpacked
+    7z, compressed tar, .gz   unpacked once into data/unpacked
     bson                      `train.bson/<_id>/0.jpg`: the pictures of a record, in their order
     npz, npy                  `x.npz/<key>` or `x.npz/<key>/17`, `x.npy/17`: one array of it, as .npy bytes
     parquet                   `x.parquet/<first column>`: the numbers of a row, as .npy bytes
@@ -13,8 +13,12 @@ it, where that is unambiguous. Everything here hands over bytes, so whoever deco
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -95,7 +99,15 @@ def _opened(file: str, mtime: int, process: int) -> Container:
         raise Refused(f"{store.shown(path)}: is no archive, and so has no members")
     try:
         return kind(path)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, struct.error, ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        struct.error,
+        ValueError,
+    ) as error:
         raise Refused(f"{store.shown(path)}: damaged, cannot be opened ({error})") from None
 
 
@@ -239,11 +251,21 @@ class _Unpacked:
                 archive.extractall(self.folder)
             yield from names
             return
+        if not tarfile.is_tarfile(file):  # `train.csv.gz` is one file
+            yield self._alone(file)
+            return
         with tarfile.open(file) as tar:
             for member in tar:
                 if member.isreg():
                     tar.extract(member, self.folder, filter="data")  # refuses what leads out of the folder
                     yield member.name.removeprefix("./")
+
+    def _alone(self, file: Path) -> str:
+        stream = next(kind for start, kind in STREAMS.items() if file.open("rb").read(8).startswith(start))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with stream(file) as packed, (self.folder / file.stem).open("wb") as out:
+            shutil.copyfileobj(packed, out, 2**20)
+        return file.stem
 
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
@@ -258,13 +280,16 @@ def _refuse_outside(file: Path, names: list[str]) -> None:
             raise Refused(f"{store.shown(file)}: the member {name!r} leads out of its folder")
 
 
+STREAMS: dict[bytes, Any] = {  # each opens a path to read
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 MAGIC: dict[bytes, Callable[[Path], Container]] = {
     b"PK\x03\x04": _Zip,
     b"PK\x05\x06": _Zip,
     b"7z\xbc\xaf\x27\x1c": _Unpacked,
-    b"\x1f\x8b": _Unpacked,
-    b"BZh": _Unpacked,
-    b"\xfd7zXZ": _Unpacked,
+    **dict.fromkeys(STREAMS, _Unpacked),
     b"\x93NUMPY": Npy,
     b"PAR1": Parquet,
 }

@@ -42,7 +42,7 @@ except ImportError:  # as on Kaggle; Pillow gives the same pixels and takes a fi
 Pixels = arrays.Pixels
 Fit = Literal["stretch", "cover", "contain"]
 
-DECODER = f"3, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
+DECODER = f"4, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
 # Named here, Pillow imports nothing else at the first picture of some thread, and opens nothing that can run a program.
 PLUGINS = (

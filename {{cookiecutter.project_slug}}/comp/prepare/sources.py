@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class Rows:
     columns: pd.DataFrame  # the raw columns, as text
     has: dict[str, list[str]]  # source -> the columns that it really has
     where: Callable[[int], str]
+    faults: list[str] = field(default_factory=list)  # one line a row that cannot be used as it is
 
 
 def load(competition: Competition) -> Rows:
@@ -83,7 +84,7 @@ def load(competition: Competition) -> Rows:
     samples = pd.concat(parts, ignore_index=True)
     raw_columns = pd.concat([source.frame for _, _, source in opened], ignore_index=True)
     rows = Rows(samples, raw_columns, has, where)
-    return _gathered(rows) if competition.gather else rows
+    return _gathered(rows, competition) if competition.gather else rows
 
 
 def tests(competition: Competition) -> Rows:
@@ -95,7 +96,7 @@ def tests(competition: Competition) -> Rows:
     source = _source(raw, competition.test)
     samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
     rows = Rows(samples, source.frame, {"train": [], "test": columns(source.frame)}, source.where)
-    return _gathered(rows) if competition.gather else rows
+    return _gathered(rows, competition) if competition.gather else rows
 
 
 def _source(raw: Path, table: Table) -> Source:
@@ -141,48 +142,72 @@ def _ids(source: Source, name: str) -> pd.Series:
     return pd.Series(paths(source, name), index=source.frame.index, dtype=object)
 
 
-def _gathered(rows: Rows) -> Rows:
-    """Rows of one id are one sample with several images; what else they say must be the same, or the first one counts."""
+def _gathered(rows: Rows, competition: Competition) -> Rows:
+    """Rows of one id are one sample with the images of all. Of several labels in a cell it has those of all, too; what else
+    a target says must be the same in each, and of other columns the first row counts."""
     keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
     codes, first = keys.factorize()
-    images: list[list[str]] = [[] for _ in first]
+    images: list[dict[str, None]] = [{} for _ in first]
     for code, more in zip(codes, rows.samples["images"], strict=True):
-        images[code] += more
+        images[code] |= dict.fromkeys(more)
     kept = np.flatnonzero(~keys.duplicated().to_numpy())
     samples = rows.samples.iloc[kept].reset_index(drop=True)
-    samples["images"] = images
+    samples["images"] = [list(each) for each in images]
     columns = rows.columns.iloc[kept].reset_index(drop=True)
-    return Rows(samples, columns, rows.has, lambda position: rows.where(int(kept[position])))
+    taught = (rows.samples["source"] != "test").to_numpy()
+    faults = []
+    for name, task in competition.tasks.items():
+        if name not in rows.columns:
+            continue
+        cells = rows.columns[name].fillna("").to_numpy(object)
+        others = np.flatnonzero((cells != cells[kept][codes]) & taught)
+        if task == "multilabel" and (len(competition.targets) == 1 or isinstance(competition.target, dict)):
+            said = {code: [cells[kept[code]]] for code in codes[others].tolist()}
+            for row in others.tolist():
+                said[codes[row]].append(cells[row])
+            whole = columns[name].tolist()
+            for code, labels in said.items():
+                whole[code] = competition.separator.join(filter(None, dict.fromkeys(labels)))
+            columns[name] = whole
+            continue
+        faults += [
+            f"{rows.where(row)}: {name} is {cells[row]!r}, where the same id has {cells[kept[codes[row]]]!r} in "
+            f"{rows.where(int(kept[codes[row]]))}; gather makes one sample of both"
+            for row in others.tolist()
+        ]
+    return Rows(samples, columns, rows.has, lambda position: rows.where(int(kept[position])), faults)
+
+
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": texts.csv_frame, ".tsv": texts.csv_frame, ".parquet": texts.parquet_frame, ".pq": texts.parquet_frame, ".bson": layouts.bson_frame,
+    ".json": layouts.json_frame, ".jsonl": layouts.json_frame, ".ndjson": layouts.json_frame,
+}  # fmt: skip
 
 
 def read(file: Path) -> Source:
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".csv": texts.csv_frame, ".tsv": texts.csv_frame, ".parquet": texts.parquet_frame, ".pq": texts.parquet_frame, ".bson": layouts.bson_frame,
-        ".json": layouts.json_frame, ".jsonl": layouts.json_frame, ".ndjson": layouts.json_frame,
-    }  # fmt: skip
-    file = _out_of_archive(file, list(readers))
+    file = plain(file)
     if not file.is_file():
         beside = (
-            [f.name for f in file.parent.glob("*") if f.suffix in readers] if file.parent.is_dir() else []
+            [f.name for f in file.parent.glob("*") if f.suffix in READERS] if file.parent.is_dir() else []
         )
         close = f"; the nearest there is {nearest(file.name, beside)[0]}" if beside else ""
         raise Refused(f"{store.shown(file)}: no such table{close}")
-    if file.suffix not in readers:
+    if file.suffix not in READERS:
         raise Refused(
-            f"{store.shown(file)}: a table ends in {', '.join(readers)}; other kinds: read_samples in comp/competition.py"
+            f"{store.shown(file)}: a table ends in {', '.join(READERS)}; other kinds: read_samples in comp/competition.py"
         )
     if file.stat().st_size > 20_000_000:
         print(f"reading {store.shown(file)}, {store.readable(file.stat().st_size)} …", flush=True)
-    frame = readers[file.suffix](file)
+    frame = READERS[file.suffix](file)
     if not len(frame):
         raise Refused(f"{store.shown(file)}: holds no rows")
     return Source(file, frame)
 
 
-def _out_of_archive(file: Path, suffixes: list[str]) -> Path:
+def plain(file: Path) -> Path:
     """`train.zip/train.csv`, or `train.csv.zip` with one table in it: unpacked once, read like any other."""
-    if file.is_file() and file.suffix not in suffixes and containers.holds(file):
-        inside = [name for name in containers.members(file) if Path(name).suffix in suffixes]
+    if file.is_file() and file.suffix not in READERS and containers.holds(file):
+        inside = [name for name in containers.members(file) if Path(name).suffix in READERS]
         if len(inside) != 1:
             raise Refused(
                 f"{store.shown(file)}: holds {len(inside)} tables; name one, like {file.name}/train.csv"

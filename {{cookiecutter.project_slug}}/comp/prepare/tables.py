@@ -42,7 +42,7 @@ def prepare(cfg: Config) -> Path:
         raise Refused(
             *reading.faults[: targets.SHOWN], *([f"and {more} more: comp check"] if more > 0 else [])
         )
-    sample = store.path(cfg.competition.raw, cfg.competition.submission.sample)
+    sample = sources.plain(store.path(cfg.competition.raw, cfg.competition.submission.sample))
     file = samples.save(reading.frame, reading.heads, sample=store.sha256(sample) if sample.is_file() else "")
     counts = reading.frame["source"].value_counts(sort=False)
     print(
@@ -71,6 +71,7 @@ def read(competition: Competition) -> Reading:
     _refuse_features(competition)
     rows = sources.load(competition)
     frame, faults = _identified(rows)
+    faults += rows.faults
     known = (frame["source"] != "test").to_numpy()
     if competition.group:
         frame["group"] = rows.columns[competition.group]

@@ -37,8 +37,20 @@ def parquet_frame(file: Path) -> pd.DataFrame:
         raise Refused(
             f"{store.shown(file)}: cannot be read as parquet ({str(error).splitlines()[0]})"
         ) from None
-    frame = table.to_pandas()
-    return pd.DataFrame({str(name): as_text(frame[name]) for name in frame})
+    return pd.DataFrame({name: _arrow_text(table[name]) for name in table.column_names})
+
+
+def _arrow_text(values: pa.ChunkedArray) -> pd.Series:
+    import pyarrow as pa
+
+    kind = values.type
+    if pa.types.is_integer(
+        kind
+    ):  # pandas would make floats of it where some are missing, and lose the last digits
+        return values.cast(pa.string()).to_pandas().astype(object)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # several labels, as a csv would write them
+        return values.to_pandas().map(lambda cell: " ".join(map(str, cell)), na_action="ignore")
+    return as_text(values.to_pandas())
 
 
 def csv_frame(file: Path) -> pd.DataFrame:

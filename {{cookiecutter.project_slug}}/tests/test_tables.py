@@ -1,0 +1,77 @@
+"""Tables that do not hold one line a sample: a label a line, packed ones, parquet's own kinds of cells."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_layouts import declare, logits, prepared, put, refused, stand, written
+
+from comp.prepare import sources
+
+
+def test_annotations_of_one_picture_are_its_labels(empty: Path) -> None:
+    notes = [{"id": 10 + i, "image_id": i // 2, "category_id": i % 3} for i in range(6)]
+    pictures = [{"id": i, "file_name": f"{i}.png"} for i in range(3)]
+    put(empty, "train.json", json.dumps({"images": pictures, "annotations": notes, "categories": []}))
+    put(empty, "test.csv", "row,id\nx_0,x\nx_1,x\n")
+    put(empty, "sample.csv", "id,category_id\nx,1\n")
+    where = {
+        "train": {"table": "train.json", "image": "{file_name}"},
+        "test": {"table": "test.csv", "image": "{id}.png"},
+    }
+    declare(
+        empty, **where, gather=True, target="category_id", task="multilabel", metric="f1_micro",
+        submission={"sample": "sample.csv", "form": "labels"},
+    )  # fmt: skip
+    table = prepared()
+    assert table.targets(table.heads[0])[:3].tolist() == [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
+    assert [each.tolist() for each in table.frame["images"]] == [["0.png"], ["1.png"], ["2.png"], ["x.png"]]
+    declare(empty, **where, gather=True, target="category_id")
+    assert refused().splitlines()[0] == (
+        "data/raw/train.json: row 1: category_id is '1', where the same id has '0' in data/raw/train.json: row 0; "
+        "gather makes one sample of both"
+    )
+
+
+@pytest.mark.parametrize("inside", ["", "/sample.csv"])
+def test_a_sample_in_an_archive_is_written_like_any_other(empty: Path, inside: str) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as zipped:
+        zipped.writestr("sample.csv", "id,label\n1,a\n2,b\n")
+    put(empty, "sample.csv.zip", out.getvalue())
+    put(empty, "train.csv.gz", gzip.compress(b"id,label\n07,a\n8,b\n9,a\n10,b\n"))
+    sample = f"sample.csv.zip{inside}"
+    declare(
+        empty, train={"table": "train.csv.gz", "image": "{id}.png"}, test={"table": sample, "image": "{id}.png"},
+        submission={"sample": sample, "form": "label"},
+    )  # fmt: skip
+    table = prepared()
+    assert table.frame["id"].tolist() == ["07", "8", "9", "10", "1", "2"]
+    truth = table.truth(table.heads[0], table.positions("train"))
+    stand(table, {"label": np.log(0.1 + 0.8 * np.eye(2)[truth])}, {"label": logits([[0.1, 0.9], [0.9, 0.1]])})
+    assert written() == ["id,label", "1,b", "2,a"]
+    put(empty, "train.csv.gz", gzip.compress(b"id,label\n07,a\n")[:-6])
+    assert "data/raw/train.csv.gz: damaged, cannot be opened" in refused()
+
+
+def test_cells_of_parquet_are_the_text_that_a_csv_would_have(empty: Path) -> None:
+    long = 123456789012345678
+    put(empty, "train.csv", "id\n0\n")
+    cells = {
+        "id": [1, 2], "group": [long, None], "tags": [["a", "b"], None], "kind": pa.array(["u", "v"]).dictionary_encode(),
+        "value": [0.5, 2.0],
+    }  # fmt: skip
+    pq.write_table(pa.table(cells), empty / "data/raw/train.parquet")
+    frame = sources.read(empty / "data/raw/train.parquet").frame
+    assert frame.fillna("").to_numpy().tolist() == [
+        ["1", str(long), "a b", "u", "0.5"],
+        ["2", "", "", "v", "2.0"],
+    ]
