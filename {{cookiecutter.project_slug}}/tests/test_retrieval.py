@@ -12,11 +12,11 @@ import torch
 from conftest import config
 from torch.nn import functional as F
 
-from comp import bank, decide, folds, jobs, metrics, samples, store
+from comp import bank, decide, folds, jobs, metrics, objective, samples, store
 from comp.config import Refused
 from comp.deliver import inside, kernel, submission
 from comp.ensemble.blend import blend
-from comp.predict import neighbours
+from comp.predict import infer, neighbours
 from comp.prepare import assign, tables
 from comp.tasks import Head
 from comp.train import margins, model
@@ -261,7 +261,20 @@ def test_the_whole_road_from_training_to_the_kernel(
         assert np.linalg.norm(held, axis=1) == pytest.approx(np.ones(len(held)), abs=1e-5)
     # views: the normalised embeddings are averaged, then asked
     jobs.predict("x", tta="identity,hflip")
-    assert bank.find("x:tta-identity-hflip", "oof").exists()
+    under_two = bank.load("x:tta-identity-hflip", "oof", table, split)
+    weights, scored = store.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
+    size = objective.embedding(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
+    seen = [
+        infer._said(jobs.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][0, :, :size]
+        for view in ("identity", "hflip")
+    ]
+    assert all(np.linalg.norm(each, axis=1) == pytest.approx(np.ones(len(scored)), abs=1e-4) for each in seen)
+    mean = (seen[0] + seen[1]) / np.linalg.norm(seen[0] + seen[1], axis=1, keepdims=True)
+    gallery = neighbours.read(neighbours.beside(weights))
+    by_hand = neighbours.class_scores(mean, *gallery, head, objective.NEIGHBOURS, torch.device("cpu"))
+    assert under_two.heads["Id"][np.isin(under_two.row, scored)] == pytest.approx(by_hand, abs=1e-3)
+    alone = bank.load("x", "oof", table, split).heads["Id"][np.isin(under_two.row, scored)]
+    assert not np.allclose(alone, by_hand, atol=1e-3)
     # a blend, and a submission in the host's form
     (root / "configs/ensembles/b.yaml").write_text("members: [x, y]\nmethod: mean\n")
     blend("b")

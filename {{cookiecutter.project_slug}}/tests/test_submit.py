@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb_reader
 from banked import Project, declare, lay_out, member
 from forked import forked
 from kaggle_server import KEY, Server
@@ -360,8 +361,13 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
     assert summary["values"]["public"] == 0.5
     assert list((sendable.root / "wandb").glob("offline-run-*"))
     assert submit("exp002") == 0 and cli.main(["scores"]) == 0
-    text = (sendable.root / "submissions" / "tracked" / "book" / "log.jsonl").read_text()
-    assert "cv_against_leaderboard" in text and "final two: " in text and "rank_correlation" in text
+    parts = [wandb_reader.read(folder) for folder in (sendable.root / "wandb").glob("offline-run-*")]
+    (book,) = [part for part in parts if part.run.run_id == "submissions-practice"]
+    assert book.run.job_type == "submit" and book.media("cv_against_leaderboard").exists()
+    assert book.summary["submissions"] == 2 and "final two: " in book.summary["said"]
+    assert "rank_correlation" in book.summary
+    each = {part.run.display_name: part.summary["public"] for part in parts if part is not book}
+    assert each == {"submit/exp001": 0.5, "submit/exp002": 0.5}
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -105,7 +105,12 @@ def _write(
                 break
             written += len(chunk)
             budget.spend(len(chunk), archive)
-            target.write(chunk)
+            try:
+                target.write(chunk)
+            except OSError as error:
+                raise Refused(
+                    f"{store.shown(place)}: could not be written ({error.strerror}); the same command begins it anew"
+                ) from None
             tell(len(chunk))
     if member.size >= 0 and written != member.size and kind(archive) != "gz":
         raise Damaged(
