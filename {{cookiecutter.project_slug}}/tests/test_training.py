@@ -21,7 +21,7 @@ from comp import bank, cli, folds, jobs, own, samples, score, store
 from comp.config import Refused
 from comp.predict import tta
 from comp.prepare import assign, tables
-from comp.train import augment, data, evaluate, loop, model
+from comp.train import augment, data, evaluate, loop
 
 TINY = [
     "track=none",
@@ -37,66 +37,6 @@ def refusal(work: Callable[[], Any]) -> str:
     with pytest.raises(Refused) as refused:
         work()
     return str(refused.value)
-
-
-# --- before anything is spent --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("model.name=resnet81", ["resnet81", "resnet18"]),
-        ("loss.name=mse", ["mse", "cross_entropy"]),
-        ("augment.recipe=hevay", ["hevay", "heavy"]),
-        ("augment.recipe=recipe", ["comp/competition.py defines no recipe"]),
-        ("predict.tta=[hflp]", ["hflp", "hflip"]),
-    ],
-)
-def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(
-    project: Path, override: str, words: list[str]
-) -> None:
-    said = refusal(lambda: jobs.train("exp001", [*TINY, override], fold="0", name="x"))
-    assert all(word in said for word in words), said
-    assert not (project / "runs/x").exists(), "a refused start must leave nothing that blocks the next"
-
-
-def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
-    assert "--as NAME" in refusal(lambda: jobs.train("exp001", ["optim.rate=1"]))
-    assert not (project / "runs").exists()
-
-
-def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
-    before = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
-    said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
-    assert "optim.rate: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
-    jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
-    assert len(list((project / "runs/.trash").iterdir())) == 1
-    jobs.train(
-        "exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x"
-    )  # another seed is the same run
-
-
-def test_a_knob_without_effect_says_so(project: Path) -> None:
-    cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
-    heads = samples.load().heads
-    model.build(cfg, heads, pretrained=False)
-    said = refusal(
-        lambda: model.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False)
-    )
-    assert "model.drop_path_rate" in said and "vgg11" in said
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
-    said = refusal(
-        lambda: jobs.train(
-            "exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"
-        )
-    )
-    assert "at step" in said or "validation" in said
-    assert not (project / "runs/x/seed0/fold0/weights.safetensors").exists()
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------
@@ -413,81 +353,3 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**28))
     said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
     assert "runs/x" in said and "comp clean" in said and not (project / "runs/x/seed0").exists()
-
-
-# --- a name stands for one config, one table, one set of folds -----------------------------------------------------------
-
-
-def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
-    """What a model has seen must never become what it is scored on."""
-    jobs.train("exp001", TINY, fold="0", name="x")
-    assign.make(config("competition.folds.seed=7"), samples.load(), remake=True)
-    said = refusal(lambda: jobs.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
-    assert "folds.seed: 0 there, 7 here" in said
-    cut = pd.read_csv(project / "data/raw/train.csv", dtype=str).iloc[:-3]
-    cut.to_csv(project / "data/raw/train.csv", index=False)
-    tables.prepare(config())
-    assign.make(config(), samples.load(), remake=True)
-    said = refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
-    assert "another data/samples.parquet" in said and "other folds" in said
-
-
-def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
-
-    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(output, target, reduction="none")
-
-    monkeypatch.setattr(own.competition, "loss", loss, raising=False)
-    assert "another comp/competition.py" in refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
-
-
-def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
-    for number in "01":
-        jobs.train("exp001", TINY, fold=number, name="x")
-    kept = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
-    jobs.train("exp001", TINY, fold="1", name="x", fresh=True)
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == kept
-    assert len(list((project / "runs/.trash").iterdir())) == 1
-    with store.lock(project / "runs/x/seed0/fold0", "training"):
-        said = refusal(lambda: jobs.train("exp001", TINY, name="x", fresh=True))
-    assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
-
-
-def test_half_a_start_is_no_start(project: Path) -> None:
-    """Killed between writing and sealing config.yaml: the same command goes on, and so does another config."""
-    (project / "runs/x").mkdir(parents=True)
-    (project / "runs/x/config.yaml").write_text("data: {size: 3}\n")
-    jobs.train("exp001", TINY, fold="0", name="x")
-    assert (project / "runs/x/seed0/fold0/test.arrow").exists()
-
-
-def test_a_run_does_not_take_the_name_of_an_ensemble(project: Path) -> None:
-    (project / "configs/ensembles/blend001.yaml").write_text("members: [x]\nmethod: mean\n")
-    assert "ensemble" in refusal(lambda: jobs.train("exp001", TINY, fold="0", name="blend001"))
-
-
-def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
-    file = project / "runs/x/config.yaml"
-    kept = [line for line in file.read_text().splitlines() if "drop_path_rate" not in line]
-    assert len(kept) == len(file.read_text().splitlines()) - 1
-    file.write_text("\n".join(kept) + "\n")
-    store.seal(file)
-    assert jobs.stored_config("x").model.drop_path_rate == 0.0
-    jobs.train("exp001", TINY, fold="1", name="x")
-
-
-def test_a_batch_of_damaged_pictures_alone_is_no_crash(project: Path) -> None:
-    table = samples.load()
-    (project / "data/raw" / table.frame["images"].iloc[table.positions("test")[47]][0]).write_bytes(b"")
-    tiny = [*TINY, "predict.batch_size=47", "model.name=test_convnext"]
-    jobs.train("exp001", tiny, fold="0", name="x")
-    assert len((project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()) == 1
-
-
-def test_a_device_that_is_not_there_is_one_line(project: Path) -> None:
-    assert "machine.device" in refusal(lambda: jobs.train("exp001", ["machine.device=gpu"]))
-    if not torch.cuda.is_available():
-        said = refusal(lambda: jobs.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
-        assert "no GPU" in said
