@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_layouts import declare, logits, prepared, put, refused, stand, written
+from test_forms import logits, stand, written
+from test_layouts import declare, prepared, put, refused
 
 from comp.prepare import sources
 
