@@ -13,7 +13,7 @@ from PIL import Image
 
 from comp import samples
 from comp.config import Refused
-from comp.prepare import inspect, tables
+from comp.prepare import guess, inspect, sources, tables
 
 
 def put(root: Path, name: str, data: bytes | str) -> None:
@@ -35,7 +35,7 @@ def inspected(root: Path) -> samples.Samples:
     return samples.load()
 
 
-def test_a_table_and_archives(empty: Path) -> None:
+def test_a_table_and_archives(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("train", "test"):
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as zipped:
@@ -47,13 +47,20 @@ def test_a_table_and_archives(empty: Path) -> None:
     put(empty, "sample_submission.csv", "file,kind\n" + "".join(f"te{i}.jpg,a\n" for i in range(30)))
     table = inspected(empty)
     said = config(experiment="base").competition
+    assert sources.read(empty / "data/raw/train.csv").where(1).endswith("train.csv:3"), (
+        "not what its column `file` says"
+    )
     assert said.train.image == ["train.zip/{file}"] and said.test.image == ["test.zip/{file}"]
     assert (said.target, said.task, said.group) == (["kind"], "multiclass", "patient_id")
     assert said.folds.scheme == "stratified_group"
     assert table.heads[0].classes == ("a", "b", "c")
     written = (empty / "configs" / "competition.yaml").read_text()
     assert "15 values, by its name" in written and "ambiguous: metric" in written
-    assert (empty / "data" / "inspect.png").exists()
+    told = capsys.readouterr().out
+    assert "3 labels: a 10, b 10, c 10" in told and "metric: accuracy; also balanced_accuracy" in told
+    assert "of 30 train pictures: 30 JPEG RGB, 12 x 12" in told and "of 24 test pictures" in told
+    with Image.open(empty / "data" / "inspect.png") as sheet:
+        assert sheet.height > 7 * 112, "30 training pictures and 24 of test, 8 in a row"
     assert (said.slug, said.title) == ("practice", "Practice"), "no look at the files could say them"
 
 
@@ -82,7 +89,7 @@ def test_coco_with_another_id_in_the_sample(empty: Path) -> None:
     assert table.heads[0].name == "category_id"
 
 
-def test_labels_rankings_and_label_columns(empty: Path) -> None:
+def test_labels_rankings_and_label_columns(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(30):
         put(empty, f"train/{i}.jpg", jpeg())
         put(empty, f"test/t{i}.jpg", jpeg())
@@ -97,6 +104,24 @@ def test_labels_rankings_and_label_columns(empty: Path) -> None:
     put(empty, "train.csv", "id,a,b,c\n" + "".join(f"{i},{i % 2},{i // 2 % 2},1\n" for i in range(30)))
     head = inspected(empty).heads[0]
     assert (head.task, head.outputs, head.graded) == ("multilabel", ("a", "b", "c"), ("a", "b"))
+    assert "2 labels: a 15, b 14" in capsys.readouterr().out
+    put(empty, "sample_submission.csv", "id,size\n" + "".join(f"t{i},0.5\n" for i in range(30)))
+    put(empty, "train.csv", "id,size\n" + "".join(f"{i},{i / 10}\n" for i in range(30)))
+    assert inspected(empty).heads[0].task == "regression"
+    assert (
+        "size: 0 to 2.9, half of them above 1.45, nine in ten from 0.145 to 2.755" in capsys.readouterr().out
+    )
+
+
+def test_the_pictures_shown_are_of_every_class_with_their_labels(empty: Path) -> None:
+    for i in range(60):
+        put(empty, f"train/{i:02d}.jpg", jpeg())
+    rows = "".join(f"{i:02d},{'common' if i < 57 else f'rare{i}'}\n" for i in range(60))
+    put(empty, "train.csv", "id,kind\n" + rows)
+    put(empty, "sample_submission.csv", "id,kind\n" + "".join(f"t{i},rare57\n" for i in range(9)))
+    found = guess.look(empty / "data" / "raw")
+    assert found.captions == ["common"] * 45 + ["rare57", "rare58", "rare59"]
+    assert found.images["train"][-1] == "train/59.jpg" and found.images["test"][0] == "test/t0.jpg"
 
 
 def test_what_is_no_competition_is_refused(empty: Path) -> None:

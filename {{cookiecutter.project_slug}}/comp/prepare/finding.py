@@ -43,8 +43,10 @@ class Found:
     says: dict[str, Any] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     unsure: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)  # some of train, for a look
+    images: dict[str, list[str]] = field(default_factory=dict)  # train and test: some of each, for a look
+    captions: list[str] = field(default_factory=list)  # what the table says of those of train
     labels: Counter[str] = field(default_factory=Counter)
+    spread: str = ""  # of a number that is to be predicted
 
     def say(self, key: str, value: Any, why: str) -> None:
         self.says[key] = value

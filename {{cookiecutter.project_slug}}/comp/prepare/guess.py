@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comp import metrics
 from comp.config import Refused
-from comp.prepare import finding, layouts
+from comp.prepare import examples, finding, layouts
 from comp.prepare.finding import Found
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def look(raw: Path) -> Found:
         frame = frames[train]
         found.say("train.table", train, f"{len(frame)} rows of {', '.join(map(str, frame.columns[:6]))}")
         finding.images(found, "train", frame, index, train)
-    found.images = [path for path in index.some if "test" not in path.split("/")[0]][:48]
     key = str(sample[1].columns[0])
     if test is None:
         found.say("test.table", sample[0], "no table of test rows beside the sample submission")
@@ -47,6 +47,8 @@ def look(raw: Path) -> Found:
     _ids(found, frame, testing, key, set(sample[1].iloc[:, 0]))
     _target(found, frame, testing, sample[1], test is None)
     _groups(found, frame, testing)
+    examples.choose(found, raw, "train", frame)
+    examples.choose(found, raw, "test", testing)
     return found
 
 
@@ -101,6 +103,7 @@ def _target(
     if len(answers) > 1 and inside == answers:
         numbers = frame[answers].astype(float)
         if numbers.isin([0, 1]).all().all():
+            found.labels = Counter({c: int(numbers[c].sum()) for c in answers})
             if (numbers.sum(axis=1) == 1).all():
                 _say(found, answers, "multiclass", "roc_auc", form, "one-hot columns, those of the sample")
             else:
@@ -111,6 +114,7 @@ def _target(
                 _say(found, flags, "multilabel", "mean_column_auc", form, f"columns of 0 and 1{more}")
         else:
             soft = (numbers >= 0).all().all() and (abs(numbers.sum(axis=1) - 1) < 1e-3).all()
+            found.spread = "; ".join(f"{c}: {_spread(numbers[c])}" for c in answers[:8])
             _say(
                 found,
                 answers,
@@ -139,10 +143,9 @@ def _target(
             "data/raw: no column of the training table is absent from the test rows; write configs/competition.yaml by hand"
         )
     _one(found, likely[0], frame, sample.iloc[:, 1].dropna().astype(str))
-    if len(set(likely)) > 1 and not inside:
-        found.unsure.append(
-            f"target: {likely[0]}; others that the test rows lack: {', '.join(dict.fromkeys(likely[1:6]))}"
-        )
+    others = [c for c in dict.fromkeys(likely) if c != likely[0]]
+    if others and not inside:
+        found.unsure.append(f"target: {likely[0]}; others that the test rows lack: {', '.join(others[:5])}")
 
 
 def _one(found: Found, name: str, frame: pd.DataFrame, cells: pd.Series) -> None:
@@ -160,9 +163,6 @@ def _one(found: Found, name: str, frame: pd.DataFrame, cells: pd.Series) -> None
         found.say("submission.k", k, "as many as in the sample")
     elif values.nunique() == 2:
         _say(found, [name], "binary", "roc_auc", "probability", "two values")
-        found.unsure.append(
-            "metric: roc_auc, log_loss, f1 with form label: the page of the competition says which"
-        )
     elif (
         numeric
         and (given or values.nunique() > 0.2 * len(values) or values.str.contains(r"\.").any())
@@ -172,13 +172,13 @@ def _one(found: Found, name: str, frame: pd.DataFrame, cells: pd.Series) -> None
     else:
         metric = "f1_macro" if values.nunique() > 20 else "accuracy"
         _say(found, [name], "multiclass", metric, "label", f"{values.nunique()} values")
-        found.unsure.append(
-            f"metric: {metric}; accuracy, f1_macro, qwk (task ordinal): the page of the competition says which"
-        )
+        if numeric and values.nunique() < 12:
+            found.unsure.append("task: multiclass; ordinal, with metric qwk, where its numbers are grades")
 
 
 def _regression(found: Found, name: str, values: pd.Series) -> None:
     low, high = values.astype(float).min(), values.astype(float).max()
+    found.labels, found.spread = Counter(), f"{name}: {_spread(values.astype(float))}"
     _say(found, [name], "regression", "rmse", "value", f"numbers from {low:g} to {high:g}")
     found.say(
         "submission.range",
@@ -192,6 +192,17 @@ def _say(found: Found, target: list[str], task: str, metric: str, form: str, why
     found.say("task", task, why)
     found.say("metric", metric, "GUESSED from the task; the page of the competition says which")
     found.say("submission.form", form, "the sample's columns and cells")
+    needs = metrics.find(metric).needs
+    fit = [each for each in metrics.METRICS.values() if task in each.tasks and each.name != metric]
+    line = f"metric: {metric}; also {', '.join(each.name for each in fit if each.needs == needs)}"
+    if task == "binary":
+        line += f"; with form label: {', '.join(each.name for each in fit if each.needs == 'label')}"
+    found.unsure.append(line)
+
+
+def _spread(values: pd.Series) -> str:
+    low, middle, high = values.quantile([0.05, 0.5, 0.95])
+    return f"{values.min():g} to {values.max():g}, half of them above {middle:g}, nine in ten from {low:g} to {high:g}"
 
 
 def _groups(found: Found, frame: pd.DataFrame, testing: pd.DataFrame) -> None:
@@ -216,6 +227,8 @@ def _groups(found: Found, frame: pd.DataFrame, testing: pd.DataFrame) -> None:
         else plain,
         "from target and group",
     )
+    found.say("folds.k", 5, "the usual; fewer where training is slow")
+    found.say("folds.seed", 0, "any; another one is another cut")
     shared = [
         c
         for c in repeated

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
-from comp import config, store, yaml_lines
+from comp import config, pictures, store, yaml_lines
 from comp.config import Refused
 from comp.prepare import arrays, guess, images
 from comp.prepare.arrays import Damaged
@@ -30,7 +30,7 @@ def inspect() -> Path:
         print(f"the old one lies in {store.shown(store.trash(file))}")
     store.write_text(file, text(found, slug, title, raw_name))
     _told(found, raw)
-    _contact_sheet(found.images, raw, store.path("data", "inspect.png"))
+    _contact_sheet(found, raw, store.path("data", "inspect.png"))
     print(f"{store.shown(file)}: a first guess, every line with its reason; correct it, then: comp check")
     config.load(store.root(), "base")  # what was written must at least be a competition
     return file
@@ -59,7 +59,7 @@ def text(found: Found, slug: str, title: str, raw: str) -> str:
         f"title: {yaml_lines.inline(title)}",
         f"raw: {yaml_lines.inline(raw)}",
     ]
-    says = dict(found.says) | {"folds.k": 5, "folds.seed": 0}
+    says = found.says
     for key in ORDER:
         inner = {name.partition(".")[2]: value for name, value in says.items() if name.startswith(f"{key}.")}
         if key in says:
@@ -86,43 +86,72 @@ def _told(found: Found, raw: Path) -> None:
             f"{len(common)} labels: {shown}"
             + (f" … {common[-1][0]} {common[-1][1]}" if len(common) > 8 else "")
         )
-    kinds = Counter(_kind(raw, name) for name in found.images)
-    print(
-        f"of {len(found.images)} pictures: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    )
+    if found.spread:
+        print(found.spread)
+    for source, names in found.images.items():
+        print(f"of {len(names)} {source} pictures: {_kinds([_look(raw, name) for name in names])}")
     for line in found.unsure:
         print(f"ambiguous: {line}")
 
 
-def _kind(raw: Path, name: str) -> str:
-    """Format, mode and size as people say them; of what is no ordinary picture what the decoder makes of it."""
+def _kinds(looks: list[Look]) -> str:
+    """`40 JPEG RGB, 512 x 384 to 2048 x 1536; 8 PNG L, 64 x 64`"""
+    lines = []
+    for kind, count in Counter(look.kind for look in looks).most_common(6):
+        sizes = sorted({look.size for look in looks if look.kind == kind and look.size}, key=math.prod)
+        ends = [f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)][:2]]
+        lines.append(f"{count} {kind}" + (f", {' to '.join(ends)}" if ends else ""))
+    return "; ".join(lines)
+
+
+class Look(NamedTuple):
+    kind: str
+    size: tuple[int, int] | None = None  # width, height
+
+
+def _look(raw: Path, name: str) -> Look:
+    """Format and mode as people say them; of what is no ordinary picture what the decoder makes of it."""
     try:
         data = images.read(raw / name, name)
         with Image.open(io.BytesIO(data)) as image:
-            return f"{image.format} {image.mode} {image.width} x {image.height}"
+            return Look(f"{image.format} {image.mode}", image.size)
     except Damaged as damaged:
-        return f"no picture ({damaged.reason})"
+        return Look(f"no picture ({damaged.reason})")
     except (OSError, Image.UnidentifiedImageError):
         pass
+    if data[128:132] == b"DICM" and (dicom := _dicom(data)):
+        return dicom
     try:
         height, width, _ = images.decode(data, None, "stretch", 1, name).shape
     except Damaged as damaged:
-        return f"no ordinary picture ({damaged.reason})"
-    return f"{name.rpartition('.')[2]} {width} x {height}"
+        return Look(f"no ordinary picture ({damaged.reason})")
+    return Look(name.rpartition(".")[2], (width, height))
 
 
-def _contact_sheet(names: list[str], raw: Path, file: Path, side: int = 96) -> None:
-    sheet = Image.new("RGB", (8 * side, 6 * side))
-    for number, name in enumerate(names[:48]):
+def _dicom(data: bytes) -> Look | None:
+    try:
+        import pydicom
+    except ImportError:
+        return None  # the decoder says what is missing
+    try:
+        head = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+        kind = f"DICOM {head.PhotometricInterpretation} {head.BitsStored} bit"
+        return Look(kind, (int(head.Columns), int(head.Rows)))
+    except Exception:  # as in arrays.py: whoever decodes it says what is wrong
+        return None
+
+
+def _contact_sheet(found: Found, raw: Path, file: Path) -> None:
+    """Training pictures with their labels, then some of test."""
+    tiles = []
+    train, test = found.images["train"], found.images["test"]
+    captions = [*found.captions, *["test"] * len(test)]
+    for name, caption in zip([*train, *test], captions, strict=True):
         try:
             data = images.read(raw / name, name)
             channels = 1 if arrays.planes(data, 1, images.NO_NUMBERS, name) else 3
-            pixels = images.decode(data, side, "contain", channels, name)
+            tiles.append((images.decode(data, pictures.TILE, "contain", channels, name), caption))
         except Damaged:
             continue  # said above, by kind
-        picture = Image.fromarray(np.repeat(pixels, 3 // channels, axis=2))
-        sheet.paste(picture, (number % 8 * side, number // 8 * side))
-    with store.writing(file) as temporary:
-        sheet.save(temporary, "PNG")
+    pictures.sheet(tiles, file, title="training pictures with their labels, then test")
     print(f"{store.shown(file)}: a contact sheet")

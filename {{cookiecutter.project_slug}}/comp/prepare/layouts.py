@@ -19,7 +19,7 @@ from comp.prepare import containers, records
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "file"  # the column of a row's path, where the files are the rows
+FILE = "path of the file"  # the column of it, where the files are the rows; no table has one of that name
 
 
 def json_frame(file: Path) -> pd.DataFrame:
