@@ -1,4 +1,4 @@
-"""A piece of work in a process of its own, forked, so that what is imported already need not be imported again."""
+"""Pieces of work in processes of their own, forked, so that what is imported already need not be imported again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from collections.abc import Callable
 
 def forked(work: Callable[[], object]) -> int:
     """Its exit status as waitpid gives it."""
+    return all_forked(work)[0]
+
+
+def all_forked(*works: Callable[[], object]) -> list[int]:
+    """Side by side."""
     sys.stdout.flush()
+    children = [_begun(work) for work in works]
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def _begun(work: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         try:
@@ -19,4 +29,4 @@ def forked(work: Callable[[], object]) -> int:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    return os.waitpid(child, 0)[1]
+    return child

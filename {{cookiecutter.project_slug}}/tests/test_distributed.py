@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import banked
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import config
+from forked import all_forked
 from safetensors.torch import load_file
 
-from comp import bank, folds, jobs, samples, store, track
+from comp import bank, cli, folds, jobs, samples, store, track
 from comp.config import Refused
 from comp.train import distributed
 from comp.train.data import Draw
+from comp.tune import search
 
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
@@ -41,6 +47,20 @@ def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
         text=True,
         env=os.environ,
     )
+
+
+def forked_twice(*arguments: str, before: Callable[[int], None] = lambda rank: None) -> list[int]:
+    """The same without torchrun: forks of this process that find each other, and need not import everything again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def work(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        before(rank)
+        assert cli.main([*arguments]) == 0
+
+    return all_forked(*(partial(work, rank) for rank in range(2)))
 
 
 def trained(name: str, fold: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -96,23 +116,39 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
         "0",
         "--as",
     ]
-    whole = torchrun("train", "exp001", *told, "whole")
-    said = whole.communicate()[0]
-    assert whole.returncode == 0 and "batch norm (" in said, said
+    assert forked_twice("train", "exp001", *told, "whole") == [0, 0]
     stopped = torchrun("train", "exp001", *told, "again")
     log = store.fold_folder("again", 0, 0) / "log.jsonl"
     while stopped.poll() is None and not (log.exists() and b'"epoch": 1' in log.read_bytes()):
         time.sleep(0.01)  # until the event, not for a time
     stopped.send_signal(signal.SIGINT)
     said = stopped.communicate()[0]
-    assert "saved at step" in said, said
-    again = torchrun("train", "exp001", *told, "again")
-    assert again.wait() == 0
+    assert "saved at step" in said and "batch norm (" in said, said
+    assert forked_twice("train", "exp001", *told, "again") == [0, 0]
     for file in ("weights.safetensors", "oof.arrow"):
         hashes = {store.sha256(store.fold_folder(name, 0, 0) / file) for name in ("whole", "again")}
         assert len(hashes) == 1 or file == "oof.arrow", file  # the run's name is in oof.arrow
     assert not list(Path(store.root()).glob("**/comp-*")), "the second process keeps nothing"
     shutil.rmtree(store.run_folder("whole"))
+
+
+def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> None:
+    """The second process would wait for ever where the first had left it alone, and the third trial would not begin."""
+    (project / "configs" / "tune").mkdir()
+    (project / "configs" / "tune" / "p.yaml").write_text(
+        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
+    )
+    told = ["track=none", "machine.workers=0", "train.epochs=3", "train.limit=32", "schedule.warmup=0"]
+
+    def judge(rank: int) -> None:
+        optuna.trial.Trial.should_prune = lambda trial: rank == 0 and trial.number == 1  # type: ignore[assignment, method-assign]
+
+    assert forked_twice("tune", "exp001", "--space", "p", "--trials", "3", *told, before=judge) == [0, 0]
+    trials = search.join("exp001", told, "p", None, 3).study.get_trials(deepcopy=False)
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert trials[1].user_attrs["pruned_at"] == {"fold": 0, "step": 1}
+    assert [len(t.intermediate_values) for t in trials] == [6, 1, 6]
+    assert not list(Path(store.root()).glob("**/comp-*"))
 
 
 def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

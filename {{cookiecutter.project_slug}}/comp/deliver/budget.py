@@ -6,9 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from comp import bank, config, folds, machine, samples, score, store
+from comp import bank, config, folds, machine, samples, score, store, yaml_lines
 from comp.config import Config, Refused
 from comp.deliver import kernel, rehearse
 from comp.ensemble import average, blend, declare
@@ -170,7 +168,7 @@ def _declared(name: str, text: str, team: Team, declared: Any) -> str:
     file = store.path("configs", "ensembles", f"{new}.yaml")
     store.write_text(
         file,
-        f"# {name}, less what does not fit into {text}: written by comp kernel {name} --budget {text}\n{yaml.safe_dump(said, sort_keys=False)}",
+        f"# {name}, less what does not fit into {text}: written by comp kernel {name} --budget {text}\n{yaml_lines.dump(said)}",
     )
     print(f"written: {store.shown(file)}")
     blend.blend(new)

@@ -66,7 +66,7 @@ def build(name: str, owner: str = "me") -> Path:
         _artefacts(bundle, name, leaves)
         if cfg.competition.metadata:
             _known(bundle, table)
-        wheels = [_wheel(bundle / "wheels", each) for each in needed()]
+        wheels = [_wheel(bundle / "wheels", each) for each in sorted({*needed(), *readers(table)})]
         store.write_json(bundle / "bundle.json", about(cfg, table, name, leaves))
         _manifest(bundle)
         _notebook(beside, cfg, name, owner)
@@ -170,7 +170,7 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
         store.verified(file, "comp kernel needs it")
         target = bundle / file.relative_to(store.root())
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link(file, target)
+        link(file, target)
         entry = store.sealed(file)
         listed = target.parent / store.MANIFEST
         known = json.loads(listed.read_text()) if listed.exists() else {}
@@ -186,10 +186,10 @@ def _known(bundle: Path, table: Samples) -> None:
     samples.save(frame, (), bundle / "data" / "samples.parquet")
 
 
-def _link(file: Path, target: Path) -> None:
+def link(file: str | Path, target: str | Path) -> None:
     """Gigabytes need not lie there twice; on another disk they do."""
     try:
-        os.link(file, target)
+        os.link(os.path.realpath(file), target)
     except OSError:
         shutil.copyfile(file, target)
 
@@ -266,6 +266,12 @@ def needed() -> list[str]:
     used = {owners[top][0] for top in tops - set(sys.stdlib_module_names) - {"comp"} if top in owners}
     image = {name.lower() for name in IMAGE}
     return sorted({*ALWAYS, *(name for name in used if name.lower() not in image)})
+
+
+def readers(table: Samples) -> list[str]:
+    """What opens this competition's pictures, where an image without internet may lack it."""
+    names = (name.lower() for each in table.frame["images"] for name in each)
+    return ["pydicom"] if any(name.endswith((".dcm", ".dicom")) for name in names) else []
 
 
 def _wheel(place: Path, name: str) -> Path:

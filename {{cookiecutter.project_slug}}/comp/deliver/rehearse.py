@@ -12,7 +12,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,16 @@ def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
     cfg = config.load(store.root(), "base").config
     made = kernel.folder(name)
     size = kernel.content(made)
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as space:
-        hidden = _run(cfg, name, Path(space) / "hidden", True, python)
-        visible = _run(cfg, name, Path(space) / "visible", False, python)
-        far = compare(name, Path(space) / "visible" / "kaggle" / "working" / "said.npz", visible["half"])
+    # Beside what it runs, so that gigabytes are linked and not copied, and a killed one is cleaned up by the next.
+    with store.lock(made, f"rehearsing {name}"):
+        space = made / ".rehearsal"
+        shutil.rmtree(space, ignore_errors=True)
+        try:
+            hidden = _run(cfg, name, space / "hidden", True, python)
+            visible = _run(cfg, name, space / "visible", False, python)
+            far = compare(name, space / "visible" / "kaggle" / "working" / "said.npz", visible["half"])
+        finally:
+            shutil.rmtree(space, ignore_errors=True)
     each = {address: visible["seconds"][address] / visible["rows"] for address in visible["seconds"]}
     limit = cfg.competition.kernel
     wanted = limit.hidden_rows or len(samples.load().positions("test"))
@@ -107,14 +112,12 @@ def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
 def _run(cfg: Config, name: str, space: Path, hidden: bool, python: str) -> dict[str, Any]:
     place, slug = space / "kaggle", kernel.slug(name)
     (place / "working").mkdir(parents=True)
-    lay_out(cfg, place / "input" / cfg.competition.slug, hidden)
-    shutil.copytree(
-        kernel.folder(name) / "bundle",
-        place / "input" / slug,
-        copy_function=os.link if _one_disk(place) else shutil.copy2,
-    )
+    (place / "input").mkdir()
     command, environment, isolation = _isolated(place, space, python, slug)
-    if isolation.startswith("weaker"):
+    weaker = isolation.startswith("weaker")
+    lay_out(cfg, place / "input" / cfg.competition.slug, hidden, linked=not weaker)
+    shutil.copytree(kernel.folder(name) / "bundle", place / "input" / slug, copy_function=kernel.link)
+    if weaker:
         environment["COMP_KAGGLE"] = str(place)
     done = subprocess.run(
         command,
@@ -148,6 +151,7 @@ def _isolated(place: Path, space: Path, python: str, slug: str) -> tuple[list[st
     environment |= {"COMP_REHEARSAL": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     root = space / "root"
     root.mkdir()
+    (place / "tmp").mkdir()
     names = [
         "unshare",
         "--user",
@@ -161,7 +165,8 @@ def _isolated(place: Path, space: Path, python: str, slug: str) -> tuple[list[st
         str(root),
         str(place),
     ]
-    inside = ["env", "-C", "/kaggle/working", f"PYTHONPATH=/kaggle/input/{slug}"]
+    # Loader processes talk through sockets in the temporary folder, and the path of one may have a hundred characters.
+    inside = ["env", "-C", "/kaggle/working", f"PYTHONPATH=/kaggle/input/{slug}", "TMPDIR=/kaggle/tmp"]
     for flags in (names, [part for part in names if part not in ("--user", "--map-root-user")]):
         if (
             shutil.which("unshare")
@@ -189,20 +194,18 @@ def _ceiling(gigabytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9),) * 2)
 
 
-def _one_disk(place: Path) -> bool:
-    return os.stat(place).st_dev == os.stat(store.root()).st_dev
-
-
 # --- test sets -----------------------------------------------------------------------------------------------------------
 
 
-def lay_out(cfg: Config, target: Path, hidden: bool) -> None:
-    """The competition's folder as the notebook finds it: tables, the sample, test pictures; no training pictures."""
+def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> None:
+    """The competition's folder as the notebook finds it: tables, the sample, test pictures; no training pictures. `linked`
+    where nobody can write there, since data/raw is never changed."""
     home, raw = cfg.competition, store.path(cfg.competition.raw)
     if home.test.table is None or not home.test.image or not _plain(home, raw):
-        shutil.copytree(
-            raw, target
-        )  # other rows cannot be made up: it gets everything, and the ids that there are
+        # Other rows cannot be made up: it gets everything, and the ids that there are.
+        if not linked:
+            store.need_space(sum(f.stat().st_size for f in raw.rglob("*") if f.is_file()), "the rehearsal")
+        shutil.copytree(raw, target, copy_function=kernel.link if linked else shutil.copy2)
         return
     target.mkdir(parents=True)
     for file in raw.iterdir():
