@@ -31,6 +31,15 @@ TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal"
 FormName = Literal["label", "probability", "probabilities", "value", "labels", "ranking"]
 
 
+class Long(Section):
+    """A table with a line for each class of a row: which column says the class, alone or built like `{id}_{class}`, and which
+    one the label. Without the latter a line says that the class is there."""
+
+    column: Text
+    like: Annotated[str, Field(pattern=r"\{class\}")] = "{class}"
+    value: Text | None = None
+
+
 class Table(Section):
     """Where rows come from and how a row names its images. `{column}` and `{column[0]}` stand for values of the row.
 
@@ -42,6 +51,7 @@ class Table(Section):
     image: Many | None = None
     files: Text | None = None
     id: Text | None = None
+    long: Long | None = None
 
     @model_validator(mode="after")
     def _rows_from_somewhere(self) -> Table:
@@ -49,6 +59,8 @@ class Table(Section):
             raise ValueError(
                 "say either table, with image, or files: a pattern of paths, where there is no table"
             )
+        if self.table is None and self.long is not None:
+            raise ValueError("long: is of a table, and files have none")
         if self.table is not None and self.image is None:
             raise ValueError("table needs image: the path of a row's image, like train/{id}.png")
         return self

@@ -25,7 +25,7 @@ def cells(template: str, ids: Sequence[str], heads: Sequence[Head]) -> list[Cell
     known = names(template, heads)
     asked = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
     parts = re.split(r"(\{id\}|\{class\}|\{target\})", template)
-    kinds = {"{id}": "(?P<id>.+)", "{class}": f"(?P<name>{asked})", "{target}": f"(?P<name>{asked})"}
+    kinds = {"{id}": "(?P<id>.+?)", "{class}": f"(?P<name>{asked})", "{target}": f"(?P<name>{asked})"}
     pattern = re.compile("".join(kinds.get(part, re.escape(part)) for part in parts))
     out = []
     for line, each in enumerate(ids, 2):

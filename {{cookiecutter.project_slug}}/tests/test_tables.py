@@ -76,3 +76,54 @@ def test_cells_of_parquet_are_the_text_that_a_csv_would_have(empty: Path) -> Non
         ["1", str(long), "a b", "u", "0.5"],
         ["2", "", "", "v", "2.0"],
     ]
+
+
+LONG = {
+    "train": {"table": "train.csv", "image": "train/{id}.dcm", "long": {"column": "ID", "like": "{id}_{class}", "value": "Label"}},
+    "test": {"table": "sample.csv", "image": "test/{id}.dcm", "long": {"column": "ID", "like": "{id}_{class}"}},
+    "target": ["any", "in_any"], "task": "multilabel", "metric": "mean_column_log_loss",
+    "submission": {"sample": "sample.csv", "form": "probability", "rows": "{id}_{class}"},
+}  # fmt: skip
+
+
+def test_a_training_table_with_a_line_for_each_class(empty: Path) -> None:
+    lines = [
+        f"ID_{i}_{name},{i % 2 if name == 'any' else i // 4}\n"
+        for i in range(8)
+        for name in ("in_any", "any")
+    ]
+    put(empty, "train.csv", "ID,Label\n" + "".join([*lines, lines[0]]))
+    put(empty, "sample.csv", "ID,Label\nID_y_any,0\nID_y_in_any,0\nID_x_in_any,0\nID_x_any,0\n")
+    declare(empty, **LONG)
+    table = prepared()
+    assert table.frame["id"].tolist() == [*(f"ID_{i}" for i in range(8)), "ID_y", "ID_x"]
+    assert table.frame["images"].iloc[-1].tolist() == ["test/ID_x.dcm"]
+    truth = table.truth(table.heads[0], table.positions("train"))
+    assert truth.tolist()[:5] == [[0, 0], [1, 0], [0, 0], [1, 0], [0, 1]]
+    stand(table, {"labels": logits(0.2 + 0.6 * truth)}, {"labels": logits([[0.25, 0.5], [0.125, 0.75]])})
+    assert [line.split(",")[0] for line in written()] == [
+        "ID",
+        "ID_y_any",
+        "ID_y_in_any",
+        "ID_x_in_any",
+        "ID_x_any",
+    ]
+    assert np.allclose([float(line.split(",")[1]) for line in written()[1:]], [0.25, 0.5, 0.75, 0.125])
+    put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_0_in_any,1\n"]))
+    assert refused() == "data/raw/train.csv:2: in_any is '0', and another line of the same id says '1'"
+    put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_any,1\n"]))
+    assert refused() == "data/raw/train.csv:18: in_any: the label is missing"
+    put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_all,1\n"]))
+    assert refused().startswith(
+        "data/raw/train.csv:18: ID is 'ID_9_all', which is not built like {id}_{class} from the targets"
+    )
+
+
+def test_a_line_for_each_class_that_is_there(empty: Path) -> None:
+    put(empty, "train.csv", "id,finding,age\na,y,5\na,x,5\nb,x,6\nc,y,7\nc,y,7\nd,x,8\n")
+    put(empty, "sample.csv", "id,x,y\nq,0,0\n")
+    declare(
+        empty, train={"table": "train.csv", "image": "{id}.png", "long": {"column": "finding"}}, target=["x", "y"],
+        task="multilabel", metric="mean_column_auc", submission={"sample": "sample.csv", "form": "probabilities"},
+    )  # fmt: skip
+    assert prepared().targets(prepared().heads[0])[:4].tolist() == [[1, 1], [1, 0], [0, 1], [1, 0]]

@@ -17,7 +17,7 @@ import numpy as np
 from comp import own, store
 from comp.config import Refused, nearest
 from comp.declared import Competition, Table
-from comp.prepare import containers, layouts, texts
+from comp.prepare import containers, layouts, several, texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ class Source:
 
     file: Path
     frame: pd.DataFrame
+    rows: Sequence[int] | None = None  # of the table, where a line of the frame was made of several
 
     @cached_property
     def _lines(self) -> list[int]:
@@ -36,6 +37,8 @@ class Source:
         return [line for line, _ in texts.lines(self.file)][1:]
 
     def where(self, position: int) -> str:
+        if self.rows is not None:
+            position = self.rows[position]
         if layouts.FILE in self.frame:
             return str(self.frame[layouts.FILE].iloc[position])
         if self.file.suffix in (".csv", ".tsv"):
@@ -68,7 +71,7 @@ def load(competition: Competition) -> Rows:
         return _own_rows(hook(raw), competition)
     tables = [("train", competition.train), ("test", competition.test)]
     tables += [("extra", table) for table in competition.extra]
-    opened = [(name, table, _source(raw, table)) for name, table in tables]
+    opened = [(name, table, _source(raw, table, competition)) for name, table in tables]
     problems = [line for name, table, source in opened for line in _absent(name, source, table, competition)]
     if problems:
         raise Refused(*problems)
@@ -84,7 +87,7 @@ def load(competition: Competition) -> Rows:
     samples = pd.concat(parts, ignore_index=True)
     raw_columns = pd.concat([source.frame for _, _, source in opened], ignore_index=True)
     rows = Rows(samples, raw_columns, has, where)
-    return _gathered(rows, competition) if competition.gather else rows
+    return several.gathered(rows, competition) if competition.gather else rows
 
 
 def tests(competition: Competition) -> Rows:
@@ -93,17 +96,18 @@ def tests(competition: Competition) -> Rows:
     hook = own.get("read_samples")
     if hook is not None:
         return _own_rows(hook(raw), competition)
-    source = _source(raw, competition.test)
+    source = _source(raw, competition.test, competition)
     samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
     rows = Rows(samples, source.frame, {"train": [], "test": columns(source.frame)}, source.where)
-    return _gathered(rows, competition) if competition.gather else rows
+    return several.gathered(rows, competition) if competition.gather else rows
 
 
-def _source(raw: Path, table: Table) -> Source:
+def _source(raw: Path, table: Table, competition: Competition) -> Source:
     if table.files is not None:
         return Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
     assert table.table is not None
-    return read(raw / table.table)
+    found = read(raw / table.table)
+    return found if table.long is None else several.widened(found, table, competition)
 
 
 def _samples(
@@ -140,42 +144,6 @@ def _ids(source: Source, name: str) -> pd.Series:
     if "{" not in name:
         return source.frame[name]
     return pd.Series(paths(source, name), index=source.frame.index, dtype=object)
-
-
-def _gathered(rows: Rows, competition: Competition) -> Rows:
-    """Rows of one id are one sample with the images of all. Of several labels in a cell it has those of all, too; what else
-    a target says must be the same in each, and of other columns the first row counts."""
-    keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
-    codes, first = keys.factorize()
-    images: list[dict[str, None]] = [{} for _ in first]
-    for code, more in zip(codes, rows.samples["images"], strict=True):
-        images[code] |= dict.fromkeys(more)
-    kept = np.flatnonzero(~keys.duplicated().to_numpy())
-    samples = rows.samples.iloc[kept].reset_index(drop=True)
-    samples["images"] = [list(each) for each in images]
-    columns = rows.columns.iloc[kept].reset_index(drop=True)
-    taught = (rows.samples["source"] != "test").to_numpy()
-    faults = []
-    for name, task in competition.tasks.items():
-        if name not in rows.columns:
-            continue
-        cells = rows.columns[name].fillna("").to_numpy(object)
-        others = np.flatnonzero((cells != cells[kept][codes]) & taught)
-        if task == "multilabel" and (len(competition.targets) == 1 or isinstance(competition.target, dict)):
-            said = {code: [cells[kept[code]]] for code in codes[others].tolist()}
-            for row in others.tolist():
-                said[codes[row]].append(cells[row])
-            whole = columns[name].tolist()
-            for code, labels in said.items():
-                whole[code] = competition.separator.join(filter(None, dict.fromkeys(labels)))
-            columns[name] = whole
-            continue
-        faults += [
-            f"{rows.where(row)}: {name} is {cells[row]!r}, where the same id has {cells[kept[codes[row]]]!r} in "
-            f"{rows.where(int(kept[codes[row]]))}; gather makes one sample of both"
-            for row in others.tolist()
-        ]
-    return Rows(samples, columns, rows.has, lambda position: rows.where(int(kept[position])), faults)
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
