@@ -271,6 +271,19 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
     put(empty, "x.dcm", out.getvalue()[:-200])
     with pytest.raises(Damaged, match="broken DICOM"):
         made("x.dcm")
+    gdcm = pytest.importorskip("gdcm")  # JPEG Lossless, as most hospitals pack them
+    put(empty, "x.dcm", out.getvalue())
+    plain, packed = str(empty / "data/raw/x.dcm"), str(empty / "data/raw/y.dcm")
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(plain)
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(packed)
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write() and np.array_equal(made("y.dcm"), made("x.dcm"))
 
 
 # --- several images, metadata --------------------------------------------------------------------------------------------

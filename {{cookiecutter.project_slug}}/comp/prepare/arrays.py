@@ -162,6 +162,12 @@ def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
         if not colour:
             array = apply_modality_lut(array, file)
     except Exception as error:  # pydicom and its decoders raise whatever they meet
+        if "missing dependencies" in str(error):
+            kind = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
+            raise Damaged(
+                name,
+                f"is DICOM compressed as {kind}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
+            ) from None
         raise Damaged(
             name, f"broken DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
         ) from None
