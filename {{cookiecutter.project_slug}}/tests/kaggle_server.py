@@ -44,8 +44,10 @@ class Server(ThreadingHTTPServer):
         self.submissions: list[dict[str, Any]] = []
         self.scores: list[Any] = []  # of the next submissions; "ERROR", None is pending for ever
         self.allowed = 5
+        self.taken_meanwhile = False  # the limits allow one, and then somebody else has sent it
         self.total = False
         self.datasets: dict[str, dict[str, Any]] = {}
+        self.dataset_states: list[str] = ["READY"]  # one a look, the last for ever
         self.kernels: dict[str, dict[str, Any]] = {}
         self.kernel_runs: list[str] = ["RUNNING", "COMPLETE"]
         self.kernel_log = ""
@@ -185,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         return {
             "numToday": today,
             "numTotal": today,
-            "numAllowedNow": self.server.allowed,
+            "numAllowedNow": 1 if self.server.taken_meanwhile else self.server.allowed,
             "limitedByTotal": self.server.total,
         }
 
@@ -205,6 +207,8 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def _submitted(self, request: dict[str, Any], **facts: Any) -> Any:
+        if self.server.taken_meanwhile:
+            self.server.taken_meanwhile, self.server.allowed = False, 0
         if self.server.allowed <= 0:
             return 400, {"code": 400, "message": "Submission limit reached"}
         self.server.allowed -= 1
@@ -248,7 +252,10 @@ class Handler(BaseHTTPRequestHandler):
         return self._StartSubmissionUpload(request)
 
     def _GetDatasetStatus(self, request: dict[str, Any]) -> Any:
-        return {"status": "READY"} if self._dataset(request) else (404, {"code": 404, "message": "Not found"})
+        if not self._dataset(request):
+            return 404, {"code": 404, "message": "Not found"}
+        states = self.server.dataset_states
+        return {"status": states.pop(0) if len(states) > 1 else states[0]}
 
     def _GetDataset(self, request: dict[str, Any]) -> Any:
         found = self._dataset(request)
@@ -261,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
         return {
             "ref": "x",
             "currentVersionNumber": len(versions),
-            "description": found["notes"][0],
+            "description": found["description"],
             "versions": versions,
         }
 
@@ -271,12 +278,14 @@ class Handler(BaseHTTPRequestHandler):
     def _CreateDataset(self, request: dict[str, Any]) -> Any:
         slug = f"{request['ownerSlug']}/{request['slug']}"
         files = [self.server.uploads[each["token"]] for each in request["files"]]
-        self.server.datasets[slug] = {"notes": [request.get("description", "")], "files": [files]}
+        told = request.get("description", "")
+        self.server.datasets[slug] = {"notes": [""], "description": told, "files": [files]}
         return {"ref": slug, "url": f"/{slug}", "status": "ok"}
 
     def _CreateDatasetVersion(self, request: dict[str, Any]) -> Any:
         found, body = self._dataset(request), request["body"]
         found["notes"].append(body["versionNotes"])
+        found["description"] = body.get("description", found["description"])
         found["files"].append([self.server.uploads[each["token"]] for each in body["files"]])
         return {"ref": "x", "status": "ok"}
 

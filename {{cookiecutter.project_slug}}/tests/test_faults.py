@@ -14,7 +14,7 @@ import torch
 from conftest import config
 from test_training import TINY, refusal
 
-from comp import jobs, machine, own, samples, store, track
+from comp import folds, jobs, machine, own, samples, store, track
 from comp.train import data, losses, processes, room
 from comp.train.data import Batch
 
@@ -161,6 +161,19 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
 
     assert drawn(2, victim=3) == drawn(0) and len(drawn(0)) == 32
     assert "on with 1 from where it stopped" in capsys.readouterr().err
+
+
+def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
+    table = samples.load()
+    feed = data.Feed(
+        config("machine.workers=1", "machine.progress=false", "augment=heavy"), table, torch.device("cpu")
+    )
+    seen = set()
+    for number in range(3):
+        rows = folds.load(table).split(number)[0][:16]
+        assert len(list(feed.batches(data.training_batches(rows, 4, 0, 0, 0)))) == 4
+        seen |= {worker.pid for worker in feed.processes.loader._iterator._workers}  # type: ignore[union-attr]
+    assert len(seen) == 1
 
 
 def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -390,37 +391,109 @@ def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.Captur
     assert len(server.kernels[slug]["versions"]) == 1 and len(server.datasets[slug]["notes"]) == 1
 
 
-WORDS = {401: "credentials", 403: "403", 429: "patience", 500: "out of order", "drop": "no answer"}
-# The client itself tries a failed upload again, ten times.
-SENDING = {
-    "StartBlobUpload": (401, 403),
+WORDS = {401: "credentials", 403: "403", 404: "404", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
+# Each step with every failure in a row. A dataset that is not there is no failure; a failed upload the client itself tries again.
+STEPS = {
+    "GetSubmissionLimits": (403,),
+    "GetDataset": (401, 429, 500, "drop"),
+    "StartBlobUpload": WORDS,
     "CreateDataset": WORDS,
+    "GetDatasetStatus": WORDS,
     "SaveKernel": WORDS,
+    "GetKernelSessionStatus": WORDS,
     "CreateCodeSubmission": WORDS,
 }
-STEPS = [
-    pytest.param(method, failure, marks=() if failure in (403, "drop") else pytest.mark.slow)
-    for method, failures in SENDING.items()
-    for failure in failures
-] + [(method, 500) for method in ("GetDatasetStatus", "GetKernelSessionStatus", "GetDataset")]
+SENDING = ("CreateDataset", "SaveKernel", "CreateCodeSubmission")
 
 
-@pytest.mark.parametrize(("method", "failure"), STEPS)
+@pytest.fixture
+def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second build gives the same bytes, which is tested elsewhere and takes a second."""
+    monkeypatch.setattr(kernel, "build", cache(kernel.build))
+
+
+def once(server: Server) -> bool:
+    slug = f"{USER}/comp-practice-exp001"
+    versions, notes = server.kernels[slug]["versions"], server.datasets[slug]["notes"]
+    return (len(server.submissions), len(versions), len(notes)) == (1, 1, 1)
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.parametrize("method", STEPS)
 def test_every_failed_step_is_one_line_and_goes_on(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], method: str, failure: Any
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    server.fail[method] = [failure] * (9 if method.startswith("Get") else 1)
+    for failure in STEPS[method]:
+        server.fail[method] = [failure] * (1 if method in SENDING else 20)
+        assert pushes() == 2, failure
+        said = capsys.readouterr().err.strip()
+        assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said, (failure, said)
+    server.fail.clear()
+    assert pushes() == 0 and once(server)
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.parametrize("failure", [403, 500, "drop"])
+def test_bytes_that_do_not_arrive_make_no_dataset(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], failure: Any
+) -> None:
+    server.fail["upload"] = [failure] * 200
     assert pushes() == 2
     said = capsys.readouterr().err.strip()
-    assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said
+    assert len(said.splitlines()) == 1 and KEY not in said and not server.datasets, said
     server.fail.clear()
+    assert pushes() == 0 and once(server)
+
+
+@pytest.mark.usefixtures("built_once")
+def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which one push may meet them; after each the same command goes on, and sends nothing twice."""
+    monkeypatch.setattr(push, "PATIENCE", 60.0)
+    monkeypatch.setattr(push.send, "PATIENCE", 30.0)
+
+    def refused(word: str) -> None:
+        assert pushes() == 2
+        said = capsys.readouterr().err.strip()
+        assert word in said and len(said.splitlines()) == 1, said
+
+    server.allowed = 0
+    refused("daily limit is reached; the next one is free at 00:00 UTC")
+    assert not server.datasets and not server.uploads
+    server.allowed, server.dataset_states = 5, ["BLOBS_RECEIVED"]
+    refused("still blobs_received after")
+    server.dataset_states, server.kernel_runs = ["REPROCESSING", "READY"], ["QUEUED"]
+    refused("still QUEUED after")
+    (kernel_of,) = server.kernels.values()
+    kernel_of["runs"], server.taken_meanwhile = ["RUNNING", "COMPLETE"], True
+    refused("daily limit is reached")
+    server.allowed, server.scores = 5, [None]
+    refused("still pending after")
+    server.submissions[0]["score"] = "ERROR"
+    for _ in "twice":
+        refused(
+            "submission 1000 already, which Kaggle could not score (Evaluation raised: row ids do not match)"
+        )
+    assert once(server)
+    assert cli.main(["kernel", "exp001", "--push", "-m", "first", "--anyway", "they mended it"]) == 0
+    assert [each["version"] for each in server.submissions] == [1, 1]
+    assert [len(each["notes"]) for each in server.datasets.values()] == [1]
+
+
+@pytest.mark.usefixtures("built_once")
+def test_a_dataset_that_kaggle_could_not_take_is_uploaded_anew(
+    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.dataset_states = ["FAILED", "READY"]
+    assert pushes() == 2
+    assert "could not take it (failed)" in capsys.readouterr().err
+    server.fail["CreateDatasetVersion"] = ["after"]
+    assert pushes() == 2, "an answer that is lost"
     assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert (
-        len(server.submissions),
-        len(server.kernels[slug]["versions"]),
-        len(server.datasets[slug]["notes"]),
-    ) == (1, 1, 1)
+    (found,) = server.datasets.values()
+    assert [each["number"] for each in ledger.things(("dataset",), "practice")] == [1, 2]
+    assert len(found["notes"]) == 2 and found["files"][0] == found["files"][1]
 
 
 @pytest.mark.parametrize("method", ["CreateDataset", "SaveKernel", "CreateCodeSubmission"])

@@ -105,6 +105,9 @@ def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture
     assert submit() == 2
     assert "allows no more" in capsys.readouterr().err
     assert not server.submissions and "intent" not in events()
+    server.total, server.allowed, server.taken_meanwhile = False, 5, True
+    assert submit() == 2
+    assert "daily limit" in capsys.readouterr().err and not server.submissions
 
 
 WORDS = {401: "credentials", 403: "practice/rules", 404: "no competition", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
@@ -202,7 +205,24 @@ def test_scores_that_never_come(
     if score is None:  # typed again it does not send again
         server.submissions[0]["score"] = 0.25
         assert submit() == 0 and "public 0.25" in capsys.readouterr().out
+    else:  # its bytes are not sent again in silence
+        assert submit() == 2
+        assert "1000 already, which Kaggle could not score" in capsys.readouterr().err
     assert len(server.submissions) == 1
+    assert score is None or (submit("exp001", "--anyway", "mended") == 0 and len(server.submissions) == 2)
+
+
+def test_ctrl_c_while_waiting_says_who_picks_it_up(
+    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", pressed)
+        assert submit() == 130
+    assert "submission 1000 is sent, and comp scores picks its score up" in capsys.readouterr().err
+    assert cli.main(["scores"]) == 0 and ledger.submissions("practice")[0]["public"] == 0.5
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------------

@@ -313,12 +313,16 @@ def test_a_line_an_epoch_where_nobody_sees_a_bar(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "PULSE", 0)
-    jobs.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x")
+    jobs.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
+    said = capsys.readouterr().out
     found = re.findall(
         r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, \d+ images/s, (\d+) s left",
-        capsys.readouterr().out,
+        said,
     )
     assert found and found[0][0] == "1" and found[-1][1] == "0"
+    shares = dict(re.findall(r"^(\w[\w ]+?) +[\d.]+ s +(\d+)%", said, re.MULTILINE))
+    assert {"waiting for pictures", "forward", "backward", "step", "validation"} <= shares.keys()
+    assert 95 <= sum(map(int, shares.values())) <= 105 and ("the loader" in said or "the network" in said)
 
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(

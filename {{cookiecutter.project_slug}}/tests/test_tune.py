@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 import wandb_reader
 from conftest import config
 from forked import forked
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from comp import bank, cli, folds, identity, jobs, machine, samples, store, track
 from comp.config import Refused
 from comp.train import loop
-from comp.tune import export, listing, report, search, study, trial
+from comp.tune import confirm, export, listing, live, report, search, study, trial
 from comp.tune.study import Joined
 
 SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
@@ -133,6 +134,30 @@ def test_only_the_dead_are_taken_up(tuned: Path) -> None:
     taken = study.take(joined)
     assert taken is not None and taken[0].user_attrs["retry_of"] == 1
     assert living[0].number == 0 and states(joined)[0] == "RUNNING"
+
+
+def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned: Path) -> None:
+    old = join()
+    taken = study.take(old)
+    assert taken is not None
+    old.study.tell(taken[0], 0.5)
+    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.rate: {low: 1e-4, high: 0.1, log: true}\n")
+    old.study.add_trial(_told(old, 0.9))
+    forked(lambda: study.take(join(1, space="t")))  # the experiment's own; what exp001-s found waits
+    joined = join(1, space="t")
+    taken = study.take(joined)
+    assert taken is not None and taken[0].user_attrs["retry_of"] == 0
+    joined.study.tell(taken[0], 0.5)
+    assert study.take(joined) is None
+    taken = study.take(join(2, space="t"))
+    assert taken is not None and taken[0].user_attrs["from"] == "exp001-s"
+    assert taken[1]["optim.rate"] == 2e-3
+
+
+def _told(joined: Joined, value: float) -> Any:
+    params = {"optim.rate": 2e-3, "model.drop_rate": 0.1}
+    kinds = {knob.key: study.distribution(knob) for knob in joined.space.knobs}
+    return create_trial(params=params, distributions=kinds, value=value)
 
 
 def test_a_death_between_closing_and_queueing_loses_nothing(tuned: Path) -> None:
@@ -267,10 +292,15 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
     stop.asked = True
     with pytest.raises(KeyboardInterrupt, match="saved at step 1"):
         trial.run(joined, *taken, stop, FOREVER)
+    taken = study.take(joined)
+    assert taken is not None and taken[0].user_attrs["retry_of"] == 0
+    with pytest.raises(KeyboardInterrupt):  # the night is over
+        trial.run(joined, *taken, machine.Stop(), time.time())
     assert run(joined) == TrialState.COMPLETE
     trials = joined.study.get_trials(deepcopy=False)
     again = next(t for t in trials if t.state == TrialState.COMPLETE)
-    assert again.user_attrs["retry_of"] == 0 and again.user_attrs["deaths"]["times"] == 0
+    assert again.user_attrs["retry_of"] == taken[0].number and again.user_attrs["deaths"]["times"] == 0
+    assert 0 < search._deadline(None, "07:30") - time.time() <= 24 * 3600
 
 
 def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +348,59 @@ def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_
              "SERVER_NAME": "", "SERVER_PORT": "0", "wsgi.url_scheme": "http", "QUERY_STRING": "", "SCRIPT_NAME": ""}  # fmt: skip
     body = b"".join(app(asked, lambda status, headers, *_: said.append(status)))
     assert said[0].startswith("200") and json.loads(body)["study_summaries"][0]["study_name"] == "exp001-few"
+
+
+def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tuned / "configs/tune/one.yaml").write_text(
+        "search:\n  optim.rate: {low: 1e-5, high: 2e-2, log: true}\nfolds: 1\npruner: none\n"
+    )
+    monkeypatch.setattr(confirm, "SEEDS", 2)
+    monkeypatch.setattr(report, "write", lambda joined: [])  # looked at elsewhere
+    joined = search.join("exp001", SMALL, "one", None)
+    joined.study.enqueue_trial({"optim.rate": 1.2e-2})
+    for value in (0.5, 0.9):
+        taken = study.take(joined)
+        assert taken is not None
+        taken[0].set_user_attr("result", {"text": f"accuracy {value}"})
+        joined.study.tell(taken[0], value)
+    taken = study.take(joined)
+    assert taken is not None
+    table = live.table(joined, time.time() + 60)
+    assert "2 done, 0 pruned, 0 failed, 1 running, 3 of 50; about " in table[0] and "left" in table[0]
+    assert table[1].startswith("  best") and table[2].startswith("  running     2")
+    joined.study.tell(taken[0], state=TrialState.PRUNED)
+    begun, best = joined.study.get_trials()[:2]
+    before = report.sentences(joined)[-1]
+    assert "0.4000 ahead of exp001 (0.5000) on one seed" in before and "--confirm 3" in before
+    confirm.confirm(joined, 1)
+    fresh = confirm.scores(joined)
+    assert fresh.keys() == {begun.number, best.number} and len(fresh[best.number]) == 2
+    folder = store.run_folder(trial.name_of(joined, best))
+    assert all((folder / f"seed{seed}").is_dir() for seed in confirm.fresh(joined))
+    said = capsys.readouterr().out
+    assert f"trial {best.number} against exp001 on 2 fresh seeds" in said
+    for ours, word in (((0.9, 0.91), "better, beyond the noise"), ((0.9, 0.1), "within the noise"), ((0.1, 0.11), "worse, beyond the noise")):  # fmt: skip
+        given = {best.number: list(ours), begun.number: [0.5, 0.5]}
+        assert word in confirm.verdict(joined, best.number, begun.number, given)
+
+
+def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
+    (tuned / "configs/tune/c.yaml").write_text(
+        "search:\n  model.name: [test_resnet, test_efficientnet, test_convnext]\n"
+        "  model.drop_path_rate: {low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
+        "  optim.clip: {low: 0.3, high: 3.0, log: true, when: {model.name: test_convnext}}\nfolds: 1\n"
+    )
+    joined = join(14, space="c")
+    own = {"test_resnet": 0, "test_efficientnet": 1, "test_convnext": 2}
+    seen = set()
+    while taken := study.take(joined):
+        name = taken[1]["model.name"]
+        assert len(taken[1]) == 1 + own[name] == len(taken[0].params)
+        joined.study.tell(taken[0], own[name] + taken[1].get("model.drop_path_rate", 0.0))
+        seen.add(name)
+    assert seen == own.keys() and joined.study.sampler._group  # type: ignore[union-attr]
 
 
 def test_another_experiment_does_not_join(tuned: Path) -> None:

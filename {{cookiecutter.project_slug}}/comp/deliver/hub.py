@@ -119,7 +119,13 @@ def send_kernel(folder: Path, slug: str) -> int:
 
 def kernel_status(slug: str) -> tuple[str, str]:
     """(QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED …, what it says of its failure)."""
-    said = kaggle.read(lambda: kaggle.client().kernels_status(slug), f"looking how {slug} runs", "")
+    owner, name = slug.split("/")
+    with kaggle.sdk() as api:  # the client's own call takes every refusal for a wrong slug
+        request = kaggle.request(
+            "kernels", "ApiGetKernelSessionStatusRequest", user_name=owner, kernel_slug=name
+        )
+        ask = api.kernels.kernels_api_client.get_kernel_session_status
+        said = kaggle.read(lambda: ask(request), f"looking how {slug} runs", "")
     return said.status.name, said.failure_message or ""
 
 

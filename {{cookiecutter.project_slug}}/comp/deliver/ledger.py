@@ -2,6 +2,7 @@
 
     intent   written before anything is sent: what, with which bytes, under which token
     sent     Kaggle's own number for it: the ref of a submission, the version of a dataset or notebook
+    failed   that version of a dataset or notebook is not to be used
     seen     what Kaggle says of a ref, whenever that changes; a ref that nothing here was sent as is foreign
 
 A token stands at the end of the message, so an intent whose process died before `sent` is looked up there before anything

@@ -67,11 +67,12 @@ def dataset(cfg: Config, slug: str, made: Path, content: str) -> int:
             notes = there["notes"] | {1: f"{there['notes'].get(1, '')} {there['description']}"}
             match = [version for version, note in notes.items() if intent["token"] in note]
             if match:
-                ledger.add("sent", token=intent["token"], number=match[0])
+                # The description is always that of the newest version, so a token in it may stand at the first one too.
+                ledger.add("sent", token=intent["token"], number=max(match))
     known = [
         each
         for each in ledger.things(("dataset",), competition)
-        if each["slug"] == slug and each["file"] == content and each["number"]
+        if each["slug"] == slug and each["file"] == content and each["number"] and not _failed(each)
     ]
     if known and there and known[-1]["number"] == there["version"]:
         number = int(known[-1]["number"])
@@ -83,16 +84,18 @@ def dataset(cfg: Config, slug: str, made: Path, content: str) -> int:
         )
         number = int(hub.dataset(slug)["version"]) if there else 1  # type: ignore[index]
         ledger.add("sent", token=intent["token"], number=number)
-    _until(cfg, f"dataset {slug} version {number}", lambda: _dataset_state(slug))
+    _until(cfg, f"dataset {slug} version {number}", lambda: _dataset_state(slug, number))
     print(f"dataset: {slug} version {number}", flush=True)
     return number
 
 
-def _dataset_state(slug: str) -> str:
+def _dataset_state(slug: str, version: int) -> str:
     status = hub.dataset_status(slug)
     if status in ("failed", "deleted"):
+        ledger.add("failed", kind="dataset", slug=slug, number=version, reason=status)
         raise Refused(
-            f"dataset {slug}: Kaggle could not take it ({status}); look at {kaggle.SITE}/datasets/{slug}"
+            f"dataset {slug} version {version}: Kaggle could not take it ({status}); the same command uploads it anew, "
+            f"and {kaggle.SITE}/datasets/{slug} may say why"
         )
     return "" if status == "ready" else status
 
@@ -133,7 +136,7 @@ def run(cfg: Config, slug: str, version: int) -> None:
     def state() -> str:
         status, reason = hub.kernel_status(slug)
         if status in FAILED:
-            ledger.add("failed", slug=slug, number=version, reason=reason)
+            ledger.add("failed", kind="notebook", slug=slug, number=version, reason=reason)
             log = hub.kernel_log(slug)
             file = (
                 kernel.folder(slug.partition("/")[2]).parent
@@ -160,11 +163,10 @@ def _tail(log: str) -> list[str]:
     return ["  " + line for line in ledger.secret_free(text).strip().splitlines()[-10:]]
 
 
-def _failed(notebook: dict[str, Any]) -> bool:
+def _failed(thing: dict[str, Any]) -> bool:
+    facts = ("kind", "slug", "number")
     return any(
-        line["event"] == "failed"
-        and line["slug"] == notebook["slug"]
-        and line["number"] == notebook["number"]
+        line["event"] == "failed" and all(line[fact] == thing[fact] for fact in facts)
         for line in ledger.lines()
     )
 

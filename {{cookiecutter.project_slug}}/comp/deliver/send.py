@@ -101,8 +101,13 @@ def ready(
     """Every reason not to send, before anything is sent; Kaggle's list is read first. What this command has sent already."""
     slug = cfg.competition.slug
     book = sync(cfg)
-    same = [each for each in book if each.get("file") == sha and each["status"] != "ERROR"]
-    if same and not force:
+    same = [each for each in book if each.get("file") == sha]
+    if same and same[-1]["status"] == "ERROR" and not (force or anyway):
+        raise Refused(
+            f"{name}: these very bytes are submission {same[-1]['number']} already, which Kaggle could not score "
+            f'({same[-1]["error"] or "no reason given"}); if that was not their fault: --anyway "why"'
+        )
+    if same and same[-1]["status"] != "ERROR" and not force:
         if same[-1]["message"] != message:
             raise Refused(
                 f"{name}: these very bytes are submission {same[-1]['number']} already ({same[-1]['message']!r}); send them again: --force"
@@ -110,14 +115,20 @@ def ready(
         return same[-1]
     if not anyway:
         refuse_worse(name, book)
-    left, total = kaggle.limits(slug)
-    if left <= 0:
-        if total:
-            raise Refused(f"{slug}: all submissions of this competition are used up; it allows no more")
-        raise Refused(
-            f"{slug}: the daily limit is reached; the next one is free at 00:00 UTC, in {_until_midnight()}"
-        )
+    if (over := used_up(slug)) is not None:
+        raise over
     return None
+
+
+def used_up(slug: str) -> Refused | None:
+    left, total = kaggle.limits(slug)
+    if left > 0:
+        return None
+    if total:
+        return Refused(f"{slug}: all submissions of this competition are used up; it allows no more")
+    return Refused(
+        f"{slug}: the daily limit is reached; the next one is free at 00:00 UTC, in {_until_midnight()}"
+    )
 
 
 def refuse_worse(name: str, book: list[dict[str, Any]]) -> None:
@@ -156,6 +167,10 @@ def once(cfg: Config, intent: dict[str, Any], call: Any) -> int:
                 f"{unsure}; it is not in Kaggle's list, so nothing was submitted as far as anybody can see: type the same again"
             ) from None
         return int(found[0])
+    except Refused:  # somebody of the team may have taken the last one meanwhile
+        if (over := used_up(cfg.competition.slug)) is not None:
+            raise over from None
+        raise
     ledger.add("sent", token=intent["token"], number=ref)
     return ref
 

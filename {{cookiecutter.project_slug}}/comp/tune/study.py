@@ -173,7 +173,8 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
         for known in itertools.count():
             trials = joined.study.get_trials(deepcopy=False)
             again = any(t.state == State.WAITING and "retry_of" in t.user_attrs for t in trials)
-            if not again and len(counted(trials)) >= joined.total:
+            full = len(counted(trials)) >= joined.total
+            if full and not again:
                 return None
             waiting = any(t.state == State.WAITING for t in trials)
             if (joined.space.sampler == "grid" or known >= AGAIN) and not waiting:
@@ -189,6 +190,8 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
             )  # or a machine that dies now would never be missed
             trial.set_user_attr("worker", f"{machine()} {store.me()}")
             reason = None if "retry_of" in trial.user_attrs else needless(joined, trial, setting)
+            if full and reason is None and "retry_of" not in trial.user_attrs:
+                reason = _behind(joined, trial, setting)
             if reason is None:
                 if "folder" not in trial.user_attrs:
                     trial.set_user_attr("folder", trial.number)
@@ -196,6 +199,13 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
             trial.set_user_attr("skipped", reason)
             joined.study.tell(trial, state=State.FAIL)
     raise AssertionError
+
+
+def _behind(joined: Joined, trial: Trial, setting: Setting) -> str:
+    """A known setting that stands before a successor although the budget is spent: it waits for a greater one."""
+    params = {key: label(value) for key, value in setting.items()}
+    joined.study.enqueue_trial(params, user_attrs={"from": trial.user_attrs.get("from", "")})
+    return "over the budget; queued again"
 
 
 def untried(space: Space, trials: list[FrozenTrial]) -> Setting | None:
