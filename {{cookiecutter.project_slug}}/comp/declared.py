@@ -52,6 +52,7 @@ class Table(Section):
     files: Text | None = None
     id: Text | None = None
     long: Long | None = None
+    columns: dict[Text, Text] = {}  # what is called so everywhere else -> what this table calls it
 
     @model_validator(mode="after")
     def _rows_from_somewhere(self) -> Table:

@@ -12,9 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import config
 from test_forms import logits, stand, written
-from test_layouts import declare, prepared, put, refused
+from test_layouts import declare, opened, prepared, put, refused
 
+from comp.deliver.cells import rules_of_cells
+from comp.deliver.sample import read_sample
 from comp.prepare import sources
 
 
@@ -127,3 +130,73 @@ def test_a_line_for_each_class_that_is_there(empty: Path) -> None:
         task="multilabel", metric="mean_column_auc", submission={"sample": "sample.csv", "form": "probabilities"},
     )  # fmt: skip
     assert prepared().targets(prepared().heads[0])[:4].tolist() == [[1, 1], [1, 0], [0, 1], [1, 0]]
+
+
+def test_labels_and_pictures_in_arrays(empty: Path) -> None:
+    imgs, labels = io.BytesIO(), io.BytesIO()
+    np.savez(imgs, np.stack([np.full((16, 16), i, np.uint8) for i in range(6)]))
+    np.savez(labels, y=np.arange(6) % 2)
+    put(empty, "imgs.npz", imgs.getvalue())
+    put(empty, "labels.npz", labels.getvalue())
+    put(empty, "sample.csv", "id,label\n3,1\n")
+    declare(
+        empty, train={"table": "labels.npz", "image": "imgs.npz/arr_0/{key}", "id": "key", "columns": {"label": "y"}},
+        test={"table": "sample.csv", "image": "imgs.npz/arr_0/{id}"},
+    )  # fmt: skip
+    table = prepared()
+    assert table.frame["target.label"].tolist()[:6] == [0, 1, 0, 1, 0, 1]
+    assert [int(opened(table)[i].max()) for i in (0, 5, 6)] == [0, 5, 3]
+    declare(empty, train={"table": "imgs.npz", "image": "{key}"})
+    assert refused() == (
+        "data/raw/imgs.npz: holds no table but arr_0 (6, 16, 16); arrays of one dimension and one length are columns"
+    )
+
+
+def test_other_peoples_tables_have_other_names(empty: Path) -> None:
+    put(empty, "train.csv", "id,label\n0,a\n1,b\n")
+    put(empty, "old.csv", "name,label,diagnosis\n7,old,b\n")
+    put(empty, "sample.csv", "id,label\nx,a\n")
+    declare(
+        empty,
+        extra=[{"table": "old.csv", "image": "{id}.png", "columns": {"id": "name", "label": "diagnosis"}}],
+    )
+    table = prepared()
+    assert (table.heads[0].classes, table.frame["target.label"].iloc[-1]) == (("a", "b"), 1)
+    assert table.frame["images"].iloc[-1].tolist() == ["7.png"]
+    declare(empty, extra=[{"table": "old.csv", "image": "{id}.png", "columns": {"id": "nmae"}}])
+    assert refused() == (
+        "configs/competition.yaml: columns: data/raw/old.csv has no column 'nmae'; the nearest is 'name'"
+    )
+
+
+def test_a_line_for_each_target_with_a_column_for_each_class(empty: Path) -> None:
+    put(
+        empty,
+        "train.csv",
+        "id,left,right\n"
+        + "".join(f"{i},{['mild', 'bad'][i % 2]},{['mild', 'bad'][i // 4]}\n" for i in range(8)),
+    )
+    put(empty, "test.csv", "id\np\nq\n")
+    put(empty, "sample.csv", "row_id,mild,bad\nq_right,0,0\nq_left,0,0\np_left,0,0\np_right,0,0\n")
+    declare(
+        empty, target={"left": "multiclass", "right": "multiclass"}, task=None, metric="log_loss",
+        test={"table": "test.csv", "image": "{id}.png"},
+        submission={"sample": "sample.csv", "form": "probabilities", "rows": "{id}_{target}"},
+    )  # fmt: skip
+    table = prepared()
+    assert table.heads[0].classes == ("bad", "mild")
+    oof = {head.name: np.zeros((8, 2)) for head in table.heads}
+    stand(
+        table,
+        oof,
+        {"left": np.log([[0.25, 0.75], [0.5, 0.5]]), "right": np.log([[0.875, 0.125], [0.0625, 0.9375]])},
+    )
+    lines = [line.split(",") for line in written()]
+    assert [line[0] for line in lines] == ["row_id", "q_right", "q_left", "p_left", "p_right"]
+    cells = np.array([line[1:] for line in lines[1:]], float)
+    assert np.allclose(cells, [[0.9375, 0.0625], [0.5, 0.5], [0.75, 0.25], [0.125, 0.875]])
+    assert rules_of_cells(
+        config(experiment="base").competition.submission,
+        table.heads,
+        read_sample(empty / "data/raw/sample.csv"),
+    ).sums_to_one

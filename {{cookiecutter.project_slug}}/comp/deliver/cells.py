@@ -129,8 +129,10 @@ def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: Sample) -> 
     if isinstance(rules.form, dict):
         low, high = rules.range or (-math.inf, math.inf)
         return Form("either", low, high, False, frozenset(classes))
-    apart = len(heads) == 1 and (heads[0].exclusive or heads[0].task == "binary")
-    alone = rules.form == "probabilities" and rules.rows is None and apart
+    apart = all(head.exclusive or head.task == "binary" for head in heads)
+    # One distribution a line: of a lone target, or where each target has a line of its own.
+    one_each = len(heads) == 1 if rules.rows is None else "{target}" in rules.rows and len(heads) > 1
+    alone = rules.form == "probabilities" and one_each and apart
     sums_to_one = alone if rules.sums_to_one is None else rules.sums_to_one
     return form_of(rules.form, rules.range, sums_to_one, classes, rules.k, rules.none)
 

@@ -110,8 +110,16 @@ def _long(
     ids: Sequence[str],
     notes: list[str],
 ) -> list[list[str]]:
-    """A line for each class or target of a row: one column to fill in."""
+    """A line for each class or target of a row: one column to fill in, or, of a target, one for each of its classes."""
     assert rules.rows is not None
+    place = {each: i for i, each in enumerate(ids)}
+    if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
+        lines = longform.cells(rules.rows, sample.ids, heads)
+        tables = {
+            head.name: numbers(rules, [head], answers, sample, notes, sample.answers).tolist()
+            for head in heads
+        }
+        return [list(map(repr, tables[line.name][place[line.row]])) for line in lines]
     if len(sample.answers) != 1:
         raise Refused(
             f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.answers)}"
@@ -120,7 +128,6 @@ def _long(
     asked = list(dict.fromkeys(line.name for line in lines))
     columns = _columns(rules, heads, answers, sample, cuts, asked, notes)
     by_name = dict(zip(asked, columns, strict=True))
-    place = {each: i for i, each in enumerate(ids)}
     return [[by_name[line.name][place[line.row]]] for line in lines]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,29 @@ def bson_frame(file: Path) -> pd.DataFrame:
 
     rows = [{key: _cell(value) for key, value in record.items()} for record, _ in records.records(file)]
     return pd.DataFrame(rows, dtype=object)
+
+
+def array_frame(file: Path) -> pd.DataFrame:
+    """Labels in .npy or .npz: a row an entry, `key` its number from 0 on, and a column an array; one of images is none."""
+    import numpy as np
+    import pandas as pd
+
+    try:
+        held = np.load(file)
+        arrays = {"value": held} if isinstance(held, np.ndarray) else {name: held[name] for name in held}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise Refused(
+            f"{store.shown(file)}: no whole array of numbers or text ({str(error).splitlines()[0]})"
+        ) from None
+    plain = {name: array for name, array in arrays.items() if array.ndim == 1}
+    lengths = {len(array) for array in plain.values()}
+    if len(lengths) != 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise Refused(
+            f"{store.shown(file)}: holds no table but {shapes}; arrays of one dimension and one length are columns"
+        )
+    rows = {name: [_cell(cell) for cell in array.tolist()] for name, array in plain.items()}
+    return pd.DataFrame({"key": [str(i) for i in range(lengths.pop())], **rows}, dtype=object)
 
 
 def files_frame(raw: Path, pattern: str) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,20 @@ def tests(competition: Competition) -> Rows:
 
 def _source(raw: Path, table: Table, competition: Competition) -> Source:
     if table.files is not None:
-        return Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
-    assert table.table is not None
-    found = read(raw / table.table)
+        found = Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
+    else:
+        assert table.table is not None
+        found = read(raw / table.table)
+    for theirs in table.columns.values():
+        if theirs not in found.frame:
+            raise Refused(
+                f"configs/competition.yaml: columns: {store.shown(found.file)} has no column {theirs!r}; "
+                f"the nearest is {nearest(theirs, columns(found.frame))[0]!r}"
+            )
+    if table.columns:
+        kept = found.frame.drop(columns=[name for name in table.columns if name in found.frame])
+        called = {ours: found.frame[theirs] for ours, theirs in table.columns.items()}
+        found = replace(found, frame=kept.assign(**called))
     return found if table.long is None else several.widened(found, table, competition)
 
 
@@ -148,7 +159,8 @@ def _ids(source: Source, name: str) -> pd.Series:
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": texts.csv_frame, ".tsv": texts.csv_frame, ".parquet": texts.parquet_frame, ".pq": texts.parquet_frame, ".bson": layouts.bson_frame,
-    ".json": layouts.json_frame, ".jsonl": layouts.json_frame, ".ndjson": layouts.json_frame,
+    ".json": layouts.json_frame, ".jsonl": layouts.json_frame, ".ndjson": layouts.json_frame, ".npy": layouts.array_frame,
+    ".npz": layouts.array_frame,
 }  # fmt: skip
 
 
