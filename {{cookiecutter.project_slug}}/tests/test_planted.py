@@ -66,6 +66,9 @@ def test_no_planted_key_is_in_anything_written(
     def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, check=False)
 
+    declared = project / "configs" / "competition.yaml"
+    declared.write_text(declared.read_text().replace("k: 5", "k: 2"))
+    assert cli.main(["folds", "--remake"]) == 0
     for name, key in VARIABLES.items():
         monkeypatch.setenv(name, key)
     shutil.copy(HERE / ".gitignore", project)

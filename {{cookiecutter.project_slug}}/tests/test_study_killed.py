@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ TINY = [
 ]
 WORKERS = 4
 ENDLESS = 10**6
+LONGEST = 400  # events until a worker dies: one to three trials, so that some have told their result and some have not
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -95,9 +97,18 @@ def dying(after: int) -> None:
 
 def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[[], None]:
     def work() -> None:
+        began = time.monotonic()  # everything is imported
         joined = search.join("exp001", TINY, "s", storage, total)
         dying(after)
-        told = trial._tell
+        told, requeue = trial._tell, study.requeue
+
+        def requeued(joined: Joined) -> list[int]:
+            dead = requeue(joined)
+            note(book, dead=dead, seconds=time.monotonic() - began)
+            study.requeue = requeue
+            return dead
+
+        study.requeue = requeued
 
         def tell(joined: Joined, which: Any, state: TrialState, values: list[float] | None = None) -> None:
             told(joined, which, state, values)
@@ -120,7 +131,7 @@ def kill(storage: str | None, book: Path, kills: int) -> set[int]:
     dead: set[int] = set()
     while len(dead) < kills:
         while len(living) < WORKERS and len(living) + len(dead) < kills:
-            living.add(begun(worker(storage, book, ENDLESS, chance.randint(1, 600))))
+            living.add(begun(worker(storage, book, ENDLESS, chance.randint(1, LONGEST))))
         child, status = os.wait()
         if child not in living:
             continue  # left over from a test before this one
@@ -141,11 +152,19 @@ def check(storage: str | None, book: Path, kills: int) -> None:
     trials = joined.study.get_trials()
     assert [t.number for t in trials] == list(range(len(trials))), "a number twice, or none"
     assert not [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-    acknowledged = [json.loads(line) for line in book.read_text().splitlines()]
+    noted = [json.loads(line) for line in book.read_text().splitlines()]
+    acknowledged = [line for line in noted if "number" in line]
     for said in acknowledged:
         kept = trials[said["number"]]
         assert kept.state.name == said["state"] and (said["values"] or kept.values) == kept.values, said
     assert len({said["number"] for said in acknowledged}) == len(acknowledged)
+
+    first = [line for line in noted if "dead" in line]  # what each worker found dead at its first look
+    slowest = max(line["seconds"] for line in first)
+    print(
+        f"{sum(len(line['dead']) for line in first)} dead trials found at the first look, at most {slowest:.1f} s after the imports"
+    )
+    assert any(line["dead"] for line in first) and slowest < 15, first
 
     # A trial was handed on only by a process that had died, and only once.
     by_dead = [t for t in trials if t.state == TrialState.FAIL and "skipped" not in t.user_attrs]
