@@ -1,9 +1,7 @@
-"""A code competition: the bundle, its rehearsal, its budget, and the way from push to score with the real client."""
+"""A code competition: the bundle, its rehearsal, and its budget."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import re
 import shutil
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,14 @@ import pandas as pd
 import pytest
 from conftest import QUICK
 from forked import forked
-from kaggle_server import KEY, USER, Server
-from test_download import at_kaggle
 
 from comp import bank, cli, folds, jobs, predictions, samples, store
 from comp.config import load
-from comp.deliver import budget, hub, inside, kaggle, kernel, ledger, push, rehearse
+from comp.deliver import budget, inside, kernel, rehearse
 from comp.ensemble.blend import blend
 from comp.samples import Samples
 
 STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetadata: [pen]\n"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    yield from at_kaggle(monkeypatch, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -358,252 +348,7 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
     assert budget.fit("exp001:tta-identity-hflip", "90m") == "exp001"
 
 
-# --- push ----------------------------------------------------------------------------------------------------------------
-
-
-def pushes(name: str = "exp001") -> int:
-    return cli.main(["kernel", name, "--push", "-m", "first"])
-
-
-def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server.scores = [0.9]
-    assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    (files,) = server.datasets[slug]["files"]
-    names = [
-        name for data in files if data[:2] == b"PK" for name in zipfile.ZipFile(io.BytesIO(data)).namelist()
-    ]
-    assert any(name.endswith("weights.safetensors") for name in names) and any(
-        name.endswith("inside.py") for name in names
-    )
-    (version,) = server.kernels[slug]["versions"]
-    assert (
-        version["enableInternet"] is False
-        and version["datasetDataSources"] == [slug]
-        and version["competitionDataSources"] == ["practice"]
-    )
-    (sent,) = server.submissions
-    assert (sent["kernel"], sent["version"]) == (slug, 1)
-    entry = ledger.submissions("practice")[0]
-    assert entry["public"] == 0.9 and entry["kind"] == "kernel" and entry["version"] == 1
-    assert "public 0.9" in capsys.readouterr().out and KEY not in ledger.file().read_text()
-    assert pushes() == 0 and len(server.submissions) == 1, "typed again it tells"
-    assert len(server.kernels[slug]["versions"]) == 1 and len(server.datasets[slug]["notes"]) == 1
-
-
-WORDS = {401: "credentials", 403: "403", 404: "404", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
-# Each step with every failure in a row. A dataset that is not there is no failure; a failed upload the client itself tries again.
-STEPS = {
-    "GetSubmissionLimits": (403,),
-    "GetDataset": (401, 429, 500, "drop"),
-    "StartBlobUpload": WORDS,
-    "CreateDataset": WORDS,
-    "GetDatasetStatus": WORDS,
-    "SaveKernel": WORDS,
-    "GetKernelSessionStatus": WORDS,
-    "CreateCodeSubmission": WORDS,
-}
-SENDING = ("CreateDataset", "SaveKernel", "CreateCodeSubmission")
-
-
-@pytest.fixture
-def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second build gives the same bytes, which is tested elsewhere and takes a second."""
-    monkeypatch.setattr(kernel, "build", cache(kernel.build))
-
-
-def once(server: Server) -> bool:
-    slug = f"{USER}/comp-practice-exp001"
-    versions, notes = server.kernels[slug]["versions"], server.datasets[slug]["notes"]
-    return (len(server.submissions), len(versions), len(notes)) == (1, 1, 1)
-
-
-@pytest.mark.usefixtures("built_once")
-@pytest.mark.parametrize("method", STEPS)
-def test_every_failed_step_is_one_line_and_goes_on(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
-    for failure in STEPS[method]:
-        server.fail[method] = [failure] * (1 if method in SENDING else 20)
-        assert pushes() == 2, failure
-        said = capsys.readouterr().err.strip()
-        assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said, (failure, said)
-    server.fail.clear()
-    assert pushes() == 0 and once(server)
-
-
-@pytest.mark.usefixtures("built_once")
-@pytest.mark.parametrize("failure", [403, 500, "drop"])
-def test_bytes_that_do_not_arrive_make_no_dataset(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], failure: Any
-) -> None:
-    server.fail["upload"] = [failure] * 200
-    assert pushes() == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and KEY not in said and not server.datasets, said
-    server.fail.clear()
-    assert pushes() == 0 and once(server)
-
-
-@pytest.mark.usefixtures("built_once")
-def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the order in which one push may meet them; after each the same command goes on, and sends nothing twice."""
-    monkeypatch.setattr(push, "PATIENCE", 60.0)
-    monkeypatch.setattr(push.send, "PATIENCE", 30.0)
-
-    def refused(word: str) -> None:
-        assert pushes() == 2
-        said = capsys.readouterr().err.strip()
-        assert word in said and len(said.splitlines()) == 1, said
-
-    server.allowed = 0
-    refused("daily limit is reached; the next one is free at 00:00 UTC")
-    assert not server.datasets and not server.uploads
-    server.allowed, server.dataset_states = 5, ["BLOBS_RECEIVED"]
-    refused("still blobs_received after")
-    server.dataset_states, server.kernel_runs = ["REPROCESSING", "READY"], ["QUEUED"]
-    refused("still QUEUED after")
-    (kernel_of,) = server.kernels.values()
-    kernel_of["runs"], server.taken_meanwhile = ["RUNNING", "COMPLETE"], True
-    refused("daily limit is reached")
-    server.allowed, server.scores = 5, [None]
-    refused("still pending after")
-    server.submissions[0]["score"] = "ERROR"
-    for _ in "twice":
-        refused(
-            "submission 1000 already, which Kaggle could not score (Evaluation raised: row ids do not match)"
-        )
-    assert once(server)
-    assert cli.main(["kernel", "exp001", "--push", "-m", "first", "--anyway", "they mended it"]) == 0
-    assert [each["version"] for each in server.submissions] == [1, 1]
-    assert [len(each["notes"]) for each in server.datasets.values()] == [1]
-
-
-@pytest.mark.usefixtures("built_once")
-def test_a_dataset_that_kaggle_could_not_take_is_uploaded_anew(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.dataset_states = ["FAILED", "READY"]
-    assert pushes() == 2
-    assert "could not take it (failed)" in capsys.readouterr().err
-    server.fail["CreateDatasetVersion"] = ["after"]
-    assert pushes() == 2, "an answer that is lost"
-    assert pushes() == 0
-    (found,) = server.datasets.values()
-    assert [each["number"] for each in ledger.things(("dataset",), "practice")] == [1, 2]
-    assert len(found["notes"]) == 2 and found["files"][0] == found["files"][1]
-
-
-@pytest.mark.parametrize("method", ["CreateDataset", "SaveKernel", "CreateCodeSubmission"])
-def test_a_lost_answer_sends_nothing_twice(server: Server, trained: Path, method: str) -> None:
-    server.fail[method] = ["after"]
-    pushes()
-    assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert (
-        len(server.submissions),
-        len(server.kernels[slug]["versions"]),
-        len(server.datasets[slug]["notes"]),
-    ) == (1, 1, 1)
-
-
-def test_invalid_sources_and_a_cut_upload_are_errors(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.short = [5]
-    assert pushes() == 2
-    assert "parts arrived" in capsys.readouterr().err and not server.datasets
-    server.invalid = {"invalidDatasetSources": [f"{USER}/comp-practice-exp001"]}
-    assert pushes() == 2
-    assert f"not to be had: dataset {USER}/comp-practice-exp001" in capsys.readouterr().err
-    server.invalid = {}
-    assert pushes() == 0 and len(server.submissions) == 1
-
-
-def test_a_failed_run_shows_its_log(
-    server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.kernel_runs = ["RUNNING", "ERROR"]
-    server.kernel_log = json.dumps(
-        [{"stream_name": "stderr", "time": 1.0, "data": f"CUDA out of memory\nkey {KEY}\n"}]
-    )
-    assert pushes() == 2
-    said = capsys.readouterr().err
-    assert "threw an exception" in said and "CUDA out of memory" in said and KEY not in said
-    assert not server.submissions and list((trained / "kernels").glob("*.log"))
-    server.kernel_runs = ["COMPLETE"]
-    assert pushes() == 0 and server.submissions[0]["version"] == 2
-
-
-def killed(where: str) -> Callable[[], object]:
-    def die(*_: object, **__: object) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def after(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **named: (function(*given, **named), die())
-
-    def run() -> int:
-        places = {
-            "before the dataset": (hub, "send_dataset", die),
-            "dataset sent": (hub, "send_dataset", after(hub.send_dataset)),
-            "dataset is being made": (hub, "dataset_status", die),
-            "before the notebook": (hub, "send_kernel", die),
-            "notebook sent": (hub, "send_kernel", after(hub.send_kernel)),
-            "it runs": (hub, "kernel_status", die),
-            "before the submission": (kaggle, "submit_kernel", die),
-            "submitted": (kaggle, "submit_kernel", after(kaggle.submit_kernel)),
-            "waiting for the score": (push.send, "scored", die),
-        }
-        module, name, function = places[where]
-        setattr(module, name, function)
-        return pushes()
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        "before the dataset",
-        "dataset sent",
-        "dataset is being made",
-        "before the notebook",
-        "notebook sent",
-        "it runs",
-        "before the submission",
-        "submitted",
-        "waiting for the score",
-    ],
-)
-def test_killed_at_every_step_nothing_is_sent_twice(server: Server, trained: Path, where: str) -> None:
-    assert os.WIFSIGNALED(forked(killed(where)))
-    assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert (
-        len(server.submissions),
-        len(server.kernels[slug]["versions"]),
-        len(server.datasets[slug]["notes"]),
-    ) == (1, 1, 1)
-    assert ledger.submissions("practice")[0]["public"] == 0.5
-
-
-def test_a_changed_bundle_is_a_new_version(server: Server, trained: Path) -> None:
-    assert pushes() == 0
-    assert (
-        cli.main(["kernel", "exp001:tta-identity-hflip", "--push", "-m", "views", "--anyway", "to compare"])
-        == 0
-    )
-    file = trained / "configs" / "competition.yaml"
-    file.write_text(file.read_text() + "kernel: {ram: 12.5}\n")
-    assert cli.main(["kernel", "exp001", "--push", "-m", "again", "--anyway", "less memory"]) == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert len(server.datasets[slug]["notes"]) == 2 and [s["version"] for s in server.submissions] == [
-        1,
-        1,
-        2,
-    ]
+# --- wheels ---------------------------------------------------------------------------------------------------------------
 
 
 def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
