@@ -132,7 +132,7 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     tta.views(cfg.predict.tta)
     model.outputs(cfg, table.heads)
     model.known(cfg)
-    optim.known(cfg)
+    optim.refuse(cfg)
     model.size(
         cfg, table.heads
     )  # on the meta device: what this network does not take is refused before pictures are decoded

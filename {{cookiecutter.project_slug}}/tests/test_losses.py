@@ -97,6 +97,10 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         said("asymmetric", OUTPUT, LABELS, smoothing=0.1),
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
+    "asymmetric, with other knobs": (
+        said("asymmetric", OUTPUT, LABELS, gamma=2.0, gamma_positive=0.5, shift=0.2),
+        timm.loss.AsymmetricLossMultiLabel(gamma_neg=2, gamma_pos=0.5, clip=0.2, smoothing=0.0, reduction="none")(OUTPUT, LABELS),
+    ),
     "jensen_shannon": (  # with equal shares it is scipy's distance squared, scaled by 1 / (0.5 log 2)
         said("jensen_shannon", OUTPUT, SHARES, share=0.5),
         torch.tensor([jensenshannon(t, p) ** 2 for t, p in zip(SHARES.numpy(), OUTPUT.softmax(1).numpy(), strict=True)])

@@ -51,6 +51,9 @@ def test_comp_model_says_what_it_counted(
         "next:",
     ):
         assert word in said, word
+    step = [*TINY, "predict.batch_size=1", "optim.name=adahessian", "train.channels_last=true"]
+    measure.measure("exp001", step)  # as the loop would do it: this one differentiates gradients
+    assert "training step of 32" in capsys.readouterr().out
 
 
 # --- explained -----------------------------------------------------------------------------------------------------------

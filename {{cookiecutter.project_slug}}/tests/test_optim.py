@@ -264,6 +264,14 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
     assert [g.get("betas", (0,))[1:] for g in optimizer.param_groups] == rest
 
 
+def test_kron_without_what_orders_its_sums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to right, the matrices of a convolution are multiplied out: gigabytes, and minutes a step."""
+    monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
+    with pytest.raises(Refused, match=r"optim.name: kron: needs opt_einsum"):
+        optim.refuse(config("optim.name=kron"))
+    optim.refuse(config("optim.name=adamw"))
+
+
 def test_options_reach_the_optimizer() -> None:
     groups = optim.optimizer(config("optim.options={eps: 1e-4, betas: [0.8, 0.9]}"), network()).param_groups
     assert all(group["eps"] == 1e-4 and group["betas"] == (0.8, 0.9) for group in groups)

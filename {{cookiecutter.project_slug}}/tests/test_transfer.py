@@ -9,10 +9,12 @@ import timm
 import torch
 from conftest import config
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
 
 from comp import jobs, store
 from comp.config import Refused
-from comp.train import schedule, transfer
+from comp.tasks import Head
+from comp.train import model, schedule, transfer
 from comp.train.stages import Stages
 
 STAGES = "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: last 2 blocks, epochs: 1, rate: 2e-3}, {train: everything, epochs: 2, rate: 1e-3}]"
@@ -49,6 +51,24 @@ def test_frozen_norms(empty: Path) -> None:
     assert norms and not any(m.training or m.weight.requires_grad for m in norms) and module.training
     with pytest.raises(Refused, match="no batch norm"):
         Stages(config("model.freeze_norm=true", "model.name=test_vit"), timm.create_model("test_vit"))
+
+
+def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
+    def built(*said: str) -> torch.nn.Module:
+        cfg = config("model.name=test_convnext", "data.channels=3", *said)
+        return model.build(
+            cfg, (Head("label", "multiclass", ("a", "b"), ("target.label",), ("a", "b")),), pretrained=False
+        )
+
+    for knob, kind, attribute in (
+        ("drop_rate", torch.nn.Dropout, "p"),
+        ("drop_path_rate", DropPath, "drop_prob"),
+    ):
+        found, none = (
+            [getattr(m, attribute) for m in module.modules() if isinstance(m, kind)]
+            for module in (built(f"model.{knob}=0.3"), built())
+        )
+        assert max(found) == pytest.approx(0.3) and not any(none), knob
 
 
 def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:

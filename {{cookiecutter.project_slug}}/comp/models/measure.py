@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from comp import config, machine, samples, store, table
-from comp.train import model, optim
+from comp.train import model, optim, speed
 from comp.train.evaluate import HALF
 
 SECONDS = 1.5  # of repeating a measurement
@@ -22,9 +22,11 @@ LEAST = 5
 def measure(experiment: str, overrides: list[str]) -> None:
     cfg = config.load(store.root(), experiment, overrides).config
     machine.settle(cfg.train.threads)
+    optim.refuse(cfg)
     device = machine.device(cfg.machine.device)
     heads = samples.load().heads
     module = model.build(cfg, heads, pretrained=False).to(device)
+    network = speed.prepared(cfg, module)  # as the loop trains it
     one = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
     counted = sum(p.numel() for p in module.parameters())
     classifier = _classifier(module)
@@ -41,8 +43,8 @@ def measure(experiment: str, overrides: list[str]) -> None:
     def step() -> None:
         batch = one.expand(cfg.train.batch_size, -1, -1, -1)
         with torch.autocast(device.type, half, enabled=half is not None):
-            loss = module(batch).float().square().mean()
-        loss.backward()
+            loss = network(batch).float().square().mean()
+        loss.backward(create_graph=optim.second_order(optimizer))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -40,6 +40,15 @@ class LBFGS(torch.optim.LBFGS):
         return super().step(lambda: torch.zeros(()))
 
 
+def refuse(cfg: Config) -> None:
+    """Before anything is spent."""
+    known(cfg)
+    if cfg.optim.name == "kron" and not torch.backends.opt_einsum.is_available():
+        raise Refused(
+            "optim.name: kron: needs opt_einsum, without which a single step of a convolution takes minutes: make extras, or pip install opt_einsum"
+        )
+
+
 def known(cfg: Config) -> type[torch.optim.Optimizer]:
     """The class behind optim.name; what it cannot do is refused before anything is spent."""
     name, optim = cfg.optim.name, cfg.optim
