@@ -365,7 +365,9 @@ def test_the_verb_says_what_it_looked_at(
     declare(project, "blend001", "members: ['exp001:greedy', exp002]\nmethod: ridge")
     blending.blend("blend001")
     capsys.readouterr()
+    before = {file: file.read_bytes() for file in empty.rglob("*") if file.is_file()}
     assert audit.audit() == 0
+    assert {f: f.read_bytes() for f in empty.rglob("*") if f.is_file()} == before, "it only looks"
     out = capsys.readouterr().out
     assert "optimistic: exp001 chose its epoch" in out and "optimistic: exp001:greedy chose" in out
     assert "optimistic: blend001 is made from exp001:greedy, which is marked selected_on_fold" in out

@@ -27,8 +27,11 @@ TINY = (
 )
 
 
-def two_folds(project: Path) -> None:
-    """Enough for pairs, and trained in less than half the time of five."""
+def few(project: Path) -> None:
+    """Rows and folds enough for pairs, in a tenth of the time."""
+    table = samples.load()
+    rows = np.r_[table.positions("train")[:200], table.positions("test")[:40]]
+    samples.save(table.frame.iloc[rows].reset_index(drop=True), table.heads)
     file = project / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 5", "k: 2"))
     assign.make(config.load(project, "base").config, samples.load(), remake=True)
@@ -38,7 +41,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip", "rot90")})
-    two_folds(project)
+    few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
     record = compare.noise("tiny", 2)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from banked import Project, declare, lay_out, made, three
+from conftest import config
 from killed import events, killed
-from test_compare import TINY, two_folds
+from test_compare import TINY, few
 
-from comp import store
-from comp.ensemble import audit, augmented, canary, compare, drawings, flips
+from comp import jobs, store
+from comp import pictures as pictures_
+from comp.ensemble import augmented, compare, drawings
 from comp.ensemble.blend import FILES, blend
 from comp.predict import tta
 
@@ -23,12 +25,17 @@ from comp.predict import tta
 ABOUT_TIME = ("log.jsonl", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
 
-def bytes_of(*folders: Path) -> dict[str, bytes]:
+def bytes_of(*folders: Path) -> dict[str, Any]:
+    files = (file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file): _content(file) for file in files if not file.name.endswith(ABOUT_TIME)}
+
+
+def _content(file: Path) -> Any:
+    if file.name != store.MANIFEST or not file.parent.name.startswith("fold"):
+        return file.read_bytes()
+    said = store.read_json(file)  # of a fold: where its log ends, and a line of a log holds a clock
     return {
-        str(file): file.read_bytes()
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.endswith(ABOUT_TIME)
+        name: {key: value for key, value in entry.items() if key != "log"} for name, entry in said.items()
     }
 
 
@@ -98,8 +105,10 @@ def in_a_row(work: Callable[[], Any], count: int, kills: int, chance: random.Ran
 def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    jobs.gather(config())  # torch and all that stands on it, so that no child has to import it
+    pictures_.figure_of(2, 2)
     monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip")})
-    two_folds(project)
+    few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
     for name, method in (("blend001", "greedy"),):
@@ -111,21 +120,12 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
         blend("blend001")
         drawings.draw("blend001")
 
-    def audited() -> None:
-        monkeypatch.setattr(canary, "EPOCHS", 4)
-        monkeypatch.setattr(flips, "METHODS", ("mean",))
-        monkeypatch.setattr(flips, "ROWS", 200)
-        audit.audit()
-
     commands: dict[str, Callable[[], Any]] = {
         "noise": lambda: compare.noise("tiny", 2),
         "compare": lambda: compare.compare(["tiny", "slow"], 2),
         "tta": lambda: augmented.tta("slow-seeds"),
         "ensemble --pictures": pictures,
-        "audit": audited,
     }
-    base = tmp_path / "before"
-    shutil.copytree(project, base)
     counts = {name: events(work, tmp_path / "count") for name, work in commands.items()}
     whole = bytes_of(project / "runs", project / "ensembles")
     for name in ("runs", "ensembles"):
@@ -134,4 +134,4 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     for name, work in commands.items():
         died += in_a_row(work, counts[name], 5, chance)
     assert bytes_of(project / "runs", project / "ensembles") == whole
-    assert died >= 15, died
+    assert died >= 12, died

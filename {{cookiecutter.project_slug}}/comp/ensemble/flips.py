@@ -156,10 +156,10 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         below = []
         for i in range(LOWER):
             own = [as_set(found[name]) for name in names[i::LOWER]]
-            blend = Blend.model_validate({"members": names[i::LOWER], "method": "logistic"})
+            blend = Blend.model_validate({"members": names[i::LOWER], "method": "ridge"})
             below.append(as_set(fitting.make(CFG, blend, told, split, own, (), {}, {}).honest["label"]))
             refits[f"level1-{i}"] = partial(fitting.refit, CFG, blend, told, split, own, {})
-        blend = Blend.model_validate({"members": list(refits), "method": "logistic"})
+        blend = Blend.model_validate({"members": list(refits), "method": "ridge"})
         made = fitting.make(CFG, blend, told, split, below, (), {}, refits)
         assert made.in_sample is not None
         return made.honest["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
