@@ -119,8 +119,8 @@ def test_twenty_worlds_of_coin_flips() -> None:
         print(
             f"{name}: {within} of 20 within, in-sample {np.mean(gap):+.4f} ± {error:.4f} above honest, {np.mean(errors[name]):+.2f}"
         )
-        visibly = np.mean(gap) > 3 * error and np.mean(gap) > 0.005
-        if within < 19 or visibly != flips.fits(name) or (not visibly and max(np.abs(gap)) > 0.005):
+        visibly = np.mean(gap) > 3 * error if flips.fits(name) else np.abs(gap).max() < 1e-3
+        if within < 19 or not visibly:
             wrong.append(name)
     assert not wrong, wrong
 

@@ -22,7 +22,7 @@ from comp.ensemble.blend import FILES, blend
 from comp.predict import tta
 
 # Of one run of a command and the next these differ: clocks, measured latencies, what a dead process left half-written.
-ABOUT_TIME = ("log.jsonl", "speed.json", "code.diff", ".lock", ".guard", ".part")
+ABOUT_TIME = ("log.jsonl", "birth.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
 
 def bytes_of(*folders: Path) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from comp import honest, metrics
 from comp.ensemble import areas, flips
 from comp.ensemble.findings import Leak
-from comp.ensemble.flips import HEAD, K, World
+from comp.ensemble.flips import FEATURES, HEAD, K, World
 from comp.tasks import Array, sigmoid
 
-EPOCHS, SNAPSHOTS = 20, 4
+EPOCHS, SNAPSHOTS = 20, 2
+RATE = 0.1
+RECIPES = tuple(
+    "abcdef"
+)  # each begins with random weights of its own: members that are all alike leave a search nothing to overfit
 LIMIT = 3.0  # standard errors that a score on coin flips may lie from chance
 # Every two folds meet twice, each teaching the other, so errors of folds go together: the variance over worlds of what is fitted
 # on the other folds is twice that of independent rows (measured over 30 worlds: 1.38 times the error, the mean at chance).
@@ -41,13 +45,13 @@ def pseudo(x: Array, y: Array, extra: Array, taught: NDArray[np.int64]) -> Array
 
 
 def train(
-    x: Array, y: Array, taught: NDArray[np.int64], extra: Array, extra_y: Array, rate: float
+    x: Array, y: Array, taught: NDArray[np.int64], extra: Array, extra_y: Array, begin: Array
 ) -> list[Array]:
     """Weights after every epoch."""
     wide, truth = np.vstack([x[taught], extra]), np.concatenate([y[taught], extra_y])
-    weight, out = np.zeros(wide.shape[1]), []
+    weight, out = begin, []
     for _ in range(EPOCHS):
-        weight = weight - rate * wide.T @ (sigmoid(wide @ weight) - truth) / len(truth)
+        weight = weight - RATE * wide.T @ (sigmoid(wide @ weight) - truth) / len(truth)
         out.append(weight)
     return out
 
@@ -66,9 +70,6 @@ def assemble(parts: list[tuple[NDArray[np.int64], Array]], rows: int) -> Array:
     return out
 
 
-RATES = (0.3, 1.0, 3.0)
-
-
 def stages(w: World, number: int, y: Array, x: dict[str, Array]) -> dict[str, Any]:
     """What each stage of one fold comes to, given these labels and features."""
     taught, scored = w.folds.split(number)
@@ -76,8 +77,11 @@ def stages(w: World, number: int, y: Array, x: dict[str, Array]) -> dict[str, An
     clean = {name: (each - mean) / std for name, each in x.items()}
     extra = (w.extra - mean) / std
     labels = pseudo(clean["identity"], y, extra, taught)
-    weights = {rate: train(clean["identity"], y, taught, extra, labels, rate) for rate in RATES}
-    last = {rate: epoch(each, clean["identity"], y, taught, scored) for rate, each in weights.items()}
+    weights = {}
+    for place, recipe in enumerate(RECIPES):
+        begin = 0.1 * np.random.default_rng(place).normal(size=FEATURES)
+        weights[recipe] = train(clean["identity"], y, taught, extra, labels, begin)
+    last = {recipe: epoch(each, clean["identity"], y, taught, scored) for recipe, each in weights.items()}
     return {
         "statistics": (mean, std),
         "pseudo": labels,
@@ -89,21 +93,28 @@ def stages(w: World, number: int, y: Array, x: dict[str, Array]) -> dict[str, An
 
 
 def members(w: World, made: list[dict[str, Any]]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """OOF sets of all snapshots of all recipes, as stored; and the views of the first recipe's last weights."""
+    """OOF sets of all snapshots of all recipes, as stored; and the views of all recipes' last weights together."""
     step = EPOCHS // SNAPSHOTS
     found: dict[str, Array] = {}
-    for rate in RATES:
+    for recipe in RECIPES:
         for snapshot in range(SNAPSHOTS):
-            at = [m["epoch"][rate] if snapshot == SNAPSHOTS - 1 else (snapshot + 1) * step - 1 for m in made]
+            at = [
+                m["epoch"][recipe] if snapshot == SNAPSHOTS - 1 else (snapshot + 1) * step - 1 for m in made
+            ]
             parts = [
-                (m["scored"], (m["x"]["identity"][m["scored"]] @ m["weights"][rate][e])[:, None])
+                (m["scored"], (m["x"]["identity"][m["scored"]] @ m["weights"][recipe][e])[:, None])
                 for m, e in zip(made, at, strict=True)
             ]
-            found[f"{rate:g}:snap{snapshot + 1}"] = assemble(parts, len(w.y))
+            found[f"{recipe}:snap{snapshot + 1}"] = assemble(parts, len(w.y))
     seen = {
         name: assemble(
             [
-                (m["scored"], (m["x"][name][m["scored"]] @ m["weights"][1.0][m["epoch"][1.0]])[:, None])
+                (
+                    m["scored"],
+                    (m["x"][name][m["scored"]] @ sum(m["weights"][r][m["epoch"][r]] for r in RECIPES))[
+                        :, None
+                    ],
+                )
                 for m in made
             ],
             len(w.y),
@@ -198,11 +209,11 @@ def leaks(w: World, first: Watched) -> list[Leak]:
         elif here["epoch"] != told["epoch"]:
             found.append(Leak("best epoch picked on the scored fold", where, by_labels))
     for name, values in first.sets.items():
-        rate, snapshot = float(name.partition(":")[0]), int(name[-1])
+        recipe, snapshot = name.partition(":")[0], int(name[-1])
         for number, m in enumerate(first.stages):
             rows = np.flatnonzero(w.fold == number)[:20]
-            e = m["epoch"][rate] if snapshot == SNAPSHOTS else snapshot * (EPOCHS // SNAPSHOTS) - 1
-            alone = m["x"]["identity"][rows] @ m["weights"][rate][e]
+            e = m["epoch"][recipe] if snapshot == SNAPSHOTS else snapshot * (EPOCHS // SNAPSHOTS) - 1
+            alone = m["x"]["identity"][rows] @ m["weights"][recipe][e]
             if not np.allclose(alone, values[rows, 0], atol=1e-9):
                 found.append(Leak("misaligned rows", f"{name}, fold {number}", "re-prediction"))
                 break
