@@ -30,8 +30,8 @@ TINY = (
 def few(project: Path) -> None:
     """Rows and folds enough for pairs, in a tenth of the time."""
     table = samples.load()
-    rows = np.r_[table.positions("train")[:200], table.positions("test")[:40]]
-    samples.save(table.frame.iloc[rows].reset_index(drop=True), table.heads)
+    rows = np.concatenate([table.positions("train")[:200], table.positions("test")[:40]])
+    samples.save(table.frame.take(rows.tolist()).reset_index(drop=True), table.heads)
     file = project / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 5", "k: 2"))
     assign.make(config.load(project, "base").config, samples.load(), remake=True)
