@@ -56,9 +56,9 @@ def each_is_one_line(root: Path, count: int, capsys: pytest.CaptureFixture[str])
             declared = DECLARED.replace("train.csv", broken.file)
             (root / "configs" / "competition.yaml").write_text(declared)
         file.write_bytes(broken.data) if broken.data is not None else file.unlink()
-        for verb in (
-            ("check",) if "sample" in broken.file or kind is malformed.image_absent else ("check", "prepare")
-        ):
+        # prepare reads tables as check does, so of each kind it is asked twice; of pictures and sample it knows nothing.
+        both = number < 2 * len(malformed.KINDS) and "sample" not in broken.file
+        for verb in ("check", "prepare") if both and kind is not malformed.image_absent else ("check",):
             status = cli.main([verb])
             out, err = capsys.readouterr()
             lines = [
