@@ -99,10 +99,11 @@ def test_killed_and_run_again_gives_the_same_bytes(fresh: dict[str, str], event:
 
 @pytest.mark.slow
 def test_killed_at_twenty_events_in_a_row_and_one_by_one(fresh: dict[str, str]) -> None:
-    for event in events(2, 20):
+    for number, event in enumerate(events(2, 20)):
         shutil.rmtree(store.root() / "runs", ignore_errors=True)
         assert os.WIFSIGNALED(forked(killed_at(event, train)))
-        assert os.WIFSIGNALED(forked(killed_at(7, train)))  # and once more on the way
+        if number % 4 == 0:  # and once more on the way
+            assert os.WIFSIGNALED(forked(killed_at(7, train)))
         assert forked(train) == 0
         assert artefacts(store.root()) == fresh, f"killed at event {event}"
 
