@@ -106,22 +106,30 @@ def test_a_job_ends_with_who_started_it(project: Path) -> None:
         assert job.wait() == 1
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """One core, no dashboard; more nodes with add_node."""
-    ray = pytest.importorskip("ray")
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Any]:
+    """One core, no dashboard; more nodes with add_node. Started once: that takes longer than what runs on it."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")  # a busy machine takes its time
-    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")
-    started = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8},
-    )
-    monkeypatch.setenv("RAY_ADDRESS", started.address)
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_agent_register_timeout_ms", "600000")  # a busy machine takes its time
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        started = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8},
+        )
+        patch.setenv("RAY_ADDRESS", started.address)
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture
+def cluster(machines: Any) -> Iterator[Any]:
+    yield machines
+    import ray
+
+    ray.shutdown()  # leaves it
 
 
 @pytest.mark.slow
@@ -166,7 +174,6 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
 def test_a_study_on_a_cluster(tuned: Path, cluster: Any) -> None:
     from comp.tune import search
 
-    cluster.add_node(num_cpus=1, object_store_memory=10**8)
     small = [*SMALL, "train.epochs=1"]
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "4", "--on", "ray", *small]) == 0
     joined = search.join("exp001", small, "s", None)
