@@ -64,7 +64,7 @@ slow-template:
 	$(BIN)/python -m pytest -m slow
 
 slow-project:
-	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow -o cache_dir=$(CURDIR)/build/pytest-project
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 -m slow -o cache_dir=$(CURDIR)/build/pytest-project
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/speed.py
