@@ -124,3 +124,6 @@ def test_rows_of_pixels_give_what_single_pixels_give() -> None:
         channels = x.shape[1]
         made = normal.Normal(mean[:channels], std[:channels])(x)
         assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, kept)
+        assert torch.equal(normal.Normal(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
+            "one for all channels"
+        )

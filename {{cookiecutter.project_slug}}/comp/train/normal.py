@@ -56,8 +56,9 @@ def _standard(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     rows = x.permute(0, 2, 3, 1)
     if not rows.is_contiguous():
         return (x - mean) / std
-    width = x.shape[3]
-    made = (rows.flatten(2) - mean.flatten().repeat(width)).div_(std.flatten().repeat(width))
+    _, channels, _, width = x.shape
+    mean, std = (each.flatten().expand(channels).repeat(width) for each in (mean, std))
+    made = (rows.flatten(2) - mean).div_(std)
     return made.view(rows.shape).permute(0, 3, 1, 2)
 
 
