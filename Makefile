@@ -54,7 +54,7 @@ test slow: export OMP_WAIT_POLICY := PASSIVE
 
 test: check
 	$(BIN)/python -m pytest -n 2
-	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 -o cache_dir=$(CURDIR)/build/pytest-project
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --durations 15 -o cache_dir=$(CURDIR)/build/pytest-project
 
 # Side by side: the walk through the baked project's README waits for its downloads half of the time.
 slow: extras
