@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -286,6 +287,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # comp runs | head: what is left in the buffer has nowhere to go either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"the disk is full{where}; make room, and the same command goes on: comp clean says what can go",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def answer(arguments: list[str]) -> int:

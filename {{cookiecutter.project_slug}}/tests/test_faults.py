@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from conftest import config
 from test_training import TINY, refusal
 
-from comp import folds, jobs, machine, own, samples, store, track
+from comp import cli, folds, jobs, machine, own, samples, store, track
+from comp.config import Refused
 from comp.train import data, losses, processes, room
 from comp.train.data import Batch
 
@@ -191,6 +193,27 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
 
 
 # --- no time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (long := tmp_path / ("x" * 80)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    loader = processes.Processes[list[int], list[int]](data.Pictures.__new__(data.Pictures), list, 1, False)
+    with pytest.raises(Refused, match=r"TMPDIR: .* is too long for the sockets"):
+        next(loader.batches([[0]]))
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> int:
+        with open("/dev/full", "w") as opened:
+            opened.write("x")
+        return 0
+
+    monkeypatch.setattr(cli, "answer", full)
+    assert cli.main(["runs"]) == 2
+    assert capsys.readouterr().err.startswith("the disk is full; make room, and the same command goes on")
 
 
 def test_a_time_is_read_as_people_write_it() -> None:

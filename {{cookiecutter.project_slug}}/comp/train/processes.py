@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from comp.config import Refused
 
 AHEAD = 4  # batches that each worker has ready
+LONGEST = (
+    75  # characters of a temporary folder; a socket's path has 107, and with more the processes wait for ever
+)
 
 Asked = TypeVar("Asked", bound=list[Any])
 Made = TypeVar("Made")
@@ -63,6 +68,10 @@ class Processes(Generic[Asked, Made]):
 
     @cached_property
     def loader(self) -> DataLoader[Any]:
+        if len(os.fsencode(tempfile.gettempdir())) > LONGEST:
+            raise Refused(
+                f"TMPDIR: {tempfile.gettempdir()} is too long for the sockets of loader processes; {LONGEST} characters at most, or machine.workers=0"
+            )
         return DataLoader(
             self.items,
             batch_sampler=_Plan(),
