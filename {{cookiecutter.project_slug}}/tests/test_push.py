@@ -161,17 +161,22 @@ def test_a_dataset_that_kaggle_could_not_take_is_uploaded_anew(
     assert len(found["notes"]) == 2 and found["files"][0] == found["files"][1]
 
 
+def arrived(server: Server) -> tuple[int, int, int]:
+    """Submissions, versions of the notebook, versions of the dataset."""
+    slug = f"{USER}/comp-practice-exp001"
+    return (
+        len(server.submissions),
+        len(server.kernels[slug]["versions"]),
+        len(server.datasets[slug]["notes"]),
+    )
+
+
 @pytest.mark.parametrize("method", ["CreateDataset", "SaveKernel", "CreateCodeSubmission"])
 def test_a_lost_answer_sends_nothing_twice(server: Server, trained: Path, method: str) -> None:
     server.fail[method] = ["after"]
     pushes()
     assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert (
-        len(server.submissions),
-        len(server.kernels[slug]["versions"]),
-        len(server.datasets[slug]["notes"]),
-    ) == (1, 1, 1)
+    assert arrived(server) == (1, 1, 1)
 
 
 def test_invalid_sources_and_a_cut_upload_are_errors(
@@ -245,12 +250,7 @@ def killed(where: str) -> Callable[[], object]:
 def test_killed_at_every_step_nothing_is_sent_twice(server: Server, trained: Path, where: str) -> None:
     assert os.WIFSIGNALED(forked(killed(where)))
     assert pushes() == 0
-    slug = f"{USER}/comp-practice-exp001"
-    assert (
-        len(server.submissions),
-        len(server.kernels[slug]["versions"]),
-        len(server.datasets[slug]["notes"]),
-    ) == (1, 1, 1)
+    assert arrived(server) == (1, 1, 1)
     assert ledger.submissions("practice")[0]["public"] == 0.5
 
 
