@@ -81,4 +81,4 @@ lock: setup
 	cp build/lock/project/requirements*.txt "$(PROJECT)/"
 	$(COMPILE) --group pyproject.toml:dev --output-file requirements.txt "$(PROJECT)/requirements.txt"
 	$(COMPILE) --group pyproject.toml:bench --constraint requirements.txt --output-file benchmarks/requirements.txt \
-	  $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.txt)
+	  $$(sed -n 's/^\([a-z0-9._-]*\)==[^;]*$$/--no-emit-package \1/p' requirements.txt)

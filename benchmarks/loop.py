@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from photographs import blocks, jpegs, project, ratio, written
 
-BATCH, SIZE, CLASSES = 32, 64, 10
+CLASSES = 10
 MOST = 1.10  # what the loop may cost
 
 
@@ -26,44 +26,57 @@ class Enough(Exception):
     """All blocks are measured."""
 
 
-def bare(module: Any, optimizer: Any, steps: int) -> Callable[[], None]:
-    import torch
-
-    pictures, target = torch.randn(BATCH, 3, SIZE, SIZE), torch.arange(BATCH) % CLASSES
-
-    def block() -> None:
-        for _ in range(steps):
-            torch.nn.functional.cross_entropy(module(pictures), target).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return block
+def settings(network: str, side: int, batch: int, recipe: str, *more: str) -> list[str]:
+    return [
+        "competition.raw=raw", f"model.name={network}", "model.pretrained=false", f"data.size={side}", "data.channels=3",
+        f"augment={recipe}", f"train.batch_size={batch}", "train.ema=0.999", "train.epochs=1", "schedule.warmup=10%",
+        "optim.clip=1.0", "machine.progress=true", *more,
+    ]  # fmt: skip
 
 
-def main() -> None:
-    count_of_blocks, steps = blocks(10, 20)
+def compared(
+    said: list[str], photographs: tuple[int, int], blocks: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of each block of the loop and of each bare one, over `photographs` JPEGs of some side."""
     import timm
     import torch
     from comp import config, machine, track
-    from comp.train import data, loop, optim
+    from comp.train import data, evaluate, loop, optim, speed
     from comp.train.clock import Clock
 
-    torch.set_num_threads(1)
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
-
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        files = jpegs(root / "raw", 64, 1, side=SIZE)
-        count = BATCH * steps * (count_of_blocks + 2)
-        table = project(root, [files[i % len(files)] for i in range(count)], CLASSES)
-        said = [
-            "competition.raw=raw", "model.name=resnet18", "model.pretrained=false", f"data.size={SIZE}", "data.channels=3",
-            "data.margin=1.0", "augment=none", f"train.batch_size={BATCH}", "train.ema=0.999", "train.epochs=1", "schedule.warmup=10%",
-            "optim.clip=1.0", "machine.progress=true", "machine.workers=0", "track=offline",
-        ]  # fmt: skip
+        count, side = photographs
+        files = jpegs(root / "raw", count, 1, side=side)
+        batch = next(int(word.partition("=")[2]) for word in said if word.startswith("train.batch_size="))
+        listed = batch * steps * (blocks + 2)
+        table = project(root, [files[i % len(files)] for i in range(listed)], CLASSES)
         cfg = config.load(root, "exp001", said).config
-        module = timm.create_model("resnet18", num_classes=CLASSES).train()
-        block = bare(module, optim.optimizer(cfg, module), steps)
+        device = machine.device(cfg.machine.device)
+
+        def now() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        module = timm.create_model(cfg.model.name, num_classes=CLASSES).train().to(device)
+        network, optimizer = speed.prepared(cfg, module), optim.optimizer(cfg, module)
+        half = evaluate.HALF[cfg.train.amp]
+        scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+        pictures = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)
+        if cfg.train.channels_last:
+            pictures = pictures.to(memory_format=torch.channels_last)
+        target = torch.arange(batch, device=device) % CLASSES
+
+        def bare() -> None:
+            for _ in range(steps):
+                with torch.autocast(device.type, half, enabled=half is not None):
+                    output = network(pictures)
+                scaler.scale(torch.nn.functional.cross_entropy(output.float(), target)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
 
         class Paused(data.Feed):
             """A bare block stands before every block of the loop. The first of each warms up."""
@@ -73,14 +86,14 @@ def main() -> None:
                 for number, batch in enumerate(super().batches(plan, *more)):
                     if number % steps == 0:
                         if number >= 2 * steps:
-                            taken["loop"].append(time.perf_counter() - began)
-                        if len(taken["loop"]) == count_of_blocks:
+                            taken["loop"].append(now() - began)
+                        if len(taken["loop"]) == blocks:
                             raise Enough
-                        before = time.perf_counter()
-                        block()
+                        before = now()
+                        bare()
                         if number >= steps:
-                            taken["bare"].append(time.perf_counter() - before)
-                        began = time.perf_counter()
+                            taken["bare"].append(now() - before)
+                        began = now()
                     yield batch
 
         class Split:
@@ -89,7 +102,6 @@ def main() -> None:
                 return rows, rows[:0]
 
         loop._quiet = lambda cfg: False  # the bar is drawn although nobody watches
-        device = torch.device("cpu")
         split: Any = Split()
         material = loop.Material(
             cfg, table, split, Paused(cfg, table, device), device, machine.Stop(), Clock(device)
@@ -104,13 +116,22 @@ def main() -> None:
                 loop.fold(material, 0, 0, fold, log)
         except Enough:
             pass
-    times = ratio(taken["loop"], taken["bare"])
+    return taken
+
+
+def main() -> None:
+    count_of_blocks, steps = blocks(10, 20)
+    import torch
+
+    torch.set_num_threads(1)
+    said = settings("resnet18", 64, 32, "none", "data.margin=1.0", "machine.workers=0", "track=offline")
+    taken = compared(said, (64, 64), count_of_blocks, steps)
     written(
         {
             "milliseconds a step": {
                 name: round(1000 * sorted(s)[len(s) // 2] / steps, 1) for name, s in taken.items()
             },
-            "loop_times_bare": times,
+            "loop_times_bare": ratio(taken["loop"], taken["bare"]),
             "allowed": MOST,
             "blocks": [round(a / b, 3) for a, b in zip(taken["loop"], taken["bare"], strict=True)],
         },

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -56,7 +57,12 @@ def removed_from_code(text: str) -> str:
 
 def held_by_environment() -> list[str]:
     """Longest first, so that a key that holds another one goes as a whole."""
-    found = [value for name, value in os.environ.items() if len(value) >= 8 and NAME.fullmatch(name)]
+    return _held(tuple(os.environ.items()))
+
+
+@lru_cache(maxsize=4)  # every line of a log asks, and the environment hardly ever changes
+def _held(variables: tuple[tuple[str, str], ...]) -> list[str]:
+    found = [value for name, value in variables if len(value) >= 8 and NAME.fullmatch(name)]
     return sorted(found, key=len, reverse=True)
 
 

@@ -9,18 +9,21 @@ from pathlib import Path
 import banked
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import config
 from forked import forked
 from safetensors.torch import load_file
 from test_resume import killed_at
+from timm.utils import ModelEmaV3
+from torch.optim import swa_utils
 
 from comp import bank, folds, jobs, members, samples, store, track
 from comp.config import Refused
 from comp.deliver import kernel, verify
 from comp.ensemble import choose, latency
 from comp.prepare import assign
-from comp.train import choice, schedule
+from comp.train import choice, kept, schedule
 
 QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
 EVERYTHING = [
@@ -60,6 +63,39 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
     )
     shares = [schedule.curve(once, span).rate(step) for step in range(total)]
     assert shares == sorted(shares, reverse=True) and schedule.snapshots(once, span) == [30, 60, 90, 120]
+
+
+def test_the_average_is_the_one_of_timm() -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", num_classes=3)
+    ours, theirs = kept.Ema(module, 0.9), ModelEmaV3(module, decay=0.9)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.add_(torch.randn_like(weight))
+        module(torch.randn(4, 3, 32, 32))  # batch norms count and measure
+        ours.update(step)
+        theirs.update(module, step - 1)
+    want = theirs.module.state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in ours.module.state_dict().items())
+    assert any(not torch.equal(tensor, want[name]) for name, tensor in module.state_dict().items())
+
+
+def test_batch_norms_counters_are_averaged_on_a_gpu_too(
+    empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+    module = timm.create_model("test_resnet", num_classes=3)
+    cfg = config("average.predicts=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
+    kept_weights = kept.Kept(cfg, module, tmp_path, 0, [])
+    for epoch in range(1, 5):
+        module(torch.randn(4, 3, 32, 32))
+        kept_weights.after_epoch(epoch, None)
+    assert kept_weights.swa is not None
+    counters = [
+        n for name, n in kept_weights.swa.module.state_dict().items() if name.endswith("batches_tracked")
+    ]
+    assert counters and all(2 <= int(count) <= 4 for count in counters)
 
 
 def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: Path) -> None:

@@ -29,6 +29,7 @@ from comp.prepare import cache
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
 from comp.train import augment, balance, beside
+from comp.train.device import onto
 from comp.train.draws import mixed
 from comp.train.processes import AHEAD, Processes
 
@@ -196,9 +197,9 @@ class Feed:
 
     def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the network takes beside the pictures: whose they are, and the metadata of the samples."""
-        out = {} if batch.owner is None else {"owner": batch.owner.to(self.device)}
+        out = {} if batch.owner is None else {"owner": batch.owner.to(self.device, non_blocking=True)}
         if self.metadata is not None:
-            out["metadata"] = self.metadata[torch.from_numpy(batch.samples).to(self.device)]
+            out["metadata"] = self.metadata[onto(batch.samples, self.device)]
         return out
 
     def batches(self, plan: Plan, day: augment.Day | None = None) -> Iterator[Batch]:
@@ -301,7 +302,7 @@ class _Resident:
         for draws in plan:
             rows = np.array([draw.sample for draw in draws], np.int64)
             images = self.pictures.image_of_sample[rows]
-            pictures = self.tensor[torch.from_numpy(images).to(self.device)]
+            pictures = self.tensor[onto(images, self.device)]
             seeds = None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64)
             broken = {
                 int(r): self.damaged[int(i)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,20 @@ class OnBatch:
         return self.function(pictures, seeds)
 
 
+def onto(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of a batch on their way to the device. Only asked like this, the processor does not wait until the GPU is
+    through with all that came before."""
+    return torch.from_numpy(values).to(device, dtype, non_blocking=True)
+
+
 def _numbers(seeds: Seeds, salt: int, count: int, like: Tensor) -> Tensor:
     """(batch, count), uniform from -1 to 1."""
-    return torch.from_numpy(2 * uniform(seeds, salt, count) - 1).to(
-        like.device, like.dtype, non_blocking=True
-    )
+    return onto(2 * uniform(seeds, salt, count) - 1, like.device, like.dtype)
 
 
 # Rows: grey, and the two axes of colour (YIQ), where a turn changes the hue and a stretch the saturation.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_BACK = torch.linalg.inv(_YIQ)
 
 
 def jitter(
@@ -61,8 +67,8 @@ def jitter(
         inner[:, 0, 0] = 1
         inner[:, 1, 1] = inner[:, 2, 2] = stretch * angle.cos()
         inner[:, 1, 2], inner[:, 2, 1] = -stretch * angle.sin(), stretch * angle.sin()
-        yiq = _YIQ.to(pictures)
-        matrix = torch.linalg.inv(yiq) @ inner @ yiq * (bright * contr).view(-1, 1, 1)
+        yiq, back = (each.to(pictures, non_blocking=True) for each in (_YIQ, _BACK))
+        matrix = back @ inner @ yiq * (bright * contr).view(-1, 1, 1)
         flat = torch.baddbmm(shift, matrix, pictures.flatten(2))
         return flat.clamp_(0, 1).view_as(pictures)
 

@@ -62,7 +62,7 @@ def outputs_of(
         network = networks.get()
         try:
             with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
-                return torch.stack([network(look, extras).float() for look in looks]).cpu()
+                return torch.stack([network(look, extras).float() for look in looks])
         finally:
             networks.put(network)
 
@@ -77,7 +77,7 @@ def outputs_of(
             yield lambda looks=looks, extras=extras, count=count: (count, forward(looks, extras))  # type: ignore[misc]
 
     out: list[Tensor] = []
-    for count, made in _in_order(calls(), at_once):
+    for count, made in _landed(_in_order(calls(), at_once)):
         out.append(made)
         on_batch(count)
     found = torch.cat(out, dim=1).numpy() if out else np.empty((len(views), 0, 0), np.float32)
@@ -103,6 +103,17 @@ def _in_order(calls: Iterator[Callable[[], T]], at_once: int) -> Iterator[T]:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+def _landed(made: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """On the processor; each is fetched when the next is under way, so that a GPU always has something to do."""
+    under_way: tuple[int, Tensor] | None = None
+    for following in made:
+        if under_way is not None:
+            yield under_way[0], under_way[1].cpu()
+        under_way = following
+    if under_way is not None:
+        yield under_way[0], under_way[1].cpu()
 
 
 def _joined(

@@ -40,6 +40,7 @@ from comp.train import (
 )  # fmt: skip
 from comp.train.clock import Clock
 from comp.train.data import Batch, Feed, epoch_list, training_batches
+from comp.train.device import onto
 from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of, refuse
 from comp.train.kept import Kept, renewal
@@ -174,12 +175,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                     pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
                     pictures, parts = mix(pictures, batch.seeds)  # parts: whose targets, with which share
                     clock.lap("colour and normalising")
-                    truth = [target[batch.samples] for target in (*targets, *lessons)]
+                    rows = onto(batch.samples, device)
+                    truth = [target[rows] for target in (*targets, *lessons)]
                     with torch.autocast(device.type, half, enabled=half is not None):
                         output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
-                    each = mixture(output, truth, weight[batch.samples], parts) + apart(
-                        output
-                    )  # (batch,), weighted
+                    each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
                     loss = losses.reduced(each, cfg.loss.hardest) * (len(batch.samples) / span.effective)
                     clock.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from comp.config import Config, Refused
 from comp.tasks import Head
 from comp.train.augment import Day
-from comp.train.device import Seeds
+from comp.train.device import Seeds, onto
 from comp.train.draws import uniform
 
 Part = tuple[Tensor, Tensor]  # whose target, by place in the batch, and with which share: (batch,) each
@@ -103,7 +103,7 @@ def mixed(
             _between(top, rows, height, pictures)[:, :, None]
             & _between(left, columns, width, pictures)[:, None]
         )
-        inside &= torch.from_numpy(cut).to(pictures.device)[:, None, None]
+        inside &= onto(cut, pictures.device)[:, None, None]
         out = torch.where(inside[:, None], pictures[_at(mates[1], pictures)], out)
         area = rows * columns / (height * width)
         shares[cut, 0], shares[cut, 1] = 1 - area[cut], area[cut]
@@ -162,12 +162,12 @@ def _shares(target: Tensor, head: Head) -> Tensor:
 def _between(start: np.ndarray, length: np.ndarray, side: int, like: Tensor) -> Tensor:
     """(batch, side): from start, so many."""
     places = np.arange(side)[None]
-    return torch.from_numpy((places >= start[:, None]) & (places < (start + length)[:, None])).to(like.device)
+    return onto((places >= start[:, None]) & (places < (start + length)[:, None]), like.device)
 
 
 def _at(places: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(places).to(like.device, non_blocking=True)
+    return onto(places, like.device)
 
 
 def _like(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
+    return onto(values, like.device, like.dtype)
