@@ -35,7 +35,16 @@ def lay_out(root: Path) -> tuple[samples.Samples, folds.Folds, list[str]]:
     names = tuple(f"class{i}" for i in range(OUTPUTS))
     head = tasks.Head("label", "multiclass", names, ("target.label",), names)
     ids = [f"{i:06d}" for i in range(ROWS)]
-    frame = pd.DataFrame({"id": ids, "source": "train", "row": ids, "weight": 1.0, "target.label": 0.0})
+    frame = pd.DataFrame(
+        {
+            "id": ids,
+            "images": [["x.png"]] * ROWS,
+            "source": "train",
+            "row": ids,
+            "weight": 1.0,
+            "target.label": 0.0,
+        }
+    )
     samples.save(frame, (head,))
     table = samples.load()
     lines = pd.DataFrame({"id": ids, "repeat": 0, "fold": np.arange(ROWS) % 5})

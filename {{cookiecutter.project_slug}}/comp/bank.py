@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,14 +112,21 @@ def _open(file: Path) -> tuple[pa.RecordBatch, dict[str, Any]]:
     import pyarrow as pa
 
     try:
-        with file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        # Behind its eight bytes of magic an Arrow file is a stream; read as one it opens three times as fast.
-        batch = pa.ipc.open_stream(pa.py_buffer(mapped).slice(len(MAGIC))).read_next_batch()
+        batch = _mapped(file, store.stamp(file))
         said: dict[str, Any] = json.loads(batch.schema.metadata[b"comp"])
     except (pa.ArrowException, OSError, StopIteration, ValueError, KeyError, TypeError):
         raise Refused(f"{store.shown(file)}: is no prediction set of this project") from None
     return batch, said
+
+
+@lru_cache(maxsize=1000)  # mapped once a process: most of what reading costs is finding its pages
+def _mapped(file: Path, stamp: store.Stamp | None) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    # Behind its eight bytes of magic an Arrow file is a stream; read as one it opens three times as fast.
+    return pa.ipc.open_stream(pa.py_buffer(mapped).slice(len(MAGIC))).read_next_batch()
 
 
 def _misfit(said: Mapping[str, Any], samples: Samples, folds: Folds, expect: Mapping[str, Any]) -> str:

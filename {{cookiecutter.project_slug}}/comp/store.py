@@ -152,7 +152,7 @@ def sealed(file: Path) -> dict[str, Any] | None:
 
 def verified(file: Path, remedy: str = "") -> Path:
     """The path itself, once its bytes are known to be those that were sealed."""
-    stamps = _stamp(file), _stamp(file.parent / MANIFEST)
+    stamps = stamp(file), stamp(file.parent / MANIFEST)
     if stamps[0] is not None and _trusted.get(file) == stamps:
         return file
     remedy = f"; {remedy}" if remedy else ""
@@ -165,12 +165,12 @@ def verified(file: Path, remedy: str = "") -> Path:
         raise Refused(
             f"{shown(file)}: damaged or changed since it was written (sha256 differs from {MANIFEST}){remedy}"
         )
-    if all(stamp is not None and stamp.settled for stamp in stamps):
+    if all(each is not None and each.settled for each in stamps):
         _trusted[file] = stamps
     return file
 
 
-class _Stamp(NamedTuple):
+class Stamp(NamedTuple):
     """What tells a changed file without reading it. Not to be believed while it is fresh: a file that changes twice
     within a tick of the file system's clock keeps its mtime."""
 
@@ -183,28 +183,28 @@ class _Stamp(NamedTuple):
         return time.time_ns() - self.changed > 50_000_000
 
 
-_noted: dict[Path, tuple[_Stamp, str]] = {}
-_trusted: dict[Path, tuple[_Stamp | None, _Stamp | None]] = {}
+_noted: dict[Path, tuple[Stamp, str]] = {}
+_trusted: dict[Path, tuple[Stamp | None, Stamp | None]] = {}
 
 
-def _stamp(file: Path) -> _Stamp | None:
+def stamp(file: Path) -> Stamp | None:
     try:
         status = os.stat(file)
     except FileNotFoundError:
         return None
-    return _Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def sha256(file: Path) -> str:
     """Hashed once a process: an unchanged (inode, size, mtime) is not read again."""
-    stamp = _stamp(file)
-    if stamp is not None and file in _noted and _noted[file][0] == stamp:
+    now = stamp(file)
+    if now is not None and file in _noted and _noted[file][0] == now:
         return _noted[file][1]
-    believed = stamp is not None and stamp.settled
+    believed = now is not None and now.settled
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if believed and stamp is not None:
-        _noted[file] = (stamp, found)
+    if believed and now is not None:
+        _noted[file] = (now, found)
     return found
 
 

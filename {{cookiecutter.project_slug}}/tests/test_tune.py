@@ -1,4 +1,4 @@
-"""The queue of a study, shared by processes that die; a trial that is killed goes on; what a search ends in."""
+"""The queue of a study: what is tried, pruned and stopped; and what a search ends in. Its deaths are in test_tune_deaths.py."""
 
 from __future__ import annotations
 
@@ -12,42 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import wandb_reader
 from conftest import config
-from forked import forked
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
+from studies import FOREVER, SMALL, join, run, states, with_space
 
-from comp import bank, cli, folds, identity, jobs, machine, samples, store, track
+from comp import bank, cli, folds, identity, jobs, machine, samples, store
 from comp.config import Refused
-from comp.train import loop
 from comp.tune import confirm, export, listing, live, report, search, study, trial
-from comp.tune.study import Joined
-
-SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
-SMALL = ["track=none", "machine.workers=0", "train.epochs=2", "train.limit=64", "schedule.warmup=0"]
-FOREVER = float("inf")
 
 
 @pytest.fixture
 def tuned(project: Path) -> Path:
-    (project / "configs" / "tune").mkdir()
-    (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
-    return project
-
-
-def join(trials: int | None = None, *more: str, space: str = "s") -> Joined:
-    return search.join("exp001", [*SMALL, *more], space, None, trials)
-
-
-def states(joined: Joined) -> list[str]:
-    return [t.state.name for t in joined.study.get_trials(deepcopy=False)]
-
-
-def run(joined: Joined) -> TrialState:
-    taken = study.take(joined)
-    assert taken is not None
-    return trial.run(joined, *taken, machine.Stop(), FOREVER)
+    return with_space(project)
 
 
 def test_from_the_first_setting_to_an_experiment_in_the_bank(
@@ -83,141 +60,6 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
         export.export(joined, "exp014", None)
     with pytest.raises(Refused, match="--trial 99: is no completed trial"):
         export.export(joined, "exp015", 99)
-
-
-def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: Path) -> None:
-    joined = join()
-
-    def die() -> None:
-        seen = 0
-
-        def log(self: Any, record: Any) -> None:
-            nonlocal seen
-            seen += 1
-            original(self, record)
-            if "epoch" in record and "fold" not in record and seen > 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        original = track.Track.log
-        track.Track.log = log  # type: ignore[method-assign]
-        run(join())
-
-    assert os.WIFSIGNALED(forked(die))
-    assert states(joined)[0] == "RUNNING"
-    assert run(joined) == TrialState.COMPLETE
-    trials = joined.study.get_trials(deepcopy=False)
-    again = next(t for t in trials if t.state == TrialState.COMPLETE)
-    assert trials[0].state == TrialState.FAIL and again.user_attrs["retry_of"] == 0
-    assert again.params == trials[0].params and again.user_attrs["folder"] == 0
-    killed = {
-        f.parent.name: store.sha256(f)
-        for f in (tuned / "runs/.studies/exp001-s/0000").rglob("weights.safetensors")
-    }
-
-    cfg = trial.config_of(joined, study.setting_of(joined.space, again))
-    material = jobs.gather(cfg)
-    identity.claim("whole", cfg, material.folds, "")
-    for number in range(2):
-        jobs.one_fold(material, "whole", 0, number, search=True)
-    whole = {f.parent.name: store.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")}
-    assert killed == whole and len(whole) == 2
-
-
-def test_only_the_dead_are_taken_up(tuned: Path) -> None:
-    joined = join(20)
-    living = study.take(joined)
-    assert living is not None
-    forked(lambda: study.take(join(20)))  # ends without a word to the study
-    queued = study.requeue(joined)
-    assert queued == [1] and states(joined)[:2] == ["RUNNING", "FAIL"]
-    assert study.requeue(joined) == [], "one successor each"
-    taken = study.take(joined)
-    assert taken is not None and taken[0].user_attrs["retry_of"] == 1
-    assert living[0].number == 0 and states(joined)[0] == "RUNNING"
-
-
-def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned: Path) -> None:
-    old = join()
-    taken = study.take(old)
-    assert taken is not None
-    old.study.tell(taken[0], 0.5)
-    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.rate: {low: 1e-4, high: 0.1, log: true}\n")
-    old.study.add_trial(_told(old, 0.9))
-    forked(lambda: study.take(join(1, space="t")))  # the experiment's own; what exp001-s found waits
-    joined = join(1, space="t")
-    taken = study.take(joined)
-    assert taken is not None and taken[0].user_attrs["retry_of"] == 0
-    joined.study.tell(taken[0], 0.5)
-    assert study.take(joined) is None
-    taken = study.take(join(2, space="t"))
-    assert taken is not None and taken[0].user_attrs["from"] == "exp001-s"
-    assert taken[1]["optim.rate"] == 2e-3
-
-
-def _told(joined: Joined, value: float) -> Any:
-    params = {"optim.rate": 2e-3, "model.drop_rate": 0.1}
-    kinds = {knob.key: study.distribution(knob) for knob in joined.space.knobs}
-    return create_trial(params=params, distributions=kinds, value=value)
-
-
-def test_a_death_between_closing_and_queueing_loses_nothing(tuned: Path) -> None:
-    joined = join(20)
-    forked(lambda: study.take(join(20)))
-    frozen = joined.study.get_trials(deepcopy=False)[0]
-    joined.storage.set_trial_state_values(
-        frozen._trial_id, TrialState.FAIL
-    )  # as far as the dead process came
-    assert study.requeue(joined) == [0]
-
-
-def test_a_setting_that_kills_its_process_again_and_again_is_given_up(tuned: Path) -> None:
-    joined = join(20)
-    for _ in range(study.DEATHS):
-        forked(lambda: study.take(join(20)))
-    study.requeue(joined)
-    last = joined.study.get_trials(deepcopy=False)[-1]
-    assert last.state == TrialState.FAIL and last.user_attrs["error"]["kind"] == "killed"
-    assert study.requeue(joined) == []
-
-
-def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tuned / "configs/tune/big.yaml").write_text(
-        "search:\n  train.batch_size: [8, 16, 32, 64]\nfolds: 1\nsampler: grid\n"
-    )
-    joined = join(space="big")
-
-    def fold(material: Any, *rest: Any) -> None:
-        if material.cfg.train.batch_size >= 32:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        original(material, *rest)
-
-    original = loop.fold
-    monkeypatch.setattr(loop, "fold", fold)
-    ends = []
-    while taken := study.take(joined):
-        ends.append(trial.run(joined, *taken, machine.Stop(), FOREVER).name)
-    trials = joined.study.get_trials(deepcopy=False)
-    assert trials[0].params["train.batch_size"] == 32 and trials[0].user_attrs["error"]["kind"] == "memory"
-    big = next(t for t in trials if t.params["train.batch_size"] == 64)
-    assert big.user_attrs["skipped"] == "trial 0 ran out of memory, and this one is no smaller"
-    assert ends == ["FAIL", "COMPLETE", "COMPLETE"]
-
-
-def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: Any) -> None:
-        raise KeyError("no such")
-
-    monkeypatch.setattr(loop, "fold", fail)
-    assert cli.main(["tune", "exp001", "--space", "s", "--trials", "9", *SMALL]) == 2
-    said = capsys.readouterr()
-    assert "3 trials in a row failed, the last with: 'no such'" in said.err
-    trials = join().study.get_trials(deepcopy=False)
-    assert [t.user_attrs["error"]["kind"] for t in trials if "error" in t.user_attrs] == ["crash"] * 3
-    assert "KeyError" in (tuned / "runs/.studies/exp001-s/0000/error.txt").read_text()
 
 
 def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -> None:

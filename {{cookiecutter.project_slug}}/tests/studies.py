@@ -1,0 +1,35 @@
+"""What the tests of studies share: a small space, an experiment that trains in a second, and what one process of a study does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optuna.trial import TrialState
+
+from comp import machine
+from comp.tune import search, study, trial
+from comp.tune.study import Joined
+
+SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
+SMALL = ["track=none", "machine.workers=0", "train.epochs=2", "train.limit=64", "schedule.warmup=0"]
+FOREVER = float("inf")
+
+
+def with_space(project: Path) -> Path:
+    (project / "configs" / "tune").mkdir()
+    (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
+    return project
+
+
+def join(trials: int | None = None, *more: str, space: str = "s") -> Joined:
+    return search.join("exp001", [*SMALL, *more], space, None, trials)
+
+
+def states(joined: Joined) -> list[str]:
+    return [t.state.name for t in joined.study.get_trials(deepcopy=False)]
+
+
+def run(joined: Joined) -> TrialState:
+    taken = study.take(joined)
+    assert taken is not None
+    return trial.run(joined, *taken, machine.Stop(), FOREVER)
