@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from photographs import PROJECT, Picture, in_turns, jpegs, ratio, written
 
-FILES, COPIES, ROUNDS, SIZE = 64, 6, 15, 256
+FILES, COPIES, ROUNDS, SIZE = 64, 6, 11, 256
 
 
 def decoding(files: list[bytes]) -> dict[str, Any]:

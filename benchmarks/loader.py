@@ -18,7 +18,7 @@ from typing import Any
 
 from photographs import in_turns, jpegs, per_second, project, ratio, written
 
-FILES, COPIES, ROUNDS, BATCH, FAST_EPOCHS = 64, 8, 7, 32, 8
+FILES, COPIES, ROUNDS, BATCH, FAST_EPOCHS = 64, 8, 5, 32, 8
 
 
 def typical(files: list[str]) -> Callable[[object], object]:
