@@ -28,13 +28,13 @@ FILES, COPIES, ROUNDS, SIZE = 64, 6, 11, 256
 def decoding(files: list[bytes]) -> dict[str, Any]:
     from comp.prepare import images
 
-    def typical(data: bytes) -> Picture:
-        picture = cv2.cvtColor(
-            cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
+    def typical(data: bytes) -> Any:
+        picture: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        return cv2.resize(
+            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), (SIZE, SIZE), interpolation=cv2.INTER_AREA
         )
-        return cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
-    def floor(data: bytes) -> Picture:
+    def floor(data: bytes) -> Any:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
 
     def ours(data: bytes) -> Picture:

@@ -15,8 +15,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"))
@@ -66,9 +67,9 @@ def iterative(labels: Fold) -> Fold:
     return _folds(split, len(labels))
 
 
-def _folds(splits: object, rows: int) -> Fold:
+def _folds(splits: Iterable[tuple[Any, Any]], rows: int) -> Fold:
     fold = np.empty(rows, np.int64)
-    for number, (_, scored) in enumerate(splits):  # type: ignore[call-overload]
+    for number, (_, scored) in enumerate(splits):
         fold[scored] = number
     return fold
 

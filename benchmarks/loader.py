@@ -43,7 +43,8 @@ def typical(files: list[str]) -> Callable[[object], object]:
             return len(files)
 
         def __getitem__(self, i: int) -> Any:
-            return chain(image=cv2.cvtColor(cv2.imread(files[i]), cv2.COLOR_BGR2RGB))["image"]
+            picture: Any = cv2.imread(files[i])
+            return chain(image=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))["image"]
 
     loader = DataLoader(
         Files(),
@@ -63,7 +64,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     from comp import competition, config, store
     from comp.train import augment, data, normal
 
-    competition.recipe = recipe  # type: ignore[attr-defined]
+    competition.recipe = recipe
     overrides = [
         "competition.raw=raw",
         "data.size=224",

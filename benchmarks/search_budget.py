@@ -133,14 +133,14 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
             raise Pruned
         watched(self, report)
 
-    trial.Watch.epoch = counting  # type: ignore[method-assign]
+    trial.Watch.epoch = counting
     try:
         while spent < BUDGET:
             taken = study.take(joined)
             assert taken is not None
             trial.run(joined, *taken, machine.Stop(), float("inf"))
     finally:
-        trial.Watch.epoch = watched  # type: ignore[method-assign]
+        trial.Watch.epoch = watched
     ended = joined.study.get_trials(deepcopy=False)
     assert not any(t.state == TrialState.FAIL for t in ended), [t.user_attrs for t in ended]
     done = [t for t in ended if t.state == TrialState.COMPLETE]
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    competition.model = lambda cfg, outputs: Small(cfg.model.drop_rate, outputs)  # type: ignore[attr-defined]
+    competition.model = lambda cfg, outputs: Small(cfg.model.drop_rate, outputs)
     lines: list[dict[str, Any]] = []
     print("repetition  first   random (completed of tried)  pruned (completed of tried)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,21 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
 
         def train(batch: data.Batch) -> None:
             target = torch.from_numpy(batch.samples % 10)
-            loss = torch.nn.functional.cross_entropy(module(seen(batch.pictures.permute(0, 3, 1, 2))), target)
-            loss.backward()
+            pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)
+            torch.nn.functional.cross_entropy(module(pictures), target).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+        def block(batches: Iterable[data.Batch]) -> None:
+            for batch in islice(batches, steps):
+                train(batch)
 
         batches = endless()
         kept = next(batches)
         taken = in_turns(
             {
-                "loader": lambda _: [train(next(batches)) for _ in range(steps)],
-                "memory": lambda _: [train(kept) for _ in range(steps)],
+                "loader": lambda _: block(batches),
+                "memory": lambda _: block(repeat(kept)),
             },
             [None],
             blocks,
