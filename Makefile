@@ -9,7 +9,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup extras demo test slow slow-template slow-project check bench lock
+.PHONY: help setup extras demo test slow slow-template slow-project check types-template types-project bench lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
@@ -45,7 +45,12 @@ demo: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 types-template types-project
+
+types-template:
 	$(BIN)/mypy
+
+types-project:
 	cd "$(PROJECT)" && $(BIN)/mypy
 
 # One thread a process: two tests side by side with two threads each take ten times as long as with one.
