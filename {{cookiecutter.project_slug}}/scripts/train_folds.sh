@@ -22,6 +22,7 @@ if [ "${#gpus[@]}" -gt 1 ]; then
   trap 'for worker in "${workers[@]}"; do kill -INT -- "-$worker" 2> /dev/null || true; done; wait; exit 130' INT TERM
   for slot in "${!gpus[@]}"; do
     (
+      trap 'exit 130' INT TERM # after the fold under way, which writes its checkpoint first
       export CUDA_VISIBLE_DEVICES="${gpus[slot]}"
       for ((fold = slot; fold < folds; fold += ${#gpus[@]})); do
         echo "+ CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES comp train $* --fold $fold"
