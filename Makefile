@@ -4,7 +4,9 @@ PROJECT := {{cookiecutter.project_slug}}
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 BIN     := $(CURDIR)/.venv/bin
 
-# Caches lie outside the project's folder: whatever lies in it, `cookiecutter .` would copy.
+# Caches lie outside the project's folder: whatever lies in it, `cookiecutter .` would copy. Without any of Python's own, each
+# of some hundred processes would compile torch anew, for twice the time to its first line.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy

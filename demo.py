@@ -18,7 +18,7 @@ ROAD = [
     ["check"],
     ["folds"],
     ["cache", EXPERIMENTS[0]],
-    *(["train", name] for name in EXPERIMENTS),
+    *(["train", name, "--on", "local"] for name in EXPERIMENTS),  # a fold a core
     *(["predict", name] for name in EXPERIMENTS),
     ["ensemble", BLEND],
     ["submit", BLEND, "--dry-run"],
