@@ -67,7 +67,7 @@ def main() -> None:
         return settings(said.network, said.side, said.batch, recipe, *more)
 
     for amp, recipe in CASES:
-        taken = compared(words(recipe, amp), (32, 512), BLOCKS, STEPS)
+        taken = compared(words(recipe, amp), said.batch, (32, 512), BLOCKS, STEPS)
         images = STEPS * said.batch
         result[f"{amp} {recipe}"] = {
             "images a second, bare": spread([images / s for s in taken["bare"]], 0),

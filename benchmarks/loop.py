@@ -35,7 +35,7 @@ def settings(network: str, side: int, batch: int, recipe: str, *more: str) -> li
 
 
 def compared(
-    said: list[str], photographs: tuple[int, int], blocks: int, steps: int
+    said: list[str], batch: int, photographs: tuple[int, int], blocks: int, steps: int
 ) -> dict[str, list[float]]:
     """Seconds of each block of the loop and of each bare one, over `photographs` JPEGs of some side."""
     import timm
@@ -49,7 +49,6 @@ def compared(
         root = Path(folder)
         count, side = photographs
         files = jpegs(root / "raw", count, 1, side=side)
-        batch = next(int(word.partition("=")[2]) for word in said if word.startswith("train.batch_size="))
         listed = batch * steps * (blocks + 2)
         table = project(root, [files[i % len(files)] for i in range(listed)], CLASSES)
         cfg = config.load(root, "exp001", said).config
@@ -83,7 +82,7 @@ def compared(
 
             def batches(self, plan: Any, *more: Any) -> Iterator[Any]:
                 began = 0.0
-                for number, batch in enumerate(super().batches(plan, *more)):
+                for number, given in enumerate(super().batches(plan, *more)):
                     if number % steps == 0:
                         if number >= 2 * steps:
                             taken["loop"].append(now() - began)
@@ -94,7 +93,7 @@ def compared(
                         if number >= steps:
                             taken["bare"].append(now() - before)
                         began = now()
-                    yield batch
+                    yield given
 
         class Split:
             def split(self, number: object) -> tuple[Any, Any]:
@@ -124,8 +123,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    said = settings("resnet18", 64, 32, "none", "data.margin=1.0", "machine.workers=0", "track=offline")
-    taken = compared(said, (64, 64), count_of_blocks, steps)
+    batch = 32
+    said = settings("resnet18", 64, batch, "none", "data.margin=1.0", "machine.workers=0", "track=offline")
+    taken = compared(said, batch, (64, 64), count_of_blocks, steps)
     written(
         {
             "milliseconds a step": {
