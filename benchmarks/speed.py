@@ -18,7 +18,7 @@ README = HERE.parent / "README.md"
 
 
 # What would take half an hour at full length: 200 steps a side of a network that is large for a CPU.
-SHORT = {"step": ["--blocks", "3", "--steps", "3"], "loop": ["--blocks", "3", "--steps", "5"]}
+SHORT = {"step": ["--blocks", "3", "--steps", "2"], "loop": ["--blocks", "3", "--steps", "4"]}
 
 
 class Line(NamedTuple):
