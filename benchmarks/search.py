@@ -99,12 +99,12 @@ def naive_greedy(truth: Any, shown: list[Any], call: Callable[[Any, Any], float]
 def picks_equal(head: tasks.Head, metric: str, call: Callable[[Any, Any], float], cases: int) -> int:
     same = 0
     for seed in range(cases):
-        truth, said = members(head, 8, 400, seed)
+        truth, said = members(head, 12, 400, seed)
         lens = fast.lens(metrics.find(metric), head, "probability", truth)
         taken = [lens.take(each) for each in said]
-        ours = search.greedy(lens, taken, 10, search.free(len(said)))
+        ours = search.greedy(lens, taken, 12, search.free(len(said)))
         shown = [head.row.probability(each.astype(np.float64)) for each in said]
-        same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 10), atol=1e-12))
+        same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 12), atol=1e-12))
     return same
 
 
