@@ -269,6 +269,22 @@ def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
     assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"
 
 
+def test_a_cpu_takes_large_batches_in_pieces() -> None:
+    """Even ones, none above what keeps the C library from asking the system for memory anew, and the answers in order."""
+    sizes: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return x.flatten(1)[:, :1]
+
+    x = torch.arange(40.0)[:, None, None, None].expand(40, 3, 224, 224)
+    assert torch.equal(evaluate.Fitting(Counting(), 64)(x).flatten(), torch.arange(40.0))
+    assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.ON_A_CPU
+    sizes.clear()
+    assert len(evaluate.Fitting(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], "small ones as asked"
+
+
 def test_batches_side_by_side_share_weights_and_nothing_else() -> None:
     together = threading.Barrier(2)  # both are inside before either goes on
 
