@@ -282,7 +282,9 @@ def test_a_cpu_takes_large_batches_in_pieces() -> None:
     assert torch.equal(evaluate.Fitting(Counting(), 64)(x).flatten(), torch.arange(40.0))
     assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.ON_A_CPU
     sizes.clear()
-    assert len(evaluate.Fitting(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], "small ones as asked"
+    assert len(evaluate.Fitting(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
+        "small ones as asked"
+    )
 
 
 def test_batches_side_by_side_share_weights_and_nothing_else() -> None:
