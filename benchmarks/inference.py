@@ -15,7 +15,7 @@ from typing import Any
 
 from photographs import in_turns, jpegs, per_second, project, ratio, written
 
-FILES, ROUNDS = 64, 3
+FILES, ROUNDS = 64, 5
 
 
 def typical(module: Any, files: list[str]) -> Callable[[object], object]:

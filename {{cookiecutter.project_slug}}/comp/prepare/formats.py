@@ -11,6 +11,11 @@ import struct
 import zlib
 from typing import NamedTuple
 
+SEGMENT = struct.Struct(">BBH").unpack_from  # of a JPEG: 0xFF, marker, length without these two bytes
+FRAME = struct.Struct(">HHB").unpack_from  # height, width, components
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+BARE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # markers without a length
+
 
 class Jpeg(NamedTuple):
     height: int
@@ -21,32 +26,31 @@ class Jpeg(NamedTuple):
 
 
 def jpeg(data: bytes) -> Jpeg | None:
-    """What stands before the first scan; None where it makes no sense."""
-    position, orientation = 2, 1
+    """What stands before the first scan; None where it makes no sense. In front of every decode, so it is written to be short."""
+    position, last, orientation = 2, len(data) - 10, 1
     size: tuple[int, int, int] | None = None
-    while (position := data.find(b"\xff", position)) >= 0 and position + 10 < len(data):
-        marker = data[position + 1]
-        if marker == 0xFF:  # padding
+    while position < last:
+        start, marker, length = SEGMENT(data, position)
+        if start != 0xFF:
+            position = data.find(b"\xff", position)
+            if position < 0:
+                break
+        elif marker == 0xFF:  # padding
             position += 1
-            continue
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # without a length
+        elif marker in BARE:
             position += 2
-            continue
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            size = struct.unpack_from(">HHB", data, position + 5)
-        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = exif_orientation(data[position + 10 : end])
         elif marker == 0xDA:
             if size is None or min(size) == 0:
                 return None
             # From here on 0xFF of the picture itself is always followed by a zero. Earlier ends are those of thumbnails.
-            return Jpeg(
-                *size,
-                orientation,
-                "" if data.rfind(b"\xff\xd9", end) >= 0 else "cut off, its end marker is missing",
-            )
-        position = end
+            whole = data.rfind(b"\xff\xd9", position + 2 + length) >= 0
+            return Jpeg(*size, orientation, "" if whole else "cut off, its end marker is missing")
+        else:
+            if marker in FRAMES:
+                size = FRAME(data, position + 5)
+            elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+                orientation = exif_orientation(data[position + 10 : position + 2 + length])
+            position += 2 + length
     return None
 
 

@@ -56,9 +56,9 @@ PLUGINS = (
     Jpeg2KImagePlugin,
 )
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
-# A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times that. With less to
-# spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, instead of 0.3.
-SCALES = {1: 0.0, 2: 1.33, 4: 2.0, 8: 2.5}
+# The smallest first. A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times
+# that. With less to spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, not 0.3.
+SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
 NO_NUMBERS = arrays.Numbers()
 HOOK = "say how in load_image of comp/competition.py"
 
@@ -208,7 +208,7 @@ def _jpeg(
     scale = 1
     if size is not None:
         high, wide = _wanted(height, width, size, fit)
-        scale = max(
+        scale = next(
             s
             for s, spare in SCALES.items()
             if _covers(height, high, s, spare) and _covers(width, wide, s, spare)
