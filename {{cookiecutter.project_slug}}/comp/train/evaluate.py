@@ -137,7 +137,7 @@ def _joined(
 class Fitting:
     """A network in batches as large as fit: out of memory halves them for the rest of the pass, down to single pictures. On a CPU
     what fits is a piece whose layers stay below the 32 MB from which C's library asks the system for every block anew: the
-    pages of those, all of them to be filled with zeros first, cost mobilenetv3 and efficientnet a fourth of their speed."""
+    pages of those, all of them to be filled with zeros first, cost mobilenetv3 a fourth of its speed and efficientnet a fifth."""
 
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size = module, size
