@@ -11,7 +11,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup extras demo test slow slow-template slow-project check types-template types-project bench lock
+.PHONY: help setup extras demo test slow slow-template slow-project check types-template types-project bench golden lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
@@ -19,6 +19,7 @@ help:
 	@echo "make slow    the long checks (up to 40 minutes)"
 	@echo "make check   lint, format and types alone"
 	@echo "make bench   speed against what users have, into the table of README.md; ten minutes, wants a quiet machine"
+	@echo "make golden BASE=COMMIT   nine runs trained by COMMIT and by this checkout: which numbers differ; ten minutes"
 	@echo "make lock    pin the dependencies anew, with hashes"
 
 setup: .venv/installed
@@ -76,6 +77,9 @@ slow-project:
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/speed.py
+
+golden: setup
+	$(BIN)/python tests/golden.py compare $(BASE)
 
 # The project's pins come from a baked project (a placeholder is no project name), the template's from them and from
 # what it needs besides. Find-links would bring in hashes of one machine's own wheels.
