@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from conftest import config
 from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 
-from comp import jobs, store
+from comp import cli, jobs, store
 from comp.config import Refused
 from comp.tasks import Head
 from comp.train import model, schedule, transfer
@@ -114,3 +116,45 @@ def test_another_run_of_the_same_fold(project: Path) -> None:
     save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")
     with pytest.raises(Refused, match=r"mine.safetensors: \S+ is not in it"):
         jobs.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
+
+
+@pytest.mark.parametrize(
+    "kind", ["pickle", "torch.save", "empty", "malformed", "cut", "header of 2^60 bytes"]
+)
+def test_a_file_that_is_not_safetensors(project: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """Named by key and file, exit code 2; an object in a pickle is never built."""
+    file = project / "mine.safetensors"
+    if kind == "torch.save":
+        torch.save({"fc.weight": torch.zeros(2, 2)}, file)
+    else:
+        save_file({"fc.weight": torch.zeros(2, 2)}, file)
+        whole = file.read_bytes()
+        file.write_bytes(
+            {
+                "pickle": pickle.dumps(_Tells(project / "was run")),
+                "empty": b"",
+                "malformed": whole[:8] + b"{" * (len(whole) - 8),
+                "cut": whole[:-4],
+                "header of 2^60 bytes": (2**60).to_bytes(8, "little") + whole[8:],
+            }[kind]
+        )
+    capsys.readouterr()
+    (project / "configs" / "exp003.yaml").write_text(
+        "base: exp001\nmodel: {pretrained: mine.safetensors}\ntrack: {mode: none}\n"
+    )
+    assert cli.main(["train", "exp003", "--fold", "0"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "model.pretrained: mine.safetensors: is not a safetensors file" in said
+    assert "save_file" in said and "weights_only=True" in said
+    assert ("pickle" in said) == (kind in ("pickle", "torch.save"))
+    assert not (project / "was run").exists()
+
+
+class _Tells:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)

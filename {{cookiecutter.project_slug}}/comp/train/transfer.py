@@ -5,6 +5,7 @@ model.pretrained: weights/backbone.safetensors | run:exp001
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comp import store
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RUN = "run:"
+PICKLED = (
+    b"PK",
+    *(bytes((0x80, protocol)) for protocol in range(2, 6)),
+)  # torch.save: a zip, or the bare stream
 MEASURED = ("pixel_mean", "pixel_std", "white_middle", "white")  # of each fold: normal.py
 
 
@@ -29,10 +34,33 @@ def check(cfg: Config, folds: Folds) -> None:
     said = cfg.model.pretrained
     if run := run_of(cfg):
         _of_same_folds(run, folds)
-    elif isinstance(said, str) and not store.path(said).is_file():
-        raise Refused(
-            f"model.pretrained: {said}: no such file; true, false, a .safetensors file or run:exp001 is wanted"
-        )
+    elif isinstance(said, str):
+        if not store.path(said).is_file():
+            raise Refused(
+                f"model.pretrained: {said}: no such file; true, false, a .safetensors file or run:exp001 is wanted"
+            )
+        refuse_foreign(store.path(said), "model.pretrained")
+
+
+def refuse_foreign(file: Path, key: str) -> None:
+    """Not a safetensors file, whatever its name: the header is parsed and every length in it held against the file's size.
+    Nothing of it is executed, and torch is not imported."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            return
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    if start in PICKLED:
+        reason = "pickled, as torch.save writes, which can run code when it is loaded"
+    raise Refused(
+        f"{key}: {store.shown(file)}: is not a safetensors file ({reason or 'empty'}); of a checkpoint that you trust make one: "
+        f'python -c "import sys, torch; from safetensors.torch import save_file; '
+        f'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" FROM.pth TO.safetensors'
+    )
 
 
 def _of_same_folds(run: str, folds: Folds) -> None:
