@@ -1,11 +1,13 @@
 """What a set of OOF predictions scores: the same numbers, by the same function, for runs and for ensembles.
 
-Labels from values (grades) need cut points; those of a fold are fitted on the folds that may teach it.
+Labels from values (grades) need cut points. Those of a fold are fitted on the folds that may teach it, and these decide too
+whether fitted ones are used at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WIDE = 100  # labels; above, one threshold for all: most have too few rows for one of their own
+PARTS = 5  # of a fold that has to do as several
 LISTED = 100  # columns of a ranking: no metric looks further
 
 
@@ -158,41 +161,106 @@ def answers(
     rows: Positions,
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array | None]:
-    """What the metric takes, honestly; and the cut points that new rows get, where there are any."""
+    """What the metric takes, each fold by parameters of the folds that may teach it; and the cut points that new rows get,
+    where there are any."""
     if head.unknown and metric.needs in ("label", "ranking"):
         return _with_unknown(metric, head, probability, samples, folds, rows, fold)
     if not (metric.needs == "label" and (graded(head) or head.task == "multilabel")):
         return plain(metric, head, probability), None
-    truth = samples.truth(head, rows)
-    value = probability if head.task == "multilabel" else probability[:, 0]
-    floor = head.task == "multilabel" and bool((truth.sum(axis=1) > 0).all())  # no row without a label so far
+    cut = Cutting(metric, head, probability, samples.truth(head, rows), scored(samples, rows))
+    fits: dict[bytes, Cuts] = {}  # without folds 1 and 2: asked for by both
 
-    def fit(positions: NDArray[np.int64]) -> Array:
-        frame = scored(samples, rows[positions])
-        if head.task == "multilabel":
-            shared = len(head.outputs) > WIDE
-            return decide.fit_thresholds(truth[positions], value[positions], metric, frame, shared)
-        return decide.fit_cuts(value[positions], truth[positions], len(head.classes), metric, frame)
+    def fit(at: Positions) -> Cuts:
+        key = at.tobytes()
+        if key not in fits:
+            fits[key] = cut.fit(at)
+        return fits[key]
 
-    def apply(cuts: Array, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        if head.task == "multilabel":
-            return decide.apply_threshold(value[positions], cuts, floor)
-        return decide.apply_cuts(value[positions], cuts)
+    def fit_where_it_gains(at: Positions) -> Cuts:
+        """Fitted cut points only where they score more than plain rounding on rows, all of `at`, that did not fit them. Chosen by
+        the rows that are scored, the luckier of the two would be reported."""
+        plain_ = cut.unfitted(at)
+        number, rule = fold[at], True
+        if len(np.unique(number)) == 1:  # two folds, or the second of a split by time
+            place = folds.units(rows[at], "parts of a fold")[1]
+            number, rule = place * PARTS // (place.max() + 1), False
+        try:
+            own = nested(
+                samples, folds, rows[at], number,
+                lambda few: fit(at[few]), lambda cuts, few: cut.apply(cuts, at[few]), plain_, rule,
+            ).prediction  # fmt: skip
+            gain = cut.reached(own, at) - cut.reached(cut.apply(plain_, at), at)
+        except MetricUndefined:
+            return plain_
+        return fit(at) if gain > 0 else plain_
 
-    # The first of a split by time: plain rounding.
-    halves = np.full(len(head.outputs), 0.5)
-    first: Array = halves if head.task == "multilabel" else np.arange(1.0, len(head.classes)) - 0.5
-    nested = honest.nested(
-        fold, fit, apply, allowed=lambda number: np.isin(rows, folds.split(number)[0]), first=first
-    )
-    said = graded_only(head, nested.prediction.astype(np.int64))
-    unfitted = apply(first, np.arange(len(rows))) if head.task == "multilabel" else None
-    rounded = plain(metric, head, probability) if unfitted is None else graded_only(head, unfitted)
-    asked_for, frame = graded_only(head, truth), scored(samples, rows)
-    # Fitted cuts are kept only where they gain on other folds.
-    if metric.sign * (metric(asked_for, said, frame) - metric(asked_for, rounded, frame)) <= 0:
-        return rounded, first
-    return said, nested.final
+    everywhere = np.arange(len(rows))
+    found = nested(samples, folds, rows, fold, fit_where_it_gains, cut.apply, cut.unfitted(everywhere[:0]))
+    return graded_only(head, found.prediction.astype(np.int64)), found.final.cuts
+
+
+class Cuts(NamedTuple):
+    cuts: Array  # between grades, or one threshold a label
+    floor: bool = False  # a row has one label at least
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """Values or probabilities to labels, by any rows of a head."""
+
+    metric: Metric
+    head: Head
+    probability: Array
+    truth: NDArray[Any]
+    frame: pd.DataFrame
+
+    def unfitted(self, at: Positions) -> Cuts:
+        """Plain rounding; a floor where all the rows have a label."""
+        if self.head.task == "multilabel":
+            return Cuts(np.full(len(self.head.outputs), 0.5), self._floor(at))
+        return Cuts(np.arange(1.0, len(self.head.classes)) - 0.5)
+
+    def fit(self, at: Positions) -> Cuts:
+        truth, value, frame = self.truth[at], self.probability[at], self.frame.iloc[at]
+        if self.head.task == "multilabel":
+            shared = len(self.head.outputs) > WIDE
+            return Cuts(decide.fit_thresholds(truth, value, self.metric, frame, shared), self._floor(at))
+        return Cuts(decide.fit_cuts(value[:, 0], truth, len(self.head.classes), self.metric, frame))
+
+    def apply(self, found: Cuts, at: Positions) -> NDArray[np.int64]:
+        if self.head.task == "multilabel":
+            return decide.apply_threshold(self.probability[at], found.cuts, found.floor)
+        return decide.apply_cuts(self.probability[at, 0], found.cuts)
+
+    def reached(self, labels: NDArray[Any], at: Positions) -> float:
+        """sign * score: more is better."""
+        truth, said = (graded_only(self.head, each) for each in (self.truth[at], labels.astype(np.int64)))
+        return self.metric.sign * self.metric(truth, said, self.frame.iloc[at])
+
+    def _floor(self, at: Positions) -> bool:
+        return bool(len(at) and (self.truth[at].sum(axis=1) > 0).all())
+
+
+def nested(
+    samples: Samples,
+    folds: Folds,
+    rows: Positions,
+    fold: NDArray[np.int64],
+    fit: Callable[[Positions], Any],
+    apply: Callable[[Any, Positions], NDArray[Any]],
+    first: Any,
+    rule: bool = True,
+) -> honest.Nested:
+    """honest.nested, group-aware where samples have groups, and by the rule of this project's folds where `fold` holds these."""
+    groups = groups_of(samples, rows)
+    if folds.meta.get("blind_to_groups"):
+        groups = None  # folds that mix groups on purpose: nobody would be left to teach
+    allowed = (lambda number: np.isin(rows, folds.split(number)[0])) if rule else None
+    return honest.nested(fold, fit, apply, allowed=allowed, groups=groups, first=first)
+
+
+def groups_of(samples: Samples, rows: Positions) -> Any:
+    return samples.frame["group"].to_numpy()[rows] if "group" in samples.frame else None
 
 
 def _with_unknown(
@@ -216,10 +284,8 @@ def _with_unknown(
         ranking = decide.with_unknown(probability[positions], code, float(shift[0]), LISTED)
         return ranking if metric.needs == "ranking" else ranking[:, 0]
 
-    nested = honest.nested(
-        fold, fit, apply, allowed=lambda number: np.isin(rows, folds.split(number)[0]), first=np.zeros(1)
-    )
-    return nested.prediction.astype(np.int64), nested.final
+    found = nested(samples, folds, rows, fold, fit, apply, np.zeros(1))
+    return found.prediction.astype(np.int64), found.final
 
 
 def scored(samples: Samples, rows: Positions) -> pd.DataFrame:

@@ -93,6 +93,31 @@ def test_a_planted_leak_is_flagged_by_its_name(
     assert names(canary.leaks(world, canary.watched(world))) == {leak}
 
 
+def test_a_choice_of_cut_points_by_the_rows_they_are_scored_on_is_flagged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nested cut points, but whether they or plain rounding are reported is decided by the reported number."""
+    from comp import decide
+
+    def luckier(metric: Any, head: Any, value: Any, table: Any, split: Any, rows: Any, fold: Any) -> Any:
+        truth, value = table.truth(head, rows), value[:, 0]
+        fitted = honest.nested(
+            fold,
+            lambda at: decide.fit_cuts(value[at], truth[at], 4, metric),
+            lambda cuts, at: decide.apply_cuts(value[at], cuts),
+        ).prediction.astype(np.int64)
+        plain = decide.apply_cuts(value, [0.5, 1.5, 2.5])
+        return (fitted if metric(truth, fitted) > metric(truth, plain) else plain), None
+
+    monkeypatch.setattr(flips, "METHODS", ("mean",))
+    monkeypatch.setattr(flips, "STEPS", ())
+    luck = flips.world(2, rows=300)
+    assert canary.leaks(luck, canary.watched(luck)) == []
+    monkeypatch.setattr(score, "answers", luckier)
+    (leak,) = canary.leaks(luck, canary.watched(luck))
+    assert leak.name == "in-sample meta-model" and leak.where == "cut points"
+
+
 def test_what_selection_costs_at_a_thousand_rows() -> None:
     assert np.mean([canary.selection(flips.world(seed)) for seed in range(5)]) == pytest.approx(
         0.077, abs=0.02

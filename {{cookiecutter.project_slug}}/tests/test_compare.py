@@ -166,7 +166,7 @@ def test_a_page_shows_text_as_text(empty: Path) -> None:
 def test_groups_are_drawn_whole(empty: Path) -> None:
     project: Any = lay_out(empty, "binary")
     project.samples.frame["group"] = np.arange(len(project.samples.frame)) // 10
-    assert worth.groups_of(project.samples, np.arange(40)).max() == 3
+    assert score.groups_of(project.samples, np.arange(40)).max() == 3
 
 
 @pytest.mark.parametrize("kind", ["targets", "graded", "samples of a row"])

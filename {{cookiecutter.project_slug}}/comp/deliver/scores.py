@@ -217,7 +217,7 @@ def _scored(rows: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:
     """What is drawn: rows that the host scores, of several samples of one the first; and their groups."""
     oof = np.flatnonzero(split.of_sample[0] >= 0)
     here = score.lines(rows, oof, split.of_sample[0][oof]).rows
-    return here, worth.groups_of(rows, here)
+    return here, score.groups_of(rows, here)
 
 
 def _with_oof(name: str) -> str:

@@ -82,7 +82,9 @@ def _chance(said: Mapping[str, Mapping[str, float]], selection: float) -> list[L
     body = [
         [n, f"{s['honest']:.4f}", f"{s['in_sample']:.4f}", f"{s['errors']:+.1f}"] for n, s in said.items()
     ]
-    print(f"on coin flips, {flips.ROWS} rows (AUC; balanced accuracy of thresholds), 0.5 is chance:")
+    print(
+        f"on coin flips, {flips.ROWS} rows: AUC, balanced accuracy of thresholds (chance is 0.5), QWK of cut points (chance is 0)"
+    )
     print(
         table.text(
             ["method", "honest", "in-sample", "standard errors"],

@@ -69,14 +69,14 @@ def tta(run: str, max_ms: float | None = None) -> dict[str, Any]:
         print(
             f"{space}: {', '.join(chosen.views)}: {in_sample:.4f} on the rows that chose them, {ms:.2f} ms an image"
         )
-    found = worth.nested(rows, split, at, fold, question.choose, question.said, views.PLAIN_CHOICE)
+    found = score.nested(rows, split, at, fold, question.choose, question.said, views.PLAIN_CHOICE)
     best: views.Choice = found.final
     own, before = asked(found.prediction), asked(values[views.PLAIN])
     reached = scored(own)
     ms = sum(cost[name] for name in best.views)
     try:
         pair = honest.paired(
-            own.metric, own.truth, own.answer, before.answer, worth.groups_of(rows, here.rows), worth.RESAMPLES, rows=own.frame
+            own.metric, own.truth, own.answer, before.answer, score.groups_of(rows, here.rows), worth.RESAMPLES, rows=own.frame
         )  # fmt: skip
         says = str(pair)
     except MetricUndefined as fault:

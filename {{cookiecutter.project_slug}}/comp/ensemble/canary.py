@@ -1,14 +1,15 @@
 """The pipeline on coin flips (flips.py): whatever scores above chance there has seen its answers.
 
 1,000 rows of noise as frozen features, heads trained by gradient steps with a snapshot every few epochs, views, weights, stackers,
-thresholds. Two questions are asked. Is the honest score chance? And, sharper, without any statistics: turn the labels of one fold
+thresholds, cut points of grades. Two questions are asked. Is the honest score chance? And, sharper, without any statistics: turn the labels of one fold
 round (or its features into others), and nothing that is said of this fold's rows may change, at any stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,28 +150,51 @@ def watched(w: World) -> Watched:
 # --- the two questions ---------------------------------------------------------------------------------------------------
 
 
+class Judge(NamedTuple):
+    """How what a method says of coin flips is scored."""
+
+    metric: str
+    chance: float
+    error: Callable[[int], float]  # rows -> standard error of the score of independent rows
+    asked: Callable[
+        [World, Array], tuple[Array, Array]
+    ]  # (a world, what is said) -> (truth, what the metric takes)
+
+
+AUC = Judge(
+    "roc_auc",
+    0.5,
+    lambda rows: ((rows + 1) / (3 * rows**2)) ** 0.5,
+    lambda w, said: (w.y, HEAD.row.probability(said)[:, 0]),
+)
+JUDGES = {
+    "thresholds": Judge(
+        "balanced_accuracy",
+        0.5,
+        lambda rows: 0.5 / rows**0.5,
+        lambda w, said: (w.y, HEAD.row.label(HEAD.row.probability(said)).astype(np.float64)),
+    ),
+    "cut points": Judge(
+        "qwk",
+        0.0,
+        lambda rows: 1 / rows**0.5,
+        lambda w, said: (flips.grades(w, w.y).astype(np.float64), said[:, 0]),
+    ),
+}
+
+
 def chance(w: World, first: Watched) -> dict[str, dict[str, float]]:
-    """method -> honest and in-sample AUC (balanced accuracy of thresholds), with the standard error that coin flips have."""
+    """method -> honest and in-sample score, and how many of the standard errors that coin flips have it lies above chance."""
     out = {}
-    for name, (own, taught) in first.said.items():
-        label = name == "thresholds"
-        metric = metrics.find("balanced_accuracy" if label else "roc_auc")
-        error = MEET_TWICE * (
-            0.5 / np.sqrt(len(w.y)) if label else np.sqrt((len(w.y) + 1) / (3 * len(w.y) ** 2))
-        )
+    for name, both in first.said.items():
+        judge = JUDGES.get(name, AUC)
         # fold by fold: pooled over folds, what differs between their models would count as if rows were ordered by it
-        score = honest.fold_table(metric, w.y, _said(own, label), w.fold).mean
-        out[name] = {
-            "honest": score,
-            "in_sample": honest.fold_table(metric, w.y, _said(taught, label), w.fold).mean,
-            "errors": (score - 0.5) / error,
-        }
+        honest_, in_sample = (
+            honest.fold_table(metrics.find(judge.metric), *judge.asked(w, said), w.fold).mean for said in both
+        )
+        errors = (honest_ - judge.chance) / (MEET_TWICE * judge.error(len(w.y)))
+        out[name] = {"honest": honest_, "in_sample": in_sample, "errors": errors}
     return out
-
-
-def _said(stored: Array, label: bool) -> Array:
-    p = HEAD.row.probability(stored)
-    return HEAD.row.label(p).astype(np.float64) if label else p[:, 0]
 
 
 def selection(w: World) -> float:

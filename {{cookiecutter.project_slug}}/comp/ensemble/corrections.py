@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import honest
+from comp import honest, score
 from comp.ensemble import after, average, worth
 from comp.ensemble.ground import Ground, Stored
 from comp.metrics import MetricUndefined
@@ -57,7 +57,7 @@ def fit(
                 now.truth,
                 now.answer,
                 before.answer,
-                worth.groups_of(ground.samples, here.rows),
+                score.groups_of(ground.samples, here.rows),
                 worth.RESAMPLES,
                 rows=now.frame,
             )

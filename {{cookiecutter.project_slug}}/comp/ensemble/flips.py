@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from comp import folds, metrics, samples
-from comp.ensemble import after, average, fitting, methods, views, worth
+from comp import decide, folds, metrics, samples, score
+from comp.ensemble import after, average, fitting, methods, views
 from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED, Blend
 from comp.predictions import PredictionSet
 from comp.tasks import Array, Head
 
 ROWS, FEATURES, K = 1000, 24, 5
 HEAD = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
+GRADES = Head("grade", "ordinal", ("grade",), ("target.grade",), ("0", "1", "2", "3"))
 METHODS = tuple(
     m
     for m in (*AVERAGES, *SEARCHED, *STACKED)
@@ -44,6 +45,7 @@ class World:
     x: dict[str, Array]  # view -> frozen features
     extra: Array  # features of rows without labels, for pseudo-labels
     y: Array
+    coin: Array  # the second of two, which make a grade
 
     @property
     def fold(self) -> NDArray[np.int64]:
@@ -73,7 +75,12 @@ def world(seed: int, rows: int = ROWS) -> World:
         {"identity": x, **seen},
         random.normal(size=(300, FEATURES)),
         y,
+        random.integers(0, 2, rows).astype(np.float64),
     )
+
+
+def grades(w: World, y: Array) -> NDArray[np.int64]:
+    return (2 * y + w.coin).astype(np.int64)
 
 
 def fits(name: str) -> bool:
@@ -101,7 +108,7 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         def said(later: _Later, at: NDArray[np.int64]) -> Array:
             return apply(later.params, at) if np.isin(at, wanted).any() else np.zeros((len(at), 1))
 
-        out = worth.nested(
+        out = score.nested(
             w.samples, w.folds, rows, w.fold, partial(_Later, fit), said, _Later(lambda _: first, rows)
         )
         return out.prediction, apply(out.final.params, rows) if len(wanted) == len(rows) else None
@@ -147,6 +154,17 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         question = views.Question(seen, y, HEAD, auc, ("probability", "logit"), dict.fromkeys(seen, 1.0))
         return asked(question.choose, question.said, views.PLAIN_CHOICE, wanted)
 
+    def cut_points(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
+        """Whether to fit them is a choice too, and score.answers makes it for every fold."""
+        truth, qwk = grades(w, y), metrics.find("qwk")
+        table = w.samples.frame.assign(**{"target.grade": truth * 1.0})
+        told = samples.Samples(table, (GRADES,), w.samples.hash)
+        split = folds.Folds(w.folds.frame, w.folds.meta, told)
+        value = 1.5 + parts[-1] / parts[-1].std()
+        own, _ = score.answers(qwk, GRADES, value, told, split, rows, w.fold)
+        taught = decide.apply_cuts(value[:, 0], decide.fit_cuts(value[:, 0], truth, len(GRADES.classes), qwk))
+        return own[:, None].astype(np.float64), taught[:, None].astype(np.float64)
+
     def two_levels(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
         """A stack of stacks: the members are dealt to LOWER of them."""
         table = w.samples.frame.assign(**{"target.label": y})
@@ -170,5 +188,5 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
     return (
         {method: blended(method) for method in METHODS}
         | {step: later(step) for step in STEPS}
-        | {"TTA choice": tta, "two levels": two_levels}
+        | {"cut points": cut_points, "TTA choice": tta, "two levels": two_levels}
     )

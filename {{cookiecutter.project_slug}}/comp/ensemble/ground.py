@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from comp import honest, score
 from comp.config import Config
-from comp.ensemble import worth
 from comp.ensemble.declare import Blend
 from comp.folds import Folds
 from comp.metrics import Metric
@@ -53,4 +52,4 @@ class Ground:
 
     def nested(self, at: Positions, fit: Any, apply: Any, first: Any) -> honest.Nested:
         """As if there were no other rows than `at`; fit and apply are asked with places among these."""
-        return worth.nested(self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, first)
+        return score.nested(self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, first)

@@ -23,30 +23,6 @@ RESAMPLES = 500
 LEVEL = 0.9
 
 
-def nested(
-    samples: Samples,
-    folds: Folds,
-    rows: NDArray[np.int64],
-    fold: NDArray[np.int64],
-    fit: Callable[[NDArray[np.int64]], Any],
-    apply: Callable[[Any, NDArray[np.int64]], NDArray[Any]],
-    first: Any,
-) -> honest.Nested:
-    """honest.nested by the rule of this project's folds, and group-aware where samples have groups."""
-    frame = samples.frame
-    groups = frame["group"].to_numpy()[rows] if "group" in frame else None
-    if folds.meta.get("blind_to_groups"):
-        groups = None  # folds that mix groups on purpose: nobody would be left to teach
-    return honest.nested(
-        fold,
-        fit,
-        apply,
-        allowed=lambda number: np.isin(rows, folds.split(number)[0]),
-        groups=groups,
-        first=first,
-    )
-
-
 Scored = Callable[[NDArray[np.int64]], float]
 
 
@@ -82,7 +58,7 @@ def beside(
     count = len(here.rows)
     try:
         scorers = [scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
-        scores = _draws(scorers, groups_of(samples, here.rows), count)
+        scores = _draws(scorers, score.groups_of(samples, here.rows), count)
         whole = [one(np.ones(count, np.int64)) for one in scorers]
     except MetricUndefined as fault:
         return {"interval": None, "against": {}, "undefined_interval": str(fault)}
@@ -122,10 +98,6 @@ def beside(
 def wider(rows: int, test_rows: int) -> float:
     """How much wider an interval must be to hold the score on a test set: that one is a draw of its own, of so many rows."""
     return float(np.sqrt(1 + rows / test_rows)) if test_rows else 1.0
-
-
-def groups_of(samples: Samples, rows: NDArray[np.int64]) -> Any:
-    return samples.frame["group"].to_numpy()[rows] if "group" in samples.frame else None
 
 
 def _draws(scorers: Sequence[Scored], groups: Any, rows: int) -> NDArray[np.float64]:
