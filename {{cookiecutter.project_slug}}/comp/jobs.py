@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -284,10 +285,11 @@ def stored_config(name: str) -> Config:
 
 
 def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
-    """How much will be written; refused now rather than in the middle of the last fold."""
+    """How much will be written, refused now rather than in the middle of the last fold; and a warm-up that is cut short. The first
+    fold stands for all, which differ by a few steps."""
     from comp import bank
     from comp.predict import merge, neighbours
-    from comp.train import model
+    from comp.train import loop, model, schedule
 
     todo = [(s, n) for s in seeds for n in numbers if not merge.finished(name, s, [n])]
     if not todo:
@@ -301,6 +303,8 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )
+    for line in schedule.shortened(loop.planned(material, *todo[0])):
+        print(line, file=sys.stderr)
     store.need_space(size, f"runs/{name}")
 
 

@@ -264,11 +264,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Config:
-        warmup = duration.parse(self.schedule.warmup).in_epochs(self.train.epochs)
-        if warmup is not None and warmup >= self.train.epochs:
-            raise ValueError(
-                f"schedule.warmup: {warmup} epochs of warm-up leave nothing of train.epochs {self.train.epochs}"
-            )
         knobs, epochs = self.augment, self.train.epochs
         if knobs.off_last and not knobs.strong:
             raise ValueError(

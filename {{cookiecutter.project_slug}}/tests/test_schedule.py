@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,27 @@ def test_warmup_leads_up_to_every_schedule(name: str) -> None:
     assert [drawn.share(30 + s) for s in range(90)] == pytest.approx([shorter.share(s) for s in range(90)])
 
 
+@pytest.mark.parametrize(
+    ("said", "asked"), [("12", 120), ("61 steps", 61), ("100%", 120), ("500 steps", 500)]
+)
+def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
+    drawn = curve("name=cosine", f"warmup={said}", "final=0")
+    assert drawn.warmup == 60
+    assert max(range(STEPS), key=drawn.rate) == 60 and drawn.rate(STEPS - 1) < 0.001
+    (line,) = schedule.shortened(drawn)
+    assert re.findall(r"\d+", line) == [str(asked), "120", "60"] and line.startswith("schedule.warmup:")
+    assert curve("warmup=50%").warmup == 60 and not schedule.shortened(curve("warmup=50%"))
+
+
+def test_each_stage_has_a_warmup_of_its_own() -> None:
+    staged = config(
+        "train.epochs=3",
+        "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: everything, epochs: 2, rate: 1e-3}]",
+    )
+    lines = schedule.shortened(schedule.curve(staged, schedule.span(staged, 320)))
+    assert [re.findall(r"\d+", each) for each in lines] == [["10", "10", "1", "5"]]
+
+
 def test_durations() -> None:
     written = config("schedule.warmup=2", "schedule.every=[1, 50%]").model_dump()["schedule"]
     assert (written["warmup"], written["every"]) == (2.0, [1.0, "50%"])
@@ -167,7 +189,6 @@ def test_durations() -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (["warmup=120 steps"], "schedule.warmup: 120 steps is 120 steps, and the run has 120"),
         (["name=wsd", "warmup=50%", "cooldown=60%"], "schedule.cooldown: 60% after a warm-up of 60 steps"),
         (["name=cosine_restarts", "cycles=121"], "schedule.cycles: 121 cycles in 120 steps"),
         (["name=cosine_restarts", "cycles=12", "multiplier=3"], "schedule.cycles: 12 cycles in 120 steps"),

@@ -44,7 +44,7 @@ MISTAKES = {
     "search:\n  model.name: {choices: [a, b], log: true}\n": "model.name: log is for ranges",
     "search:\n  optim.clip_mode: [norm, vlaue]\n": "optim.clip_mode: input should be 'norm', 'value' or 'agc', not 'vlaue' (text); the nearest is value",
     "search:\n  model.drop_rate: {low: 0, high: 1.5}\n": "odd.yaml:2: model.drop_rate: input should be less than 1, not 1.5",
-    "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs of warm-up leave nothing of train.epochs",
+    "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs are shortened to half of train.epochs",
     f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip: when: optim.nam is not searched",
     f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.rate: 1}}}}\n": "optim.clip: when: optim.rate is a range",
     "search:\n  optim.name: [adamw, sgd]\n  optim.clip: {low: 1, high: 2, when: {optim.name: sg}}\n": "optim.name is never 'sg'; the nearest is sgd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -68,17 +69,59 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
 def test_the_average_is_the_one_of_timm() -> None:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=3)
-    ours, theirs = kept.Ema(module, 0.9), ModelEmaV3(module, decay=0.9)
-    for step in range(1, 6):
+    ours = kept.Ema(module, 0.7)
+    theirs = ModelEmaV3(
+        module,
+        decay=0.7,
+        use_warmup=True,
+        warmup_gamma=1 / kept.WARMUP,
+        warmup_power=1.0,
+        exclude_buffers=True,
+    )
+    assert [ours.decay_at(step) for step in (1, 2, 12, 10**6)] == [0, 0, pytest.approx(0.5), 0.7]
+    for step in range(1, 31):
         with torch.no_grad():
             for weight in module.parameters():
                 weight.add_(torch.randn_like(weight))
-        module(torch.randn(4, 3, 32, 32))  # batch norms count and measure
+            module(torch.randn(4, 3, 32, 32))  # batch norms count and measure
         ours.update(step)
         theirs.update(module, step - 1)
     want = theirs.module.state_dict()
-    assert all(torch.equal(tensor, want[name]) for name, tensor in ours.module.state_dict().items())
+    for name, tensor in ours.module.state_dict().items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-6, msg=name)
     assert any(not torch.equal(tensor, want[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("epochs", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
+    """One run makes both: train.ema changes no step of it. In two epochs a network learns these digits."""
+    quiet = ["track=none", "machine.workers=0", "machine.progress=false", "average.beside=[raw]"]
+    jobs.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
+    table = samples.load()
+    head, place = table.heads[0], store.fold_folder("x", 0, 3)
+
+    def right(inside: str) -> float:
+        said = bank.read(place / inside / "oof.arrow", table, folds.load(table))
+        truth = table.truth(head, said.row.astype(np.int64))
+        return float((said.probability(head).argmax(1) == truth).mean())
+
+    assert right("") >= right("raw") - 0.02
+    assert right("raw") > (0.4 if epochs == 1 else 0.9)
+
+
+def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
+    halves: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for all folds; the preview says it too."""
+    few = ["train.epochs=1", "train.limit=32", "train.batch_size=8", "augment=none"]
+    jobs.draw_schedule("exp001", few)
+    assert "schedule.warmup: 4 steps" in capsys.readouterr().out
+    jobs.train("exp001", [*few, "track=none", "machine.workers=0", "machine.progress=false"], name="x")
+    shown = capsys.readouterr()
+    (line,) = [each for each in (shown.out + shown.err).splitlines() if "warmup" in each]
+    assert re.findall(r"\d+", line) == ["4", "4", "2"]
+    rates = [e["rate"] for e in track.read(halves / "runs/x/seed0/fold0/log.jsonl") if "rate" in e]
+    assert rates.index(max(rates)) == 2 and len(rates) == 4
 
 
 def test_batch_norms_counters_are_averaged_on_a_gpu_too(

@@ -79,11 +79,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     torch.manual_seed(mixed(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
-    taught, watched, judged = (
-        margins.known_rows(cfg, material.samples, rows) for rows in choice.rows(material, number)
-    )
-    if len(taught) == 0:
-        raise Refused(f"fold {number}: no rows to train on")
+    taught, watched, judged = _rows(material, number)
     draw = balance.drawing(cfg, material.samples, taught)
     span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
@@ -237,6 +233,25 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     kept.seal(renew, judge, log.offset())
     if not cfg.keep.state:
         checkpoint.drop(folder)
+
+
+def planned(material: Material, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
+    """The schedule of a fold that does not run yet."""
+    material = pseudo.joined(material, number)
+    taught, _, _ = _rows(material, number)
+    draw = balance.drawing(material.cfg, material.samples, taught)
+    span = schedule.span(material.cfg, len(epoch_list(taught, seed, 0, draw)))
+    return schedule.curve(material.cfg, span)
+
+
+def _rows(material: Material, number: int | str) -> list[Positions]:
+    """Rows that train, rows to watch the score of, rows that a choice is made on."""
+    rows = [
+        margins.known_rows(material.cfg, material.samples, each) for each in choice.rows(material, number)
+    ]
+    if len(rows[0]) == 0:
+        raise Refused(f"fold {number}: no rows to train on")
+    return rows
 
 
 def validate(

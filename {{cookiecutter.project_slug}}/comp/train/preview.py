@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from comp import duration, folds, pictures, samples, store
+from comp import folds, pictures, samples, store
 from comp.config import Config
 from comp.idle import CYCLIC
 from comp.train import pseudo, schedule
@@ -35,13 +35,8 @@ def draw(cfg: Config, experiment: str) -> None:
     print(f"{store.shown(file)}\nnext: comp train {experiment}")
 
 
-def parts_of(curve: Curve | Staged) -> list[Curve]:
-    """One a stage; of a run without stages, the one there is."""
-    return curve.curves if isinstance(curve, Staged) else [curve]
-
-
 def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
-    first, *later = parts_of(curve)
+    first, *later = schedule.parts_of(curve)
     rates = [curve.rate(step) for step in range(span.steps)]
     lasting = f"{span.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
     if span.accumulate > 1:
@@ -63,21 +58,21 @@ def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
         lines.append(
             "cycles end after step " + ", ".join(f"{start + length:,}" for start, length in first.cycles)
         )
+    lines += schedule.shortened(curve)
     if first.schedule.name == "plateau":
         lines.append("plateau: drawn as if every epoch were better than the one before")
     return lines
 
 
 def _picture(cfg: Config, curve: Curve | Staged, span: Span, file: Path) -> None:
-    first, *later = parts_of(curve)
+    first, *later = schedule.parts_of(curve)
     steps = range(0, span.steps, max(1, span.steps // MOST_POINTS))
     at = [step / span.steps_per_epoch for step in steps]
     figure, axes = pictures.figure_of(9, 4)
     axes.plot(at, [curve.rate(step) for step in steps], color="tab:blue", drawstyle="steps-post")
     axes.set(xlabel=f"epoch of {span.steps_per_epoch:,} steps", ylabel="rate", xlim=(0, cfg.train.epochs))
     axes.set_ylim(bottom=0)
-    warm = duration.parse(first.schedule.warmup).in_steps(first.steps, first.steps_per_epoch)
-    if warm:
+    if warm := first.warmup:
         axes.axvspan(0, warm / span.steps_per_epoch, color="tab:orange", alpha=0.15, linewidth=0)
         axes.annotate(
             "warm-up",

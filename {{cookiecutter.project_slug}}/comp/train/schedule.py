@@ -59,10 +59,6 @@ class Curve:
     seen: list[float] = field(default_factory=list)  # plateau: the loss of every epoch so far
 
     def __post_init__(self) -> None:
-        if self.warmup >= self.steps:
-            raise Refused(
-                f"schedule.warmup: {self.schedule.warmup} is {self.warmup} steps, and the run has {self.steps}"
-            )
         if self.schedule.name == "wsd" and self.warmup + self.in_steps(self.schedule.cooldown) > self.steps:
             raise Refused(
                 f"schedule.cooldown: {self.schedule.cooldown} after a warm-up of {self.warmup} steps is more than the {self.steps} steps of the run"
@@ -80,7 +76,8 @@ class Curve:
 
     @property
     def warmup(self) -> int:
-        return self.in_steps(self.schedule.warmup)
+        """Steps. At most half of the run: the schedule proper, down to low rates, is what a run must not lose."""
+        return min(self.in_steps(self.schedule.warmup), self.steps // 2)
 
     def rate(self, step: int) -> float:
         return self.peak * self.share(step)
@@ -143,6 +140,22 @@ def curve(cfg: Config, span: Span) -> Curve | Staged:
         ])  # fmt: skip
     plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
     return Curve(plan, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
+
+
+def parts_of(curve: Curve | Staged) -> list[Curve]:
+    """One a stage; of a run without stages, the one there is."""
+    return curve.curves if isinstance(curve, Staged) else [curve]
+
+
+def shortened(curve: Curve | Staged) -> list[str]:
+    """A line for each warm-up that was cut to half of its run or stage."""
+    parts = parts_of(curve)
+    return [
+        f"schedule.warmup: {part.in_steps(part.schedule.warmup):,} steps are more than half of the {part.steps:,} of "
+        f"{'the run' if len(parts) == 1 else f'stage {number}'}; shortened to {part.warmup:,}"
+        for number, part in enumerate(parts, 1)
+        if part.warmup < part.in_steps(part.schedule.warmup)
+    ]
 
 
 def snapshots(cfg: Config, span: Span) -> list[int]:

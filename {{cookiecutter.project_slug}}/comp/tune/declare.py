@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from comp import config, store
+from comp import config, duration, store
 from comp.config import Config, Refused, nearest
 from comp.knobs import Config as Knobs
 from comp.tune.space import Knob, Setting, Space, Value, applied, own
@@ -292,7 +292,9 @@ def _against_config(space: Space, cfg: Config, experiment: str, faults: _Faults)
         if refused & set(setting):
             continue  # said already, of its own end
         try:
-            applied(cfg, setting, {key: faults.where(f"search.{key}") for key in setting})
+            found = applied(cfg, setting, {key: faults.where(f"search.{key}") for key in setting})
+            if "schedule.warmup" in setting:
+                _warms_up(found)
         except Refused as error:
             given = ", ".join(f"{key}={value}" for key, value in setting.items())
             line = error.lines[0]
@@ -300,3 +302,12 @@ def _against_config(space: Space, cfg: Config, experiment: str, faults: _Faults)
                 line = f"{faults.shown}: {line}"
             faults.found.append(line if len(setting) == 1 else f"{line} (with {given} in {experiment})")
             refused |= set(setting)
+
+
+def _warms_up(cfg: Config) -> None:
+    """A search would not see that values above half of the run are all the same."""
+    warmup, epochs = duration.parse(cfg.schedule.warmup).in_epochs(cfg.train.epochs), cfg.train.epochs
+    if warmup is not None and warmup > epochs / 2:
+        raise Refused(
+            f"schedule.warmup: {warmup} epochs are shortened to half of train.epochs {epochs}, so what is above {epochs / 2:g} is all the same"
+        )
