@@ -68,10 +68,12 @@ class Table(Section):
 
 
 class Pixels(Section):
-    """For pictures that are numbers (npy, parquet, json, DICOM): which become 0 and 255, and the shape of flat ones."""
+    """For pictures that are numbers (npy, parquet, json, DICOM): which become 0 and 255, and the shape of flat ones. For JPEGs:
+    whether one that libjpeg warns about is taken as far as it decodes, or damaged."""
 
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     shape: Annotated[list[Count], Field(min_length=2, max_length=3)] | None = None
+    lenient: bool = False
 
 
 class Folds(Section):

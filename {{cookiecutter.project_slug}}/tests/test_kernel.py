@@ -354,8 +354,14 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
 def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
     """The wheel is a real one: unpacked by itself it is the same timm."""
     assert kernel.needed() == ["timm"]
-    for name, reader in (("train/1.png", []), ("train/1.DCM", ["pydicom"])):
-        assert kernel.readers(Samples(pd.DataFrame({"images": [[name]]}), (), "")) == reader
+    (tmp_path / "no suffix").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
+    for name, reader in (
+        ("train/1.png", []),
+        ("train/1.DCM", ["pydicom"]),
+        ("train/1.JPG", ["simplejpeg"]),
+        ("no suffix", ["simplejpeg"]),
+    ):
+        assert kernel.readers(Samples(pd.DataFrame({"images": [[name]]}), (), ""), tmp_path) == reader
     (tmp_path / "wheels").mkdir()
     wheel = kernel._wheel(tmp_path / "wheels", "timm")
     with zipfile.ZipFile(wheel) as packed:

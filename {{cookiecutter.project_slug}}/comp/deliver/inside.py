@@ -156,6 +156,13 @@ def unpack_wheels(place: Path) -> None:
         name, version, *_ = wheel.name.split("-")
         if _installed(name) == version:
             continue
+        python, abi = wheel.stem.split("-")[-3:-1]
+        here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if abi != "abi3" and not {f"cp{here.replace('.', '')}", "py3"} & set(python.split(".")):
+            raise Refused(
+                f"{wheel.name}: is for another Python than {here}, which runs here; "
+                "set PYTHON in comp/deliver/kernel.py to it, then build and push the kernel again: comp kernel NAME --push"
+            )
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(target)
     sys.path.insert(0, target)

@@ -26,6 +26,7 @@ from comp import bank, config, folds, predictions, samples, store
 from comp.config import Config, Refused
 from comp.ensemble import average
 from comp.predict import neighbours
+from comp.prepare import images
 from comp.samples import Samples
 
 PYTHON = "3.12"  # of Kaggle's image
@@ -66,7 +67,10 @@ def build(name: str, owner: str = "me") -> Path:
         _artefacts(bundle, name, leaves)
         if cfg.competition.metadata:
             _known(bundle, table)
-        wheels = [_wheel(bundle / "wheels", each) for each in sorted({*needed(), *readers(table)})]
+        wheels = [
+            _wheel(bundle / "wheels", each)
+            for each in sorted({*needed(), *readers(table, store.path(cfg.competition.raw))})
+        ]
         store.write_json(bundle / "bundle.json", about(cfg, table, name, leaves))
         _manifest(bundle)
         _notebook(beside, cfg, name, owner)
@@ -268,10 +272,21 @@ def needed() -> list[str]:
     return sorted({*ALWAYS, *(name for name in used if name.lower() not in image)})
 
 
-def readers(table: Samples) -> list[str]:
-    """What opens this competition's pictures, where an image without internet may lack it."""
-    names = (name.lower() for each in table.frame["images"] for name in each)
-    return ["pydicom"] if any(name.endswith((".dcm", ".dicom")) for name in names) else []
+def readers(table: Samples, raw: Path) -> list[str]:
+    """What opens this competition's pictures, where an image without internet may lack it. A suffix may be wrong, or there may be
+    none, so the bytes of one file of each count, too."""
+    of_suffix = {Path(name).suffix.lower(): name for each in table.frame["images"] for name in each}
+    found = set()
+    for suffix, name in of_suffix.items():
+        try:
+            start = images.read(raw / name, name)[:132]
+        except images.Damaged:  # the raw files need not be here any more
+            start = b""
+        if suffix in (".dcm", ".dicom") or start[128:] == b"DICM":
+            found.add("pydicom")
+        if suffix in (".jpg", ".jpeg") or start.startswith(b"\xff\xd8\xff"):
+            found.add("simplejpeg")
+    return sorted(found)
 
 
 def _wheel(place: Path, name: str) -> Path:

@@ -38,12 +38,13 @@ class Damaged(Exception):
 
 
 class Numbers(NamedTuple):
-    """What competition.pixels says of pictures that are numbers, and data.depth of all."""
+    """What competition.pixels says, and data.depth."""
 
     low: float | None = None
     high: float | None = None
     shape: tuple[int, ...] = ()
     depth: int = 8
+    lenient: bool = False  # JPEGs that libjpeg warns about are taken as far as they decode
 
 
 def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixels]:

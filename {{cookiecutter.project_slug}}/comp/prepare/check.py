@@ -34,7 +34,7 @@ class Look(NamedTuple):
     bytes: int
     mtime: int
     side: int  # px of the shorter side, 0 where unknown
-    fault: str  # empty: a whole picture
+    fault: str  # empty: a whole picture; of a JPEG that libjpeg warns about it begins with images.WARNED
 
 
 def check(cfg: Config) -> list[str]:
@@ -50,13 +50,14 @@ def check(cfg: Config) -> list[str]:
         faults += reading.faults + _against_sample(competition, reading)
         found, about = _images(cfg, reading)
         faults += found
-        notes += about + _stale(reading)
+        notes += _stale(reading) + about
         counts = reading.frame["source"].value_counts(sort=False)
         notes.insert(0, ", ".join(f"{count} {source} rows" for source, count in counts.items()))
     store.write_text(store.path("data", "check.txt"), "\n".join([*notes, *faults]) + "\n")
-    print(*notes, *faults[:SHOWN], sep="\n")
-    if len(faults) > SHOWN:
-        print(f"and {len(faults) - SHOWN} more: {store.shown(store.path('data', 'check.txt'))} has all")
+    for lines in (notes, faults):
+        print(*lines[:SHOWN], sep="\n", end="\n" if lines else "")
+        if len(lines) > SHOWN:
+            print(f"and {len(lines) - SHOWN} more: {store.shown(store.path('data', 'check.txt'))} has all")
     print(f"{len(faults)} fault{'s' * (len(faults) != 1)}")
     if not faults:
         print(f"next: comp {'folds' if store.samples_file().is_file() else 'prepare'}")
@@ -168,12 +169,11 @@ def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
                 f"{reading.where(rows[name])}: image {name}: no such file" for name in dict.fromkeys(absent)
             ]
     looks = _looked(small, [name for name in rows if name in on_disk])
-    faults += [
-        f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks if look.fault
-    ]
-    notes = [
-        f"{len(rows)} images listed, {len(looks)} found, {sum(bool(look.fault) for look in looks)} damaged"
-    ]
+    warned = [look for look in looks if look.fault.startswith(images.WARNED)]
+    taken = warned if small.numbers.lenient else []
+    damaged = [look for look in looks if look.fault and look not in taken]
+    faults += [f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in damaged]
+    notes = [f"{len(rows)} images listed, {len(looks)} found, {len(damaged)} damaged"]
     notes += _unlisted(reading, sorted(on_disk - rows.keys()))
     sides = [look.side for look in looks if look.side]
     if sides and np.median(sides) < SMALL:
@@ -181,7 +181,23 @@ def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
             f"hint: half of the images are {int(np.median(sides))} px or smaller; ImageNet stems shrink them by 4 before they "
             f"look: model.stem=small with data.size={int(np.median(sides))}, or a larger data.size than the pictures have"
         )
+    notes += _warned(warned, reading, rows, small.numbers.lenient)
     return faults, notes
+
+
+def _warned(looks: Sequence[Look], reading: Reading, rows: dict[str, int], lenient: bool) -> list[str]:
+    """JPEGs that a lenient decoder makes a picture of. Whether it is the whole one, only a look at them can say."""
+    if not looks:
+        return []
+    if not lenient:
+        return [
+            f"hint: {len(looks)} of them are JPEGs that libjpeg warns about, like {looks[0].name}; look at them: where they are whole, "
+            "pixels: {lenient: true} in configs/competition.yaml takes all of them"
+        ]
+    return [
+        f"note: {len(looks)} JPEGs that libjpeg warns about are taken as far as they decode (pixels.lenient of configs/competition.yaml)",
+        *(f"note: {reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks),
+    ]
 
 
 def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
@@ -247,9 +263,10 @@ def _looked(maker: making.Making, names: Sequence[str]) -> list[Look]:
 def _look(maker: making.Making, name: str) -> Look:
     size, mtime = maker.stamp(name)
     side, fault = 0, ""
+    strict = replace(maker, numbers=maker.numbers._replace(lenient=False))
     try:
         data = maker.read(name)
-        maker.picture(name, data)
+        strict.picture(name, data)
         side = _shorter_side(data)
     except images.Damaged as damaged:
         fault = damaged.reason

@@ -6,6 +6,10 @@ next to nothing) and area-resized from there: twice as fast as decoding every pi
 Rules for every kind of file: RGB or grey, turned as EXIF says, alpha dropped, first frame or page, 16 bit becomes its high
 byte (the same for all pictures: 12 bit in 16 comes out dark, and load_image of comp/competition.py is the place to window
 it; with data.depth: 16 both bytes), floating point refused (with data.depth: 32 taken). A cut file is damaged even where a decoder would make half a picture of it.
+
+So is a JPEG that libjpeg warns about: nothing else tells half a picture that ends in an end marker from a whole one. Of the three
+decoders here only simplejpeg reports the warning (OpenCV prints it, Pillow drops it), so no JPEG is taken without simplejpeg.
+competition.pixels.lenient: true takes such files as far as they decode.
 """
 
 from __future__ import annotations
@@ -36,13 +40,13 @@ from comp.prepare.arrays import Damaged
 
 try:
     import simplejpeg
-except ImportError:  # as on Kaggle; Pillow gives the same pixels and takes a fifth longer
+except ImportError:  # Kaggle's image lacks it: comp kernel packs it
     simplejpeg = None
 
 Pixels = arrays.Pixels
 Fit = Literal["stretch", "cover", "contain"]
 
-DECODER = f"4, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
+DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
 # Named here, Pillow imports nothing else at the first picture of some thread, and opens nothing that can run a program.
 PLUGINS = (
@@ -60,6 +64,11 @@ KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 # that. With less to spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, not 0.3.
 SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
 NO_NUMBERS = arrays.Numbers()
+WARNED = "libjpeg warns: "  # begins the reason where a lenient decoder makes a picture
+ABSENT = (
+    "is a JPEG, and without simplejpeg a damaged one cannot be told from a whole one: pip install simplejpeg, "
+    "or say competition.pixels.lenient: true"
+)
 HOOK = "say how in load_image of comp/competition.py"
 
 cv2.setNumThreads(0)  # many pictures at a time, each by one thread
@@ -115,11 +124,10 @@ def decode(
     contain: the longer side is size, and black around it makes a square."""
     if not data:
         raise Damaged(name, "empty, no bytes")
-    header = formats.jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
     if numeric := arrays.planes(data, channels, numbers, name):
         made = _Decoded(numeric[0], *numeric[0].shape[:2])
-    elif header is not None:
-        made = _jpeg(data, header, size, fit, channels, name)
+    elif data.startswith(b"\xff\xd8\xff"):
+        made = _jpeg(data, size, fit, channels, name, numbers.lenient)
     elif reason := formats.cut(data):
         raise Damaged(name, reason)
     elif numbers.depth > 8 and (deep := _deep(data, channels, numbers, name)) is not None:
@@ -197,10 +205,14 @@ def _turned(picture: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(picture)
 
 
-def _jpeg(
-    data: bytes, header: formats.Jpeg, size: int | None, fit: Fit, channels: int, name: str
-) -> _Decoded:
-    """At the smallest scale that covers the wanted size."""
+def _jpeg(data: bytes, size: int | None, fit: Fit, channels: int, name: str, lenient: bool) -> _Decoded:
+    """At the smallest scale that covers the wanted size. libjpeg reads all of the file at every scale, so its warnings are the same."""
+    header = formats.jpeg(data)
+    if header is None:
+        made = _pillow(data, channels, name)
+        if lenient:
+            return made
+        raise Damaged(name, f"{WARNED}its header makes no sense")
     if header.cut:
         raise Damaged(name, header.cut)
     height, width = header.height, header.width
@@ -213,18 +225,29 @@ def _jpeg(
             for s, spare in SCALES.items()
             if _covers(height, high, s, spare) and _covers(width, wide, s, spare)
         )
-    pixels = None
-    if simplejpeg is not None and header.components in (1, 3):
+    reason = ABSENT
+    if simplejpeg is not None:
+        colours = "CMYK" if header.components == 4 else "RGB" if channels == 3 else "GRAY"
         high, wide = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         try:
-            pixels = simplejpeg.decode_jpeg(
-                data, "RGB" if channels == 3 else "GRAY", min_height=high, min_width=wide
-            )
-        except ValueError:
-            pass  # it is strict; Pillow takes more, and says what is wrong with the rest
-    if pixels is None:
-        pixels = _pillow(data, channels, name, scale).pixels
+            pixels = simplejpeg.decode_jpeg(data, colours, min_height=high, min_width=wide)
+            if colours == "CMYK":
+                pixels = _from_inks(pixels, channels, name)
+            return _Decoded(pixels, height, width, header.orientation, scale)
+        except ValueError as warning:
+            reason = f"{WARNED}{str(warning).removeprefix('Corrupt JPEG data: ')}"
+    pixels = _pillow(
+        data, channels, name, scale
+    ).pixels  # has the better reason where there is no picture at all
+    if not lenient:
+        raise Damaged(name, reason)
     return _Decoded(pixels, height, width, header.orientation, scale)
+
+
+def _from_inks(inks: Pixels, channels: int, name: str) -> Pixels:
+    """CMYK as Adobe stores it, 255 for no ink; Pillow reads every JPEG of four components so."""
+    height, width = inks.shape[:2]
+    return _uint8(Image.frombytes("CMYK", (width, height), inks.tobytes(), "raw", "CMYK;I"), channels, name)
 
 
 def _covers(side: int, wanted: int, scale: int, spare: float) -> bool:

@@ -136,7 +136,8 @@ class Making:
 def of(cfg: Config) -> Making:
     pixels = cfg.competition.pixels
     low, high = (pixels.range if pixels else None) or (None, None)
-    numbers = Numbers(low, high, tuple((pixels.shape if pixels else None) or ()), cfg.data.depth)
+    shape = tuple((pixels.shape if pixels else None) or ())
+    numbers = Numbers(low, high, shape, cfg.data.depth, bool(pixels and pixels.lenient))
     size = round(cfg.data.size * cfg.data.margin)
     return Making(cfg.competition.raw, size, cfg.data.fit, cfg.data.channels, numbers)
 
