@@ -234,7 +234,7 @@ VERBS = {
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
         argument("name", help="name of a file in configs/ensembles/"),
         flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
-    "slices": Verb("predictions", slices, "where it is wrong: scores by group and metadata, with n and interval", (
+    "slices": Verb("predictions", slices, "where it is wrong: scores by class, group and metadata, with n and interval", (
         argument("name", help="a run, a member or an ensemble"),)),
     "contradicted": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
         argument("names", nargs="*", help="runs, members or ensembles; all runs unless told"),)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +166,24 @@ def bootstrap(
     )
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return Interval(score, float(low), float(high), float(scores.std(ddof=1)), level, len(scores), failed)
+
+
+def wilson(right: float, rows: float, level: float = 0.9) -> tuple[float, float]:
+    """The interval of a share: unlike a bootstrap it has a width where all rows are right, or none."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, shrink = right / rows, 1 + z**2 / rows
+    middle = (share + z**2 / (2 * rows)) / shrink
+    reach = z / shrink * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    return 0.0 if right == 0 else middle - reach, 1.0 if right == rows else middle + reach
+
+
+def holm(p_values: Array) -> Array:
+    """p-values corrected for how many there are (Holm 1979): those at most alpha are wrong, any of them, with probability alpha."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))), 1.0)
+    return adjusted
 
 
 class Paired(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from comp import bank, folds, predictions, samples
+from comp import bank, folds, honest, metrics, predictions, samples
 from comp.ensemble import contradicted, slices
 from comp.refused import Refused
 
@@ -62,8 +62,89 @@ def test_the_slice_that_is_worse_stands_first_and_is_told(
     assert pd.read_csv(bank.folder("exp001") / "slices.csv").shape == frame.shape
 
 
+def test_a_slice_that_is_right_everywhere_by_chance_is_not_called_better(empty: Any) -> None:
+    """90 of 90 right where 394 of 400 are: by chance in every fourth slice."""
+    place = np.arange(banked.TRAIN + banked.TEST)
+    project = with_columns(banked.lay_out(empty), **{"meta.pen": np.where(place < 90, "blue", "black")})
+    said(project, "exp001", 2, np.arange(100, 106))
+    frame = slices.slices("exp001")
+    blue = frame[frame["slice"] == "pen blue"].iloc[0]
+    assert (blue["score"], blue["n"], blue["against all"]) == (1.0, 90, "")
+    assert blue["low"] == pytest.approx(0.9708, abs=1e-4) and blue["high"] == 1 and blue["p"] > 0.2
+
+
+def test_a_worse_class_is_told(empty: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    project = banked.lay_out(empty)
+    bees = np.flatnonzero(project.samples.truth(project.head, np.arange(banked.TRAIN)) == 1)
+    said(project, "exp001", 1, bees[::5])
+    frame: Any = slices.slices("exp001").set_index("slice")
+    assert frame.index[0] == "label bee" and len(frame) == 3 and frame["n"].sum() == banked.TRAIN
+    assert frame["against all"].to_dict()["label bee"] == "worse" and frame.loc["label bee", "p"] < 1e-6
+    assert "3 of 3 slices differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("binary", "roc_auc"), ("ordinal", "qwk"), ("multilabel", "f1_micro")]
+)
+def test_classes_where_the_metric_needs_several(empty: Any, task: str, metric: str) -> None:
+    """Rows of one class have no area and no kappa: there the share of right rows is told."""
+    place = np.arange(banked.TRAIN + banked.TEST)
+    project = with_columns(
+        banked.lay_out(empty, task, metric=metric), **{"meta.pen": np.where(place < 90, "blue", "black")}
+    )
+    said(project, "exp001", 1, np.arange(0, 90, 2))
+    frame = slices.slices("exp001")
+    classes = frame[frame["slice"].str.startswith("label ")]
+    assert len(classes) == max(len(project.head.classes), len(project.head.outputs))
+    assert set(classes["metric"]) == {"accuracy"} and classes["score"].notna().all()
+    pens: Any = frame[frame["slice"].str.startswith("pen ")].set_index("slice")
+    assert set(pens["metric"]) == {metric}
+    assert pens["against all"].to_dict() == {"pen blue": "worse", "pen black": "better"}
+    assert pens.loc["pen blue", "low"] < pens.loc["pen blue", "score"] < pens.loc["pen blue", "high"]
+
+
+@pytest.mark.parametrize(("metric", "worlds", "most"), [("accuracy", 30, 7), ("roc_auc", 10, 4)])
+@pytest.mark.parametrize("per_group", [1, 10])
+def test_slices_that_do_not_differ_are_not_reported(
+    metric: str, worlds: int, most: int, per_group: int
+) -> None:
+    """Worlds with 10 slices each, whose rows, or groups, are alike but for luck; one world in ten may report one."""
+    reported = 0
+    for seed in range(worlds):
+        random = np.random.default_rng(seed)
+        groups = np.arange(600) // per_group
+        ease: Any = 2.0 + (random.normal(size=600)[groups] if per_group > 1 else 0)
+        truth = random.integers(0, 2, 600) * 1.0
+        answer: Any = (2 * truth - 1) * ease + random.normal(0, 1.5, 600)
+        answer = (answer > 0) * 1.0 if metric == "accuracy" else 1 / (1 + np.exp(-answer))
+        scored = slices.Scored(
+            metrics.METRICS[metric],
+            truth,
+            answer,
+            pd.DataFrame(index=range(600)),
+            groups if per_group > 1 else None,
+        )
+        parts = [np.flatnonzero(groups // (60 // per_group) == i) for i in range(10)]
+        p = [
+            slices._fisher(scored, each) if metric == "accuracy" else slices._by_draws(scored, each, 10)
+            for each in parts
+        ]
+        reported += bool((honest.holm(np.array(p)) <= slices.ALPHA).any())
+    assert reported <= most
+
+
+def test_intervals_of_shares_and_corrected_p_values() -> None:
+    assert honest.wilson(10, 20, 0.95) == pytest.approx(
+        (0.2993, 0.7007), abs=1e-4
+    )  # R: prop.test(10, 20, correct=FALSE)
+    assert honest.wilson(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert honest.holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )  # R: p.adjust
+
+
 def test_nothing_to_slice_by_is_said(empty: object) -> None:
-    said(banked.lay_out(empty), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
+    said(banked.lay_out(empty, "regression"), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
     with pytest.raises(Refused, match="nothing to slice by"):
         slices.slices("exp001")
 
