@@ -132,11 +132,12 @@ def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False)
     distributed.begin()
     tta.views(cfg.predict.tta)
     model.outputs(cfg, table.heads)
-    model.known(cfg)
+    model.check(cfg)
     optim.refuse(cfg)
-    model.size(
-        cfg, table.heads
-    )  # on the meta device: what this network does not take is refused before pictures are decoded
+    with torch.device("meta"):  # what this network does not take is refused before pictures are decoded
+        network = model.build(cfg, table.heads, pretrained=False)
+    if file := transfer.file_of(cfg):
+        transfer.fitting(network, cfg, file)
     device = machine.device(cfg.machine.device)
     torch.backends.cudnn.allow_tf32 = (
         cfg.train.amp != "fp32"

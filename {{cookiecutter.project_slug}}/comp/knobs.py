@@ -79,7 +79,8 @@ class Sampling(Section):
 class Model(Section):
     name: Text
     stem: Literal["default", "small"]
-    pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.safetensors$")]
+    options: dict[Text, bool | int | float | str | list[bool | int | float | str]]
+    pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.(safetensors|pth|pt|bin)$")]
     freeze_norm: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne

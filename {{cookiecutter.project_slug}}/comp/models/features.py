@@ -89,7 +89,7 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
     cfg, file = material.cfg, store.run_folder(run) / FILE
     torch.manual_seed(mixed(cfg.train.seeds[0], 3))
-    backbone = model.backbone(cfg, cfg.model.pretrained is True, material.feed).to(material.device)
+    backbone = model.headless(cfg, cfg.model.pretrained is True, material.feed).to(material.device)
     transfer.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
     now = made_of(cfg, material.samples, backbone)
     if not fresh and (entry := store.sealed(file)):

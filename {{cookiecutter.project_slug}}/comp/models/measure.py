@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from comp import config, machine, samples, store, table
-from comp.train import model, optim, speed
+from comp import config, machine, own, samples, store, table
+from comp.train import backbone, model, optim, speed
 from comp.train.evaluate import HALF
 
 SECONDS = 1.5  # of repeating a measurement
@@ -23,6 +23,7 @@ def measure(experiment: str, overrides: list[str]) -> None:
     cfg = config.load(store.root(), experiment, overrides).config
     machine.settle(cfg.train.threads)
     optim.refuse(cfg)
+    model.check(cfg)
     device = machine.device(cfg.machine.device)
     heads = samples.load().heads
     module = model.build(cfg, heads, pretrained=False).to(device)
@@ -68,6 +69,8 @@ def measure(experiment: str, overrides: list[str]) -> None:
         f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, pictures already there"
     )
     print(table.text(["what", "", ""], lines, [""]))
+    if own.get("model") is None:
+        print(backbone.about(cfg))
     print(f"next: comp train {experiment}")
 
 

@@ -54,14 +54,17 @@ class GeM(nn.Module):
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
 
     def forward(self, pictures: Tensor) -> Tensor:
-        x = self.backbone(pictures)
-        if x.ndim != 4 or self.features not in (x.shape[1], x.shape[3]):
-            raise Refused(f"model.global_pool: gem wants a map of features, and {self.name} ends in none")
-        if x.shape[1] != self.features:
-            x = x.permute(0, 3, 1, 2)
+        x = as_map(self.backbone(pictures), self.features, self.name)
         with torch.autocast(x.device.type, enabled=False):
             powers = x.float().clamp(min=1e-6).pow(self.p)
             return powers.mean((2, 3)).pow(1 / self.p)
+
+
+def as_map(x: Tensor, features: int, name: str) -> Tensor:
+    """(batch, features, rows, columns), of networks that keep channels last too."""
+    if x.ndim != 4 or features not in (x.shape[1], x.shape[3]):
+        raise Refused(f"model.global_pool: gem wants a map of features, and {name} ends in none")
+    return x if x.shape[1] == features else x.permute(0, 3, 1, 2)
 
 
 def known_rows(cfg: Config, samples: Samples, rows: Positions) -> Positions:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from comp import objective, own, store
-from comp.config import Config, Refused, nearest
+from comp.config import Config, Refused
 from comp.tasks import Head
-from comp.train import normal, stem
-from comp.train.margins import Embedded, GeM
+from comp.train import backbone, normal
+from comp.train.backbone import inner
+from comp.train.margins import Embedded, GeM, as_map
 
 if TYPE_CHECKING:
     from comp.train.data import Feed
@@ -75,22 +77,34 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
         return Joined(module, cfg.model.pool, total) if several else module
     gem = cfg.model.global_pool == "gem"
     if not several and not width and not gem and embeds is None:
-        return _from_timm(cfg, total, pretrained)
-    backbone = _from_timm(cfg, 0, pretrained, **({"global_pool": ""} if gem else {}))
-    features = _width(backbone)
-    backbone = GeM(backbone, features, cfg.model.name) if gem else backbone
-    return Joined(backbone, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
+        return backbone.create(cfg, total, pretrained)
+    inside = backbone.create(cfg, 0, pretrained)
+    features = _width(inside)
+    inside = GeM(inside, features, cfg.model.name) if gem else inside
+    return Joined(inside, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
 
 
-def backbone(cfg: Config, pretrained: bool, feed: Feed) -> nn.Module:
+def headless(cfg: Config, pretrained: bool, feed: Feed) -> nn.Module:
     """The network without its last layer; several images of a sample become one."""
-    module = _from_timm(cfg, 0, pretrained)
+    module = backbone.create(cfg, 0, pretrained)
     return Joined(module, cfg.model.pool, _width(module)) if feed.several else module
 
 
-def _width(backbone: nn.Module) -> int:
+def check(cfg: Config) -> None:
+    """Whether pictures of the sizes of this run go through the network, and batches; before anything is spent."""
+    if own.get("model") is not None:
+        return
+
+    def asks(module: nn.Module, output: Tensor) -> None:
+        if cfg.model.global_pool == "gem":
+            as_map(output, _width(module), cfg.model.name)
+
+    backbone.check(cfg, asks)
+
+
+def _width(module: nn.Module) -> int:
     """Features before the last layer; some of timm's widen them after pooling."""
-    found = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features", None)
+    found = getattr(module, "head_hidden_size", None) or getattr(module, "num_features", None)
     assert isinstance(found, int)
     return found
 
@@ -108,6 +122,18 @@ class Joined(nn.Module):
         self.beside = nn.Sequential(nn.Linear(metadata, BESIDE), nn.SiLU()) if metadata else None
         self.last = last(features + (BESIDE if metadata else 0)) if last else nn.Identity()
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm's network would be spared, under the names that its parameters have here."""
+        inside, prefix = inner(self)
+        return {prefix + name for name in getattr(inside, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Depth of a parameter as timm counts it in the network inside; what stands around that is as deep as its last layer."""
+        inside, prefix = inner(self)
+        named = ((name.removeprefix(prefix), weight) for name, weight in self.named_parameters())
+        depth = group_with_matcher(named, inside.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: int(depth[name.removeprefix(prefix)])
 
     def forward(
         self, pictures: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None
@@ -138,44 +164,6 @@ def size(cfg: Config, heads: tuple[Head, ...]) -> int:
     with torch.device("meta"):
         module = build(cfg, heads, pretrained=False)
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-def known(cfg: Config) -> None:
-    import timm
-
-    if own.get("model") is None and not timm.is_model(cfg.model.name):
-        close = nearest(cfg.model.name, timm.list_models(), 3)
-        raise Refused(f"model.name: timm has no {cfg.model.name!r}; the nearest are {', '.join(close)}")
-
-
-def _from_timm(cfg: Config, total: int, pretrained: bool, **more: Any) -> nn.Module:
-    import timm
-
-    known(cfg)
-    name = cfg.model.name
-    rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(cfg.model, key))}
-    try:
-        module = timm.create_model(
-            name, pretrained, num_classes=total, in_chans=cfg.data.channels, **rates, **more
-        )
-    except TypeError as error:
-        useless = next((key for key in rates if key in str(error)), None)
-        if useless is None:
-            raise
-        raise Refused(f"model.{useless}: {name} does not know it; set it to 0") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise Refused(
-            f"model.pretrained: the weights of {name} could not be had ({reason}); without internet set model.pretrained=false"
-        ) from error
-    assert isinstance(module, nn.Module)
-    if cfg.model.stem == "small":
-        stem.small(module, name)
-    if cfg.augment.sizes and getattr(module, "pretrained_cfg", {}).get("fixed_input_size"):
-        raise Refused(f"augment.sizes: {name} takes pictures of one size only; set it to null")
-    return module
 
 
 def load_weights(module: nn.Module, file: Path) -> nn.Module:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from comp.config import Config, Refused, nearest
 from comp.idle import CYCLING
+from comp.train.backbone import inner
 from comp.train.draws import mixed
 
 Group = dict[str, Any]
@@ -142,10 +143,10 @@ def groups(cfg: Config, module: nn.Module) -> list[Group]:
     spared: set[str] = getattr(module, "no_weight_decay", set)()
     if optim.layer_decay is None:
         found = param_groups_weight_decay(module, 1.0, no_weight_decay_list=spared)
-    elif not hasattr(module, "group_matcher"):
+    elif not hasattr(inner(module)[0], "group_matcher"):
         raise Refused(
-            "optim.layer_decay: only timm's own networks know their layers, not one of your own, of several images or with "
-            "metadata; set it to null"
+            "optim.layer_decay: only timm's networks know their layers; give model(cfg, outputs) of comp/competition.py a "
+            "group_matcher like theirs, or set it to null"
         )
     else:
         found = param_groups_layer_decay(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from comp.config import Config, Refused
+from comp.train.backbone import inner
 
 
 def prepared(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
@@ -28,11 +28,11 @@ def prepared(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
 
 
 def _checkpointed(cfg: Config, module: nn.Module) -> None:
-    backbone: Any = getattr(module, "backbone", module)
+    network, _ = inner(module)
     refusal = Refused(f"train.grad_checkpointing: {cfg.model.name} does not know it; set it to false")
-    if not hasattr(backbone, "set_grad_checkpointing"):
+    if not hasattr(network, "set_grad_checkpointing"):
         raise refusal
     try:
-        backbone.set_grad_checkpointing(True)
+        network.set_grad_checkpointing(True)
     except AssertionError:  # how timm says no
         raise refusal from None

@@ -6,12 +6,12 @@ What does not train is as it was, to the last bit: no gradient, no weight decay,
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 
 from comp.config import Config, Refused
 from comp.train import transfer
+from comp.train.backbone import inner
 
 LAST = re.compile(r"last (\d+) blocks?")
 
@@ -70,10 +70,9 @@ def grouped(module: nn.Module, model: str) -> list[set[str]]:
     """Parameters block by block, from the pictures on, as timm groups them."""
     from timm.models import group_parameters
 
-    backbone = getattr(module, "backbone", module)
-    matcher: Any = getattr(backbone, "group_matcher", None)
+    network, prefix = inner(module)
+    matcher = getattr(network, "group_matcher", None)
     if matcher is None:
         raise Refused(f"train.stages: {model} does not say what its blocks are; write head or everything")
-    prefix = "backbone." if backbone is not module else ""
-    groups = group_parameters(backbone, matcher(coarse=False))
+    groups = group_parameters(network, matcher(coarse=False))
     return [{prefix + name for name in groups[number]} for number in sorted(groups)]
