@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import config
 from test_training import refusal
+from timm.optim._param_groups import param_groups_layer_decay
 
 from comp.tasks import Head
-from comp.train import model, speed
+from comp.train import model, optim, speed
+from comp.train.backbone import inner
 
 
 def network(*overrides: str) -> torch.nn.Module:
@@ -73,3 +78,91 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
 def test_a_network_that_cannot_says_so(empty: Path, knob: str) -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     assert f"train.{knob}" in refusal(lambda: speed.prepared(config(f"train.{knob}=true"), plain))
+
+
+# --- networks with something around them ---------------------------------------------------------------------------------
+
+AROUND: dict[str, tuple[str, list[str]]] = {
+    "metadata": ("test_vit", ["model.metadata=true"]),
+    "gem": ("test_convnext", ["model.global_pool=gem"]),
+    "several images": ("test_vit", ["model.pool=attention"]),
+    "embeddings": ("test_vit", ["loss.name=arcface", "model.embedding=8"]),
+    "gem, metadata and several images": ("test_resnet", ["model.global_pool=gem", "model.metadata=true"]),
+}
+PICTURES = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
+    """The network, timm's name of what is inside, and what it takes beside pictures."""
+    name, knobs = AROUND[kind]
+    torch.manual_seed(0)
+    several, metadata = "several" in kind, torch.randn(2 if "several" in kind else 4, 5)
+    feed: Any = SimpleNamespace(several=several, metadata=metadata if "metadata" in kind else None)
+    head = Head("label", "retrieval" if kind == "embeddings" else "multiclass", ("a", "b", "c"), ("t.label",), ("a", "b", "c"))  # fmt: skip
+    module = model.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, feed=feed)
+    extras = {"owner": torch.tensor([0, 0, 1, 1])} if several else {}
+    return module, name, extras | ({"metadata": metadata} if "metadata" in kind else {})
+
+
+@pytest.mark.parametrize("kind", list(AROUND))
+def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> None:
+    module, name, _ = joined(kind)
+    size: Any = {"img_size": 32} if name == "test_vit" else {}
+    plain: Any = timm.create_model(name, num_classes=3, in_chans=1, **size)
+    spared: set[str] = getattr(plain, "no_weight_decay", set)()
+    wanted = {
+        id(weight): (group["lr_scale"], bool(group["weight_decay"]))
+        for group in param_groups_layer_decay(plain, 0.1, no_weight_decay_list=spared, layer_decay=0.5)
+        for weight in group["params"]
+    }
+    found = {
+        id(weight): (group["lr_scale"], bool(group["weight_decay"]))
+        for group in optim.groups(config("optim.layer_decay=0.5", "optim.weight_decay=0.1"), module)
+        for weight in group["params"]
+    }
+    inside, prefix = inner(module)
+    assert prefix and len(found) == len(list(module.parameters()))
+    theirs = dict(plain.named_parameters())
+    for key, weight in inside.named_parameters():
+        assert found[id(weight)] == wanted[id(theirs[key])], key
+    around = [weight for key, weight in module.named_parameters() if not key.startswith(prefix)]
+    assert around and all(found[id(weight)][0] == 1.0 for weight in around)
+    assert len({scale for scale, _ in found.values()}) > 2
+
+
+@pytest.mark.parametrize("kind", list(AROUND))
+def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: str) -> None:
+    def of(*knobs: str) -> tuple[dict[str, torch.Tensor], int]:
+        module, name, extras = joined(kind)
+        prepared = speed.prepared(config(f"model.name={name}", *knobs), module.train())
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = prepared(PICTURES, **extras).square().sum()
+        loss.backward()
+        return {
+            key: weight.grad for key, weight in module.named_parameters() if weight.grad is not None
+        }, kept
+
+    want, kept = of()
+    got, kept_now = of("train.grad_checkpointing=true")
+    assert want and got.keys() == want.keys() and kept_now < 0.7 * kept
+    for key, gradient in want.items():
+        assert torch.allclose(got[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+def test_pooling_by_gem_can_be_trained_in_stages_and_begin_with_a_file(empty: Path) -> None:
+    from comp.train import stages, transfer
+
+    module, name, _ = joined("gem")
+    given = timm.create_model(name, num_classes=5, in_chans=1).state_dict()
+    fits = transfer.filling(module, given, "x")
+    missing = set(module.state_dict()) - set(fits)
+    assert missing == {"backbone.p", "last.weight", "last.bias"}
+    names = stages.trained(module, "last 1 block", name)
+    assert {"last.weight", "backbone.p"} < names < {key for key, _ in module.named_parameters()}

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]  # head -> (rows, outputs)
 Said = tuple[dict[str, Values], dict[int, str], dict[str, float]]  # of every model, reasons by row, seconds
+BACKBONES = (
+    "backbones"  # of the bundle: config.json of networks that are not timm's own by name, a folder a run
+)
 SHARE = "COMP_SHARE"  # in the environment of a process that is one of several: number, of how many, where its part goes
 
 
@@ -214,13 +217,16 @@ def test_rows(cfg: Config, heads: tuple[Head, ...], several: bool) -> Samples:
 def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
     """The run's own config on this machine: the pictures as they come, no cache, every core reads."""
     of = int(os.environ.get(SHARE, "0/1/").split("/")[1])
+    network: dict[str, Any] = {"pretrained": False}
+    if store.path(BACKBONES, leaf["run"], "config.json").exists():
+        network["name"] = f"local-dir:{BACKBONES}/{leaf['run']}"
     workers = max(1, machine.cores() // of) if machine.cores() > 1 else 0
     changes = {
         "competition": home,
         "data": cfg.data.model_copy(update={"cache": False}),
         "predict": cfg.predict.model_copy(update={"tta": leaf["tta"], "space": leaf["space"]}),
         "machine": cfg.machine.model_copy(update={"device": "auto", "workers": workers, "resident": 0}),
-        "model": cfg.model.model_copy(update={"pretrained": False}),
+        "model": cfg.model.model_copy(update=network),
     }
     return cfg.model_copy(update=changes)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from comp import bank, config, folds, predictions, samples, store
 from comp.config import Config, Refused
+from comp.deliver import inside
 from comp.ensemble import average
 from comp.predict import neighbours
 from comp.prepare import images
@@ -179,6 +180,17 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
         listed = target.parent / store.MANIFEST
         known = json.loads(listed.read_text()) if listed.exists() else {}
         listed.write_text(json.dumps(known | {file.name: entry}, indent=1, sort_keys=True))
+    _backbones(bundle, {leaf["run"] for leaf in leaves})
+
+
+def _backbones(bundle: Path, runs: set[str]) -> None:
+    """What the hub or a folder says of a network: without either it is made from this, where comp/deliver/inside.py looks."""
+    from comp.train import backbone
+
+    for run in sorted(runs):
+        name = config.from_yaml(store.run_folder(run) / "config.yaml").model.name
+        if said := backbone.description(name):
+            store.write_json(bundle / inside.BACKBONES / run / "config.json", said)
 
 
 def _known(bundle: Path, table: Samples) -> None:

@@ -21,6 +21,7 @@ from comp import bank, jobs, machine, pictures, store
 from comp.config import Refused, nearest
 from comp.prepare import arrays
 from comp.train import augment, model, normal
+from comp.train.backbone import inner
 from comp.train.data import Draw
 from comp.train.draws import mixed
 from comp.train.loop import Material
@@ -115,8 +116,7 @@ def maps(
         output = module(x, **extras)
         place, sign = _answer(material, output)
         # Its gradient says which features spoke for the answer.
-        feature = telling(layers, module)
-        (slope,) = torch.autograd.grad(sign * output[0, place], feature)
+        feature, slope = telling(layers, sign * output[0, place], module)
     cam = grad_cam(spatial(feature, module)[:1], spatial(slope, module)[:1], x.shape[2:])
     total = torch.zeros_like(x[0, 0])
     generator = torch.Generator().manual_seed(mixed(row, 6))
@@ -144,7 +144,7 @@ def kept(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects features that still know where they are, in the order in which they are made: the stages that timm's feature_info
     names, through which everything goes, and at last forward_features; of a network of your own the convolutions."""
     layers: list[Tensor] = []
-    backbone = getattr(module, "backbone", module)
+    backbone, _ = inner(module)
 
     def look(_part: nn.Module, _inputs: Any, output: Any) -> None:
         layers.append(output)
@@ -174,24 +174,35 @@ def kept(module: nn.Module) -> Iterator[list[Tensor]]:
             del backbone.forward_features
 
 
-def telling(layers: list[Tensor], module: nn.Module) -> Tensor:
-    """The last features whose map is fine enough to look at: of a 32 px picture some networks end in a single square."""
+def telling(layers: list[Tensor], answer: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The last features that the answer hangs on everywhere and whose map is fine enough to look at, and their gradient. Of a
+    32 px picture some networks end in a single square; behind the last attention a class token alone is read."""
     if not layers:
         raise Refused("comp explain: this network has neither forward_features nor a convolution to look at")
-    sides = [min(spatial(layer, module).shape[2:]) for layer in layers]
-    fine = [layer for layer, side in zip(layers, sides, strict=True) if side >= FINE]
-    return fine[-1] if fine else layers[sides.index(max(sides))]
+    slopes = torch.autograd.grad(answer, layers, allow_unused=True)
+    read = [
+        (layer, slope)
+        for layer, slope in zip(layers, slopes, strict=True)
+        if slope is not None and bool(spatial(slope, module).any())
+    ]
+    if not read:
+        raise Refused("comp explain: the answer of this network hangs on no map of features")
+    sides = [min(spatial(layer, module).shape[2:]) for layer, _ in read]
+    fine = [pair for pair, side in zip(read, sides, strict=True) if side >= FINE]
+    return fine[-1] if fine else read[sides.index(max(sides))]
 
 
 def spatial(feature: Tensor, module: nn.Module) -> Tensor:
     """(batch, channels, rows, columns), whatever order a network keeps: tokens, channels last, or this."""
-    backbone = getattr(module, "backbone", module)
+    network, _ = inner(module)
     if feature.ndim == 3:  # (batch, tokens, channels), class tokens first
-        patches = feature[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        patches = feature[:, getattr(network, "num_prefix_tokens", 0) :]
         side = math.isqrt(patches.shape[1])
         return patches.transpose(1, 2).reshape(len(feature), feature.shape[2], side, -1)
-    width = getattr(backbone, "num_features", feature.shape[1])
-    return feature.permute(0, 3, 1, 2) if feature.shape[1] != width == feature.shape[3] else feature
+    widths = {each["num_chs"] for each in getattr(network, "feature_info", None) or ()}
+    widths.add(getattr(network, "num_features", feature.shape[1]))
+    last = getattr(network, "output_fmt", "NCHW") == "NHWC" or feature.shape[1] not in widths
+    return feature.permute(0, 3, 1, 2) if last and feature.shape[3] in widths else feature
 
 
 def grad_cam(feature: Tensor, slope: Tensor, size: torch.Size) -> Tensor:

@@ -416,14 +416,23 @@ def loaded(cfg: Config, given: dict[str, Tensor], name: str) -> nn.Module:
             text = str(error)
             extra = set(re.findall(r'"([^"]+)"', text.partition("Unexpected key(s)")[2]))
             if "Missing key(s)" in text or "size mismatch" in text or not extra or not extra <= set(given):
-                lines = [line.strip() for line in text.strip().splitlines()]
                 raise Refused(
-                    f"model.pretrained: {name}: {lines[min(1, len(lines) - 1)][:160]}; it wants the same model.name"
+                    f"model.pretrained: {name}: {_misfit(text)}; it wants the same model.name"
                 ) from error
             print(f"{name}: {len(extra)} of its tensors have no place in {wanted.name}, like {min(extra)}")
             given = {key: value for key, value in given.items() if key not in extra}
     assert isinstance(module, nn.Module)
     return stem.small(module, wanted.name) if wanted.stem == "small" else module
+
+
+def _misfit(text: str) -> str:
+    """The first tensor of what load_state_dict complains of."""
+    if missing := re.search(r'Missing key\(s\)[^"]*"([^"]+)"', text):
+        return f"{missing[1]} is not in it"
+    shapes = r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)"
+    if shape := re.search(shapes, text):
+        return f"{shape[1]} is ({shape[2]}) there, ({shape[3]}) here"
+    return text.strip().splitlines()[0][:160]
 
 
 # --- what stands around it -----------------------------------------------------------------------------------------------

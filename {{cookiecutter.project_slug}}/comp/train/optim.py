@@ -145,7 +145,7 @@ def groups(cfg: Config, module: nn.Module) -> list[Group]:
         found = param_groups_weight_decay(module, 1.0, no_weight_decay_list=spared)
     elif not hasattr(inner(module)[0], "group_matcher"):
         raise Refused(
-            "optim.layer_decay: only timm's networks know their layers; give model(cfg, outputs) of comp/competition.py a "
+            "optim.layer_decay: only timm's own networks know their layers; give model(cfg, outputs) of comp/competition.py a "
             "group_matcher like theirs, or set it to null"
         )
     else:

@@ -122,7 +122,7 @@ def fitting(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Tensors by name; what else a pickle may hold is not built. Of a checkpoint its averaged weights, where it has them."""
+    """Tensors by name; objects that a pickled file may hold are not built. Of a checkpoint its averaged weights, where it has them."""
     import torch
     from timm.models import load_state_dict
 
