@@ -49,9 +49,11 @@ def prepare(args: Args) -> None:
 
 
 def check(args: Args) -> int:
+    from comp.deliver import dummy
     from comp.prepare import check
 
-    return 2 if check.check(_competition_config()) else 0
+    cfg = _config(args) if args.experiment else _competition_config()
+    return 2 if check.check(cfg, dummy.written, exact=args.experiment is not None) else 0
 
 
 def folds(args: Args) -> None:
@@ -212,7 +214,9 @@ VERBS = {
         argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),)),
     "inspect": Verb("data", inspect, "look at data/raw and write a first configs/competition.yaml"),
     "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
-    "check": Verb("data", check, "look for faults in tables, images and declaration before they cost a run"),
+    "check": Verb("data", check, "look for faults in tables, images, declaration and the form of the submission before they cost a run", (
+        argument("experiment", nargs="?", help="open the images as configs/EXPERIMENT.yaml says (size, fit, channels, depth); otherwise small, and as base.yaml says"),
+        OVERRIDES)),
     "folds": Verb("data", folds, "make data/folds.parquet, once, and audit it", (
         flag("--remake", "new folds on purpose: runs on the old ones can no longer be mixed with new ones"),
         flag("--duplicates", "list copies by bytes and by pixels, those between train and test apart"))),

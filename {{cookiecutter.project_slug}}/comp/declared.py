@@ -25,6 +25,17 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _label(value: object) -> object:
+    """YAML reads 0 as a number; a label is text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _labels(value: object) -> object:
+    if isinstance(value, dict):
+        return {_label(ours): _label(theirs) for ours, theirs in value.items()}
+    return [_label(each) for each in value] if isinstance(value, list) else _listed(value)
+
+
 Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
@@ -119,10 +130,13 @@ class Competition(Section):
     metric: Text | dict[Text, Text]
     folds: Folds
     submission: Submission
-    classes: Many | None = None
+    classes: (
+        Annotated[list[Text] | dict[Text, Text], Field(min_length=1), BeforeValidator(_labels)] | None
+    ) = None
     group: Text | None = None
     time: Text | None = None
     metadata: list[Text] = []
+    image_columns: list[Text] = []
     unknown: Text | None = None
     kernel: Kernel = Kernel()
     extra: list[Table] = []
@@ -147,6 +161,32 @@ class Competition(Section):
     def targets(self) -> list[str]:
         return list(self.target)
 
+    @property
+    def class_of(self) -> dict[str, str] | None:
+        """Label of the tables -> the host's class, where competition.classes is a mapping."""
+        return self.classes if isinstance(self.classes, dict) else None
+
+    @property
+    def class_list(self) -> list[str] | None:
+        """The declared classes in their order: of a mapping by value where all are numbers, else as they come."""
+        if not isinstance(self.classes, dict):
+            return self.classes
+        hosts = list(dict.fromkeys(self.classes.values()))
+        try:
+            return sorted(hosts, key=float)
+        except ValueError:
+            return hosts
+
+    @model_validator(mode="after")
+    def _classes_of_one_column(self) -> Competition:
+        if isinstance(self.classes, dict) and len(self.targets) > 1:
+            raise ValueError(
+                f"classes: a mapping is of the labels of one column, and the targets are {', '.join(self.targets)}"
+            )
+        if isinstance(self.classes, dict) and "regression" in self.tasks.values():
+            raise ValueError("classes: the numbers of task: regression have none; take classes out")
+        return self
+
     @model_validator(mode="after")
     def _a_task_each(self) -> Competition:
         if isinstance(self.target, list) and self.task is None:
@@ -159,6 +199,17 @@ class Competition(Section):
             if isinstance(value, dict) and set(value) != set(self.targets):
                 raise ValueError(
                     f"{key}: names {', '.join(value)}, where the targets are {', '.join(self.targets)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_an_image(self) -> Competition:
+        for name in self.image_columns:
+            if name in self.targets:
+                raise ValueError(f"image_columns: {name!r} is the target, which test rows do not have")
+            if name in ("image", "file"):
+                raise ValueError(
+                    f"image_columns: load_image has a {name!r} of its own; call the column another way: columns: {{{name}_column: {name}}}"
                 )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,3 +35,13 @@ def get(name: str) -> Callable[..., Any] | None:
 
 def in_force() -> list[str]:
     return [name for name in HOOKS if get(name) is not None]
+
+
+def failed(name: str, error: Exception, what: str = "", remedy: str = "") -> Refused:
+    """An exception inside a hook, in one line with the line of competition.py it came from."""
+    file = inspect.getsourcefile(competition)
+    hook = get(name)
+    here = {file, hook.__code__.co_filename if inspect.isfunction(hook) else file}
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in here]
+    where = f"comp/competition.py:{lines[-1] if lines else 1}"
+    return Refused(f"{where}: {name} fails{' ' * bool(what)}{what}: {type(error).__name__}: {error}{remedy}")

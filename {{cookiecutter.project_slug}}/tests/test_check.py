@@ -7,15 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import config
+from PIL import Image
+from test_forms import stand
+from test_forms import written as submitted
+from test_layouts import declare, picture, prepared, put
 from test_prepare import lay
 
-from comp import competition, samples
+from comp import cli, competition, samples
 from comp.config import Refused
+from comp.deliver import dummy
+from comp.deliver.forms import FITTING_TASKS
 from comp.prepare import assign, check, making, tables
 from comp.prepare.images import Damaged
+from comp.tasks import TASKS
 
 # --- comp check ----------------------------------------------------------------------------------------------------------
 
@@ -63,7 +71,6 @@ def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.
         f"train.csv:{line(train, train[4])}: image train/{train[4]}.png: ",
         f"test.csv:{line(test, test[5])}: image test/{test[5]}.png: ",
         "sample_submission.csv:2: the id '99999' is not among the test rows",
-        f"sample_submission.csv:4: the id {test[2]!r} stands there twice",
         f"test.csv:2: the test row {test[0]!r} is not in data/raw/sample_submission.csv",
         f"test.csv:3: the test row {test[1]!r} is not in data/raw/sample_submission.csv",
     }
@@ -71,6 +78,7 @@ def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.
     for part in wanted:
         assert any(part in fault for fault in faults), part
     assert printed[-1] == f"{len(wanted)} faults"
+    assert any(line.startswith("note: ") and f"like {test[2]!r} in 3, 4" in line for line in printed)
     assert (
         "note: 1 more files in test are listed by no test row, like test/stranger.png; they are left out"
         in printed
@@ -194,3 +202,140 @@ def test_prepare_says_when_folds_are_of_another_table(
     assert "data/folds.parquet was made for the table as it was before" in capsys.readouterr().out
     with pytest.raises(Refused, match="the same ids, other values"):
         assign.make(config(experiment="base"), samples.load())
+
+
+# --- what comp submit would refuse ---------------------------------------------------------------------------------------
+
+TEN = [f"c{i}" for i in range(10)]
+
+
+def ten_classes(root: Path, form: str, sample: str, labels: list[str] = TEN, **changes: Any) -> None:
+    for i in range(0 if (root / "data/raw/train").exists() else 20):
+        put(root, f"train/{i}.png", picture(10 * i))
+    put(root, "train.csv", "id,label\n" + "".join(f"{i},{labels[i % len(labels)]}\n" for i in range(20)))
+    put(root, "sample.csv", sample)
+    put(root, "test.csv", "id\n18\n19\n")
+    test = {"table": "test.csv", "image": "train/{id}.png"}
+    declare(root, **{"test": test, "submission": {"sample": "sample.csv", "form": form}} | changes)
+
+
+def test_a_form_that_does_not_fit_the_task_is_found_before_training(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ten_classes(empty, "probability", "id,label\n18,0\n19,0\n")
+    assert cli.main(["check"]) == 2
+    printed = capsys.readouterr().out
+    assert (
+        "competition.submission.form: the multiclass target 'label'" in printed
+        and "not as probability" in printed
+    )
+    assert printed.endswith("1 fault\n")
+
+
+SAMPLES = {  # what a host that wants this form asks for
+    "probabilities": {"multiclass": TEN, "retrieval": TEN, "multilabel": TEN, "binary": ["c0", "c1"]},
+}
+LABELS = {
+    "binary": TEN[:2],
+    "regression": ["1.5", "2", "4"],
+    "ordinal": ["0", "1", "2"],
+    "multilabel": ["c0 c1", *TEN[1:]],
+}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_check_and_submit_say_the_same_of_every_form(
+    empty: Path, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written from random predictions after a training, or refused: comp check has said so before."""
+    draw, fine, stands = np.random.default_rng(0), [], ""
+    scheme = {"scheme": "quantiles" if task == "regression" else "stratified", "k": 2, "seed": 0}
+    for form in FITTING_TASKS:
+        columns = SAMPLES.get(form, {}).get(task, ["label"])
+        lines = [["id", *columns], *([each, *["0"] * len(columns)] for each in ("18", "19"))]
+        sample = "".join(",".join(line) + "\n" for line in lines)
+        metric = TASKS[task].metric
+        ten_classes(empty, form, sample, LABELS.get(task, TEN), task=task, metric=metric, folds=scheme)
+        table = prepared()
+        told = check.check(config(experiment="base"), dummy.written)
+        if table.hash != stands:
+            (empty / "data/folds.parquet").unlink(missing_ok=True)
+            heads = {head.name: draw.normal(size=(22, len(head.outputs))) for head in table.heads}
+            if TASKS[task].space == "value":
+                heads = {name: np.clip(values, 0, 2) for name, values in heads.items()}
+            stand(table, {n: v[:20] for n, v in heads.items()}, {n: v[20:] for n, v in heads.items()})
+            stands = table.hash
+        try:
+            submitted()
+        except Refused as refused:
+            assert told and refused.lines[0] in told, form
+        else:
+            assert told == [], form
+            fine.append(form)
+    assert fine == [form for form, tasks in FITTING_TASKS.items() if task in tasks]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("form", "sample", "changes", "part"),
+    [
+        ("value", "id,label\n18,0\n19,0\n", {"task": "regression", "metric": "rmse", "submission": {"sample": "sample.csv", "form": "value", "range": [50, 60]}}, "far outside the range"),
+        ("labels", "id,label\n18,c0\n19,c0\n", {"task": "multilabel", "metric": "f1_micro", "separator": ","}, "the class '0.5 0' holds one"),
+        ("probabilities", "id,c0\n18,0\n19,0\n", {"submission": {"sample": "sample.csv", "form": "probabilities", "sums_to_one": True}, "classes": ["c0", "c1"]}, "has no column for class 'c1'"),
+    ],
+)  # fmt: skip
+def test_what_else_submit_would_refuse(
+    empty: Path, form: str, sample: str, changes: dict[str, Any], part: str
+) -> None:
+    labels = (
+        ["0.5 0", "1,0.5 0"] if form == "labels" else ["0.5", "1", "2"] if form == "value" else ["c0", "c1"]
+    )
+    ten_classes(empty, form, sample, [f'"{label}"' for label in labels], **changes)
+    assert any(part in fault for fault in check.check(config(experiment="base"), dummy.written))
+
+
+def test_functions_of_your_own_write_a_made_up_submission_too(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ten_classes(empty, "label", "id,label\n18,0\n19,0\n")
+
+    def write_submission(rows: pd.DataFrame, prediction: Any, sample: pd.DataFrame) -> pd.DataFrame:
+        return sample.assign(label=[str(row["meta.age"]) for row in rows.to_dict("records")])
+
+    monkeypatch.setattr(competition, "write_submission", write_submission, raising=False)
+    (fault,) = check.check(config(experiment="base"), dummy.written)
+    assert (
+        fault.startswith("comp/competition.py:") and "write_submission fails: KeyError: 'meta.age'" in fault
+    )
+    monkeypatch.setattr(
+        competition, "write_submission", lambda rows, prediction, sample: sample.assign(label="c99")
+    )
+    (fault,) = check.check(config(experiment="base"), dummy.written)
+    assert "made-up predictions:2: row '18', column 'label': 'c99' is no class" in fault
+
+
+# --- as an experiment decodes --------------------------------------------------------------------------------------------
+
+
+def test_check_decodes_as_the_experiment_says(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [Image.fromarray(np.full((16, 16), 10 * i, np.uint8)) for i in range(6)]
+    for name in ("0", "1", "18", "19"):
+        file = empty / "data/raw/train" / f"{name}.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pages[0].save(file, save_all=True, append_images=pages[1:])
+    put(empty, "train.csv", "id,label\n0,a\n1,b\n")
+    put(empty, "sample.csv", "id,label\n18,a\n19,a\n")
+    where = {"image": "train/{id}.tif"}
+    declare(empty, train={"table": "train.csv"} | where, test={"table": "sample.csv"} | where)
+    assert cli.main(["check", "exp001", "data.channels=5"]) == 2
+    assert "data/raw/train.csv:2: image train/0.tif: " in capsys.readouterr().out
+    file = empty / "configs/exp001.yaml"
+    file.write_text(file.read_text().replace("{size: 16}", "{size: 16, channels: 6}"))
+    assert cli.main(["check", "exp001"]) == 0
+    # A line of pixels, its shorter side brought to data.size, is more than fits: by cover alone.
+    Image.new("L", (20_000, 1)).save(empty / "data/raw/train/0.tif")
+    small = ["data.channels=1", "data.size=512"]
+    assert cli.main(["check", "exp001", *small]) == 0
+    capsys.readouterr()
+    assert cli.main(["check", "exp001", *small, "data.fit=cover"]) == 2
+    assert "data/raw/train.csv:2: image train/0.tif: " in capsys.readouterr().out

@@ -240,9 +240,9 @@ def test_stacks_of_pages_and_of_files_become_channels(empty: Path) -> None:
         grey = io.BytesIO()
         Image.new("L", (16, 16), 100 * i).save(grey, "PNG")
         put(empty, f"a_{colour}.png", grey.getvalue())
-    assert made("a_red.png+a_green.png", channels=2)[0, 0].tolist() == [0, 100]
+    assert made("a_red.png//a_green.png", channels=2)[0, 0].tolist() == [0, 100]
     with pytest.raises(Damaged, match=r"a_blue\.png: no such file"):
-        made("a_red.png+a_blue.png", channels=2)
+        made("a_red.png//a_blue.png", channels=2)
 
 
 def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:

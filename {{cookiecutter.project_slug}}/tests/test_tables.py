@@ -17,8 +17,8 @@ from test_forms import logits, stand, written
 from test_layouts import declare, opened, prepared, put, refused
 
 from comp.deliver.cells import rules_of_cells
-from comp.deliver.sample import read_sample
 from comp.prepare import sources
+from comp.prepare.sample import read_sample
 
 
 def test_annotations_of_one_picture_are_its_labels(empty: Path) -> None:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from comp import store
 from comp.config import Refused
+from comp.prepare.spelling import zip_name
 
 MEMBERS = 5_000_000
 TABLES = (
@@ -131,8 +132,13 @@ def _zip(archive: Path) -> Iterator[list[Member]]:
             if info.is_dir():
                 parts(archive, info.filename)
                 continue
-            found.append(Member(info.orig_filename, info.file_size, partial(opened.open, info)))
+            found.append(Member(_name(info), info.file_size, partial(opened.open, info)))
         yield found
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """As it stands there, also what zipfile cuts off behind a NUL: `parts` refuses that."""
+    return zip_name(info) if info.orig_filename == info.filename else info.orig_filename
 
 
 @contextmanager

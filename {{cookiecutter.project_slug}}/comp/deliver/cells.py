@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from comp.config import Refused, nearest
 from comp.declared import Submission
-from comp.deliver.sample import Sample
+from comp.prepare.sample import Sample
 from comp.tasks import Head
 
 FORMS = ("probability", "probabilities", "label", "value", "labels", "ranking")

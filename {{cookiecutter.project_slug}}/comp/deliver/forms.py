@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from comp import decide, longform, store
 from comp.config import Refused
 from comp.declared import Submission
-from comp.deliver.sample import Sample
+from comp.prepare.sample import Sample
 from comp.tasks import Array, Head
 
 # head -> (scored rows, outputs): probabilities or values, as the metric sees them
@@ -49,6 +49,12 @@ def refuse_misfit(rules: Submission, heads: Sequence[Head]) -> None:
             raise Refused(
                 f"{where}.form: the {head.task} target {head.name!r} is written as {takes}, not as {form}"
             )
+        parted = next((name for name in head.classes if " " in name), None)
+        if form in ("labels", "ranking") and parted is not None:
+            raise Refused(
+                f"{where}.form: {form} are parted by spaces, and the class {parted!r} holds one; competition.classes can map it to "
+                f"what the host calls it, like {{{parted!r}: {parted.replace(' ', '_')!r}}}"
+            )
     if rules.sums_to_one and rules.form != "probabilities":
         raise Refused(f"{where}.sums_to_one: only form probabilities has columns to sum, not {rules.form}")
 
@@ -61,15 +67,18 @@ def from_form(
     cuts: Cuts,
     ids: Sequence[str] | None = None,
 ) -> Written:
-    """`ids` are the rows of `answers`: the sample's own, or, where a row has several lines, each row once."""
+    """`ids` are the rows of `answers`, each once: those of the sample, or, of a long form, what its lines speak of."""
     notes: list[str] = []
-    cells: Iterable[Sequence[str]]
+    cells: Sequence[Sequence[str]]
     if rules.rows is not None:
-        cells = _long(rules, heads, answers, sample, cuts, ids or sample.ids, notes)
+        cells = _long(rules, heads, answers, sample, cuts, ids or sample.keys, notes)
     else:
-        columns = _columns(rules, heads, answers, sample, cuts, sample.answers, notes)
-        cells = zip(*columns, strict=True)
-    return Written([list(sample.columns), *_with_ids(cells, sample)], notes)
+        once = sample.once()
+        columns = _columns(rules, heads, answers, once, cuts, once.answers, notes)
+        by_row = dict(zip(once.keys, zip(*columns, strict=True), strict=True))
+        cells = [by_row[key] for key in sample.keys]
+    lines = [sample.filled(number, line) for number, line in enumerate(cells)]
+    return Written([list(sample.columns), *lines], notes)
 
 
 def _columns(
@@ -114,7 +123,7 @@ def _long(
     assert rules.rows is not None
     place = {each: i for i, each in enumerate(ids)}
     if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
-        lines = longform.cells(rules.rows, sample.ids, heads)
+        lines = longform.cells(rules.rows, sample.keys, heads)
         tables = {
             head.name: numbers(rules, [head], answers, sample, notes, sample.answers).tolist()
             for head in heads
@@ -124,7 +133,7 @@ def _long(
         raise Refused(
             f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.answers)}"
         )
-    lines = longform.cells(rules.rows, sample.ids, heads)
+    lines = longform.cells(rules.rows, sample.keys, heads)
     asked = list(dict.fromkeys(line.name for line in lines))
     columns = _columns(rules, heads, answers, sample, cuts, asked, notes)
     by_name = dict(zip(asked, columns, strict=True))
@@ -257,8 +266,3 @@ def _ranked(rules: Submission, head: Head, value: Array, cut: Sequence[float] | 
         return [" ".join(head.classes[code] for code in row) for row in order.tolist()]
     order = np.argsort(-value, axis=1, kind="stable")[:, : rules.k]
     return [" ".join(head.classes[code] for code in row) for row in order.tolist()]
-
-
-def _with_ids(cells: Iterable[Sequence[str]], sample: Sample) -> Iterator[list[str]]:
-    for each, line in zip(sample.ids, cells, strict=True):
-        yield [*line[: sample.key], each, *line[sample.key :]]

@@ -282,13 +282,13 @@ def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values
 
 def written(cfg: Config, table: Samples, name: str, heads: Values, working: Path) -> Path:
     from comp.deliver import submission
-    from comp.deliver.sample import read_sample
     from comp.predictions import PredictionSet
+    from comp.prepare.sample import sample_of
 
     rows = table.positions("test")
     said = PredictionSet(rows.astype(np.int32), None, heads, {"kind": "test"})
-    sample = read_sample(Path(cfg.competition.raw) / cfg.competition.submission.sample, cfg.competition.id)
-    made, form = submission.filled(cfg, table, name, said, sample)
+    sample = sample_of(cfg.competition)
+    made, form = submission.filled(cfg, table, name, said, sample, submission.fitted_cuts)
     submission.put(working / "submission.csv", made, form, sample)
     return working / "submission.csv"
 

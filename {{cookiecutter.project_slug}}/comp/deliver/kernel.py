@@ -27,7 +27,7 @@ from comp.config import Config, Refused
 from comp.deliver import inside
 from comp.ensemble import average
 from comp.predict import neighbours
-from comp.prepare import images
+from comp.prepare import image_key, images
 from comp.samples import Samples
 
 PYTHON = "3.12"  # of Kaggle's image
@@ -287,7 +287,8 @@ def needed() -> list[str]:
 def readers(table: Samples, raw: Path) -> list[str]:
     """What opens this competition's pictures, where an image without internet may lack it. A suffix may be wrong, or there may be
     none, so the bytes of one file of each count, too."""
-    of_suffix = {Path(name).suffix.lower(): name for each in table.frame["images"] for name in each}
+    names = (name for each in table.frame["images"] for key in each for name in image_key.files(key))
+    of_suffix = {Path(name).suffix.lower(): name for name in names}
     found = set()
     for suffix, name in of_suffix.items():
         try:

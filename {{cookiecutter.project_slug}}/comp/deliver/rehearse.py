@@ -22,8 +22,8 @@ from comp.config import Config, Refused
 from comp.declared import Competition
 from comp.deliver import kernel, validate
 from comp.deliver.cells import rules_of_cells
-from comp.deliver.sample import read_sample
 from comp.prepare import sources
+from comp.prepare.sample import keys_of, read_sample
 
 ROWS = 512  # of the visible test set that are compared, and the most of a hidden one
 NAMESPACES = """
@@ -135,7 +135,7 @@ def _run(cfg: Config, name: str, space: Path, hidden: bool, python: str) -> dict
             last,
         )
     home = cfg.competition
-    sample = read_sample(place / "input" / home.slug / home.submission.sample, home.id)
+    sample = read_sample(place / "input" / home.slug / home.submission.sample, *keys_of(home))
     rules = rules_of_cells(home.submission, samples.load().heads, sample)
     validate.check((place / "working" / "submission.csv").read_bytes(), "submission.csv", sample, rules)
     half = any(jobs.stored_config(leaf["run"]).train.amp != "fp32" for leaf in kernel.leaves_of(name))
@@ -239,15 +239,17 @@ def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> No
             place.write_bytes(data)
     if home.test.table != home.submission.sample:
         _write(target / home.test.table, chosen)
-    sample = read_sample(raw / home.submission.sample, home.id)
-    line = dict(zip(sample.columns, sample.rows[0], strict=True))
-    lines = [
-        [each if i == sample.key else line[column] for i, column in enumerate(sample.columns)]
-        for each in after
-    ]
+    sample = read_sample(raw / home.submission.sample, *keys_of(home))
+    lines = [list(sample.rows[0]) for _ in after]
+    for number, (line, each) in enumerate(zip(lines, after, strict=True)):
+        line[sample.key] = each
+        for at in sample.index:
+            line[at] = str(number)
     place = target / home.submission.sample
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text("".join(validate.written(row) for row in [list(sample.columns), *lines]))
+    place.write_text(
+        "".join(validate.written(row, sample.delimiter) for row in [list(sample.columns), *lines])
+    )
 
 
 def _plain(home: Competition, raw: Path) -> bool:

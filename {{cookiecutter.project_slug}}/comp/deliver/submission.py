@@ -4,21 +4,20 @@ for what a file must be; nothing is put in its place before its very bytes have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comp import bank, by_row, config, folds, longform, own, samples, store
+from comp import bank, by_row, config, folds, own, samples, store
 from comp.bank import PredictionSet
 from comp.config import Config, Refused
 from comp.deliver import validate
 from comp.deliver.cells import Form, rules_of_cells, some
-from comp.deliver.forms import Answers, Written, from_form, refuse_misfit
-from comp.deliver.sample import Sample, read_sample, refuse_stale
+from comp.deliver.forms import Answers, Cuts, Written, from_form, refuse_misfit
 from comp.ensemble import blend
-from comp.prepare import sources
+from comp.prepare.sample import Sample, refuse_stale, rows_of, sample_of
 from comp.samples import Samples
 
 if TYPE_CHECKING:
@@ -40,10 +39,9 @@ def dry_run(name: str) -> Path:
 def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
     rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
-    place = sources.plain(store.path(cfg.competition.raw, rules.sample))  # hosts pack samples, too
-    sample = read_sample(place, cfg.competition.id)
-    refuse_stale(sample, samples, ids_of(cfg, samples, sample))
-    made, form = filled(cfg, samples, name, prediction, sample)
+    sample = sample_of(cfg.competition)
+    refuse_stale(sample, samples, rows_of(cfg.competition, sample, samples.heads))
+    made, form = filled(cfg, samples, name, prediction, sample, fitted_cuts)
     put(file, made, form, sample)
     facts = {"sample": store.sha256(sample.file), "samples": samples.hash}
     store.seal(file, of=name, form=form.name, rows=len(sample.rows), **facts)
@@ -55,35 +53,41 @@ def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -
     return file
 
 
-def ids_of(cfg: Config, samples: Samples, sample: Sample) -> list[str]:
-    """The scored rows, in the sample's order: its lines, or what several lines of a long form speak of."""
-    rules = cfg.competition.submission
-    if rules.rows is None:
-        return sample.ids
-    return list(dict.fromkeys(line.row for line in longform.cells(rules.rows, sample.ids, samples.heads)))
-
-
 def filled(
-    cfg: Config, samples: Samples, name: str, prediction: PredictionSet, sample: Sample
+    cfg: Config,
+    samples: Samples,
+    name: str,
+    prediction: PredictionSet,
+    sample: Sample,
+    cuts: Callable[[str], Cuts],
 ) -> tuple[Written, Form]:
     """The lines of the file, and what each of their cells may be."""
-    rules, ids = cfg.competition.submission, ids_of(cfg, samples, sample)
+    rules, ids = cfg.competition.submission, rows_of(cfg.competition, sample, samples.heads)
     rows, answers = scored_rows(samples, name, prediction, ids, cfg.competition.merge)
     answers = postprocessed(rows, answers)
     if own.get("write_submission"):
+        if rules.rows is None:  # a line each, also where an id has several
+            place = {each: i for i, each in enumerate(ids)}
+            at = np.array([place[key] for key in sample.keys])
+            rows = rows.iloc[at].reset_index(drop=True)
+            answers = {head: value[at] for head, value in answers.items()}
         made = from_own(rows, answers, sample)
     else:
         forms = set(rules.form.values()) if isinstance(rules.form, dict) else {rules.form}
-        cuts = fitted_cuts(name) if forms & {"label", "labels", "ranking"} else {}
-        made = from_form(rules, samples.heads, answers, sample, cuts, ids)
+        fitted = cuts(name) if forms & {"label", "labels", "ranking"} else {}
+        made = from_form(rules, samples.heads, answers, sample, fitted, ids)
     return made, rules_of_cells(rules, samples.heads, sample)
 
 
 def put(file: Path, made: Written, form: Form, sample: Sample) -> None:
     """The very bytes that have passed, or what stood there before."""
     with store.writing(file) as temporary:
-        temporary.write_text("".join(map(validate.written, made.lines)), encoding="utf-8", newline="\n")
+        temporary.write_text(text_of(made, sample), encoding="utf-8", newline="\n")
         validate.check(temporary.read_bytes(), store.shown(file), sample, form)
+
+
+def text_of(made: Written, sample: Sample) -> str:
+    return "".join(validate.written(line, sample.delimiter) for line in made.lines)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:
         )
 
 
-def fitted_cuts(name: str) -> dict[str, list[float]]:
+def fitted_cuts(name: str) -> Cuts:
     """head -> where its values become labels, as the CV fitted them. A refit on all data has none and takes its run's."""
     own_score = bank.folder(name) / "score.json"
     file = own_score if own_score.exists() else bank.folder(name.partition(":")[0]) / "score.json"
@@ -137,7 +141,12 @@ def postprocessed(rows: pd.DataFrame, answers: Answers) -> Answers:
         return answers
     alone = next(iter(answers)) if len(answers) == 1 else None
     given = {head: value.copy() for head, value in answers.items()}
-    result = hook(rows, given[alone] if alone is not None else given)
+    try:
+        result = hook(rows, given[alone] if alone is not None else given)
+    except Refused:
+        raise
+    except Exception as error:
+        raise own.failed("postprocess", error) from error
     changed = {alone: result} if alone is not None else result
     where = "comp/competition.py: postprocess"
     if not isinstance(changed, Mapping) or changed.keys() != answers.keys():
@@ -156,7 +165,12 @@ def from_own(rows: pd.DataFrame, answers: Answers, sample: Sample) -> Written:
     hook = own.get("write_submission")
     assert hook is not None
     prediction = next(iter(answers.values())) if len(answers) == 1 else answers
-    frame = hook(rows, prediction, pd.DataFrame(sample.rows, columns=list(sample.columns)))
+    try:
+        frame = hook(rows, prediction, pd.DataFrame(sample.rows, columns=list(sample.columns)))
+    except Refused:
+        raise
+    except Exception as error:
+        raise own.failed("write_submission", error) from error
     if not isinstance(frame, pd.DataFrame):
         raise Refused(
             f"comp/competition.py: write_submission must return a DataFrame, not {type(frame).__name__}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from comp import store
 from comp.config import Refused, nearest
 from comp.deliver.cells import Form, form_of, likeness, some
-from comp.deliver.sample import Sample, read_sample
+from comp.prepare.sample import Sample, read_sample
 
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
@@ -36,17 +37,17 @@ def validate(
     if not file.is_file():
         raise Refused(f"{store.shown(file)}: no such file; comp submit NAME --dry-run writes it")
     rules = form_of(form, range, sums_to_one, classes)
-    check(file.read_bytes(), store.shown(file), read_sample(sample_file, key), rules)
+    check(file.read_bytes(), store.shown(file), read_sample(sample_file, *([key] if key else [])), rules)
 
 
 def check(data: bytes, name: str, sample: Sample, form: Form) -> None:
-    lines = _lines(data, name)
-    _header(_cells(lines[0], f"{name}:1"), name, sample)
+    lines = _lines(data, name, sample.delimiter)
+    _header(_cells(lines[0], f"{name}:1", sample.delimiter), name, sample)
     given: list[str] = []
     faults: list[str] = []
     bar = tqdm(lines[1:], "validate", unit="row", leave=False, disable=None, delay=1)
     for number, line in enumerate(bar, 2):
-        cells = _cells(line, f"{name}:{number}")
+        cells = _cells(line, f"{name}:{number}", sample.delimiter)
         if len(cells) != len(sample.columns):
             what = f"{len(cells)} cells under {len(sample.columns)} columns"
             if len(cells) < len(sample.columns):
@@ -55,7 +56,7 @@ def check(data: bytes, name: str, sample: Sample, form: Form) -> None:
                 )
             raise Refused(f"{name}:{number}: row {cells[0]!r}, {what}")
         given.append(cells[sample.key])
-        faults += _row(cells, f"{name}:{number}: row {cells[sample.key]!r}", sample, form)
+        faults += _row(cells, f"{name}:{number}: row {cells[sample.key]!r}", sample, number - 2, form)
     # Ids first: a shifted file has faults in its cells too, and the shift is what explains them.
     for found in (list(_ids(given, name, sample)), faults):
         if found:
@@ -63,7 +64,7 @@ def check(data: bytes, name: str, sample: Sample, form: Form) -> None:
             raise Refused(found[0] + (f" (and {others} more like it)" if others else ""))
 
 
-def _lines(data: bytes, name: str) -> list[str]:
+def _lines(data: bytes, name: str, delimiter: str) -> list[str]:
     if not data:
         raise Refused(f"{name}: is empty")
     if data.startswith(BYTE_ORDER_MARKS):
@@ -76,9 +77,9 @@ def _lines(data: bytes, name: str) -> list[str]:
         raise Refused(
             f"{name}:{data.count(10, 0, error.start) + 1}: not UTF-8 (byte {data[error.start]:#x})"
         ) from None
-    odd = re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    odd = re.search(r"[\x00-\x08\x0b-\x1f\x7f]" if delimiter == "\t" else r"[\x00-\x09\x0b-\x1f\x7f]", text)
     if odd:
-        what = {"\r": "line ends are \\n alone, not \\r", "\t": "a tab; cells are parted by commas"}
+        what = {"\r": "line ends are \\n alone, not \\r", "\t": f"a tab; cells are parted by {delimiter!r}"}
         where = text.count("\n", 0, odd.start()) + 1
         raise Refused(
             f"{name}:{where}: {what.get(odd.group(), f'a control character ({odd.group()!r}), the file is damaged')}"
@@ -88,27 +89,27 @@ def _lines(data: bytes, name: str) -> list[str]:
     return text[:-1].split("\n")
 
 
-def _cells(line: str, where: str) -> list[str]:
+def _cells(line: str, where: str, delimiter: str) -> list[str]:
     if '"' not in line:
-        return line.split(",")
+        return line.split(delimiter)
     try:
-        cells = next(csv.reader([line], strict=True))
+        cells = next(csv.reader([line], delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise Refused(f"{where}: broken quotes ({error})") from None
-    if written(cells) != line + "\n":
+    if written(cells, delimiter) != line + "\n":
         raise Refused(
             f"{where}: quotes where none are needed; a host may take them for part of the text: {line[:60]}"
         )
     return cells
 
 
-def written(cells: Sequence[str]) -> str:
-    """One line of csv as it must be: quoted only where a cell holds a comma or a quote."""
-    line = ",".join(cells)
-    if '"' not in line and line.count(",") == len(cells) - 1:
+def written(cells: Sequence[str], delimiter: str) -> str:
+    """One line of csv as it must be: quoted only where a cell holds the separator or a quote."""
+    line = delimiter.join(cells)
+    if '"' not in line and line.count(delimiter) == len(cells) - 1:
         return line + "\n"
     quoted = io.StringIO()
-    csv.writer(quoted, lineterminator="\n").writerow(cells)
+    csv.writer(quoted, delimiter=delimiter, lineterminator="\n").writerow(cells)
     return quoted.getvalue()
 
 
@@ -148,12 +149,16 @@ def _ids(given: list[str], name: str, sample: Sample) -> Iterator[str]:
         yield from (f"{name}:{number}: row {each!r}, column {key}: {reason}" for number, each in unknown)
         return
     first: dict[str, int] = {}
+    asked, count = Counter(wanted), Counter(given)  # a host may ask for an id in several lines
+    left = asked.copy()
     for number, each in enumerate(given, 2):
-        if first.setdefault(each, number) != number:
+        first.setdefault(each, number)
+        left[each] -= 1
+        if left[each] < 0:
             yield f"{name}:{number}: row {each!r}, column {key}: the id stands in line {first[each]} already"
-    if len(first) < len(given):
+    if any(count[each] > asked[each] for each in count):
         return
-    missing = [each for each in wanted if each not in first]
+    missing = [each for each in asked if count[each] < asked[each]]
     if missing:
         where = f"line {places[missing[0]]} of {store.shown(sample.file)}"
         yield from (
@@ -165,8 +170,13 @@ def _ids(given: list[str], name: str, sample: Sample) -> Iterator[str]:
             yield f"{name}:{number}: row {each!r}, column {key}: the sample has {right!r} here; the order of its rows must be kept"
 
 
-def _row(cells: list[str], where: str, sample: Sample, form: Form) -> Iterator[str]:
+def _row(cells: list[str], where: str, sample: Sample, number: int, form: Form) -> Iterator[str]:
     names = sample.answers
-    for place, fault in form.faults([*cells[: sample.key], *cells[sample.key + 1 :]]):
+    if number < len(sample.rows):
+        line = sample.rows[number]
+        for i in sample.index:
+            if cells[i] != line[i]:
+                yield f"{where}, column {sample.columns[i]!r}: {cells[i]!r}, where the sample has {line[i]!r}"
+    for place, fault in form.faults([cells[i] for i in sample.places]):
         columns = f"columns {names[0]!r} to {names[-1]!r}" if place is None else f"column {names[place]!r}"
         yield f"{where}, {columns}: {fault}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,9 +16,10 @@ import numpy as np
 from comp import longform, machine, metrics, own, samples, store
 from comp.config import Config, Refused, nearest
 from comp.declared import Competition
-from comp.prepare import images, making, sources, tables
+from comp.prepare import image_key, images, making, tables
+from comp.prepare.sample import Sample, sample_of
 from comp.prepare.tables import Reading
-from comp.tasks import TASKS
+from comp.tasks import TASKS, Head
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +39,13 @@ class Look(NamedTuple):
     fault: str  # empty: a whole picture; of a JPEG that libjpeg warns about it begins with images.WARNED
 
 
-def check(cfg: Config) -> list[str]:
-    """Prints and returns the faults; none means that prepare, folds and training will not meet one of these."""
+Reader = Callable[[Config, Reading], tuple[list[str], list[str]]]
+
+
+def check(cfg: Config, written: Reader | None = None, exact: bool = False) -> list[str]:
+    """Prints and returns the faults; none means that prepare, folds, training and submission will not meet one of these.
+    `written` makes a submission of made-up predictions: deliver/dummy.py, which stands above this package. `exact` opens images
+    at the size and fit of `cfg`; otherwise they are made small, which is faster and finds the same damage."""
     competition = cfg.competition
     notes = [f"comp/competition.py: {', '.join(own.in_force()) or 'nothing'} in force"]
     faults = _declared(competition)
@@ -47,12 +54,17 @@ def check(cfg: Config) -> list[str]:
     except Refused as refused:
         faults += refused.lines
     else:
-        faults += reading.faults + _against_sample(competition, reading)
-        found, about = _images(cfg, reading)
-        faults += found
-        notes += _stale(reading) + about
+        faults += reading.faults
+        maker = making.of(cfg) if exact else replace(making.of(cfg), size=32, fit="stretch")
+        notes += reading.notes + _stale(reading)
+        for looked in (_against_sample, written, partial(_images, maker=maker)):
+            if looked is not None:
+                found, about = looked(cfg, reading)
+                faults += found
+                notes += about
         counts = reading.frame["source"].value_counts(sort=False)
         notes.insert(0, ", ".join(f"{count} {source} rows" for source, count in counts.items()))
+    faults = list(dict.fromkeys(faults))
     store.write_text(store.path("data", "check.txt"), "\n".join([*notes, *faults]) + "\n")
     for lines in (notes, faults):
         print(*lines[:SHOWN], sep="\n", end="\n" if lines else "")
@@ -84,104 +96,125 @@ def _declared(competition: Competition) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _against_sample(competition: Competition, reading: Reading) -> list[str]:
+def _against_sample(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
     """The sample submission decides what is scored: the test rows and the classes must be the same there."""
+    competition, rules = cfg.competition, cfg.competition.submission
     try:
-        sample = sources.read(store.path(competition.raw, competition.submission.sample))
+        sample = sample_of(competition)
+        lines = sample.keys
+        if rules.rows is not None:
+            lines = [cell.row for cell in longform.cells(rules.rows, lines, reading.heads)]
     except Refused as refused:
-        return refused.lines
-    columns = sources.columns(sample.frame)
-    key = competition.id if competition.id in columns else columns[0]
-    ids, rules = sample.frame[key].tolist(), competition.submission
-    if rules.rows is not None:
-        try:
-            ids = list(dict.fromkeys(cell.row for cell in longform.cells(rules.rows, ids, reading.heads)))
-        except Refused as refused:
-            return refused.lines
+        return refused.lines, []
+    name = store.shown(sample.file)
     first: dict[str, int] = {}
     for position in np.flatnonzero(reading.frame["source"] == "test").tolist():
         first.setdefault(reading.frame["row"].iloc[position], position)
-    seen: set[object] = set()
-    faults = []
-    for position, id_ in enumerate(ids):
-        if id_ in seen:
-            faults.append(f"{sample.where(position)}: the id {id_!r} stands there twice")
-        elif id_ not in first:
-            faults.append(f"{sample.where(position)}: the id {id_!r} is not among the test rows")
-        seen.add(id_)
-    name = store.shown(sample.file)
+    faults = [
+        f"{name}:{number}: the id {row!r} is not among the test rows"
+        for number, row in enumerate(lines, 2)
+        if row not in first
+    ]
+    asked = set(lines)
     faults += [
         f"{reading.where(p)}: the test row {row!r} is not in {name}"
         for row, p in first.items()
-        if row not in seen
+        if row not in asked
     ]
+    return faults + _columns(competition, reading, sample), _repeated(sample)
+
+
+def _repeated(sample: Sample) -> list[str]:
+    if not sample.repeated:
+        return []
+    id_, numbers = next(iter(sample.repeated.items()))
+    return [
+        f"note: {store.shown(sample.file)} asks for {len(sample.repeated)} ids in several lines, like {id_!r} in "
+        f"{', '.join(map(str, numbers[:4]))}; each line gets the same prediction"
+    ]
+
+
+def _columns(competition: Competition, reading: Reading, sample: Sample) -> list[str]:
+    """Columns of the sample that nothing is predicted for, and classes that have none."""
+    rules, name, answers = competition.submission, store.shown(sample.file), sample.answers
+    faults = []
     if own.get("write_submission") is not None or rules.rows is not None:
-        return faults
-    answers = [column for column in columns if column != key]
+        return []
     wanted = [
         name
         for head in reading.heads
-        for name in (head.outputs if competition.submission.form == "probabilities" else [head.name])
+        for name in (_asked(head, answers) if rules.form == "probabilities" else [head.name])
     ]
-    if competition.submission.form == "probabilities" or len(answers) > 1:
+    if rules.form == "probabilities" or len(answers) > 1:
         for column in answers:
             if column not in wanted:
                 faults.append(
                     f"{name}:1: the column {column!r} is nothing that is predicted, the nearest is {nearest(column, wanted)[0]!r}"
                 )
-    if competition.submission.form == "probabilities":
+    if rules.form == "probabilities":
         faults += [
             f"{name}:1: no column for the class {output!r}"
             for head in reading.heads
-            for output in head.graded or head.outputs
+            for output in head.graded or _asked(head, answers)
             if output not in answers
         ]
     return faults
 
 
-def _images(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
+def _asked(head: Head, answers: Sequence[str]) -> tuple[str, ...]:
+    """What a column each stands for: the outputs, or of two classes both."""
+    both = head.task == "binary" and set(answers) == set(head.classes)
+    return head.classes if both else head.outputs
+
+
+def _images(cfg: Config, reading: Reading, maker: making.Making) -> tuple[list[str], list[str]]:
     """Every listed image exists and decodes; faults, and what is only worth knowing."""
     raw = store.path(cfg.competition.raw)
-    # A JPEG is decoded whole at any size, only less arithmetic follows: small is fast, and finds the same damage.
-    small = replace(making.of(cfg), size=32, fit="stretch")
     rows = {
         name: position
         for position in range(len(reading.frame) - 1, -1, -1)
         for name in reading.frame["images"].iloc[position]
     }
-    on_disk = set(_files(raw, rows))
-    folders = {folder: (raw / folder).is_dir() for folder in {os.path.dirname(name) for name in rows}}
-    # In an archive, or several files that are channels of one picture.
-    inside = [n for n in rows if making.PLUS in n or not folders[os.path.dirname(n)]]
-    on_disk |= {name for name in inside if small.stamp(name)[0] >= 0}
+    listed = {file for name in rows for file in image_key.files(name)}
+    files = set(_files(raw, listed))
+    folders = {folder: (raw / folder).is_dir() for folder in {os.path.dirname(file) for file in listed}}
+    files |= {  # in an archive
+        file for file in listed if not folders[os.path.dirname(file)] and maker.stamp(file)[0] >= 0
+    }
+    on_disk = {name for name in rows if files.issuperset(image_key.files(name))}
     faults = []
     for source in reading.frame["source"].unique():
         mine = [n for names in reading.frame["images"][reading.frame["source"] == source] for n in names]
         absent = [name for name in mine if name not in on_disk]
         if absent and len(absent) == len(mine):
-            there = sorted(on_disk) or sorted(str(p.relative_to(raw)) for p in raw.iterdir())
-            hint = f"the nearest there is {nearest(absent[0], there[:2000])[0]}"
+            there = sorted(files) or sorted(str(p.relative_to(raw)) for p in raw.iterdir())
+            lacking = next(file for file in image_key.files(absent[0]) if file not in files)
+            hint = f"the nearest there is {nearest(lacking, there[:2000])[0]}"
             faults.append(
-                f"configs/competition.yaml: {source}.image: none of {len(mine)} files exists, like {absent[0]}; {hint}"
+                f"configs/competition.yaml: {source}.image: none of {len(mine)} files exists, like {lacking}; {hint}"
             )
         else:
             faults += [
-                f"{reading.where(rows[name])}: image {name}: no such file" for name in dict.fromkeys(absent)
+                f"{reading.where(rows[name])}: image {image_key.shown(name)}: no such file"
+                for name in dict.fromkeys(absent)
             ]
-    looks = _looked(small, [name for name in rows if name in on_disk])
+    looks = _looked(maker, [name for name in rows if name in on_disk])
     warned = [look for look in looks if look.fault.startswith(images.WARNED)]
-    taken = warned if small.numbers.lenient else []
+    taken = warned if maker.numbers.lenient else []
     damaged = [look for look in looks if look.fault and look not in taken]
-    faults += [f"{reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in damaged]
+    faults += [
+        f"{reading.where(rows[look.name])}: image {image_key.shown(look.name)}: {look.fault}"
+        for look in damaged
+    ]
     notes = [f"{len(rows)} images listed, {len(looks)} found, {len(damaged)} damaged"]
-    notes += _unlisted(reading, sorted(on_disk - rows.keys()))
+    notes += _unlisted(reading, sorted(files - listed))
     sides = [look.side for look in looks if look.side]
-    if sides and np.median(sides) < SMALL:
+    if sides and np.median(sides) < SMALL and cfg.model.stem != "small":
         notes.append(
             f"hint: half of the images are {int(np.median(sides))} px or smaller; ImageNet stems shrink them by 4 before they "
             f"look: model.stem=small with data.size={int(np.median(sides))}, or a larger data.size than the pictures have"
         )
-    notes += _warned(warned, reading, rows, small.numbers.lenient)
+    notes += _warned(warned, reading, rows, maker.numbers.lenient)
     return faults, notes
 
 
@@ -191,12 +224,15 @@ def _warned(looks: Sequence[Look], reading: Reading, rows: dict[str, int], lenie
         return []
     if not lenient:
         return [
-            f"hint: {len(looks)} of them are JPEGs that libjpeg warns about, like {looks[0].name}; look at them: where they are whole, "
+            f"hint: {len(looks)} of them are JPEGs that libjpeg warns about, like {image_key.shown(looks[0].name)}; look at them: where they are whole, "
             "pixels: {lenient: true} in configs/competition.yaml takes all of them"
         ]
     return [
         f"note: {len(looks)} JPEGs that libjpeg warns about are taken as far as they decode (pixels.lenient of configs/competition.yaml)",
-        *(f"note: {reading.where(rows[look.name])}: image {look.name}: {look.fault}" for look in looks),
+        *(
+            f"note: {reading.where(rows[look.name])}: image {image_key.shown(look.name)}: {look.fault}"
+            for look in looks
+        ),
     ]
 
 
@@ -205,7 +241,7 @@ def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
     look the same, and of a test folder they would be missing from the submission."""
     kinds: dict[str, set[str]] = {}
     for source, listed in zip(reading.frame["source"], reading.frame["images"], strict=True):
-        for name in listed:
+        for name in (file for key in listed for file in image_key.files(key)):
             kinds.setdefault(os.path.dirname(name), set()).add(source)
     found: dict[str, list[str]] = {}
     for name in names:
@@ -217,7 +253,7 @@ def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _files(raw: Path, listed: dict[str, int]) -> Iterator[str]:
+def _files(raw: Path, listed: Collection[str]) -> Iterator[str]:
     """Files in the folders of the listed images, with one of their suffixes."""
     suffixes = {os.path.splitext(name)[1] for name in listed}
     for folder in sorted({os.path.dirname(name) for name in listed}):

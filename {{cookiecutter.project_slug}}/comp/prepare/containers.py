@@ -33,6 +33,7 @@ import numpy as np
 from comp import store
 from comp.config import Refused
 from comp.prepare.records import Bson, Json, Npy, Parquet, as_npy, npy_shape
+from comp.prepare.spelling import nfc, zip_name
 
 
 class Container(Protocol):
@@ -128,7 +129,8 @@ def _named(container: Container, name: str) -> str | None:
         return name
     if name.isdecimal() and isinstance(container, Bson | Npy):
         return None
-    return _by_ending(container).get(name)
+    found = _by_ending(container).get(name)
+    return found if found or name.isascii() else _by_spelling(container).get(nfc(name))
 
 
 @cache
@@ -150,6 +152,13 @@ def _by_ending(container: Container) -> dict[str, str]:
     return {ending: name for ending, name in found.items() if ending not in twice}
 
 
+@cache
+def _by_spelling(container: Container) -> dict[str, str]:
+    """Of the members that are not plain ASCII, by the name or the ending that no other shares, as NFC."""
+    known = {name: name for name in container.names} | _by_ending(container)
+    return {nfc(name): member for name, member in known.items() if not name.isascii()}
+
+
 def _kind(file: Path) -> Callable[[Path], Container] | None:
     with file.open("rb") as opened:
         head = opened.read(512)
@@ -168,7 +177,8 @@ def _kind(file: Path) -> Callable[[Path], Container] | None:
 class _Zip:
     def __init__(self, file: Path):
         self.file = zipfile.ZipFile(file)  # its reads hold a lock, so threads may share it
-        self.sizes = {info.filename: info.file_size for info in self.file.infolist() if not info.is_dir()}
+        self.infos = {zip_name(info): info for info in self.file.infolist() if not info.is_dir()}
+        self.sizes = {name: info.file_size for name, info in self.infos.items()}
         self.names = [name for name in self.sizes if not name.startswith("__MACOSX/")]
         if set(self.sizes) and all(name.endswith(".npy") for name in self.sizes):
             self._arrays()
@@ -177,7 +187,7 @@ class _Zip:
         """An .npz: its members are known without their suffix too, and one picture of a stack by its number."""
         self.names += [name.removesuffix(".npy") for name in self.sizes]
         for name in list(self.sizes):
-            shape = npy_shape(io.BytesIO(self.file.open(name).read(4096)))
+            shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)))
             if (len(shape) > 2 and shape[-1] > 4) or len(shape) > 3:
                 self.names += [f"{name.removesuffix('.npy')}/{i}" for i in range(shape[0])]
 
@@ -195,7 +205,7 @@ class _Zip:
     def read(self, name: str) -> bytes:
         member, number = self._member(name)
         if number is None:
-            return self.file.read(member)
+            return self.file.read(self.infos[member])
         return as_npy(_stack(self, member)[number])
 
 

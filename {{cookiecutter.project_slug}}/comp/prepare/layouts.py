@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from comp import store
 from comp.config import Refused, nearest
-from comp.prepare import containers, records
+from comp.prepare import containers, records, spelling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,16 +145,17 @@ def files_frame(raw: Path, pattern: str) -> pd.DataFrame:
 
     where = f"files: {pattern}"
     try:
-        wanted = re.compile(expression(pattern))
+        wanted = re.compile(expression(spelling.nfc(pattern)))
     except re.error as error:
         raise Refused(f"configs/competition.yaml: {where}: {error}") from None
+    under = spelling.on_disk(raw, fixed(pattern))
     rows = [
         {FILE: name, **found.groupdict()}
-        for name in sorted(listing(raw, fixed(pattern)))
-        if (found := wanted.fullmatch(name))
+        for name in sorted(listing(raw, under))
+        if (found := wanted.fullmatch(spelling.nfc(name)))
     ]
     if not rows:
-        there = sorted(listing(raw, fixed(pattern)))[:2000] or sorted(p.name for p in raw.iterdir())
+        there = sorted(listing(raw, under))[:2000] or sorted(p.name for p in raw.iterdir())
         raise Refused(
             f"configs/competition.yaml: {where} matches no file; the nearest there is {nearest(pattern, there)[0]}"
         )
@@ -209,17 +210,19 @@ class Globs:
         top = container[0].relative_to(self.raw).as_posix() if container else folder
         if top not in self.by_folder:
             self.by_folder[top] = _grouped(sorted(listing(self.raw, top), key=_natural))
-        wanted = re.compile(re.escape(path).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
+        wanted = re.compile(re.escape(spelling.nfc(path)).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
         inside = self.by_folder[top]
         deeper = "/" in path[len(folder) + 1 :]
-        names = [n for each in inside.values() for n in each] if deeper else inside.get(folder, [])
-        return [name for name in names if wanted.fullmatch(name)]
+        names = (
+            [n for each in inside.values() for n in each] if deeper else inside.get(spelling.nfc(folder), [])
+        )
+        return [name for name in names if wanted.fullmatch(spelling.nfc(name))]
 
 
 def _grouped(names: list[str]) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for name in names:
-        out.setdefault(name.rpartition("/")[0], []).append(name)
+        out.setdefault(spelling.nfc(name.rpartition("/")[0]), []).append(name)
     return out
 
 

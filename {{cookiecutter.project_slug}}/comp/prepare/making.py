@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +15,9 @@ import numpy as np
 
 from comp import own, store
 from comp.config import Config, Refused
-from comp.prepare import containers, images
+from comp.prepare import containers, image_key, images
 from comp.prepare.arrays import KINDS, Damaged, Numbers
 from comp.prepare.images import Fit, Pixels
-
-PLUS = "+"  # between files that are channels of one picture
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,12 @@ class Making:
         return os.fspath(store.path(self.raw))
 
     def file(self, name: str) -> Path:
-        return Path(self.folder, name)
+        return Path(self.folder, image_key.paths(name))
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and mtime: what tells that a file, or a member of an archive, is still the same. -1 where there is none."""
+        if image_key.CHANNELS in name:
+            return self._stamp_inside(name)
         try:
             status = os.stat(f"{self.folder}/{name}")
         except OSError:
@@ -74,33 +73,36 @@ class Making:
         return status.st_size, status.st_mtime_ns
 
     def _stamp_inside(self, name: str) -> tuple[int, int]:
-        parts = [containers.stat(self.file(part)) for part in name.split(PLUS)]
+        parts = [containers.stat(self.file(part)) for part in image_key.files(name)]
         there = [part for part in parts if part is not None]
         if len(there) < len(parts):
             return -1, -1
         return sum(size for size, _ in there), max(mtime for _, mtime in there)
 
     def read(self, name: str) -> bytes:
-        """Of a stack `red.png+green.png` the bytes of all parts, one after the other."""
-        return b"".join(images.read(self.file(part), part) for part in name.split(PLUS))
+        """Of several files that are channels the bytes of all, one after the other."""
+        return b"".join(images.read(self.file(part), part) for part in image_key.files(name))
 
     def picture(self, name: str, data: bytes | None = None) -> Pixels:
         """`data`: the bytes of the file where they are already read."""
         hook = own.get("load_image")
         if hook is None:
             return self._decoded(name, self.size, data)
+        row = self._row(name)
         try:
-            made = hook({"image": name, "file": self.file(name)}, self.decode)
+            made = hook(dict(row), self.decode)
         except (Damaged, Refused):
             raise
         except Exception as error:
-            lines = [
-                f.lineno
-                for f in traceback.extract_tb(error.__traceback__)
-                if f.filename == hook.__code__.co_filename
-            ]
-            where = f"comp/competition.py:{lines[-1] if lines else 1}"
-            raise Refused(f"{where}: load_image fails for {name}: {type(error).__name__}: {error}") from error
+            unknown = isinstance(error, KeyError) and error.args and error.args[0] not in row
+            raise own.failed(
+                "load_image",
+                error,
+                f"for {image_key.shown(name)}",
+                f"; of the table it has the columns that competition.yaml declares: image_columns: [{error.args[0]}]"
+                if unknown
+                else "",
+            ) from error
         if not (
             isinstance(made, np.ndarray)
             and made.dtype == self.kind
@@ -109,27 +111,41 @@ class Making:
         ):
             got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
             wanted = f"a {np.dtype(self.kind)} array (height, width, {self.channels})"
-            raise Refused(f"comp/competition.py: load_image gave {got} for {name}; {wanted} is wanted")
-        return images.fitted(made, self.size, self.fit, name)
+            raise Refused(
+                f"comp/competition.py: load_image gave {got} for {image_key.shown(name)}; {wanted} is wanted"
+            )
+        if not made.size:
+            raise Damaged(image_key.shown(name), f"load_image gave no pixels, {made.shape}")
+        return images.fitted(made, self.size, self.fit, image_key.shown(name))
+
+    def _row(self, name: str) -> dict[str, Any]:
+        """What load_image is handed of its row."""
+        paths = image_key.paths(name)
+        return {**image_key.row(name), "image": paths, "file": self.file(image_key.files(name)[0])}
 
     def decode(self, name: str, full: bool = False) -> Pixels:
         """What load_image is handed: a picture as it would be without the hook, or at its full size."""
         return self._decoded(name, None if full else self.size)
 
     def _decoded(self, name: str, size: int | None, data: bytes | None = None) -> Pixels:
-        parts = name.split(PLUS)
+        parts = image_key.files(name)
         if len(parts) == 1:
             data = self.read(name) if data is None else data
-            return images.decode(data, size, self.fit, self.channels, name, self.numbers)
+            return images.decode(data, size, self.fit, self.channels, parts[0], self.numbers)
         each, rest = divmod(self.channels, len(parts))
         if rest or not each:
-            raise Damaged(name, f"{len(parts)} files cannot be {self.channels} channels (data.channels)")
+            raise Damaged(
+                image_key.shown(name),
+                f"{len(parts)} files cannot be {self.channels} channels (data.channels)",
+            )
         planes = [
             images.decode(images.read(self.file(part), part), size, self.fit, each, part, self.numbers)
             for part in parts
         ]
         if len({plane.shape for plane in planes}) > 1:
-            raise Damaged(name, "its files differ in size, so they cannot be channels of one picture")
+            raise Damaged(
+                image_key.shown(name), "its files differ in size, so they cannot be channels of one picture"
+            )
         return np.concatenate(planes, axis=2)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from comp import own, store
 from comp.config import Refused, nearest
 from comp.declared import Competition, Table
-from comp.prepare import containers, layouts, several, texts
+from comp.prepare import containers, image_key, layouts, several, spelling, texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,12 +66,17 @@ def load(competition: Competition) -> Rows:
         raise Refused(
             f"{store.shown(raw)}: is empty; put the unpacked competition there, or take the digits: comp practice"
         )
+    if competition.image_columns and own.get("load_image") is None:
+        raise Refused(
+            f"configs/competition.yaml: image_columns: {', '.join(competition.image_columns)}: nothing reads them; define "
+            "load_image(row, decode) in comp/competition.py, or leave them out"
+        )
     hook = own.get("read_samples")
     if hook is not None:
-        return _own_rows(hook(raw), competition)
+        return _own_rows(hook(raw), competition, raw)
     tables = [("train", competition.train), ("test", competition.test)]
     tables += [("extra", table) for table in competition.extra]
-    opened = [(name, table, _source(raw, table, competition)) for name, table in tables]
+    opened = [(name, table, _source(name, raw, table, competition)) for name, table in tables]
     problems = [line for name, table, source in opened for line in _absent(name, source, table, competition)]
     if problems:
         raise Refused(*problems)
@@ -95,14 +100,14 @@ def tests(competition: Competition) -> Rows:
     raw = store.path(competition.raw)
     hook = own.get("read_samples")
     if hook is not None:
-        return _own_rows(hook(raw), competition)
-    source = _source(raw, competition.test, competition)
+        return _own_rows(hook(raw), competition, raw)
+    source = _source("test", raw, competition.test, competition)
     samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
     rows = Rows(samples, source.frame, {"train": [], "test": columns(source.frame)}, source.where)
     return several.gathered(rows, competition) if competition.gather else rows
 
 
-def _source(raw: Path, table: Table, competition: Competition) -> Source:
+def _source(name: str, raw: Path, table: Table, competition: Competition) -> Source:
     if table.files is not None:
         found = Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
     else:
@@ -114,11 +119,21 @@ def _source(raw: Path, table: Table, competition: Competition) -> Source:
                 f"configs/competition.yaml: columns: {store.shown(found.file)} has no column {theirs!r}; "
                 f"the nearest is {nearest(theirs, columns(found.frame))[0]!r}"
             )
+    if name == "test" and table.table == competition.submission.sample:
+        found = _once(found, table.id or competition.id)
     if table.columns:
         kept = found.frame.drop(columns=[name for name in table.columns if name in found.frame])
         called = {ours: found.frame[theirs] for ours, theirs in table.columns.items()}
         found = replace(found, frame=kept.assign(**called))
     return found if table.long is None else several.widened(found, table, competition)
+
+
+def _once(source: Source, key: str) -> Source:
+    """A sample submission may ask for an id in several lines; as the list of the test rows it names each once."""
+    if key not in source.frame or source.frame[key].is_unique:
+        return source
+    first = np.flatnonzero(~source.frame[key].duplicated().to_numpy())
+    return replace(source, frame=source.frame.iloc[first].reset_index(drop=True), rows=first.tolist())
 
 
 def _samples(
@@ -128,16 +143,11 @@ def _samples(
     import pandas as pd
 
     ids = _ids(source, table.id or competition.id)
-    images = [[path] for path in source.frame[layouts.FILE]] if table.image is None else []
-    for template in table.image or []:
-        found = paths(source, template)
-        several = (
-            [globs.matches(path) or [path] for path in found] if "*" in template else [[p] for p in found]
-        )
-        images = [a + b for a, b in zip(images, several, strict=True)] if images else several
+    images = _images(table, source, competition, globs)
     frame = pd.DataFrame({"id": ids, "images": images, "source": name, "row": ids, "weight": 1.0})
     if competition.row and not _lacking(source, [competition.row]):
         frame["row"] = _ids(source, competition.row)
+    frame["row"] = frame["row"].map(spelling.nfc, na_action="ignore")
     if competition.weight and competition.weight in source.frame:
         weight = pd.to_numeric(source.frame[competition.weight], errors="coerce")
         wrong = np.flatnonzero(~(weight.fillna(-1) >= 0).to_numpy())
@@ -146,6 +156,36 @@ def _samples(
             raise Refused(f"{source.where(int(wrong[0]))}: the weight {given!r} is no number from 0 up")
         frame["weight"] = weight.astype("float64")
     return frame
+
+
+def _images(table: Table, source: Source, competition: Competition, globs: layouts.Globs) -> list[list[str]]:
+    """The keys of a row's images (image_key.py), one list a row."""
+    images = [[path] for path in source.frame[layouts.FILE]] if table.image is None else []
+    for template in table.image or []:
+        parts = [
+            [spelling.on_disk(globs.raw, path) for path in paths(source, part)] for part in channels(template)
+        ]
+        found = parts[0] if len(parts) == 1 else [image_key.joined(each) for each in zip(*parts, strict=True)]
+        several = (
+            [globs.matches(path) or [path] for path in found] if "*" in template else [[p] for p in found]
+        )
+        images = [a + b for a, b in zip(images, several, strict=True)] if images else several
+    return _with_columns(images, source.frame, competition.image_columns)
+
+
+def _with_columns(images: list[list[str]], frame: pd.DataFrame, names: list[str]) -> list[list[str]]:
+    if not names:
+        return images
+    cells = frame[names].astype(object)
+    rows: Any = cells.where(cells.notna(), None).to_dict("records")
+    return [[image_key.with_row(each, row) for each in keys] for keys, row in zip(images, rows, strict=True)]
+
+
+def channels(template: str) -> list[str]:
+    """`{id}_red.png+{id}_green.png`: files that are channels of one image. Only a + between two parts that each name a column
+    parts them: in `v1+v2/{id}.png`, and in the value of a column, it belongs to the name."""
+    parts = re.split(r"\+(?![^{}]*\})", template)
+    return parts if all("{" in part for part in parts) else [template]
 
 
 def _ids(source: Source, name: str) -> pd.Series:
@@ -186,6 +226,7 @@ def read(file: Path) -> Source:
 
 def plain(file: Path) -> Path:
     """`train.zip/train.csv`, or `train.csv.zip` with one table in it: unpacked once, read like any other."""
+    file = file.parent / spelling.on_disk(file.parent, file.name)
     if file.is_file() and file.suffix not in READERS and containers.holds(file):
         inside = [name for name in containers.members(file) if Path(name).suffix in READERS]
         if len(inside) != 1:
@@ -227,7 +268,7 @@ def paths(source: Source, template: str) -> list[str]:
             )
             raise Refused(f"{source.where(missing[0])}: {column} {what} for the image path {template}")
         pieces.append(list(values))
-    done = ["".join(row) for row in zip(*pieces, strict=True)]
+    done = [re.sub("/{2,}", "/", "".join(row)) for row in zip(*pieces, strict=True)]
     for position, path in enumerate(done):
         if path.startswith("/") or ".." in path.split("/"):
             raise Refused(f"{source.where(position)}: the image path {path!r} leads out of the raw folder")
@@ -258,6 +299,7 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
         f"{name}.id" if table.id else "id": _names_in(table.id or competition.id),
         f"{name}.image": [c for template in table.image or [] for c in _names_in(template, bare=False)],
     }
+    wanted["image_columns"] = competition.image_columns
     if name == "test" and competition.row:
         wanted["row"] = _names_in(competition.row)
     if name != "test":
@@ -287,7 +329,7 @@ def _lacking(source: Source, templates: list[str]) -> list[str]:
     return [c for template in templates for c in _names_in(template) if c not in there]
 
 
-def _own_rows(frame: Any, competition: Competition) -> Rows:
+def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
     import pandas as pd
 
     said = "comp/competition.py: read_samples"
@@ -295,7 +337,8 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
         raise Refused(f"{said} must return a DataFrame, not {type(frame).__name__}")
     frame = frame.reset_index(drop=True)
     singles = [name for name in (competition.group, competition.time) if name]
-    for column in [competition.id, "images", "source", *competition.targets, *singles, *competition.metadata]:
+    named = [*competition.targets, *singles, *competition.metadata, *competition.image_columns]
+    for column in [competition.id, "images", "source", *named]:
         if column not in frame:
             raise Refused(
                 f"{said} returns no column {column!r}; the nearest is {nearest(column, columns(frame))[0]!r}"
@@ -303,7 +346,10 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
     wrong = sorted(set(frame["source"].astype(str)) - {"train", "test", "extra"})
     if wrong:
         raise Refused(f"{said}: source is train, test or extra, not {wrong[0]!r}")
-    images = [[value] if isinstance(value, str) else list(value) for value in frame["images"]]
+    images = [
+        [_own_key(raw, key) for key in ([value] if isinstance(value, str) else value)]
+        for value in frame["images"]
+    ]
     text = pd.DataFrame(
         {
             name: texts.as_text(frame[name])
@@ -311,13 +357,19 @@ def _own_rows(frame: Any, competition: Competition) -> Rows:
             if name not in ("images", "source", "weight", "row")
         }
     )
+    images = _with_columns(images, text, competition.image_columns)
     samples = pd.DataFrame(
         {"id": text[competition.id], "images": images, "source": frame["source"].astype(str)}
     )
     samples["row"] = texts.as_text(frame["row"]) if "row" in frame else samples["id"]
+    samples["row"] = samples["row"].map(spelling.nfc, na_action="ignore")
     samples["weight"] = frame["weight"].astype("float64") if "weight" in frame else 1.0
     has = {
         source: [c for c in columns(text) if text[c][samples["source"] == source].notna().any()]
         for source in ("train", "test")
     }
     return Rows(samples, text, has, lambda position: f"{said}: row {position}")
+
+
+def _own_key(raw: Path, key: str) -> str:
+    return image_key.joined([spelling.on_disk(raw, path) for path in image_key.files(key)])

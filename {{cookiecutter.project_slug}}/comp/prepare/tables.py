@@ -30,6 +30,7 @@ class Reading:
     frame: pd.DataFrame  # as it will stand in data/samples.parquet
     heads: tuple[Head, ...]
     faults: list[str]  # one line a wrong row
+    notes: list[str]  # what is left out
     where: Callable[[int], str]  # file and line of a row
 
 
@@ -53,6 +54,7 @@ def prepare(cfg: Config) -> Path:
     for head in reading.heads:
         classes = f", {len(head.classes)} classes {targets.listed(head.classes)}" if head.classes else ""
         print(f"  {head.name}: {head.task}{classes}, from {targets.listed(head.columns)}")
+    print(*reading.notes, sep="\n", end="\n" * bool(reading.notes))
     extra = [c for c in sources.columns(reading.frame) if c in ("group", "time") or c.startswith("meta.")]
     if extra:
         print(f"  also {targets.listed(extra)}")
@@ -82,10 +84,10 @@ def read(competition: Competition) -> Reading:
         faults += wrong
     if competition.drift:
         frame = _drifted(frame, competition)
-    heads, values, wrong = targets.read(rows, competition, np.flatnonzero(known))
-    faults += wrong
+    found = targets.read(rows, competition, np.flatnonzero(known))
+    faults += found.faults
     wide = {}
-    for name, numbers in values.items():
+    for name, numbers in found.columns.items():
         column = np.full(len(frame), np.nan, numbers.dtype if numbers.dtype.kind == "f" else np.float64)
         column[known] = numbers
         wide[f"target.{name}"] = column
@@ -98,7 +100,7 @@ def read(competition: Competition) -> Reading:
             )
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
-    return Reading(frame, heads, faults, rows.where)
+    return Reading(frame, found.heads, faults, list(found.notes), rows.where)
 
 
 def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import store
 from comp.config import Refused, nearest
 from comp.declared import Competition
-from comp.prepare import sources
+from comp.prepare.sample import sample_of
 from comp.prepare.sources import Rows
+from comp.prepare.spelling import nfc
 from comp.tasks import Head
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN = 20  # faults on the screen; the rest is a count
-Found = tuple[tuple[Head, ...], dict[str, NDArray], list[str]]  # heads, column -> values, faults
+
+
+class Found(NamedTuple):
+    heads: tuple[Head, ...]
+    columns: dict[str, NDArray]  # of the samples table -> values
+    faults: list[str]  # one line a wrong row
+    notes: tuple[str, ...] = ()  # what is worth knowing of labels that are left out
 
 
 def read(rows: Rows, competition: Competition, known: NDArray) -> Found:
@@ -28,6 +35,7 @@ def read(rows: Rows, competition: Competition, known: NDArray) -> Found:
     heads: list[Head] = []
     columns: dict[str, NDArray] = {}
     faults: list[str] = []
+    notes: list[str] = []
     for name, task in competition.tasks.items():
         names = competition.targets if together else [name]
         if task == "multiclass" and len(names) > 1:
@@ -40,50 +48,68 @@ def read(rows: Rows, competition: Competition, known: NDArray) -> Found:
             found = _label_strings(rows, competition, name, known)
         else:
             found = _labels(rows, competition, name, task, known)
-        heads += found[0]
-        columns |= found[1]
-        faults += found[2]
+        heads += found.heads
+        columns |= found.columns
+        faults += found.faults
+        notes += found.notes
         if task == "regression" and together:
             break
-    return tuple(heads), columns, faults
+    return Found(tuple(heads), columns, faults, tuple(notes))
 
 
 def _values(rows: Rows, names: list[str], known: NDArray) -> Found:
     text = rows.columns.iloc[known]
     values = {name: numbers(text[name]) for name in names}
     head = Head("_".join(names), "regression", tuple(names), tuple(f"target.{n}" for n in names))
-    return (head,), values, [f for n in names for f in _not_numbers(rows, known, n, values[n])]
+    return Found((head,), values, [f for n in names for f in _not_numbers(rows, known, n, values[n])])
 
 
 def _labels(rows: Rows, competition: Competition, name: str, task: str, known: NDArray) -> Found:
     """One label a row, as the code of its class; a binary one may be a share between 0 and 1."""
     text = rows.columns[name].iloc[known]
-    if task == "binary" and _soft(text):
+    if task == "binary" and competition.class_of is None and _soft(text):
         values = numbers(text)
-        return (
-            (Head(name, task, (name,), (f"target.{name}",)),),
-            {name: values},
-            _not_numbers(rows, known, name, values),
-        )
+        head = Head(name, task, (name,), (f"target.{name}",))
+        return Found((head,), {name: values}, _not_numbers(rows, known, name, values))
     classes = _classes(rows, competition, name, task, known)
     if competition.unknown is not None and competition.unknown not in classes:
         classes = (*classes, competition.unknown)  # no training row may show it
-    code = {label: float(i) for i, label in enumerate(classes)}
-    values = np.asarray(text.map(code), np.float64)
+    code = _codes(competition, classes)
+    values = np.asarray(text.map(lambda label: code.get(nfc(label), np.nan), na_action="ignore"), np.float64)
     outputs = (name,) if task in ("binary", "ordinal") else classes
     wrong = known[np.isnan(values)]
-    close = {label: nearest(label, classes)[0] for label in rows.columns[name].iloc[wrong[:SHOWN]].dropna()}
-    faults = []
-    for position in wrong:
-        label = rows.columns[name].iloc[position]
-        if isinstance(label, str):
-            hint = f", the nearest is {close[label]!r}" if label in close else ""
-            why = f"{name}: {label!r} is none of the {len(classes)} classes{hint}; competition.classes can name them"
-        else:
-            why = f"{name}: the label is missing"
-        faults.append(f"{rows.where(position)}: {why}")
+    given = rows.columns[name].iloc[wrong]
+    why = {label: _no_class(label, competition, classes) for label in given.dropna().unique()}
+    faults = [
+        f"{rows.where(position)}: {name}: {why.get(label, 'the label is missing')}"
+        for position, label in zip(wrong, given, strict=True)
+    ]
     head = Head(name, task, outputs, (f"target.{name}",), classes, unknown=competition.unknown or "")
-    return (head,), {name: values}, faults
+    return Found((head,), {name: values}, faults, _never(competition, name, set(text.dropna())))
+
+
+def _codes(competition: Competition, classes: Sequence[str]) -> dict[str, float]:
+    """Label of the tables, as NFC -> the code of its class."""
+    code = {nfc(label): float(i) for i, label in enumerate(classes)}
+    if competition.class_of is None:
+        return code
+    return {nfc(label): code[nfc(host)] for label, host in competition.class_of.items() if nfc(host) in code}
+
+
+def _no_class(label: str, competition: Competition, classes: Sequence[str]) -> str:
+    named = competition.class_of
+    if named is not None and nfc(label) not in map(nfc, named):
+        return f"{label!r} is not named by competition.classes, which maps {listed(list(named))}; the nearest is {nearest(label, named)[0]!r}"
+    if named is not None:
+        return f"competition.classes maps {label!r} to a class that is none of {listed(classes)}"
+    return f"{label!r} is none of the {len(classes)} classes, the nearest is {nearest(label, classes)[0]!r}; competition.classes can name them"
+
+
+def _never(competition: Competition, name: str, labels: set[str]) -> tuple[str, ...]:
+    """Labels of the mapping that no row has: a slip of the pen looks the same."""
+    there = set(map(nfc, labels))
+    gone = [label for label in competition.class_of or () if nfc(label) not in there]
+    return (f"note: competition.classes names {listed(gone)}, and no row's {name} is that",) if gone else ()
 
 
 def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArray) -> Found:
@@ -94,25 +120,57 @@ def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArr
     none = competition.submission.none
     lists = [[part for part in parts if part and part != none] for parts in lists]
     found = {part for parts in lists for part in parts}
-    classes = tuple(competition.classes or _sorted(found))
+    by_column = _by_column(competition)
+    asked = sample_columns(competition) if by_column else []
+    classes = tuple(competition.class_list or asked or _spelled(found))
     if len(classes) < 2:
         raise Refused(
             f"configs/competition.yaml: target: {name} holds {len(classes)} labels parted by {mark!r}; see separator"
         )
-    code = {label: i for i, label in enumerate(classes)}
+    code = _codes(competition, classes)
+    if asked and not code.keys() & set(map(nfc, found)):
+        raise Refused(
+            f"configs/competition.yaml: target: none of {len(found)} labels of {name}, like {min(found, default='')!r}, is a column of "
+            f"the sample submission, like {asked[0]!r}; see separator and submission.form"
+        )
     values = np.zeros((len(lists), len(classes)), np.float32)
     faults = []
+    left: Counter[str] = Counter()
     for place, parts in enumerate(lists):
         for part in parts:
-            if part in code:
-                values[place, code[part]] = 1
+            if (at := code.get(nfc(part))) is not None:
+                values[place, int(at)] = 1
+            elif competition.classes is None:
+                left[part] += 1
             else:
-                near = nearest(part, classes)[0]
-                faults.append(
-                    f"{rows.where(known[place])}: {name}: {part!r} is none of the {len(classes)} classes, the nearest is {near!r}"
-                )
-    head = Head(name, "multilabel", classes, tuple(f"target.{label}" for label in classes), classes)
-    return (head,), dict(zip(classes, values.T, strict=True)), faults
+                faults.append(f"{rows.where(known[place])}: {name}: {_no_class(part, competition, classes)}")
+    notes = _never(competition, name, found)
+    if left:
+        common = ", ".join(f"{label} ({count})" for label, count in left.most_common(6))
+        notes += (
+            f"note: {len(left)} labels of {name} are no columns of the sample submission and are left out, with their rows: {common}; "
+            "competition.classes can name labels to learn beside the scored ones",
+        )
+    graded = tuple(label for label in asked if label in classes)
+    head = Head(
+        name,
+        "multilabel",
+        classes,
+        tuple(f"target.{label}" for label in classes),
+        classes,
+        graded if len(graded) < len(classes) else (),
+    )
+    return Found((head,), dict(zip(classes, values.T, strict=True)), faults, notes)
+
+
+def _by_column(competition: Competition) -> bool:
+    """Whether the sample has a column for each class."""
+    return competition.submission.form == "probabilities" and competition.submission.rows is None
+
+
+def _spelled(labels: set[str]) -> list[str]:
+    """Sorted, each once, whichever way its accents are written."""
+    return _sorted(set({nfc(label): label for label in sorted(labels)}.values()))
 
 
 def _label_columns(rows: Rows, competition: Competition, known: NDArray) -> Found:
@@ -127,39 +185,25 @@ def _label_columns(rows: Rows, competition: Competition, known: NDArray) -> Foun
                 f"{rows.where(position)}: {name}: {rows.columns[name].iloc[position]!r} is no label, 0 or 1"
             )
     graded: tuple[str, ...] = ()
-    if competition.submission.form == "probabilities" and competition.submission.rows is None:
+    if _by_column(competition):
         graded = tuple(name for name in sample_columns(competition) if name in names)
     columns = tuple(f"target.{name}" for name in names)
-    return (
-        (
-            Head(
-                "labels",
-                "multilabel",
-                tuple(names),
-                columns,
-                tuple(names),
-                graded if len(graded) < len(names) else (),
-            ),
-        ),
-        dict(values),
-        faults,
-    )
+    scored = graded if len(graded) < len(names) else ()
+    head = Head("labels", "multilabel", tuple(names), columns, tuple(names), scored)
+    return Found((head,), dict(values), faults)
 
 
 def _classes(rows: Rows, competition: Competition, name: str, task: str, known: NDArray) -> tuple[str, ...]:
     """Their order: as declared, else as the sample's columns, else sorted."""
     labels = rows.columns[name].iloc[known].dropna()
     values = numbers(labels)
-    if competition.classes and len(competition.targets) == 1:
-        classes = list(competition.classes)
-    elif (
-        task == "multiclass"
-        and competition.submission.form == "probabilities"
-        and competition.submission.rows is None
-    ):
+    declared = competition.class_list if len(competition.targets) == 1 else None
+    if declared:
+        classes = declared
+    elif task == "multiclass" and _by_column(competition):
         classes = sample_columns(competition)
     else:
-        classes = _sorted(set(labels))
+        classes = _spelled(set(labels))
     if task == "ordinal" and not competition.classes and not np.isfinite(values).all():
         first = labels.index[~np.isfinite(values)][0]
         raise Refused(
@@ -178,12 +222,10 @@ def _classes(rows: Rows, competition: Competition, name: str, task: str, known: 
     return tuple(classes)
 
 
-def _one_hot(
-    rows: Rows, competition: Competition, known: NDArray
-) -> tuple[tuple[Head, ...], dict[str, NDArray], list[str]]:
+def _one_hot(rows: Rows, competition: Competition, known: NDArray) -> Found:
     """One column a class. Rows that are all 0 and one 1 become codes; any other shares that sum to 1 stay as they are."""
     names = competition.targets
-    classes = competition.classes or names
+    classes = competition.class_list or names
     if competition.classes is None and competition.submission.form == "probabilities":
         in_sample = sample_columns(competition)
         classes = in_sample if set(in_sample) == set(names) else names
@@ -203,24 +245,16 @@ def _one_hot(
         )
     hard = np.isin(shares, (0.0, 1.0)).all(axis=1)
     if hard.all():
-        return (
-            (Head("class", "multiclass", tuple(classes), ("target.class",), tuple(classes)),),
-            {"class": shares.argmax(axis=1)},
-            faults,
-        )
+        head = Head("class", "multiclass", tuple(classes), ("target.class",), tuple(classes))
+        return Found((head,), {"class": shares.argmax(axis=1)}, faults)
     columns = tuple(f"target.{name}" for name in classes)
-    return (
-        (Head("class", "multiclass", tuple(classes), columns, tuple(classes)),),
-        dict(zip(classes, shares.T, strict=True)),
-        faults,
-    )
+    head = Head("class", "multiclass", tuple(classes), columns, tuple(classes))
+    return Found((head,), dict(zip(classes, shares.T, strict=True)), faults)
 
 
 def sample_columns(competition: Competition) -> list[str]:
-    """The columns of the sample submission beside the id, in their order."""
-    sample = sources.read(store.path(competition.raw, competition.submission.sample))
-    columns = sources.columns(sample.frame)
-    return [c for c in columns if c != (competition.id if competition.id in columns else columns[0])]
+    """The columns of the sample submission that are to be filled in, in their order."""
+    return list(sample_of(competition).answers)
 
 
 def _sorted(labels: set[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ def csv_frame(file: Path) -> pd.DataFrame:
         # Arrow is strict about the number of fields and never guesses; pandas fills short rows silently.
         table: pa.Table = arrow.read_csv(
             file,
-            parse_options=arrow.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True),
+            parse_options=arrow.ParseOptions(delimiter=delimiter(file), newlines_in_values=True),
             convert_options=arrow.ConvertOptions(
                 column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
             ),
@@ -95,7 +94,7 @@ def lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # outlines and masks make long fields
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.reader(opened, delimiter=_delimiter(file), strict=True)
+            reader = csv.reader(opened, delimiter=delimiter(file), strict=True)
             begins = 1
             for fields in reader:
                 if fields:
@@ -117,8 +116,8 @@ def _decodes(text: bytes) -> bool:
     return True
 
 
-@cache
-def _delimiter(file: Path) -> str:
+def delimiter(file: Path) -> str:
+    """By the first line: hosts' tables are comma separated, some by another mark."""
     if file.suffix == ".tsv":
         return "\t"
     with file.open("rb") as opened:

@@ -1,0 +1,46 @@
+"""How data/samples.parquet names one image: the files under raw that make it, and the values that load_image reads of its row.
+
+    train/7.png                      one file
+    red/7.png//green/7.png           two files that are channels of one image
+    train/7.png///{"x":"3","w":"9"}  the values of competition.image_columns in this row
+
+A path has no empty part, so neither mark can stand in the name of a file: a + or a brace there is part of the name. The text is
+the key of the image cache, so two rows that crop one file have an entry each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+CHANNELS, ROW = "//", "///"
+
+Row = Mapping[str, str | None]  # column -> cell as the host wrote it; None where it is empty
+
+
+def joined(files: Sequence[str]) -> str:
+    return CHANNELS.join(files)
+
+
+def with_row(paths: str, row: Row) -> str:
+    return f"{paths}{ROW}{json.dumps(row, ensure_ascii=False, separators=(',', ':'))}"
+
+
+def paths(key: str) -> str:
+    """Without the values of the row."""
+    return key.partition(ROW)[0]
+
+
+def files(key: str) -> list[str]:
+    return paths(key).split(CHANNELS)
+
+
+def row(key: str) -> dict[str, str | None]:
+    values = key.partition(ROW)[2]
+    return json.loads(values) if values else {}
+
+
+def shown(key: str) -> str:
+    """For messages: `train/7.png (x=3, w=9)`."""
+    values = ", ".join(f"{column}={value}" for column, value in row(key).items())
+    return " + ".join(files(key)) + (f" ({values})" if values else "")
