@@ -159,11 +159,15 @@ def sheet(
     pen.text((gap, 2), title, "black")
     for number, (picture, caption) in enumerate(tiles):
         x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
-        shown = picture if picture.shape[2] == 3 else np.repeat(picture[:, :, :1], 3, axis=2)
-        drawn.paste(Image.fromarray(shown).resize((TILE, TILE)), (x, y))
+        drawn.paste(Image.fromarray(in_colour(picture)).resize((TILE, TILE)), (x, y))
         pen.text((x, y + TILE + 2), _fitting(caption), "black")
     with store.writing(file) as temporary:
         drawn.save(temporary, "PNG")
+
+
+def in_colour(picture: Array) -> Array:
+    """(height, width, 3) of any number of channels: the first three as red, green and blue, of one or two the first as grey."""
+    return np.ascontiguousarray(picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, [0, 0, 0]])
 
 
 def _fitting(caption: str, most: int = 18) -> str:

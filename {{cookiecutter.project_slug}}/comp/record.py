@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from comp import bank, pictures, predictions, store, track
-from comp.prepare import audit
+from comp.prepare import arrays, audit
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import sheet
@@ -62,14 +62,14 @@ def mistakes(
 
 
 def shown(material: Material, rows: Positions) -> list[Any]:
-    """The pictures of some rows as the network gets them; black where a file broke since."""
+    """The pictures of some rows as the network gets them, for people; black where a file broke since."""
     drawn = material.feed.pictures.batch([Draw(int(row), None) for row in rows])
     first = (
         np.searchsorted(drawn.owner, np.arange(len(rows)))
         if drawn.owner is not None
         else np.arange(len(rows))
     )
-    return [picture.squeeze() for picture in drawn.pictures.numpy()[first]]
+    return [pictures.in_colour(arrays.shown(picture)) for picture in drawn.pictures.numpy()[first]]
 
 
 def last(folder: Path) -> str:

@@ -14,12 +14,14 @@ import torch
 from conftest import config
 from PIL import Image
 
+from comp import cli, samples, store
+from comp import pictures as drawings
 from comp.config import Refused
 from comp.predict import tta
-from comp.prepare import arrays, cache, images, making
+from comp.prepare import arrays, assign, cache, images, making, tables
 from comp.samples import Samples
 from comp.tasks import Head
-from comp.train import augment, model, normal
+from comp.train import augment, model, normal, sheet
 from comp.train.data import Draw, Feed, plain_batches
 from comp.train.draws import mixed
 from comp.train.normal import Normal
@@ -180,3 +182,39 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     assert out(pictures).shape == (3, 1) and not torch.allclose(out(pictures), out(other)), (
         "the fifth is heard"
     )
+
+
+@pytest.mark.parametrize("channels", [5, 7])
+def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: int) -> None:
+    """comp augment, the pictures that a run notes beside its numbers, and comp explain."""
+    file = project / "configs" / "competition.yaml"
+    planes = "+".join(["train/{id}.png"] * channels)
+    file.write_text(
+        file.read_text()
+        .replace("train/{id}.png", planes)
+        .replace("test/{id}.png", planes.replace("train", "test"))
+    )
+    tables.prepare(config(experiment="base"))
+    assign.make(config(), samples.load(), remake=True)
+    (project / "configs" / "exp003.yaml").write_text(
+        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{erase: 0.5}}\ntrain: {{limit: 16, batch_size: 8, epochs: 1, ema: null}}\n"
+        "schedule: {warmup: 0}\nmachine: {workers: 0, progress: false}\ntrack: {mode: none}\n"
+    )
+    assert cli.main(["augment", "exp003"]) == 0
+    with Image.open(project / "runs" / "exp003-augment.png") as drawn:
+        assert np.asarray(drawn)[sheet.TITLE + 20 : sheet.TITLE + 80, 10:90].std() > 5
+    assert cli.main(["train", "exp003", "--fold", "0"]) == 0
+    folder = store.fold_folder("exp003", 0, 0)
+    thumbnails = sorted(folder.rglob("worst/*.png"))
+    assert len(thumbnails) == 16
+    with Image.open(thumbnails[0]) as drawn:
+        assert np.asarray(drawn).std() > 5
+    assert cli.main(["explain", "exp003", "--count", "2"]) == 0
+    assert (store.run_folder("exp003") / "explain.png").exists()
+
+
+def test_channels_in_colour() -> None:
+    seven = np.arange(2 * 2 * 7, dtype=np.uint8).reshape(2, 2, 7)
+    assert np.array_equal(drawings.in_colour(seven), seven[:, :, :3])
+    for few in (1, 2):
+        assert np.array_equal(drawings.in_colour(seven[:, :, :few]), np.repeat(seven[:, :, :1], 3, 2))

@@ -214,8 +214,7 @@ def grad_cam(feature: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
 
 
 def _plain(picture: NDArray[np.uint8]) -> Image.Image:
-    channels = picture.shape[2]
-    return Image.fromarray(picture if channels == 3 else picture[:, :, 0]).convert("RGB")
+    return Image.fromarray(pictures.in_colour(picture))
 
 
 def _heat(values: NDArray[np.float32]) -> Image.Image:

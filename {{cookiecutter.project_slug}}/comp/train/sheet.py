@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from comp import store
+from comp import pictures, store
 from comp.config import Config, Refused
 from comp.prepare import making
 from comp.prepare.images import Damaged
@@ -43,21 +43,22 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{heading(cfg)}, {today.size} px: as it is, then {DRAWS} draws", "black")
     try:
-        pictures = [how.picture(samples.frame["images"].iloc[sample][0]) for sample in chosen]
+        loaded = [how.picture(samples.frame["images"].iloc[sample][0]) for sample in chosen]
     except Damaged as damaged:
         raise Refused(f"{damaged}; comp check lists every such file") from None
-    plain = np.stack([augment.centred(picture, today.size) for picture in pictures])
+    plain = np.stack([augment.centred(picture, today.size) for picture in loaded])
     columns = [_shown(augment.Seen(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
         seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
-        batch = np.stack([change(*each) for each in zip(pictures, seeds.tolist(), strict=True)])
+        batch = np.stack([change(*each) for each in zip(loaded, seeds.tolist(), strict=True)])
         drawn, _ = mix(seen(torch.from_numpy(batch).permute(0, 3, 1, 2), seeds), seeds)
         columns.append(_shown(drawn))
     for row, sample in enumerate(chosen):
         top = TITLE + row * (side + TITLE)
         pen.text((GAP, top), f"{samples.frame['id'].iloc[sample]}: {samples.label(int(sample))}", "black")
         for place, column in enumerate(columns):
-            scaled = Image.fromarray(column[row].squeeze()).resize((side, side), Image.Resampling.NEAREST)
+            scaled = Image.fromarray(pictures.in_colour(column[row]))
+            scaled = scaled.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GAP + place * (side + GAP), top + TITLE - GAP))
     with store.writing(file) as temporary:
         sheet.save(temporary, "png")
