@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -87,9 +87,15 @@ def checked(
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise Refused(
-            *sorted({_explain(dict(item), origins, model, home) for item in error.errors()})
-        ) from None
+        items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
+        meant = {
+            (*item["loc"][:-1], *nearest(str(item["loc"][-1]), _keys_beside(model, _keys(item))))
+            for item in items
+            if item["type"] == "extra_forbidden"
+        }
+        # A misspelt key is one mistake, not two: what is missing may be what it was meant for.
+        items = [item for item in items if item["type"] != "missing" or item["loc"] not in meant]
+        raise Refused(*sorted({_explain(item, origins, model, home) for item in items})) from None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
@@ -177,7 +183,7 @@ def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
     try:
         parsed, _ = yaml_lines.parse(value.encode())
     except yaml_lines.Unreadable as error:
-        raise Refused(f"{text!r}: {error}") from None
+        raise Refused(f"{text[:80]!r}: {error}") from None
     known = flat(tree)
     section = [k for k in known if k.startswith(f"{key}.")]
     if section and not isinstance(parsed, dict):
@@ -211,7 +217,7 @@ def _update(into: Tree, tree: Tree) -> None:
 
 def _explain(error: dict[str, Any], origins: Mapping[str, str], model: type[BaseModel], home: str) -> str:
     """One line: where, key, what is wrong, what is right."""
-    parts = [p for p in error["loc"] if not (isinstance(p, str) and "[" in p)]
+    parts = _keys(error)
     key = ".".join(str(p) for p in parts)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
@@ -239,11 +245,23 @@ def _where(key: str, origins: Mapping[str, str], otherwise: str = "config") -> s
     return otherwise
 
 
-def _keys_beside(model: Any, parts: list[Any]) -> list[str]:
+def _keys(error: Mapping[str, Any]) -> list[Any]:
+    """Where pydantic found it, without the types of a union."""
+    return [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+
+
+def _keys_beside(model: type[BaseModel], parts: list[Any]) -> list[str]:
     for part in parts[:-1]:
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+        if isinstance(part, str) and part in model.model_fields:  # a number is a place in a list
+            model = _section_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Of Stage, Stage | None or list[Stage] the model."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
 
 
 def _choices(error: dict[str, Any]) -> list[str]:

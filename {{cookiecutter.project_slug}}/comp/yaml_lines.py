@@ -18,8 +18,25 @@ class Unreadable(Exception):
         self.line = line
 
 
+DEEPEST = 30  # brackets in brackets; PyYAML recurses, and Python allows it about 300
+LARGEST = (
+    100_000  # values of a file with its aliases written out: nine lines of aliases can stand for a billion
+)
+DIGITS = 100  # of a whole number; Python converts up to 4,300
+
+
 class _Reader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            line = self.peek_event().start_mark.line + 1
+            raise Unreadable(f"is nested more than {DEEPEST} levels deep", line)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Writer(yaml.SafeDumper):
@@ -59,8 +76,7 @@ def parse(data: bytes) -> tuple[Any, dict[str, int]]:
         raise Unreadable(f"is not YAML: {error.reason}", 1 + text[: error.position].count("\n")) from None
     if node is None:
         return {}, {}
-    lines: dict[str, int] = {}
-    return _value(node, "", lines), lines
+    return _Values().read(node)
 
 
 def dump(value: Any) -> str:
@@ -73,26 +89,51 @@ def inline(value: Any) -> str:
     return str(text).removesuffix("...\n").strip()
 
 
-def _value(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Any:
-    here = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
+class _Values:
+    """The values of one file, its aliases written out."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+        self.around: set[int] = set()  # the nodes that the one being read stands in
+        self.count = 0
+
+    def read(self, node: yaml.Node) -> tuple[Any, dict[str, int]]:
+        return self._value(node, ""), self.lines
+
+    def _value(self, node: yaml.Node, prefix: str) -> Any:
+        here, key = node.start_mark.line + 1, prefix.rstrip(".")
+        self.count += 1
+        if self.count > LARGEST:
+            raise Unreadable(f"{key}: with its aliases written out the file has more than {LARGEST:,} values", here)  # fmt: skip
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node, here)
+        if id(node) in self.around:
+            raise Unreadable(f"{key}: is an alias of what it stands in", here)
+        self.around.add(id(node))
+        out = (
+            self._mapping(node, prefix)
+            if isinstance(node, yaml.MappingNode)
+            else self._sequence(node, prefix)
+        )
+        self.around.remove(id(node))
+        return out
+
+    def _mapping(self, node: yaml.Node, prefix: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise Unreadable("a key must be a word", line)
             if key in out:
-                raise Unreadable(
-                    f"{prefix}{key} stands here for the second time, first on line {lines[prefix + key]}",
-                    line,
-                )
-            lines[prefix + key] = line
-            out[key] = _value(value_node, f"{prefix}{key}.", lines)
+                first = self.lines[prefix + key]
+                raise Unreadable(f"{prefix}{key} stands here for the second time, first on line {first}", line)  # fmt: skip
+            self.lines[prefix + key] = line
+            out[key] = self._value(value_node, f"{prefix}{key}.")
         return out
-    if isinstance(node, yaml.SequenceNode):
-        lines |= {f"{prefix}{i}": child.start_mark.line + 1 for i, child in enumerate(node.value)}
-        return [_value(child, f"{prefix}{i}.", lines) for i, child in enumerate(node.value)]
-    return _scalar(node, here)
+
+    def _sequence(self, node: yaml.Node, prefix: str) -> list[Any]:
+        self.lines |= {f"{prefix}{i}": child.start_mark.line + 1 for i, child in enumerate(node.value)}
+        return [self._value(child, f"{prefix}{i}.") for i, child in enumerate(node.value)]
 
 
 def _scalar(node: yaml.Node, line: int) -> Any:
@@ -104,6 +145,8 @@ def _scalar(node: yaml.Node, line: int) -> Any:
     if kind == "bool":
         return text == "true"
     if kind == "int":
+        if len(text) > DIGITS:
+            raise Unreadable(f"a number of {len(text):,} digits; {DIGITS} are the most", line)
         return int(text)
     if kind == "float":
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comp import config, knobs, yaml_lines
+from comp import cli, config, knobs, yaml_lines
 from comp.config import Refused
 
 P = Path(__file__).parent.parent
@@ -92,6 +92,61 @@ MISTAKES = {
     "a: [1, 2": ("exp.yaml:", "is not YAML", ""),
     "model: !!python/name:os.system x": ("exp.yaml:2", "tag", ""),
 }
+
+
+# What no reader expects: each was an exception of Python, or a process that never ended.
+HOSTILE = {
+    "recursive alias": ("model: &m {options: *m}", ("exp.yaml:2", "model.options", "alias")),
+    "recursive list": ("train: {stages: &s [*s]}", ("exp.yaml:2", "train.stages.0", "alias")),
+    "alias bomb": (
+        "\n".join(
+            [
+                "a0: &a0 [x, x, x, x, x, x, x, x, x]",
+                *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+            ]
+        ),
+        ("exp.yaml:", "alias", "100,000"),
+    ),
+    "3,000 brackets": ("optim: " + "[" * 3000 + "]" * 3000, ("exp.yaml:2", "nested", "30")),
+    "3,000 indented keys": ("\n".join(f"{' ' * i}a:" for i in range(3000)), ("exp.yaml:31", "nested", "30")),
+    "5,000 digits": (f"optim:\n  rate: {'9' * 5000}", ("exp.yaml:3", "5,000 digits", "")),
+    "key in a list of knobs": (
+        "train: {epochs: 1, stages: [{epoch: 1, train: head, rate: 1}]}",
+        ("exp.yaml:2", "train.stages.0.epoch: no such key", "nearest is epochs"),
+    ),
+    "key in a list of tables": (
+        "competition: {extra: [{tabel: a.csv, image: b}]}",
+        ("exp.yaml:2", "competition.extra.0.tabel: no such key", "nearest is table"),
+    ),
+    "key in a mapping in a list": (
+        "competition: {extra: [{table: a.csv, image: b, long: {colum: c}}]}",
+        ("exp.yaml:2", "competition.extra.0.long.colum: no such key", "nearest is column"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_no_reader_expects_is_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    text, parts = HOSTILE[kind]
+    write(root, "exp.yaml", f"base: exp001\n{text}\n")
+    assert cli.main(["train", "exp"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and len(err) < 300
+    for part in parts:
+        assert part in err
+
+
+def test_a_long_number_on_the_command_line(root: Path) -> None:
+    (line,) = lines_of(root, "exp001", f"optim.rate={'9' * 5000}")
+    assert line.startswith("'optim.rate=999") and "5,000 digits" in line and len(line) < 200
+
+
+def test_aliases_that_end_are_written_out(root: Path) -> None:
+    write(root, "exp.yaml", "base: exp001\ndata: {size: &side 64}\npredict: {batch_size: *side}\n")
+    cfg = config.load(root, "exp").config
+    assert cfg.data.size == cfg.predict.batch_size == 64
 
 
 @pytest.mark.parametrize("text", MISTAKES)

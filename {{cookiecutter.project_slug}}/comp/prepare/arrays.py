@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
+from comp.prepare import records
+
 Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
 KINDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
 PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
@@ -62,8 +64,8 @@ def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixe
 
 def _npy(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
     try:
-        array = np.load(io.BytesIO(data))
-    except (ValueError, EOFError) as error:
+        array = records.from_npy(data)
+    except ValueError as error:
         raise Damaged(name, f"no whole array ({str(error).splitlines()[0]})") from None
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255

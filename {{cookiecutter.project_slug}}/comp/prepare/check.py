@@ -260,8 +260,15 @@ def _files(raw: Path, listed: Collection[str]) -> Iterator[str]:
         if (raw / folder).is_dir():
             with os.scandir(raw / folder) as entries:
                 for entry in entries:
-                    if os.path.splitext(entry.name)[1] in suffixes and entry.is_file():
+                    if os.path.splitext(entry.name)[1] in suffixes and _is_file(entry):
                         yield os.path.join(folder, entry.name)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself: whoever opens it says so
+        return True
 
 
 def _looked(maker: making.Making, names: Sequence[str]) -> list[Look]:

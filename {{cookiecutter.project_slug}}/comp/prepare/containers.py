@@ -28,11 +28,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from comp import store
 from comp.config import Refused
-from comp.prepare.records import Bson, Json, Npy, Parquet, as_npy, npy_shape
+from comp.prepare.records import Bson, Json, Npy, Parquet, as_npy, from_npy, npy_shape
 from comp.prepare.spelling import nfc, zip_name
 
 
@@ -119,7 +117,7 @@ def _read(file: Path, name: str) -> bytes:
         raise FileNotFoundError(2, f"no such member of {file.name}", name)
     try:
         return container.read(known)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise OSError(5, f"damaged in {file.name} ({error})", name) from None
 
 
@@ -187,7 +185,7 @@ class _Zip:
         """An .npz: its members are known without their suffix too, and one picture of a stack by its number."""
         self.names += [name.removesuffix(".npy") for name in self.sizes]
         for name in list(self.sizes):
-            shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)))
+            shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)), self.sizes[name])
             if (len(shape) > 2 and shape[-1] > 4) or len(shape) > 3:
                 self.names += [f"{name.removesuffix('.npy')}/{i}" for i in range(shape[0])]
 
@@ -211,7 +209,7 @@ class _Zip:
 
 @cache
 def _stack(container: _Zip, member: str) -> Any:
-    return np.load(io.BytesIO(container.file.read(member)))
+    return from_npy(container.file.read(member))
 
 
 class _Tar:

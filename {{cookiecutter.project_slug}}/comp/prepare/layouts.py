@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,12 +119,14 @@ def bson_frame(file: Path) -> pd.DataFrame:
 
 def array_frame(file: Path) -> pd.DataFrame:
     """Labels in .npy or .npz: a row an entry, `key` its number from 0 on, and a column an array; one of images is none."""
-    import numpy as np
     import pandas as pd
 
     try:
-        held = np.load(file)
-        arrays = {"value": held} if isinstance(held, np.ndarray) else {name: held[name] for name in held}
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as held:
+                arrays = {n.removesuffix(".npy"): records.from_npy(held.read(n)) for n in held.namelist()}
+        else:
+            arrays = {"value": records.from_npy(file.read_bytes())}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise Refused(
             f"{store.shown(file)}: no whole array of numbers or text ({str(error).splitlines()[0]})"
@@ -187,7 +190,8 @@ def listing(raw: Path, under: str) -> Iterator[str]:
     if start.is_file():
         yield from (f"{under}/{name}" for name in containers.members(start))
     elif start.is_dir():
-        for folder, _, names in os.walk(start, followlinks=True):
+        for folder, folders, names in os.walk(start, followlinks=True):
+            _refuse_loops(folder, folders)
             inside = os.path.relpath(folder, raw)
             yield from (os.path.normpath(f"{inside}/{name}") for name in names)
     elif (found := containers.split(start)) is not None:
@@ -195,6 +199,19 @@ def listing(raw: Path, under: str) -> Iterator[str]:
         yield from (
             f"{prefix}/{name}" for name in containers.members(found[0]) if name.startswith(f"{found[1]}/")
         )
+
+
+def _refuse_loops(folder: str, folders: list[str]) -> None:
+    """A link to a folder that it stands in would be walked until the system has enough, some 40 levels of the same files."""
+    for name in folders:
+        link = os.path.join(folder, name)
+        if os.path.islink(link):
+            above, leads = os.path.realpath(folder), os.path.realpath(link)
+            if os.path.commonpath([above, leads]) == leads:
+                raise Refused(
+                    f"{store.shown(Path(link))}: is a link that leads back to {store.shown(Path(leads))}, which it stands in; "
+                    f"remove it: rm {shlex.quote(store.shown(Path(link)))}"
+                )
 
 
 class Globs:

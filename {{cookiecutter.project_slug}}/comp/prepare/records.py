@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from comp import store
 from comp.config import Refused
@@ -87,6 +90,9 @@ def _document(data: bytes, start: int, base: int, pictures: list[tuple[int, int]
 
 class Npy:
     def __init__(self, file: Path):
+        with file.open("rb") as opened:
+            if not npy_shape(opened, file.stat().st_size):
+                raise ValueError("a single number, no array of pictures")
         self.array = np.load(file, mmap_mode="r")
         self.names = [str(i) for i in range(len(self.array))]
 
@@ -140,7 +146,32 @@ def as_npy(array: Any) -> bytes:
     return out.getvalue()
 
 
-def npy_shape(file: io.BytesIO) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return tuple(reader(file)[0])
+def npy_shape(file: BinaryIO, size: int) -> tuple[int, ...]:
+    """What the header of a .npy of so many bytes says, held against them: np.load reserves memory for any shape that is written there,
+    and takes the header for Python text. ValueError in one line where the file is no whole array."""
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = reader(file)
+    except Exception as error:  # of Python's tokenizer, parser and literals, too
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = re.sub(
+            r" at 0x\w+", "", reason
+        )  # it becomes part of a cache, which is the same bytes every time
+        raise ValueError(f"no header of an array: {reason}") from None
+    if dtype.hasobject:
+        raise ValueError("its header says Python objects, which are never loaded")
+    wanted, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if min(shape, default=0) < 0 or wanted > there:
+        raise ValueError(
+            f"its header says {dtype} of shape {shape}, {wanted:,} bytes, where {there:,} follow"
+        )
+    return tuple(shape)
+
+
+def from_npy(data: bytes) -> NDArray[Any]:
+    npy_shape(io.BytesIO(data), len(data))
+    array: NDArray[Any] = np.load(io.BytesIO(data))
+    return array
