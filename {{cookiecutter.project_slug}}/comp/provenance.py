@@ -14,7 +14,8 @@ from typing import Any
 
 from comp import secret
 
-EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git knows it in every repository: what a first commit differs from
+# git knows it in every repository: what a first commit differs from
+EMPTY_TREE = hashlib.sha1(b"tree 0\0", usedforsecurity=False).hexdigest()
 CODE = (
     "*.py",
     "*.yaml",
@@ -52,7 +53,7 @@ def code(root: Path) -> tuple[dict[str, Any], str]:
         "changed": bool(diff) if inside else None,
         "comp": hashed.hexdigest()[:16],
     }
-    return facts, secret.removed_from_code(diff)
+    return facts, secret.removed(diff)
 
 
 def hardware() -> dict[str, Any]:
@@ -82,7 +83,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
         return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(inner, name) for inner in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or name == "commit":  # 40 hexadecimal digits, as W&B's keys have
         return value
     return (
         secret.REMOVED

@@ -2,8 +2,14 @@
 
 refuse(arguments)        a command line that holds one is refused before anything is read or written
 faults(tree, lines)      the same for config files
-removed(text)            what an answer, a diff or a log may show
+removed(text)            what an answer, a log, a diff or W&B may show
 python -m comp.secret    refuses a commit that would bring one into the repository; .githooks/pre-commit runs it
+
+All four ask one scanner, `spans`. It knows:
+1. Shapes: what services begin their keys with, private keys, logins in URLs, 32 or 40 hexadecimal digits that stand alone.
+2. A name that says key, token, secret or password, and behind it a value that looks random, whatever the language puts between.
+3. A quoted text of 24 letters and digits or more, thoroughly mixed, whatever its name.
+4. The values that the environment holds under such a name.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,36 +30,96 @@ REMOVED = "(removed)"
 _NAME = r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|credentials?)|(?:[\w.-]*_)?key)"
 NAME = re.compile(_NAME, re.IGNORECASE)
 ARGUMENT = re.compile(rf"(?<![\w.-])(--?{_NAME}[= ]|{_NAME}=)\S+", re.IGNORECASE)
-_LITERAL = re.compile(rf"(?<![\w.])({_NAME}[\"']?\s*[=:]\s*)([\"'])[^\"'\s]{{12,}}\2", re.IGNORECASE)
-_VARIABLE = re.compile(
-    r"^([+ -]?\s*(?:export\s+)?[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)\S+", re.MULTILINE
+
+# In each of these the group `key` is what goes.
+_PREFIXED = (
+    r"wandb_v\d_\w{16,}", r"KGAT_\w{16,}", r"hf_\w{16,}", r"gh[opsur]_\w{16,}", r"github_pat_\w{16,}", r"gl[a-z]{2,5}-[\w-]{16,}",
+    r"sk-[\w-]{16,}", r"[sr]k_(?:live|test)_\w{16,}", r"A[KS]IA[A-Z0-9]{16}", r"xox[a-z]-[\w-]{10,}", r"AIza[\w-]{30,}", r"ya29\.[\w-]{16,}",
+    r"npm_\w{30,}", r"pypi-[\w-]{16,}", r"SG\.[\w-]{16,}\.[\w-]{16,}", r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
+)  # fmt: skip
+_PEM = "PRIVATE " + "KEY-----"
+_SHAPES = [
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        rf"(?<![\w-])(?P<key>{'|'.join(_PREFIXED)})",
+        rf"-----BEGIN [A-Z ]*{_PEM}(?:\\?\r?\n[+ -]?)?(?P<key>(?:(?!-----)[\s\S])+)",
+        # A user's name alone is no key (postgresql://comp@host/database), one as long as a token is.
+        r"://(?P<key>[^/\s:@{}$<]*:[^/\s@{}$<]+|[^/\s:@{}$<]{20,})@",
+        r"hooks\.slack\.com/services/(?P<key>[\w/]{20,})",
+        r"\bpassword[ \t]+(?P<key>(?=\S*\d)[^\s\"'`{}]{8,})",  # .netrc
+        # Kaggle's old keys and W&B's; not the name of a commit: actions/checkout@…, /commit/…, `commit …`, `index ….…` of a diff.
+        r"(?<![0-9a-zA-Z@/])(?<!commit )(?<!index )(?<![0-9a-f]\.\.)(?P<key>[0-9a-f]{40}|[0-9a-f]{32}|[0-9A-F]{40}|[0-9A-F]{32})(?![0-9a-zA-Z])",
+        # A variable of the shell keeps any value but that of another variable or command.
+        r"^[+ -]?\s*(?:export\s+|ENV\s+|%env\s+)?[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=(?P<key>[^\s$({\"'`<]\S{7,})",
+    )
+]
+_STRONG = r"api[_-]?key|access[_-]?key|private[_-]?key|auth[_-]?key|token|secret|passw(?:or)?d|pwd|credential"
+_WEAK = r"bearer|basic|login|(?<![a-z])key|authori[sz]ation"
+# What stands between a name and its value: quotes, brackets, a type, a keyword; the value may stand on the next line, and a line of a
+# diff begins with a mark.
+_MARKS = r"""(?:[ \t"'`\[\](){}:=,>|-]|\\["']|\\?\r?\n[+ -]?)"""
+_BETWEEN = rf"\w{{0,20}}{_MARKS}{{1,40}}?(?:[\w.]{{1,12}}(?:\[[\w\[\], .]{{1,30}}\])?(?:[ \t]*\|[ \t]*\w{{1,8}})?[ \t]*(?:=>?|:){_MARKS}{{0,40}}?)?"
+_PAIRS = [
+    re.compile(rf"(?:(?P<strong>{_STRONG})|{_WEAK}){_BETWEEN}{value}", re.IGNORECASE)
+    for value in (
+        r"""[rbfu]{0,2}\\?(?P<quote>["'`])(?P<key>[^"'`\s{}<>$()\\]{12,})\\?(?P=quote)""",
+        r"""(?<![\w.-])(?P<key>[\w+/=~-]{16,})(?![\w(\[.])""",
+    )
+]
+# Without a name: letters of both cases and digits, all mixed, as services deal them and nobody names things.
+_LITERAL = re.compile(
+    r"""["'`](?P<key>(?=[^"'`]*[a-z])(?=[^"'`]*[A-Z])(?=[^"'`]*\d)[A-Za-z0-9_-]{24,128})["'`]"""
 )
-_SHAPE = re.compile(
-    r"(?<![\w-])(?:wandb_v\d_\w{16,}|KGAT_\w{16,}|hf_\w{16,}|gh[opsu]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}|xox[a-z]-[\w-]{10,})"
-)
-_NETRC = re.compile(r"(\bpassword\s+)\S{8,}")
-_HEX = re.compile(r"(?<![0-9a-zA-Z])(?:[0-9a-f]{32}|[0-9a-f]{40})(?![0-9a-zA-Z])")  # Kaggle's old keys, W&B's
-# A user's name alone is no key (postgresql://comp@host/database), one as long as a token is.
-_LOGIN = re.compile(r"(://)(?:[^/\s:@]+:[^/\s@]+|[^/\s:@]{20,})@")
 _FILES = re.compile(
     r"kaggle\.json|access_token(\.txt)?|\.?_?netrc|\.env(\..*)?|credentials(\.json)?|.*\.pem|id_(rsa|ed25519|ecdsa)"
 )
 HOMES = "keys belong into the environment or ~/.kaggle and ~/.netrc, never into a command or a config"
-MADE_UP = "0123456789"  # stands in the keys that tests plant
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where keys stand, from left to right."""
+    found = [match.span("key") for shape in _SHAPES for match in shape.finditer(text)]
+    for pair in _PAIRS:
+        position = 0
+        # From the next letter on, because what a name leads to may be the name of what follows: {"token": token, "key": "…"}.
+        while match := pair.search(text, position):
+            position = match.start() + 1
+            if _random(match["key"], sure=bool(match["strong"]) and "quote" in pair.groupindex):
+                found.append(match.span("key"))
+    found += [match.span("key") for match in _LITERAL.finditer(text) if _random(match["key"], sure=False)]
+    for held in held_by_environment():
+        found += [match.span() for match in re.finditer(re.escape(held), text)]
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(found):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def removed(text: str) -> str:
-    """Without what the environment holds under a key's name, and without what has the shape of one."""
-    for held in held_by_environment():
-        text = text.replace(held, REMOVED)
-    return _LOGIN.sub(rf"\1{REMOVED}@", _SHAPE.sub(REMOVED, text))
+    """The text without its keys. Lines stay lines, and keep the mark of a diff: git apply counts them."""
+    parts, last = [], 0
+    for start, end in spans(text):
+        first, *rest = text[start:end].split("\n")
+        gone = [REMOVED * bool(first), *(line[: line[:1] in ("+", "-", " ")] + REMOVED for line in rest)]
+        parts += [text[last:start], "\n".join(gone)]
+        last = end
+    return "".join([*parts, text[last:]])
 
 
-def removed_from_code(text: str) -> str:
-    """Code says `token = read()` and means no harm: here only literals and assignments of the shell count."""
-    return _VARIABLE.sub(
-        rf"\1{REMOVED}", _LITERAL.sub(rf"\1\2{REMOVED}\2", _NETRC.sub(rf"\1{REMOVED}", removed(text)))
-    )
+def _random(value: str, sure: bool) -> bool:
+    """Rather than a word, a name, a path or a version. `sure`: a quoted text behind a name that only keys have."""
+    if not re.search(r"\d", value) or len(set(value)) < 6:
+        return False
+    if re.search(r"\.[a-zA-Z]|^[./~]|/.*[./]", value) or ("/" in value and value == value.lower()):
+        return False  # names with dots, paths
+    if sure:
+        return True
+    kinds = [0 if each.isdigit() else 1 if each.islower() else 2 for each in value if each.isalnum()]
+    changes = sum(a != b for a, b in pairwise(kinds))
+    return len(kinds) >= 16 and changes >= 0.3 * len(kinds)
 
 
 def held_by_environment() -> list[str]:
@@ -70,7 +137,7 @@ def looks(text: str, name: str = "") -> bool:
     """A text that a person would have to change if it became public."""
     if len(text) >= 8 and NAME.fullmatch(name):
         return True
-    return removed(text) != text or bool(_HEX.search(text)) or bool(_LITERAL.search(text))
+    return bool(spans(text))
 
 
 def refuse(arguments: Sequence[str]) -> None:
@@ -118,9 +185,8 @@ def staged() -> list[str]:
             text = _git("show", f":{name}").decode("utf-8")
         except UnicodeDecodeError:
             continue  # pictures and archives
-        for number, line in enumerate(text.splitlines(), 1):
-            if MADE_UP not in line and removed_from_code(line) != line:
-                found.append(f"{name}:{number}: looks like a key; take it out, {HOMES}")
+        lines = sorted({1 + text.count("\n", 0, start) for start, _ in spans(text)})
+        found += [f"{name}:{number}: looks like a key; take it out, {HOMES}" for number in lines]
     return found
 
 

