@@ -13,7 +13,8 @@ from PIL import Image
 
 from comp import samples
 from comp.config import Refused
-from comp.prepare import guess, inspect, sources, tables
+from comp.deliver import dummy
+from comp.prepare import check, guess, inspect, sources, tables
 
 
 def put(root: Path, name: str, data: bytes | str) -> None:
@@ -128,3 +129,17 @@ def test_what_is_no_competition_is_refused(empty: Path) -> None:
     put(empty, "notes.txt", "hello")
     with pytest.raises(Refused, match="no table with `sample` or `submission` in its name"):
         inspect.inspect()
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_a_sample_with_an_index_column_another_separator_and_repeated_ids(empty: Path, mark: str) -> None:
+    for i in range(30):
+        put(empty, f"{'test' if i > 24 else 'train'}/{i}.jpg", jpeg())
+    lines = [f"{n},{i},a" for n, i in enumerate([25, 26, 27, 28, 29, 25])]
+    put(empty, "sample_submission.csv", "\n".join([",Id,kind", *lines, ""]).replace(",", mark))
+    put(empty, "train.csv", ",id,kind\n" + "".join(f"{i},{i},{'abc'[i % 3]}\n" for i in range(25)))
+    table = inspected(empty)
+    said = config(experiment="base").competition
+    assert (said.id, said.test.id, said.target, said.metadata) == ("id", "Id", ["kind"], [])
+    assert table.frame["row"].tolist()[25:] == ["25", "26", "27", "28", "29"]
+    assert not check.check(config(experiment="base"), dummy.written)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from comp import store
 from comp.config import Refused
 from comp.prepare import containers, layouts, sources
+from comp.prepare.sample import index_columns, read_sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,13 +87,16 @@ def sample(raw: Path, tables: list[str]) -> tuple[str, pd.DataFrame]:
             f"{store.shown(raw)}: no table with `sample` or `submission` in its name; write configs/competition.yaml by hand"
         )
     best = min(named, key=lambda name: ("sample" not in name.lower(), name.count("/"), len(name)))
-    return best, sources.read(raw / best).frame
+    host, frame = read_sample(raw / best), sources.read(raw / best).frame
+    key = host.columns[host.key]
+    return best, frame[[key, *host.answers]].drop_duplicates(key, ignore_index=True)
 
 
 def opened(raw: Path, tables: list[str], found: Found) -> Iterator[tuple[str, pd.DataFrame]]:
     for name in tables[:40]:
         try:
-            yield name, sources.read(raw / name).frame
+            frame = sources.read(raw / name).frame
+            yield name, frame.drop(columns=index_columns(list(map(str, frame.columns))))
         except Refused as refused:
             found.unsure.append(f"{name} was left out: {refused.lines[0]}")
 

@@ -121,12 +121,17 @@ def read_sample(file: Path, *keys: str) -> Sample:
 
 
 def _columns(columns: Sequence[str], keys: Sequence[str]) -> tuple[int, tuple[int, ...]]:
-    """Positions of the id, and of index columns: those without a name, where two others are left for id and answer."""
-    unnamed = tuple(i for i, name in enumerate(columns) if UNNAMED.fullmatch(name) and name not in keys)
-    index = unnamed if len(columns) - len(unnamed) > 1 else ()
+    """Positions of the id, and of index columns."""
+    index = tuple(columns.index(name) for name in index_columns(columns) if name not in keys)
     declared = next((columns.index(name) for name in keys if name in columns), None)
     first = next(i for i in range(len(columns)) if i not in index)
     return first if declared is None else declared, index
+
+
+def index_columns(columns: Sequence[str]) -> list[str]:
+    """Columns without a name, where two others are left for id and answer."""
+    unnamed = [name for name in columns if UNNAMED.fullmatch(name)]
+    return unnamed if len(columns) - len(unnamed) > 1 else []
 
 
 def rows_of(competition: Competition, sample: Sample, heads: Sequence[Head]) -> list[str]:
