@@ -85,15 +85,16 @@ def test_the_index_column_is_no_class(empty: Path, form: str) -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_a_sample_with_another_separator_is_answered_with_it(empty: Path, mark: str) -> None:
-    table = lay(empty, f"id{mark}label\n7{mark}a\n8{mark}a\n", classes={"a": f"x{mark}y", "b": "1,5"})
-    assert checked() == []
-    assert submitted(empty, table, [[0.1, 0.9], [0.8, 0.2]]) == [
-        f"id{mark}label",
-        f"7{mark}1,5",
-        f'8{mark}"x{mark}y"',
-    ], "quoted only where the separator stands in a cell"
+    lay(empty, f"id{mark}label\n7{mark}a\n8{mark}a\n")
+    one, other = f"x{mark}y", "1,5"
+    put(empty, "train.csv", f'id,label\n0,{one}\n1,"{other}"\n2,{one}\n3,"{other}"\n')
+    table = prepared()
+    assert table.heads[0].classes == (other, one) and checked() == []
+    lines = submitted(empty, table, [[0.9, 0.1], [0.2, 0.8]])
+    # Quoted only where the separator stands in a cell.
+    assert lines == [f"id{mark}label", f"7{mark}{other}", f'8{mark}"{one}"']
     file = empty / "submissions/exp001.csv"
-    validate.validate(file, empty / "data/raw/sample.csv", "label", classes=[f"x{mark}y", "1,5"])
+    validate.validate(file, empty / "data/raw/sample.csv", "label", classes=[one, other])
     file.write_text(file.read_text().replace(mark, ",", 2))
     with pytest.raises(Refused, match=r"exp001\.csv:1: column 'id' is missing"):
         validate.validate(file, empty / "data/raw/sample.csv", "label")
@@ -193,9 +194,22 @@ def test_folders_that_are_labels_in_another_spelling_than_the_sample(empty: Path
     assert table.truth(table.heads[0], table.positions("train")).tolist() == [0, 0, 1, 1]
 
 
-def test_plain_names_are_left_alone(tmp_path: Path) -> None:
-    assert spelling.on_disk(tmp_path, "nowhere/a.png") == "nowhere/a.png"
-    assert spelling.on_disk(tmp_path, f"{NFC}/a.png") == f"{NFC}/a.png"
+def test_a_name_that_is_nowhere_is_left_alone(tmp_path: Path) -> None:
+    for name in ("nowhere/a.png", f"{NFC}/a.png", f"{NFD}.csv"):
+        assert spelling.on_disk(tmp_path, name) == name
+
+
+def test_a_table_in_either_spelling_alone_and_in_an_archive(empty: Path) -> None:
+    lay(empty, "id,label\n7,a\n8,a\n")
+    raw = empty / "data/raw"
+    (raw / "train.csv").rename(raw / f"{NFD}.csv")
+    where = {"image": "train/{id}.png"}
+    declare(empty, train={"table": f"{NFC}.csv"} | where, test={"table": "test.csv"} | where)
+    assert len(prepared().frame) == 6
+    with zipfile.ZipFile(raw / "tables.zip", "w") as zipped:
+        zipped.write(raw / f"{NFD}.csv", f"{NFD}.csv")
+    declare(empty, train={"table": f"tables.zip/{NFC}.csv"} | where, test={"table": "test.csv"} | where)
+    assert len(prepared().frame) == 6
 
 
 # --- labels that the host does not score ---------------------------------------------------------------------------------

@@ -18,19 +18,17 @@ def on_disk(raw: Path, name: str) -> str:
     """The path under raw as the disk spells it; as it is where there is none, or beyond an archive."""
     if name.isascii() or os.path.exists(raw / name):
         return name
-    found = ""
+    found: list[str] = []
     parts = name.split("/")
     for number, part in enumerate(parts):
-        folder = raw / found
+        folder = raw.joinpath(*found)
         if not folder.is_dir():
-            return "/".join([found, *parts[number:]])
-        there = (
-            part
-            if (folder / part).exists()
-            else _spelled(str(folder), os.stat(folder).st_mtime_ns).get(nfc(part), part)
+            return "/".join([*found, *parts[number:]])
+        there = (folder / part).exists()
+        found.append(
+            part if there else _spelled(str(folder), os.stat(folder).st_mtime_ns).get(nfc(part), part)
         )
-        found = f"{found}/{there}" if found else there
-    return found
+    return "/".join(found)
 
 
 @cache
