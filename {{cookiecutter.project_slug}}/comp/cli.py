@@ -52,8 +52,13 @@ def check(args: Args) -> int:
     from comp.deliver import dummy
     from comp.prepare import check
 
-    cfg = _config(args) if args.experiment else _competition_config()
-    return 2 if check.check(cfg, dummy.written, exact=args.experiment is not None) else 0
+    if not args.experiment:
+        return 2 if check.check(_competition_config(), dummy.written) else 0
+    cfg = _config(args)
+    machine.settle(cfg.train.threads)
+    from comp.train import model
+
+    return 2 if check.check(cfg, dummy.written, exact=True, network=model.told) else 0
 
 
 def folds(args: Args) -> None:
@@ -112,7 +117,7 @@ def ensemble(args: Args) -> None:
 def tta(args: Args) -> None:
     from comp.ensemble import augmented
 
-    augmented.tta(args.experiment, args.max_ms)
+    augmented.tta(args.experiment, args.max_ms, args.views)
 
 
 def slices(args: Args) -> None:
@@ -231,6 +236,8 @@ VERBS = {
         flag("--kernel", "on Kaggle: predict the test set that lies there, from the bundle of comp kernel"))),
     "tta": Verb("predictions", tta, "the views that gain most for their time, scored on folds that did not choose them", (
         argument("experiment", help="name of a finished run"),
+        argument("--views", metavar="LIST", help="only these, by commas; default: flips, zooms, crops and three draws of the run's recipe, "
+                 "each a pass over all out-of-fold rows"),
         argument("--max-ms", type=float, help="ceiling of an image and checkpoint, all views together"))),
     "bank": Verb("predictions", bank, "list all predictions with their scores", (
         argument("filter", nargs="*", help="like score>0.9 model~convnext task=binary name~exp0; quote it for the shell"),

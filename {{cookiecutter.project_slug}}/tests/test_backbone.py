@@ -239,6 +239,19 @@ def test_what_the_weights_want_to_see_is_said(
         assert word in said, word
 
 
+def test_comp_check_looks_at_the_network_of_an_experiment(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "configs/exp003.yaml").write_text(
+        f"base: exp001\nmodel: {{name: {VIT}}}\ndata: {{size: 40}}\n"
+    )
+    assert cli.main(["check", "exp003"]) == 0
+    assert "licence apache-2.0" in capsys.readouterr().out
+    (project / "configs/exp003.yaml").write_text("base: exp001\ndata: {size: 16}\ntrain: {batch_size: 1}\n")
+    assert cli.main(["check", "exp003"]) == 2
+    assert "train.batch_size: 1" in capsys.readouterr().out
+
+
 # --- files of weights ----------------------------------------------------------------------------------------------------
 
 

@@ -12,13 +12,13 @@ import pytest
 from banked import TRAIN, Project, declare, lay_out, member
 from PIL import Image
 
-from comp import config, jobs, metrics, page, predictions, samples, score, store
+from comp import cli, config, jobs, metrics, page, predictions, samples, score, store
 from comp.config import Refused
 from comp.ensemble import augmented, compare, drawings, steps, views, worth
 from comp.ensemble.blend import blend
 from comp.ensemble.ground import Ground
 from comp.predict import tta
-from comp.prepare import assign
+from comp.prepare import assign, tables
 from comp.tasks import Head
 
 TINY = (
@@ -74,7 +74,9 @@ def test_seeds_recipes_and_views_of_a_real_run(
 
     said = augmented.tta("slow-seeds")
     out = capsys.readouterr().out
-    assert set(said["alone"]) >= {"identity", "hflip", "rot90"} and "ms an image" in out
+    closer = {"zoom110", "zoom125", "zoom150", "crop_top_left", "crop_middle"}
+    assert set(said["alone"]) >= {"identity", "hflip", "rot90", *closer}
+    assert "ms an image" in out
     assert all(option["views"][0] == "identity" for option in said["options"]) and "next: comp " in out
     assert "chosen on other folds, views and space: honest " in out and [
         o["space"] for o in said["options"]
@@ -82,6 +84,58 @@ def test_seeds_recipes_and_views_of_a_real_run(
     with pytest.raises(Refused, match="one view alone takes"):
         augmented.tta("slow-seeds", max_ms=1e-9)
     assert jobs.stored_config("slow-seeds") == config.load(project, "slow").config
+
+
+def test_every_kind_of_view_is_tried(project: Path) -> None:
+    every = augmented.tried(config.load(project, "exp001").config, None)
+    assert set(every) == {*tta.VIEWS, *tta.CLOSER, "light", "light2", "light3"} and every[0] == "identity"
+    assert augmented.tried(config.load(project, "exp001").config, "zoom110, heavy2") == [
+        "identity",
+        "zoom110",
+        "heavy2",
+    ]
+    tta.views(every)
+
+
+def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One choice for all of them, by the mean of their scores; a view that there is not is refused before the first pass."""
+    file = project / "configs" / "competition.yaml"
+    said = (
+        file.read_text()
+        .replace("target: label", "target: {label: multiclass, pen: multiclass}")
+        .replace("task: multiclass\n", "")
+        .replace("metadata: [pen]\n", "")
+    )
+    file.write_text(said)
+    tables.prepare(config.load(project, "base").config)
+    few(project)
+    (project / "configs" / "tiny.yaml").write_text(TINY)
+    assert cli.main(["train", "tiny"]) == 0
+    capsys.readouterr()
+    assert cli.main(["tta", "tiny", "--views", "hflip,zoom101"]) == 2
+    assert "zoom101" in capsys.readouterr().err and not list(store.run_folder("tiny").rglob("view-*"))
+    assert cli.main(["tta", "tiny", "--views", "hflip,zoom110,light2"]) == 0
+    record = store.read_json(store.run_folder("tiny") / "tta.json")
+    assert list(record["alone"]) == ["identity", "hflip", "zoom110", "light2"]
+    assert record["plain"] == pytest.approx(store.read_json(store.run_folder("tiny") / "score.json")["oof"])
+
+
+def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:
+    random = np.random.default_rng(0)
+    truth = [random.integers(0, 2, 400).astype(float) for _ in range(2)]
+    heads = [Head(name, "binary", (name,), (name,), ("0", "1")) for name in "ab"]
+    auc = metrics.find("roc_auc")
+
+    def seen(*noise: float) -> np.ndarray:
+        return np.column_stack(
+            [2 * t - 1 + random.normal(0, n, 400) for t, n in zip(truth, noise, strict=True)]
+        )
+
+    given = {"identity": seen(2, 2), "hflip": seen(2, 1.5), "vflip": seen(40, 2)}
+    question = views.Question(given, truth, heads, [auc, auc], ("logit",), dict.fromkeys(given, 1.0))
+    assert question.choose().views == ("identity", "hflip")
+    both = question.said(question.choose())
+    assert np.allclose(both, (given["identity"] + given["hflip"]) / 2)
 
 
 def test_a_difference_is_believed_only_beyond_both_errors() -> None:
@@ -102,7 +156,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     bad = {"rot90": random.normal(0, 5, 600)[:, None]}
     auc = metrics.find("roc_auc")
     cost = dict.fromkeys([*good, *bad], 2.0)
-    question = views.Question(good | bad, truth, head, auc, ("probability", "logit"), cost)
+    question = views.Question(good | bad, (truth,), (head,), (auc,), ("probability", "logit"), cost)
     assert sorted(question.choose().views) == ["hflip", "identity", "vflip"]
     assert len(dataclasses.replace(question, ceiling=4.0).choose().views) == 2
     dear = next(
@@ -114,7 +168,9 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     fold = np.arange(600) % 5
     from comp import honest
 
-    question = views.Question(noise, truth, head, auc, ("probability", "logit"), dict.fromkeys(noise, 1.0))
+    question = views.Question(
+        noise, (truth,), (head,), (auc,), ("probability", "logit"), dict.fromkeys(noise, 1.0)
+    )
     out = honest.nested(fold, question.choose, question.said)
     own, taught = (head.row.probability(p)[:, 0] for p in (out.prediction, question.said(out.final)))
     assert auc(truth, taught) >= auc(truth, own) - 0.02
@@ -124,7 +180,12 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         for n in ("identity", "hflip", "vflip")
     }
     question = views.Question(
-        loud, truth, head, metrics.find("log_loss"), ("logit", "probability"), dict.fromkeys(loud, 1.0)
+        loud,
+        (truth,),
+        (head,),
+        (metrics.find("log_loss"),),
+        ("logit", "probability"),
+        dict.fromkeys(loud, 1.0),
     )
     assert {c.space for c in honest.nested(fold, question.choose, question.said).parameters.values()} == {
         "probability"

@@ -19,9 +19,12 @@ from conftest import QUICK
 from forked import forked
 
 from comp import bank, cli, folds, jobs, predictions, samples, store
-from comp.config import load
-from comp.deliver import budget, inside, kernel, rehearse
+from comp.config import Refused, load
+from comp.deliver import budget, inside, kernel, rehearse, verify
+from comp.ensemble import latency
 from comp.ensemble.blend import blend
+from comp.models import features
+from comp.predict import frozen
 from comp.samples import Samples
 
 STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetadata: [pen]\n"
@@ -234,6 +237,34 @@ def test_under_the_versions_of_kaggles_image(
     assert (
         "pip install 'kaggle==2.2.4'" in done.stdout + done.stderr and "nothing was sent yet" in done.stdout
     )
+
+
+@pytest.mark.slow
+def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines, layers and neighbours; the bundle says what is stored, and so does the recheck before a submission."""
+    (trained / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
+    quiet = ["machine.workers=0", "machine.progress=false"]
+    features.features("exp003", quiet, "logistic,mlp,knn")
+    (trained / "configs" / "ensembles" / "blend002.yaml").write_text(
+        "members: [exp001, exp003:logistic, exp003:mlp, exp003:knn]\nmethod: mean\n"
+    )
+    blend("blend002")
+    kernel.build("blend002")
+    facts = rehearse.rehearse("blend002")
+    assert facts["apart"] <= 1e-5 and set(facts["seconds_an_image"]) >= {"exp003:logistic", "exp003:knn"}
+    capsys.readouterr()
+    verify.verify("blend002")
+    assert "predicted 8 rows again" in capsys.readouterr().out
+    assert latency.of("exp003:mlp") > 0
+    # Heads that were fitted on another backbone's features are not believed.
+    file = frozen.backbone_of("exp003")
+    store.seal(file, remade=True)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    store.seal(file)
+    with pytest.raises(Refused, match="comp features exp003"):
+        verify.verify("exp003:logistic")
 
 
 @pytest.mark.slow

@@ -16,7 +16,9 @@ from torch import nn
 
 from comp import bank, folds, jobs, samples, store
 from comp.config import Refused
+from comp.deliver import kernel, verify
 from comp.models import explain, export, features, measure
+from comp.predict import frozen
 from comp.tasks import Head
 from comp.train.normal import Normal
 
@@ -226,3 +228,47 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
             features.of_run(replace(material, cfg=other), "exp003", False)
     with pytest.raises(Refused, match="nearest is linear"):
         features.features("exp003", quiet, "linaer")
+
+
+@pytest.mark.parametrize("name", sorted(features.HEADS))
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: int) -> None:
+    """Kernels ask numbers, without a pickle; a class that no training row has gets next to nothing."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    draw = np.random.default_rng(1)
+    codes = draw.integers(0, classes, 300)
+    x = np.eye(classes)[codes] @ draw.normal(0, 1, (classes, 6)) + draw.normal(0, 1, (300, 6))
+    head = Head("kind", "multiclass", tuple("abcde"), ("target.kind",), tuple("abcde"))
+    said = features.fitted(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
+    knn = KNeighborsClassifier(frozen.NEIGHBOURS, weights="distance", metric="cosine")
+    estimator = (knn if name == "knn" else features.HEADS[name]()).fit(x[:200], codes[:200])
+    assert said[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
+    assert said[:, classes:].max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "knn"])
+def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
+    from sklearn.neighbors import KNeighborsRegressor
+
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(300, 6))
+    y = x @ draw.normal(size=(6, 2)) + 30
+    head = Head("v", "regression", ("a", "b"), ("target.a", "target.b"))
+    said = features.fitted(name, head, x[:200], y[:200])(x[200:])
+    knn = KNeighborsRegressor(frozen.NEIGHBOURS, weights="distance", metric="cosine")
+    middle, spread = y[:200].mean(0), y[:200].std(0)
+    estimator = (knn if name == "knn" else features.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
+    assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)
+
+
+def test_a_head_of_frozen_features_predicts_again_what_is_stored(project: Path) -> None:
+    """Blends, the recheck and kernels take it for a checkpoint."""
+    (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
+    features.features("exp003", ["machine.workers=0", "machine.progress=false"], "logistic")
+    (leaf,) = kernel.leaves_of("exp003:logistic")
+    assert leaf["checkpoints"] == [(0, f"{fold}/logistic") for fold in range(5)] and leaf["tta"] == [
+        "identity"
+    ]
+    assert all(store.sealed(file) for file in kernel.weights_of(leaf))
+    verify.verify("exp003:logistic")

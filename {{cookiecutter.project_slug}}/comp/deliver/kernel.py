@@ -26,7 +26,7 @@ from comp import bank, config, folds, predictions, samples, store
 from comp.config import Config, Refused
 from comp.deliver import inside
 from comp.ensemble import average
-from comp.predict import neighbours
+from comp.predict import frozen, neighbours
 from comp.prepare import image_key, images
 from comp.samples import Samples
 
@@ -162,6 +162,7 @@ def _package(bundle: Path) -> None:
 def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
     """Everything lies where it lies in the project, with its manifest, so that the same code reads it the same way."""
     wanted = [file for leaf in leaves for file in weights_of(leaf)]
+    wanted += [file for weights in wanted if frozen.is_head(weights) for file in frozen.beside(weights)]
     wanted += [file for file in map(neighbours.beside, wanted) if file.exists()]
     wanted += [store.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
     homes = {bank.folder(name), bank.folder(name.partition(":")[0])}

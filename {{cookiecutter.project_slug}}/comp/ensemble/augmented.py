@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, folds, honest, jobs, machine, predictions, samples, score, store, table
-from comp.config import Refused
+from comp import bank, config, folds, jobs, machine, predictions, samples, score, store, table
+from comp.config import Config, Refused
 from comp.ensemble import latency, views, worth
-from comp.metrics import MetricUndefined
 from comp.predict import merge
 
 SPACES = ("probability", "logit", "geometric")
+DRAWS = 3  # of the run's recipe, a view each
 ONE_PASS = (
     0.3  # a view whose time differs by less from that of the plain one costs as much: the rest is the clock
 )
 
 
-def tta(run: str, max_ms: float | None = None) -> dict[str, Any]:
-    """max_ms: of one image and one checkpoint, all views together."""
+def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict[str, Any]:
+    """max_ms: of one image and one checkpoint, all views together. names: views by commas, all that there are otherwise."""
     cfg = jobs.stored_config(run)
     machine.settle(cfg.train.threads)
     rows = samples.load()
@@ -33,55 +33,62 @@ def tta(run: str, max_ms: float | None = None) -> dict[str, Any]:
         raise Refused(
             f"{run}: {merge.missing(run, cfg, split)} to go before views can be compared: comp train {run}"
         )
-    if len(rows.heads) > 1:
-        raise Refused("comp tta compares views of one target; competition.yaml declares several")
-    head, now = rows.heads[0], config.load(store.root(), "base").config  # the metric of now, not of then
-    metric = score.metric_of(now)
-    predicted, cost = _predicted(run, cfg, seeds, rows, split)
+    heads, now = rows.heads, config.load(store.root(), "base").config  # the metric of now, not of then
+    metrics = [score.metric_of(now, head) for head in heads]
+    predicted, cost = _predicted(run, cfg, seeds, rows, split, names)
     plain = predicted[views.PLAIN]
     kept = plain.predicted
     assert plain.fold is not None
     at, fold = plain.row[kept].astype(np.int64), plain.fold[kept].astype(np.int64)
-    values = {name: each.heads[head.name][kept] for name, each in predicted.items()}
+    values = {
+        name: np.hstack([each.heads[head.name][kept] for head in heads]) for name, each in predicted.items()
+    }
     ceiling = float("inf") if max_ms is None else max_ms
     if ceiling < cost[views.PLAIN]:
         raise Refused(f"--max-ms {max_ms:g}: one view alone takes {cost[views.PLAIN]:.2f} ms an image here")
-    spaces = SPACES if head.row.space == "logit" else ("probability",)
-    frame = score.scored(rows, at)
-    question = views.Question(values, rows.truth(head, at), head, metric, spaces, cost, ceiling, frame)
+    spaces = [space for space in SPACES if all(space in head.row.spaces for head in heads)]
+    truths = [rows.truth(head, at) for head in heads]
+    question = views.Question(values, truths, heads, metrics, spaces, cost, ceiling, score.scored(rows, at))
     here = score.lines(rows, at, fold)
 
-    def asked(stored: Any) -> score.Asked:
-        return score.asked(now, head, head.row.probability(np.asarray(stored, np.float64)), rows, split, here)
+    def as_set(stored: Any) -> predictions.PredictionSet:
+        parts = views.by_head(heads, np.asarray(stored, np.float64))
+        by_name = {head.name: part for head, part in zip(heads, parts, strict=True)}
+        return predictions.PredictionSet(plain.row[kept], plain.fold[kept], by_name, plain.meta)
 
-    def scored(ask: score.Asked) -> float:
-        return ask.metric(ask.truth, ask.answer, ask.frame)
+    def scored(stored: Any) -> float:
+        """The mean over heads, with cut points of other folds where the metric wants them."""
+        found, every = [], as_set(stored)
+        for head in heads:
+            ask = score.asked(now, head, every.probability(head), rows, split, here)
+            found.append(ask.metric(ask.truth, ask.answer, ask.frame))
+        return float(np.mean(found))
 
-    alone = {name: scored(asked(each)) for name, each in values.items()}
-    base = alone[views.PLAIN]
+    alone = {name: scored(each) for name, each in values.items()}
+    base, metric = alone[views.PLAIN], metrics[0]
     _tell_alone(metric, alone, cost)
     options = []
     for space in spaces:
         chosen = question.within(space)
         ms = sum(cost[name] for name in chosen.views)
-        in_sample = scored(asked(question.said(chosen)))
+        in_sample = scored(question.said(chosen))
         options.append({"space": space, "views": list(chosen.views), "in_sample": in_sample})
         print(
             f"{space}: {', '.join(chosen.views)}: {in_sample:.4f} on the rows that chose them, {ms:.2f} ms an image"
         )
     found = score.nested(rows, split, at, fold, question.choose, question.said, views.PLAIN_CHOICE)
     best: views.Choice = found.final
-    own, before = asked(found.prediction), asked(values[views.PLAIN])
-    reached = scored(own)
+    reached = scored(found.prediction)
     ms = sum(cost[name] for name in best.views)
-    try:
-        pair = honest.paired(
-            own.metric, own.truth, own.answer, before.answer, score.groups_of(rows, here.rows), worth.RESAMPLES, rows=own.frame
-        )  # fmt: skip
-        says = str(pair)
-    except MetricUndefined as fault:
-        says = f"no comparison: {fault}"
-    in_sample = scored(asked(question.said(best)))
+    compared = worth.beside(
+        now, rows, split, as_set(found.prediction), {views.PLAIN: as_set(values[views.PLAIN])}
+    )
+    says = (
+        compared["against"][views.PLAIN]["says"]
+        if compared["against"]
+        else f"no comparison: {compared['undefined_interval']}"
+    )
+    in_sample = scored(question.said(best))
     print(
         f"chosen on other folds, views and space: honest {reached:.4f}, in-sample {in_sample:.4f}, plain {base:.4f}: {says}; "
         f"{ms - cost[views.PLAIN]:.2f} ms more an image"
@@ -97,15 +104,29 @@ def tta(run: str, max_ms: float | None = None) -> dict[str, Any]:
     record = {"plain": base, "alone": alone, "options": options, "chosen": chosen_ if worthwhile else None}
     store.write_json(store.run_folder(run) / "tta.json", record)
     if worthwhile:
-        names = ",".join(best.views)
+        shown = ",".join(best.views)
         print(
-            f"worth it: {names} in {best.space}\nnext: comp predict {run} --tta {names} --space {best.space}"
+            f"worth it: {shown} in {best.space}\nnext: comp predict {run} --tta {shown} --space {best.space}"
         )
     else:
         print(
             f"no views beat the plain picture ({base:.4f}) on folds that did not choose them: stay with predict.tta: [identity]\nnext: comp bank"
         )
     return record
+
+
+def tried(cfg: Config, names: str | None) -> list[str]:
+    """Flips, zooms, crops, as many draws of the run's own recipe as DRAWS, and what the run predicts with already."""
+    from comp.predict.tta import CLOSER, VIEWS
+
+    recipe = cfg.augment.recipe
+    drawn = (
+        [f"{recipe}{draw if draw > 1 else ''}" for draw in range(1, DRAWS + 1)] if recipe != "none" else []
+    )
+    given = [*VIEWS, *CLOSER, *drawn, *cfg.predict.tta]
+    if names is not None:
+        given = [views.PLAIN, *(name.strip() for name in names.split(","))]
+    return list(dict.fromkeys(given))
 
 
 def _tell_alone(metric: Any, alone: dict[str, float], cost: dict[str, float]) -> None:
@@ -118,16 +139,18 @@ def _tell_alone(metric: Any, alone: dict[str, float], cost: dict[str, float]) ->
 
 
 def _predicted(
-    run: str, cfg: Any, seeds: list[int], rows: Any, split: Any
+    run: str, cfg: Config, seeds: list[int], rows: Any, split: Any, names: str | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Each view as a whole OOF set, and its milliseconds an image. Kept fold by fold, so a killed call goes on where it was."""
     material = jobs.gather(cfg)
     from comp.predict import infer
-    from comp.predict.tta import VIEWS
+    from comp.predict import tta as looks
 
+    known = tried(cfg, names)
+    looks.views(known)  # a name that there is not is refused before the first is predicted
     said, cost = {}, {}
     with store.lock(store.run_folder(run) / "members", f"trying views of {run}"):
-        for name in VIEWS:
+        for name in known:
             one = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": [name]})})
             inside, parts, seconds = f"view-{name}", [], []
             for seed in seeds:

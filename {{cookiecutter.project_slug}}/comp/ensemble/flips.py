@@ -151,7 +151,9 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         return run
 
     def tta(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
-        question = views.Question(seen, y, HEAD, auc, ("probability", "logit"), dict.fromkeys(seen, 1.0))
+        question = views.Question(
+            seen, (y,), (HEAD,), (auc,), ("probability", "logit"), dict.fromkeys(seen, 1.0)
+        )
         return asked(question.choose, question.said, views.PLAIN_CHOICE, wanted)
 
     def cut_points(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:

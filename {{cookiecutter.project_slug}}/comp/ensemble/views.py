@@ -20,7 +20,7 @@ from comp.predictions import average
 from comp.tasks import Array, Head
 
 PLAIN = "identity"
-Views = Mapping[str, NDArray[Any]]  # view -> (rows, outputs), as stored
+Views = Mapping[str, NDArray[Any]]  # view -> (rows, outputs of all heads side by side), as stored
 
 
 class Choice(NamedTuple):
@@ -34,9 +34,9 @@ PLAIN_CHOICE = Choice("probability", (PLAIN,))
 @dataclass(frozen=True)
 class Question:
     views: Views
-    truth: NDArray[Any]
-    head: Head
-    metric: Metric
+    truths: Sequence[NDArray[Any]]  # of each head
+    heads: Sequence[Head]
+    metrics: Sequence[Metric]
     spaces: Sequence[str]
     cost: Mapping[str, float]  # ms an image, each view a pass through the network
     ceiling: float = float("inf")  # ms an image, all views together
@@ -65,15 +65,24 @@ class Question:
             chosen, reached, spent = larger[best], reached + gains[best], spent + self.cost[left[best]]
 
     def said(self, choice: Choice, at: Any = slice(None)) -> Array:
-        return average([self.views[name][at] for name in choice.views], self.head, choice.space)
+        seen = [by_head(self.heads, self.views[name][at]) for name in choice.views]
+        return np.hstack(
+            [average([view[i] for view in seen], head, choice.space) for i, head in enumerate(self.heads)]
+        )
 
     def _reached(self, choice: Choice, at: Any) -> float:
-        """sign * score: more is better."""
-        answer = score.plain(self.metric, self.head, self.head.row.probability(self.said(choice, at)))
-        truth = score.graded_only(self.head, self.truth[at])
+        """sign * score, the mean over heads: more is better."""
+        frame = None if self.frame is None else self.frame.iloc[at]
+        said = by_head(self.heads, self.said(choice, at))
         try:
-            return self.metric.sign * self.metric(
-                truth, answer, None if self.frame is None else self.frame.iloc[at]
-            )
+            return float(np.mean([
+                metric.sign * metric(score.graded_only(head, truth[at]), score.plain(metric, head, head.row.probability(one)), frame)
+                for head, metric, truth, one in zip(self.heads, self.metrics, self.truths, said, strict=True)
+            ]))  # fmt: skip
         except MetricUndefined:
             return -np.inf
+
+
+def by_head(heads: Sequence[Head], stored: NDArray[Any]) -> list[NDArray[Any]]:
+    """(rows, outputs of all heads) -> one of (rows, outputs) a head."""
+    return np.split(stored, np.cumsum([len(head.outputs) for head in heads])[:-1], axis=1)

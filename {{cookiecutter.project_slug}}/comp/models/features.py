@@ -2,7 +2,8 @@
 
     runs/<run>/features.npy      (samples, features) float32, sealed with what they were made of; other weights, pictures,
                                  sizes or samples since are refused, not used
-    runs/<run>/members/<head>/   each head as a member with OOF and test predictions: exp001:logistic
+    runs/<run>/frozen/           the backbone's weights; seed0/fold3/<head>/ those of a head, as numbers: comp/predict/frozen.py
+    runs/<run>/members/<head>/   each head as a member with OOF and test predictions: exp001:logistic. Blends and kernels take it
 
 Each head is fitted on the training part of a fold and predicts its validation rows, so its score is a CV like any other.
 """
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from comp import bank, config, identity, jobs, machine, own, predictions, score, store
 from comp.config import Config, Refused, nearest
+from comp.predict import frozen
 from comp.prepare import making
 from comp.samples import Samples
 from comp.tasks import Head
@@ -31,11 +33,9 @@ from comp.train.draws import mixed
 from comp.train.evaluate import outputs_of
 from comp.train.loop import Material
 
-FILE = "features.npy"
-NEIGHBOURS = 15
+FILE = frozen.FILE
+SPEED = "speed.json"
 Array = NDArray[np.float64]
-# (features, target) -> features -> (rows, outputs): probabilities, or values
-Fit = Callable[[Array, NDArray[Any]], Callable[[Array], Array]]
 
 
 def features(run: str, overrides: list[str], heads: str, fresh: bool = False) -> None:
@@ -123,6 +123,9 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
             )
         )
     made = raw[0]
+    model.save_weights(backbone, frozen.backbone_of(run))
+    took = time.perf_counter() - began
+    store.write_json(frozen.backbone_of(run).with_name(SPEED), {"test": took / max(1, len(rows))})
     with store.writing(file) as temporary, temporary.open("wb") as opened:
         np.save(opened, made)
     store.seal(file, **now)
@@ -146,15 +149,24 @@ def made_of(cfg: Config, samples: Samples, backbone: torch.nn.Module) -> dict[st
         "pictures": store.digest([[name, *how.stamp(name)] for name in files]),
         "samples": samples.hash,
         "knobs": store.digest(
-            [cfg.model.name, cfg.model.pool, cfg.data.images, cfg.data.normalise, cfg.train.amp]
+            [
+                cfg.model.name,
+                cfg.model.options,
+                cfg.model.pool,
+                cfg.data.images,
+                cfg.data.normalise,
+                cfg.train.amp,
+            ]
         ),
     }
 
 
 def member(material: Material, run: str, name: str, seen: NDArray[np.float32]) -> dict[str, Any]:
-    """Fitted fold by fold; the test rows get the mean over folds, as from any run."""
+    """Fitted fold by fold, each fold's head kept like a checkpoint; the test rows get the mean over folds, as from any run."""
     cfg, table, folds = material.cfg, material.samples, material.folds
-    test = table.positions("test")
+    test, seed = table.positions("test"), cfg.train.seeds[0]
+    backbone = store.sealed(frozen.backbone_of(run))
+    assert backbone is not None
     facts = {
         "run": run,
         "member": name,
@@ -163,20 +175,34 @@ def member(material: Material, run: str, name: str, seen: NDArray[np.float32]) -
         "space": cfg.predict.space,
     }
     sets: dict[str, list[predictions.PredictionSet]] = {"oof": [], "test": []}
+    looked = _seconds(run)
     for number in range(folds.count):
         taught, scored = folds.split(number)
         taught = np.unique(taught)
-        middle, spread = seen[taught].mean(0), seen[taught].std(0) + 1e-6
-        scaled = ((seen - middle) / spread).astype(np.float64)
-        said: dict[str, dict[str, NDArray[np.float32]]] = {"oof": {}, "test": {}}
+        place = store.fold_folder(run, seed, number) / name
+        numbers: dict[str, NDArray[Any]] = {
+            "middle": seen[taught].mean(0),
+            "spread": seen[taught].std(0) + 1e-6,
+        }
+        x = frozen.scaled(numbers, seen[taught])
         for head in table.heads:
-            ask = fitted(name, head, scaled[taught], table.targets(head)[taught])
-            for kind, rows in (("oof", scored), ("test", test)):
-                said[kind][head.name] = head.row.store(ask(scaled[rows])).astype(np.float32)
+            numbers |= fit(name, head, x, table.targets(head)[taught])
+        near = {"rows": taught.astype(np.int64)} if name == "knn" else {}
+        frozen.write(place / bank.WEIGHTS, name, numbers | near, backbone["sha256"])
+        began = time.perf_counter()
+        numbers |= {"near": seen[taught]} if near else {}
         for kind, rows in (("oof", scored), ("test", test)):
+            said = {
+                head.name: head.row.store(frozen.asked(head, numbers, seen[rows])).astype(np.float32)
+                for head in table.heads
+            }
             fold = np.full(len(rows), number, np.int16) if kind == "oof" else None
-            meta = predictions.meta(kind, table, folds, facts)
-            sets[kind].append(predictions.PredictionSet(rows.astype(np.int32), fold, said[kind], meta))
+            own = facts | {"seed": seed, "weights": bank.weights_of(place), "damaged": 0}
+            meta = predictions.meta(kind, table, folds, own)
+            part = predictions.PredictionSet(rows.astype(np.int32), fold, said, meta)
+            sets[kind].append(bank.read(bank.write(place / f"{kind}.arrow", part), table, folds))
+        answered = (time.perf_counter() - began) / max(1, len(scored) + len(test))
+        store.write_json(place / SPEED, dict.fromkeys(("oof", "test"), looked + answered))
     folder = store.member_folder(run, name)
     for kind, parts in sets.items():
         merged = predictions.merge(parts, table, folds, cfg.predict.space, facts=facts)
@@ -184,36 +210,61 @@ def member(material: Material, run: str, name: str, seen: NDArray[np.float32]) -
     return score.write(folder, cfg, table, folds, bank.read(folder / "oof.arrow", table, folds))
 
 
+def _seconds(run: str) -> float:
+    """What the backbone took for a picture when the features were made."""
+    file = frozen.backbone_of(run).with_name(SPEED)
+    return float(store.read_json(file)["test"]) if file.exists() else 0.0
+
+
 def fitted(name: str, head: Head, x: Array, target: Array) -> Callable[[Array], Array]:
     """(rows, features) -> (rows, outputs): what the task's `store` takes."""
+    numbers = fit(name, head, x, target) | {"middle": np.zeros(1), "spread": np.ones(1)}
+    numbers |= {"near": x} if name == "knn" else {}
+    return lambda rows: frozen.asked(head, numbers, rows)
+
+
+def fit(name: str, head: Head, x: Array, target: Array) -> dict[str, NDArray[Any]]:
+    """The numbers that comp/predict/frozen.py asks, each under the name of its head."""
     if head.row.space != "logit":
-        return VALUES[name](x, target)
+        middle, spread = target.mean(0), target.std(0) + 1e-12
+        found = {"shift": middle, "scale": spread}
+        y = (target - middle) / spread
+        found |= {"y": y.astype(np.float32)} if name == "knn" else _layers(VALUES[name](), x, y)
+        return _under(head.name, found)
     if head.task in ("multilabel", "binary"):
-        each = [_of_class(name, x, (target[:, k] >= 0.5).astype(np.int64), 2) for k in range(target.shape[1])]
-        return lambda rows: np.column_stack([ask(rows)[:, 1] for ask in each])
+        columns = [(target[:, k] >= 0.5).astype(np.int64) for k in range(target.shape[1])]
+        each = [_under(f"{head.name}/{k}", _of_class(name, x, codes)) for k, codes in enumerate(columns)]
+        return {key: value for numbers in each for key, value in numbers.items()}
     codes = target.argmax(1) if target.shape[1] > 1 else target[:, 0].astype(np.int64)
-    return _of_class(name, x, codes, len(head.outputs))
+    return _under(head.name, _of_class(name, x, codes))
 
 
-def _of_class(name: str, x: Array, codes: NDArray[np.int64], classes: int) -> Callable[[Array], Array]:
-    """Classes that a training part lacks get next to nothing."""
-    floor = 1e-6
-    present = np.unique(codes)
+def _under(name: str, numbers: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {f"{name}/{key}": value for key, value in numbers.items()}
+
+
+def _of_class(name: str, x: Array, codes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Of the classes that the training part has."""
+    present, place = np.unique(codes, return_inverse=True)
+    found: dict[str, NDArray[Any]] = {"present": present.astype(np.int64)}
     if len(present) == 1:
-        return lambda rows: (
-            np.where(np.arange(classes) == present[0], 1 - floor, floor) * np.ones((len(rows), 1))
-        )
-    estimator = HEADS[name]()
+        return found
+    if name == "knn":
+        return found | {"y": np.eye(len(present), dtype=np.float32)[place]}
+    return found | _layers(HEADS[name](), x, codes)
+
+
+def _layers(estimator: Any, x: Array, y: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Matrices and biases, from features to decisions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is scored out of fold, converged or not
-        estimator.fit(x, codes)
-
-    def ask(rows: Array) -> Array:
-        out = np.full((len(rows), classes), floor)
-        out[:, present] = np.clip(estimator.predict_proba(rows), floor, 1 - floor)
-        return np.asarray(out / out.sum(1, keepdims=True))
-
-    return ask
+        estimator.fit(x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
+    weights = getattr(estimator, "coefs_", None) or [np.atleast_2d(estimator.coef_).T]
+    biases = getattr(estimator, "intercepts_", None) or [np.atleast_1d(estimator.intercept_)]
+    numbers: dict[str, NDArray[Any]] = {}
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        numbers |= {f"weight{layer}": np.asarray(weight), f"bias{layer}": np.asarray(bias)}
+    return numbers
 
 
 def _linear() -> Any:
@@ -237,24 +288,10 @@ def _mlp() -> Any:
 
 
 def _knn() -> Any:
-    from sklearn.neighbors import KNeighborsClassifier
-
-    return KNeighborsClassifier(NEIGHBOURS, weights="distance", metric="cosine")
+    raise AssertionError("its numbers are the training rows")
 
 
 HEADS: dict[str, Callable[[], Any]] = {"linear": _linear, "logistic": _logistic, "mlp": _mlp, "knn": _knn}
-
-
-def _value(make: Callable[[], Any]) -> Fit:
-    def fit(x: Array, target: Array) -> Callable[[Array], Array]:
-        middle, spread = target.mean(0), target.std(0) + 1e-12
-        estimator = make()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            estimator.fit(x, (target - middle) / spread)
-        return lambda rows: np.asarray(estimator.predict(rows)).reshape(len(rows), -1) * spread + middle
-
-    return fit
 
 
 def _ridge() -> Any:
@@ -271,18 +308,15 @@ def _mlp_value() -> Any:
     )
 
 
-def _knn_value() -> Any:
-    from sklearn.neighbors import KNeighborsRegressor
-
-    return KNeighborsRegressor(NEIGHBOURS, weights="distance", metric="cosine")
-
-
-def _no_value(x: Array, target: Array) -> Callable[[Array], Array]:
+def _no_value() -> Any:
     raise Refused(
         "--heads: logistic says probabilities, and the target is a value; leave it out: linear, mlp, knn"
     )
 
 
-VALUES: dict[str, Fit] = {
-    "linear": _value(_ridge), "logistic": _no_value, "mlp": _value(_mlp_value), "knn": _value(_knn_value),
-}  # fmt: skip
+VALUES: dict[str, Callable[[], Any]] = {
+    "linear": _ridge,
+    "logistic": _no_value,
+    "mlp": _mlp_value,
+    "knn": _knn,
+}

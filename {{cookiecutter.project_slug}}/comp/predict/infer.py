@@ -14,7 +14,7 @@ from tqdm import tqdm
 from comp import bank, config, members, objective, predictions, store
 from comp.config import Refused
 from comp.machine import Stopped
-from comp.predict import neighbours, tta
+from comp.predict import frozen, neighbours, tta
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import augment, balance, margins, model, normal
@@ -73,6 +73,9 @@ def predict(
 ) -> tuple[Stored, dict[int, str]]:
     """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
     cfg, heads = material.cfg, material.samples.heads
+    if frozen.is_head(weights):
+        answers, damaged = frozen.said(material, weights, rows)
+        return _stored(material, rows, answers, damaged, fallback), damaged
     raw, damaged = _said(material, weights, rows, doing)
     if embeds := objective.embedding(cfg, heads):
         answers = _by_neighbours(material, weights, raw, embeds.knobs["embedding"])
@@ -82,13 +85,23 @@ def predict(
             predictions.average([view[i] for view in each], head, cfg.predict.space)
             for i, head in enumerate(heads)
         ]
+    return _stored(material, rows, answers, damaged, fallback), damaged
+
+
+def _stored(
+    material: Material,
+    rows: Positions,
+    answers: list[NDArray[np.float64]],
+    damaged: dict[int, str],
+    fallback: Callable[[Head], NDArray[Any]] | None,
+) -> Stored:
     stored = {}
-    for head, value in zip(heads, answers, strict=True):
+    for head, value in zip(material.samples.heads, answers, strict=True):
         value[np.isin(rows, list(damaged))] = (
             fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
         )
         stored[head.name] = value.astype(np.float32)
-    return stored, damaged
+    return stored
 
 
 def _said(

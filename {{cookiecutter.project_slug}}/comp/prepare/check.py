@@ -42,9 +42,12 @@ class Look(NamedTuple):
 Reader = Callable[[Config, Reading], tuple[list[str], list[str]]]
 
 
-def check(cfg: Config, written: Reader | None = None, exact: bool = False) -> list[str]:
+def check(
+    cfg: Config, written: Reader | None = None, exact: bool = False, network: Reader | None = None
+) -> list[str]:
     """Prints and returns the faults; none means that prepare, folds, training and submission will not meet one of these.
-    `written` makes a submission of made-up predictions: deliver/dummy.py, which stands above this package. `exact` opens images
+    `written` makes a submission of made-up predictions, `network` sends a picture through the experiment's network without weights:
+    deliver/dummy.py and train/model.py, which stand above this package. `exact` opens images
     at the size and fit of `cfg`; otherwise they are made small, which is faster and finds the same damage."""
     competition = cfg.competition
     notes = [f"comp/competition.py: {', '.join(own.in_force()) or 'nothing'} in force"]
@@ -57,7 +60,7 @@ def check(cfg: Config, written: Reader | None = None, exact: bool = False) -> li
         faults += reading.faults
         maker = making.of(cfg) if exact else replace(making.of(cfg), size=32, fit="stretch")
         notes += reading.notes + _stale(reading)
-        for looked in (_against_sample, written, partial(_images, maker=maker)):
+        for looked in (_against_sample, written, network, partial(_images, maker=maker)):
             if looked is not None:
                 found, about = looked(cfg, reading)
                 faults += found

@@ -102,6 +102,15 @@ def check(cfg: Config) -> None:
     backbone.check(cfg, asks)
 
 
+def told(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
+    """For comp check: why the network cannot be built for this run, and what its weights want to see."""
+    try:
+        check(cfg)
+    except Refused as refused:
+        return refused.lines, []
+    return [], [] if own.get("model") is not None else [backbone.about(cfg)]
+
+
 def _width(module: nn.Module) -> int:
     """Features before the last layer; some of timm's widen them after pooling."""
     found = getattr(module, "head_hidden_size", None) or getattr(module, "num_features", None)
