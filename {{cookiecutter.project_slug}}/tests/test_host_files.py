@@ -225,7 +225,9 @@ def test_of_several_labels_in_a_cell_the_samples_columns_decide(
     table = prepared()
     printed = capsys.readouterr().out
     assert table.heads[0].outputs == ("scab", "rust") and not table.heads[0].graded
-    assert "1 labels of tags are no columns of the sample submission" in printed and "mildew (4)" in printed
+    assert (
+        "1 of 3 labels of tags have no column in the sample submission" in printed and "mildew (4)" in printed
+    )
     truth = table.truth(table.heads[0], table.positions("train"))
     assert truth.tolist()[:4] == [[1, 1], [1, 0], [0, 1], [0, 0]]
     faults = [fault for fault in checked() if "no such file" not in fault and "none of" not in fault]

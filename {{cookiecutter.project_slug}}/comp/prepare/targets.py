@@ -148,8 +148,8 @@ def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArr
     if left:
         common = ", ".join(f"{label} ({count})" for label, count in left.most_common(6))
         notes += (
-            f"note: {len(left)} labels of {name} are no columns of the sample submission and are left out, with their rows: {common}; "
-            "competition.classes can name labels to learn beside the scored ones",
+            f"note: {len(left)} of {len(found)} labels of {name} have no column in the sample submission and are not learned: {common}; "
+            "competition.classes can name those to learn beside the scored ones",
         )
     graded = tuple(label for label in asked if label in classes)
     head = Head(
