@@ -114,18 +114,20 @@ def test_a_failed_fold_fails_the_whole_and_is_not_joined(place):
 # A signal held back until it is waited for cannot come too early; it then takes its time, as a checkpoint does.
 STOPPABLE = """
 import os, signal
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+asked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, asked)
 open("ready" + os.environ["CUDA_VISIBLE_DEVICES"], "w").close()
-signal.sigwait({signal.SIGINT})
+number = signal.sigwait(asked)
 for _ in range(10**6):
     pass
 with open(os.environ["CALLS"], "a") as calls:
-    calls.write("stopped\\n")
-raise SystemExit(130)
+    calls.write(f"{int(number)}\\n")
+raise SystemExit(128 + number)
 """
 
 
-def test_ctrl_c_reaches_every_gpu(place):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_every_gpu(place, number):
     """Children of a script ignore SIGINT in the background, unless it takes care."""
     for name in ("ready0", "ready1"):
         os.mkfifo(place / name)
@@ -143,6 +145,23 @@ def test_ctrl_c_reaches_every_gpu(place):
     signal.signal(signal.SIGINT, before)
     for gpu in range(2):
         (place / f"ready{gpu}").read_text()
-    script.send_signal(signal.SIGINT)
-    assert script.wait() == 130
-    assert calls(place) == ["stopped", "stopped"]
+    script.send_signal(number)
+    assert script.wait() == 128 + number
+    assert calls(place) == [str(int(number))] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_only_process(place, number):
+    """SLURM signals the shell of a batch job, which would die of it and leave comp alone."""
+    os.mkfifo(place / "readyall")
+    (place / "comp.py").write_text(STOPPABLE)
+    program(place, "comp", f"cd {place}; exec {sys.executable} comp.py")
+    script = subprocess.Popen(
+        [str(place / "scripts" / "train_folds.sh"), "exp001"],
+        env=environment(place, None) | {"CUDA_VISIBLE_DEVICES": "all"},
+        stdout=subprocess.DEVNULL,
+    )
+    (place / "readyall").read_text()
+    script.send_signal(number)
+    assert script.wait() == 128 + number
+    assert calls(place) == [str(int(number))]

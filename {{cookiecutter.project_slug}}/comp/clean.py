@@ -15,7 +15,9 @@ HALF = (".making", ".rehearsal")  # folders of a killed comp kernel, which its n
 WEIGHTS, STATES = "weights.safetensors", ("state-*.pt", "epoch-*.safetensors")
 
 
-def clean(trash: bool = False, cache: bool = False, state: bool = False) -> None:
+def clean(trash: bool = False, cache: bool = False, state: bool = False, steal: bool = False) -> None:
+    if steal and not (trash or cache or state):
+        raise Refused("--steal-lock has no effect without --trash, --cache or --state")
     if (trash or cache or state) and (busy := _busy()):
         raise Refused(f"{busy}; what it works with is not cleaned away under it")
     freed = 0
@@ -25,7 +27,7 @@ def clean(trash: bool = False, cache: bool = False, state: bool = False) -> None
         freed += _empty(store.path("data", "cache"))
     if trash:
         freed += _empty(store.path("runs", ".trash"))
-        freed += sum(_drop(file) for file in list(_orphans()))
+        freed += sum(_drop(file) for file in list(_orphans(steal)))
         for folder in list(_half_made()):
             freed += _empty(folder)
             folder.rmdir()
@@ -41,6 +43,7 @@ def _show() -> None:
         if each.is_dir() and not each.name.startswith(".")
     ]
     states = {file: file.stat().st_size for file in _finished_states()}
+    dead = set(_orphans())
     lines = [(store.shown(each), size(each), "") for each in runs]
     lines += [
         (name, size(store.path(name)), "")
@@ -52,14 +55,19 @@ def _show() -> None:
         ("runs/.trash, replaced runs", size(store.path("runs", ".trash")), "--trash"),
         (
             "files that killed processes left half-written",
-            sum(map(size, _half_made())) + sum(file.stat().st_size for file in _orphans()),
+            sum(map(size, _half_made())) + sum(map(_size, dead)),
             "--trash",
+        ),
+        (
+            f"the same of other hosts and containers, unchanged for {store.STALE / 60:.0f} min",
+            sum(_size(file) for file in _orphans(steal=True) if file not in dead),
+            "--trash --steal-lock",
         ),
     ]
     rows = [[what, store.readable(bytes_), how] for what, bytes_, how in lines if bytes_ or how]
     print(table.text(["what", "size", "goes with"], rows, ["size"]))
     print(f"{store.readable(shutil.disk_usage(store.root()).free)} free")
-    flags = dict.fromkeys(how for _, bytes_, how in lines if bytes_ and how)
+    flags = dict.fromkeys(flag for _, bytes_, how in lines if bytes_ for flag in how.split())
     if flags:
         print(f"next: comp clean {' '.join(flags)}")
 
@@ -76,6 +84,13 @@ def size(folder: Path) -> int:
     return total
 
 
+def _size(file: Path) -> int:
+    try:
+        return file.lstat().st_size
+    except FileNotFoundError:  # of a process on another host, which has just finished it
+        return 0
+
+
 def _finished_states() -> Iterator[Path]:
     for fold in store.path("runs").glob("*/seed*/fold*"):
         if store.sealed(fold / WEIGHTS):
@@ -83,9 +98,9 @@ def _finished_states() -> Iterator[Path]:
                 yield from fold.glob(pattern)
 
 
-def _orphans() -> Iterator[Path]:
+def _orphans(steal: bool = False) -> Iterator[Path]:
     for name in WORKED_IN:
-        yield from (file for file in store.path(name).rglob(".*.part") if store.orphaned(file))
+        yield from (file for file in store.path(name).rglob(".*.part") if store.orphaned(file, steal))
 
 
 def _half_made() -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -159,7 +160,7 @@ def config(args: Args) -> None:
 def clean(args: Args) -> None:
     from comp import clean
 
-    clean.clean(trash=args.trash, cache=args.cache, state=args.state)
+    clean.clean(trash=args.trash, cache=args.cache, state=args.state, steal=args.steal_lock)
 
 
 def submit(args: Args) -> None:
@@ -216,7 +217,7 @@ VERBS = {
     "download": Verb("data", download, "the competition's files from Kaggle into data/raw, once", (
         argument("--ceiling", type=int, metavar="GB", help="unpack up to this much without asking; 100 otherwise"),)),
     "practice": Verb("data", practice, "fill data/raw with a competition to practise on", (
-        argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),)),
+        argument("--score", metavar="NAME", help="what submissions/NAME.csv scores on the hidden answers"),), locks=False),
     "inspect": Verb("data", inspect, "look at data/raw and write a first configs/competition.yaml"),
     "prepare": Verb("data", prepare, "data/raw, as competition.yaml declares it, into data/samples.parquet"),
     "check": Verb("data", check, "look for faults in tables, images, declaration and the form of the submission before they cost a run", (
@@ -241,12 +242,12 @@ VERBS = {
         argument("--max-ms", type=float, help="ceiling of an image and checkpoint, all views together"))),
     "bank": Verb("predictions", bank, "list all predictions with their scores", (
         argument("filter", nargs="*", help="like score>0.9 model~convnext task=binary name~exp0; quote it for the shell"),
-        argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),)),
+        argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),), locks=False),
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
         argument("name", help="name of a file in configs/ensembles/"),
         flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
     "slices": Verb("predictions", slices, "where it is wrong: scores by class, group and metadata, with n and interval", (
-        argument("name", help="a run, a member or an ensemble"),)),
+        argument("name", help="a run, a member or an ensemble"),), locks=False),
     "contradicted": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
         argument("names", nargs="*", help="runs, members or ensembles; all runs unless told"),)),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
@@ -255,10 +256,10 @@ VERBS = {
     "tune": Verb("search", search.tune, "search the knobs of configs/tune/SPACE.yaml; typed again, or elsewhere too, it joins in", (
         EXPERIMENT, OVERRIDES, ON, *(argument(name, **options) for name, options in search.TUNE.items()))),
     "studies": Verb("search", search.studies, "the table of studies", tuple(
-        argument(name, **options) for name, options in search.STUDIES.items())),
-    "runs": Verb("overview", runs, "the table of runs and ensembles"),
+        argument(name, **options) for name, options in search.STUDIES.items()), locks=False),
+    "runs": Verb("overview", runs, "the table of runs and ensembles", locks=False),
     "config": Verb("overview", config, "an experiment's resolved config, with where each value comes from", (
-        EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment"))),
+        EXPERIMENT, OVERRIDES, DEBUG, argument("--diff", metavar="OTHER", help="only what differs from another experiment")), locks=False),
     "clean": Verb("overview", clean, "what lies on the disk, and what can go", (
         flag("--trash", "delete replaced runs"), flag("--cache", "delete decoded images; they are made again when missing"),
         flag("--state", "delete optimizer states of finished folds"))),
@@ -277,11 +278,16 @@ VERBS = {
         argument("-m", "--message", help="with --push: what is new in it"),
         argument("--anyway", metavar="WHY", help="submit it although its CV is worse than the best one sent"),
         flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
-    "scores": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep"),
+    "scores": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep", locks=False),
 }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
+    with machine.stoppable():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
         status = answer((sys.argv[1:] if arguments is None else arguments) or ["--help"])
         sys.stdout.flush()
@@ -290,11 +296,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
+        number = machine.received()
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         print(
-            f"stopped: {interrupt or 'nothing that was finished is lost'}; the same command goes on",
+            f"stopped{by}: {interrupt or 'nothing that was finished is lost'}; the same command goes on",
             file=sys.stderr,
         )
-        return 130
+        return machine.exit_code()
     except BrokenPipeError:  # comp runs | head: what is left in the buffer has nowhere to go either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -319,6 +327,15 @@ def answer(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
     given = verb.parsed(name, VERBS[name], rest)
+    if getattr(given, "steal_lock", False):
+        from comp import store
+
+        with store.stealing():
+            return _run(name, given)
+    return _run(name, given)
+
+
+def _run(name: str, given: Args) -> int:
     verb.refuse_older(f"comp {name}", verb.needs(name, VERBS[name]))
     if machine.processes() > 1:  # torchrun -m comp train exp001
         from comp import gang

@@ -44,7 +44,7 @@ class Crew(Protocol):
 
     def begin(self, job: Job) -> Future[Ended]: ...
     def interrupt(self) -> None:
-        """Ctrl+C for every job; those that wait do not begin."""
+        """The signal that we got, for every job; those that wait do not begin."""
 
 
 def show(line: str) -> None:
@@ -54,6 +54,11 @@ def show(line: str) -> None:
 
 def out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[int], object]) -> None:
     """All of them; `look` hears again and again how many are left. The first that fails stops the others, which keep what they have."""
+    with stop.listening():
+        _out(jobs, crew, stop, look)
+
+
+def _out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[int], object]) -> None:
     running = {crew.begin(job): job for job in jobs}
     failed: list[str] = []
     told = False
@@ -66,7 +71,7 @@ def out(jobs: list[Job], crew: Crew, stop: machine.Stop, look: Callable[[int], o
         look(len(running))
         for future in done:
             job = running.pop(future)
-            if future.cancelled() or (ended := future.result()).code in (0, 130) or stop.asked:
+            if future.cancelled() or (ended := future.result()).code in (0, *machine.STOPPED) or stop.asked:
                 continue
             failed = failed or [f"{job.name} failed:", *ended.last]
         if (stop.asked or failed) and not told:
@@ -156,7 +161,7 @@ class Local:
     def _begun(self, process: subprocess.Popen[str]) -> None:
         self._processes.append(process)
         if self._stopped:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(machine.received())
 
     def interrupt(self) -> None:
         self._stopped = True
@@ -164,7 +169,7 @@ class Local:
             future.cancel()
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(machine.received())
 
 
 class Ray:
@@ -175,6 +180,7 @@ class Ray:
             import ray
         except ImportError:
             raise Refused("--on ray: needs the extra ray: pip install ray") from None
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=os.environ.get("RAY_ADDRESS", "auto"), logging_level=logging.ERROR, log_to_driver=True
@@ -183,6 +189,7 @@ class Ray:
             raise Refused(
                 "--on ray: no cluster found; ray start --head here, and ray start --address=… on the other machines"
             ) from None
+        signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits with 15
         self._ray = ray
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self.machines = len({node["NodeManagerAddress"] for node in nodes})
@@ -195,8 +202,9 @@ class Ray:
         self._begun: list[Any] = []
 
     def begin(self, job: Job) -> Future[Ended]:
+        passed = {store.STEAL: os.environ.get(store.STEAL, "")}
         self._begun.append(
-            self._carry.options(name=job.name, **self._options).remote(job, str(store.root()), {})
+            self._carry.options(name=job.name, **self._options).remote(job, str(store.root()), passed)
         )
         future: Future[Ended] = Future()
         self._begun[-1].future().add_done_callback(lambda found: future.set_result(self._ended(found)))

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from comp import store
+from comp import machine, store
 from comp.track import parse
 
 POLL = 0.1  # seconds between looks at the log
@@ -28,6 +29,8 @@ Order = dict[str, Any]
 
 
 def main(desk: Path, attempt: int) -> None:
+    for number in machine.STOPS:
+        signal.signal(number, signal.SIG_IGN)  # it ends when its run does, and says how that ended
     order = json.loads((desk / "order.json").read_text())
     mode = order["mode"] if attempt == 1 else "offline"
     with (desk / "lock").open("w") as lock:

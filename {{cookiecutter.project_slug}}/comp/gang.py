@@ -56,19 +56,20 @@ def follow() -> int:
     stop = machine.Stop(quiet=True)
     try:
         distributed.begin()
-        while (order := distributed.heard()) is not None:
-            material = _do(order, material, stop)
+        with stop.listening():
+            while (order := distributed.heard()) is not None:
+                material = _do(order, material, stop)
     except KeyboardInterrupt:
-        return 130
+        return machine.exit_code()
     except Refused as refused:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not any(word in str(error) for word in GONE):
             raise
-        return 1
+        return machine.exit_code() if stop.signalled else 1
     dist.destroy_process_group()
-    return 0
+    return machine.exit_code() if stop.signalled else 0
 
 
 def _do(order: dict[str, Any], material: Material | None, stop: machine.Stop) -> Material:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from comp import config, identity, idle, machine, members, store
+from comp import config, identity, idle, machine, members, process, store
 from comp.config import Config, Refused
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str
     from comp.predict import merge
 
     left = [(s, n) for s, n in todo if not merge.finished(name, s, [n])]
+    job = f"{process.me()}-{time.time_ns()}"
     jobs = [
-        fan.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n}) for s, n in left
+        fan.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n, "job": job})
+        for s, n in left
     ]
     if not jobs:
         return
@@ -104,11 +106,11 @@ def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str
         fan.out(jobs, crew, material.stop, lambda left: bar.update(len(jobs) - left - bar.n))
 
 
-def part(name: str, seed: int, number: int | str) -> None:
+def part(name: str, seed: int, number: int | str, job: str = "") -> None:
     """One fold of a run that was begun elsewhere, by the config that lies in it."""
     cfg = stored_config(name)
     machine.settle(cfg.train.threads)
-    one_fold(gather(cfg), name, seed, number, wait=True)
+    one_fold(gather(cfg), name, seed, number, wait=True, job=job)
 
 
 def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
@@ -161,6 +163,7 @@ def one_fold(
     *,
     search: bool = False,
     wait: bool = False,  # for another process that is at it, one that is about to die
+    job: str = "",  # of a queue that hands it out again: see store.lock
 ) -> None:
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
@@ -175,7 +178,8 @@ def one_fold(
     if done():
         return
     cfg = material.cfg
-    with store.lock(folder, f"training seed {seed} fold {number}", wait=wait):
+    doing = f"training seed {seed} fold {number}"
+    with store.lock(folder, doing, wait=wait, job=job), material.stop.listening():
         if done():
             return
         began = time.perf_counter()

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from comp import machine
 from comp.refused import Refused
 
 
@@ -37,13 +38,14 @@ def watch() -> None:
 def main() -> int:
     call, given = sys.argv[1:]
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        CALLS[call](**json.loads(given))
-    except Refused as refused:
-        print(*refused.lines, sep="\n", flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with machine.stoppable():
+        try:
+            CALLS[call](**json.loads(given))
+        except Refused as refused:
+            print(*refused.lines, sep="\n", flush=True)
+            return 2
+        except KeyboardInterrupt:
+            return machine.exit_code()
     return 0
 
 

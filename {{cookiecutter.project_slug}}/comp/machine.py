@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from comp.refused import Refused
@@ -62,12 +63,59 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+# Ctrl+C; SLURM, Kubernetes and spot machines that want theirs back; "save and end", for whoever asks.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPED = tuple(128 + number for number in STOPS)  # the exit codes of a process that they stopped
+TOGETHER = 5.0  # seconds within which SIGTERM comes more than once: from torchrun and from SLURM, to a process and to its group
+
+
+class _Received:
+    number = 0  # of STOPS, the first
+    at = 0.0
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the work as Ctrl+C does: by KeyboardInterrupt, which removes what is half-written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _Received.number = 0
+    before = {number: signal.signal(number, _interrupt) for number in STOPS[1:]}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    again = _Received.number and time.monotonic() - _Received.at < TOGETHER
+    _note(number)
+    if not again:  # what is half-written is being removed
+        raise KeyboardInterrupt
+
+
+def _note(number: int) -> None:
+    _Received.number, _Received.at = _Received.number or number, time.monotonic()
+
+
+def received() -> int:
+    """The signal that asked this process to stop; Ctrl+C's where nobody noted another."""
+    return _Received.number or signal.SIGINT
+
+
+def exit_code() -> int:
+    return 128 + received()
+
+
 class Stopped(KeyboardInterrupt):
     """Stopped where everything is saved, and in all processes at the same place."""
 
 
 class Stop:
-    """Ctrl+C asks, and so does a time limit: the loop saves its state at the next step and ends. A second Ctrl+C does not wait."""
+    """A signal of STOPS asks while somebody looks (`listening`), and so does a time limit: the loop saves its state at the next
+    step and ends. A second Ctrl+C does not wait; a second SIGTERM does, since schedulers send several."""
 
     MARGIN = 10.0  # seconds for the end itself: the last state, W&B, the table; a tenth of a limit shorter than 100 s
 
@@ -78,9 +126,25 @@ class Stop:
         self.looked = self.began = clock()
         self.longest = 0.0  # seconds between two looks at the clock: no look, no end
         self._asked = False
+        self.signalled = False
         self.out_of_time = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For work that looks at `asked` every few seconds; elsewhere a signal ends the work at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        if _Received.number and signal.getsignal(signal.SIGTERM) is _interrupt:
+            self._asked = self.signalled = (
+                True  # it was raised where Python lets nothing be raised, as in a destructor
+            )
+        before = {number: signal.signal(number, self._ask) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def asked(self) -> bool:
@@ -97,10 +161,12 @@ class Stop:
         self._asked = asked
 
     def _ask(self, number: int, frame: object) -> None:
-        if self._asked and not self.out_of_time:
+        if self._asked and not self.out_of_time and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked, self.out_of_time = True, False
-        if not self.quiet:
+        if number != signal.SIGINT:
+            _note(number)
+        self._asked, self.signalled, self.out_of_time = True, True, False
+        if number == signal.SIGINT and not self.quiet:
             print("\nstopping after this step; Ctrl+C again to stop at once", file=sys.stderr, flush=True)
 
 

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +21,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comp import machine
+from comp import machine, process
 from comp.config import Refused
 
 MANIFEST = "manifest.json"
+
+LOCK = ".lock"
+STEAL = "COMP_STEAL_LOCK"  # --steal-lock, for this process and those that it starts
+BEAT = 60.0  # seconds between two heartbeats of a lock
+STALE = 600.0  # seconds without one, until --steal-lock takes over what cannot be seen to be dead
 
 
 @cache
@@ -92,7 +99,7 @@ def shown(file: Path) -> str:
 def writing(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside `file`; what was written there replaces `file` only when it is all on disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    temporary = file.with_name(f".{file.name}.{process.me()}.part")
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -221,66 +228,145 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Held(NamedTuple):
+    """Another process's lock."""
+
+    said: str
+    job: str
+    stale: bool  # --steal-lock would take it over
+
+
 @contextmanager
-def lock(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, doing: str, wait: bool = False, job: str = "") -> Iterator[None]:
     """One writer a folder. A dead owner's lock is taken over; a living one's is waited for, or refused.
 
-    The owner is a process id with its start time, not flock: loader processes inherit a flock, and would hold it for
-    seconds after their parent was killed.
+    Where an owner cannot be seen to be dead (another host, another container), its lock is taken over only with --steal-lock, and
+    only after STALE seconds without a heartbeat: the owner touches the file every BEAT seconds. `job` names a piece of
+    work that a queue hands out again when its process has died: an owner with the same job is waited for until it is stale.
+
+    The owner is a process, not flock: loader processes inherit a flock, and would hold it for seconds after their parent was
+    killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ".lock"
-    said = False
-    while held := _take(file, doing):
-        if not wait:
-            raise Refused(f"{held}; wait for it, or end it")
-        if not said:
-            print(f"{held}; waiting for it", flush=True)
-            said = True
+    told = False
+    text = "\n".join(
+        [str(os.getpid()), process.me(), process.host(), time.strftime("%H:%M:%S"), doing, job, ""]
+    )
+    while held := _take(folder, text, job):
+        if held.stale or not (wait or (job and held.job == job)):
+            raise Refused(f"{held.said}; wait for it, or end it")
+        if not told:
+            print(f"{held.said}; waiting for it", flush=True)
+            told = True
         time.sleep(0.2)
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(folder / LOCK, text, ended), daemon=True).start()
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        ended.set()
+        if _text(folder / LOCK) == text:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
-def _take(file: Path, doing: str) -> str:
-    """Empty when the lock is ours now, otherwise who holds it."""
-    with _guard(file.with_name(f"{file.name}.guard")):
-        if held := holder(file.parent):
+def _take(folder: Path, text: str, job: str) -> Held | None:
+    """None when the lock is ours now, otherwise who holds it."""
+    with _guard(folder / f"{LOCK}.guard"):
+        if held := _held(folder, job):
             return held
-        file.write_text(f"{os.getpid()}\n{_started(os.getpid())}\n{time.strftime('%H:%M:%S')}\n{doing}\n")
-    return ""
+        write_text(folder / LOCK, text)  # whole or not at all: others read it without the guard
+    return None
+
+
+def _beat(file: Path, text: str, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        try:
+            now = _text(file)
+            if now == text:
+                os.utime(file)
+        except OSError:
+            continue  # the disk does not answer: no heartbeat, and the next one may get through
+        if now != text and not ended.is_set():
+            # This process was suspended for so long that another took over. Ended like this it harms nothing.
+            print(
+                f"{shown(file.parent)}: its lock was taken over; this process ends",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
 
 
 def holder(folder: Path) -> str:
     """Who works in a folder, in words; empty when nobody does."""
+    held = _held(folder)
+    return held.said if held else ""
+
+
+def _held(folder: Path, job: str = "") -> Held | None:
     try:
-        lines = (folder / ".lock").read_text().splitlines()
+        text, heartbeat = (folder / LOCK).read_text(), (folder / LOCK).stat().st_mtime
+    except FileNotFoundError:
+        return None
+    # A lock torn by a power cut reads as nobody's.
+    pid, name, host, since, doing, its, *_ = [*text.split("\n"), "", "", "", "", "", ""]
+    state = process.state(name, heartbeat)
+    if state == "dead":
+        return None
+    if state == "alive":
+        return Held(f"{shown(folder)}: process {pid} is already {doing} since {since}", its, False)
+    age = _now(folder) - heartbeat
+    stale = age >= STALE
+    if stale and (os.environ.get(STEAL) or (job and its == job)):
+        return None
+    silent = f"{age / 60:.0f} min" if age >= 120 else f"{max(age, 0):.0f} s"
+    way = "if it is dead, the same command with --steal-lock takes over"
+    return Held(
+        f"{shown(folder)}: process {pid} on host {host} is already {doing} since {since}, last heartbeat {silent} ago; whether it runs "
+        f"cannot be seen from here: {way}{'' if stale else f' after {STALE / 60:.0f} min without a heartbeat'}",
+        its,
+        stale,
+    )
+
+
+def _now(folder: Path) -> float:
+    """By the clock of the file system, which also stamps the heartbeats: those of two hosts may be minutes apart."""
+    guard = folder / f"{LOCK}.guard"
+    try:
+        os.utime(guard)
+        return guard.stat().st_mtime
+    except OSError:  # a disk that may only be read, as for comp runs
+        return time.time()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
     except FileNotFoundError:
         return ""
-    # A lock torn by a power cut reads as nobody's.
-    owner, started, since, what = [*lines, "", "", "", ""][:4]
-    if owner.isdigit() and started == _started(int(owner)):
-        return f"{shown(folder)}: process {owner} is already {what} since {since}"
-    return ""
 
 
-def me() -> str:
-    """This process, told from every other of this machine, earlier ones of the same number included."""
-    return f"{os.getpid()}:{_started(os.getpid())}"
+@contextmanager
+def stealing() -> Iterator[None]:
+    """--steal-lock."""
+    os.environ[STEAL] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[STEAL]
 
 
-def alive(process: str) -> bool:
-    """Whether the process that called itself so with `me` still runs here."""
-    number, _, started = process.partition(":")
-    return number.isdigit() and started == _started(int(number))
-
-
-def orphaned(file: Path) -> bool:
-    """A temporary file of `writing` whose process is dead."""
-    *_, owner, end = ("", *file.name.split("."))
-    return end == "part" and owner.isdigit() and not _started(int(owner))
+def orphaned(file: Path, steal: bool = False) -> bool:
+    """A temporary file of `writing` whose process is dead. With `steal` also that of one which cannot be seen from here, when
+    nothing was written to it for STALE seconds."""
+    *_, name, end = ("", "", *file.name.split("."))
+    if end != "part" or not process.NAME.fullmatch(name):
+        return False
+    try:
+        written = file.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    state = process.state(name, written)
+    return state == "dead" or (steal and state == "unknown" and _now(file.parent) - written >= STALE)
 
 
 def need_space(size: int, what: str) -> None:
@@ -316,13 +402,3 @@ def _guard(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _started(pid: int) -> str:
-    """When a process started, so that a reused process id is not taken for its dead namesake; '' for a dead one."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    state, *rest = stat.rpartition(")")[2].split()
-    return "" if state == "Z" else rest[18]

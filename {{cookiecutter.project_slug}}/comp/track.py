@@ -162,7 +162,8 @@ class Track:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish("finished" if kind is None else "killed" if kind is KeyboardInterrupt else "failed")
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.finish("finished" if kind is None else "killed" if stopped else "failed")
 
     def _event(self, event: str, name: str, file: Path | None, **more: Any) -> None:
         record = {"event": event, "name": name, **more}

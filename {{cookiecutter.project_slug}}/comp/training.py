@@ -72,7 +72,7 @@ VERBS = {
         ON,
         argument("--time-limit", metavar="8h30m", help="end in time, with everything saved; the same command goes on"),
         flag("--profile", "say at the end where the time went"))),
-    "schedule": Verb("training", schedule, "the curve of an experiment's learning rate, before anything runs", (EXPERIMENT, OVERRIDES, DEBUG)),
+    "schedule": Verb("training", schedule, "the curve of an experiment's learning rate, before anything runs", (EXPERIMENT, OVERRIDES, DEBUG), locks=False),
     "lr-range": Verb("training", lr_range, "which learning rate? The loss while the rate climbs, as picture, table and suggestion", (
         EXPERIMENT, OVERRIDES,
         argument("--low", type=float, default=1e-6, help="first rate; 1e-6 unless told"),

@@ -36,6 +36,7 @@ class Verb(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
     arguments: tuple[Argument, ...] = ()
+    locks: bool = True  # whether it may meet another process's lock, and so has --steal-lock
 
 
 def refuse_older(what: str, needs: tuple[str, ...]) -> None:
@@ -91,6 +92,11 @@ ON = argument(
     help="side by side: local (one a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
 )
 
+STEAL = flag(
+    "--steal-lock",
+    "take over the lock of a process on another host or in another container that gave no heartbeat for 10 minutes",
+)
+
 
 def overview(verbs: dict[str, Verb]) -> str:
     lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
@@ -103,6 +109,6 @@ def overview(verbs: dict[str, Verb]) -> str:
 
 def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
     parser = argparse.ArgumentParser(f"comp {name}", description=verb.help)
-    for names, options in verb.arguments:
+    for names, options in (*verb.arguments, *((STEAL,) if verb.locks else ())):
         parser.add_argument(*names, **options)
     return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options

@@ -19,10 +19,13 @@ if [ "${#gpus[@]}" -gt 1 ]; then
   folds=$(python -c "from comp import folds, samples; print(folds.load(samples.load()).count)")
   set -m # a process group for each GPU; without it Ctrl+C would not reach what runs in the background
   workers=()
-  trap 'for worker in "${workers[@]}"; do kill -INT -- "-$worker" 2> /dev/null || true; done; wait; exit 130' INT TERM
+  stop() { for worker in "${workers[@]}"; do kill "-$1" -- "-$worker" 2> /dev/null || true; done; wait; exit "$2"; }
+  trap 'stop INT 130' INT
+  trap 'stop TERM 143' TERM
+  trap 'stop USR1 138' USR1
   for slot in "${!gpus[@]}"; do
     (
-      trap 'exit 130' INT TERM # after the fold under way, which writes its checkpoint first
+      trap 'exit 130' INT TERM USR1 # after the fold under way, which writes its checkpoint first
       export CUDA_VISIBLE_DEVICES="${gpus[slot]}"
       for ((fold = slot; fold < folds; fold += ${#gpus[@]})); do
         echo "+ CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES comp train $* --fold $fold"
@@ -35,4 +38,5 @@ if [ "${#gpus[@]}" -gt 1 ]; then
   for worker in "${workers[@]}"; do wait "$worker" || failed=$?; done
   [ "$failed" = 0 ] || { echo "a fold failed; the same command goes on where it stopped" >&2; exit "$failed"; }
 fi
-run comp train "$@" # with every fold there already, it only joins them into one score
+echo "+ comp train $*" # with every fold there already, it only joins them into one score
+exec comp train "$@"   # in the place of this shell, so that a scheduler's signal reaches it

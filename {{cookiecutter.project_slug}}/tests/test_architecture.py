@@ -11,7 +11,7 @@ COMP = Path(__file__).parent.parent / "comp"
 
 # Lowest first; modules of one line do not import each other's lines above.
 LAYERS = [
-    ["refused", "yaml_lines", "machine", "table", "verb", "duration", "notebook"],
+    ["refused", "yaml_lines", "machine", "process", "table", "verb", "duration", "notebook"],
     ["secret"],
     ["declared"],
     ["knobs"],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from banked import CLASSES, TEST, TRAIN, Project, declare, lay_out, member
 
-from comp import bank, clean, cli, config, overview, store
+from comp import bank, clean, cli, config, overview, process, store
 from comp.ensemble.blend import blend
 
 
@@ -231,7 +232,8 @@ def full(project: Project) -> dict[str, Path]:
     cache.mkdir(parents=True)
     made["cache"] = sealed(cache / "pixels.bin")
     made["trash"] = store.trash(fold("exp009").parent.parent)
-    made["orphan"] = project.root / "runs" / "exp001" / ".oof.arrow.4194999.part"
+    gone = process.me().replace(f"-{os.getpid()}-", "-4194999-")
+    made["orphan"] = project.root / "runs" / "exp001" / f".oof.arrow.{gone}.part"
     made["orphan"].write_bytes(b"half")
     made["half"] = store.path("kernels", "exp001", ".making")
     made["half"].mkdir(parents=True)

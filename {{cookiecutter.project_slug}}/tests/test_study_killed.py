@@ -17,7 +17,7 @@ from conftest import config
 from optuna.trial import TrialState
 from postgres import server
 
-from comp import jobs, machine, store, track
+from comp import jobs, machine, process, store, track
 from comp.tune import search, study, trial
 from comp.tune.study import Joined
 
@@ -169,9 +169,7 @@ def check(storage: str | None, book: Path, kills: int) -> None:
     # A trial was handed on only by a process that had died, and only once.
     by_dead = [t for t in trials if t.state == TrialState.FAIL and "skipped" not in t.user_attrs]
     assert not [t.user_attrs["error"] for t in by_dead if "error" in t.user_attrs]
-    assert {
-        int(t.user_attrs["worker"].split()[-1].split(":")[0]) for t in by_dead if "worker" in t.user_attrs
-    } <= dead
+    assert {int(t.user_attrs["worker"].split("-")[3]) for t in by_dead if "worker" in t.user_attrs} <= dead
     successors = [t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs]
     assert len(set(successors)) == len(successors) and set(successors) == {t.number for t in by_dead}
     for t in trials:
@@ -233,7 +231,7 @@ def test_a_machine_counts_as_dead_by_its_silence(
 
     joined = looked_at(storage)
     with monkeypatch.context() as there:
-        there.setattr(study, "machine", lambda: "elsewhere")
+        there.setattr(process, "me", lambda: f"00000000-00000000-1-{os.getpid()}-1")
         assert study.take(joined) is not None
     assert study.requeue(joined) == [], "it has beaten just now"
     with joined.storage.engine.begin() as connection:

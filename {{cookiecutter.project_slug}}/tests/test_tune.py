@@ -100,7 +100,7 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     joined = join(8, space="p")
     cost: list[int] = []
 
-    def one_fold(material: Any, name: str, seed: int, number: int, search: bool) -> None:
+    def one_fold(material: Any, name: str, seed: int, number: int, search: bool, job: str) -> None:
         """A fold whose metric is known beforehand: from the seventh trial on it is bad."""
         worth = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
         with (store.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:

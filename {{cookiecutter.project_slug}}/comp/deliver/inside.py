@@ -113,7 +113,13 @@ def over_cards(cards: list[str], about: dict[str, Any], rows: Positions) -> Said
             mine = {SHARE: f"{i}/{count}/{folder}/{i}", "CUDA_VISIBLE_DEVICES": card}
             command = [sys.executable, "-m", "comp", "predict", "--kernel"]
             workers.append(subprocess.Popen(command, env={**os.environ, **mine}))
-        ends = [worker.wait() for worker in workers]
+        try:
+            ends = [worker.wait() for worker in workers]
+        finally:  # all have ended, or this process is told to
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.terminate()
+                    worker.wait()
         for card, end in zip(cards, ends, strict=True):
             if end:
                 raise Refused(f"GPU {card}: its process ended with {end}; what it said stands above")

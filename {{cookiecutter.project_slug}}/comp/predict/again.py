@@ -28,7 +28,8 @@ def predict(material: Material, run: str, views: list[str], space: str) -> str:
     # Each fold by itself, then the mean of them.
     size = bank.size(material.samples, len(parts) * test + len(seeds) * scored + test + scored)
     store.need_space(size, f"runs/{run}/members/{member}")
-    with store.lock(store.member_folder(run, member), f"predicting {run}:{member}"):
+    doing = f"predicting {run}:{member}"
+    with store.lock(store.member_folder(run, member), doing), material.stop.listening():
         for seed, number in parts:
             for kind in ("oof", "test"):
                 infer.write_fold(other, run, seed, number, kind, inside=member)

@@ -116,5 +116,16 @@ def _alone(worker: int) -> None:
     """OpenCV and torch start a pool in every worker otherwise, and they fight for two cores."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl+C reaches the whole group: the trainer decides when to stop
+    # Signals reach the whole group: the trainer decides when to stop, and a batch of it may be under way here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: a worker that ends there is started anew
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    """SIGTERM from the trainer is how torch ends a worker that does not end by itself; from anybody else it is meant for the trainer."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -43,7 +43,7 @@ def tune(
         else:
             _side_by_side(joined, stop, deadline, on, overrides, storage)
     except KeyboardInterrupt:
-        if not stop.asked or time.time() < deadline:
+        if not stop.asked or stop.signalled or time.time() < deadline:
             raise
     live.show(joined, deadline, now=True)
     live.leave()
@@ -95,7 +95,7 @@ def part(
     try:
         _work(joined, stop, end)
     except KeyboardInterrupt:
-        if not stop.asked or time.time() < end:
+        if not stop.asked or stop.signalled or time.time() < end:
             raise
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,11 +94,3 @@ def _answering() -> Iterator[None]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
         raise Refused(f"--storage: the database does not answer: {secret.removed(reason)}") from None
-
-
-@cache
-def machine() -> str:
-    """This machine since it was started; containers of one machine do not see each other's processes."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    space = os.readlink("/proc/self/ns/pid") if Path("/proc/self/ns/pid").exists() else ""
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''} {space}"

@@ -2,12 +2,12 @@
 
 What changes the queue happens one process at a time (`alone`). A trial carries who works on it; when that process is dead
 the trial is closed and a successor with its parameters, reports and folder is queued, which goes on from the checkpoint.
-On this machine a process is known to be dead by its number and start time, however busy the cores are; on another one by
-its heartbeat, and only after minutes of silence.
+Where processes can see each other (comp/process.py) one is known to be dead at once, however busy the cores are; elsewhere by its
+heartbeat, and only after minutes of silence.
 
 user_attrs of a trial:
     folder     number under which its run lies; a successor keeps it
-    worker     machine and process that work on it
+    worker     process that works on it
     retry_of   number of the trial that it succeeds
     deaths     how often in a row its process died without getting any further
     skipped    why it was not run (the same as another, would run out of memory, over the budget)
@@ -30,10 +30,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from comp import store
+from comp import process
 from comp.config import Config, Refused
 from comp.tune.space import Setting, Space, label
-from comp.tune.storage import BEAT, alone, machine
+from comp.tune.storage import BEAT, alone
 
 DEATHS = 5  # in a row at the same place: the setting kills its process (memory, most likely)
 AGAIN = 3  # known settings in a row, until one is drawn at random from those that are not
@@ -188,7 +188,7 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
             joined.storage.record_heartbeat(
                 trial._trial_id
             )  # or a machine that dies now would never be missed
-            trial.set_user_attr("worker", f"{machine()} {store.me()}")
+            trial.set_user_attr("worker", process.me())
             reason = None if "retry_of" in trial.user_attrs else needless(joined, trial, setting)
             if full and reason is None and "retry_of" not in trial.user_attrs:
                 reason = _behind(joined, trial, setting)
@@ -245,7 +245,7 @@ def memory_of(cfg: Config, setting: Mapping[str, Any]) -> dict[str, Any]:
     from comp.tune.space import own
 
     values = own(cfg) | dict(setting)
-    like = [values["model.name"], values["train.amp"], values["data.channels"], machine()]
+    like = [values["model.name"], values["train.amp"], values["data.channels"], process.place()]
     return {"like": like, "sizes": [values[key] for key in MEMORY]}
 
 
@@ -271,10 +271,9 @@ def requeue(joined: Joined) -> list[int]:
 
 
 def _dead(trial: FrozenTrial, silent: set[int]) -> bool:
-    where, _, process = str(trial.user_attrs.get("worker", "")).rpartition(" ")
-    if not process:  # asked for and never signed: both happen in one go, alone
-        return True
-    return not store.alive(process) if where == machine() else trial._trial_id in silent
+    # Without a name it was asked for and never signed, which happens in one go, alone: dead.
+    state = process.state(trial.user_attrs.get("worker", ""))
+    return state == "dead" or (state == "unknown" and trial._trial_id in silent)
 
 
 def _succeed(joined: Joined, dead: FrozenTrial) -> int:

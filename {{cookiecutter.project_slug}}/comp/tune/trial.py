@@ -118,7 +118,10 @@ def objective(
         watch = Watch(joined, trial, log, cfg, stop, until)
         for number in range(count_of(joined)):
             watch.begin(number)
-            jobs.one_fold(replace(material, watch=watch.epoch), name, cfg.train.seeds[0], number, search=True)
+            # A successor has the run's folder because its predecessor is dead, or was silent for minutes: the same job.
+            jobs.one_fold(
+                replace(material, watch=watch.epoch), name, cfg.train.seeds[0], number, search=True, job=name
+            )
             watch.end(last_epoch(name, cfg.train.seeds[0], number))
             if stop.asked and number + 1 < count_of(joined):
                 raise KeyboardInterrupt(f"trial {trial.number} is saved behind fold {number}")

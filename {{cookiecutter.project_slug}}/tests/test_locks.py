@@ -1,0 +1,379 @@
+"""Locks and temporary files of processes that see each other, and of those that do not: in two pid namespaces, which is what two
+containers are to each other; after a boot; without /proc."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import HERE
+from forked import forked
+
+from comp import cli, process, store
+from comp.config import Refused
+from comp.tune import study
+
+HOLD = """
+import sys
+from pathlib import Path
+from comp import process, store
+with store.lock(Path(sys.argv[1]), "training"), store.writing(Path(sys.argv[1], "x.arrow")) as temporary:
+    temporary.write_text("half")
+    print(process.me(), flush=True)
+    sys.stdin.read()
+"""
+TAKE = """
+import sys
+from pathlib import Path
+from comp import store
+try:
+    with store.lock(Path(sys.argv[1]), "training"):
+        print("taken")
+except store.Refused as refused:
+    print(refused)
+    sys.exit(2)
+"""
+COVERED = """
+import os, signal, sys
+from pathlib import Path
+from comp import process, store
+folder = Path(sys.argv[1])
+assert not Path("/proc/self").exists() and process.PROC == Path("/proc")
+def child():
+    here, there = os.pipe()
+    if (pid := os.fork()) == 0:
+        with store.lock(folder, "training"):
+            os.write(there, b"x")
+            signal.pause()
+    os.read(here, 1)
+    return pid
+pid = child()
+try:
+    with store.lock(folder, "again"):
+        print("taken from the living")
+except store.Refused as refused:
+    print(refused)
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+with store.lock(folder, "again"):
+    print("taken from the dead")
+"""
+LONG_AGO = 11 * 60
+
+
+@pytest.fixture(scope="module")
+def namespace() -> list[str]:
+    """A command before a command: a pid namespace of its own. Root may always make one, in CI above all; elsewhere the
+    kernel's settings decide (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces)."""
+    return _allowed(["--pid", "--fork", "--mount-proc"])
+
+
+def _allowed(flags: list[str]) -> list[str]:
+    root = os.geteuid() == 0
+    command = ["unshare", *([] if root else ["--user", "--map-root-user"]), *flags]
+    if sys.platform != "linux":
+        pytest.skip("namespaces are Linux's")
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        assert not root, f"namespaces may not be made here, though this is root: {tried.stderr}"
+        pytest.skip(f"this user may not make namespaces: {tried.stderr.strip()}")
+    return command
+
+
+@pytest.fixture
+def folder(empty: Path) -> Path:
+    return empty / "runs" / "x" / "seed0" / "fold0"
+
+
+@pytest.fixture
+def held(namespace: list[str], folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A lock, and a file half-written, of a process in another pid namespace: how it calls itself, and `unshare`, its parent."""
+    command = [*namespace, "--kill-child", sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        yield started.stdout.readline().strip(), started
+        started.kill()
+
+
+def refusal(folder: Path, **how: Any) -> str:
+    with pytest.raises(Refused) as refused, store.lock(folder, "training", **how):
+        pass
+    return str(refused.value)
+
+
+def aged(file: Path, seconds: float = LONG_AGO) -> None:
+    stamp = file.stat().st_mtime - seconds
+    os.utime(file, (stamp, stamp))
+
+
+def elsewhere() -> str:
+    """A process of the same pid and start on another host."""
+    return "-".join(["0" * 8, *process.me().split("-")[1:]])
+
+
+def held_by(folder: Path, name: str, job: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / store.LOCK).write_text("\n".join(["7", name, "worker-2", "12:00:00", "training", job, ""]))
+
+
+def test_a_lock_of_another_pid_namespace_is_held_whatever_that_pid_is_here(
+    namespace: list[str], folder: Path, held: tuple[str, subprocess.Popen[str]]
+) -> None:
+    """Two containers over one disk: each sees its own processes only."""
+    name, owner = held
+    assert name.split("-")[3] == "1", "the first process of its namespace"
+    said = refusal(folder)
+    for fact in ("process 1 ", f"on host {process.host()}", "heartbeat", "--steal-lock"):
+        assert fact in said
+    other = [*namespace, sys.executable, "-c", TAKE, str(folder)]
+    taken = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert (taken.returncode, "process 1 on host" in taken.stdout) == (2, True), taken
+    with store.stealing():
+        assert "--steal-lock" in refusal(folder), "its heartbeat is young"
+    aged(folder / store.LOCK)
+    assert "heartbeat 11 min ago" in refusal(folder), "age alone proves nothing"
+    assert "heartbeat 11 min ago" in refusal(folder, wait=True), "nobody will come to release it"
+    with store.stealing(), store.lock(folder, "training"):
+        assert store.holder(folder)
+    assert not (folder / store.LOCK).exists() and owner.poll() is None
+
+
+def test_a_temporary_file_is_nobody_elses_and_clean_knows_whose_it_is(
+    folder: Path, held: tuple[str, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, owner = held
+    part = folder / f".x.arrow.{name}.part"
+    assert part.read_text() == "half"
+    assert name.split("-")[3] == "1" and process.NAME.fullmatch(name)
+    owner.kill()  # and its child with it
+    owner.wait()
+    assert forked(lambda: _half_written(folder)) == signal.SIGKILL
+    (dead,) = set(folder.glob("*.part")) - {part}
+    assert cli.main(["clean", "--trash"]) == 2, "the lock of another namespace is held"
+    (folder / store.LOCK).unlink()
+    with store.writing(folder / "mine") as mine:
+        mine.write_text("half")
+        assert cli.main(["clean", "--trash"]) == 0
+        assert mine.exists() and part.exists() and not dead.exists()
+        assert cli.main(["clean", "--trash", "--steal-lock"]) == 0 and part.exists()
+        aged(part)
+        capsys.readouterr()
+        assert cli.main(["clean", "--trash"]) == 0 and part.exists()
+        assert "comp clean --trash --steal-lock" in capsys.readouterr().out
+        assert cli.main(["clean", "--trash", "--steal-lock"]) == 0
+        assert mine.exists() and not part.exists()
+    assert cli.main(["clean", "--steal-lock"]) == 2
+
+
+def _half_written(folder: Path) -> None:
+    with store.writing(folder / "y.arrow") as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_living_owner_that_is_seen_is_never_robbed(folder: Path) -> None:
+    with store.lock(folder, "training"), store.stealing():
+        aged(folder / store.LOCK)
+        assert f"process {os.getpid()} is already training" in refusal(folder)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_dead_owner_that_is_seen_is_taken_over_at_once(
+    folder: Path, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without /proc psutil says who lives."""
+    if hidden:
+        monkeypatch.setattr(process, "PROC", folder / "no-proc")
+    process._name.cache_clear()
+    try:
+        assert (process.me().split("-")[1] == "") == hidden
+
+        def die() -> None:
+            with store.lock(folder, "training"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert forked(die) == signal.SIGKILL
+        with store.lock(folder, "again"):
+            assert f"process {os.getpid()} is already again" in refusal(folder)
+        # The pid lives, and is another process's by now.
+        held_by(folder, re.sub(r"\d+$", lambda start: str(int(start[0]) - 500), process.me()))
+        with store.lock(folder, "again"):
+            pass
+    finally:
+        process._name.cache_clear()
+
+
+def test_with_proc_covered_by_an_empty_folder_a_pid_that_is_gone_is_dead(folder: Path) -> None:
+    command = [*_allowed(["--mount"]), "sh", "-c", 'mount -t tmpfs tmpfs /proc && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", COVERED, str(folder)], capture_output=True, text=True, check=False
+    )
+    living, dead = done.stdout.splitlines()
+    assert "is already training" in living and "--steal-lock" in living
+    assert dead == "taken from the dead"
+
+
+def test_an_owner_from_before_this_machines_boot_is_dead_and_one_of_its_namesake_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "INITIAL", process._namespace())
+    host, boot, *rest = process.me().split("-")
+    before, booted = "-".join([host, "0" * 8, *rest]), process._booted()
+    assert process.state(before, booted - 5) == "dead"
+    assert process.state(before, booted + 5) == "unknown", "it lives: another machine of that name"
+    assert process.state(before) == "unknown"
+    assert process.state("-".join(["0" * 8, boot, *rest]), booted - 5) == "unknown", "another host"
+    monkeypatch.setattr(process, "INITIAL", "1")
+    assert process.state(before, booted - 5) == "unknown", "in a container: its name says little"
+
+
+@pytest.mark.parametrize("torn", ["", "4711", "7-7", "0" * 8 + "-----"])
+def test_a_lock_torn_by_a_power_cut_is_nobodys(folder: Path, torn: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / store.LOCK).write_text(torn)
+    with store.lock(folder, "training"):
+        pass
+
+
+def test_a_job_handed_out_again_waits_until_its_dead_owner_is_silent_for_long(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_by(folder, elsewhere(), job="j1")
+    waits = []
+
+    def later(seconds: float) -> None:
+        waits.append(seconds)
+        aged(folder / store.LOCK)
+
+    monkeypatch.setattr("time.sleep", later)
+    with store.lock(folder, "training", job="j1"):
+        assert len(waits) == 1 and "waiting for it" in capsys.readouterr().out
+    held_by(folder, elsewhere(), job="j1")
+    aged(folder / store.LOCK)
+    assert "worker-2" in refusal(folder, job="j2")
+
+
+def test_an_owner_renews_its_heartbeat_and_ends_when_its_lock_is_another_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "BEAT", 0.001)
+
+    def owner() -> None:
+        with store.lock(folder, "training"):
+            aged(folder / store.LOCK)
+            old = (folder / store.LOCK).stat().st_mtime
+            while (folder / store.LOCK).stat().st_mtime == old:
+                pass
+            held_by(folder, elsewhere())
+            signal.pause()
+
+    assert os.waitstatus_to_exitcode(forked(owner)) == 1
+    assert "was taken over" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("worker", "silent", "dead"),
+    [
+        (process.me, False, False),
+        (process.me, True, False),  # busy cores: it is seen to live
+        (elsewhere, False, False),
+        (elsewhere, True, True),
+        (lambda: "", False, True),  # asked for and never signed
+        (lambda: process.me().replace(f"-{os.getpid()}-", "-4194303-"), False, True),
+    ],
+)
+def test_a_study_takes_up_trials_of_the_dead_alone(
+    worker: Callable[[], str], silent: bool, dead: bool
+) -> None:
+    trial: Any = SimpleNamespace(user_attrs={"worker": worker()}, _trial_id=3)
+    assert study._dead(trial, {3} if silent else set()) == dead
+
+
+# The modules that take a lock or refuse because of one -> the verbs that come to it.
+LOCKING = {
+    "clean.py": ["clean"],
+    "deliver/download.py": ["download"],
+    "deliver/kernel.py": ["kernel"],
+    "deliver/push.py": ["kernel"],
+    "deliver/rehearse.py": ["kernel"],
+    "deliver/send.py": ["submit"],
+    "ensemble/augmented.py": ["tta"],
+    "ensemble/blend.py": ["ensemble"],
+    "identity.py": ["train", "tune", "noise", "compare"],
+    "jobs.py": ["train", "tune", "noise", "compare", "predict"],
+    "models/export.py": ["export"],
+    "models/features.py": ["features"],
+    "overview.py": [],  # comp runs only says so
+    "predict/again.py": ["predict"],
+    "predict/labels.py": ["pseudo"],
+    # whatever looks at a picture, or into an archive
+    "prepare/cache.py": ["cache", "lr-range", "model", "explain", "submit", "audit"],
+    "prepare/containers.py": ["inspect", "prepare", "check", "folds", "augment", "contradicted"],
+    "tune/report.py": ["tune"],
+}
+
+
+def test_every_verb_that_may_meet_a_lock_can_take_it_over(capsys: pytest.CaptureFixture[str]) -> None:
+    asks = re.compile(r"store\.(lock|holder)\(")
+    found = {
+        str(file.relative_to(HERE / "comp"))
+        for file in (HERE / "comp").rglob("*.py")
+        if asks.search(file.read_text())
+    }
+    assert found == LOCKING.keys()
+    flagged = {name for name, verb in cli.VERBS.items() if verb.locks}
+    assert flagged == {name for names in LOCKING.values() for name in names}
+    for name in cli.VERBS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert ("--steal-lock" in capsys.readouterr().out) == (name in flagged), name
+
+
+def test_the_flag_holds_for_one_call_and_for_what_it_starts(folder: Path) -> None:
+    held_by(folder, elsewhere())
+    aged(folder / store.LOCK)
+    assert cli.main(["clean", "--trash"]) == 2
+    assert cli.main(["clean", "--trash", "--steal-lock"]) == 0
+    assert cli.main(["clean", "--trash"]) == 2
+
+
+def test_windows_is_refused_at_the_first_import() -> None:
+    code = "import sys; sys.platform = 'win32'; import comp"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "WSL" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_containers_do_not_train_one_fold(project: Path, namespace: list[str]) -> None:
+    """Each in a pid namespace of its own, and the second in the middle of the first's training."""
+    shutil.copytree(HERE / "comp", project / "comp", ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "comp" / "competition.py").write_text("")
+    train = [
+        *[*namespace, sys.executable, "-m", "comp", "train", "exp001", "--fold", "0", "track=none", "machine.workers=0"],
+        *["machine.progress=false", "train.epochs=12", "train.limit=64", "schedule.warmup=0"],
+    ]  # fmt: skip
+    log = store.fold_folder("exp001", 0, 0) / "log.jsonl"
+    first = subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while first.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
+        pass
+    os.kill(_python_of(first), signal.SIGSTOP)  # the second shall meet it, however long it takes to start
+    second = subprocess.run(train, capture_output=True, text=True, check=False)
+    assert second.returncode == 2 and "is already training seed 0 fold 0" in second.stderr
+    os.kill(_python_of(first), signal.SIGCONT)
+    assert first.wait() == 0, first.communicate()[0]
+    epochs = [line["epoch"] for line in map(json.loads, log.read_text().splitlines()) if "epoch" in line]
+    assert epochs == list(range(1, 13))
+
+
+def _python_of(unshare: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split()[0])

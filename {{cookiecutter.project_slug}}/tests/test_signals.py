@@ -1,0 +1,320 @@
+"""SIGTERM (SLURM, Kubernetes, spot machines) and SIGUSR1 end a verb as Ctrl+C does: one line, nothing half-written, and the same command
+ends in the bytes of a run that was never disturbed. Real processes, signalled at an event of theirs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE
+from forked import forked
+
+from comp import cli, fan, machine, store, track
+from comp.train import checkpoint
+
+TRAIN = [
+    *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema=0.9", "train.epochs=2"],
+    *["train.limit=48", "train.batch_size=8", "schedule.warmup=0", "machine.workers=0", "machine.progress=false"],
+]  # fmt: skip
+
+
+Happened = Callable[[str], None]
+
+
+def code(work: Callable[[], int | None]) -> int:
+    """Of a forked process that ends as `comp` does."""
+    return os.waitstatus_to_exitcode(forked(lambda: os._exit(work() or 0)))
+
+
+def at_event(n: int, act: Callable[[], object], after: str = "") -> Happened:
+    """Calls act at the n-th event, counted from the one that contains `after` on."""
+    seen = itertools.count(1)
+    begun = not after
+
+    def happened(what: str) -> None:
+        nonlocal begun
+        begun = begun or after in what
+        if begun and next(seen) == n:
+            act()
+
+    return happened
+
+
+def at_lines(happened: Happened) -> None:
+    """Every line of a run's log is an event, by the name of its axis."""
+    log = track.Track.log
+
+    def logged(self: track.Track, record: Any) -> None:
+        log(self, record)
+        happened("epoch" if "epoch" in record else "step")
+
+    track.Track.log = logged  # type: ignore[method-assign]
+
+
+def at_renames(happened: Happened) -> None:
+    """Every temporary file of store.writing, when it is written and not yet in its place."""
+
+    def hook(event: str, about: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(about[0]).endswith(".part"):
+            happened(str(about[1]))
+
+    sys.addaudithook(hook)
+
+
+def command(arguments: list[str], watch: Callable[[Happened], None], happened: Happened) -> int:
+    watch(happened)
+    return cli.main(arguments)
+
+
+def hit(*numbers: int) -> Callable[[], None]:
+    def act() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+def hit_group() -> None:
+    """From outside of it, as SLURM and torchrun do."""
+    subprocess.run(["kill", "-TERM", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+
+
+def left_behind(root: Path) -> list[str]:
+    return [
+        str(file.relative_to(root))
+        for file in root.rglob(".*")
+        if file.name == store.LOCK or file.suffix == ".part"
+    ]
+
+
+def one_line(capfd: pytest.CaptureFixture[str], number: int = signal.SIGTERM) -> str:
+    lines = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.startswith("stopped"))
+    assert f" by {signal.Signals(number).name}: " in line and "the same command goes on" in line
+    assert lines == [line]
+    return line
+
+
+def artefacts() -> dict[str, str]:
+    folder = store.fold_folder("run", 0, 1)
+    return {each: store.sha256(folder / each) for each in ("weights.safetensors", "oof.arrow", "test.arrow")}
+
+
+@pytest.fixture(scope="module")
+def whole(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A project, and what the undisturbed run leaves in it."""
+    root = tmp_path_factory.mktemp("whole") / "project"
+    shutil.copytree(practice, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMP_ROOT", str(root))
+        store.root.cache_clear()
+        assert code(lambda: cli.main(TRAIN)) == 0
+        yield root, artefacts()
+    store.root.cache_clear()
+
+
+@pytest.fixture
+def fresh(whole: tuple[Path, dict[str, str]], capfd: pytest.CaptureFixture[str]) -> dict[str, str]:
+    shutil.rmtree(whole[0] / "runs")
+    capfd.readouterr()
+    return whole[1]
+
+
+def states() -> list[Path]:
+    return list(store.fold_folder("run", 0, 1).glob("state-*.pt"))
+
+
+def test_sigusr1_saves_and_ends(fresh: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+    """The later ones come to a process and to its group, and change nothing."""
+    numbers = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
+    assert code(lambda: command(TRAIN, at_lines, at_event(1, hit(*numbers), after="epoch"))) == 138
+    assert "saved at step" in one_line(capfd, signal.SIGUSR1)
+    assert states() and not left_behind(store.root())
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_second_signal_while_it_saves_harms_nothing_and_the_same_command_ends_in_the_same_bytes(
+    fresh: dict[str, str], capfd: pytest.CaptureFixture[str], number: int, expected: int
+) -> None:
+    """A second SIGTERM waits for the state, a second Ctrl+C does not."""
+
+    def twice() -> int:
+        save = checkpoint.save
+
+        def saving(*given: Any) -> None:
+            at_renames(at_event(1, hit(number)))
+            save(*given)
+
+        checkpoint.save = saving  # type: ignore[assignment]
+        at_lines(at_event(1, hit(number), after="epoch"))
+        return cli.main(TRAIN)
+
+    assert code(twice) == expected
+    if number == signal.SIGTERM:
+        assert "saved at step" in one_line(capfd)
+    assert len(states()) == (number == signal.SIGTERM)
+    assert not left_behind(store.root())
+    assert code(lambda: cli.main(TRAIN)) == 0
+    assert artefacts() == fresh
+
+
+def test_loader_processes_leave_a_signal_to_the_trainer(
+    fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM and torchrun signal the whole group: a loader that died of it would be started anew in the middle of the end."""
+    two = [*TRAIN, "machine.workers=2"]
+
+    def work() -> int:
+        os.setpgid(0, 0)
+        at_lines(at_event(1, hit_group, after="epoch"))
+        return cli.main(two)
+
+    assert code(work) == 143
+    assert "saved at step" in one_line(capfd)
+    assert code(lambda: cli.main(two)) == 0
+    assert artefacts() == fresh
+
+
+# Verb -> its arguments, and the file whose temporary one is whole and not yet in its place when the signal comes.
+VERBS = {
+    "prepare": ([], "samples.parquet"),
+    "folds": (["--remake"], "folds.parquet"),
+    "cache": (["exp001", "data.size=24"], "index.arrow"),
+    "predict": (["exp001", "--tta", "identity,vflip"], "oof.arrow"),
+    "ensemble": (["blend001"], "oof.arrow"),
+    "kernel": (["blend001"], "bundle.json"),
+    "pseudo": (["exp001", "--share", "0.2"], "exp001.parquet"),
+    "slices": (["exp001"], "slices"),
+    "submit": (["blend001", "--dry-run"], "blend001.csv"),
+}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [pytest.param(verb, marks=pytest.mark.slow) if verb in ("predict", "submit") else verb for verb in VERBS],
+)
+def test_every_verb_that_writes_leaves_nothing_half_written(
+    trained: Path, capfd: pytest.CaptureFixture[str], verb: str
+) -> None:
+    arguments, file = VERBS[verb]
+    given = [verb, *arguments]
+    capfd.readouterr()
+    assert code(lambda: command(given, at_renames, at_event(1, hit(signal.SIGTERM), after=file))) == 143
+    one_line(capfd)
+    assert not left_behind(trained)
+    assert code(lambda: cli.main(given)) == 0
+
+
+def test_a_job_of_fan_ends_with_the_signal_that_its_starter_got(project: Path) -> None:
+    hold = (
+        "import sys, threading; from comp import leashed; sys.argv = ['', 'hold', '{}']\n"
+        "leashed.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "sys.exit(leashed.main())"
+    )
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with subprocess.Popen(
+            [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as job:
+            assert job.stdout is not None and job.stdout.readline() == "on\n"
+            job.send_signal(number)
+            assert job.wait() == 128 + number
+
+
+def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ray.init puts one in the place of ours, which would exit with 15 and save nothing."""
+
+    class Fake:
+        remote = staticmethod(lambda function: function)
+        nodes = staticmethod(list[Any])
+
+        @staticmethod
+        def init(**_: Any) -> None:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+    monkeypatch.setitem(sys.modules, "ray", Fake)
+    with machine.stoppable():
+        before = signal.getsignal(signal.SIGTERM)
+        fan.Ray(1)
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
+    before = [signal.getsignal(number) for number in machine.STOPS]
+    assert cli.main(["runs"]) == 0
+    stop = machine.Stop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.asked and [signal.getsignal(number) for number in machine.STOPS] == before
+
+
+def started(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture
+def alone(project: Path) -> Path:
+    """With a package of its own, for processes that are started in it."""
+    shutil.copytree(HERE / "comp", project / "comp", ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "comp" / "competition.py").write_text("")
+    return project
+
+
+LONG = [
+    *["exp001", "track=none", "machine.workers=0", "machine.progress=false", "train.limit=64", "schedule.warmup=0"],
+    "train.epochs=30",
+]  # fmt: skip
+
+
+def in_the_middle(process: subprocess.Popen[str], name: str, folds: int) -> None:
+    """Until so many folds have logged an epoch."""
+    logs = [store.fold_folder(name, 0, number) / "log.jsonl" for number in range(folds)]
+    while process.poll() is None and not all(
+        log.exists() and '"epoch": 1' in log.read_text() for log in logs
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_jobs_side_by_side_are_saved(alone: Path, number: int, expected: int) -> None:
+    run = started("-m", "comp", "train", *LONG, "--as", "run", "--on", "local:2")
+    in_the_middle(run, "run", 2)
+    run.send_signal(number)
+    said = run.communicate()[0]
+    assert run.returncode == expected, said
+    assert "every job keeps what it has" in said
+    assert all(list(store.fold_folder("run", 0, fold).glob("state-*.pt")) for fold in range(2))
+    assert not left_behind(alone)
+
+
+@pytest.mark.slow
+def test_the_processes_of_torchrun_are_saved_and_go_on_in_the_same_bytes(alone: Path) -> None:
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comp", "train"]
+    assert started(*ranks, *LONG, "--fold", "0", "--as", "whole").wait() == 0
+    run = started(*ranks, *LONG, "--fold", "0", "--as", "again")
+    in_the_middle(run, "again", 1)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate()[0]
+    assert "stopped by SIGTERM: saved at step" in said and not left_behind(alone), said
+    assert started(*ranks, *LONG, "--fold", "0", "--as", "again").wait() == 0
+    assert (
+        len(
+            {
+                store.sha256(store.fold_folder(name, 0, 0) / "weights.safetensors")
+                for name in ("whole", "again")
+            }
+        )
+        == 1
+    )
