@@ -27,7 +27,7 @@ def clean(trash: bool = False, cache: bool = False, state: bool = False, steal: 
         freed += _empty(store.path("data", "cache"))
     if trash:
         freed += _empty(store.path("runs", ".trash"))
-        freed += sum(_drop(file) for file in list(_orphans(steal)))
+        freed += sum(_drop(file) for file in list(_parts()) if store.orphaned(file, steal))
         for folder in list(_half_made()):
             freed += _empty(folder)
             folder.rmdir()
@@ -43,7 +43,9 @@ def _show() -> None:
         if each.is_dir() and not each.name.startswith(".")
     ]
     states = {file: file.stat().st_size for file in _finished_states()}
-    dead = set(_orphans())
+    parts = list(_parts())
+    dead = [file for file in parts if store.orphaned(file)]
+    unseen = [file for file in parts if file not in dead and store.orphaned(file, steal=True)]
     lines = [(store.shown(each), size(each), "") for each in runs]
     lines += [
         (name, size(store.path(name)), "")
@@ -60,7 +62,7 @@ def _show() -> None:
         ),
         (
             f"the same of other hosts and containers, unchanged for {store.STALE / 60:.0f} min",
-            sum(_size(file) for file in _orphans(steal=True) if file not in dead),
+            sum(map(_size, unseen)),
             "--trash --steal-lock",
         ),
     ]
@@ -98,9 +100,9 @@ def _finished_states() -> Iterator[Path]:
                 yield from fold.glob(pattern)
 
 
-def _orphans(steal: bool = False) -> Iterator[Path]:
+def _parts() -> Iterator[Path]:
     for name in WORKED_IN:
-        yield from (file for file in store.path(name).rglob(".*.part") if store.orphaned(file, steal))
+        yield from store.path(name).rglob(".*.part")
 
 
 def _half_made() -> Iterator[Path]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from comp import provenance, store
+from comp import process, provenance, store
 from comp.refused import Refused
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def open_run(
             "root": str(store.root()),
             "trash": str(store.path("runs", ".trash")),
             "trainer": os.getpid(),
-            "token": f"{os.getpid()}-{time.time_ns()}",
+            "token": f"{process.me()}-{time.time_ns()}",
             "answer_seconds": ANSWER,
             "upload_seconds": UPLOAD,
         }

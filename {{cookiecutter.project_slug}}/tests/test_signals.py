@@ -84,7 +84,7 @@ def hit(*numbers: int) -> Callable[[], None]:
 
 def hit_group() -> None:
     """From outside of it, as SLURM and torchrun do."""
-    subprocess.run(["kill", "-TERM", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+    subprocess.run(["kill", "-s", "TERM", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
 
 
 def left_behind(root: Path) -> list[str]:
