@@ -35,8 +35,12 @@ class Verb(NamedTuple):
     chapter: str
     run: Callable[[Args], int | None]
     help: str
-    arguments: tuple[Argument, ...] = ()
+    own: tuple[Argument, ...] = ()
     locks: bool = True  # whether it may meet another process's lock, and so has --steal-lock
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        return (*self.own, STEAL) if self.locks else self.own
 
 
 def refuse_older(what: str, needs: tuple[str, ...]) -> None:
@@ -109,6 +113,6 @@ def overview(verbs: dict[str, Verb]) -> str:
 
 def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
     parser = argparse.ArgumentParser(f"comp {name}", description=verb.help)
-    for names, options in (*verb.arguments, *((STEAL,) if verb.locks else ())):
+    for names, options in verb.arguments:
         parser.add_argument(*names, **options)
     return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
