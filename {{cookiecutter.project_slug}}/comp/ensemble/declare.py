@@ -59,7 +59,7 @@ class Blend(Section):
     per_class: bool | None = None  # false; each class has weights of its own
     max_seconds: Positive | None = None  # no ceiling; of inference, from the latencies measured in prediction
     images: Count | None = None  # that max_seconds must do; the rows of the test table
-    strength: Positive | None = None  # of the penalty: logistic, ridge, mlp, lightgbm 1.0, elastic_net 0.001
+    strength: Positive | None = None  # of the penalty; chosen on parts of the rows that teach
     metadata: Many | None = None  # columns of competition.metadata that a stacker reads
     encoded: Many | None = None  # such columns as target means, those of the other folds
     after: Annotated[list[After], Field(min_length=1)] | None = (

@@ -62,7 +62,7 @@ def make(
             parts = parts if kept.all() else [part[kept] for part in parts]
             found, own, all_rows = _fitted(ground, head, parts, budgets, bar)
             params[head.name], later[head.name] = found.params, found.steps
-            notes += found.notes
+            notes += [*methods.chosen(blend, head, found.params), *found.notes]
             honest_[head.name], taught[head.name] = _back(own, kept), _back(all_rows, kept)
     weights = _weights(params, len(oof))
     used = [i for i, weight in enumerate(weights) if weight != 0]

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp import decide, folds, metrics, samples, score
-from comp.ensemble import after, average, fitting, methods, views
+from comp.ensemble import after, average, fitting, methods, stack, views
 from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED, Blend
 from comp.predictions import PredictionSet
 from comp.tasks import Array, Head
@@ -30,7 +30,10 @@ METHODS = tuple(
 )
 STEPS = ("temperature", "platt", "isotonic", "thresholds")
 # Fewer rounds and trials than 50 and 200: what a search overfits it overfits early, and there are 120 of each in twenty worlds.
-OPTIONS: dict[str, dict[str, Any]] = {"greedy": {"rounds": 15}, "optuna": {"trials": 25}}
+# Stackers with their weakest penalty, so that they overfit; one more chooses it.
+OPTIONS: dict[str, dict[str, Any]] = {"greedy": {"rounds": 15}, "optuna": {"trials": 25}} | {
+    method: {"strength": stack.STRENGTHS[method][0]} for method in STACKED
+}
 # as much of a config as an ensemble without `after` asks for: its metric
 CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
 LOWER = 3  # ensembles that the second level is made from
@@ -113,11 +116,10 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         )
         return out.prediction, apply(out.final.params, rows) if len(wanted) == len(rows) else None
 
-    def blended(method: str) -> Ask:
-        options = {"weights": [1.0 + i for i in range(len(names))]} if method == "weighted" else {}
-        blend = Blend.model_validate(
-            {"members": names, "method": method, **options, **OPTIONS.get(method, {})}
-        )
+    def blended(method: str, options: dict[str, Any]) -> Ask:
+        if method == "weighted":
+            options = {"weights": [1.0 + i for i in range(len(names))]}
+        blend = Blend.model_validate({"members": names, "method": method, **options})
         space = blend.merged_in
         maps = [average.quantiles(part) for part in parts] if space == "rank" else None
         spoken = parts if maps is None else [average.ranks(p, m) for p, m in zip(parts, maps, strict=True)]
@@ -188,7 +190,8 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         return PredictionSet(rows.astype(np.int32), w.fold.astype(np.int16), {"label": stored}, {})
 
     return (
-        {method: blended(method) for method in METHODS}
+        {method: blended(method, OPTIONS.get(method, {})) for method in METHODS}
+        | {"chosen strength": blended("logistic", {})}
         | {step: later(step) for step in STEPS}
         | {"cut points": cut_points, "TTA choice": tta, "two levels": two_levels}
     )

@@ -91,6 +91,14 @@ def used(params: dict[str, Any], members: int) -> NDArray[np.bool_]:
     return (np.asarray(params["weights"], np.float64).reshape(members, -1) != 0).any(axis=1)
 
 
+def chosen(blend: Blend, head: Head, params: dict[str, Any]) -> list[str]:
+    """What a stacker's fit chose by itself."""
+    if blend.method not in stack.FITS or blend.strength is not None:
+        return []
+    tried = ", ".join(f"{each:g}" for each in stack.STRENGTHS[blend.method])
+    return [f"{head.name}: strength {params['strength']:g} of {tried}, by parts of the rows that teach"]
+
+
 def even(blend: Blend, members: int) -> dict[str, Any]:
     """For a fold that no other may teach, the first of a split by time: the plain mean."""
     return {"kind": "weights", "weights": [1 / members] * members}
