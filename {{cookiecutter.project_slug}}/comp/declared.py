@@ -134,7 +134,9 @@ class Competition(Section):
         Annotated[list[Text] | dict[Text, Text], Field(min_length=1), BeforeValidator(_labels)] | None
     ) = None
     group: Text | None = None
+    group_spelling: Literal["merge", "keep"] | None = None
     time: Text | None = None
+    time_format: Text | None = None
     metadata: list[Text] = []
     image_columns: list[Text] = []
     unknown: Text | None = None
@@ -185,6 +187,13 @@ class Competition(Section):
             )
         if isinstance(self.classes, dict) and "regression" in self.tasks.values():
             raise ValueError("classes: the numbers of task: regression have none; take classes out")
+        return self
+
+    @model_validator(mode="after")
+    def _with_its_column(self) -> Competition:
+        for key, column in (("group_spelling", "group"), ("time_format", "time")):
+            if getattr(self, key) is not None and getattr(self, column) is None:
+                raise ValueError(f"{key}: is of competition.{column}, and that names no column")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from comp import samples, store
 from comp.config import Config, Refused
 from comp.declared import Competition
-from comp.prepare import sources, targets
+from comp.prepare import alike, sources, targets, times
 from comp.prepare.sources import Rows
 from comp.tasks import Head
 
@@ -74,14 +74,18 @@ def read(competition: Competition) -> Reading:
     rows = sources.load(competition)
     frame, faults = _identified(rows)
     faults += rows.faults
+    notes: list[str] = []
     known = (frame["source"] != "test").to_numpy()
     if competition.group:
-        frame["group"] = rows.columns[competition.group]
+        frame["group"], wrong = _groups(rows, competition, competition.group)
+        faults += wrong
         ours = (frame["source"] == "train").to_numpy()  # other people's data need not know our groups
         faults += _missing(rows, frame["group"].isna().to_numpy() & ours, competition.group)
     if competition.time:
-        frame["time"], wrong = _times(rows, competition.time, known)
+        dated, wrong = _times(rows, competition, competition.time, known)
+        frame["time"] = dated.values
         faults += wrong
+        notes.append(dated.note)
     if competition.drift:
         frame = _drifted(frame, competition)
     found = targets.read(rows, competition, np.flatnonzero(known))
@@ -100,7 +104,7 @@ def read(competition: Competition) -> Reading:
             )
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
-    return Reading(frame, found.heads, faults, list(found.notes), rows.where)
+    return Reading(frame, found.heads, faults, [*notes, *found.notes], rows.where)
 
 
 def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
@@ -153,24 +157,27 @@ def _identified(rows: Rows) -> tuple[pd.DataFrame, list[str]]:
     return frame, faults
 
 
-def _times(rows: Rows, name: str, known: NDArray) -> tuple[NDArray, list[str]]:
-    """Numbers as they are; dates as days since 1970, so that `gap` is days."""
-    import pandas as pd
+def _groups(rows: Rows, competition: Competition, name: str) -> tuple[pd.Series, list[str]]:
+    """As they are written, or in one spelling; where two spellings may be one group, competition.group_spelling says it."""
+    text = rows.columns[name]
+    counts = {str(key): int(count) for key, count in text.value_counts(sort=False).items()}
+    if competition.group_spelling == "merge":
+        return text.map(alike.merged(counts), na_action="ignore"), []
+    if competition.group_spelling == "keep":
+        return text, []
+    first = text.drop_duplicates()
+    places = dict(zip(first, first.index, strict=True))
+    return text, [f"{rows.where(places[group])}: {name}: {why}" for group, why in alike.of_groups(counts)]
 
+
+def _times(rows: Rows, competition: Competition, name: str, known: NDArray) -> tuple[times.Times, list[str]]:
     text = rows.columns[name]
     present = text.notna().to_numpy()
-    values: NDArray = targets.numbers(text)
-    if not np.isfinite(values[present]).any():
-        dates = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce")
-        values = ((dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(
-            np.float64, na_value=np.nan
-        )
+    found = times.read(text, name, competition.time_format, rows.where)
     faults = _missing(rows, ~present & known, name)
-    for position in np.flatnonzero(present & ~np.isfinite(values)).tolist():
-        faults.append(
-            f"{rows.where(position)}: {name} is {text.iloc[position]!r}; all numbers, or all dates like 2020-01-31"
-        )
-    return values, faults
+    for position in np.flatnonzero(present & ~np.isfinite(found.values)).tolist():
+        faults.append(f"{rows.where(position)}: {name} is {text.iloc[position]!r}; {found.wanted}")
+    return found, faults
 
 
 def _feature(text: pd.Series) -> pd.Series:

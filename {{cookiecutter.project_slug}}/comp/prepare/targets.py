@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comp.config import Refused, nearest
 from comp.declared import Competition
+from comp.prepare import alike
 from comp.prepare.sample import sample_of
 from comp.prepare.sources import Rows
 from comp.prepare.spelling import nfc
@@ -71,6 +72,10 @@ def _labels(rows: Rows, competition: Competition, name: str, task: str, known: N
         values = numbers(text)
         head = Head(name, task, (name,), (f"target.{name}",))
         return Found((head,), {name: values}, _not_numbers(rows, known, name, values))
+    asked = task == "multiclass" and _by_column(competition)
+    doubtful = [] if asked else _doubtful(rows, competition, name, text.dropna().items())
+    if doubtful and task == "binary":
+        raise Refused(*doubtful)  # rather than for a third class
     classes = _classes(rows, competition, name, task, known)
     if competition.unknown is not None and competition.unknown not in classes:
         classes = (*classes, competition.unknown)  # no training row may show it
@@ -85,7 +90,27 @@ def _labels(rows: Rows, competition: Competition, name: str, task: str, known: N
         for position, label in zip(wrong, given, strict=True)
     ]
     head = Head(name, task, outputs, (f"target.{name}",), classes, unknown=competition.unknown or "")
-    return Found((head,), {name: values}, faults, _never(competition, name, set(text.dropna())))
+    notes = _never(competition, name, set(text.dropna()))
+    if task == "retrieval":  # ids by the thousand, which may differ by case: no line could name them all
+        notes += tuple(f"note: {line}" for line in doubtful)
+    else:
+        faults += doubtful
+    return Found((head,), {name: values}, faults, notes)
+
+
+def _doubtful(
+    rows: Rows, competition: Competition, name: str, labelled: Iterable[tuple[Any, str]]
+) -> list[str]:
+    """Labels that may be one class, or none, of (position, label): where competition.classes says nothing of it."""
+    if competition.classes is not None:
+        return []
+    counts: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    for position, label in labelled:
+        counts[nfc(label)] += 1
+        first.setdefault(nfc(label), int(position))
+    found = alike.of_labels(counts, _sorted(set(counts)), competition.unknown)
+    return [f"{rows.where(first[label])}: {name}: {why}" for label, why in found]
 
 
 def _codes(competition: Competition, classes: Sequence[str]) -> dict[str, float]:
@@ -134,7 +159,8 @@ def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArr
             f"the sample submission, like {asked[0]!r}; see separator and submission.form"
         )
     values = np.zeros((len(lists), len(classes)), np.float32)
-    faults = []
+    each = [(known[place], part) for place, parts in enumerate(lists) for part in parts]
+    faults = [] if asked else _doubtful(rows, competition, name, each)
     left: Counter[str] = Counter()
     for place, parts in enumerate(lists):
         for part in parts:
