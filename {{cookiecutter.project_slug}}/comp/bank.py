@@ -7,6 +7,7 @@ or folder. Sets have one shape whoever made them, so ensembles nest.
     exp001           a run, seeds and folds averaged     runs/exp001/{oof,test}.arrow
     exp001:seed1     a member of a run                   runs/exp001/members/seed1/{oof,test}.arrow
     exp001:full      trained on all data, so no OOF      runs/exp001/members/full/test.arrow
+    exp001:full-snap1    a snapshot of it, weighed by the OOF predictions of exp001:snap1
     blend001         an ensemble                         ensembles/blend001/{oof,test}.arrow
 """
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comp import store
+from comp import experiments, store
 from comp.config import Refused, nearest
 from comp.folds import Folds
 from comp.predictions import PredictionSet
@@ -216,7 +217,8 @@ def members() -> list[str]:
 
 
 def find(address: str, kind: str) -> Path:
-    """The file of a member; an unknown address answers with the nearest three."""
+    """The file of a member. What is not trained or not finished answers with what is missing, an unknown address with the
+    nearest three."""
     file = folder(address) / f"{kind}.arrow"
     if file.exists():
         return file
@@ -226,6 +228,8 @@ def find(address: str, kind: str) -> Path:
             f"{address}: has no {kind} predictions"
             + (": it was trained on all data" if kind == "oof" else "")
         )
+    if why := experiments.absent(address, f"{kind} predictions"):
+        raise Refused(why)
     if not known:
         raise Refused(f"{address}: no such run, member or ensemble; there are none yet: comp train exp001")
     raise Refused(

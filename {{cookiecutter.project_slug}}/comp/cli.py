@@ -199,11 +199,9 @@ def scores(args: Args) -> int:
 
 
 def _config(args: Args) -> Config:
-    from comp import config, store
+    from comp import experiments
 
-    return config.load(
-        store.root(), args.experiment, getattr(args, "overrides", ()), getattr(args, "debug", False)
-    ).config
+    return experiments.load(args.experiment, args.overrides).config
 
 
 def _competition_config() -> Config:

@@ -1,7 +1,7 @@
 """From configs/*.yaml and key=value to one frozen Config (knobs.py), every mistake answered in one line.
 
-Order of precedence, weakest first: competition.yaml, base.yaml, the chain of `base:` of the experiment, the experiment,
-debug.yaml with --debug, then key=value.
+Order of precedence, weakest first: competition.yaml, base.yaml, the chain of `base:` of the experiment, the experiment (or
+the config of a run in their place), debug.yaml with --debug, then key=value.
 """
 
 from __future__ import annotations
@@ -40,21 +40,28 @@ class Loaded:
     config: Config
     origins: dict[str, str] = field(default_factory=dict)  # dotted key -> file:line or "command line"
 
+    def where(self, key: str) -> str:
+        return _where(key, self.origins)
+
 
 Tree = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load(root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool = False) -> Loaded:
-    """Resolve an experiment of configs/. All mistakes of all files are reported at once."""
+def load(
+    root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool = False, run: Path | None = None
+) -> Loaded:
+    """Resolve an experiment of configs/. All mistakes of all files are reported at once. `run`: the config.yaml of a run, in
+    the place of the experiment's file; see experiments.load."""
     folder = root / "configs"
-    files = [folder / "competition.yaml", *_chain(folder, experiment)]
-    if debug:
-        files.append(folder / "debug.yaml")
     tree: Tree = {}
     origins: dict[str, str] = {}
-    for file in files:
+    for file in [folder / "competition.yaml", *_chain(folder, "base" if run else experiment)]:
         _merge(tree, origins, *_read(file, root))
+    if run is not None:
+        _merge(tree, origins, *_of_run(run, root, tree))
+    if debug:
+        _merge(tree, origins, *_read(folder / "debug.yaml", root))
     for text in overrides:
         _merge(tree, origins, *_override(text, tree))
     return Loaded(validated(tree, origins), origins)
@@ -150,6 +157,15 @@ def _chain(folder: Path, experiment: str) -> list[Path]:
         parent = _read(file, folder.parent)[0].get("base", "base" if name != "base" else None)
         name = str(parent) if parent is not None else None
     return chain
+
+
+def _of_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
+    """The knobs of a run; those that are as in base.yaml keep their place there. How the competition is scored and split is
+    what competition.yaml says now, as for an experiment."""
+    tree, lines = parse(file, str(file.relative_to(root)))
+    tree.pop("competition", None)
+    ours, theirs = flat(tree), flat(base)
+    return tree, {k: line for k, line in lines.items() if k in ours and ours[k] != theirs.get(k)}
 
 
 def _read(file: Path, root: Path) -> tuple[Tree, dict[str, str]]:

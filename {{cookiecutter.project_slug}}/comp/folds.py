@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp import store
-from comp.config import Refused
+from comp.config import Loaded, Refused
 from comp.samples import Positions, Samples
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ TAUGHT_ONLY, LOCKED = (
     -1,
     -2,
 )  # trained on but never scored; the hold-out that no verb reads but an explicit last look
+
+# Keys of competition.yaml that folds are made from.
+PLAN = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,18 @@ def load(samples: Samples, file: Path | None = None) -> Folds:
             f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake"
         )
     return Folds(frame, meta, samples)
+
+
+def refuse_other_plan(folds: Folds, loaded: Loaded) -> None:
+    """Folds are made once: what competition.yaml declares now must be what these were made from."""
+    plan, shown = loaded.config.competition.folds, store.shown(store.folds_file())
+    faults = [
+        f"{loaded.where(f'competition.folds.{key}')}: folds.{key} is {getattr(plan, key)}, and {shown} was made with {then}"
+        for key in PLAN
+        if (then := folds.meta[key]) != getattr(plan, key)
+    ]
+    if faults:
+        raise Refused(*faults, "make new folds, comp folds --remake, or set the old value again")
 
 
 def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) -> Path:

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import re
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,56 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HOOKS = ("load_image", "model", "loss", "recipe")  # that move weights; the others only read predictions
 
 
-def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: list[Path] | None = None) -> None:
-    """Begin or go on with runs/<name>. `fresh` are folders to move to the trash first; none of them may be in use."""
+def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Path] = ()) -> None:
+    """Begin or go on with runs/<name>. `fresh` are folders to move to the trash first; they move when nothing is refused any more.
+    `command` is what to type to go on."""
     folder = store.run_folder(name)
-    for old in fresh or []:
-        _away(old)
+    _refuse_busy(fresh)
+    stays = [file for file in _finished(folder) if not any(file.is_relative_to(old) for old in fresh)]
+    if fresh and stays:
+        _agree(name, cfg, folds, command)
+    for old in fresh:
+        if old.exists():
+            print(f"{store.shown(old)} lies in {store.shown(store.trash(old))} now")
     with store.lock(folder, "starting", wait=True):
-        file = folder / "config.yaml"
-        begun = next(folder.glob("seed*/fold*/manifest.json"), None) is not None
         # Without a finished file below there is nothing that could disagree, even if a kill left half a start behind.
+        begun = next(_finished(folder), None) is not None
         if begun:
-            _agree(name, cfg, folds)
-            if config.from_yaml(store.verified(file)) == cfg:
-                return
-        elif not (folder / "birth.json").exists():
-            store.write_json(folder / "birth.json", {"at": time.time_ns(), "command": command})
+            _agree(name, cfg, folds, command)
+        _note_birth(folder, command, anew=not begun and not _same(folder, cfg, folds))
+        file = folder / "config.yaml"
+        if begun and config.from_yaml(store.verified(file)) == cfg:
+            return
         store.write_text(file, config.to_yaml(cfg))
         store.write_json(folder / "made_of.json", made_of(cfg, folds))
         store.seal(file, folder / "made_of.json")
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    """What was made under the config of a run: states and weights of folds, and members."""
+    yield from folder.glob("seed*/fold*/manifest.json")
+    yield from folder.glob("members/*/manifest.json")
+
+
+def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
+    """Whether a start that finished nothing, of which a kill may have left half, was a start of this."""
+    files = folder / "config.yaml", folder / "made_of.json"
+    return (
+        all(map(store.sealed, files))
+        and not config.difference(config.from_yaml(store.verified(files[0])), cfg)
+        and store.read_json(store.verified(files[1])) == made_of(cfg, folds)
+    )
+
+
+def _note_birth(folder: Path, command: str, anew: bool) -> None:
+    """When a run began, which tells it from an earlier one of its name, and the last command that went on with it."""
+    file = folder / "birth.json"
+    born = {"at": time.time_ns(), "command": command}
+    if file.exists() and not anew:
+        born["at"] = store.read_json(file)["at"]
+        if store.read_json(file) == born:
+            return
+    store.write_json(file, born)
 
 
 def refuse_name(name: str) -> None:
@@ -67,22 +100,25 @@ def _births(teacher: str, folds: Folds) -> dict[str, str]:
 def birth(name: str) -> str:
     """Tells a run from an earlier one of the same name, for services that never forget an id."""
     file = store.run_folder(name) / "birth.json"
-    return str(store.digest(store.read_json(file)))[:6] if file.exists() else ""
+    return store.digest(store.read_json(file)["at"])[:6] if file.exists() else ""
 
 
 def command(name: str) -> str:
-    """What began a run, to type again: `comp train exp001 --as trial optim.rate=1e-4`."""
+    """What goes on with a run: `comp train exp001 --as trial optim.rate=1e-4`."""
     file = store.run_folder(name) / "birth.json"
     return str(store.read_json(file)["command"]) if file.exists() else f"comp train {name}"
 
 
-def _agree(name: str, cfg: Config, folds: Folds) -> None:
+def _agree(name: str, cfg: Config, folds: Folds, command: str) -> None:
     folder = store.run_folder(name)
-    ways = "either give this one a name with --as NAME, or move the old one to the trash with --fresh"
+    whole = command if command.startswith("comp train ") else f"comp train {name}"
+    ways = (
+        f"either give this one a name with --as NAME, or move the whole old run to the trash: {whole} --fresh"
+    )
     old = config.from_yaml(store.verified(folder / "config.yaml", ways))
     if changed := config.difference(old, cfg):
         raise Refused(
-            f"runs/{name} was trained with another config; {ways}:",
+            f"runs/{name} was trained with another config; {ways}",
             *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
         )
     then, now = store.read_json(store.verified(folder / "made_of.json", ways)), made_of(cfg, folds)
@@ -99,13 +135,10 @@ def _agree(name: str, cfg: Config, folds: Folds) -> None:
         )
 
 
-def _away(folder: Path) -> None:
-    if not folder.exists():
-        return
-    for lock in folder.rglob(".lock"):
+def _refuse_busy(folders: Sequence[Path]) -> None:
+    for lock in (lock for folder in folders for lock in folder.rglob(".lock")):
         if who := store.holder(lock.parent):
             raise Refused(f"{who}; end that first")
-    print(f"{store.shown(folder)} lies in {store.shown(store.trash(folder))} now")
 
 
 def _text(hook: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from comp import config, identity, idle, machine, members, process, store
-from comp.config import Config, Refused
+from comp import config, experiments, identity, idle, machine, members, process, store
+from comp.config import Config, Loaded, Refused
 
 if TYPE_CHECKING:
     from comp.train.loop import Material
@@ -32,20 +33,21 @@ def train(
     if on is not None and (stop is not None or machine.processes() > 1):
         what = "--time-limit" if stop is not None else "torchrun"
         raise Refused(f"{what}: is for folds one after the other; leave --on out")
-    cfg = idle.warn(config.load(store.root(), experiment, overrides, debug))
+    loaded = experiments.load(experiment, overrides, debug, claimed=name or experiment)
+    cfg = idle.warn(loaded)
     changed = config.changes_results(overrides)
     if changed and name is None:
         raise Refused(
             f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME"
         )
-    command = " ".join(["comp train", experiment, *([f"--as {name}"] if name else []), *overrides])
+    command = _command(experiment, overrides, name, debug)
     name = name or (f"{experiment}-debug" if debug else experiment)
     identity.refuse_name(name)
     _check_teachers(cfg)
     machine.settle(cfg.train.threads)
     from comp import record
 
-    material = gather(cfg, stop, profile)
+    material = gather(cfg, stop, profile, loaded)
     folds = _wanted(fold, material.folds.count)
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
@@ -67,8 +69,20 @@ def train(
         print(f"time limit: {stopped}")
     if profile:
         print(material.clock.table())
-    if score := _merge(name, cfg):
-        record.summary(material, name, score)
+    if score := _merge(name, cfg, asked=members.REFIT if folds == [members.REFIT] else ""):
+        record.summary(material, name, identity.birth(name), score)
+
+
+def _command(experiment: str, overrides: list[str], name: str | None, debug: bool) -> str:
+    """What to type to go on with a run. One that is its own source goes on as it began."""
+    alone = (
+        name in (None, experiment) and not debug and not store.path("configs", f"{experiment}.yaml").exists()
+    )
+    if alone:
+        began = shlex.split(identity.command(experiment))
+        return shlex.join([*began, *(each for each in overrides if each not in began)])
+    flags = [*(["--as", name] if name else []), *(["--debug"] if debug else [])]
+    return shlex.join(["comp", "train", experiment, *flags, *overrides])
 
 
 def _check_teachers(cfg: Config) -> None:
@@ -89,9 +103,8 @@ def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str
     from tqdm import tqdm
 
     from comp import fan
-    from comp.predict import merge
 
-    left = [(s, n) for s, n in todo if not merge.finished(name, s, [n])]
+    left = [(s, n) for s, n in todo if not experiments.finished(name, s, [n])]
     job = f"{process.me()}-{time.time_ns()}"
     jobs = [
         fan.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n, "job": job})
@@ -113,13 +126,18 @@ def part(name: str, seed: int, number: int | str, job: str = "") -> None:
     one_fold(gather(cfg), name, seed, number, wait=True, job=job)
 
 
-def gather(cfg: Config, stop: machine.Stop | None = None, profile: bool = False) -> Material:
-    """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled."""
+def gather(
+    cfg: Config, stop: machine.Stop | None = None, profile: bool = False, loaded: Loaded | None = None
+) -> Material:
+    """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled.
+    `loaded`: of what is going to be trained, as configs/ declare it now."""
     from comp import folds, objective, samples, score
     from comp.train import transfer
 
     table = samples.load()
     split = folds.load(table)
+    if loaded is not None:
+        folds.refuse_other_plan(split, loaded)
     transfer.check(cfg, split)
     score.metric_of(cfg)
     objective.of(cfg, table.heads)
@@ -167,13 +185,15 @@ def one_fold(
 ) -> None:
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
-    from comp.predict import infer, lessons, merge
+    from comp.predict import infer, lessons
     from comp.train import checkpoint, distributed, loop
 
     folder = store.fold_folder(name, seed, number)
 
     def done() -> bool:
-        return bool(merge.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow")))
+        return bool(
+            experiments.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow"))
+        )
 
     if done():
         return
@@ -200,18 +220,18 @@ def one_fold(
                 lessons.prepare(material, gather, number, folder)
                 with distributed.together(_order(cfg, seed, number)):
                     loop.fold(material, seed, number, folder, log)
-            if number != "full":
+            if number != members.REFIT:
                 infer.write_fold(material, name, seed, number, "oof")
-            if number != "full" and not search:
+            if number != members.REFIT and not search:
                 record.after(material, log, name, folder)
             log.finish()
             if search:
                 return
             for inside in [
-                *members.kept(cfg, number),
+                *members.kept(cfg),
                 "",
             ]:  # the run itself last: with it the fold is finished
-                for kind in ("oof", "test") if number != "full" else ("test",):
+                for kind in ("oof", "test") if number != members.REFIT else ("test",):
                     infer.write_fold(material, name, seed, number, kind, inside)
     print(f"{name} seed {seed} fold {number}: {record.last(folder)}, {time.perf_counter() - began:.0f} s")
 
@@ -223,29 +243,42 @@ def _order(cfg: Config, seed: int, fold: int | str) -> dict[str, Any]:
     return {"config": told, "seed": seed, "fold": fold}
 
 
-def predict(name: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False) -> None:
-    """Merge what is there; with other views, predict every stored fold again into a member of its own."""
+def predict(
+    address: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False
+) -> None:
+    """Merge what is there; with other views, predict every stored fold again into a member of its own. Of exp001:full only the
+    refit."""
     from comp.predict import merge
 
+    name, _, member = address.partition(":")
+    if member not in ("", members.REFIT):
+        raise Refused(f"{address}: comp predict takes a run, or its refit: {name} or {name}:{members.REFIT}")
     cfg = stored_config(name)
+    if member and not experiments.refitted(name):
+        raise experiments.refusal(address, "test predictions")
     if tta is None and space is None and not last_look:
-        _merge(name, cfg)
+        _merge(name, cfg, asked=member)
         return
     machine.settle(cfg.train.threads)
     from comp.predict import again, last
 
     if last_look:
+        if member:
+            raise Refused(
+                f"--last-look: the refit was trained on some rows, not scored: comp predict {name} --last-look"
+            )
         print(f"{name}: {last.look(gather(cfg), name)}")
         return
     views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
-    merge.tell(name, again.predict(gather(cfg), name, views, space or cfg.predict.space))
+    for made in again.predict(gather(cfg), name, views, space or cfg.predict.space, refit_only=bool(member)):
+        merge.tell(name, made)
 
 
 def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
     from comp import samples
     from comp.train import sheet
 
-    cfg = config.load(store.root(), experiment, overrides).config
+    cfg = experiments.load(experiment, overrides).config
     machine.settle(cfg.train.threads)
     file = store.path("runs", f"{experiment}-augment.png")
     sheet.write(cfg, samples.load(), file)
@@ -258,7 +291,9 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
 def draw_schedule(experiment: str, overrides: list[str], *, debug: bool = False) -> None:
     from comp.train import preview
 
-    preview.draw(idle.warn(config.load(store.root(), experiment, overrides, debug)), experiment)
+    loaded = experiments.load(experiment, overrides, debug)
+    idle.warn(loaded)
+    preview.draw(loaded, experiment)
 
 
 def lr_range(
@@ -266,14 +301,15 @@ def lr_range(
 ) -> None:
     if not 0 < low < high:
         raise Refused(f"--low {low:g} --high {high:g}: rates climb from above 0")
-    cfg = config.load(store.root(), experiment, overrides).config
+    loaded = experiments.load(experiment, overrides)
+    cfg = loaded.config
     machine.settle(cfg.train.threads)
     from comp.train import lr_range
 
     if steps < lr_range.FEWEST:
         raise Refused(f"--steps {steps}: {lr_range.FEWEST} is the least that shows anything")
     png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
-    material = gather(cfg)
+    material = gather(cfg, loaded=loaded)
     points = lr_range.sweep(material, low, high, steps, linear)
     rate = lr_range.knob(material, lr_range.write(cfg, points, png, csv, linear))
     print(
@@ -284,25 +320,23 @@ def lr_range(
 
 
 def stored_config(name: str) -> Config:
-    return config.from_yaml(
-        store.verified(store.run_folder(name) / "config.yaml", "see comp runs for what there is")
-    )
+    return experiments.stored(name)
 
 
 def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
     """How much will be written, refused now rather than in the middle of the last fold; and a warm-up that is cut short. The first
     fold stands for all, which differ by a few steps."""
     from comp import bank
-    from comp.predict import merge, neighbours
+    from comp.predict import neighbours
     from comp.train import loop, model, schedule
 
-    todo = [(s, n) for s in seeds for n in numbers if not merge.finished(name, s, [n])]
+    todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
     if not todo:
         return
     weights = model.size(material.cfg, material.samples.heads)
     weights += neighbours.size(material.cfg, material.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
-    kept = sum(1 + len(members.kept(material.cfg, n)) for _, n in todo)
+    kept = len(todo) * (1 + len(members.kept(material.cfg)))
     rows = len(material.samples.positions("train")) + len(material.samples.positions("test"))
     size = kept * (weights + bank.size(material.samples, rows)) + 8 * weights
     print(
@@ -316,15 +350,16 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
 def _wanted(fold: str | None, count: int) -> list[int | str]:
     if fold is None:
         return list(range(count))
-    if fold == "full":
-        return ["full"]
+    if fold == members.REFIT:
+        return [fold]
     if not fold.isdigit() or int(fold) >= count:
         raise Refused(f"--fold {fold}: there are folds 0 to {count - 1}, and full")
     return [int(fold)]
 
 
-def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
-    """What is complete, as members with their scores. Needs no network, so torch is not imported for it."""
+def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
+    """What is complete, as members with their scores; `asked` is the member that was asked for, which is told last. Needs no
+    network, so torch is not imported for it."""
     from comp import folds, samples
     from comp.predict import merge
 
@@ -332,9 +367,11 @@ def _merge(name: str, cfg: Config) -> dict[str, Any] | None:
     split = folds.load(table)
     with store.lock(store.run_folder(name), "merging", wait=True):
         score = merge.run(name, cfg, table, split)
-    if score is None:
-        missing = merge.missing(name, cfg, split)
-        print(f"{name}: {missing} to go before it has a score\nnext: {identity.command(name)}")
+    if asked and not experiments.refitted(name):  # a time limit ended it before
+        print(f"{name}: fold {asked} to go\nnext: {identity.command(name)} --fold {asked}")
+    elif asked or score is not None:
+        merge.tell(name, asked)
     else:
-        merge.tell(name)
+        missing = experiments.missing(name, cfg, split.count) or "another seed"
+        print(f"{name}: {missing} to go before it has a score\nnext: {identity.command(name)}")
     return score

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comp import bank as banked
 from comp import config as configs
-from comp import folds, samples, score, store, table, track
+from comp import experiments, folds, members, samples, score, store, table, track
 from comp.config import Config, Refused
 from comp.ensemble import blend, choose, compare
 from comp.folds import Folds
@@ -31,7 +31,9 @@ def runs() -> None:
     """One line a run or ensemble."""
     base = configs.load(store.root(), "base").config
     folders = [
-        p for p in sorted(store.path("runs").glob("*")) if (p / "config.yaml").exists() and p.name[0] != "."
+        p
+        for p in sorted(store.path("runs").glob("*"))
+        if (p / "config.yaml").exists() and p.name[0] != "." and _begun(p)
     ]
     lines = [_run(folder, base) for folder in folders]
     ensembles = [p for p in sorted(store.path("ensembles").glob("*")) if p.is_dir() and p.name[0] != "."]
@@ -45,7 +47,7 @@ def runs() -> None:
     scored = [
         (cells[0], record)
         for cells, record in lines
-        if record and record["oof"] is not None and record["metric"]
+        if record and record["oof"] is not None and "partial" not in record["marks"]
     ]
     metric = score.metric_of(base)
     scored = [(name, record) for name, record in scored if record["metric"] == metric.name]
@@ -68,23 +70,23 @@ def _run(folder: Path, base: Config) -> Line:
         record = _record(folder)
     except Refused as refused:
         return [name, "-", "-", "-", "-", "-", refused.lines[0], "-", ""], None
-    done = len(
-        [f for f in folder.glob("seed*/fold*/oof.arrow") if f.parent.name != "foldfull" and store.sealed(f)]
-    )
-    wanted = cfg.competition.folds.k * cfg.competition.folds.repeats * len(cfg.train.seeds)
+    count = experiments.count(cfg)
+    by_seed = {seed: len(_scored_folds(name, seed, count)) for seed in experiments.seeds_of(name)}
+    by_seed = dict.fromkeys(cfg.train.seeds, 0) | {seed: n for seed, n in by_seed.items() if n}
+    done, wanted = sum(by_seed.values()), count * len(by_seed)
     marks = _marks(record)
     if done < wanted:
         marks.append("unfinished")
-    if any(store.holder(lock.parent) for lock in folder.glob("seed*/fold*/.lock")):
+    if _holders(folder):
         marks.append("training now")
-    if store.sealed(store.member_folder(name, "full") / "test.arrow"):
-        marks.append("has :full")
+    if store.sealed(store.member_folder(name, members.REFIT) / "test.arrow"):
+        marks.append(f"has :{members.REFIT}")
     changed = configs.difference(base, cfg)
     cells = [
         name,
         ", ".join(dict.fromkeys(cfg.competition.tasks.values())),
         cfg.model.name,
-        f"{done}/{wanted}",
+        f"{done}/{wanted}" + (f" of {len(by_seed)} seeds" if len(by_seed) > 1 else ""),
         *_scores(record),
         ", ".join(marks),
     ]
@@ -93,6 +95,22 @@ def _run(folder: Path, base: Config) -> Line:
         spent(folder),
         " ".join(f"{key}={_plain(now)}" for key, (_, now) in changed.items()),
     ], record
+
+
+def _begun(folder: Path) -> bool:
+    """A start that was refused or killed before it saved anything left a config and nothing to go on from."""
+    made = (file for place in ("seed*/fold*/*", "members/*/*", "*") for file in folder.glob(place))
+    kinds = (".arrow", ".safetensors", ".pt", ".npy")
+    return any(file.suffix in kinds for file in made) or bool(_holders(folder))
+
+
+def _holders(folder: Path) -> list[str]:
+    """Who trains in a run."""
+    return [held for lock in folder.glob("seed*/fold*/.lock") if (held := store.holder(lock.parent))]
+
+
+def _scored_folds(run: str, seed: int, folds: int) -> list[int]:
+    return [n for n in range(folds) if store.sealed(store.fold_folder(run, seed, n) / "oof.arrow")]
 
 
 def _ensemble(folder: Path, base: Config) -> Line:
@@ -263,7 +281,7 @@ def _csv(address: str, rows: Samples, split: Folds) -> None:
 
 def config(experiment: str, overrides: list[str], debug: bool = False, against: str | None = None) -> None:
     """The resolved config as key=value with the place that each value comes from; or what differs from another one."""
-    loaded = configs.load(store.root(), experiment, overrides, debug)
+    loaded = experiments.load(experiment, overrides, debug)
     if against is None:
         values = configs.flat(loaded.config.model_dump())
         lines = [
@@ -272,7 +290,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
         ]
         print(table.text(["knob", "from"], lines))
         return
-    other = configs.load(store.root(), against, (), debug).config
+    other = experiments.load(against, (), debug).config
     changed = configs.difference(other, loaded.config, everything=True)
     if not changed:
         print(f"{experiment} and {against} are the same")

@@ -77,13 +77,15 @@ def last(folder: Path) -> str:
     epochs = [line for line in track.read(folder / "log.jsonl") if "epoch" in line]
     if not epochs:
         return "done"
-    return ", ".join(f"{key} {value:.4f}" for key, value in epochs[-1].items() if key.startswith("valid"))
+    report = {key: value for key, value in epochs[-1].items() if key.startswith("valid")}
+    report = report or {"train_loss": epochs[-1]["train_loss"]}  # a refit on all rows has none to validate on
+    return ", ".join(f"{key} {value:.4f}" for key, value in report.items())
 
 
-def summary(material: Material, run: str, score: dict[str, Any]) -> None:
+def summary(material: Material, run: str, birth: str, score: dict[str, Any]) -> None:
     """One more W&B run that speaks for all folds."""
     cfg = material.cfg
-    with track.open_summary(run, config=cfg.model_dump(), settings=cfg.track) as log:
+    with track.open_summary(run, birth, config=cfg.model_dump(), settings=cfg.track) as log:
         log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
         oof = bank.read(store.run_folder(run) / "oof.arrow", material.samples, material.folds)
         for head in material.samples.heads:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from comp import bank, config, members, predictions, store
+from comp import bank, config, experiments, members, predictions, store
 from comp.config import Config, Refused, nearest
 from comp.folds import Folds
 from comp.predictions import PredictionSet
@@ -73,7 +73,9 @@ def _voice(address: str, share: float, folds: Folds, where: str) -> Voice:
     run, _, member = address.partition(":")
     folder = store.run_folder(run)
     if not store.sealed(folder / "config.yaml"):
-        known = [p.name for p in sorted(store.path("runs").glob("*")) if store.sealed(p / "config.yaml")]
+        if why := experiments.absent(address, "predictions"):
+            raise Refused(f"{where}: {why}")
+        known = experiments.runs()
         there = f"the nearest are {', '.join(nearest(run, known, 3))}" if known else "there are no runs yet"
         raise Refused(f"{where}: {address}: no such run or ensemble; {there}")
     cfg = config.from_yaml(store.verified(folder / "config.yaml"))
@@ -84,13 +86,15 @@ def _voice(address: str, share: float, folds: Folds, where: str) -> Voice:
         raise Refused(
             f"{where}: runs/{run} was trained on other folds, so it has seen rows that are scored here"
         )
-    if member == "full":
+    if members.is_refit(member):
         raise Refused(
-            f"{where}: {address} was trained on all data, so it has seen the rows of every fold; take {run}"
+            f"{where}: {address} was trained on all data, so it has seen the rows of every fold; take {members.of_cv(address)}"
         )
     seed = int(member.removeprefix("seed")) if member.removeprefix("seed").isdigit() else None
     inside = ("",) if not member or seed is not None else tuple(members.merged(cfg).get(member, [member]))
     if not any(folder.glob(f"seed{'*' if seed is None else seed}/fold*/{inside[0]}")):
+        if why := experiments.absent(address, "predictions"):
+            raise Refused(f"{where}: {why}")
         known = [f"{run}:{each}" for each in members.merged(cfg)] or [run]
         raise Refused(f"{where}: {address}: no such member; the nearest is {nearest(address, known)[0]}")
     if guilty := [each for each in inside if members.marks(cfg, each)]:

@@ -87,10 +87,10 @@ def open_run(
     return Track(folder, feed, kept)
 
 
-def open_summary(experiment: str, *, config: Mapping[str, Any], settings: Settings) -> Track:
+def open_summary(experiment: str, birth: str, *, config: Mapping[str, Any], settings: Settings) -> Track:
     """The run that speaks for all folds: CV mean and deviation, the merged OOF, what the folds have in common."""
     folder = store.run_folder(experiment)
-    run_id = f"{experiment}-summary"
+    run_id = f"{experiment}-{birth}-summary"
     return open_run(
         folder,
         run_id=run_id,

@@ -65,7 +65,7 @@ def compare(args: Args) -> None:
 VERBS = {
     "train": Verb("training", train, "train every fold of an experiment, and predict OOF and test rows", (
         EXPERIMENT, OVERRIDES,
-        argument("--fold", help="only this fold; full is all data"),
+        argument("--fold", help="only this fold; full trains on all rows, and makes the member NAME:full, which can be submitted alone"),
         argument("--seed", type=int, help="only this seed, instead of train.seeds"),
         argument("--as", dest="name", help="name of the run, when key=value makes it another one"),
         flag("--fresh", "move the old run to runs/.trash and start again"), DEBUG,

@@ -85,7 +85,9 @@ def flag(name: str, help: str) -> Argument:
     return argument(name, action="store_true", help=help)
 
 
-EXPERIMENT = argument("experiment", help="name of a file in configs/, like exp001")
+EXPERIMENT = argument(
+    "experiment", help="name of a file in configs/, like exp001, or of a run, like those of --as NAME"
+)
 OVERRIDES = argument(
     "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
 )

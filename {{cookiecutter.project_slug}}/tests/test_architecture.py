@@ -17,6 +17,7 @@ LAYERS = [
     ["knobs"],
     ["config"],
     ["store", "tasks", "members", "idle"],
+    ["experiments"],
     ["formulas", "metrics", "objective"],
     ["competition"],
     ["own"],

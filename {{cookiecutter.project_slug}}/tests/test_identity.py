@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from banked import lay_out
 from conftest import config
+from test_compare import few
 from test_training import TINY, refusal
 
-from comp import jobs, own, samples, store
+from comp import cli, identity, jobs, own, samples, store
 from comp.prepare import assign, tables
 from comp.train import model
 
@@ -111,6 +115,63 @@ def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
     with store.lock(project / "runs/x/seed0/fold0", "training"):
         said = refusal(lambda: jobs.train("exp001", TINY, name="x", fresh=True))
     assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
+
+
+def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(project: Path) -> None:
+    few(project)
+    for number in "01":
+        jobs.train("exp001", TINY, fold=number, name="x")
+    kept = project / "runs/x/seed0/fold0/weights.safetensors"
+    other = [*TINY, "optim.rate=1e-4"]
+    said = refusal(lambda: jobs.train("exp001", other, fold="0", name="x", fresh=True))
+    assert "optim.rate: 0.005 there, 0.0001 here" in said
+    assert store.sealed(kept) and not (project / "runs/.trash").exists(), "nothing moved"
+    (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
+    assert cli.main(shlex.split(advice)) == 0
+    assert jobs.stored_config("x").optim.rate == 1e-4 and (project / "runs/x/score.json").exists()
+
+
+def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
+    two = [*TINY, "train.seeds=[0,1]"]
+    for seed in (0, 1):
+        folder = store.fold_folder("x", seed, 0)
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"w")
+    with store.lock(store.fold_folder("x", 1, 0), "training"):
+        said = refusal(lambda: jobs.train("exp001", two, fold="0", name="x", fresh=True))
+    assert "already training" in said
+    assert (store.fold_folder("x", 0, 0) / "weights.safetensors").exists()
+
+
+def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path) -> None:
+    split = lay_out(empty).folds
+
+    def started(rate: str, *more: str) -> tuple[str, str]:
+        cfg = config(f"optim.rate={rate}", *more)
+        identity.claim("x", cfg, split, f"comp train exp001 --as x optim.rate={rate}{''.join(more)}")
+        return identity.command("x"), identity.birth("x")
+
+    first = started("0.1")
+    assert started("0.1") == first, "killed and begun again it is the same run"
+    other = started("0.2")
+    assert other[0].endswith("optim.rate=0.2") and other[1] != first[1], (
+        "the config began anew, so did the run"
+    )
+    store.write_text(store.fold_folder("x", 0, 0) / "oof.arrow", "")
+    store.seal(store.fold_folder("x", 0, 0) / "oof.arrow")
+    seeds = started("0.2", "train.seeds=[0,1]")
+    assert seeds[0].endswith("train.seeds=[0,1]") and seeds[1] == other[1], "more seeds of the same run"
+    assert "comp train exp001 --as x optim.rate=0.3 --fresh" in refusal(lambda: started("0.3"))
+    assert identity.command("x") == seeds[0]
+
+
+def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
+    jobs.train("exp001", ["machine.progress=false", "train.limit=20"], fold="0", debug=True, name="y")
+    words = shlex.split(identity.command("x"))
+    assert words[:5] == ["comp", "train", "exp001", "--as", "x"] and "predict.tta=[identity, hflip]" in words
+    assert shlex.split(identity.command("y"))[:6] == ["comp", "train", "exp001", "--as", "y", "--debug"]
+    assert f"next: {identity.command('y')}" in capsys.readouterr().out
 
 
 def test_half_a_start_is_no_start(project: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import banked
@@ -162,6 +163,24 @@ def test_wrong_labels_are_denied_by_all_and_drawn(empty: object, capsys: pytest.
     out = capsys.readouterr().out
     assert "3 rows of 400 are denied by all of exp001, exp002" in out and "00077" in out
     assert Image.open(empty / "data" / "contradicted.png").width > 800  # type: ignore[operator]
+
+
+def test_a_run_of_a_few_rows_or_of_other_folds_is_left_out(
+    empty: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = banked.lay_out(empty)  # type: ignore[arg-type]
+    both = np.array([3, 77, 210])
+    for seed, run in enumerate(("exp001", "exp002", "exp001-debug", "other")):
+        said(project, run, seed, both)
+    few = bank.load("exp001-debug", "oof", project.samples, project.folds)
+    heads = {name: np.where(np.arange(len(v))[:, None] < 50, v, np.nan) for name, v in few.heads.items()}
+    bank.write(bank.folder("exp001-debug") / "oof.arrow", replace(few, heads=heads))
+    other = bank.load("other", "oof", project.samples, project.folds)
+    bank.write(bank.folder("other") / "oof.arrow", replace(other, meta=other.meta | {"folds": "f" * 64}))
+    assert set(contradicted.contradicted([])["position"]) == set(both)
+    out = capsys.readouterr().out
+    assert "3 rows of 400 are denied by all of exp001, exp002" in out
+    assert "exp001-debug predicts 50 of 400 rows" in out and "left out: runs/other/oof.arrow" in out
 
 
 @pytest.mark.parametrize(("task", "rows"), [("binary", [8, 9]), ("regression", [])])

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,54 @@ def test_runs_and_ensembles_with_scores_and_differences(
     assert "0.50 exp001 0.50 exp002" in row(out, "blend001")
     best = max(scores, key=lambda name: scores[name]["oof"])
     assert f"best: {best}" in out and f"next: comp submit {best} --dry-run" in out
+
+
+def test_a_start_that_saved_nothing_is_no_run(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty", "saved"):
+        folder = fold(name)
+        store.write_text(store.run_folder(name) / "config.yaml", config.to_yaml(project.cfg))
+        store.seal(store.run_folder(name) / "config.yaml")
+        (folder / "log.jsonl").write_text("")
+    sealed(store.fold_folder("saved", 0, 0) / "state-00000005.pt")
+    assert cli.main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "empty" not in out and "0/5" in row(out, "saved")
+    with store.lock(store.fold_folder("empty", 0, 0), "training"):
+        assert cli.main(["runs"]) == 0
+        assert "training now" in row(capsys.readouterr().out, "empty")
+
+
+def test_folds_are_counted_of_every_seed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    member(project, "exp001-seeds")
+    for seed in (0, 1):
+        for number in range(5):
+            sealed(fold("exp001-seeds", number, seed) / "oof.arrow")
+    overview.runs()
+    line = row(capsys.readouterr().out, "exp001-seeds")
+    assert "10/10 of 2 seeds" in line and "unfinished" not in line
+    shutil.rmtree(store.fold_folder("exp001-seeds", 1, 4))
+    overview.runs()
+    line = row(capsys.readouterr().out, "exp001-seeds")
+    assert "9/10 of 2 seeds" in line and "unfinished" in line
+
+
+def test_what_is_scored_on_a_few_rows_is_neither_best_nor_measured(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    member(project, "exp001", noise=2.0)
+    member(project, "exp001-debug", noise=0.1)
+    file = store.run_folder("exp001-debug") / "score.json"
+    store.write_json(file, store.read_json(file) | {"marks": ["partial"]})
+    store.seal(file)
+    store.write_json(
+        store.path("runs", "noise.json"),
+        {"run": "x-seeds", "experiment": "x", "metric": "accuracy", "seeds": 2, "mean": 0.5, "std": 0.01}
+        | {"folds": store.sealed(store.folds_file())},
+    )
+    overview.runs()
+    out = capsys.readouterr().out
+    assert "best: exp001," in out and "next: comp submit exp001 --dry-run" in out
+    assert "  exp001: " in out and "  exp001-debug: " not in out
 
 
 def test_a_smaller_loss_is_the_better_one(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
     module = timm.create_model("test_resnet", num_classes=3)
     cfg = config("average.predicts=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
-    kept_weights = kept.Kept(cfg, module, tmp_path, 0, [])
+    kept_weights = kept.Kept(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
         kept_weights.after_epoch(epoch, None)
@@ -316,4 +316,3 @@ def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], 
 
 def test_a_mean_of_members_is_a_mean_of_predictions() -> None:
     assert members.merged(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]
-    assert members.kept(config("snapshots.cycles=2"), "full") == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from comp import bank, config, folds, machine, samples, score, store, yaml_lines
+from comp import bank, config, folds, machine, members, samples, score, store, yaml_lines
 from comp.config import Config, Refused
 from comp.deliver import kernel, rehearse
 from comp.ensemble import average, blend, declare
@@ -131,7 +131,7 @@ def siblings(member: str) -> list[str]:
         if (
             address.partition(":")[0] != mine["run"]
             or address == member
-            or not (bank.folder(address) / "oof.arrow").exists()
+            or not (bank.folder(members.of_cv(address)) / "oof.arrow").exists()
         ):
             continue
         leaf = kernel.leaves_of(address)[0]
@@ -141,7 +141,7 @@ def siblings(member: str) -> list[str]:
 
 
 def worth(team: Team, space: str, cfg: Config, table: Samples, split: Folds) -> float:
-    sets = [bank.load(blend.spoken_for(each), "oof", table, split) for each in team.members]
+    sets = [bank.load(members.of_cv(each), "oof", table, split) for each in team.members]
     nested = {
         each: store.read_json(bank.folder(each) / "apply.json")
         for each in team.members

@@ -249,7 +249,7 @@ def _several(
     thresholds = np.full(len(head.outputs), 0.5) if cut is None else np.asarray(cut)
     notes.append(
         f"{column}: thresholds from {thresholds.min():.4g} to {thresholds.max():.4g}, "
-        + ("as no metric asked for others" if cut is None else "as fitted on the OOF rows")
+        + ("as none were fitted" if cut is None else "as fitted on the OOF rows")
     )
     chosen = decide.apply_threshold(value, thresholds, floor=rules.none is None)
     notes.append(

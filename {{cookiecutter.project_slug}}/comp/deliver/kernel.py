@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from comp import bank, config, folds, predictions, samples, store
+from comp import bank, config, folds, members, predictions, samples, store
 from comp.config import Config, Refused
 from comp.deliver import inside
 from comp.ensemble import average
@@ -165,7 +165,7 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
     wanted += [file for weights in wanted if frozen.is_head(weights) for file in frozen.beside(weights)]
     wanted += [file for file in map(neighbours.beside, wanted) if file.exists()]
     wanted += [store.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
-    homes = {bank.folder(name), bank.folder(name.partition(":")[0])}
+    homes = {bank.folder(name), bank.folder(members.of_cv(name))}
     wanted += [
         home / each
         for home in sorted(homes)

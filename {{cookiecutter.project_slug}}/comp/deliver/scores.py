@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, config, folds, honest, samples, score, store, table, track
+from comp import bank, config, folds, honest, members, samples, score, store, table, track
 from comp.config import Config, Refused
 from comp.deliver import ledger, send
 from comp.ensemble import worth
@@ -205,7 +205,7 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
 
 def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> worth.Scored:
     """times -> score of the scored rows drawn so often: the mean over targets, each by its own metric, as comp runs has it."""
-    said = bank.load(_with_oof(name), "oof", rows, split)
+    said = bank.load(members.of_cv(name), "oof", rows, split)
     assert said.fold is not None
     if not said.predicted.all():
         raise MetricUndefined("not every row is predicted")
@@ -218,10 +218,6 @@ def _scored(rows: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:
     oof = np.flatnonzero(split.of_sample[0] >= 0)
     here = score.lines(rows, oof, split.of_sample[0][oof]).rows
     return here, score.groups_of(rows, here)
-
-
-def _with_oof(name: str) -> str:
-    return name if (bank.folder(name) / "oof.arrow").exists() else name.partition(":")[0]
 
 
 # --- the final two -------------------------------------------------------------------------------------------------------

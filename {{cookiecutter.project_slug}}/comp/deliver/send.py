@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from comp import bank, config, jobs, store, track
+from comp import bank, config, jobs, members, store, track
 from comp.config import Config, Refused
 from comp.deliver import kaggle, ledger, submission, verify
 from comp.ensemble import average
@@ -57,13 +57,13 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
     """What it is made of: members, the configs of their runs, and what they score at home."""
     said = bank.read_meta(bank.find(name, "test"))
     recipe = bank.folder(name) / "apply.json"
-    members = average.leaves(store.read_json(store.verified(recipe))) if recipe.exists() else [name]
+    made_from = average.leaves(store.read_json(store.verified(recipe))) if recipe.exists() else [name]
     runs = sorted({weights.split("/")[0] for weights in said["weights"]})
     record = score_of(name)
     return {
         "competition": cfg.competition.slug,
         "name": name,
-        "members": members,
+        "members": made_from,
         "configs": {run: store.digest(config.identity(jobs.stored_config(run))) for run in runs},
         "predictions": store.sha256(bank.find(name, "test")),
         "cv": {key: record.get(key) for key in ("metric", "direction", "mean", "std", "oof")}
@@ -74,12 +74,9 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
 
 
 def score_of(name: str) -> dict[str, Any] | None:
-    """A refit on all data has no score of its own: its CV run speaks for it."""
-    for address in (name, name.partition(":")[0]):
-        file = bank.folder(address) / "score.json"
-        if file.exists():
-            return dict(store.read_json(store.verified(file)))
-    return None
+    """A refit on all rows has no score of its own: that of the same member of the CV stands for it, where there is one."""
+    file = bank.folder(members.of_cv(name)) / "score.json"
+    return dict(store.read_json(store.verified(file))) if file.exists() else None
 
 
 def honest_of(record: dict[str, Any] | None) -> float | None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comp import bank, by_row, config, folds, own, samples, store
+from comp import bank, by_row, config, folds, members, own, samples, store
 from comp.bank import PredictionSet
 from comp.config import Config, Refused
 from comp.deliver import validate
 from comp.deliver.cells import Form, rules_of_cells, some
 from comp.deliver.forms import Answers, Cuts, Written, from_form, refuse_misfit
 from comp.ensemble import blend
+from comp.predict import merge
 from comp.prepare.sample import Sample, refuse_stale, rows_of, sample_of
 from comp.samples import Samples
 
@@ -33,7 +34,10 @@ def dry_run(name: str) -> Path:
         raise Refused(
             f"{name}: its file or a member changed since it was made; make it anew: comp ensemble {name}"
         )
-    return write(cfg, table, name, bank.load(name, "test", table, folds.load(table)))
+    prediction = bank.load(name, "test", table, folds.load(table))
+    if members.of_cv(name) != name:
+        print(f"{name}: {merge.cv_of(name)}")
+    return write(cfg, table, name, prediction)
 
 
 def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
@@ -125,9 +129,11 @@ def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:
 
 
 def fitted_cuts(name: str) -> Cuts:
-    """head -> where its values become labels, as the CV fitted them. A refit on all data has none and takes its run's."""
-    own_score = bank.folder(name) / "score.json"
-    file = own_score if own_score.exists() else bank.folder(name.partition(":")[0]) / "score.json"
+    """head -> where its values become labels, as the CV fitted them. A refit on all rows takes those of the same member of the
+    CV; where it was trained alone nothing was fitted."""
+    file = bank.folder(members.of_cv(name)) / "score.json"
+    if members.of_cv(name) != name and not file.exists():
+        return {}
     return dict(store.read_json(store.verified(file))["cuts"])
 
 

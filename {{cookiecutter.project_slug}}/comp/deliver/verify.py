@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, folds, jobs, machine, samples, store
+from comp import bank, folds, jobs, machine, members, samples, store
 from comp.deliver.recheck import CHECKPOINTS, Checkpoint, drawn, recheck
 
 WEIGHTS = "weights.safetensors"
@@ -22,7 +22,8 @@ def verify(name: str) -> None:
     table = samples.load()
     split = folds.load(table)
     said = bank.load(name, "test", table, split).meta
-    inside = name.partition(":")[2] if name.partition(":")[2].startswith("tta-") else ""
+    member = members.within(name.partition(":")[2])
+    inside = member if member.startswith("tta-") else ""
     there = [c for c in map(_checkpoint, said["weights"]) if (store.fold_folder(*c) / WEIGHTS).exists()]
     stored = {}
     for checkpoint in drawn(name, there, CHECKPOINTS):

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, folds, jobs, machine, predictions, samples, score, store, table
+from comp import bank, config, experiments, folds, jobs, machine, predictions, samples, score, store, table
 from comp.config import Config, Refused
 from comp.ensemble import latency, views, worth
-from comp.predict import merge
 
 SPACES = ("probability", "logit", "geometric")
 DRAWS = 3  # of the run's recipe, a view each
@@ -26,13 +25,9 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
     machine.settle(cfg.train.threads)
     rows = samples.load()
     split = folds.load(rows)
-    seeds = [
-        s for s in merge.seeds_of(run) if len(merge.finished(run, s, list(range(split.count)))) == split.count
-    ]
+    seeds = experiments.complete(run, split.count)
     if not seeds:
-        raise Refused(
-            f"{run}: {merge.missing(run, cfg, split)} to go before views can be compared: comp train {run}"
-        )
+        raise experiments.refusal(run, "OOF predictions to compare views on")
     heads, now = rows.heads, config.load(store.root(), "base").config  # the metric of now, not of then
     metrics = [score.metric_of(now, head) for head in heads]
     predicted, cost = _predicted(run, cfg, seeds, rows, split, names)

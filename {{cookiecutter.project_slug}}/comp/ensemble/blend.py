@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, folds, machine, predictions, samples, score, store, table
+from comp import bank, config, folds, machine, members, predictions, samples, score, store, table
 from comp.config import Config, Refused
 from comp.ensemble import average, declare, fitting, worth
 from comp.ensemble.declare import Declared
@@ -19,7 +19,6 @@ from comp.predictions import PredictionSet
 from comp.samples import Samples
 
 FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
-REFIT = ":full"  # trained on all data: its CV run speaks for it where OOF rows are needed
 
 
 def blend(name: str) -> dict[str, Any]:
@@ -56,13 +55,15 @@ def blend(name: str) -> dict[str, Any]:
 def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
     """The members' predictions, row by row the same ones, or every reason why not."""
     found, faults = [], []
-    files = (bank.folder(spoken_for(each)) / f"{kind}.arrow" for each in declared.blend.members)
+    files = (bank.folder(_address(each, kind)) / f"{kind}.arrow" for each in declared.blend.members)
     store.note(file for file in files if file.exists())
     for i, address in enumerate(declared.blend.members):
+        there = _address(address, kind)
+        why = "" if there == address else f"{address} is weighed by the OOF predictions of {there}: "
         try:
-            found.append(bank.load(spoken_for(address) if kind == "oof" else address, kind, rows, split))
+            found.append(bank.load(there, kind, rows, split))
         except Refused as refused:
-            faults += [declared.fault(f"members.{i}", f"members: {line}") for line in refused.lines]
+            faults += [declared.fault(f"members.{i}", f"members: {why}{line}") for line in refused.lines]
     if faults:
         raise Refused(*faults)
     first = found[0]
@@ -82,9 +83,10 @@ def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[Pre
     return found
 
 
-def spoken_for(address: str) -> str:
-    """exp001:full has no OOF rows: it takes the weight that exp001 earned with its own."""
-    return address.removesuffix(REFIT)
+def _address(member: str, kind: str) -> str:
+    """Whose predictions a member is fitted by, and applied to. exp001:full has no OOF rows: it takes the weight that exp001
+    earned with its own."""
+    return members.of_cv(member) if kind == "oof" else member
 
 
 def _set(
@@ -95,13 +97,13 @@ def _set(
     rows: Samples,
     split: Folds,
 ) -> PredictionSet:
-    name, members = declared.name, declared.blend.members
+    name, listed = declared.name, declared.blend.members
     facts = {
         "run": name,
         "member": "",
         "config": declared.hash,
         "space": declared.blend.merged_in,
-        "members": {address: store.sha256(_file(address, kind)) for address in members},
+        "members": {address: store.sha256(_file(address, kind)) for address in listed},
         "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
         "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
     }
@@ -109,7 +111,7 @@ def _set(
 
 
 def _file(address: str, kind: str) -> Any:
-    return bank.find(spoken_for(address) if kind == "oof" else address, kind)
+    return bank.find(_address(address, kind), kind)
 
 
 def recipes(declared: Declared) -> dict[str, Any]:
@@ -173,11 +175,11 @@ def _about(
 ) -> dict[str, Any]:
     """What stands beside the score: each member's own, the score of the rows that taught, and whether it really beats the
     best member and the plain mean."""
-    blend, members = declared.blend, []
+    blend, listed = declared.blend, []
     for address, share, each in zip(blend.members, made.weights, oof, strict=True):
         own = score.of(cfg, rows, split, each)
         kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
-        members.append(
+        listed.append(
             {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
             | {key: own[key] for key in ("oof", "mean", "std")}
         )
@@ -189,11 +191,11 @@ def _about(
         in_sample = score.of(cfg, rows, split, as_taught)["oof"]
     others, scores = {}, {}
     sign = score.metric_of(cfg).sign
-    alone = [i for i, member in enumerate(members) if member["oof"] is not None]
+    alone = [i for i, member in enumerate(listed) if member["oof"] is not None]
     if alone:
-        best = max(alone, key=lambda i: sign * members[i]["oof"])
+        best = max(alone, key=lambda i: sign * listed[i]["oof"])
         label = f"the best member {blend.members[best]}"
-        others[label], scores[label] = oof[best], members[best]["oof"]
+        others[label], scores[label] = oof[best], listed[best]["oof"]
     if (blend.method, blend.merged_in) != ("mean", "probability") and said["oof"] is not None:
         others["the plain mean"], scores["the plain mean"] = plain, said["oof"]
     beside = worth.beside(cfg, rows, split, blended, others)
@@ -203,7 +205,7 @@ def _about(
         "config": declared.hash,
         "method": blend.method,
         "space": blend.merged_in,
-        "members": members,
+        "members": listed,
         "plain_mean": {key: said[key] for key in ("oof", "mean", "std")},
         "in_sample": in_sample,
         "after": made.notes,
@@ -263,9 +265,8 @@ def stale(name: str, record: dict[str, Any]) -> bool:
     except Refused:
         return True
     for member in record["members"]:
-        folder = bank.folder(member["address"])
         for kind, then in member["sha256"].items():
-            entry = store.sealed(folder / f"{kind}.arrow")
+            entry = store.sealed(bank.folder(_address(member["address"], kind)) / f"{kind}.arrow")
             if entry is not None and entry["sha256"] != then:
                 return True
     return False

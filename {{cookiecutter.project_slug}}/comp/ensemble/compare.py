@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import bank, config, folds, honest, jobs, machine, samples, score, store, table
+from comp import bank, config, experiments, folds, honest, jobs, machine, samples, score, store, table
 from comp.config import Refused
 from comp.metrics import Metric
 
@@ -105,11 +105,11 @@ def _metric() -> Metric:
 # --- recipes side by side ------------------------------------------------------------------------------------------------
 
 
-def compare(experiments: list[str], seeds: int) -> list[dict[str, Any]]:
-    if len(experiments) < 2 or len(set(experiments)) < len(experiments):
+def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
+    if len(names) < 2 or len(set(names)) < len(names):
         raise Refused("comp compare takes two or more different experiments, like exp001 exp002")
-    machine.settle(config.load(store.root(), experiments[0]).config.train.threads)
-    said = [scored(each, seeds) for each in experiments]
+    machine.settle(experiments.load(names[0]).config.train.threads)
+    said = [scored(each, seeds) for each in names]
     metric = _metric()
     lines = [
         [
@@ -125,7 +125,7 @@ def compare(experiments: list[str], seeds: int) -> list[dict[str, Any]]:
         found = difference(metric.sign * (b.folds - a.folds))
         records.append({"a": a.name, "b": b.name, "metric": metric.name, **found})
         print(f"{b.name} against {a.name}: {found['says']}")
-    name = "-".join(experiments)
+    name = "-".join(names)
     folder = store.path("runs", "comparisons")
     store.write_json(folder / f"{name}.json", records)
     plot(said, metric, folder / f"{name}.png")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from comp import bank, config, folds, pictures, samples, store, table
 from comp.config import Config, Refused
+from comp.folds import Folds
 from comp.predictions import PredictionSet
 from comp.prepare import arrays, making
 from comp.prepare.images import Damaged
@@ -28,17 +29,19 @@ COLUMNS = ("id", "target", "given", "models say", "denied")
 
 
 def contradicted(names: Sequence[str]) -> pd.DataFrame:
-    """data/contradicted.csv and .png. Without names every run that has OOF predictions."""
+    """data/contradicted.csv and .png. Without names every run that has OOF predictions of all rows."""
     import pandas as pd
 
     cfg = config.load(store.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
-    names = list(names) or _runs()
-    if not names:
-        raise Refused("no run has OOF predictions yet: comp train exp001")
-    sets = [bank.load(name, "oof", rows, split) for name in names]
+    found_sets = {name: bank.load(name, "oof", rows, split) for name in names} or _whole(rows, split)
+    if not found_sets:
+        raise Refused("no run has OOF predictions of all rows yet: comp train exp001")
+    names, sets = list(found_sets), list(found_sets.values())
     kept = np.logical_and.reduce([each.predicted for each in sets])
+    if not kept.any():
+        raise Refused(f"{', '.join(names)}: no row was predicted by all of them")
     at = np.asarray(sets[0].row, np.int64)[kept]
     found = [line for head in rows.heads for line in _denied(rows, at, kept, head, sets)]
     found.sort(key=lambda line: -line["denied"])
@@ -59,9 +62,22 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _runs() -> list[str]:
+def _whole(rows: Samples, split: Folds) -> dict[str, PredictionSet]:
+    """Runs that predict every row. One of --debug, or of folds that were made anew since, would leave next to nothing to look
+    at; it is left out with its reason."""
+    found = {}
     places = sorted(store.path("runs").glob("*/oof.arrow"))
-    return [p.parent.name for p in places if p.parent.name[0] != "." and store.sealed(p)]
+    for name in (p.parent.name for p in places if p.parent.name[0] != "." and store.sealed(p)):
+        try:
+            said = bank.load(name, "oof", rows, split)
+        except Refused as refused:
+            print(f"left out: {refused}")
+            continue
+        if said.predicted.all():
+            found[name] = said
+        else:
+            print(f"left out: {name} predicts {said.predicted.sum()} of {len(said.row)} rows")
+    return found
 
 
 def _denied(

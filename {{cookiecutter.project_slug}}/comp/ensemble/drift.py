@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import folds, jobs, machine, pictures, samples, store, table
+from comp import experiments, folds, jobs, machine, pictures, samples, store, table
 from comp.config import Refused
-from comp.predict import merge
 from comp.prepare import arrays, making
 from comp.prepare.images import Damaged
 from comp.samples import Positions, Samples
@@ -36,13 +35,13 @@ def drift(run: str) -> dict[str, Any]:
     rows = samples.load()
     split = folds.load(rows)
     test = rows.positions("test")
-    numbers: list[int | str] = list(range(split.count))
-    seeds = [seed for seed in merge.seeds_of(run) if len(merge.finished(run, seed, numbers)) == len(numbers)]
-    if not seeds or not len(test):
-        what = (
-            "there are no test rows" if seeds else f"{merge.missing(run, cfg, split)} to go: comp train {run}"
+    seeds = experiments.complete(run, split.count)
+    if not seeds:
+        raise experiments.refusal(run, "weights of every fold to look for drift with")
+    if not len(test):
+        raise Refused(
+            f"{run}: there are no test rows; drift is looked for between held-out rows and test rows"
         )
-        raise Refused(f"{run}: {what}; drift is looked for between held-out rows and test rows")
     material = jobs.gather(cfg)
     ours = np.full(len(rows.frame), np.nan)
     theirs, areas = np.zeros(len(test)), []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comp import bank, store
+from comp import bank, members, store
 from comp.config import Refused
 
 FILE = "speed.json"  # {"test": seconds an image}, written by predict/infer.py
@@ -37,8 +37,8 @@ def _leaves(recipe: dict) -> list[str]:
 def _files(run: Path, member: str) -> list[Path]:
     """The notes of the checkpoints that a member speaks from."""
     seeds = "seed*" if not member.startswith("seed") else member
-    folds = "foldfull" if member == "full" else "fold[0-9]*"
-    inside = member if member and not member.startswith("seed") and member != "full" else "."
+    folds = f"fold{members.REFIT}" if members.is_refit(member) else "fold[0-9]*"
+    inside = "" if member.startswith("seed") else members.within(member)
     return sorted(folder / inside / FILE for folder in run.glob(f"{seeds}/{folds}"))
 
 

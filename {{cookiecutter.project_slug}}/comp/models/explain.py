@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from comp import bank, jobs, machine, pictures, store
+from comp import bank, experiments, jobs, machine, pictures, predictions, store
 from comp.config import Refused, nearest
+from comp.predictions import PredictionSet
 from comp.prepare import arrays
 from comp.train import augment, model, normal
 from comp.train.backbone import inner
@@ -65,12 +66,10 @@ def _chosen(material: Material, run: str, ids: list[str], count: int) -> tuple[N
     """Rows and what stands above them: those of `ids`, or the ones that went worst."""
     head = material.samples.heads[0]
     file = store.run_folder(run) / "oof.arrow"
-    if not store.sealed(file):
-        parts = sorted(store.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
-        if not parts:
-            raise Refused(f"{run}: has no predictions to explain yet: comp train {run}")
-        file = parts[0]
-    oof = bank.read(file, material.samples, material.folds)
+    if store.sealed(file):
+        oof = bank.read(file, material.samples, material.folds)
+    else:
+        oof = _of_some_folds(material, run)
     rows = oof.row.astype(np.int64)[oof.predicted]
     said = oof.probability(head)[oof.predicted]
     truth = material.samples.truth(head, rows)
@@ -88,6 +87,16 @@ def _chosen(material: Material, run: str, ids: list[str], count: int) -> tuple[N
         f"{row.id}: {row.true}\nsaid {row.predicted}, error {row.error:.3f}" for row in table.itertuples()
     ]
     return rows[table["position"].to_numpy()], captions
+
+
+def _of_some_folds(material: Material, run: str) -> PredictionSet:
+    """Of a run that is not finished, what its finished folds predict."""
+    parts = sorted(store.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
+    if not parts:
+        raise experiments.refusal(run, "predictions to explain")
+    print(f"{experiments.refusal(run, 'predictions of all rows')}; the rows of the others are explained")
+    sets = [bank.read(file, material.samples, material.folds) for file in parts]
+    return predictions.merge(sets, material.samples, material.folds, material.cfg.predict.space)
 
 
 def _weights(run: str, fold: int) -> Path:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from tqdm import tqdm
 
-from comp import bank, config, identity, jobs, machine, own, predictions, score, store
+from comp import bank, config, experiments, identity, jobs, machine, own, predictions, score, store
 from comp.config import Config, Refused, nearest
 from comp.predict import frozen
 from comp.prepare import making
@@ -49,11 +49,12 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
         raise Refused(
             f"{' '.join(changed)} changes results: write it into an experiment of its own, features are kept by name"
         )
-    cfg = config.load(store.root(), run, overrides).config
+    loaded = experiments.load(run, overrides, claimed=run)
+    cfg = loaded.config
     _refuse(cfg)
     machine.settle(cfg.train.threads)
-    material = jobs.gather(cfg)
-    identity.claim(run, cfg, material.folds, f"comp features {run}")
+    material = jobs.gather(cfg, loaded=loaded)
+    identity.claim(run, cfg, material.folds, identity.command(run))
     with store.lock(store.run_folder(run), "features"):
         seen = of_run(material, run, fresh)
     for name in names:

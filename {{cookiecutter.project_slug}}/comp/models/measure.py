@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from comp import config, machine, own, samples, store, table
+from comp import experiments, machine, own, samples, store, table
 from comp.train import backbone, model, optim, speed
 from comp.train.evaluate import HALF
 
@@ -20,7 +20,7 @@ LEAST = 5
 
 
 def measure(experiment: str, overrides: list[str]) -> None:
-    cfg = config.load(store.root(), experiment, overrides).config
+    cfg = experiments.load(experiment, overrides).config
     machine.settle(cfg.train.threads)
     optim.refuse(cfg)
     model.check(cfg)

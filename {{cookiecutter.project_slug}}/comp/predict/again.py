@@ -1,39 +1,48 @@
-"""Predict a finished run again under other views, from its stored weights: a member of its own, the run untouched."""
+"""Predict a finished run, or its refit, again under other views, from its stored weights: a member of its own, the run untouched."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from comp import bank, store
-from comp.config import Refused
+from comp import bank, experiments, members, predictions, store
 from comp.predict import infer, merge, tta
 from comp.train.loop import Material
 
 
-def predict(material: Material, run: str, views: list[str], space: str) -> str:
-    """The member's name. Each fold is kept, so a killed call goes on where it was."""
+def predict(
+    material: Material, run: str, views: list[str], space: str, refit_only: bool = False
+) -> list[str]:
+    """The members' names: of the folds, of the refit on all rows, or of both, as they are there. Each fold is kept, so a killed
+    call goes on where it was."""
     tta.views(views)
     cfg = material.cfg
-    member = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.space else f"-{space}")
+    inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.space else f"-{space}")
     cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": views, "space": space})})
     other = replace(material, cfg=cfg)
-    numbers: list[merge.Number] = list(range(material.folds.count))
-    seeds = [seed for seed in merge.seeds_of(run) if len(merge.finished(run, seed, numbers)) == len(numbers)]
-    if not seeds:
-        raise Refused(
-            f"{run}: {merge.missing(run, cfg, material.folds)} to go before it can be predicted again: comp train {run}"
-        )
-    parts = [(seed, number) for seed in seeds for number in numbers]
-    test, scored = len(material.samples.positions("test")), len(material.samples.positions("train"))
+    count = material.folds.count
+    cv = [] if refit_only else [(s, n) for s in experiments.complete(run, count) for n in range(count)]
+    refits = [(seed, members.REFIT) for seed in experiments.refitted(run)]
+    wanted: dict[str, list[merge.Part]] = {inside: [*cv], members.refit(inside): [*refits]}
+    made = {name: parts for name, parts in wanted.items() if parts}
+    if not made:
+        raise experiments.refusal(f"{run}:{members.REFIT}" if refit_only else run, "predictions")
+    for name, parts in made.items():
+        doing = f"predicting {run}:{name}"
+        with store.lock(store.member_folder(run, name), doing), material.stop.listening():
+            _member(other, run, name, parts, inside)
+    return list(made)
+
+
+def _member(material: Material, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
+    samples, folds = material.samples, material.folds
+    kinds = ("test",) if members.is_refit(name) else ("oof", "test")
     # Each fold by itself, then the mean of them.
-    size = bank.size(material.samples, len(parts) * test + len(seeds) * scored + test + scored)
-    store.need_space(size, f"runs/{run}/members/{member}")
-    doing = f"predicting {run}:{member}"
-    with store.lock(store.member_folder(run, member), doing), material.stop.listening():
-        for seed, number in parts:
-            for kind in ("oof", "test"):
-                infer.write_fold(other, run, seed, number, kind, inside=member)
-                if material.stop.asked:
-                    raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
-        merge.member(run, member, cfg, material.samples, material.folds, parts, inside=[member])
-    return member
+    rows = sum(len(predictions.rows_of(kind, samples, folds)) for kind in kinds)
+    size = bank.size(samples, (1 + len(parts)) * rows)
+    store.need_space(size, f"runs/{run}/members/{name}")
+    for seed, number in parts:
+        for kind in kinds:
+            infer.write_fold(material, run, seed, number, kind, inside=inside)
+            if material.stop.asked:
+                raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
+    merge.member(run, name, material.cfg, samples, folds, parts, inside=[inside])

@@ -31,7 +31,7 @@ def write_fold(
     member with weights of its own."""
     cfg, folder = material.cfg, store.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
-    own = inside if inside in members.kept(cfg, number) else ""
+    own = inside if inside in members.kept(cfg) else ""
     weights = folder / own / bank.WEIGHTS
     if store.sealed(file):
         return file

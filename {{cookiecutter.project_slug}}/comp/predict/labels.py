@@ -74,16 +74,8 @@ def write(source: str, name: str, wish: Wish) -> None:
         )
     _tell(frame, rows, split)
     print(f"written: {store.shown(file)}, from {', '.join(voice.address for voice in who.voices)}")
-    experiment = _experiment(who.voices[0].run)
-    print(f"next: comp train {experiment} --as {experiment}p data.pseudo={name}")
-
-
-def _experiment(run: str) -> str:
-    """The config that a run came from, whatever it was called."""
-    birth = store.run_folder(run) / "birth.json"
-    if store.path("configs", f"{run}.yaml").exists() or not birth.exists():
-        return run
-    return str(store.read_json(birth)["command"]).split()[2]
+    run = who.voices[0].run
+    print(f"next: comp train {run} --as {run}p data.pseudo={name}")
 
 
 def _refuse(heads: tuple[Head, ...], wish: Wish) -> None:

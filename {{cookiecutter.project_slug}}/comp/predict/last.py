@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from comp import predictions, score, store
+from comp import experiments, predictions, score, store
 from comp.config import Refused
-from comp.predict import infer, merge
+from comp.predict import infer
 from comp.train.loop import Material
 
 
@@ -18,10 +18,13 @@ def look(material: Material, run: str) -> str:
         raise Refused(
             "data/folds.parquet: no row is locked away; folds.holdout in configs/competition.yaml says how many are"
         )
-    numbers: list[merge.Number] = list(range(folds.count))
-    parts = [(seed, number) for seed in merge.seeds_of(run) for number in merge.finished(run, seed, numbers)]
+    parts = [
+        (seed, number)
+        for seed in experiments.seeds_of(run)
+        for number in experiments.finished(run, seed, range(folds.count))
+    ]
     if not parts:
-        raise Refused(f"{run}: {merge.missing(run, cfg, folds)} to go before it can look: comp train {run}")
+        raise experiments.refusal(run, "weights to look with")
     said = []
     for seed, number in parts:
         weights = store.fold_folder(run, seed, number) / "weights.safetensors"

@@ -300,10 +300,11 @@ def _locked_groups(rows: Rows, plan: declared.Folds) -> NDArray[np.bool_]:
 
 def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples) -> list[str]:
     """One line for each thing that the frozen folds were made from and that is another now."""
-    names = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
     shown = store.shown(store.folds_file())
     lines = [
-        f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now" for n in names if old[n] != new[n]
+        f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now"
+        for n in folds.PLAN
+        if old[n] != new[n]
     ]
     if old["samples"] != new["samples"]:
         now = set(samples.frame["id"].to_numpy()[samples.taught])

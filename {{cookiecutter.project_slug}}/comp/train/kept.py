@@ -7,7 +7,6 @@ on after a kill ends in the same bytes. What is written twice is written alike.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +65,8 @@ class Ema:
 
 
 class Kept:
-    def __init__(self, cfg: Config, module: nn.Module, folder: Path, fold: int | str, ends: Sequence[int]):
-        self.cfg, self.module, self.folder, self.fold = cfg, module, folder, fold
+    def __init__(self, cfg: Config, module: nn.Module, folder: Path, ends: Sequence[int]):
+        self.cfg, self.module, self.folder = cfg, module, folder
         self.wanted = {members.speaks(cfg), *cfg.average.beside}
         self.ema = None if cfg.train.ema is None else Ema(module, cfg.train.ema)
         # One tensor after the other: all at once, as torch does by itself on a GPU, it refuses the whole numbers of a batch norm.
@@ -158,7 +157,7 @@ class Kept:
     ) -> None:
         """Write all weights; those that speak last, since their being there means done. `renew` measures batch norms anew."""
         raw = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        for name in self.cfg.average.beside if self.fold != "full" else ():
+        for name in self.cfg.average.beside:
             model.save_weights(self._made(name, renew, judge), self.folder / name / WEIGHTS)
             self.module.load_state_dict(raw)
         spoken = self._made(members.speaks(self.cfg), renew, judge)
@@ -176,9 +175,6 @@ class Kept:
         for file in self.folder.glob("epoch-*.safetensors"):
             file.unlink()
             store.unseal(file)
-        if self.fold == "full":  # a refit is one member
-            for folder in self.folder.glob("snap*"):
-                shutil.rmtree(folder)
 
     def _made(self, name: str, renew: Renew, judge: Judge | None) -> nn.Module:
         if name == "raw":

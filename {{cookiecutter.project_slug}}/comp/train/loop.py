@@ -99,7 +99,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     mixture = mixing.loss(cfg, heads, distill.beside(cfg, material.samples, taught, criterion))
     apart = agree.between_views(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
-    kept = Kept(cfg, module, folder, number, schedule.snapshots(cfg, span))
+    kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
     judge = choice.judge(material, judged, augment.Seen(normal.of(cfg, module, device)))
     renew = renewal(
         material, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)

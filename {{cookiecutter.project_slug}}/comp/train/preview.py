@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comp import folds, pictures, samples, store
-from comp.config import Config
+from comp.config import Config, Loaded
 from comp.idle import CYCLIC
 from comp.train import pseudo, schedule
 from comp.train.schedule import Curve, Span, Staged
@@ -14,10 +14,12 @@ from comp.train.schedule import Curve, Span, Staged
 MOST_POINTS = 4000  # more cannot be told apart
 
 
-def draw(cfg: Config, experiment: str) -> None:
+def draw(loaded: Loaded, experiment: str) -> None:
     """Fold 0 speaks for the others: they differ by a few steps."""
     table = samples.load()
     split = folds.load(table)
+    folds.refuse_other_plan(split, loaded)
+    cfg = loaded.config
     if cfg.data.pseudo is not None:
         pseudo.check(cfg, split)
         table = pseudo.with_lines(table, pseudo.read(cfg.data.pseudo), cfg.data.pseudo, 0)

@@ -28,16 +28,15 @@ def export(joined: Joined, name: str, number: int | None) -> None:
             raise Refused(f"--export {name}: {store.shown(taken)} is there already; take another name")
     trial = _chosen(joined, number)
     setting = setting_of(joined.space, trial)
-    own = config.flat(config.load(store.root(), joined.experiment).config.model_dump())
+    base = joined.experiment if store.path("configs", f"{joined.experiment}.yaml").exists() else "base"
+    own = config.flat(config.load(store.root(), base).config.model_dump())
     wanted = config.flat(joined.cfg.model_dump()) | setting
     changed = {k: v for k, v in wanted.items() if own.get(k) != v and config.changes_results([f"{k}="])}
     text = (
-        _header(joined, trial, name)
-        + f"base: {joined.experiment}\n\n"
-        + yaml_lines.dump(_nested(changed)) * bool(changed)
+        _header(joined, trial, name) + f"base: {base}\n\n" + yaml_lines.dump(_nested(changed)) * bool(changed)
     )
     store.write_text(file, text)
-    print(f"written: {store.shown(file)}, {len(changed)} knobs of {joined.experiment} changed")
+    print(f"written: {store.shown(file)}, {len(changed)} knobs of {base} changed")
     moved = _as_run(joined, trial, name)
     every = joined.cfg.competition.folds.k * joined.cfg.competition.folds.repeats
     if moved:
@@ -99,7 +98,7 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
         target.mkdir(parents=True, exist_ok=True)
         for each in FOLD_FILES:
             _copied(place / each, target / each)
-        for inside in members.kept(cfg, number):
+        for inside in members.kept(cfg):
             _copied(place / inside / bank.WEIGHTS, target / inside / bank.WEIGHTS)
             store.seal(target / inside / bank.WEIGHTS)
         if _copied(place / "optimism.json", target / "optimism.json"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import TrialState
 
-from comp import config, machine, score, store
+from comp import config, experiments, machine, score, store
 from comp.config import Refused
 from comp.tune import declare, live, report, space, study, trial
 from comp.tune import storage as storages
@@ -167,7 +167,8 @@ def join(
     experiment: str, overrides: list[str], space_name: str, storage: str | None, trials: int | None = None
 ) -> Joined:
     """Everything that a mistake could be in is looked at before Optuna, and long before torch, is asked for."""
-    cfg = config.load(store.root(), experiment, overrides).config
+    loaded = experiments.load(experiment, overrides)
+    cfg = loaded.config
     chosen = declare.read(space_name, cfg, experiment)
     if trials is not None and trials < 1:
         raise Refused(f"--trials {trials}: must be 1 or more")
@@ -194,18 +195,20 @@ def join(
             load_if_exists=True,
         )
         joined = Joined(name, experiment, cfg, chosen, opened, database, url, folder, trials or chosen.trials)
-        _agree(joined)
+        _agree(joined, loaded)
         if "ready" not in opened.user_attrs:
             _enqueue_known(joined)
             opened.set_user_attr("ready", True)
     return joined
 
 
-def _agree(joined: Joined) -> None:
+def _agree(joined: Joined, loaded: config.Loaded) -> None:
     """A study stands for one experiment, one space and one set of folds: other numbers would not compare."""
     from comp import folds, samples
 
     table = samples.load()
+    split = folds.load(table)
+    folds.refuse_other_plan(split, loaded)
     identity: dict[str, Any] = {
         **{key: space.label(value) for key, value in config.identity(joined.cfg).items()},
         "space": store.digest([repr(knob) for knob in joined.space.knobs]),
@@ -213,7 +216,7 @@ def _agree(joined: Joined) -> None:
         "folds searched": joined.space.folds,
         "seed": joined.cfg.train.seeds[0],
         "data/samples.parquet": table.hash,
-        "data/folds.parquet": folds.load(table).hash,
+        "data/folds.parquet": split.hash,
     }
     before = joined.study.user_attrs.get("identity")
     if before is None:
