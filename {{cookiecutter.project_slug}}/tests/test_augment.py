@@ -31,6 +31,29 @@ def pictures(count: int = 16, side: int = 12) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
+# --- recipes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [64, 224])
+def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: int) -> None:
+    """Of a plain grey picture each draw is one grey, but for black holes and edges, and for noise of at most a tenth of the range."""
+    grey = np.full((size, size, channels), 128, np.uint8)
+    noisy = 0
+    for name in augment.RECIPES:
+        change = augment.Augment(augment.by_name(name, size), size)
+        for seed in mixed(3, spread=np.arange(150)).tolist():
+            drawn = change(grey, int(seed)).astype(float)[:, :, 0]
+            steps = np.abs(np.diff(drawn, axis=1))
+            deviation = 1.4826 * np.median(steps) / np.sqrt(2)  # holes are a small part of it
+            assert deviation < 0.12 * 255, name
+            noisy += deviation > 0
+            if deviation == 0:
+                assert drawn.max() - np.median(drawn) < 8, f"{name}: a light line beside a dark edge"
+                assert (drawn > 0).mean() > 0.6, f"{name}: holes"
+    assert noisy > 5, "there is noise, mild"
+
+
 # --- policies ------------------------------------------------------------------------------------------------------------
 
 
