@@ -169,34 +169,41 @@ def _flat(heads: Heads, scale: Mapping[str, Any]) -> Array:
 # --- fitted again --------------------------------------------------------------------------------------------------------
 
 
-def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Leak]:
-    """Mean, deviation and whitening that lie in the weights are those of the training part of the fold alone."""
-    cfg, found = material.cfg, []
-    if cfg.data.normalise != "data" and cfg.data.whiten == "none":
+def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
+    """What lies in the weights and is measured, of pixels and of targets that are values, is that of the training part of the fold."""
+    from comp.train import choice, margins, model, normal, pseudo, target_scaler
+
+    cfg, heads, feed = material.cfg, material.samples.heads, material.feed
+    found: list[Finding] = []
+    if not _measured(model.build(cfg, heads, pretrained=False, feed=feed)):
         return []
-    from comp.train import choice, margins, model, normal
 
-    heads, feed = material.samples.heads, material.feed
-
-    def fitted(rows: Positions) -> dict[str, Array]:
+    def fitted(rows: Positions, samples: Samples) -> dict[str, Array]:
         module = model.build(cfg, heads, pretrained=False, feed=feed)
         normal.fit(cfg, module, feed, rows)
+        target_scaler.fit(cfg, module, samples, rows)
         return _measured(module)
 
     known: dict[str, dict[str, Array]] = {}  # seeds share the folds, and so what is fitted on them
     for weights in dict.fromkeys(_weights(said) for said in sets.values()):
         number = fold_of(weights).name.removeprefix("fold")
-        scored = material.folds.split(number)[1]
-        own = margins.known_rows(cfg, material.samples, choice.rows(material, number)[0])
+        try:
+            joined = pseudo.joined(material, number)  # pseudo-labelled rows are measured like others
+        except Refused as refused:
+            found.append(NotChecked(store.shown(weights), refused.lines[0]))
+            continue
+        scored = joined.folds.split(number)[1]
+        own = margins.known_rows(cfg, joined.samples, choice.rows(joined, number)[0])
         own = own[~np.isin(own, scored)]  # whoever dealt them out
-        known[number] = known.get(number) or fitted(own)
+        known[number] = known.get(number) or fitted(own, joined.samples)
         kept = _measured(
             model.load_weights(model.build(cfg, heads, pretrained=False, feed=feed), store.verified(weights))
         )
         if _alike(kept, known[number]):
             continue
-        everyone = material.folds.split("full")[0]
-        seen = any(_alike(kept, fitted(r)) for r in (np.union1d(own, scored[: cfg.train.limit]), everyone))
+        everyone = joined.folds.split("full")[0]
+        others = (np.union1d(own, scored[: cfg.train.limit]), everyone)
+        seen = any(_alike(kept, fitted(each, joined.samples)) for each in others)
         what = "statistics fitted on validation rows" if seen else "statistics that the training part does not repeat"  # fmt: skip
         found.append(Leak(what, store.shown(weights), "recomputation"))
     return found

@@ -20,7 +20,7 @@ from comp import objective, store
 from comp.config import Config, Refused
 from comp.samples import Positions, Samples
 from comp.tasks import VALUES, Head, Objective
-from comp.train import choice, distributed, losses, margins
+from comp.train import choice, distributed, losses, margins, target_scaler
 
 if TYPE_CHECKING:
     from comp.train.loop import Material
@@ -49,10 +49,13 @@ def targets(material: Material, number: int | str, folder: Path) -> list[Tensor]
     found = distributed.from_first(_read(folder / FILE) if distributed.first() else {})
     rows = found["rows"]
     assert np.array_equal(rows, learners(material, number)), "lessons are made for the rows that teach"
+    said_of = [
+        as_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
+    ]
     out = []
-    for head in samples.heads:
-        said = as_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature)
-        every = np.zeros((len(samples.frame), *said.shape[1:]), said.dtype)
+    for said in target_scaler.standardised(cfg, samples, rows, said_of):
+        kind = np.float32 if said.dtype == np.float64 else said.dtype
+        every = np.zeros((len(samples.frame), *said.shape[1:]), kind)
         every[rows] = said
         out.append(torch.from_numpy(every).to(material.device))
     return out
@@ -76,12 +79,16 @@ def as_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -
     return hard if head.exclusive else hard.astype(np.float32)
 
 
-def beside(cfg: Config, samples: Samples, taught: Positions, own: losses.Total) -> losses.Total:
+def beside(
+    cfg: Config, samples: Samples, taught: Positions, own: losses.Total, standardised: bool = True
+) -> losses.Total:
     """(output, labels and then what the teacher says) -> (batch,). A hard answer and a value are learned by the run's own loss."""
     if cfg.distill.teacher is None:
         return own
     heads, soft = samples.heads, cfg.distill.kind == "soft"
-    both = zip(heads, objective.of(cfg, heads), losses.of_heads(cfg, samples, taught), strict=True)
+    both = zip(
+        heads, objective.of(cfg, heads), losses.of_heads(cfg, samples, taught, standardised), strict=True
+    )
     each = [
         _soft(head, which, cfg.distill.temperature) if soft and head.row.spaces is not VALUES else hard
         for head, which, hard in both

@@ -36,6 +36,7 @@ from comp.train import (
     pseudo,
     schedule,
     speed,
+    target_scaler,
     transfer,
 )  # fmt: skip
 from comp.train.clock import Clock
@@ -84,7 +85,10 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
-    targets = [_target(pseudo.target(material.samples, head), device) for head in heads]
+    truths = [pseudo.target(material.samples, head) for head in heads]
+    targets = [
+        _target(each, device) for each in target_scaler.standardised(cfg, material.samples, taught, truths)
+    ]
     lessons = distill.targets(material, number, folder)  # what a teacher says, one more target a head
     weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
@@ -94,9 +98,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         transfer.begin(module, cfg, seed, number)
     stages = Stages(cfg, module)
     normal.fit(cfg, module, material.feed, taught)
+    target_scaler.fit(cfg, module, material.samples, taught)
     network = speed.prepared(cfg, module)
     criterion = losses.total(cfg, material.samples, taught)
     mixture = mixing.loss(cfg, heads, distill.beside(cfg, material.samples, taught, criterion))
+    in_units = losses.total(cfg, material.samples, taught, False)  # of the targets: to be read
+    read = mixing.loss(cfg, heads, distill.beside(cfg, material.samples, taught, in_units, False))
+    scaled = losses.of_values(cfg, heads)  # what is read is not what is minimised
     apart = agree.between_views(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
     kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
@@ -176,11 +184,16 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                     with torch.autocast(device.type, half, enabled=half is not None):
                         output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
                     each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
-                    loss = losses.reduced(each, cfg.loss.hardest) * (len(batch.samples) / span.effective)
+                    share = len(batch.samples) / span.effective
+                    loss = losses.reduced(each, cfg.loss.hardest) * share
+                    shown = loss
+                    if scaled:
+                        told = read(output.detach(), truth, weight[rows], parts)
+                        shown = losses.reduced(told, cfg.loss.hardest) * share
                     clock.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)
                     clock.lap("backward")
-                    looks.note(batch.samples, each, loss)
+                    looks.note(batch.samples, each, shown)
             distributed.sum_gradients(module)
             if cfg.optim.clip is not None:
                 scaler.unscale_(optimizer)
@@ -213,7 +226,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
         clock.lap("log and checkpoint")
-        report |= validate(material, kept.current, seen, criterion, watched, targets, step)
+        report |= validate(material, kept.current, seen, in_units, watched, targets, step)
         report |= kept.after_epoch(epoch + 1, judge)
         clock.lap("validation")
         log.log(report)
@@ -271,7 +284,7 @@ def validate(
     raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
     refuse(damaged, material.samples)
     truth = [target[rows].cpu() for target in targets]
-    loss = criterion(torch.from_numpy(raw[0]), truth).numpy()
+    loss = criterion(torch.from_numpy(target_scaler.of_loss(cfg, module, raw[0])), truth).numpy()
     if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
         raise distributed.Agreed(
             f"validation behind step {step}: NaN or inf{named(material.samples, bad)}: {REMEDY}; the last checkpoint is from before"

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,9 +22,10 @@ from comp import objective, own
 from comp.config import Config, Refused
 from comp.samples import Positions, Samples
 from comp.tasks import Head, Objective, bin_centres
-from comp.train import balance, margins
+from comp.train import balance, margins, target_scaler
 from comp.train.model import outputs
 
+POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # of the target's unit: losses of values
 TINY = 1e-8  # a power below 1 has no slope at 0
 Loss = Callable[[Tensor, Tensor], Tensor]
 Total = Callable[[Tensor, list[Tensor]], Tensor]
@@ -128,8 +131,10 @@ def l1(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target.view_as(output), reduction="none")
 
 
-def huber(output: Tensor, target: Tensor, delta: float) -> Tensor:
-    return F.huber_loss(output, target.view_as(output), reduction="none", delta=delta)
+def huber(output: Tensor, target: Tensor, delta: float | Tensor) -> Tensor:
+    """torch's takes one delta for all targets."""
+    away = (output - target.view_as(output)).abs()
+    return torch.where(away < delta, 0.5 * away**2, delta * (away - 0.5 * delta))
 
 
 def log_cosh(output: Tensor, target: Tensor) -> Tensor:
@@ -174,15 +179,21 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 # --- of a run ------------------------------------------------------------------------------------------------------------
 
 
-def total(cfg: Config, samples: Samples, taught: Positions) -> Total:
-    return mean_of(cfg, samples.heads, of_heads(cfg, samples, taught))
+def total(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> Total:
+    """`standardised`: what is minimised; otherwise in the units of the targets, to be read."""
+    return mean_of(cfg, samples.heads, of_heads(cfg, samples, taught, standardised))
 
 
-def of_heads(cfg: Config, samples: Samples, taught: Positions) -> list[Loss]:
+def of_heads(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> list[Loss]:
     return [
-        _named(cfg, head, loss, samples, taught)
+        _named(cfg, head, loss, samples, taught, standardised)
         for head, loss in zip(samples.heads, objective.of(cfg, samples.heads), strict=True)
     ]
+
+
+def of_values(cfg: Config, heads: tuple[Head, ...]) -> bool:
+    """Whether what is minimised is not what is read, since there are values among the targets."""
+    return any(loss.name in POWERS for loss in objective.of(cfg, heads))
 
 
 def mean_of(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
@@ -205,7 +216,9 @@ def reduced(each: Tensor, hardest: float) -> Tensor:
     return each.mean()
 
 
-def _named(cfg: Config, head: Head, chosen: Objective, samples: Samples, taught: Positions) -> Loss:
+def _named(
+    cfg: Config, head: Head, chosen: Objective, samples: Samples, taught: Positions, standardised: bool
+) -> Loss:
     if chosen.name == "loss":
         hook = own.get("loss")
         if hook is None:
@@ -221,6 +234,10 @@ def _named(cfg: Config, head: Head, chosen: Objective, samples: Samples, taught:
         del knobs["centres"]  # of the network
     if chosen.name == "bins":
         _within(chosen, head, samples.targets(head)[taught])
+    if chosen.name in POWERS:
+        mean, unit = map(_on_device, target_scaler.measured(head, samples, taught))
+        function = _in_deviations(function, unit, None if standardised else POWERS[chosen.name])
+        weigh = None if weigh is None else _by_grade(weigh, mean, unit)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         each = function(output, target, **knobs)
@@ -229,6 +246,33 @@ def _named(cfg: Config, head: Head, chosen: Objective, samples: Samples, taught:
         return each if each.ndim == 1 else each.mean(1)
 
     return loss
+
+
+def _on_device(values: NDArray[np.float64]) -> Callable[[torch.device], Tensor]:
+    return cache(lambda device: torch.tensor(values, dtype=torch.float32, device=device))
+
+
+def _in_deviations(
+    function: Callable[..., Tensor], unit: Callable[[torch.device], Tensor], back: int | None
+) -> Callable[..., Tensor]:
+    """The loss of standardised values. huber's delta is told in the unit of the target. `back`: the power of that unit which the loss
+    is in, to read it in that unit."""
+
+    def loss(output: Tensor, target: Tensor, **knobs: float) -> Tensor:
+        one = unit(output.device)  # (targets,)
+        each = function(output, target, **{key: value / one for key, value in knobs.items()})
+        return each if back is None else each * one**back
+
+    return loss
+
+
+def _by_grade(
+    weigh: Callable[[Tensor], Tensor],
+    mean: Callable[[torch.device], Tensor],
+    unit: Callable[[torch.device], Tensor],
+) -> Callable[[Tensor], Tensor]:
+    """Weights of classes, of grades that are learned standardised."""
+    return lambda target: weigh((target * unit(target.device) + mean(target.device)).round())
 
 
 def _within(chosen: Objective, head: Head, values: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from comp import objective, own, store
 from comp.config import Config, Refused
 from comp.tasks import Head
-from comp.train import backbone, normal
+from comp.train import backbone, normal, target_scaler
 from comp.train.backbone import inner
 from comp.train.margins import Embedded, GeM, as_map
 
@@ -45,6 +45,7 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | N
     several images, or metadata beside them, wants them joined before the last layer."""
     module = _network(cfg, heads, pretrained, feed)
     normal.register(cfg, module)
+    target_scaler.register(cfg, heads, module)
     return module
 
 

@@ -20,7 +20,9 @@ PICKLED = (
     b"PK",
     *(bytes((0x80, protocol)) for protocol in range(2, 6)),
 )  # torch.save: a zip, or the bare stream
-MEASURED = ("pixel_mean", "pixel_std", "white_middle", "white")  # of each fold: normal.py
+MEASURED = (  # of each fold: normal.py, target_scaler.py
+    "pixel_mean", "pixel_std", "white_middle", "white", "target_mean", "target_std",
+)  # fmt: skip
 
 
 def run_of(cfg: Config) -> str:
