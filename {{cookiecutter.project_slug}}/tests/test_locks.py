@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from conftest import HERE
 from forked import forked
@@ -359,21 +360,18 @@ def test_two_containers_do_not_train_one_fold(project: Path, namespace: list[str
     shutil.copytree(HERE / "comp", project / "comp", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "comp" / "competition.py").write_text("")
     train = [
-        *[*namespace, sys.executable, "-m", "comp", "train", "exp001", "--fold", "0", "track=none", "machine.workers=0"],
-        *["machine.progress=false", "train.epochs=12", "train.limit=64", "schedule.warmup=0"],
+        *[*namespace, sys.executable, "-m", "comp", "train", "exp001", "--as", "run", "--fold", "0", "track=none"],
+        *["machine.workers=0", "machine.progress=false", "train.epochs=12", "train.limit=64", "schedule.warmup=0"],
     ]  # fmt: skip
-    log = store.fold_folder("exp001", 0, 0) / "log.jsonl"
+    log = store.fold_folder("run", 0, 0) / "log.jsonl"
     first = subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while first.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
         pass
-    os.kill(_python_of(first), signal.SIGSTOP)  # the second shall meet it, however long it takes to start
+    (trainer,) = psutil.Process(first.pid).children()
+    trainer.suspend()  # the second shall meet it, however long it takes to start
     second = subprocess.run(train, capture_output=True, text=True, check=False)
     assert second.returncode == 2 and "is already training seed 0 fold 0" in second.stderr
-    os.kill(_python_of(first), signal.SIGCONT)
+    trainer.resume()
     assert first.wait() == 0, first.communicate()[0]
     epochs = [line["epoch"] for line in map(json.loads, log.read_text().splitlines()) if "epoch" in line]
     assert epochs == list(range(1, 13))
-
-
-def _python_of(unshare: subprocess.Popen[str]) -> int:
-    return int(Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split()[0])
