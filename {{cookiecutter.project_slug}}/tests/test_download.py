@@ -160,6 +160,23 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(server: Server, empty:
     assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
 
 
+def test_sigterm_in_the_middle_is_one_line_and_it_goes_on_where_it_stopped(
+    server: Server, empty: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
+    server.cut = [2 << 20]
+
+    def work() -> None:
+        time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(download())
+
+    assert os.waitstatus_to_exitcode(forked(work)) == 143 and not server.ranges
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped by SIGTERM: ")]
+    assert not list(empty.rglob("*.part")) and not list(empty.rglob(".lock"))
+    assert download() == 0
+    assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
+
+
 def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_in_one_line(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

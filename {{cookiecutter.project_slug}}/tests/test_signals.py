@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import studies
 from conftest import HERE
 from forked import forked
 
@@ -255,6 +256,21 @@ def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
     with stop.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.asked and [signal.getsignal(number) for number in machine.STOPS] == before
+
+
+@pytest.mark.slow
+def test_a_search_keeps_its_trial_and_goes_on_with_it(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    studies.with_space(project)
+    given = ["tune", "exp001", "--space", "s", "--trials", "2", *studies.SMALL]
+    assert code(lambda: command(given, at_lines, at_event(1, hit(signal.SIGTERM), after="epoch"))) == 143
+    assert "saved at step" in capfd.readouterr().err
+    assert not left_behind(project)
+    assert code(lambda: cli.main(given)) == 0
+    trials = studies.join(2).study.get_trials(deepcopy=False)
+    assert [t.state.name for t in trials].count("COMPLETE") == 2
+    assert trials[0].user_attrs["stopped"] and "deaths" in trials[-1].user_attrs | trials[1].user_attrs
 
 
 def started(*command: str) -> subprocess.Popen[str]:
