@@ -30,9 +30,13 @@ PLAN = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "
 
 @dataclass(frozen=True)
 class Folds:
-    """`fold` runs over repeats: fold f of repeat r is r * k + f. Every row has one line a repeat."""
+    """`fold` runs over repeats: fold f of repeat r is r * k + f. Every row with labels has one line a repeat.
 
-    frame: pd.DataFrame  # id, repeat, fold
+    Only source = train is scored. The fold of any other row is the one that it does not train, since that fold scores a copy of it;
+    test rows have a line only then, for the day that they get pseudo-labels.
+    """
+
+    frame: pd.DataFrame  # id, repeat, fold; unit, where rows share images: one name for what belongs together
     meta: dict[str, Any]  # scheme, k, repeats, seed, holdout, rule, gap, samples, hash
     samples: Samples
 
@@ -46,13 +50,25 @@ class Folds:
 
     @cached_property
     def of_sample(self) -> NDArray[np.int64]:
-        """(repeats, samples): the fold of every line of the samples table; test rows are TAUGHT_ONLY and never taught."""
+        """(repeats, samples): the fold of every line of the samples table, TAUGHT_ONLY where it has none."""
         out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TAUGHT_ONLY, np.int64)
-        position = self.samples.frame.reset_index().set_index("id")["index"]
         for repeat in range(len(out)):
             lines = self.frame[self.frame["repeat"] == repeat]
-            out[repeat, position.loc[lines["id"]].to_numpy()] = lines["fold"].to_numpy()
+            out[repeat, self._position(lines["id"])] = lines["fold"].to_numpy()
         return out
+
+    def _position(self, ids: pd.Series) -> Positions:
+        return np.asarray(self.samples.frame.reset_index().set_index("id")["index"].loc[ids].to_numpy())
+
+    @cached_property
+    def own(self) -> NDArray[np.bool_]:
+        """(samples,): which rows a fold may score."""
+        return (self.samples.frame["source"] == "train").to_numpy()
+
+    @cached_property
+    def scored(self) -> Positions:
+        """Every row that some fold scores, in order."""
+        return np.flatnonzero((self.of_sample[0] >= 0) & self.own)
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
         """(positions that teach, positions that are scored). `full` teaches everything and scores nothing."""
@@ -61,9 +77,11 @@ class Folds:
             return taught[self.of_sample[0, taught] != LOCKED], taught[:0]
         repeat, number = divmod(int(fold), int(self.meta["k"]))
         mine = self.of_sample[repeat, taught]
-        scored = taught[mine == number]
+        scored = taught[(mine == number) & self.own[taught]]
         free = (mine != number) & (mine != LOCKED)
         if self.meta["rule"] == "earlier":
+            if not len(scored):
+                return taught[:0], scored
             time = self.samples.frame["time"].to_numpy(np.float64)
             free &= (mine < number) & (time[taught] <= time[scored].min() - float(self.meta["gap"]))
         return taught[free], scored
@@ -74,7 +92,7 @@ class Folds:
         What belongs together stays together; of a split by time the latest are held out, with the gap before them.
         """
         taught = self.split(fold)[0]
-        own = taught[(self.samples.frame["source"].to_numpy()[taught] == "train")]
+        own = taught[self.own[taught]]
         if len(own) < 2:
             raise Refused(
                 f"fold {fold}: {len(own)} training rows are too few to hold some out; select.on: inner needs 2"
@@ -106,12 +124,20 @@ class Folds:
         return names[order], rank[place]
 
     def _unit(self, rows: Positions) -> NDArray[Any]:
-        """A row's group; where there are none, the row that the host scores."""
+        """A row's group, or where there are none the row that the host scores; and whatever shares an image with it."""
+        return self._units[rows]
+
+    @cached_property
+    def _units(self) -> NDArray[Any]:
         column = "group" if "group" in self.samples.frame else "row"
-        return self.samples.frame[column].to_numpy(object)[rows].astype(str)
+        names = self.samples.frame[column].to_numpy(object).astype(str).astype(object)
+        if "unit" in self.frame:
+            lines = self.frame[self.frame["repeat"] == 0]
+            names[self._position(lines["id"])] = lines["unit"].to_numpy(object)
+        return names.astype(str)
 
     def locked(self) -> Positions:
-        return self.samples.taught[self.of_sample[0, self.samples.taught] == LOCKED]
+        return np.flatnonzero((self.of_sample[0] == LOCKED) & self.own)
 
 
 def read(file: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -163,4 +189,6 @@ def content_hash(frame: pd.DataFrame, meta: dict[str, Any]) -> str:
     hashed = hashlib.sha256(json.dumps([meta["rule"], meta["gap"], meta["k"], meta["repeats"]]).encode())
     hashed.update("\n".join(frame["id"]).encode())
     hashed.update(frame[["repeat", "fold"]].to_numpy(np.int32).tobytes())
+    if "unit" in frame:
+        hashed.update("\n".join(frame["unit"]).encode())
     return hashed.hexdigest()

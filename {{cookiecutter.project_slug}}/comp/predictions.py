@@ -63,7 +63,7 @@ def meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) ->
 
 def rows_of(kind: str, samples: Samples, folds: Folds) -> Positions:
     """The rows of a whole set, in order: every row with a fold, or every test row."""
-    return np.flatnonzero(folds.of_sample[0] >= 0) if kind == "oof" else samples.positions("test")
+    return folds.scored if kind == "oof" else samples.positions("test")
 
 
 def average(

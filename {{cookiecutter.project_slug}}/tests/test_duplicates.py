@@ -85,6 +85,23 @@ def test_flat_pictures_are_no_copies_of_each_other() -> None:
     assert not len(near.copies(flat)[0])
 
 
+def test_digits_that_only_look_alike_are_no_copies(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1,797 handwritten digits, none of them twice: groups are not recommended for what chance gives."""
+    duplicates.tell(config(experiment="base"), samples.load())
+    said = capsys.readouterr().out
+    assert "1797 pictures: 0 pairs of copies" in said and "duplicates: group" not in said
+
+
+def test_pairs_that_are_as_many_as_by_chance_are_not_judged(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near, "MOST", 0.97)
+    duplicates.tell(config(experiment="base"), samples.load())
+    said = capsys.readouterr().out
+    assert "more pairs look alike" in said and "cannot be judged" in said
+    assert "0 pairs of copies" in said and "duplicates: group" not in said
+
+
 def with_copies(project: Path) -> None:
     """The first 150 digits; the last ten of the test rows, and ten new rows of other writers, are copies of training rows."""
     raw = project / "data" / "raw"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import config
 from test_folds import made, table
 
-from comp import folds, samples, store
+from comp import cli, folds, samples, store
 from comp.config import Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
-from comp.prepare import assign, audit
+from comp.prepare import assign, audit, tables
 from comp.samples import Samples
 
 # --- audit ---------------------------------------------------------------------------------------------------------------
@@ -199,3 +201,189 @@ def test_killed_before_the_seal_it_is_made_again(project: Path) -> None:
     store.write_json(project / "data" / "manifest.json", manifest)
     again()
     assert store.folds_file().read_bytes() == before
+
+
+# --- rows that share an image --------------------------------------------------------------------------------------------
+
+
+def with_images(one: Samples, names: list[str]) -> Samples:
+    return Samples(one.frame.assign(images=pd.Series([[name] for name in names])), one.heads, one.hash)
+
+
+def crops() -> Samples:
+    """600 rows that crop 200 images: row 00000, 00200 and 00400 name the same file, spelled in three ways."""
+    ways = ("train/{}.png", "train/./{}.png", 'train/{}.png///{{"x":"3"}}')
+    one = table(group=[f"g{i % 200 % 40}" for i in range(600)])
+    return with_images(one, [ways[i // 200].format(i % 200) for i in range(600)])
+
+
+@pytest.mark.parametrize("scheme", [each for each in assign.SCHEMES if each != "time"])
+@pytest.mark.parametrize("holdout", [0.0, 0.2])
+def test_rows_that_name_one_file_share_a_fold_under_any_scheme(scheme: str, holdout: float) -> None:
+    found = made(crops(), scheme, holdout=holdout, repeats=2)
+    for fold in found.of_sample:
+        assert (fold[:200] == fold[200:400]).all() and (fold[:200] == fold[400:]).all()
+    assert faults(found) == [] and len(np.unique(found.of_sample[0])) == 5 + (holdout > 0)
+    for fold in range(found.count):
+        taught, judged = found.inner(fold, 0.2)
+        assert not set(taught % 200) & set(judged % 200), "nor on both sides of what a choice is made on"
+
+
+def test_one_file_on_both_sides_of_a_fold_is_a_fault() -> None:
+    found = made(crops(), "stratified")
+    here = int(found.of_sample[0, 0])
+    for there, place in (
+        ((here + 1) % 5, f"fold {(here + 1) % 5}"),
+        (LOCKED, "the hold-out"),
+        (TAUGHT_ONLY, "the rows never scored"),
+    ):
+        (line,) = faults(altered(found, 0, there))
+        assert (
+            "train/0.png" in line
+            and place in line
+            and f"fold {here}" in line
+            and "comp folds --remake" in line
+        )
+        assert "00000" in line and "00200" in line
+
+
+def test_a_split_by_time_that_has_a_file_on_both_sides_is_refused_by_name() -> None:
+    lines = faults(made(crops(), "time"))
+    assert (
+        len(lines) == 11
+        and "train/" in lines[0]
+        and "folds.scheme" in lines[0]
+        and "more images" in lines[10]
+    )
+
+
+def test_an_extra_row_does_not_train_the_fold_that_scores_its_image() -> None:
+    """As `extra: [{table: train.csv}]` makes them: each training row once more."""
+    one = table(600, source=["train"] * 300 + ["extra"] * 299 + ["test"])
+    one = with_images(one, [f"train/{i % 300}.png" for i in range(600)])
+    for scheme in assign.SCHEMES:
+        found = made(one, scheme, holdout=0.2)
+        assert not [line for line in faults(found) if "image" in line], scheme
+        source = one.frame["source"].to_numpy()
+        for taught, scored in [found.split("full"), *map(found.split, range(5))]:
+            assert set(source[scored]) <= {"train"} and not np.isin(taught % 300, scored % 300).any()
+            assert not np.isin(taught % 300, found.locked() % 300).any(), "nor the hold-out"
+        assert (source[found.split(0)[0]] == "extra").any() or scheme == "time"
+        assert len(found.locked()) == 300 - len(found.scored) - (scheme == "time") * int(
+            (found.of_sample[0, :300] == -1).sum()
+        )
+        assert any("299 extra rows" in note for note in audit.audit(one, found)["notes"]) or scheme == "time"
+
+
+def test_a_pseudo_labelled_row_does_not_train_the_fold_that_scores_its_image() -> None:
+    one = table(600, source=["train"] * 300 + ["test"] * 300)
+    one = with_images(one, [f"train/{i % 300}.png" for i in range(600)])
+    found = made(one, "stratified", holdout=0.2)
+    source = np.array(["train"] * 300 + ["pseudo:x:fold3"] * 300, object)
+    later = Folds(found.frame, found.meta, Samples(one.frame.assign(source=source), one.heads, one.hash))
+    for taught, scored in (later.split(3), later.split("full")):
+        assert (taught >= 300).any() and not np.isin(
+            taught % 300, [*(scored % 300), *(found.locked() % 300)]
+        ).any()
+    assert np.array_equal(later.scored, found.scored) and later.scored.max() < 300
+
+
+def copied_files(project: Path, pairs: list[tuple[str, str]]) -> None:
+    """The second file of each pair becomes a copy of the first."""
+    for one, other in pairs:
+        (project / "data/raw" / other).write_bytes((project / "data/raw" / one).read_bytes())
+
+
+def in_folds(number: int, count: int) -> list[str]:
+    """Images of the first training rows of a fold."""
+    rows, split = samples.load(), folds.load(samples.load())
+    return [rows.frame["images"].iloc[at][0] for at in split.split(number)[1][:count]]
+
+
+def declare(project: Path, *changes: tuple[str, str]) -> None:
+    file = project / "configs" / "competition.yaml"
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+GROUPED = ("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group")
+
+
+def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With and without the image cache that knows their hashes, and until folds.duplicates keeps them together."""
+    copied_files(project, list(zip(in_folds(0, 12), in_folds(3, 12), strict=True)))
+    one, other = in_folds(0, 1)[0], in_folds(3, 1)[0]
+    before = store.folds_file().read_bytes()
+    for remake in (False, True):
+        capsys.readouterr()
+        assert cli.main(["folds", *["--remake"] * remake]) == 2
+        said = capsys.readouterr()
+        assert one in said.err and other in said.err and "fold 0" in said.err and "fold 3" in said.err
+        assert "folds.duplicates: group" in said.err and "2 more images" in said.err
+        assert store.folds_file().read_bytes() == before
+    assert cli.main(["check"]) == 0
+    assert "24 train rows have files of the same bytes" in capsys.readouterr().out
+    declare(project, GROUPED)
+    assert cli.main(["folds", "--remake"]) == 0
+    assert "12 pairs of copies" in capsys.readouterr().out
+    of, rows = folds.load(samples.load()).of_sample[0], samples.load()
+    place = {images[0]: of[at] for at, images in enumerate(rows.frame["images"])}
+    assert place[one] == place[other]
+    assert cli.main(["folds"]) == 0, "frozen, and without a fault"
+
+
+def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own paths, and as copies under other names."""
+    declare(project, ("id: id", 'id: id\nextra: [{table: train.csv, image: "train/{id}.png"}]'))
+    tables.prepare(config(experiment="base"))
+    assert cli.main(["folds", "--remake"]) == 0
+    assert "1437 extra rows" in capsys.readouterr().out
+    rows, raw = samples.load(), project / "data/raw"
+
+    def leaking() -> int:
+        split, count = folds.load(rows), 0
+        for fold in range(5):
+            taught, scored = split.split(fold)
+            files = {(raw / rows.frame["images"].iloc[at][0]).read_bytes() for at in scored}
+            count += sum((raw / rows.frame["images"].iloc[at][0]).read_bytes() in files for at in taught)
+        return count
+
+    assert leaking() == 0
+    shutil.copytree(raw / "train", raw / "old")
+    declare(project, ('image: "train/{id}.png"}]', 'image: "old/{id}.png"}]'))
+    tables.prepare(config(experiment="base"))
+    rows = samples.load()
+    assert cli.main(["folds", "--remake"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "old/" in said
+        and "the rows never scored" in said
+        and "folds.duplicates: group" in said
+        and "1427 more images" in said
+    )
+    declare(project, GROUPED)
+    assert cli.main(["folds", "--remake"]) == 0
+    assert leaking() == 0
+    assert cli.main(["folds", "--duplicates"]) == 0
+    assert "with extra rows: 1437 pairs, 0 on both sides of a fold" in capsys.readouterr().out
+
+
+def test_copies_of_training_rows_among_the_test_rows_are_noted(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = samples.load()
+    test = [rows.frame["images"].iloc[at][0] for at in rows.positions("test")[:7]]
+    copied_files(project, list(zip(in_folds(2, 7), test, strict=True)))
+    assert cli.main(["folds", "--remake"]) == 0
+    assert "7 test rows share an image with a training row" in capsys.readouterr().out
+    split = folds.load(rows)
+    assert (split.of_sample[0, rows.positions("test")[:7]] == 2).all() and (
+        split.of_sample[0, rows.positions("test")[7:]] == -1
+    ).all()

@@ -268,16 +268,18 @@ def test_a_short_run_tries_them_too(empty: Path) -> None:
 
 
 def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:
-    """Other people's pictures that are all called 3: with weight 1 the network believes it, with weight 0 it does not."""
+    """Other people's pictures that are all called 3: with weight 1 the network believes it, with weight 0 it does not. No training
+    row has these pictures, or its fold would not be taught by them."""
     raw, file = project / "data/raw", project / "configs/competition.yaml"
     own = pd.read_csv(raw / "train.csv", dtype=str).head(160)
-    file.write_text(
-        file.read_text() + 'weight: trust\nextra: [{table: extra.csv, image: "train/{id}.png"}]\n'
-    )
+    others = pd.read_csv(raw / "test.csv", dtype=str)["id"].head(160)
+    file.write_text(file.read_text() + 'weight: trust\nextra: [{table: extra.csv, image: "test/{id}.png"}]\n')
     called = {}
     for weight in ("0", "1"):
         own.assign(trust="1").to_csv(raw / "train.csv", index=False)
-        own.assign(label="3", trust=weight, writer="somebody else").to_csv(raw / "extra.csv", index=False)
+        own.assign(id=others, label="3", trust=weight, writer="somebody else").to_csv(
+            raw / "extra.csv", index=False
+        )
         cfg = config()
         tables.prepare(cfg)
         table = samples.load()

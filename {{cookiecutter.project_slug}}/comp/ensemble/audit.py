@@ -14,8 +14,6 @@ What could not be looked at is named; so is whatever was chosen on the rows that
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -133,42 +131,36 @@ def _flattered(address: str) -> str:
 
 
 def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
-    """The same bytes on both sides of a fold, wherever a path leads: files, members of archives, arrays. Pictures that only look
-    alike: comp folds --duplicates."""
-    from tqdm import tqdm
+    """The same bytes on both sides of a fold, wherever a path leads: files, members of archives, arrays; extra rows included.
+    Pictures that only look alike: comp folds --duplicates."""
+    from comp.prepare import audit as folds_audit
+    from comp.prepare import exact_duplicates
 
-    from comp.prepare import making
-    from comp.prepare.images import Damaged
-
-    how = making.of(cfg)
-    where: dict[str, set[tuple[int, ...]]] = defaultdict(set)  # its fold in every repeat
-    ids: dict[str, list[str]] = defaultdict(list)
-    unread: list[str] = []
-    for position in tqdm(rows.taught.tolist(), desc="hashing images", delay=2, disable=None, leave=False):
-        for image in rows.frame["images"].iloc[position]:
-            try:
-                file = how.file(image)
-                sha = store.sha256(file) if file.is_file() else hashlib.sha256(how.read(image)).hexdigest()
-            except (Damaged, Refused, OSError) as fault:
-                unread.append(str(fault))
-                continue
-            where[sha].add(tuple(split.of_sample[:, position].tolist()))
-            ids[sha].append(str(rows.frame["id"].iloc[position]))
-    several = [sha for sha, numbers in where.items() if len(numbers) > 1]
+    images = exact_duplicates.by_bytes(cfg, rows)
+    ids = rows.frame["id"].to_numpy(object)
+    shared = folds_audit.shared_images(rows, split, images, images.by_bytes)
     found: list[Finding] = [
         Leak(
             "duplicates across folds",
-            f"{', '.join(ids[sha][:3])} in folds {', '.join(map(str, sorted({each[0] for each in where[sha]})))}",
+            f"{', '.join(map(str, ids[each.rows[:3]]))} in {_folds(each.places)}",
             "hash",
         )
-        for sha in several[:SHOWN]
+        for each in shared[:SHOWN]
     ]
-    if len(several) > SHOWN:
-        more = f"{len(several) - SHOWN} more pictures; comp folds --duplicates lists all"
+    if len(shared) > SHOWN:
+        more = f"{len(shared) - SHOWN} more pictures; comp folds --duplicates lists all"
         found.append(Leak("duplicates across folds", more, "hash"))
-    if unread:
+    used = {images.names[at] for at in images.image[np.isin(images.sample, rows.taught)]}
+    if unread := [why for name, why in images.unread.items() if name in used]:
         found.append(NotChecked(f"duplicates among {len(unread)} images that cannot be read", unread[0]))
     return found
+
+
+def _folds(places: list[str]) -> str:
+    """`folds 0, 3 and the rows never scored`"""
+    numbers = [place.removeprefix("fold ") for place in places if place.startswith("fold ")]
+    other = [place for place in places if not place.startswith("fold ")]
+    return " and ".join([f"fold{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] * bool(numbers) + other)
 
 
 def groups(rows: Samples, split: Folds) -> list[Leak]:

@@ -4,6 +4,7 @@ the predictions that they should be from, which needs no network.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from comp.config import Config, Refused
 from comp.ensemble.findings import Finding, Leak, NotChecked
 from comp.folds import Folds
 from comp.predict import labels
+from comp.prepare import exact_duplicates
 from comp.samples import Samples
 from comp.train import pseudo
 
@@ -29,8 +31,8 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
     if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
         return [NotChecked(f"{run}, its pseudo-labels", f"{store.shown(file)} is not there as it taught it")]
-    found: list[Finding] = []
     table = pseudo.read(name)
+    found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
     for number, weights in entry["weights"].items():
         if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
             found.append(Leak(SAW, f"{run}: fold {number} is taught by {', '.join(wrong)}", "provenance"))
@@ -53,6 +55,23 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
             found.append(Leak("pseudo-labels that their models do not repeat", where, "recomputation"))
         else:
             found.append(Leak(SAW, f"{where}: they are those {guilty}", "recomputation"))
+    return found
+
+
+def _copies(
+    run: str, cfg: Config, table: pd.DataFrame, name: str, rows: Samples, split: Folds
+) -> list[Finding]:
+    """Pseudo-labelled test rows whose files have the bytes of rows that their fold scores."""
+    images = exact_duplicates.by_bytes(cfg, rows)
+    found: list[Finding] = []
+    for number in range(split.count):
+        joined = pseudo.with_lines(rows, table, name, number)
+        taught, scored = replace(split, samples=joined).split(number)
+        test = taught[(rows.frame["source"].to_numpy()[taught] == "test")]
+        code = [images.by_bytes[np.isin(images.sample, side)] for side in (test, scored)]
+        if len(both := np.intersect1d(code[0], code[1])):
+            where = f"{run}: {len(both)} images that fold {number} scores are among its pseudo-labels"
+            found.append(Leak("duplicates across folds", where, "hash"))
     return found
 
 

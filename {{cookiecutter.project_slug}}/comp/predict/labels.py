@@ -206,6 +206,15 @@ def _tell(frame: pd.DataFrame, rows: Samples, split: Folds) -> None:
     same = ""
     if body:
         same = f", {int((by_row['label'].nunique() == 1)[everywhere].sum())} of them with one label"
+    position = pd.Series(np.arange(len(rows.frame)), rows.frame["id"])
+    fold = split.of_sample[:, position.loc[mine["id"]].to_numpy()]
+    k = int(split.meta["k"])
+    repeat, number = np.divmod(mine["fold"].to_numpy(np.int64), k)
+    where = fold[repeat, np.arange(len(mine))]
+    if out := int(((where == number) | (where == folds.LOCKED)).sum()):
+        print(
+            f"{out} of these lines do not train: their image is a copy of one that their fold, or the hold-out, scores"
+        )
     print(
         f"{size.min()} to {size.max()} of {test} test rows a fold; {int(everywhere.sum())} are taken in every fold{same}"
     )

@@ -1,11 +1,14 @@
 """data/folds.parquet: who is scored when. Made once; the same samples, scheme and seed give the same bytes anywhere.
 
-Only source = train is ever scored. Extra and pseudo-labelled rows are TAUGHT_ONLY, and so is the first block of time.
+Only source = train is ever scored. Extra rows are TAUGHT_ONLY, and so is the first block of time.
+
+Rows that name one image file share a fold under any scheme but time, and so do copies with folds.duplicates: group. An extra or a
+test row that shares an image with a scored row gets the fold of that row, which means: it never trains that fold (folds.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 from comp import declared, folds, store
 from comp.config import Config, Refused
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
-from comp.prepare import audit, balance, duplicates
+from comp.prepare import audit, balance, duplicates, exact_duplicates
 from comp.prepare.balance import Ints, Keys
 from comp.samples import Samples
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 TOGETHER: dict[declared.Scheme, declared.Scheme] = {  # what a scheme is where copies are groups
     "kfold": "group", "stratified": "stratified_group", "quantiles": "stratified_group"
 }  # fmt: skip
+NO_PAIRS: Ints = np.zeros((0, 2), np.int64)
 DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most like the whole
 
 
@@ -68,15 +72,23 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
             )
         kept = Folds(frame, old, samples)
         print(f"{store.shown(file)}: unchanged, made for these samples")
-        return _finish(file, kept, audit.audit(samples, kept))
+        images = exact_duplicates.by_bytes(cfg, samples)
+        return _finish(file, kept, audit.audit(samples, kept, images))
     if len(samples.frame) > 200_000:
         print(f"{len(samples.frame)} rows into folds, some seconds …")
-    copies: Iterable[Iterable[int]] = ()
+    copies = NO_PAIRS
     if plan.duplicates == "group":
         copies = duplicates.find(cfg, samples).pairs
-        print(f"{len(copies)} pairs of copies are kept together; comp folds --duplicates shows them")
-    made = Folds(assign(samples, plan, copies), meta, samples)
-    report = audit.audit(samples, made)
+        print(
+            f"{len(copies)} pairs of copies: training rows share a fold, other rows do not train the fold of theirs; "
+            "comp folds --duplicates shows them"
+        )
+    images = exact_duplicates.by_bytes(
+        cfg, samples
+    )  # behind the cache that finding copies fills, which knows the hashes
+    same = exact_duplicates.pairs(images, images.by_bytes)
+    made = Folds(assign(samples, plan, copies, same), meta, samples)
+    report = audit.audit(samples, made, images)
     if report["faults"]:
         # Under a name of its own: where older folds stand, their audit stands beside them.
         refused = _written(report, file.with_name("folds_refused.json"))
@@ -95,8 +107,11 @@ def described(plan: declared.Folds, samples: Samples) -> dict[str, Any]:
     return plan.model_dump() | {"rule": rule, "samples": samples.hash}
 
 
-def assign(samples: Samples, plan: declared.Folds, copies: Iterable[Iterable[int]] = ()) -> pd.DataFrame:
-    """The frame of Folds: id, repeat, fold of every row that has labels. `copies`: pairs of samples that stay together."""
+def assign(
+    samples: Samples, plan: declared.Folds, copies: Ints = NO_PAIRS, same: Ints = NO_PAIRS
+) -> pd.DataFrame:
+    """The frame of Folds. `copies`: pairs of samples that stay together; `same`: pairs whose files have equal bytes, which do so
+    where folds.duplicates is group, and otherwise keep pseudo-labelled test rows out of the fold of theirs."""
     import pandas as pd
 
     positions = samples.positions("train")
@@ -106,42 +121,87 @@ def assign(samples: Samples, plan: declared.Folds, copies: Iterable[Iterable[int
         )
     if plan.duplicates == "group":
         plan = plan.model_copy(update={"scheme": TOGETHER.get(plan.scheme, plan.scheme)})
-    rows = _rows(samples, positions, plan, copies)
+        copies = np.concatenate([copies, same])
     keys = samples.frame["row"].iloc[positions]
     if "group" not in plan.scheme and keys.duplicated().any():
         raise Refused(
             f"configs/competition.yaml: row: several samples make the row {keys[keys.duplicated()].iloc[0]!r}, so they must share a "
             "fold: name a group column that holds rows together, and folds.scheme group or stratified_group"
         )
-    free = ~_locked(rows, plan)
-    taught = samples.taught
+    images = exact_duplicates.by_path(samples)
+    shared = exact_duplicates.pairs(images, images.by_path)
+    tied = np.concatenate([np.asarray(copies, np.int64).reshape(-1, 2), shared])
+    together = plan
+    if plan.scheme != "time" and _several(tied, positions, len(samples.frame)):
+        together = plan.model_copy(update={"scheme": TOGETHER.get(plan.scheme, plan.scheme)})
+    rows = _rows(
+        samples, positions, plan, tied if together is not plan or plan.duplicates == "group" else None
+    )
+    free = ~_locked(rows, together)
+    if not free.any():
+        raise Refused(
+            f"configs/competition.yaml: folds.holdout: what belongs together (groups, and rows that share images) is one of all {len(rows)} "
+            "rows, so the hold-out takes them all; comp folds --duplicates lists what shares images"
+        )
     lines = []
     for repeat in range(plan.repeats):
         fold = np.full(len(samples.frame), TAUGHT_ONLY, np.int64)
         fold[positions[~free]] = LOCKED
-        fold[positions[free]] = SCHEMES[plan.scheme](rows.only(free), plan.k, plan.seed + repeat)
+        fold[positions[free]] = SCHEMES[together.scheme](rows.only(free), plan.k, plan.seed + repeat)
+        fold = _kept_out(fold, samples, tied, same)
+        named = np.flatnonzero((samples.frame["source"] != "test").to_numpy() | (fold != TAUGHT_ONLY))
         lines.append(
             pd.DataFrame(
                 {
-                    "id": samples.frame["id"].to_numpy()[taught],
-                    "repeat": np.full(len(taught), repeat, np.int32),
-                    "fold": fold[taught].astype(np.int32),
+                    "id": samples.frame["id"].to_numpy()[named],
+                    "repeat": np.full(len(named), repeat, np.int32),
+                    "fold": fold[named].astype(np.int32),
                 }
+                | _units(samples, np.concatenate([tied, same]), named)
             )
         )
     return pd.concat(lines, ignore_index=True)
 
 
-def _rows(
-    samples: Samples, positions: NDArray, plan: declared.Folds, copies: Iterable[Iterable[int]]
-) -> Rows:
+def _several(pairs: Ints, positions: NDArray, count: int) -> bool:
+    """Whether any two training rows are tied to each other."""
+    part = duplicates.parts(count, pairs)[positions]
+    return len(np.unique(part)) < len(part)
+
+
+def _kept_out(fold: Ints, samples: Samples, tied: Ints, same: Ints) -> Ints:
+    """With the fold of a scored row for the rows beside the training rows that share an image with it."""
+    source = samples.frame["source"].to_numpy()
+    fold = fold.copy()
+    for pairs, kinds in ((tied, ("extra", "test")), (np.concatenate([tied, same]), ("test",))):
+        part = duplicates.parts(len(fold), pairs)
+        home = np.full(len(fold), TAUGHT_ONLY, np.int64)
+        home[part[source == "train"]] = fold[source == "train"]
+        beside = np.isin(source, kinds) & (fold == TAUGHT_ONLY)
+        fold[beside] = home[part[beside]]
+    return fold
+
+
+def _units(samples: Samples, pairs: Ints, named: NDArray) -> dict[str, Any]:
+    """The column `unit`, where anything shares an image with a row that may be scored."""
+    part = duplicates.parts(len(samples.frame), pairs)
+    pairs = pairs[np.isin(part[pairs[:, 0]], part[samples.positions("train")])]
+    if not len(pairs):
+        return {}
+    column = "group" if "group" in samples.frame else "row"
+    names = samples.frame[column].fillna(samples.frame["id"]).to_numpy(object)
+    return {"unit": duplicates.units(names, pairs)[named].astype(object)}
+
+
+def _rows(samples: Samples, positions: NDArray, plan: declared.Folds, tied: Ints | None) -> Rows:
+    """`tied`: pairs that are one group, beside the declared groups where the scheme knows these; None without any."""
     frame = samples.frame.iloc[positions]
     group: Ints | None = None
     names: NDArray = np.zeros(0, str)
-    if plan.duplicates == "group":
-        ours = "group" if "group" in frame else "id"
-        named = samples.frame[ours].fillna(samples.frame["id"]).to_numpy(object)
-        names, group = np.unique(duplicates.units(named, copies)[positions], return_inverse=True)
+    if tied is not None:
+        grouped = "group" in frame and ("group" in plan.scheme or plan.duplicates == "group")
+        named = samples.frame["group" if grouped else "id"].fillna(samples.frame["id"]).to_numpy(object)
+        names, group = np.unique(duplicates.units(named, tied)[positions], return_inverse=True)
     elif "group" in frame:
         names, group = np.unique(frame["group"].to_numpy(object).astype(str), return_inverse=True)
     return Rows(
@@ -308,6 +368,7 @@ def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: S
     ]
     if old["samples"] != new["samples"]:
         now = set(samples.frame["id"].to_numpy()[samples.taught])
+        ids = ids - set(samples.frame["id"].to_numpy()[samples.positions("test")])  # copies of scored rows
         what = (
             f"{len(now - ids)} rows are new and {len(ids - now)} are gone"
             if ids != now

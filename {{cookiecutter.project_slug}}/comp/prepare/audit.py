@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comp.folds import LOCKED, TAUGHT_ONLY, Folds
-from comp.samples import Samples
+from comp.prepare import exact_duplicates, image_key
+from comp.prepare.exact_duplicates import Images
+from comp.samples import Positions, Samples
 from comp.tasks import Head
 
+SHOWN = 10  # images on both sides of a fold, and groups, that are told one by one
 LISTED = 20  # missing classes that are told one by one
 WIDE = 12  # classes that a table shows one by one; above, the rarest only
 MOMENTS = ("mean", "std", "min", "max")
 
 
-def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
-    """Plain numbers, for JSON: one entry a fold, and `faults`: one line for each thing that makes scores worthless."""
+def audit(samples: Samples, folds: Folds, images: Images | None = None) -> dict[str, Any]:
+    """Plain numbers, for JSON: one entry a fold, and `faults`: one line for each thing that makes scores worthless. Without
+    `images`, which say what files hold, images are the same by their path alone."""
     k, repeats = int(folds.meta["k"]), int(folds.meta["repeats"])
     group, names = _groups(samples)
     lines = [_fold(samples, folds, group, repeat, number) for repeat in range(repeats) for number in range(k)]
@@ -29,8 +33,8 @@ def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
         "rule": folds.meta["rule"],
         "gap": folds.meta["gap"],
         "rows": len(samples.positions("train")),
-        "locked": int((folds.of_sample[0, samples.taught] == LOCKED).sum()),
-        "taught_only": int((folds.of_sample[0, samples.taught] == TAUGHT_ONLY).sum()),
+        "locked": len(folds.locked()),
+        "taught_only": int((folds.of_sample[0, samples.taught] != LOCKED).sum() - len(folds.scored)),
         "folds": lines,
         "notes": [],
         "faults": [f"{_name(line, repeats)} is empty" for line in lines if not line["rows"]],
@@ -38,14 +42,21 @@ def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
     report["faults"] += [
         f"{_name(line, repeats)}: nothing may teach it" for line in lines if not line["taught"]
     ]
+    images = exact_duplicates.by_path(samples) if images is None else images
+    report["faults"] += _images_on_both_sides(samples, folds, images)
+    report["notes"] += _kept_out(samples, folds)
+    if images.unread:
+        report["notes"].append(
+            f"{len(images.unread)} images cannot be read, so copies of them are not known: {next(iter(images.unread.values()))}"
+        )
     if group is not None:
         crossing = _crossing(samples, folds, group, names)
         if folds.meta.get("blind_to_groups"):
             report["notes"] += [f"blind to groups on purpose: {len(crossing)} groups stand in several folds"]
         else:
-            report["faults"] += [f"group {name!r} stands in {text}" for name, text in crossing[:10]]
-            if len(crossing) > 10:
-                report["faults"].append(f"and {len(crossing) - 10} more groups stand in several folds")
+            report["faults"] += [f"group {name!r} stands in {text}" for name, text in crossing[:SHOWN]]
+            if len(crossing) > SHOWN:
+                report["faults"].append(f"and {len(crossing) - SHOWN} more groups stand in several folds")
     if folds.meta["gap"] and folds.meta["rule"] != "earlier":
         report["notes"].append(
             f"folds.gap {folds.meta['gap']:g} has no effect: only the time scheme knows it"
@@ -57,6 +68,93 @@ def audit(samples: Samples, folds: Folds) -> dict[str, Any]:
             kind = "notes" if head.task == "multilabel" else "faults"
             report[kind] += _missing_classes(samples, folds, head, grouped)[:LISTED]
     return report
+
+
+class Shared(NamedTuple):
+    """An image that a fold, or the hold-out, both trains and scores."""
+
+    names: list[str]  # its paths
+    rows: Positions  # that have it, in order, but for test rows
+    places: list[str]  # where they stand: fold 3, the hold-out, the rows never scored
+
+
+def shared_images(samples: Samples, folds: Folds, images: Images, code: NDArray) -> list[Shared]:
+    """By the rule of the split itself, so under any scheme, and with extra and pseudo-labelled rows. `code`: images.by_path or
+    images.by_bytes."""
+    guilty = np.zeros(0, np.int64)
+    everyone = folds.split("full")[0]
+    for taught, scored in [*(folds.split(fold) for fold in _filled(folds)), (everyone, folds.locked())]:
+        sides = []
+        for rows in (taught, scored):
+            inside = np.zeros(len(samples.frame), bool)
+            inside[rows] = True
+            sides.append(code[inside[images.sample]])
+        guilty = np.union1d(guilty, np.intersect1d(sides[0], sides[1]))
+    found = []
+    mine = np.flatnonzero(np.isin(code, guilty) & np.isin(images.sample, samples.taught))
+    order = mine[np.argsort(code[mine], kind="stable")]
+    for lines in np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(order) else []:
+        rows = np.unique(images.sample[lines])
+        repeat = next(r for r in folds.of_sample if len(np.unique(r[rows])) > 1)
+        names = list(dict.fromkeys(images.names[at] for at in images.image[lines]))
+        found.append(Shared(names, rows, [_place(f) for f in np.unique(repeat[rows]).tolist()]))
+    return found
+
+
+def _filled(folds: Folds) -> list[int]:
+    """Folds with rows: what the others are is told as a fault by itself."""
+    k = int(folds.meta["k"])
+    return [f for f in range(folds.count) if ((folds.of_sample[f // k] == f % k) & folds.own).any()]
+
+
+def _place(fold: int) -> str:
+    return {TAUGHT_ONLY: "the rows never scored", LOCKED: "the hold-out"}.get(fold, f"fold {fold}")
+
+
+def _images_on_both_sides(samples: Samples, folds: Folds, images: Images) -> list[str]:
+    if folds.meta["rule"] == "earlier":
+        remedy = "a split by time cannot keep them together: take rows out of the table, or use another folds.scheme"
+    elif folds.meta.get("duplicates") == "group":
+        remedy = "comp folds --remake keeps them together"
+    else:
+        remedy = "folds.duplicates: group in configs/competition.yaml, then comp folds --remake, keeps them together"
+    ids = samples.frame["id"].to_numpy(object)
+
+    def told(shared: list[Shared], how: str, remedy: str) -> list[str]:
+        lines = [
+            f"image {', '.join(map(image_key.paths, each.names[:2]))}: {how} of {len(each.rows)} rows ({', '.join(map(str, ids[each.rows[:3]]))}) in "
+            f"{' and '.join(each.places)}; {remedy}"
+            for each in shared[:SHOWN]
+        ]
+        more = len(shared) - SHOWN
+        return lines + [f"and {more} more images, each {how} of rows on both sides of a fold"] * (more > 0)
+
+    by_path = shared_images(samples, folds, images, images.by_path)
+    known = {name for each in by_path for name in each.names}
+    by_bytes = [
+        each
+        for each in shared_images(samples, folds, images, images.by_bytes)
+        if not known.issuperset(each.names)
+    ]
+    anyway = remedy if folds.meta["rule"] == "earlier" else "comp folds --remake keeps them together"
+    return [*told(by_path, "the file", anyway), *told(by_bytes, "the same bytes", remedy)]
+
+
+def _kept_out(samples: Samples, folds: Folds) -> list[str]:
+    """What the column `fold` says of rows that are not scored."""
+    source, here = samples.frame["source"].to_numpy(), folds.of_sample[0] != TAUGHT_ONLY
+    says = {
+        "extra": "extra rows share an image with a scored row, and do not train the fold that scores it",
+        "test": "test rows share an image with a training row; with pseudo-labels they do not train the fold that scores it",
+    }
+    counts = {kind: int((here & (source == kind)).sum()) for kind in says}
+    notes = [f"{count} {says[kind]}" for kind, count in counts.items() if count]
+    if "unit" in folds.frame:
+        own = np.flatnonzero(folds.own)
+        images = exact_duplicates.by_path(samples)
+        tied = int(np.isin(own, exact_duplicates.pairs(images, images.by_path)).sum())
+        notes += [f"{tied} training rows name an image that another row names"] * (tied > 0)
+    return notes
 
 
 def table(report: dict[str, Any]) -> str:
@@ -95,7 +193,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _fold(samples: Samples, folds: Folds, group: NDArray | None, repeat: int, number: int) -> dict[str, Any]:
     taught = scored = np.zeros(0, np.int64)
-    if (folds.of_sample[repeat] == number).any():
+    if ((folds.of_sample[repeat] == number) & folds.own).any():
         taught, scored = folds.split(repeat * int(folds.meta["k"]) + number)
     line: dict[str, Any] = {"repeat": repeat, "fold": number, "rows": len(scored), "taught": len(taught)}
     if group is not None:
@@ -143,6 +241,7 @@ def _groups(samples: Samples) -> tuple[NDArray | None, NDArray]:
 def _crossing(samples: Samples, folds: Folds, group: NDArray, names: NDArray) -> list[tuple[str, str]]:
     """Groups on both sides: in several folds, in a fold and the hold-out, or in a fold and among rows that always teach."""
     taught = samples.taught[group[samples.taught] >= 0]
+    taught = taught[np.isin(group[taught], group[folds.own])]  # others are never scored
     codes = group[taught]
     found: dict[str, str] = {}
     for repeat in range(int(folds.meta["repeats"])):
@@ -150,7 +249,7 @@ def _crossing(samples: Samples, folds: Folds, group: NDArray, names: NDArray) ->
         pairs = np.unique(codes * wide + folds.of_sample[repeat, taught] + 2)
         several = np.flatnonzero(np.bincount(pairs // wide) > 1)
         for code in several.tolist():
-            if str(names[code]) not in found and len(found) < 10:  # more are counted, not told
+            if str(names[code]) not in found and len(found) < SHOWN:  # more are counted, not told
                 mine = (pairs[pairs // wide == code] % wide - 2).tolist()
                 special = {TAUGHT_ONLY: "the rows never scored", LOCKED: "the hold-out"}
                 found[str(names[code])] = " and ".join(special.get(f, f"fold {f}") for f in mine)
@@ -164,7 +263,7 @@ def _missing_classes(samples: Samples, folds: Folds, head: Head, group: NDArray 
     columns = samples.targets(head)
     for repeat in range(int(folds.meta["repeats"])):
         fold = folds.of_sample[repeat]
-        scored = np.flatnonzero(fold >= 0)
+        scored = np.flatnonzero((fold >= 0) & folds.own)
         if columns.shape[1] == 1:
             row, code = scored, columns[scored, 0].astype(np.int64)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from comp import longform, machine, metrics, own, samples, store
 from comp.config import Config, Refused, nearest
 from comp.declared import Competition
-from comp.prepare import image_key, images, making, tables
+from comp.prepare import exact_duplicates, image_key, images, making, tables
 from comp.prepare.sample import Sample, sample_of
 from comp.prepare.tables import Reading
 from comp.tasks import TASKS, Head
@@ -59,7 +59,7 @@ def check(
     else:
         faults += reading.faults
         maker = making.of(cfg) if exact else replace(making.of(cfg), size=32, fit="stretch")
-        notes += reading.notes + _stale(reading)
+        notes += reading.notes + _copies(cfg, reading) + _stale(reading)
         for looked in (_against_sample, written, network, partial(_images, maker=maker)):
             if looked is not None:
                 found, about = looked(cfg, reading)
@@ -254,6 +254,32 @@ def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
         f"like {there[0]}; they are left out"
         for folder, there in found.items()
     ]
+
+
+def _copies(cfg: Config, reading: Reading) -> list[str]:
+    """Rows that share an image. Within a fold that is no fault, and where the folds will be is not known yet."""
+    import pandas as pd
+
+    frame = reading.frame
+    images = exact_duplicates.by_bytes(cfg, samples.Samples(frame, reading.heads, ""))
+    paths, same = (exact_duplicates.pairs(images, code) for code in (images.by_path, images.by_bytes))
+    known, all_ = (pairs @ np.array([len(frame), 1]) for pairs in (paths, same))
+    keep = "so with folds.duplicates: group; without it comp folds refuses them on both sides of a fold"
+    if cfg.competition.folds.scheme == "time":
+        keep = "comp folds refuses them on both sides of a split by time"
+    ids, source = (frame[name].to_numpy(object) for name in ("id", "source"))
+    notes = []
+    for pairs, what, then in (
+        (paths, "share an image file", "none of them trains a fold that scores another"),
+        (same[~np.isin(all_, known)], "have files of the same bytes", keep),
+    ):
+        pairs = pairs[(source[pairs] != "test").any(axis=1)]
+        if len(pairs):
+            each = pd.Series(source[np.unique(pairs)]).value_counts(sort=False)
+            counts = ", ".join(f"{count} {kind}" for kind, count in each.items())
+            like = " and ".join(repr(ids[at]) for at in pairs[0])
+            notes.append(f"note: {counts} rows {what}, like {like}; {then}")
+    return notes
 
 
 def _files(raw: Path, listed: Collection[str]) -> Iterator[str]:

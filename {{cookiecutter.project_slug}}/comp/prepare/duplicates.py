@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN, DRAWN = 12, 32  # pairs on the screen and on the sheet; the csv has all
+SPLIT = ("train and train", "with extra rows")  # kinds of pairs that a fold can have on both sides
 COLUMNS = ("source_a", "source_b", "id_a", "id_b", "how", "label_a", "label_b", "fold_a", "fold_b")
 
 
@@ -33,8 +34,9 @@ class Copies:
     pairs: NDArray[np.int64]  # (pairs, 2)
     images: list[tuple[str, str]]
     alike: NDArray[np.float32]
-    level: float  # from where on pictures count as copies here
+    level: near.Level
     looked: int  # pictures that could be read
+    unclear: int = 0  # pairs above the level that are left out, since about as many are there by chance
 
 
 def find(cfg: Config, samples: Samples) -> Copies:
@@ -50,6 +52,9 @@ def find(cfg: Config, samples: Samples) -> Copies:
             content.setdefault(each, []).append(at)
     firsts = np.array([same[0] for same in content.values()], np.int64)
     pairs, alike, level = near.copies(grey[firsts])
+    unclear = len(pairs) if len(pairs) <= near.BEYOND * level.chance else 0
+    if unclear:
+        pairs, alike = pairs[:0], alike[:0]
     found = {(same[0], other): 1.0 for same in content.values() for other in same[1:]}
     found |= {(int(firsts[a]), int(firsts[b])): float(how) for (a, b), how in zip(pairs, alike, strict=True)}
     found |= {
@@ -67,6 +72,7 @@ def find(cfg: Config, samples: Samples) -> Copies:
         np.array([line[4] for line in lines], np.float32),
         level,
         len(hashed) - hashed.count(""),
+        unclear,
     )
 
 
@@ -98,15 +104,19 @@ def _looked(cfg: Config, names: list[str]) -> tuple[near.Grey, list[str]]:
     return grey, hashed
 
 
-def units(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray[Any]:
-    """What must share a fold: samples of one name, and copies. Each unit goes by the first of its names."""
+def parts(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(count,): a number for each, the same where pairs lead from one to the other."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def units(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray[Any]:
+    """What must share a fold: samples of one name, and copies. Each unit goes by the first of its names."""
     known, code = np.unique(names.astype(str), return_inverse=True)
-    pairs = code[np.array(list(copies), np.int64).reshape(-1, 2)]
-    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(known), len(known)))
-    part = connected_components(graph, directed=False)[1]
+    part = parts(len(known), code[np.array(list(copies), np.int64).reshape(-1, 2)])
     first = np.unique(part, return_index=True)[1]  # known is sorted, so this is the smallest name
     return np.asarray(known[first[part]][code])
 
@@ -122,19 +132,29 @@ def tell(cfg: Config, samples: Samples) -> pd.DataFrame:
     store.write_text(file, frame.to_csv(index=False))
     print(
         f"{copies.looked} pictures: {len(frame)} pairs of copies, {int((frame['how'] == 1).sum())} of them the same bytes"
-        f" (from a correlation of {copies.level:.2f} on, no two others of this set look that much alike)"
+        f" (copies have a correlation from {copies.level.correlation:.3f} on, which {copies.level.chance:.2g} pairs of this set reach "
+        "by chance)"
     )
+    if copies.unclear:
+        print(
+            f"{copies.unclear} more pairs look alike, and about {copies.level.chance:.0f} do so by chance: this set cannot be judged by "
+            "pixels, so only the same bytes count as copies"
+        )
     for kind, mine in _kinds(frame).items():
         if len(mine):
             _told(kind, mine)
     if len(frame):
         _drawn(cfg, frame, sheet)
         print(f"{store.shown(file)}: all of them\n{store.shown(sheet)}: the first {min(DRAWN, len(frame))}")
-    apart = int(
-        (_kinds(frame)["train and train"]["fold_a"] != _kinds(frame)["train and train"]["fold_b"]).sum()
-    )
-    if apart and cfg.competition.folds.duplicates == "ignore":
+    apart = sum(_apart(mine) for kind, mine in _kinds(frame).items() if kind in SPLIT)
+    if apart and cfg.competition.folds.scheme == "time":
+        print(
+            "next: a split by time cannot keep copies together: take rows out of the table, or use another folds.scheme"
+        )
+    elif apart and cfg.competition.folds.duplicates == "ignore":
         print("next: folds.duplicates: group in configs/competition.yaml, then comp folds --remake")
+    elif apart and store.sealed(store.folds_file()):
+        print("next: comp folds --remake")
     else:
         print("next: comp train exp001" if store.sealed(store.folds_file()) else "next: comp folds")
     return frame
@@ -160,12 +180,17 @@ def _told(kind: str, mine: pd.DataFrame) -> None:
     print(table.text(COLUMNS, cells, ["how", "fold_a", "fold_b"]))
 
 
+def _apart(mine: pd.DataFrame) -> int:
+    """Pairs of which one row trains the fold that scores the other. Of an extra row `fold` is the one that it does not train."""
+    scored = (mine["source_a"] == "train") | (mine["source_b"] == "train")
+    return int(((mine["fold_a"] != mine["fold_b"]) & scored).sum())
+
+
 def _remark(kind: str, mine: pd.DataFrame) -> str:
-    if kind != "train and train":
+    if kind not in SPLIT:
         return ""
-    apart = int((mine["fold_a"] != mine["fold_b"]).sum())
     other = int((mine["label_a"] != mine["label_b"]).sum())
-    return f", {apart} on both sides of a fold, {other} with different labels"
+    return f", {_apart(mine)} on both sides of a fold, {other} with different labels"
 
 
 def _frame(samples: Samples, copies: Copies) -> pd.DataFrame:

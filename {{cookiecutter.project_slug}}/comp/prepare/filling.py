@@ -7,7 +7,6 @@ processes may be reading them; those of a file that has changed stay behind as w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -28,7 +27,7 @@ from comp import machine, store
 from comp.config import Refused
 from comp.prepare import images, index
 from comp.prepare.images import Damaged, Pixels
-from comp.prepare.making import Making
+from comp.prepare.making import Making, content_hash
 
 COMMIT = 64  # pictures between two lines of the journal: at most so many are decoded again after a kill, or synced when all are made
 CHUNK = 8  # pictures a task of the pool: few enough for memory, many enough for the pool not to be felt
@@ -133,7 +132,7 @@ def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
             data = how.read(name)
         except Damaged:
             continue
-        line = Line(name, size, mtime, hashlib.sha256(data).hexdigest()[:32])
+        line = Line(name, size, mtime, content_hash(data))
         picture = None
         if line.hash not in known:
             try:

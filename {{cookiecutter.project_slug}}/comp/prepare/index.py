@@ -85,5 +85,19 @@ def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray
     return at
 
 
+def known(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray[Any]:
+    """The hash of each file by any cache of this raw folder; empty where none has seen it as it is now (size and mtime)."""
+    hashed = np.full(len(names), "", object)
+    for manifest in sorted(store.path("data", "cache").glob(f"*/{store.MANIFEST}")):
+        file = current(manifest.parent)
+        if file is None or store.read_json(manifest).get(file.name, {}).get("raw") != raw:
+            continue
+        table = mapped(file)
+        at = where(names, found, table)
+        here = np.flatnonzero((at >= 0) & (hashed == ""))
+        hashed[here] = table["hash"].take(pa.array(at[here])).to_numpy(zero_copy_only=False)
+    return hashed
+
+
 def broken(folder: Path, what: str) -> Refused:
     return Refused(f"{what}; delete {store.shown(folder)}, it is made again by itself")

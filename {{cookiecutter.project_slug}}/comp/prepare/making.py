@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,18 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from comp import own, store
 from comp.config import Config, Refused
 from comp.prepare import containers, image_key, images
 from comp.prepare.arrays import KINDS, Damaged, Numbers
 from comp.prepare.images import Fit, Pixels
+
+
+def content_hash(data: bytes) -> str:
+    """Names the bytes of a file, in the index of a cache and wherever two files are compared."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,12 @@ class Making:
         except OSError:
             return self._stamp_inside(name)
         return status.st_size, status.st_mtime_ns
+
+    def stamps(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """(files, 2). Two to four seconds for a million files."""
+        return np.fromiter((n for name in names for n in self.stamp(name)), np.int64, 2 * len(names)).reshape(
+            -1, 2
+        )
 
     def _stamp_inside(self, name: str) -> tuple[int, int]:
         parts = [containers.stat(self.file(part)) for part in image_key.files(name)]
