@@ -1,4 +1,4 @@
-"""A name stands for one resolved config, on one table, one set of folds and one competition.py. Whatever goes on under a name
+"""A name stands for one resolved config, on one table, one set of folds, one competition.py and the same image files. Whatever goes on under a name
 must agree with what began under it; anything else would score rows with a model that has seen them."""
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+LISTED = 5  # files that a refusal names
 HOOKS = ("load_image", "model", "loss", "recipe")  # that move weights; the others only read predictions
 
 
 def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Path] = ()) -> None:
     """Begin or go on with runs/<name>. `fresh` are folders to move to the trash first; they move when nothing is refused any more.
     `command` is what to type to go on."""
+    from comp.prepare import image_files
+
     folder = store.run_folder(name)
     _refuse_busy(fresh)
-    stays = [file for file in _finished(folder) if not any(file.is_relative_to(old) for old in fresh)]
-    if fresh and stays:
+    if fresh and _stays(folder, fresh):
         _agree(name, cfg, folds, command)
     for old in fresh:
         if old.exists():
@@ -33,14 +35,16 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Pa
     with store.lock(folder, "starting", wait=True):
         # Without a finished file below there is nothing that could disagree, even if a kill left half a start behind.
         begun = next(_finished(folder), None) is not None
+        images = ""
         if begun:
-            _agree(name, cfg, folds, command)
+            images = _agree(name, cfg, folds, command)
         _note_birth(folder, command, anew=not begun and not _same(folder, cfg, folds))
         file = folder / "config.yaml"
         if begun and config.from_yaml(store.verified(file)) == cfg:
             return
         store.write_text(file, config.to_yaml(cfg))
-        store.write_json(folder / "made_of.json", made_of(cfg, folds))
+        made = made_of(cfg, folds) | {"images": images or image_files.record(cfg)}
+        store.write_json(folder / "made_of.json", made)
         store.seal(file, folder / "made_of.json")
 
 
@@ -50,13 +54,18 @@ def _finished(folder: Path) -> Iterator[Path]:
     yield from folder.glob("members/*/manifest.json")
 
 
+def _stays(folder: Path, fresh: Sequence[Path]) -> bool:
+    """Whether anything finished is left once `fresh` is in the trash."""
+    return any(not any(file.is_relative_to(old) for old in fresh) for file in _finished(folder))
+
+
 def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
     """Whether a start that finished nothing, of which a kill may have left half, was a start of this."""
     files = folder / "config.yaml", folder / "made_of.json"
     return (
         all(map(store.sealed, files))
         and not config.difference(config.from_yaml(store.verified(files[0])), cfg)
-        and store.read_json(store.verified(files[1])) == made_of(cfg, folds)
+        and made_of(cfg, folds).items() <= store.read_json(store.verified(files[1])).items()
     )
 
 
@@ -69,6 +78,33 @@ def _note_birth(folder: Path, command: str, anew: bool) -> None:
         if store.read_json(file) == born:
             return
     store.write_json(file, born)
+
+
+def same_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool = True) -> None:
+    """Refuse to go on with a run whose image files are others now. A stat a file; `read`: they will be read, so none may be missing."""
+    from comp.prepare import image_files
+
+    folder = store.run_folder(name)
+    if not _stays(folder, fresh):
+        return
+    ways = _ways(name, command(name))
+    now = image_files.compare(cfg, store.read_json(store.verified(folder / "made_of.json", ways))["images"])
+    other = [*now.changed, *(now.missing if read else [])]
+    if other:
+        like = ", ".join(other[:LISTED]) + (", …" if len(other) > LISTED else "")
+        raise Refused(
+            f"runs/{name}: {len(other)} of its {now.files} image files are not those that it began with: {like}; old and new would be "
+            f"scored as one: put the old files back, or {ways}"
+        )
+    if now.missing:
+        print(
+            f"note: {len(now.missing)} image files of runs/{name} are missing, like {now.missing[0]}; they are not compared"
+        )
+    for count, what in ((now.touched, "bytes"), (now.sized, "size, and no image cache has hashed them")):
+        if count:
+            print(
+                f"note: {count} image files of runs/{name} have another mtime and the same {what}; it goes on"
+            )
 
 
 def refuse_name(name: str) -> None:
@@ -109,12 +145,16 @@ def command(name: str) -> str:
     return str(store.read_json(file)["command"]) if file.exists() else f"comp train {name}"
 
 
-def _agree(name: str, cfg: Config, folds: Folds, command: str) -> None:
-    folder = store.run_folder(name)
+def _ways(name: str, command: str) -> str:
     whole = command if command.startswith("comp train ") else f"comp train {name}"
-    ways = (
+    return (
         f"either give this one a name with --as NAME, or move the whole old run to the trash: {whole} --fresh"
     )
+
+
+def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
+    """The record of its images, which same_images compares."""
+    folder, ways = store.run_folder(name), _ways(name, command)
     old = config.from_yaml(store.verified(folder / "config.yaml", ways))
     if changed := config.difference(old, cfg):
         raise Refused(
@@ -133,6 +173,7 @@ def _agree(name: str, cfg: Config, folds: Folds, command: str) -> None:
         raise Refused(
             f"runs/{name} was trained with {', '.join(differ)}: its rows and scores would not compare; {ways}"
         )
+    return str(then["images"])
 
 
 def _refuse_busy(folders: Sequence[Path]) -> None:

@@ -47,12 +47,15 @@ def train(
     machine.settle(cfg.train.threads)
     from comp import record
 
-    material = gather(cfg, stop, profile, loaded)
-    folds = _wanted(fold, material.folds.count)
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
-    one = [store.fold_folder(name, s, folds[0]) for s in seeds]
-    old = [] if not afresh else one if fold is not None else [store.run_folder(name)]
+    places = [store.run_folder(name)]
+    if fold is not None:
+        places = [store.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
+    old = places if afresh else []
+    identity.same_images(name, cfg, old)
+    material = gather(cfg, stop, profile, loaded)
+    folds = _wanted(fold, material.folds.count)
     identity.claim(name, cfg, material.folds, command, old)
     _announce(material, name, seeds, folds)
     todo = [(s, number) for s in seeds for number in folds]
@@ -122,6 +125,7 @@ def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str
 def part(name: str, seed: int, number: int | str, job: str = "") -> None:
     """One fold of a run that was begun elsewhere, by the config that lies in it."""
     cfg = stored_config(name)
+    identity.same_images(name, cfg)
     machine.settle(cfg.train.threads)
     one_fold(gather(cfg), name, seed, number, wait=True, job=job)
 
@@ -186,6 +190,7 @@ def one_fold(
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import record, track
     from comp.predict import infer, lessons
+    from comp.prepare import cache
     from comp.train import checkpoint, distributed, loop
 
     folder = store.fold_folder(name, seed, number)
@@ -198,6 +203,8 @@ def one_fold(
     if done():
         return
     cfg = material.cfg
+    if isinstance(material.feed.pictures.images, cache.Direct):
+        identity.same_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
     with store.lock(folder, doing, wait=wait, job=job), material.stop.listening():
         if done():
@@ -259,6 +266,7 @@ def predict(
     if tta is None and space is None and not last_look:
         _merge(name, cfg, asked=member)
         return
+    identity.same_images(name, cfg)
     machine.settle(cfg.train.threads)
     from comp.predict import again, last
 
@@ -363,6 +371,7 @@ def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
     from comp import folds, samples
     from comp.predict import merge
 
+    identity.same_images(name, cfg, read=False)
     table = samples.load()
     split = folds.load(table)
     with store.lock(store.run_folder(name), "merging", wait=True):

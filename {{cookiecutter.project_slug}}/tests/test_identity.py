@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from banked import lay_out
 from conftest import config
+from PIL import Image
 from test_compare import few
 from test_training import TINY, refusal
 
-from comp import cli, identity, jobs, own, samples, store
-from comp.prepare import assign, tables
+from comp import bank, cli, identity, jobs, own, samples, store
+from comp.prepare import assign, cache, image_files, tables
 from comp.train import model
 
 # --- before anything is spent --------------------------------------------------------------------------------------------
@@ -211,3 +216,206 @@ def test_a_device_that_is_not_there_is_one_line(project: Path) -> None:
     if not torch.cuda.is_available():
         said = refusal(lambda: jobs.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
         assert "no GPU" in said
+
+
+# --- the image files of a run --------------------------------------------------------------------------------------------
+
+CACHES = ["data.cache=true", "data.cache=false"]
+
+
+def files(project: Path, kind: str, count: int) -> list[Path]:
+    """Of the first rows of a kind, in the order of the table."""
+    rows = samples.load()
+    return [project / "data/raw" / rows.frame["images"].iloc[at][0] for at in rows.positions(kind)[:count]]
+
+
+def replaced(where: list[Path]) -> dict[Path, bytes]:
+    """Each by its negative, which is another file of another size; what was there."""
+    old = {file: file.read_bytes() for file in where}
+    for file in where:
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file, "PNG", compress_level=0)
+        assert file.stat().st_size != len(old[file])
+    return old
+
+
+def touched(project: Path) -> None:
+    """As in a copy of the project: every file has another mtime and the same bytes."""
+    for file in (project / "data/raw").rglob("*.png"):
+        os.utime(file, ns=(1, 1))
+
+
+def without_cache(project: Path, cache: str) -> None:
+    """No other run has hashed the files either."""
+    if cache == CACHES[1]:
+        shutil.rmtree(project / "data/cache")
+
+
+def typed(*words: str) -> int:
+    return cli.main(["train", "exp001", "--as", "x", *TINY, *words])
+
+
+@pytest.mark.parametrize(("cache", "kind"), zip(CACHES, ("train", "test"), strict=True))
+def test_replaced_images_are_refused_by_name_and_count(
+    project: Path, cache: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_cache(project, cache)
+    assert typed("--fold", "0", cache) == 0
+    left = store.path("runs/x/seed0/fold0/test.arrow").read_bytes()
+    victims = files(project, kind, 7)
+    old = replaced(victims)
+    decoded = sum(file.stat().st_size for file in project.glob("data/cache/*/pixels.bin"))
+    capsys.readouterr()
+    for command in (["--fold", "1", cache], ["--fold", "1", "--fresh", cache]):
+        assert typed(*command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("runs/x: 7 of its 1797 image files") and "--fresh" in said and "--as" in said
+        assert (
+            all(f"{kind}/{file.name}" in said for file in victims[:5])
+            and f"{kind}/{victims[5].name}" not in said
+        )
+    assert not store.path("runs/x/seed0/fold1/weights.safetensors").exists()
+    assert decoded == sum(file.stat().st_size for file in project.glob("data/cache/*/pixels.bin")), (
+        "nothing is spent"
+    )
+    for file, data in old.items():
+        file.write_bytes(data)
+    assert typed("--fold", "1", cache) == 0, "the old files again, whatever their mtimes"
+    assert "7 image files of runs/x have another mtime" in capsys.readouterr().out
+    assert store.path("runs/x/seed0/fold0/test.arrow").read_bytes() == left
+    replaced(victims)
+    assert typed("--fold", "0", "--fresh", cache) == 2, "its other fold has seen the old ones"
+    store.trash(store.path("runs/x/seed0/fold1"))
+    assert typed("--fold", "0", "--fresh", cache) == 0, "nothing of the old is left"
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_touched_images_go_on_with_a_note(
+    project: Path, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_cache(project, cache)
+    assert typed("--fold", "0", cache) == 0
+    touched(project)
+    capsys.readouterr()
+    assert typed("--fold", "1", cache) == 0
+    what = "bytes" if cache == CACHES[0] else "size, and no image cache has hashed them"
+    assert (
+        f"note: 1797 image files of runs/x have another mtime and the same {what}; it goes on"
+        in capsys.readouterr().out
+    )
+    identity.same_images("x", config(cache))
+    noted = "note:" in capsys.readouterr().out
+    assert noted == (cache == CACHES[1]), "what was hashed again is not hashed a second time"
+
+
+def test_a_file_of_the_same_size_is_told_by_its_hash(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when the caches are gone."""
+    (victim,) = files(trained, "train", 1)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    shutil.rmtree(trained / "data/cache")
+    assert cli.main(["predict", "exp001"]) == 2
+    said = capsys.readouterr().err
+    assert f"1 of its 1797 image files are not those that it began with: train/{victim.name};" in said
+
+
+def test_scores_of_old_and_new_images_are_not_merged(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor predicted again; what is there stays as it is. Files that are gone were not replaced."""
+    before = {kind: store.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in ("oof", "test")}
+    victims = files(trained, "test", 3)
+    old = replaced(victims)
+    for command in (
+        ["predict", "exp001"],
+        ["predict", "exp001", "--tta", "identity,vflip"],
+        ["tta", "exp001"],
+    ):
+        capsys.readouterr()
+        assert cli.main(command) == 2, command
+        assert (
+            f"3 of its 1797 image files are not those that it began with: test/{victims[0].name}"
+            in capsys.readouterr().err
+        )
+    assert not store.path("runs/exp001/members/tta-identity-vflip").exists()
+    for file in old:
+        file.unlink()
+    assert cli.main(["predict", "exp001"]) == 0
+    assert (
+        f"note: 3 image files of runs/exp001 are missing, like test/{victims[0].name}"
+        in capsys.readouterr().out
+    )
+    assert {kind: store.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in before} == before
+    assert cli.main(["predict", "exp001", "--tta", "identity,vflip"]) == 2
+    assert "images" not in bank.read_meta(store.path("runs/exp001/oof.arrow"))
+
+
+def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: Path) -> None:
+    (record,) = (trained / "data/images").glob("*.parquet")
+    assert store.read_json(trained / "runs/exp001/made_of.json")["images"] == record.stem
+    whole = record.read_bytes()
+    for damage in (whole[:-100], b"", None):
+        record.unlink()
+        if damage is not None:
+            record.write_bytes(damage)
+        identity.same_images("exp001", config())
+        assert record.read_bytes() == whole
+    record.unlink()
+    replaced(files(trained, "train", 1))
+    assert f"data/images/{record.name}: gone" in refusal(lambda: identity.same_images("exp001", config()))
+
+
+def test_an_archive_of_images_is_one_file(project: Path) -> None:
+    raw = project / "data/raw"
+
+    def packed(change: int) -> None:
+        with zipfile.ZipFile(raw / "train.zip", "w") as archive:
+            for file in sorted((raw / "train").iterdir()):
+                data = bytearray(file.read_bytes())
+                data[-20] ^= change
+                archive.writestr(file.name, bytes(data))
+
+    packed(0)
+    yaml = project / "configs/competition.yaml"
+    yaml.write_text(yaml.read_text().replace('"train/{id}.png"', '"train.zip/{id}.png"'))
+    tables.prepare(config())
+    assign.make(config(), samples.load(), remake=True)
+    digest = image_files.record(config())
+    assert image_files.compare(config(), digest) == (361, [], [], 0, 0)
+    cache.open_images(
+        config(), sorted({i for images in samples.load().frame["images"] for i in images}), False
+    )
+    hashed = image_files.record(config())
+    packed(0)
+    assert image_files.compare(config(), hashed) == (361, [], [], 1, 0)
+    assert image_files.compare(config(), hashed) == (361, [], [], 0, 0)
+    assert image_files.compare(config(), digest)[1:] == ([], [], 0, 1)
+    packed(1)
+    assert image_files.compare(config(), hashed) == (361, ["train.zip"], [], 0, 0), "of the same size"
+
+
+def test_killed_while_the_record_is_written_what_was_there_stays(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the touched files are noted, and before the first fold."""
+    (record,) = (trained / "data/images").iterdir()
+    before = record.read_bytes()
+    touched(trained)
+
+    def killed(table: object, file: Path, **_: object) -> None:
+        file.write_bytes(b"PAR1 half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files.pq, "write_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            identity.same_images("exp001", config())
+        assert record.read_bytes() == before and len(list((trained / "data/images").iterdir())) == 1
+        record.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            image_files.record(config())
+        assert not list((trained / "data/images").iterdir())
+    assert image_files.record(config()) == record.stem
+    assert image_files.compare(config(), record.stem) == (1797, [], [], 0, 0)

@@ -8,7 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from comp import bank, config, experiments, folds, jobs, machine, predictions, samples, score, store, table
+from comp import (
+    bank,
+    config,
+    experiments,
+    folds,
+    identity,
+    jobs,
+    machine,
+    predictions,
+    samples,
+    score,
+    store,
+    table,
+)
 from comp.config import Config, Refused
 from comp.ensemble import latency, views, worth
 
@@ -137,6 +150,7 @@ def _predicted(
     run: str, cfg: Config, seeds: list[int], rows: Any, split: Any, names: str | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Each view as a whole OOF set, and its milliseconds an image. Kept fold by fold, so a killed call goes on where it was."""
+    identity.same_images(run, cfg)
     material = jobs.gather(cfg)
     from comp.predict import infer
     from comp.predict import tta as looks

@@ -53,6 +53,7 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     cfg = loaded.config
     _refuse(cfg)
     machine.settle(cfg.train.threads)
+    identity.same_images(run, cfg)
     material = jobs.gather(cfg, loaded=loaded)
     identity.claim(run, cfg, material.folds, identity.command(run))
     with store.lock(store.run_folder(run), "features"):

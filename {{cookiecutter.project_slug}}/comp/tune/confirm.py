@@ -36,6 +36,7 @@ def confirm(joined: Joined, n: int) -> None:
     for trial in chosen:
         cfg = config_of(joined, setting_of(joined.space, trial))
         name = name_of(joined, trial)
+        identity.same_images(name, cfg)
         material = jobs.gather(cfg, stop)
         identity.claim(
             name, cfg, material.folds, f"comp tune {joined.experiment} --space {joined.space.name}"

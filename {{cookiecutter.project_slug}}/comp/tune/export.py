@@ -92,6 +92,7 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
     ]
     if not ready:
         return 0
+    identity.same_images(old, cfg)
     identity.claim(name, cfg, split, f"comp train {name}")
     for number, place in ready:
         target = store.fold_folder(name, seed, number)

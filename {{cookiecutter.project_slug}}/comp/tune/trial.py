@@ -99,6 +99,7 @@ def objective(
     joined: Joined, trial: Trial, setting: Setting, stop: machine.Stop, until: float
 ) -> tuple[list[float], dict[str, Any]]:
     cfg, name = config_of(joined, setting), name_of(joined, trial)
+    identity.same_images(name, cfg)
     material = jobs.gather(cfg, stop)
     identity.claim(name, cfg, material.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
     folder = store.run_folder(name)
