@@ -417,5 +417,4 @@ def test_killed_while_the_record_is_written_what_was_there_stays(
         with pytest.raises(KeyboardInterrupt):
             image_files.record(config())
         assert not list((trained / "data/images").iterdir())
-    assert image_files.record(config()) == record.stem
     assert image_files.compare(config(), record.stem) == (1797, [], [], 0, 0)
