@@ -229,6 +229,15 @@ def test_rows_that_name_one_file_share_a_fold_under_any_scheme(scheme: str, hold
         assert not set(taught % 200) & set(judged % 200), "nor on both sides of what a choice is made on"
 
 
+def test_rows_share_an_image_if_they_share_one_of_its_channels() -> None:
+    one = with_images(
+        table(),
+        [f"red/{i % 200}.png//green/{i}.png" if i < 400 else f"red/{i % 200}.png" for i in range(600)],
+    )
+    fold = made(one, "kfold").of_sample[0]
+    assert (fold[:200] == fold[200:400]).all() and (fold[:200] == fold[400:]).all()
+
+
 def test_one_file_on_both_sides_of_a_fold_is_a_fault() -> None:
     found = made(crops(), "stratified")
     here = int(found.of_sample[0, 0])

@@ -29,9 +29,9 @@ Ints = NDArray[np.int64]
 
 
 class Images(NamedTuple):
-    """A line for each image of each sample."""
+    """A line for each image file of each sample."""
 
-    names: list[str]  # a key for each file, or files that are channels of one image
+    names: list[str]  # of each file, or the first key of an image that is made of it alone
     sample: Positions
     image: Ints  # place in names
     content: Ints  # of each name; files of equal bytes share a number, and every other file has its own
@@ -53,7 +53,7 @@ def by_path(samples: Samples) -> Images:
     if "images" not in samples.frame:
         none = np.zeros(0, np.int64)
         return Images([], none, none, none, {})
-    listed = samples.frame["images"].reset_index(drop=True).explode().dropna()
+    listed = samples.frame["images"].reset_index(drop=True).explode().dropna().map(_files).explode()
     code, normal = pd.factorize(listed.map(_normal))
     first = np.full(len(normal), len(code))
     np.minimum.at(first, code, np.arange(len(code)))
@@ -61,8 +61,14 @@ def by_path(samples: Samples) -> Images:
     return Images(names, listed.index.to_numpy(np.int64), code.astype(np.int64), np.arange(len(names)), {})
 
 
+def _files(key: str) -> list[str]:
+    """The key itself for one file, since the caches know it by that; otherwise the files, which are channels of one image."""
+    files = image_key.files(key)
+    return files if len(files) > 1 else [key]
+
+
 def _normal(key: str) -> str:
-    return image_key.joined([os.path.normpath(file) for file in image_key.files(key)])
+    return os.path.normpath(image_key.paths(key))
 
 
 def by_bytes(cfg: Config, samples: Samples) -> Images:
@@ -120,7 +126,7 @@ def _shared(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _middle(how: making.Making, name: str) -> str:
-    """Of a member of an archive, or of a stack of files, nothing is gained by reading a part: its number of bytes is all."""
+    """Empty for a member of an archive, of which nothing is gained by reading a part."""
     try:
         with how.file(name).open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - MIDDLE) // 2)

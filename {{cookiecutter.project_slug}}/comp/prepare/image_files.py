@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from comp import samples, store
 from comp.config import Config, Refused
-from comp.prepare import containers, exact_duplicates, index, making
+from comp.prepare import containers, exact_duplicates, image_key, index, making
 
 SCHEMA = pa.schema({"name": pa.string(), "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string()})
 Stamps = NDArray[np.int64]  # (files, 2): size and mtime
@@ -119,19 +119,21 @@ def _table(cfg: Config, hashes: Hashes) -> pa.Table:
 
 
 def _files(cfg: Config) -> dict[str, list[str]]:
-    """file -> the images in it: of an archive its members, otherwise itself. A stack of files is one, as making.stamp takes it."""
+    """file -> the images in it: of an archive its members, of any other file one of the images that are made from it. Files that
+    are channels of one image are one, as making.stamp takes them."""
     how = making.of(cfg)
     listed = samples.load().frame["images"]
+    keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.images]}
     archives: dict[str, str] = {}  # by folder; empty for a real folder
     files: dict[str, list[str]] = {}
-    for image in sorted({image for images in listed for image in images[: cfg.data.images]}):
-        parts = image.split(making.PLUS)
+    for paths, key in sorted(keys.items()):
+        parts = image_key.files(paths)
         for folder in {os.path.dirname(part) for part in parts} - archives.keys():
             inside = containers.split(Path(how.folder, folder, "x"))
             archives[folder] = os.path.relpath(inside[0], how.folder) if inside else ""
         places = [archives[os.path.dirname(part)] or part for part in parts]
-        for place in dict.fromkeys(places) if places != parts else [image]:
-            files.setdefault(place, []).append(image)
+        for place in dict.fromkeys(places) if places != parts else [paths]:
+            files.setdefault(place, []).append(key)
     return files
 
 
@@ -140,9 +142,13 @@ def _hashes(how: making.Making, files: dict[str, list[str]], found: Stamps, hash
     if hashes == "none":
         return [""] * len(files)
     names = list(files)
-    single = np.array([at for at, name in enumerate(names) if files[name] == [name]], np.int64)
+    single = np.array(
+        [at for at, name in enumerate(names) if image_key.paths(files[name][0]) == name], np.int64
+    )
     hashed = [""] * len(names)
-    for at, each in zip(single, _of(how, [names[at] for at in single], found[single], hashes), strict=True):
+    for at, each in zip(
+        single, _of(how, [files[names[at]][0] for at in single], found[single], hashes), strict=True
+    ):
         hashed[at] = each
     for at in np.setdiff1d(np.arange(len(names)), single):
         members = files[names[at]]
