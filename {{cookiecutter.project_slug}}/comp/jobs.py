@@ -44,9 +44,6 @@ def train(
     name = name or (f"{experiment}-debug" if debug else experiment)
     identity.refuse_name(name)
     _check_teachers(cfg)
-    machine.settle(cfg.train.threads)
-    from comp import record
-
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
     places = [store.run_folder(name)]
@@ -54,6 +51,9 @@ def train(
         places = [store.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
     old = places if afresh else []
     identity.same_images(name, cfg, old)
+    machine.settle(cfg.train.threads)
+    from comp import record
+
     material = gather(cfg, stop, profile, loaded)
     folds = _wanted(fold, material.folds.count)
     identity.claim(name, cfg, material.folds, command, old)
