@@ -4,7 +4,8 @@
     load_image(row, decode)               -> uint8 array (height, width, channels) for one image of the samples table
                                              row["image"] is its path there, row["file"] the file; decode(row["image"]) gives
                                              it as usual, decode(row["image"], full=True) at full size; row["x"] is the text
-                                             of a column of the table that competition.yaml declares: image_columns: [x]
+                                             of a column of the table that competition.yaml declares: image_columns: [x],
+                                             or image_columns: all for the whole row but its targets
     model(cfg, outputs)                   -> torch.nn.Module, instead of the timm model of the config
     loss(output, target)                  -> tensor, one number a sample (batch,)
     metric(truth, prediction, rows)       -> number; set metric.direction = "max" or "min",

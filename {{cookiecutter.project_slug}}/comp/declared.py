@@ -138,7 +138,7 @@ class Competition(Section):
     time: Text | None = None
     time_format: Text | None = None
     metadata: list[Text] = []
-    image_columns: list[Text] = []
+    image_columns: list[Text] | Literal["all"] = []
     unknown: Text | None = None
     kernel: Kernel = Kernel()
     extra: list[Table] = []
@@ -213,7 +213,7 @@ class Competition(Section):
 
     @model_validator(mode="after")
     def _columns_of_an_image(self) -> Competition:
-        for name in self.image_columns:
+        for name in self.image_columns if self.image_columns != "all" else ():
             if name in self.targets:
                 raise ValueError(f"image_columns: {name!r} is the target, which test rows do not have")
             if name in ("image", "file"):

@@ -106,6 +106,18 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
     assert not check.check(config(experiment="base"))
 
 
+def test_all_is_the_whole_row_without_its_targets(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slides(empty)
+    declare(empty, train=IN_TRAIN, test=IN_TEST, image_columns="all")
+    in_force(monkeypatch, CROP)
+    table = prepared()
+    rows = [image_key.row(each[0]) for each in table.frame["images"]]
+    assert all(set(row) == {"id", "slide", *BOX} for row in rows)
+    assert [row["x"] for row in rows] == ["0", "20"] * 6
+    read = opened(table)
+    assert [int(read[at].reshape(-1, 3).mean(axis=0).argmax()) for at in range(12)] == [0, 1] * 6
+
+
 def test_without_load_image_nothing_changes_in_the_keys(empty: Path) -> None:
     slides(empty)
     declare(empty, train=IN_TRAIN, test=IN_TEST)
@@ -120,7 +132,7 @@ def test_what_load_image_may_read_is_declared(empty: Path, monkeypatch: pytest.M
     slides(empty)
     line = refused()
     assert (
-        "configs/competition.yaml: image_columns: x, y, w, h" in line and "load_image(row, decode)" in line
+        "configs/competition.yaml: image_columns: " in line and "load_image(row, decode)" in line
     ), "nothing reads them"
     in_force(monkeypatch, CROP)
     declare(empty, train=IN_TRAIN, test=IN_TEST)

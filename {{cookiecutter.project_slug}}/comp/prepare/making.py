@@ -112,7 +112,7 @@ class Making:
                 "load_image",
                 error,
                 f"for {image_key.shown(name)}",
-                f"; of the table it has the columns that competition.yaml declares: image_columns: [{error.args[0]}]"
+                f"; of the table it has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
                 if unknown
                 else "",
             ) from error

@@ -68,7 +68,7 @@ def load(competition: Competition) -> Rows:
         )
     if competition.image_columns and own.get("load_image") is None:
         raise Refused(
-            f"configs/competition.yaml: image_columns: {', '.join(competition.image_columns)}: nothing reads them; define "
+            "configs/competition.yaml: image_columns: nothing reads them; define "
             "load_image(row, decode) in comp/competition.py, or leave them out"
         )
     hook = own.get("read_samples")
@@ -170,10 +170,14 @@ def _images(table: Table, source: Source, competition: Competition, globs: layou
             [globs.matches(path) or [path] for path in found] if "*" in template else [[p] for p in found]
         )
         images = [a + b for a, b in zip(images, several, strict=True)] if images else several
-    return _with_columns(images, source.frame, competition.image_columns)
+    return _with_columns(images, source.frame, competition)
 
 
-def _with_columns(images: list[list[str]], frame: pd.DataFrame, names: list[str]) -> list[list[str]]:
+def _with_columns(images: list[list[str]], frame: pd.DataFrame, competition: Competition) -> list[list[str]]:
+    names = competition.image_columns
+    if names == "all":  # but for what test rows do not have, and for names that load_image gives itself
+        never = {*competition.targets, competition.weight, "image", "file", "images", "source", "row"}
+        names = [name for name in columns(frame) if name not in never]
     if not names:
         return images
     cells = frame[names].astype(object)
@@ -299,7 +303,7 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
         f"{name}.id" if table.id else "id": _names_in(table.id or competition.id),
         f"{name}.image": [c for template in table.image or [] for c in _names_in(template, bare=False)],
     }
-    wanted["image_columns"] = competition.image_columns
+    wanted["image_columns"] = [] if competition.image_columns == "all" else competition.image_columns
     if name == "test" and competition.row:
         wanted["row"] = _names_in(competition.row)
     if name != "test":
@@ -337,7 +341,8 @@ def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
         raise Refused(f"{said} must return a DataFrame, not {type(frame).__name__}")
     frame = frame.reset_index(drop=True)
     singles = [name for name in (competition.group, competition.time) if name]
-    named = [*competition.targets, *singles, *competition.metadata, *competition.image_columns]
+    named = [*competition.targets, *singles, *competition.metadata]
+    named += [] if competition.image_columns == "all" else competition.image_columns
     for column in [competition.id, "images", "source", *named]:
         if column not in frame:
             raise Refused(
@@ -357,7 +362,7 @@ def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
             if name not in ("images", "source", "weight", "row")
         }
     )
-    images = _with_columns(images, text, competition.image_columns)
+    images = _with_columns(images, text, competition)
     samples = pd.DataFrame(
         {"id": text[competition.id], "images": images, "source": frame["source"].astype(str)}
     )
