@@ -46,7 +46,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
         "--low",
         "1e-4",
         "--high",
-        "100",
+        "1e6",
         "--steps",
         "60",
         *QUICK,
@@ -65,8 +65,8 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
         assert picture.size[0] > 500
     lines = (project / "runs/exp001-lr-range.csv").read_text().splitlines()
     rates = [float(line.split(",")[1]) for line in lines[1:]]
-    assert rates == pytest.approx([1e-4 * (1e6) ** (step / 59) for step in range(len(rates))])
-    assert len(rates) < 60, "at rate 100 the loss has flown away, and it ended before"
+    assert rates == pytest.approx([1e-4 * (1e10) ** (step / 59) for step in range(len(rates))])
+    assert len(rates) < 60, "at rate 1e6 the loss has diverged on any machine, and it ended before"
 
 
 def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:

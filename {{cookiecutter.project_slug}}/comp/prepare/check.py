@@ -60,7 +60,11 @@ def check(
         faults += reading.faults
         maker = making.of(cfg) if exact else replace(making.of(cfg), size=32, fit="stretch")
         notes += reading.notes + _copies(cfg, reading) + _stale(reading)
-        for looked in (_against_sample, written, network, partial(_images, maker=maker)):
+        of_sample, about = _against_sample(cfg, reading)
+        faults += of_sample
+        notes += about
+        # A submission for a sample with faults of its own would only say them again, in other words.
+        for looked in (None if of_sample else written, network, partial(_images, maker=maker)):
             if looked is not None:
                 found, about = looked(cfg, reading)
                 faults += found
