@@ -284,7 +284,7 @@ def test_check_and_submit_say_the_same_of_every_form(
     [
         ("value", "id,label\n18,0\n19,0\n", {"task": "regression", "metric": "rmse", "submission": {"sample": "sample.csv", "form": "value", "range": [50, 60]}}, "far outside the range"),
         ("labels", "id,label\n18,c0\n19,c0\n", {"task": "multilabel", "metric": "f1_micro", "separator": ","}, "the class '0.5 0' holds one"),
-        ("probabilities", "id,c0\n18,0\n19,0\n", {"submission": {"sample": "sample.csv", "form": "probabilities", "sums_to_one": True}, "classes": ["c0", "c1"]}, "has no column for class 'c1'"),
+        ("probabilities", "id,c0\n18,0\n19,0\n", {"submission": {"sample": "sample.csv", "form": "probabilities", "sums_to_one": True}, "classes": ["c0", "c1"]}, "no column for the class 'c1'"),
     ],
 )  # fmt: skip
 def test_what_else_submit_would_refuse(
