@@ -362,7 +362,7 @@ left = int(sys.argv[1])
 replace = os.replace
 def counted(*a):
     global left
-    left -= 1
+    left -= os.path.basename(a[1]) != ".lock"
     if left < 0: os.kill(os.getpid(), signal.SIGKILL)
     replace(*a)
 os.replace = counted

@@ -131,9 +131,9 @@ def test_without_load_image_nothing_changes_in_the_keys(empty: Path) -> None:
 def test_what_load_image_may_read_is_declared(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slides(empty)
     line = refused()
-    assert (
-        "configs/competition.yaml: image_columns: " in line and "load_image(row, decode)" in line
-    ), "nothing reads them"
+    assert "configs/competition.yaml: image_columns: " in line and "load_image(row, decode)" in line, (
+        "nothing reads them"
+    )
     in_force(monkeypatch, CROP)
     declare(empty, train=IN_TRAIN, test=IN_TEST)
     table = prepared()
