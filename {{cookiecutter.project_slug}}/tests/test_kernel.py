@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import QUICK
 from forked import forked
+from test_target_scaler import declare_values
 
 from comp import bank, cli, folds, jobs, predictions, samples, store
 from comp.config import Refused, load
@@ -267,19 +269,6 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
         verify.verify("exp003:logistic")
 
 
-@pytest.mark.slow
-def test_two_gpus_share_the_rows(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
-    program.chmod(0o755)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    kernel.build("blend001")
-    facts = rehearse.rehearse("blend001")
-    assert facts["cards"] == 2 and facts["apart"] <= 1e-5
-
-
 @pytest.fixture
 def run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a bundle said in the first rehearsal it says in the next: only what is made of it differs."""
@@ -295,6 +284,50 @@ def run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return ran[hidden]
 
     monkeypatch.setattr(rehearse, "_run", once)
+
+
+@pytest.mark.slow
+def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
+    project: Path, run_once: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Targets of 5,000 to 14,000, learned standardised: mean and deviation are in the weights, wherever these predict."""
+    declare_values(project, 1000.0, 9500.0)
+    jobs.train("exp001", [*QUICK, "train.batch_size=16"], name="exp001")
+    table = samples.load()
+    split = folds.load(table)
+    stored = bank.load("exp001", "test", table, split)
+    said = stored.heads["label"]
+    assert 9000 < said.mean() < 10000 and said.std() > 1500, (
+        "it has learned something, in the unit of the target"
+    )
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
+    facts = store.read_json(rehearse.file_of("exp001"))
+    assert facts["apart"] <= 1e-5 and "hidden set of 41 rows" in capsys.readouterr().out
+    verify.verify("exp001")
+    assert "predicted 8 rows again through 5 of 5 checkpoints" in capsys.readouterr().out
+
+    # Not vacuous: stored values that are a ten-thousandth too large are found by both.
+    for place in (bank.folder("exp001"), *(store.fold_folder("exp001", 0, n) for n in range(split.count))):
+        kept = bank.read(place / "test.arrow", table, split)
+        large = {"label": kept.heads["label"] * np.float32(1.0001)}
+        bank.write(place / "test.arrow", predictions.PredictionSet(kept.row, None, large, kept.meta))
+    with pytest.raises(Refused, match=r"exp001, seed 0, fold 0, row .* stored, the checkpoint says"):
+        verify.verify("exp001")
+    assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
+    assert "something else than what is stored, by up to 1.0e-04" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_gpus_share_the_rows(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    kernel.build("blend001")
+    facts = rehearse.rehearse("blend001")
+    assert facts["cards"] == 2 and facts["apart"] <= 1e-5
 
 
 @pytest.mark.slow

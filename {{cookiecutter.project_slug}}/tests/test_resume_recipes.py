@@ -14,6 +14,7 @@ import banked
 import pytest
 from forked import forked
 from test_resume import killed_at
+from test_target_scaler import declare_values
 
 from comp import jobs, store
 
@@ -81,3 +82,31 @@ def test_killed_and_run_again_gives_the_same_bytes(root: Path, name: str) -> Non
     assert os.WIFSIGNALED(forked(killed_at(event, train))), f"there are fewer than {event} events"
     assert forked(train) == 0
     assert left(root) == whole, f"killed at event {event}"
+
+
+ON_VALUES = {
+    "ema": ["train.ema=0.9", "train.epochs=2"],
+    "snapshots, swa beside raw, mixup": ["snapshots.cycles=2", "average.predicts=swa", "average.beside=[raw]", "average.swa_from=0.4", "augment.mixup=0.4"],
+    "stages, fp16, accumulation": [STAGES, "train.amp=fp16", "train.accumulate=3"],
+    "plateau, huber, best epoch": ["schedule.name=plateau", "schedule.patience=0", "loss.name=huber", "select.name=best"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ON_VALUES]
+)
+def test_a_run_on_values_killed_and_run_again_gives_the_same_bytes(project: Path, name: str) -> None:
+    """Of 5,000 to 14,000, learned standardised: killed once early and once late."""
+
+    def train() -> None:
+        jobs.train("exp001", [*PLAIN, *ON_VALUES[name]], fold="1", name="run")
+
+    declare_values(project, 1000.0, 9500.0)
+    assert forked(train) == 0
+    whole = left(project)
+    shutil.rmtree(project / "runs" / "run")
+    for event, state in ((1, "state-00000004.pt"), (2, "state-00000008.pt")):
+        assert os.WIFSIGNALED(forked(killed_at(event, train, after=state)))
+        assert (project / "runs/run/seed0/fold1" / state).exists(), "it is resumed, not begun again"
+    assert forked(train) == 0
+    assert left(project) == whole

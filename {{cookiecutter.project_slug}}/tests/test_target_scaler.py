@@ -23,10 +23,10 @@ FORTY_STEPS = [
 ]  # fmt: skip
 
 
-def learn(
-    project: Path, scale: float, shift: float, *overrides: str, task: str = "regression", metric: str = "r2"
-) -> float:
-    """The score of fold 0, whose target is the digit in some unit. The run is x."""
+def declare_values(
+    project: Path, scale: float, shift: float, task: str = "regression", metric: str = "r2"
+) -> None:
+    """The project's target becomes the digit in some unit: with 1000 and 9500 a value of 5,000 to 14,000."""
     raw, file = pd.read_csv(project / "data/raw/train.csv", dtype=str), project / "configs/competition.yaml"
     if task == "regression":
         raw["label"] = [repr(scale * (int(label) - 4.5) + shift) for label in raw["label"]]
@@ -37,6 +37,13 @@ def learn(
     )
     tables.prepare(config(experiment="base"))
     assign.make(config(experiment="base"), samples.load(), remake=True)
+
+
+def learn(
+    project: Path, scale: float, shift: float, *overrides: str, task: str = "regression", metric: str = "r2"
+) -> float:
+    """The score of fold 0, whose target is the digit in some unit. The run is x."""
+    declare_values(project, scale, shift, task, metric)
     jobs.train("exp001", [*FORTY_STEPS, *overrides], fold="0", name="x")
     table = samples.load()
     oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
