@@ -11,14 +11,17 @@ import pandas as pd
 import pytest
 from banked import run, said
 from conftest import config
+from safetensors.torch import load_file, save_file
+from test_target_scaler import declare_values
 
 from comp import bank, folds, jobs, samples, store, track
 from comp.config import Refused
-from comp.ensemble import blend, taught
+from comp.ensemble import audit_runs, blend, taught
+from comp.ensemble.findings import Finding, Leak, NotChecked
 from comp.predict import labels
 from comp.predict.labels import Wish
 from comp.prepare import assign, tables
-from comp.train import choice, pseudo
+from comp.train import choice, model, normal, pseudo, target_scaler, transfer
 
 SURE = Wish(None, None, False, 1.0)
 
@@ -249,6 +252,72 @@ def test_the_rows_teach(project: Path) -> None:
         Refused, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
     ):
         jobs.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
+
+
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -> None:
+    """Statistics in the weights, of pixels and of targets that are values, are of all rows that taught the fold."""
+    if task == "regression":
+        declare_values(project, 1000.0, 9500.0)
+    digits = banked.digits(project)
+    run(digits, "teacher", seeds=2)
+    labels.write("teacher", "teacher", Wish(None, 0.5, False, 1.0))
+    jobs.train(
+        "exp001",
+        [*QUIET, "data.pseudo=teacher", "data.normalise=data", "data.size=8"],
+        fold="1",
+        name="taught",
+    )
+
+    def found() -> list[Finding]:
+        return audit_runs.of_run("taught", samples.load(), digits.folds)
+
+    assert found() == []
+    place = store.fold_folder("taught", 0, 1)
+    file, material = place / bank.WEIGHTS, jobs.gather(jobs.stored_config("taught"))
+    sets = {place / "oof.arrow": bank.read(place / "oof.arrow", material.samples, material.folds)}
+    right = load_file(file)
+    assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
+    # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
+    _, scored = material.folds.split(1)
+    joined = pseudo.joined(material, 1)
+    own = choice.rows(joined, 1)[0]
+    for rows, what in (
+        (material.folds.split(1)[0], "statistics that the training part does not repeat"),
+        (np.union1d(own, scored), "statistics fitted on validation rows"),
+    ):
+        module = model.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
+        normal.fit(material.cfg, module, material.feed, rows)
+        target_scaler.fit(material.cfg, module, joined.samples, rows)
+        measured = {n: v for n, v in module.state_dict().items() if n in transfer.MEASURED}
+        save_file(right | measured, file)
+        store.seal(file)
+        assert [(type(each), each[0]) for each in audit_runs._statistics(material, sets)] == [(Leak, what)]
+    save_file(right, file)
+    store.seal(file)
+    assert found() == []
+
+    # What taught it is damaged, another under its name, or gone: that is no leak.
+    table = store.pseudo_file("teacher")
+
+    def damage() -> None:
+        table.write_bytes(table.read_bytes()[:-1] + b"x")
+
+    for change, why in (
+        (damage, "damaged"),
+        (
+            lambda: labels.write("teacher", "teacher", Wish(None, 0.3, False, 1.0)),
+            "not there as it taught it",
+        ),
+        (table.unlink, "not there as it taught it"),
+    ):
+        change()
+        unseen = found()
+        assert [(type(each), each[0]) for each in unseen] == [
+            (NotChecked, "taught, its pseudo-labels"),
+            (NotChecked, "taught, its statistics"),
+        ]
+        assert all(each[1].startswith("data/pseudo/teacher.parquet") and why in each[1] for each in unseen)
 
 
 def test_a_short_run_tries_them_too(empty: Path) -> None:

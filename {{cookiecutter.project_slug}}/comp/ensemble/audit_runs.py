@@ -184,14 +184,15 @@ def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[
         target_scaler.fit(cfg, module, samples, rows)
         return _measured(module)
 
+    run = next(fold_of(file) for file in sets).parents[1].name
+    try:
+        taught.refuse_other_labels(run, cfg, material.folds)
+    except Refused as refused:
+        return [NotChecked(f"{run}, its statistics", refused.lines[0])]
     known: dict[str, dict[str, Array]] = {}  # seeds share the folds, and so what is fitted on them
     for weights in dict.fromkeys(_weights(said) for said in sets.values()):
         number = fold_of(weights).name.removeprefix("fold")
-        try:
-            joined = pseudo.joined(material, number)  # pseudo-labelled rows are measured like others
-        except Refused as refused:
-            found.append(NotChecked(store.shown(weights), refused.lines[0]))
-            continue
+        joined = pseudo.joined(material, number)  # pseudo-labelled rows are measured like others
         scored = joined.folds.split(number)[1]
         own = margins.known_rows(cfg, joined.samples, choice.rows(joined, number)[0])
         own = own[~np.isin(own, scored)]  # whoever dealt them out

@@ -22,16 +22,28 @@ from comp.train import pseudo
 SAW = "pseudo-labels that saw the fold"
 
 
+def refuse_other_labels(run: str, cfg: Config, split: Folds) -> None:
+    """Nothing that comes from the pseudo-labels of a run can be made again from others."""
+    if cfg.data.pseudo is None:
+        return
+    file = store.pseudo_file(cfg.data.pseudo)
+    entry = store.sealed(file)
+    then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
+    if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
+        raise Refused(f"{store.shown(file)} is not there as it taught it")
+    store.verified(file)
+
+
 def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     name = cfg.data.pseudo
     if name is None:
         return []
     file = store.pseudo_file(name)
-    entry = store.sealed(file)
-    then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
-    if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
-        return [NotChecked(f"{run}, its pseudo-labels", f"{store.shown(file)} is not there as it taught it")]
-    table = pseudo.read(name)
+    try:
+        refuse_other_labels(run, cfg, split)
+    except Refused as refused:
+        return [NotChecked(f"{run}, its pseudo-labels", refused.lines[0])]
+    entry, table = store.sealed(file) or {}, pseudo.read(name)
     found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
     for number, weights in entry["weights"].items():
         if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
