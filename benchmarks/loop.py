@@ -43,6 +43,7 @@ def compared(
     from comp import config, machine, track
     from comp.train import data, evaluate, loop, optim, speed
     from comp.train.clock import Clock
+    from comp.train.context import Material
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +103,7 @@ def compared(
 
         loop._quiet = lambda cfg: False  # the bar is drawn although nobody watches
         split: Any = Split()
-        material = loop.Material(
+        material = Material(
             cfg, table, split, Paused(cfg, table, device), device, machine.Stop(), Clock(device)
         )
         fold = root / "runs" / "exp001" / "seed0" / "fold0"

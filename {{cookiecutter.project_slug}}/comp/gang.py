@@ -12,7 +12,7 @@ from comp import machine
 from comp.config import Config, Refused
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 VERBS = ("train", "tune")
 GONE = (

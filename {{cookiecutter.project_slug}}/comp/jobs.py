@@ -11,7 +11,7 @@ from comp import config, experiments, identity, idle, machine, members, process,
 from comp.config import Config, Loaded, Refused
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 
 def train(
@@ -150,8 +150,8 @@ def gather(
     from comp.predict import tta
     from comp.train import agree, distill, distributed, mixing, model, optim
     from comp.train.clock import Clock
+    from comp.train.context import Material
     from comp.train.data import Feed
-    from comp.train.loop import Material
 
     distributed.begin()
     tta.views(cfg.predict.tta)

@@ -13,8 +13,8 @@ from comp.prepare import arrays, audit
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import sheet
+from comp.train.context import Material
 from comp.train.data import Draw
-from comp.train.loop import Material
 
 
 def before(material: Material, log: track.Track, run: str, folder: Path, number: int | str) -> None:

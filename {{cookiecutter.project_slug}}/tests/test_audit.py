@@ -269,12 +269,12 @@ def test_a_run_whose_weights_are_gone_is_named_as_not_checked(run: Path) -> None
 def test_statistics_of_a_real_run_that_saw_its_validation_rows(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comp.train import normal
+    from comp.train import pixel_stats
 
-    honest_fit, everyone = normal.fit, samples.load().positions("train")
+    honest_fit, everyone = pixel_stats.fit, samples.load().positions("train")
     with monkeypatch.context() as patch:
         patch.setattr(
-            normal, "fit", lambda cfg, module, feed, taught: honest_fit(cfg, module, feed, everyone)
+            pixel_stats, "fit", lambda cfg, module, feed, taught: honest_fit(cfg, module, feed, everyone)
         )
         jobs.train("exp001", RECIPE, name="leaky", fold="0")
     (leak,) = leaks_of_run("leaky")

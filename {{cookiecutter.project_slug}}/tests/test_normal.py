@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from comp import bank, folds, jobs, samples, store
 from comp.config import Config, Refused
 from comp.samples import Positions
-from comp.train import augment, data, model, normal
+from comp.train import augment, data, model, normal, pixel_stats
 
 TINY = ["track=none", "machine.workers=0", "machine.progress=false", "augment.recipe=none"]
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     table = samples.load()
     feed = data.Feed(cfg, table, CPU)
     module = model.build(cfg, table.heads, pretrained=False)
-    normal.fit(cfg, module, feed, rows)
+    pixel_stats.fit(cfg, module, feed, rows)
     seen = augment.Seen(normal.of(cfg, module, CPU))
     return torch.cat(
         [seen(b.pictures.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))]

@@ -19,7 +19,7 @@ from studies import FOREVER, SMALL, join, run, states, with_space
 
 from comp import bank, cli, folds, identity, jobs, machine, samples, store
 from comp.config import Refused
-from comp.tune import confirm, export, listing, live, report, search, study, trial
+from comp.tune import confirm, confirmed, export, listing, live, report, search, study, trial
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     (tuned / "configs/tune/one.yaml").write_text(
         "search:\n  optim.rate: {low: 1e-5, high: 2e-2, log: true}\nfolds: 1\npruner: none\n"
     )
-    monkeypatch.setattr(confirm, "SEEDS", 2)
+    monkeypatch.setattr(confirmed, "SEEDS", 2)
     monkeypatch.setattr(report, "write", lambda joined: [])  # looked at elsewhere
     joined = search.join("exp001", SMALL, "one", None)
     joined.study.enqueue_trial({"optim.rate": 1.2e-2})
@@ -217,15 +217,15 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     before = report.sentences(joined)[-1]
     assert "0.4000 ahead of exp001 (0.5000) on one seed" in before and "--confirm 3" in before
     confirm.confirm(joined, 1)
-    fresh = confirm.scores(joined)
+    fresh = confirmed.scores(joined)
     assert fresh.keys() == {begun.number, best.number} and len(fresh[best.number]) == 2
     folder = store.run_folder(trial.name_of(joined, best))
-    assert all((folder / f"seed{seed}").is_dir() for seed in confirm.fresh(joined))
+    assert all((folder / f"seed{seed}").is_dir() for seed in confirmed.fresh(joined))
     said = capsys.readouterr().out
     assert f"trial {best.number} against exp001 on 2 fresh seeds" in said
     for ours, word in (((0.9, 0.91), "better, beyond the noise"), ((0.9, 0.1), "within the noise"), ((0.1, 0.11), "worse, beyond the noise")):  # fmt: skip
         given = {best.number: list(ours), begun.number: [0.5, 0.5]}
-        assert word in confirm.verdict(joined, best.number, begun.number, given)
+        assert word in confirmed.verdict(joined, best.number, begun.number, given)
 
 
 def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:

@@ -27,7 +27,7 @@ from comp.tasks import Head
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 Values = dict[str, Any]  # head -> (rows, outputs)
 Said = tuple[dict[str, Values], dict[int, str], dict[str, float]]  # of every model, reasons by row, seconds
@@ -267,8 +267,8 @@ def spoken(
 
 def material(cfg: Config, table: Samples) -> Material:
     from comp.train.clock import Clock
+    from comp.train.context import Material
     from comp.train.data import Feed
-    from comp.train.loop import Material
 
     device = machine.device(cfg.machine.device)
     feed = Feed(cfg, table, device)

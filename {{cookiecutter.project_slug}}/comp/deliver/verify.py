@@ -14,7 +14,7 @@ from comp.deliver.recheck import CHECKPOINTS, Checkpoint, drawn, recheck
 WEIGHTS = "weights.safetensors"
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 
 def verify(name: str) -> None:

@@ -25,7 +25,7 @@ from comp.samples import Positions, Samples
 from comp.tasks import Array
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 AGAIN = 12  # rows of a fold that are predicted again
 NEAR, NEAR_IN_HALF = (
@@ -171,7 +171,7 @@ def _flat(heads: Heads, scale: Mapping[str, Any]) -> Array:
 
 def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
     """What lies in the weights and is measured, of pixels and of targets that are values, is that of the training part of the fold."""
-    from comp.train import choice, margins, model, normal, pseudo, target_scaler
+    from comp.train import choice, margins, model, pixel_stats, pseudo, target_scaler
 
     cfg, heads, feed = material.cfg, material.samples.heads, material.feed
     found: list[Finding] = []
@@ -180,7 +180,7 @@ def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[
 
     def fitted(rows: Positions, samples: Samples) -> dict[str, Array]:
         module = model.build(cfg, heads, pretrained=False, feed=feed)
-        normal.fit(cfg, module, feed, rows)
+        pixel_stats.fit(cfg, module, feed, rows)
         target_scaler.fit(cfg, module, samples, rows)
         return _measured(module)
 

@@ -22,7 +22,7 @@ from comp.samples import Positions, Samples
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 COMPONENTS = 32  # of the features: more are told apart by chance
 LIGHTEST, HEAVIEST = 0.2, 5.0  # weights of rows; beyond, a few rows would teach alone

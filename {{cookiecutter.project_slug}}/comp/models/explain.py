@@ -23,9 +23,9 @@ from comp.predictions import PredictionSet
 from comp.prepare import arrays
 from comp.train import augment, model, normal
 from comp.train.backbone import inner
+from comp.train.context import Material
 from comp.train.data import Draw
 from comp.train.draws import mixed
-from comp.train.loop import Material
 
 NOISY, NOISE = 24, 0.15  # SmoothGrad: so many copies, with noise of so much of the picture's range
 SIDE, GAP, TITLE = 192, 8, 34  # px

@@ -29,8 +29,8 @@ from comp.config import Config, Refused
 from comp.models import measure
 from comp.samples import Positions
 from comp.train import model, normal
+from comp.train.context import Material
 from comp.train.data import plain_batches
-from comp.train.loop import Material
 
 NEAR = 1e-3  # of the largest output: further away an exported network is another one
 CALIBRATION = 128  # training pictures that int8 takes its ranges from

@@ -29,9 +29,9 @@ from comp.prepare import making
 from comp.samples import Samples
 from comp.tasks import Head
 from comp.train import augment, model, normal, transfer
+from comp.train.context import Material
 from comp.train.draws import mixed
 from comp.train.evaluate import outputs_of
-from comp.train.loop import Material
 
 FILE = frozen.FILE
 SPEED = "speed.json"

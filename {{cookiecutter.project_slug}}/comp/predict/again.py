@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from comp import bank, experiments, members, predictions, store
 from comp.predict import infer, merge, tta
-from comp.train.loop import Material
+from comp.train.context import Material
 
 
 def predict(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from comp.samples import Positions
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 FOLDER, FILE = "frozen", "features.npy"
 NEIGHBOURS = 15

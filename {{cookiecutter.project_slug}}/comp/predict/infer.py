@@ -18,8 +18,8 @@ from comp.predict import frozen, neighbours, tta
 from comp.samples import Positions
 from comp.tasks import Head
 from comp.train import augment, balance, margins, model, normal
+from comp.train.context import Material
 from comp.train.evaluate import outputs_of
-from comp.train.loop import Material
 
 Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
 

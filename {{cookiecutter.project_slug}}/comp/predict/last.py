@@ -8,7 +8,7 @@ import numpy as np
 from comp import experiments, predictions, score, store
 from comp.config import Refused
 from comp.predict import infer
-from comp.train.loop import Material
+from comp.train.context import Material
 
 
 def look(material: Material, run: str) -> str:

@@ -15,7 +15,7 @@ from comp.config import Config, Refused
 from comp.predict import infer
 from comp.teachers import Voice
 from comp.train import distill, pseudo
-from comp.train.loop import Material
+from comp.train.context import Material
 
 
 def prepare(

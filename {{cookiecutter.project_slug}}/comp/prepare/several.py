@@ -15,7 +15,7 @@ from comp.declared import Competition, Table
 from comp.prepare import layouts
 
 if TYPE_CHECKING:
-    from comp.prepare.sources import Rows, Source
+    from comp.prepare.rows import Rows, Source
 
 
 def gathered(rows: Rows, competition: Competition) -> Rows:

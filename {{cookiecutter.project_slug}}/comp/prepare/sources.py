@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,43 +17,10 @@ from comp import own, store
 from comp.config import Refused, nearest
 from comp.declared import Competition, Table
 from comp.prepare import containers, image_key, layouts, several, spelling, texts
+from comp.prepare.rows import Rows, Source
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Source:
-    """One raw table. `frame` is text, missing values are NA."""
-
-    file: Path
-    frame: pd.DataFrame
-    rows: Sequence[int] | None = None  # of the table, where a line of the frame was made of several
-
-    @cached_property
-    def _lines(self) -> list[int]:
-        """The line each row begins on: rows with quoted line breaks and blank lines shift all that follow."""
-        return [line for line, _ in texts.lines(self.file)][1:]
-
-    def where(self, position: int) -> str:
-        if self.rows is not None:
-            position = self.rows[position]
-        if layouts.FILE in self.frame:
-            return str(self.frame[layouts.FILE].iloc[position])
-        if self.file.suffix in (".csv", ".tsv"):
-            return f"{store.shown(self.file)}:{self._lines[position]}"
-        return f"{store.shown(self.file)}: row {position}"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Train and test rows under each other, whatever they were read from."""
-
-    samples: pd.DataFrame  # id, images (list of paths under raw), source, row, weight
-    columns: pd.DataFrame  # the raw columns, as text
-    has: dict[str, list[str]]  # source -> the columns that it really has
-    where: Callable[[int], str]
-    faults: list[str] = field(default_factory=list)  # one line a row that cannot be used as it is
 
 
 def load(competition: Competition) -> Rows:

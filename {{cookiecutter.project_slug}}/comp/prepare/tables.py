@@ -18,7 +18,7 @@ from comp import samples, store
 from comp.config import Config, Refused
 from comp.declared import Competition
 from comp.prepare import alike, sources, targets, times
-from comp.prepare.sources import Rows
+from comp.prepare.rows import Rows
 from comp.tasks import Head
 
 if TYPE_CHECKING:

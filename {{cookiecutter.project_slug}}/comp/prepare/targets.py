@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from comp.config import Refused, nearest
 from comp.declared import Competition
 from comp.prepare import alike
+from comp.prepare.rows import Rows
 from comp.prepare.sample import sample_of
-from comp.prepare.sources import Rows
 from comp.prepare.spelling import nfc
 from comp.tasks import Head
 

@@ -23,7 +23,7 @@ from comp.train.augment import Seen
 from comp.train.evaluate import outputs_of, refuse
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 FIFTHS = 5
 Scores = NDArray[

@@ -23,7 +23,7 @@ from comp.tasks import VALUES, Head, Objective
 from comp.train import choice, distributed, losses, margins, target_scaler
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 FILE = "lessons.safetensors"
 

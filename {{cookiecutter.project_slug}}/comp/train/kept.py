@@ -24,7 +24,7 @@ from comp.train.data import Plan
 from comp.train.draws import mixed
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
     from comp.train.stages import Stages
 
 State = dict[str, Any]

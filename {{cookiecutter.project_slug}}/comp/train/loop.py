@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ from tqdm import tqdm
 
 from comp import score, track
 from comp.config import Config, Refused
-from comp.folds import Folds
-from comp.machine import Stop, Stopped
-from comp.samples import Positions, Samples
+from comp.machine import Stopped
+from comp.samples import Positions
 from comp.train import (
     agree,
     augment,
@@ -33,14 +30,15 @@ from comp.train import (
     model,
     normal,
     optim,
+    pixel_stats,
     pseudo,
     schedule,
     speed,
     target_scaler,
     transfer,
 )  # fmt: skip
-from comp.train.clock import Clock
-from comp.train.data import Batch, Feed, epoch_list, training_batches
+from comp.train.context import Material
+from comp.train.data import Batch, epoch_list, training_batches
 from comp.train.device import onto
 from comp.train.draws import mixed
 from comp.train.evaluate import HALF, outputs_of, refuse
@@ -50,26 +48,6 @@ from comp.train.room import Room
 from comp.train.stages import Stages
 
 PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
-
-
-def unwatched(report: dict[str, Any]) -> None:
-    """Nobody looks at the epochs of an ordinary run."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """What all folds of an experiment share: loaded once a process."""
-
-    cfg: Config
-    samples: Samples
-    folds: Folds
-    feed: Feed
-    device: torch.device
-    stop: Stop
-    clock: Clock
-    watch: Callable[[dict[str, Any]], None] = (
-        unwatched  # sees every epoch; a search ends a fold here with distributed.Pruned
-    )
 
 
 def fold(material: Material, seed: int, number: int | str, folder: Path, log: track.Track) -> None:
@@ -97,7 +75,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     if checkpoint.log_offset(folder) is None:
         transfer.begin(module, cfg, seed, number)
     stages = Stages(cfg, module)
-    normal.fit(cfg, module, material.feed, taught)
+    pixel_stats.fit(cfg, module, material.feed, taught)
     target_scaler.fit(cfg, module, material.samples, taught)
     network = speed.prepared(cfg, module)
     criterion = losses.total(cfg, material.samples, taught)

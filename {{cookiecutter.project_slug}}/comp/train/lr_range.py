@@ -21,6 +21,7 @@ from comp.config import Config, Refused
 from comp.folds import Folds
 from comp.samples import Positions
 from comp.train import balance, data, loop, schedule
+from comp.train.context import Material
 
 Values = NDArray[np.float64]
 DIVERGED = 4.0  # times the lowest loss so far, which is where it ends
@@ -38,7 +39,7 @@ class Enough(Exception):
     """The loss has flown away, or the last rate is reached."""
 
 
-def sweep(material: loop.Material, low: float, high: float, steps: int, linear: bool) -> list[Point]:
+def sweep(material: Material, low: float, high: float, steps: int, linear: bool) -> list[Point]:
     """What the loss of each step was, beginning with fold 0 of the first seed."""
     quiet = replace(
         material, cfg=climbing(material.cfg, low, high, steps, linear), folds=_Unscored(material.folds)
@@ -105,7 +106,7 @@ def suggested(points: list[Point]) -> float:
     return points[int(slope[:lowest].argmin())].rate
 
 
-def knob(material: loop.Material, rate: float) -> float:
+def knob(material: Material, rate: float) -> float:
     """What optim.rate has to say for it, where optim.base_batch scales that."""
     return rate * material.cfg.optim.rate / schedule.peak(material.cfg, _span(material).effective)
 
@@ -179,7 +180,7 @@ class _Unscored(Folds):
         return taught, scored[:0]
 
 
-def _span(material: loop.Material) -> schedule.Span:
+def _span(material: Material) -> schedule.Span:
     cfg = material.cfg
     taught = material.folds.split(0)[0][: cfg.train.limit]
     drawn = data.epoch_list(taught, 0, 0, balance.drawing(cfg, material.samples, taught))

@@ -21,7 +21,7 @@ from comp.tasks import Head
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 FULL = -1
 

@@ -5,8 +5,6 @@ The winner of many trials is in part the luckiest; on fresh seeds the luck is go
 
 from __future__ import annotations
 
-import math
-import statistics
 from typing import Any
 
 from optuna.trial import TrialState
@@ -14,11 +12,9 @@ from optuna.trial import TrialState
 from comp import bank, identity, jobs, machine, predictions, score, store
 from comp.config import Refused
 from comp.tune import report
+from comp.tune.confirmed import fresh, spread
 from comp.tune.study import Joined, setting_of
 from comp.tune.trial import config_of, count_of, name_of, ranked
-
-SEEDS = 3  # fresh ones for each setting
-BEYOND = 2.0  # standard errors that a difference must be from 0
 
 
 def confirm(joined: Joined, n: int) -> None:
@@ -52,39 +48,11 @@ def confirm(joined: Joined, n: int) -> None:
             store.run_folder(name) / "confirmed.json", {"seeds": fresh(joined), "scores": values}
         )
         print(
-            f"trial {trial.number}: {_spread(values)} over {len(values)} fresh seeds, {trial.values[0]:.4f} in the search",
+            f"trial {trial.number}: {spread(values)} over {len(values)} fresh seeds, {trial.values[0]:.4f} in the search",
             flush=True,
         )
     report.write(joined)
     report.tell(joined)
-
-
-def fresh(joined: Joined) -> list[int]:
-    first = joined.cfg.train.seeds[0]
-    return [first + 1000 + i for i in range(1, SEEDS + 1)]
-
-
-def scores(joined: Joined) -> dict[int, list[float]]:
-    """Trial -> scores on fresh seeds, of those that were confirmed here."""
-    found = {}
-    for trial in joined.study.get_trials(deepcopy=False):
-        if trial.state == TrialState.COMPLETE:
-            file = store.run_folder(name_of(joined, trial)) / "confirmed.json"
-            if file.exists():
-                found[trial.number] = store.read_json(file)["scores"]
-    return found
-
-
-def verdict(joined: Joined, best: int, begun: int, fresh: dict[int, list[float]]) -> str:
-    sign = score.metric_of(joined.cfg).sign
-    gains = [sign * (a - b) for a, b in zip(fresh[best], fresh[begun], strict=True)]
-    gain, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
-    word = "better" if gain > 0 else "worse"
-    sure = f"{word}, beyond the noise of seeds" if abs(gain) > BEYOND * error else "within the noise of seeds"
-    return (
-        f"trial {best} against {joined.experiment} on {len(gains)} fresh seeds: {_spread(fresh[best])} against "
-        f"{_spread(fresh[begun])}, {sign * gain:+.4f} ± {error:.4f}: {sure}"
-    )
 
 
 def _score(joined: Joined, material: Any, name: str, seed: int) -> float:
@@ -97,7 +65,3 @@ def _score(joined: Joined, material: Any, name: str, seed: int) -> float:
     if value is None:
         raise Refused(score.sentence(record))
     return float(value)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"

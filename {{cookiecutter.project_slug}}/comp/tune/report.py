@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from comp import page, store, track
-from comp.tune import live
+from comp.tune import confirmed, live
 from comp.tune.study import counted, setting_of
 from comp.tune.trial import ranked
 
@@ -129,11 +129,9 @@ def sentences(joined: Joined) -> list[str]:
 
 def versus(joined: Joined, best: FrozenTrial, begun: FrozenTrial) -> str:
     """By the seeds of --confirm where there are any; otherwise one seed each says little, and that is said."""
-    from comp.tune import confirm
-
-    fresh = confirm.scores(joined)
+    fresh = confirmed.scores(joined)
     if best.number in fresh and begun.number in fresh:
-        return confirm.verdict(joined, best.number, begun.number, fresh)
+        return confirmed.verdict(joined, best.number, begun.number, fresh)
     gain = abs(best.values[0] - begun.values[0])
     return (
         f"{gain:.4f} ahead of {joined.experiment} ({begun.values[0]:.4f}) on one seed, as the best of "

@@ -20,7 +20,7 @@ from comp.tune.space import Setting, applied
 from comp.tune.study import Heartbeat, Joined, memory_of
 
 if TYPE_CHECKING:
-    from comp.train.loop import Material
+    from comp.train.context import Material
 
 TIMED = 5  # passes whose median is the time of inference
 
