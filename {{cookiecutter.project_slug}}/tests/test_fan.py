@@ -63,7 +63,7 @@ def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
     with pytest.raises(Refused) as refused:
         fan.out(lost, fan.Local(1, 1, fan.show), machine.Stop(), lambda left: None)
     assert refused.value.lines[0] == "n0 failed:"
-    assert "runs/n0/config.yaml" in refused.value.lines[1]
+    assert "n0: no such run" in refused.value.lines[1]
 
 
 class Waiting:

@@ -249,9 +249,9 @@ STEGO = {"Cover": 0, "JMiPOD": 1, "JUNIWARD": 1}
 
 
 def folders(root: Path, names: list[str]) -> None:
-    for name in names:
+    for number, name in enumerate(names):
         for i in range(2):
-            put(root, f"{name}/{i}.png", picture(i))
+            put(root, f"{name}/{i}.png", picture(10 * number + i))
     put(root, "Test/9.png", picture(9))
 
 

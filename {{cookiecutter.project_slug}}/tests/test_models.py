@@ -215,9 +215,10 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert "kept from before" in capsys.readouterr().out
     picture = project / "data/raw" / table.frame["images"].iloc[0][0]
     cv2.imwrite(str(picture), np.full((9, 9), 200, np.uint8))
-    with pytest.raises(Refused, match="stale, made of other pictures"):
+    with pytest.raises(Refused, match=r"1 of its 1797 image files .*--fresh"):
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
+    assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
     assert store.sha256(store.run_folder("exp003") / features.FILE) != before
     cfg = config(*quiet, experiment="exp003")
     material = jobs.gather(cfg)

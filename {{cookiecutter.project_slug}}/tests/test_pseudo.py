@@ -21,7 +21,7 @@ from comp.ensemble.findings import Finding, Leak, NotChecked
 from comp.predict import labels
 from comp.predict.labels import Wish
 from comp.prepare import assign, tables
-from comp.train import choice, model, normal, pseudo, target_scaler, transfer
+from comp.train import choice, model, pixel_stats, pseudo, target_scaler, transfer
 
 SURE = Wish(None, None, False, 1.0)
 
@@ -287,7 +287,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         (np.union1d(own, scored), "statistics fitted on validation rows"),
     ):
         module = model.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
-        normal.fit(material.cfg, module, material.feed, rows)
+        pixel_stats.fit(material.cfg, module, material.feed, rows)
         target_scaler.fit(material.cfg, module, joined.samples, rows)
         measured = {n: v for n, v in module.state_dict().items() if n in transfer.MEASURED}
         save_file(right | measured, file)

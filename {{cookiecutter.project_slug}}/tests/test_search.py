@@ -152,6 +152,11 @@ def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) 
     assert slope @ step == pytest.approx(plain(ours + step / 2) - plain(ours - step / 2), abs=1e-10)
 
 
+def lone(rows: int) -> pd.DataFrame:
+    """A table without groups."""
+    return pd.DataFrame({"row": np.arange(rows)})
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
     x, y = make_classification(240, 8, n_informative=5, n_classes=classes, random_state=0)
@@ -172,8 +177,8 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
         for p in oof
     ]
     params = stack.fit(
-        "logistic", head, stored, y.astype(float), None, np.zeros(len(y), np.int64), space="probability"
-    )
+        "logistic", head, stored, y.astype(float), lone(len(y)), np.zeros(len(y), np.int64), space="probability", strength=1.0
+    )  # fmt: skip
     assert np.ravel(np.transpose(params["coef"])) == pytest.approx(
         np.ravel(theirs.final_estimator_.coef_), abs=1e-5
     )
@@ -193,12 +198,12 @@ def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
     truth, said = cases(LABELS, 3, 200, 0)
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)
-    params = stack.fit(method, LABELS, said, truth, None, fold, strength=1e-3)
+    params = stack.fit(method, LABELS, said, truth, lone(200), fold, strength=1e-3)
     p = LABELS.row.probability(fitted.predict(params, said, LABELS, "logit"))
     assert p.shape == truth.shape and p[:, 2].max() < 0.01
     known = ~np.isnan(truth[:, 1])
     again = stack.fit(
-        method, LABELS, [s[known] for s in said], truth[known], None, fold[known], strength=1e-3
+        method, LABELS, [s[known] for s in said], truth[known], lone(known.sum()), fold[known], strength=1e-3
     )
     theirs = LABELS.row.probability(fitted.predict(again, said, LABELS, "logit"))
     assert p[:, 1] == pytest.approx(theirs[:, 1], abs=0.05 if method == "mlp" else 1e-3)

@@ -190,7 +190,7 @@ def test_loader_processes_leave_a_signal_to_the_trainer(
 VERBS = {
     "prepare": ([], "samples.parquet"),
     "folds": (["--remake"], "folds.parquet"),
-    "cache": (["exp001", "data.size=24"], "index.arrow"),
+    "cache": (["exp002", "data.size=24"], "index.arrow"),
     "predict": (["exp001", "--tta", "identity,vflip"], "oof.arrow"),
     "ensemble": (["blend001"], "oof.arrow"),
     "kernel": (["blend001"], "bundle.json"),

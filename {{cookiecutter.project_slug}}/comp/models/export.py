@@ -52,7 +52,6 @@ class Whole(nn.Module):
 
 def export(run: str, fold: int, rows: int, prune: str) -> Path:
     shares = _shares(prune)
-    _needs_onnx()
     cfg = jobs.stored_config(run)
     machine.settle(cfg.train.threads)
     place = {"device": "cpu", "resident": 0}  # where submissions without a GPU run, and where int8 is of use
@@ -60,6 +59,7 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
     weights = next(iter(sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))), None)
     if weights is None:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
+    _needs_onnx()
     material = jobs.gather(cfg)
     if material.feed.several or material.feed.metadata is not None:
         raise Refused(

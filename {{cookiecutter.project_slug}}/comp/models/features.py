@@ -53,9 +53,11 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     cfg = loaded.config
     _refuse(cfg)
     machine.settle(cfg.train.threads)
-    identity.same_images(run, cfg)
+    # Made anew, the features leave no head of the old ones behind.
+    old = [store.member_folder(run, name) for name in HEADS] if fresh else []
+    identity.same_images(run, cfg, old)
     material = jobs.gather(cfg, loaded=loaded)
-    identity.claim(run, cfg, material.folds, identity.command(run))
+    identity.claim(run, cfg, material.folds, identity.command(run), old)
     with store.lock(store.run_folder(run), "features"):
         seen = of_run(material, run, fresh)
     for name in names:

@@ -26,6 +26,8 @@ def predict(
     made = {name: parts for name, parts in wanted.items() if parts}
     if not made:
         raise experiments.refusal(f"{run}:{members.REFIT}" if refit_only else run, "predictions")
+    for name, parts in made.items():  # all of them, before the first begins
+        store.need_space(_size(other, name, parts), f"runs/{run}/members/{name}")
     for name, parts in made.items():
         doing = f"predicting {run}:{name}"
         with store.lock(store.member_folder(run, name), doing), material.stop.listening():
@@ -35,14 +37,20 @@ def predict(
 
 def _member(material: Material, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
     samples, folds = material.samples, material.folds
-    kinds = ("test",) if members.is_refit(name) else ("oof", "test")
-    # Each fold by itself, then the mean of them.
-    rows = sum(len(predictions.rows_of(kind, samples, folds)) for kind in kinds)
-    size = bank.size(samples, (1 + len(parts)) * rows)
-    store.need_space(size, f"runs/{run}/members/{name}")
     for seed, number in parts:
-        for kind in kinds:
+        for kind in _kinds(name):
             infer.write_fold(material, run, seed, number, kind, inside=inside)
             if material.stop.asked:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
     merge.member(run, name, material.cfg, samples, folds, parts, inside=[inside])
+
+
+def _kinds(name: str) -> tuple[str, ...]:
+    return ("test",) if members.is_refit(name) else ("oof", "test")
+
+
+def _size(material: Material, name: str, parts: list[merge.Part]) -> int:
+    """Bytes: each fold by itself, then the mean of them."""
+    samples = material.samples
+    rows = sum(len(predictions.rows_of(kind, samples, material.folds)) for kind in _kinds(name))
+    return bank.size(samples, (1 + len(parts)) * rows)
