@@ -11,15 +11,16 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup extras demo test slow slow-template slow-project check types-template types-project bench golden lock
+.PHONY: help setup extras demo test slow slow-template slow-engine check types-template types-project bench golden gauges lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
-	@echo "make test    lint, format, types, the template's tests, the project's own tests"
+	@echo "make test    lint, format, types, the tests of the template, the project and the engine"
 	@echo "make slow    the long checks (up to 40 minutes)"
 	@echo "make check   lint, format and types alone"
 	@echo "make bench   speed against what users have, into the table of README.md; ten minutes, wants a quiet machine"
 	@echo "make golden BASE=COMMIT   nine runs trained by COMMIT and by this checkout: which numbers differ; ten minutes"
+	@echo "make gauges  the structure in numbers: what runs, what a reader has to open; three minutes"
 	@echo "make lock    pin the dependencies anew, with hashes"
 
 setup: .venv/installed
@@ -55,7 +56,11 @@ types-template:
 	MYPY_CACHE_DIR=$(CURDIR)/build/mypy-template $(BIN)/mypy
 
 types-project:
-	cd "$(PROJECT)" && $(BIN)/mypy
+	cd "$(PROJECT)" && MYPYPATH=. $(BIN)/mypy comp tests ../tests/engine
+
+# The engine's tests run on the project as it lies here, unbaked.
+ENGINE := cd "$(PROJECT)" && $(BIN)/python -m pytest -c ../tests/engine/pytest.ini ../tests/engine -o cache_dir=$(CURDIR)/build/pytest-engine \
+          -n 2 --durations 15
 
 # One thread a process: two tests side by side with two threads each take ten times as long as with one.
 test slow: export OMP_NUM_THREADS := 1
@@ -63,23 +68,27 @@ test slow: export OMP_WAIT_POLICY := PASSIVE
 
 test: check
 	$(BIN)/python -m pytest -n 2
-	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --durations 15 -o cache_dir=$(CURDIR)/build/pytest-project
+	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 -o cache_dir=$(CURDIR)/build/pytest-project
+	$(ENGINE)
 
 # Side by side: the walk through the baked project's README waits for its downloads half of the time.
 slow: extras
-	$(MAKE) --jobs 2 slow-template slow-project
+	$(MAKE) --jobs 2 slow-template slow-engine
 
 slow-template:
 	$(BIN)/python -m pytest -m slow
 
-slow-project:
-	cd "$(PROJECT)" && $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 -m slow -o cache_dir=$(CURDIR)/build/pytest-project
+slow-engine:
+	$(ENGINE) --dist loadfile --no-loadscope-reorder -m slow
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/speed.py
 
 golden: setup
 	$(BIN)/python tests/golden.py compare $(BASE)
+
+gauges: setup
+	$(BIN)/python tests/gauges.py
 
 # The project's pins come from a baked project (a placeholder is no project name), the template's from them and from
 # what it needs besides. Find-links would bring in hashes of one machine's own wheels.

@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROJECT))
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+
 from comp import bank, folds, predictions, samples, store, tasks  # noqa: E402, predictions
 
 MEMBERS, ROWS, OUTPUTS, ROUNDS = 200, 100_000, 5, 9

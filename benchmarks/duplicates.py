@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"))
 
 import numpy as np
+
 from comp.prepare import duplicates, near
 
 PICTURES, COPIES, SAME = 100_000, 10_000, 1000

@@ -23,10 +23,11 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"))
 
 import numpy as np
-from comp.prepare import balance
 from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
+
+from comp.prepare import balance
 
 K, TIMES = 5, 3
 Fold = NDArray[np.int64]

@@ -25,6 +25,7 @@ CASES = [
 def loader(said: list[str], batch: int, side: int) -> dict[str, float]:
     """Images a second that arrive on the device."""
     import torch
+
     from comp import config, machine
     from comp.train import data
 

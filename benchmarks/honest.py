@@ -23,14 +23,15 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from comp import folds, honest, metrics, samples, tasks
-from comp.ensemble import fitted, methods, worth
-from comp.ensemble.declare import Blend
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
+
+from comp import folds, honest, metrics, samples, tasks
+from comp.ensemble import fitted, methods, worth
+from comp.ensemble.declare import Blend
 
 SPLITS, K, FLIPPED, HIDDEN = 20, 5, 0.2, 0.4
 DIGITS = tuple("0123456789")

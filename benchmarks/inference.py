@@ -53,6 +53,7 @@ def main() -> None:
     import numpy as np
     import timm
     import torch
+
     from comp import config
     from comp.predict import tta
     from comp.train import augment, data, normal

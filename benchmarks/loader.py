@@ -61,6 +61,7 @@ def typical(files: list[str]) -> Callable[[object], object]:
 def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callable[[object], object], float]:
     """A function that reads so many epochs, and how long the first took with cache and start of workers."""
     import torch
+
     from comp import competition, config, store
     from comp.train import augment, data, normal
 
@@ -92,6 +93,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
 
 def at(side: int) -> dict[str, Any]:
     import albumentations as A
+
     from comp.train import native
     from comp.train.augment import Recipe
 

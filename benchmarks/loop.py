@@ -40,6 +40,7 @@ def compared(
     """Seconds of each block of the loop and of each bare one, over `photographs` JPEGs of some side."""
     import timm
     import torch
+
     from comp import config, machine, track
     from comp.train import data, evaluate, loop, optim, speed
     from comp.train.clock import Clock

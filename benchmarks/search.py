@@ -29,9 +29,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"))
 
 import numpy as np
+from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, roc_auc_score
+
 from comp import metrics, tasks
 from comp.ensemble import fast, search
-from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, roc_auc_score
 
 FIVE = tuple("abcde")
 BINARY = tasks.Head("t", "binary", ("t",), ("t",), ("0", "1"))

@@ -32,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.
 
 import numpy as np
 import torch
+from optuna.trial import TrialState
+from torch import Tensor, nn
+
 from comp import competition, config, identity, jobs, machine, samples, store
 from comp.prepare import assign, practice, tables
 from comp.train.distributed import Pruned
 from comp.tune import confirm, search, study, trial
-from optuna.trial import TrialState
-from torch import Tensor, nn
 
 PROJECT = Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"
 EPOCHS, FOLD_TRAININGS, FLIPPED = 6, 60, 0.2

@@ -39,6 +39,7 @@ def config(root: Path, recipe: str, size: int, workers: int) -> Any:
 def step(blocks: int, steps: int) -> dict[str, Any]:
     import timm
     import torch
+
     from comp.train import augment, data, normal
 
     torch.set_num_threads(1)
@@ -103,6 +104,7 @@ def measure(rows: int) -> None:
     import multiprocessing
 
     import torch
+
     from comp.train import data
 
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from test_download import at_kaggle
 
 from comp import cli, store
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 PLANTED = [f"planted-{i:02d}-0123456789" for i in range(25)]
 # Where each one stands. The server takes any key, so the client really works with the planted ones.
 VARIABLES = dict(

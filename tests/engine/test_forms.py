@@ -169,7 +169,7 @@ def test_ranking_soft_labels_extra_tables_and_weights(empty: Path) -> None:
 
 
 def test_the_example_of_the_readme_reads_and_writes(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "README.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
     code = next(part for part in page.split("```python\n")[1:] if "def read_samples" in part).partition(
         "```"
     )[0]

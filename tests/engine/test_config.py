@@ -10,7 +10,7 @@ import pytest
 from comp import cli, config, knobs, yaml_lines
 from comp.config import Refused
 
-P = Path(__file__).parent.parent
+P = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 
 
 @pytest.fixture

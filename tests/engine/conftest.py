@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"  # the project, unbaked
 sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that tests start
 

@@ -15,7 +15,7 @@ import pytest
 from comp import cli, notebook, verb
 from comp.deliver import kaggle
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 KEY = "planted-notebook-0123456789"
 
 

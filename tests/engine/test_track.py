@@ -24,6 +24,7 @@ from comp.knobs import Track as Settings
 from comp.secret import REMOVED
 
 HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1] / "{{cookiecutter.project_slug}}"
 # Put together here, so that the repository holds nothing that looks like a key.
 KEY = hashlib.sha1(b"planted").hexdigest()
 SERVICE, LITERAL = "hunter2" + "secret", "literal-" + "secret-4711"
@@ -55,7 +56,7 @@ class Project:
         more = {
             "COMP_ROOT": str(self.root),
             "HOME": str(home),
-            "PYTHONPATH": str(HERE.parent),
+            "PYTHONPATH": str(PROJECT),
             "SERVICE_PASSWORD": SERVICE,
         }
         more["MPLCONFIGDIR"] = str(
@@ -163,7 +164,7 @@ def test_off_means_off(plain: Project) -> None:
         "sys.exit(str({'wandb', 'torch', 'pandas', 'matplotlib'} & set(sys.modules)).replace('set()', '') or 0)"
     )
     assert (
-        subprocess.run([sys.executable, "-c", code], check=False, cwd=HERE.parent, timeout=PATIENT).returncode
+        subprocess.run([sys.executable, "-c", code], check=False, cwd=PROJECT, timeout=PATIENT).returncode
         == 0
     )
 

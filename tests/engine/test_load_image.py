@@ -18,7 +18,7 @@ from comp import bank, competition, folds, store
 from comp.config import Refused
 from comp.prepare import assign, cache, check, image_key, making, sources
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
 CROP = "def load_image" + README.partition("def load_image")[2].partition("```")[0]  # what people copy
 BOX = ["x", "y", "w", "h"]
 IN_TRAIN = {"table": "train.csv", "image": "slides/{slide}.png"}

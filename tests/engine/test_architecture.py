@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comp import declared, knobs, tasks, yaml_lines
 
-COMP = Path(__file__).parent.parent / "comp"
+COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "comp"
 
 # Lowest first; modules of one line do not import each other's lines above.
 LAYERS = [
