@@ -9,7 +9,11 @@ import pytest
 
 from bake import CHECKOUT, PROJECT
 
-PAGES = ["README.md", f"{PROJECT}/README.md", f"{PROJECT}/docs/opinions.md", f"{PROJECT}/docs/3am.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"{PROJECT}/{name}" for name in ("README.md", "AGENTS.md", "docs/opinions.md", "docs/3am.md")),
+]
 
 
 def listed(page: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The tree of the template is the tree of the project, and only three of its files are rendered."""
+"""The tree of the template is the tree of the project, and only four of its files are rendered."""
 
 import fnmatch
 import json
@@ -13,7 +13,7 @@ import yaml
 
 from bake import PROJECT, bake
 
-RENDERED = {"README.md", "pyproject.toml", "configs/competition.yaml"}
+RENDERED = {"README.md", "LICENSE", "pyproject.toml", "configs/competition.yaml"}
 
 
 def files(folder: Path) -> set[str]:
@@ -31,7 +31,7 @@ def test_same_files_same_bytes_same_modes(template, project):
         assert same == (name not in RENDERED), name
 
 
-def test_only_three_files_are_rendered(template):
+def test_only_four_files_are_rendered(template):
     """A new kind of file goes into _copy_without_render of cookiecutter.json: an f-string with {{ stops the bake."""
     patterns = json.loads((template / "cookiecutter.json").read_text())["_copy_without_render"]
     rendered = set()
