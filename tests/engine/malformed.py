@@ -54,7 +54,8 @@ def field_too_many(number: int) -> Broken:
 
 
 def id_twice(number: int) -> Broken:
-    file, at = of_any(number), 2 + number % (ROWS - 1)
+    """Of a sample that is no fault: each of its lines gets the same prediction."""
+    file, at = ("train.csv", "test.csv")[number % 2], 2 + number % (ROWS - 1)
     rows = [*TABLES[file][:at], TABLES[file][1], *TABLES[file][at:]]
     return Broken(file, text(rows), f"{file}:{at + 1}", "stands there")
 

@@ -3,8 +3,6 @@ except in a column without a name: an index that the host's own tool wrote, whic
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -93,31 +91,28 @@ def read_sample(file: Path, *keys: str) -> Sample:
     file = sources.plain(file)  # hosts pack samples, too
     shown = store.shown(file)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        delimiter = texts.delimiter(file)
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        numbered = list(texts.lines(file))
     except FileNotFoundError:
         raise Refused(
-            f"{shown}: no such file; competition.submission.sample names the host's sample submission"
+            f"{shown}: no such table; competition.submission.sample names the host's sample submission"
         ) from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"{shown}: not UTF-8 (byte {error.start}); download it again") from None
-    except csv.Error as error:
-        raise Refused(f"{shown}: not a csv file ({error}); download it again") from None
-    lines = [line for line in lines if line]
-    if len(lines) < 2 or len(lines[0]) < 2:
-        raise Refused(
-            f"{shown}: a header with an id and at least one column to fill in, and rows, are wanted"
-        )
-    columns = tuple(lines[0])
-    for row, line in enumerate(lines[1:], 2):
+    if not numbered:
+        raise Refused(f"{shown}: empty, not even a line of column names; download it again")
+    columns = tuple(numbered[0][1])
+    if len(columns) < 2:
+        raise Refused(f"{shown}:1: a header with an id and at least one column to fill in is wanted")
+    if len(numbered) < 2:
+        raise Refused(f"{shown}: holds no rows; download it again")
+    for at, line in numbered:
         if len(line) != len(columns):
-            raise Refused(f"{shown}:{row}: {len(line)} cells under {len(columns)} columns; download it again")
+            raise Refused(
+                f"{shown}:{at}: {len(line)} fields, where the first line names {len(columns)} columns; download it again"
+            )
     if len(set(columns)) < len(columns):
         twice = next(name for i, name in enumerate(columns) if name in columns[:i])
-        raise Refused(f"{shown}: column {twice!r} stands there twice")
+        raise Refused(f"{shown}:1: the column {twice!r} stands there twice")
     key, index = _columns(columns, keys)
-    return Sample(file, columns, key, lines[1:], delimiter, index)
+    return Sample(file, columns, key, [line for _, line in numbered[1:]], texts.delimiter(file), index)
 
 
 def _columns(columns: Sequence[str], keys: Sequence[str]) -> tuple[int, tuple[int, ...]]:
