@@ -76,7 +76,7 @@ def test_a_sample_that_is_none_is_refused(case: Case) -> None:
         case.sample.write_bytes(data)
         assert "sample_submission.csv" in refusal(lambda: read_sample(case.sample))
     case.sample.unlink()
-    assert "no such file" in refusal(lambda: read_sample(case.sample))
+    assert "no such table" in refusal(lambda: read_sample(case.sample))
 
 
 def test_columns_that_the_model_does_not_have_are_refused(empty: Path) -> None:
