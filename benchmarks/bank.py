@@ -25,7 +25,10 @@ sys.path.insert(0, str(PROJECT))
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from comp import bank, folds, predictions, samples, store, tasks  # noqa: E402, predictions
+from comp.engine.bank import bank, predictions  # noqa: E402
+from comp.engine.data import folds, samples  # noqa: E402
+from comp.engine.store import store  # noqa: E402
+from comp.engine.tasks import kinds  # noqa: E402
 
 MEMBERS, ROWS, OUTPUTS, ROUNDS = 200, 100_000, 5, 9
 
@@ -34,7 +37,7 @@ def lay_out(root: Path) -> tuple[samples.Samples, folds.Folds, list[str]]:
     (root / "configs").mkdir()
     (root / "configs" / "base.yaml").touch()
     names = tuple(f"class{i}" for i in range(OUTPUTS))
-    head = tasks.Head("label", "multiclass", names, ("target.label",), names)
+    head = kinds.Head("label", "multiclass", names, ("target.label",), names)
     ids = [f"{i:06d}" for i in range(ROWS)]
     frame = pd.DataFrame(
         {

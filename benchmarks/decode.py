@@ -26,7 +26,7 @@ FILES, COPIES, ROUNDS, SIZE = 64, 6, 11, 256
 
 
 def decoding(files: list[bytes]) -> dict[str, Any]:
-    from comp.prepare import images
+    from comp.engine.readers import decode
 
     def typical(data: bytes) -> Any:
         picture: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -38,18 +38,18 @@ def decoding(files: list[bytes]) -> dict[str, Any]:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
 
     def ours(data: bytes) -> Picture:
-        return images.decode(data, SIZE, "stretch", 3, "")
+        return decode.decode(data, SIZE, "stretch", 3, "")
 
     variants: dict[str, Callable[[Any], object]] = {"typical": typical, "floor": floor, "ours": ours}
     taken = in_turns(variants, files, ROUNDS)
     each = {name: [round(1000 * s / len(files), 3) for s in seconds] for name, seconds in taken.items()}
-    whole = [images.decode(data, None, "stretch", 3, "") for data in files[:16]]
+    whole = [decode.decode(data, None, "stretch", 3, "") for data in files[:16]]
     away = {}
     for size in (112, 128, 160, 224, 256, 320, 384, 512):
         area = [
             cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA).astype(int) for picture in whole
         ]
-        fast = [images.decode(data, size, "stretch", 3, "") for data in files[:16]]
+        fast = [decode.decode(data, size, "stretch", 3, "") for data in files[:16]]
         away[size] = round(float(np.mean([np.abs(a - b).mean() for a, b in zip(area, fast, strict=True)])), 2)
     return {
         "kilobytes": round(sum(map(len, files)) / len(files) / 1000),
@@ -62,16 +62,18 @@ def decoding(files: list[bytes]) -> dict[str, Any]:
 
 
 def building(root: Path, names: list[str]) -> dict[str, Any]:
-    from comp import config, machine, store
-    from comp.prepare import cache, making
+    from comp.engine import hardware
+    from comp.engine.config import resolve
+    from comp.engine.data import cache, image_loader
+    from comp.engine.store import store
 
     os.environ["COMP_ROOT"] = str(root)
     shutil.copytree(PROJECT / "configs", root / "configs")
-    cfg = config.load(root, "exp001", [f"data.size={SIZE}", "data.channels=3", "competition.raw=raw"]).config
-    how = making.of(cfg)
+    cfg = resolve.load(root, "exp001", [f"data.size={SIZE}", "data.channels=3", "competition.raw=raw"]).config
+    how = image_loader.of(cfg)
 
     def bare(_: object) -> None:
-        with ThreadPoolExecutor(machine.cores()) as pool:
+        with ThreadPoolExecutor(hardware.cores()) as pool:
             list(pool.map(how.picture, names, chunksize=8))
 
     def build(_: object) -> None:

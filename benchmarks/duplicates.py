@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.
 
 import numpy as np
 
-from comp.prepare import duplicates, near
+from comp.engine.data import duplicates, phash
 
 PICTURES, COPIES, SAME = 100_000, 10_000, 1000
 
@@ -27,11 +27,11 @@ if __name__ == "__main__":
     random = np.random.default_rng(0)
     hashed = random.integers(0, 2**64, PICTURES, dtype=np.uint64)
     for at in range(COPIES):
-        flips = sum(1 << int(bit) for bit in random.permutation(64)[: at % (near.FAR + 1)])
+        flips = sum(1 << int(bit) for bit in random.permutation(64)[: at % (phash.FAR + 1)])
         hashed[PICTURES - COPIES + at] = hashed[at] ^ np.uint64(flips)
     hashed[COPIES : COPIES + SAME] = hashed[COPIES]
     began, worked = time.perf_counter(), time.process_time()
-    pairs = near.alike(hashed)
+    pairs = phash.alike(hashed)
     groups = duplicates.units(np.arange(PICTURES).astype(str), pairs)
     took, cpu = time.perf_counter() - began, time.process_time() - worked
     planted = np.column_stack([np.arange(COPIES), np.arange(PICTURES - COPIES, PICTURES)])

@@ -26,16 +26,17 @@ def loader(said: list[str], batch: int, side: int) -> dict[str, float]:
     """Images a second that arrive on the device."""
     import torch
 
-    from comp import config, machine
-    from comp.train import data
+    from comp import data
+    from comp.engine import hardware
+    from comp.engine.config import resolve
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         files = jpegs(root / "raw", 32, 1, side=side)
         count = batch * 20 * (BLOCKS + 1)
         table = project(root, [files[i % len(files)] for i in range(count)], CLASSES)
-        cfg = config.load(root, "exp001", said).config
-        device = machine.device(cfg.machine.device)
+        cfg = resolve.load(root, "exp001", said).config
+        device = hardware.device(cfg.machine.device)
         feed = data.Feed(cfg, table, device)
         rates, began = [], time.perf_counter()
         plan = data.training_batches(table.positions("train"), batch, 0, 0, 0)

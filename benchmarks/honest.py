@@ -29,13 +29,17 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 
-from comp import folds, honest, metrics, samples, tasks
-from comp.ensemble import fitted, methods, worth
-from comp.ensemble.declare import Blend
+from comp import metrics
+from comp.engine.bank import nested_cv
+from comp.engine.data import folds, samples
+from comp.engine.ensemble import apply as fitted
+from comp.engine.ensemble import methods, report
+from comp.engine.ensemble.blend_config import Blend
+from comp.engine.tasks import kinds
 
 SPLITS, K, FLIPPED, HIDDEN = 20, 5, 0.2, 0.4
 DIGITS = tuple("0123456789")
-HEAD = tasks.Head("label", "multiclass", DIGITS, ("target.label",), DIGITS)
+HEAD = kinds.Head("label", "multiclass", DIGITS, ("target.label",), DIGITS)
 METHODS = ("greedy", "slsqp", "logistic")
 MORE = {"logistic": {"strength": 300.0}}  # 140 inputs for a thousand rows
 LOSS = metrics.find("log_loss")
@@ -97,7 +101,7 @@ def one(seed: int) -> list[dict[str, Any]]:
         def apply(params: Any, at: Any, parts: Any = oof, space: str = space) -> Any:
             return fitted.predict(params, [part[at] for part in parts], HEAD, space)
 
-        found = worth.nested(
+        found = report.nested(
             table,
             split,
             rows,
@@ -107,8 +111,8 @@ def one(seed: int) -> list[dict[str, Any]]:
             methods.even(blend, len(oof)),
         )
         said = HEAD.row.probability(found.prediction)
-        interval = honest.bootstrap(LOSS, truth, said, n=300)
-        wide = worth.wider(known, len(y) - known)  # as comp ensemble prints it for the test rows
+        interval = nested_cv.bootstrap(LOSS, truth, said, n=300)
+        wide = report.wider(known, len(y) - known)  # as comp ensemble prints it for the test rows
         low, high = (interval.score + wide * (end - interval.score) for end in (interval.low, interval.high))
         hidden = LOSS(y[known:], HEAD.row.probability(apply(found.final, slice(None), test)))
         in_sample = LOSS(truth, HEAD.row.probability(apply(found.final, rows)))

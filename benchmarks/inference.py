@@ -54,10 +54,11 @@ def main() -> None:
     import timm
     import torch
 
-    from comp import config
-    from comp.predict import tta
-    from comp.train import augment, data, normal
-    from comp.train.evaluate import outputs_of
+    from comp import data, transforms
+    from comp.engine.config import resolve
+    from comp.engine.run import normalize
+    from comp.engine.run import views as tta
+    from comp.engine.run.evaluate import outputs_of
 
     torch.set_num_threads(1)
     views = tta.views(["identity", "hflip", "vflip", "rot180"])
@@ -66,10 +67,10 @@ def main() -> None:
         table = project(root, jpegs(root / "raw", FILES))
         overrides = ["competition.raw=raw", "data.size=224", "data.channels=3", "augment=none"]
         overrides += ["data.cache=false", "machine.resident=0", "machine.workers=1"]
-        cfg = config.load(root, "exp001", overrides).config
+        cfg = resolve.load(root, "exp001", overrides).config
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
-        seen = augment.Seen(normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+        seen = transforms.Seen(normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
         rows = table.positions("train")
         said: dict[str, Any] = {}
 

@@ -62,8 +62,10 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     """A function that reads so many epochs, and how long the first took with cache and start of workers."""
     import torch
 
-    from comp import competition, config, store
-    from comp.train import augment, data, normal
+    from comp import competition, data, transforms
+    from comp.engine.config import resolve
+    from comp.engine.run import normalize
+    from comp.engine.store import store
 
     competition.recipe = recipe
     overrides = [
@@ -73,11 +75,11 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
         f"data.margin={256 / 224}",
         "augment=recipe",
     ]
-    cfg = config.load(store.root(), "exp001", overrides).config
+    cfg = resolve.load(store.root(), "exp001", overrides).config
     began = time.perf_counter()
     feed = data.Feed(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0
-    seen = augment.Seen(normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+    seen = transforms.Seen(normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
 
     def read(_: object, count: int = epochs) -> None:
         nonlocal epoch
@@ -94,8 +96,8 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
 def at(side: int) -> dict[str, Any]:
     import albumentations as A
 
-    from comp.train import native
-    from comp.train.augment import Recipe
+    from comp.engine.run import cv2_ops
+    from comp.transforms import Recipe
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -112,7 +114,7 @@ def at(side: int) -> dict[str, Any]:
         )
         fast, fast_first = ours(
             table,
-            lambda size: Recipe([native.crop(size, (0.08, 1.0), (0.75, 1.33)), native.mirror()]),
+            lambda size: Recipe([cv2_ops.crop(size, (0.08, 1.0), (0.75, 1.33)), cv2_ops.mirror()]),
             FAST_EPOCHS,
             False,
         )

@@ -1,7 +1,7 @@
 """What the training loop costs over bare forward, backward and step.
 
 resnet18, 64 px, batch 32, one thread, 200 steps a side in blocks of 20 that take turns in one process.
-  loop   comp/train/loop.py itself, all of it on: averaged weights, clipping, schedule, metrics, W&B offline, JSONL, progress bar; pictures lie
+  loop   comp/train.py itself, all of it on: averaged weights, clipping, schedule, metrics, W&B offline, JSONL, progress bar; pictures lie
          in memory (what loading them costs is in step.py)
   bare   the same network and optimizer on a batch in memory: forward, backward, step, nothing else
 
@@ -41,10 +41,12 @@ def compared(
     import timm
     import torch
 
-    from comp import config, machine, track
-    from comp.train import data, evaluate, loop, optim, speed
-    from comp.train.clock import Clock
-    from comp.train.context import Material
+    from comp import data, optim, train
+    from comp.engine import hardware
+    from comp.engine.config import resolve
+    from comp.engine.run import evaluate, torch_compile, tracking
+    from comp.engine.run.context import Material
+    from comp.engine.run.profiler import Clock
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -53,8 +55,8 @@ def compared(
         files = jpegs(root / "raw", count, 1, side=side)
         listed = batch * steps * (blocks + 2)
         table = project(root, [files[i % len(files)] for i in range(listed)], CLASSES)
-        cfg = config.load(root, "exp001", said).config
-        device = machine.device(cfg.machine.device)
+        cfg = resolve.load(root, "exp001", said).config
+        device = hardware.device(cfg.machine.device)
 
         def now() -> float:
             if device.type == "cuda":
@@ -62,7 +64,7 @@ def compared(
             return time.perf_counter()
 
         module = timm.create_model(cfg.model.name, num_classes=CLASSES).train().to(device)
-        network, optimizer = speed.prepared(cfg, module), optim.optimizer(cfg, module)
+        network, optimizer = torch_compile.prepared(cfg, module), optim.optimizer(cfg, module)
         half = evaluate.HALF[cfg.train.amp]
         scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
         pictures = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)
@@ -102,19 +104,19 @@ def compared(
                 rows = table.positions("train")
                 return rows, rows[:0]
 
-        loop._quiet = lambda cfg: False  # the bar is drawn although nobody watches
+        train._quiet = lambda cfg: False  # the bar is drawn although nobody watches
         split: Any = Split()
         material = Material(
-            cfg, table, split, Paused(cfg, table, device), device, machine.Stop(), Clock(device)
+            cfg, table, split, Paused(cfg, table, device), device, hardware.Stop(), Clock(device)
         )
         fold = root / "runs" / "exp001" / "seed0" / "fold0"
         fold.mkdir(parents=True)
-        log = track.open_run(
+        log = tracking.open_run(
             fold, run_id="loop", name="loop", group="loop", job_type="fold", config=cfg.model_dump(), settings=cfg.track, resume_at=None
         )  # fmt: skip
         try:
             with log:
-                loop.fold(material, 0, 0, fold, log)
+                train.fold(material, 0, 0, fold, log)
         except Enough:
             pass
     return taken

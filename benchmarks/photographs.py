@@ -99,7 +99,9 @@ def project(root: Path, names: list[str], classes: int = 10) -> Any:
     import pandas as pd
 
     os.environ["COMP_ROOT"] = str(root)
-    from comp import samples, store, tasks
+    from comp.engine.data import samples
+    from comp.engine.store import store
+    from comp.engine.tasks import kinds
 
     store.root.cache_clear()
     shutil.copytree(PROJECT / "configs", root / "configs")
@@ -115,7 +117,7 @@ def project(root: Path, names: list[str], classes: int = 10) -> Any:
             "target.label": np.arange(len(names)) % float(classes),
         }
     )
-    samples.save(frame, (tasks.Head("label", "multiclass", labels, ("target.label",), labels),))
+    samples.save(frame, (kinds.Head("label", "multiclass", labels, ("target.label",), labels),))
     return samples.load()
 
 

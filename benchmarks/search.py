@@ -31,14 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "{{cookiecutter.
 import numpy as np
 from sklearn.metrics import cohen_kappa_score, f1_score, log_loss, roc_auc_score
 
-from comp import metrics, tasks
-from comp.ensemble import fast, search
+from comp import metrics
+from comp.engine.ensemble import fast_metrics, weight_search
+from comp.engine.tasks import kinds
 
 FIVE = tuple("abcde")
-BINARY = tasks.Head("t", "binary", ("t",), ("t",), ("0", "1"))
-CLASSES = tasks.Head("t", "multiclass", FIVE, ("t",), FIVE)
-LABELS = tasks.Head("t", "multilabel", FIVE, FIVE)
-GRADES = tasks.Head("t", "ordinal", ("t",), ("t",), FIVE)
+BINARY = kinds.Head("t", "binary", ("t",), ("t",), ("0", "1"))
+CLASSES = kinds.Head("t", "multiclass", FIVE, ("t",), FIVE)
+LABELS = kinds.Head("t", "multilabel", FIVE, FIVE)
+GRADES = kinds.Head("t", "ordinal", ("t",), ("t",), FIVE)
 
 
 def kappa(truth: Any, value: Any) -> float:
@@ -46,7 +47,7 @@ def kappa(truth: Any, value: Any) -> float:
 
 
 # name: head, metric, bar, what a naive search calls with (truth, mean of members), higher is better; those of a head side by side
-CASES: dict[str, tuple[tasks.Head, str, int, Callable[[Any, Any], float]]] = {
+CASES: dict[str, tuple[kinds.Head, str, int, Callable[[Any, Any], float]]] = {
     "auc": (BINARY, "roc_auc", 30, lambda t, p: float(roc_auc_score(t, p[:, 0]))),
     "log_loss": (BINARY, "log_loss", 30, lambda t, p: -float(log_loss(t, p[:, 0]))),
     "f1": (BINARY, "f1", 20, lambda t, p: float(f1_score(t, p[:, 0] >= 0.5))),
@@ -58,7 +59,7 @@ CASES: dict[str, tuple[tasks.Head, str, int, Callable[[Any, Any], float]]] = {
 }  # fmt: skip
 
 
-def members(head: tasks.Head, count: int, rows: int, seed: int = 0) -> tuple[Any, list[Any]]:
+def members(head: kinds.Head, count: int, rows: int, seed: int = 0) -> tuple[Any, list[Any]]:
     random = np.random.default_rng(seed)
     if head.task == "multiclass":
         truth = random.integers(0, 5, rows)
@@ -74,7 +75,7 @@ def members(head: tasks.Head, count: int, rows: int, seed: int = 0) -> tuple[Any
     for i in range(count):
         noise = shared + random.standard_normal(base.shape, np.float32) * np.float32(1 + i % 7 / 3)
         said.append(
-            tasks.log_softmax(base + noise).astype(np.float32)
+            kinds.log_softmax(base + noise).astype(np.float32)
             if head.task == "multiclass"
             else base + noise * np.float32(0.5)
         )
@@ -89,21 +90,21 @@ def naive_greedy(truth: Any, shown: list[Any], call: Callable[[Any, Any], float]
     total, count, best, weights = 0.0, np.zeros(len(shown)), -np.inf, np.zeros(len(shown))
     for size in range(1, rounds + 1):
         scores = np.array([call(truth, (total + each) / size) for each in shown])
-        pick = int(np.flatnonzero(scores >= scores.max() - search.EQUAL)[0])
+        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.EQUAL)[0])
         total, reached = total + shown[pick], scores[pick]
         count[pick] += 1
-        if reached > best + search.EQUAL:
+        if reached > best + weight_search.EQUAL:
             best, weights = reached, count / size
     return weights
 
 
-def picks_equal(head: tasks.Head, metric: str, call: Callable[[Any, Any], float], cases: int) -> int:
+def picks_equal(head: kinds.Head, metric: str, call: Callable[[Any, Any], float], cases: int) -> int:
     same = 0
     for seed in range(cases):
         truth, said = members(head, 12, 400, seed)
-        lens = fast.lens(metrics.find(metric), head, "probability", truth)
+        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
         taken = [lens.take(each) for each in said]
-        ours = search.greedy(lens, taken, 12, search.free(len(said)))
+        ours = weight_search.greedy(lens, taken, 12, weight_search.free(len(said)))
         shown = [head.row.probability(each.astype(np.float64)) for each in said]
         same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 12), atol=1e-12))
     return same
@@ -115,17 +116,17 @@ def one_case(name: str, count: int, rows: int) -> dict[str, Any]:
     size = sum(each.nbytes for each in said)
     gc.collect()
     tracemalloc.start()
-    lens = fast.lens(metrics.find(metric), head, "probability", truth)
+    lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
     taken = [lens.take(each) for each in said]
-    budget = search.free(count)
-    search.greedy(lens, taken, 1, budget)
+    budget = weight_search.free(count)
+    weight_search.greedy(lens, taken, 1, budget)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     shown = [head.row.probability(each.astype(np.float64)) for each in said[:5]]
     ours, theirs = [], []
     for turn in range(5):
         began = time.perf_counter()
-        search.greedy(lens, taken, 2, budget)  # the checks of the best five belong to it
+        weight_search.greedy(lens, taken, 2, budget)  # the checks of the best five belong to it
         ours.append((time.perf_counter() - began) / (2 * count))
         began = time.perf_counter()
         call(truth, (shown[turn] + shown[0]) / 2)
@@ -159,9 +160,9 @@ def against_hillclimbers(count: int, rows: int) -> dict[str, Any]:
         )  # fmt: skip
     spent = time.perf_counter() - began
     began = time.perf_counter()
-    lens = fast.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=True)
+    lens = fast_metrics.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=True)
     taken = [lens.take(each) for each in said]
-    weights = search.hill(lens, taken, 0.05, True, search.free(count))
+    weights = weight_search.hill(lens, taken, 0.05, True, weight_search.free(count))
     ours = time.perf_counter() - began
     blend = sum(weight * column for weight, column in zip(weights, columns.values(), strict=True))
     return {

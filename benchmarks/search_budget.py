@@ -35,10 +35,15 @@ import torch
 from optuna.trial import TrialState
 from torch import Tensor, nn
 
-from comp import competition, config, identity, jobs, machine, samples, store
-from comp.prepare import assign, practice, tables
-from comp.train.distributed import Pruned
-from comp.tune import confirm, search, study, trial
+from comp import competition
+from comp.engine import hardware
+from comp.engine.config import resolve
+from comp.engine.data import make_folds, prepare, samples
+from comp.engine.extras import practice
+from comp.engine.run import fingerprint, runner
+from comp.engine.run.distributed import Pruned
+from comp.engine.store import store
+from comp.engine.tune import confirm, search, study, trial
 
 PROJECT = Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"
 EPOCHS, FOLD_TRAININGS, FLIPPED = 6, 60, 0.2
@@ -112,8 +117,8 @@ def lay_out(root: Path, raw: Path, repetition: int) -> None:
         writer.writeheader()
         writer.writerows(rows)
     enter(root)
-    tables.prepare(config.load(root, "base").config)
-    assign.make(config.load(root, "base").config, samples.load())
+    prepare.prepare(resolve.load(root, "base").config)
+    make_folds.make(resolve.load(root, "base").config, samples.load())
 
 
 def enter(root: Path) -> None:
@@ -139,7 +144,7 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
         while spent < BUDGET:
             taken = study.take(joined)
             assert taken is not None
-            trial.run(joined, *taken, machine.Stop(), float("inf"))
+            trial.run(joined, *taken, hardware.Stop(), float("inf"))
     finally:
         trial.Watch.epoch = watched
     ended = joined.study.get_trials(deepcopy=False)
@@ -164,12 +169,12 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
 
 def retrain(joined: study.Joined, name: str, setting: dict[str, Any]) -> list[float]:
     cfg = trial.config_of(joined, setting)
-    material = jobs.gather(cfg)
-    identity.claim(name, cfg, material.folds, "")
+    material = runner.gather(cfg)
+    fingerprint.claim(name, cfg, material.folds, "")
     values = []
     for seed in confirm.fresh(joined):
         for number in range(material.folds.count):
-            jobs.one_fold(material, name, seed, number, search=True)
+            runner.one_fold(material, name, seed, number, search=True)
         values.append(confirm._score(joined, material, name, seed))
     return values
 

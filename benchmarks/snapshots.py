@@ -4,7 +4,7 @@ Rule, fixed before the first comparison:
 data      digits   the practice digits, 20 % of the training labels replaced by another digit, drawn with seed 0
           drawn    ten kinds of drawings of 32 px (draw() below), labels as they are
           fold 0 of five, at most 800 training pictures; scored on fold 0's own rows with their true labels
-training  comp.jobs.train, test_resnet from scratch, 12 epochs, light recipe, AdamW 5e-3, no EMA, 5 seeds; equal epochs everywhere
+training  comp.engine.run.runner.train, test_resnet from scratch, 12 epochs, light recipe, AdamW 5e-3, no EMA, 5 seeds; equal epochs everywhere
 rows      single cosine        the run whose rate falls once
           last snapshot        the run whose rate falls four times, its last weights
           last 3 snapshots     mean of the probabilities of that run's last three snapshots
@@ -124,14 +124,17 @@ def lay_out(root: Path, pictures: list[NDArray[np.uint8]], labels: NDArray[np.in
 
 
 def accuracies(root: Path, truth: NDArray[np.int64]) -> dict[str, list[float]]:
-    from comp import bank, config, folds, jobs, samples, store
-    from comp.prepare import assign, tables
+    from comp.engine.bank import bank
+    from comp.engine.config import resolve
+    from comp.engine.data import folds, make_folds, prepare, samples
+    from comp.engine.run import runner
+    from comp.engine.store import store
 
     os.environ["COMP_ROOT"] = str(root)
     store.root.cache_clear()
-    cfg = config.load(root, "snapshots").config
-    tables.prepare(cfg)
-    assign.make(cfg, samples.load())
+    cfg = resolve.load(root, "snapshots").config
+    prepare.prepare(cfg)
+    make_folds.make(cfg, samples.load())
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
     number = {f"p{i}": label for i, label in enumerate(truth)}
@@ -140,7 +143,7 @@ def accuracies(root: Path, truth: NDArray[np.int64]) -> dict[str, list[float]]:
     }
     for seed in range(SEEDS):
         for name, restarts in (("cycles", "true"), ("once", "false")):
-            jobs.train("snapshots", [f"snapshots.restarts={restarts}"], fold="0", seed=seed, name=name)
+            runner.train("snapshots", [f"snapshots.restarts={restarts}"], fold="0", seed=seed, name=name)
 
         def right(run: str, *inside: str, seed: int = seed) -> float:
             place = store.fold_folder(run, seed, 0)

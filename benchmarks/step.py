@@ -24,7 +24,7 @@ BATCH, SIZE, WORKERS = 32, 128, 2
 
 
 def config(root: Path, recipe: str, size: int, workers: int) -> Any:
-    from comp import config
+    from comp.engine.config import resolve
 
     overrides = [
         "competition.raw=raw",
@@ -33,14 +33,15 @@ def config(root: Path, recipe: str, size: int, workers: int) -> Any:
         f"augment={recipe}",
         f"machine.workers={workers}",
     ]
-    return config.load(root, "exp001", overrides).config
+    return resolve.load(root, "exp001", overrides).config
 
 
 def step(blocks: int, steps: int) -> dict[str, Any]:
     import timm
     import torch
 
-    from comp.train import augment, data, normal
+    from comp import data, transforms
+    from comp.engine.run import normalize
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +51,8 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
-        seen = augment.Seen(
-            normal.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), augment.Recipe([])
+        seen = transforms.Seen(
+            normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), transforms.Recipe([])
         )
 
         def endless() -> Iterator[data.Batch]:
@@ -105,7 +106,7 @@ def measure(rows: int) -> None:
 
     import torch
 
-    from comp.train import data
+    from comp import data
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -128,7 +129,7 @@ def measure(rows: int) -> None:
 def memory() -> dict[str, Any]:
     empty, small, large = held(0), held(1000), held(1_000_000)
     batch = BATCH * 224 * 224 * 3
-    from comp.train.data import AHEAD
+    from comp.engine.data.workers import AHEAD
 
     room = batch * AHEAD * WORKERS
     return {

@@ -42,7 +42,7 @@ def modules(source: Path = SOURCE) -> dict[str, Path]:
 
 def page(module: str) -> bool:
     """Pages lie in comp/ itself; what lies in folders is the engine."""
-    return module.count(".") <= 1
+    return not module.startswith("comp.engine")
 
 
 def imports(module: str, file: Path, known: dict[str, Path]) -> set[str]:
@@ -142,7 +142,7 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 threading.setprofile(profile)
 sys.argv = ["comp", *sys.argv[3:]]
-from comp import cli
+from comp.engine import cli
 sys.setprofile(profile)
 try:
     code = cli.main(sys.argv[1:])

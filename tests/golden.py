@@ -239,16 +239,17 @@ def read(root: Path) -> dict[str, str]:
 # In a process of its own, because the project's code is not this checkout's.
 DRAWN = """
 import hashlib, json, sys
-from comp import folds, jobs, samples
-from comp.train import balance
-from comp.train.data import epoch_list
+from comp.engine.data import folds, samples
+from comp.engine.run import runner
+from comp.engine.data import class_balance
+from comp.data import epoch_list
 table = samples.load()
 split = folds.load(table)
 found = {}
 for run in sys.argv[1:]:
-    cfg = jobs.stored_config(run)
+    cfg = runner.stored_config(run)
     rows = split.split(0)[0]
-    draw = balance.drawing(cfg, table, rows)
+    draw = class_balance.drawing(cfg, table, rows)
     for epoch in (0, 1):
         drawn = epoch_list(rows, 0, epoch, draw)
         found[f"{run}: rows drawn in epoch {epoch}"] = hashlib.sha256(drawn.astype("int64").tobytes()).hexdigest()[:16]

@@ -34,10 +34,10 @@ def listed(page: Path) -> set[str]:
 
 
 def wanted(files: set[str]) -> set[str]:
-    """Every file, except that tests and benchmarks stand there as folders and package markers go without saying."""
-    return {name for name in files if not re.search(r"(^|/)((tests|benchmarks)/.+|__init__\.py)$", name)} | {
-        "tests"
-    }
+    """Every file, except that tests, benchmarks and the engine stand there as folders, and package markers go without saying."""
+    folders = {match[1] for name in files if (match := re.match(r"(.*comp/engine/\w+)/", name))}
+    inside = r"(^|/)((tests|benchmarks|comp/engine)/.+|__init__\.py)$"
+    return {name for name in files if not re.search(inside, name)} | folders | {"tests"}
 
 
 def test_tree_of_the_project(template):
@@ -73,7 +73,7 @@ def test_links_lead_somewhere(page):
 def test_commands_exist(page):
     sys.path.insert(0, str(CHECKOUT / PROJECT))
     try:
-        from comp.cli import VERBS
+        from comp.engine.cli import VERBS
     finally:
         sys.path.pop(0)
     text = (CHECKOUT / page).read_text("utf-8")

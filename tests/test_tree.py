@@ -70,7 +70,7 @@ def test_lies_parseable_as_template(template):
 def test_defaults(project):
     about = tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["project"]
     assert (project.name, about["name"]) == ("digits-practice", "comp-digits-practice")
-    assert about["scripts"] == {"comp": "comp.cli:main"}
+    assert about["scripts"] == {"comp": "comp.engine.cli:main"}
 
 
 def test_git_repository_is_made_and_clean_of_products(project):
@@ -86,7 +86,7 @@ def test_git_repository_is_made_and_clean_of_products(project):
         *products,
         "submissions/x.csv",
         ".venv/bin/comp",
-        "comp/__pycache__/cli.cpython-311.pyc",
+        "comp/engine/__pycache__/cli.cpython-311.pyc",
         "kaggle.json",
     ]:
         assert ignored(name), name

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from comp import bank, config, folds, identity, predictions, samples, score, store
-from comp.config import Config
-from comp.folds import Folds
-from comp.predictions import PredictionSet
-from comp.samples import Samples
-from comp.tasks import Head, log_softmax
+from comp.engine.bank import bank, predictions, score
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.config import resolve
+from comp.engine.config.schema import Config
+from comp.engine.data import folds, samples
+from comp.engine.data.folds import Folds
+from comp.engine.data.samples import Samples
+from comp.engine.run import fingerprint
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head, log_softmax
 
 TRAIN, TEST, K = 400, 150, 5
 CLASSES = ("ant", "bee", "cat")
@@ -86,7 +90,7 @@ def lay_out(
         "samples": table.hash,
     }
     folds.save(lines, meta)
-    return Project(root, config.load(root, "base").config, table, folds.load(table))
+    return Project(root, resolve.load(root, "base").config, table, folds.load(table))
 
 
 def values(project: Project, rows: Any, noise: float, seed: int) -> Any:
@@ -133,7 +137,7 @@ def member(
             bank.load(address, "oof", project.samples, project.folds),
         )
     if not name:
-        store.write_text(folder / "config.yaml", config.to_yaml(project.cfg))
+        store.write_text(folder / "config.yaml", resolve.to_yaml(project.cfg))
         store.seal(folder / "config.yaml")
     return folder
 
@@ -141,8 +145,8 @@ def member(
 def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, **facts: Any) -> None:
     """As much of a finished run as can teach others: its config, and what each of its models says of the test rows."""
     folder, cfg = store.run_folder(name), cfg or project.cfg
-    store.write_text(folder / "config.yaml", config.to_yaml(cfg))
-    store.write_json(folder / "made_of.json", identity.made_of(cfg, project.folds) | facts)
+    store.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
+    store.write_json(folder / "made_of.json", fingerprint.made_of(cfg, project.folds) | facts)
     store.seal(folder / "config.yaml", folder / "made_of.json")
     for seed in range(seeds):
         for number in range(project.folds.count):
@@ -166,7 +170,7 @@ def said(project: Project, name: str, seed: int, number: int, noise: int) -> Non
 def digits(root: Path) -> Project:
     """The practice competition; its models, if any are made here, take test rows for a 3."""
     table = samples.load()
-    cfg = config.load(root, "exp001").config
+    cfg = resolve.load(root, "exp001").config
     filled = table.frame.assign(**{"target.label": table.frame["target.label"].fillna(3.0)})
     return Project(root, cfg, samples.Samples(filled, table.heads, table.hash), folds.load(table))
 
@@ -175,15 +179,15 @@ def teacher(root: Path) -> None:
     """runs/teacher with weights of fold 1, and its labels. It has learned nothing, which is enough to teach."""
     import torch
 
-    from comp.predict import labels
-    from comp.train import model
+    from comp import models
+    from comp.engine.extras import pseudo_labels
 
     project = digits(root)
     torch.manual_seed(0)
-    network = model.build(project.cfg, project.samples.heads, pretrained=False)
-    model.save_weights(network, store.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
+    network = models.build(project.cfg, project.samples.heads, pretrained=False)
+    models.save_weights(network, store.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
     run(project, "teacher")
-    labels.write("teacher", "teacher", labels.Wish(None, 0.2, True, 1.0))
+    pseudo_labels.write("teacher", "teacher", pseudo_labels.Wish(None, 0.2, True, 1.0))
 
 
 def declare(project: Project, name: str, text: str) -> None:
@@ -200,7 +204,7 @@ def made(
     project: Project, text: str, members: str = "[exp001, exp002, exp003]", name: str = "blend001"
 ) -> dict[str, Any]:
     """An ensemble declared, and made."""
-    from comp.ensemble.blend import blend
+    from comp.engine.ensemble.blend import blend
 
     declare(project, name, f"members: {members}\n{text}")
     return blend(name)

@@ -22,10 +22,13 @@ os.environ["PYTHONPATH"] = str(HERE)  # for the processes that tests start
 
 from forked import forked  # noqa: E402
 
-from comp import competition, machine, own, store  # noqa: E402
-from comp.config import Config, load  # noqa: E402
+from comp import competition  # noqa: E402
+from comp.engine import hardware, pages  # noqa: E402
+from comp.engine.config.resolve import load  # noqa: E402
+from comp.engine.config.schema import Config  # noqa: E402
+from comp.engine.store import store  # noqa: E402
 
-machine.settle(1)  # before torch is imported: two test processes with two threads each would crawl
+hardware.settle(1)  # before torch is imported: two test processes with two threads each would crawl
 
 COMPETITION = """
 slug: practice
@@ -81,16 +84,15 @@ def config(*overrides: str, experiment: str = "exp001", debug: bool = False) -> 
 @pytest.fixture(scope="session")
 def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once a session; nobody writes here, `project` is a copy."""
-    from comp import samples
-    from comp.prepare import assign, cache, tables
-    from comp.prepare import practice as digits
+    from comp.engine.data import cache, make_folds, prepare, samples
+    from comp.engine.extras import practice as digits
 
     root = lay_out(tmp_path_factory.mktemp("practice"))
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
         digits.make(root / "data" / "raw")
-        tables.prepare(config(experiment="base"))
-        assign.make(config(experiment="base"), samples.load())
+        prepare.prepare(config(experiment="base"))
+        make_folds.make(config(experiment="base"), samples.load())
         cache.open_images(config(), [images[0] for images in samples.load().frame["images"]], progress=False)
     store.root.cache_clear()
     return root
@@ -120,11 +122,11 @@ def finished(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _finish(root: Path) -> None:
     """A run, the same under two views, and a blend of both."""
-    from comp import jobs
-    from comp.ensemble.blend import blend
+    from comp.engine.ensemble.blend import blend
+    from comp.engine.run import runner
 
-    jobs.train("exp001", QUICK, name="exp001")
-    jobs.predict("exp001", tta="identity,hflip")
+    runner.train("exp001", QUICK, name="exp001")
+    runner.predict("exp001", tta="identity,hflip")
     text = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: rank\n"
     (root / "configs/ensembles/blend001.yaml").write_text(text)
     blend("blend001")
@@ -157,7 +159,7 @@ def project(practice: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Pa
 def _enter(root: Path, patch: pytest.MonkeyPatch) -> Path:
     patch.setenv("COMP_ROOT", str(root))
     patch.chdir(root)
-    for name in own.HOOKS:  # your own functions are for your competition, not for the practice one
+    for name in pages.HOOKS:  # your own functions are for your competition, not for the practice one
         patch.delattr(competition, name, raising=False)
     store.root.cache_clear()
     return root

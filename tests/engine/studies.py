@@ -6,9 +6,9 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
-from comp import machine
-from comp.tune import search, study, trial
-from comp.tune.study import Joined
+from comp.engine import hardware
+from comp.engine.tune import search, study, trial
+from comp.engine.tune.study import Joined
 
 SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
 SMALL = ["track=none", "machine.workers=0", "train.epochs=2", "train.limit=64", "schedule.warmup=0"]
@@ -32,4 +32,4 @@ def states(joined: Joined) -> list[str]:
 def run(joined: Joined) -> TrialState:
     taken = study.take(joined)
     assert taken is not None
-    return trial.run(joined, *taken, machine.Stop(), FOREVER)
+    return trial.run(joined, *taken, hardware.Stop(), FOREVER)

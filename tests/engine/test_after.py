@@ -11,11 +11,12 @@ import yaml
 from banked import lay_out, load, made, member, recipe_of, three
 from sklearn.metrics import log_loss
 
-from comp import bank, metrics
-from comp.ensemble import after, fitting, steps
-from comp.ensemble.declare import Blend
-from comp.ensemble.ground import Ground
-from comp.tasks import Head
+from comp import metrics
+from comp.engine.bank import bank
+from comp.engine.ensemble import calibration, fit, postprocess_selection
+from comp.engine.ensemble.blend_config import Blend
+from comp.engine.ensemble.context import Ground
+from comp.engine.tasks.kinds import Head
 
 LABELS = Head("t", "multilabel", tuple("abc"), tuple("abc"))
 BINARY = Head("t", "binary", ("t",), ("t",), ("0", "1"))
@@ -52,14 +53,14 @@ def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
     told = truth.copy()
     told[::3, 1], told[:, 2] = np.nan, np.nan
     metric = metrics.find("mean_column_log_loss")
-    assert not after.unfit(step, LABELS, metric, told)
-    found = after.fit(step, stored, told, LABELS, metric, None)
-    p = LABELS.row.probability(after.apply(found, stored, LABELS))
+    assert not calibration.unfit(step, LABELS, metric, told)
+    found = calibration.fit(step, stored, told, LABELS, metric, None)
+    p = LABELS.row.probability(calibration.apply(found, stored, LABELS))
     assert np.isfinite(p).all()
     if step == "isotonic":
         known = ~np.isnan(told[:, 1])
-        alone = after.fit(step, stored[known, 1:2], truth[known, 1], BINARY, metric, None)
-        one = BINARY.row.probability(after.apply(alone, stored[:, 1:2], BINARY))
+        alone = calibration.fit(step, stored[known, 1:2], truth[known, 1], BINARY, metric, None)
+        one = BINARY.row.probability(calibration.apply(alone, stored[:, 1:2], BINARY))
         assert p[:, 1] == pytest.approx(one[:, 0], abs=1e-9)
         assert p[:, 2] == pytest.approx(LABELS.row.probability(stored)[:, 2], abs=1e-5), (
             "nothing to learn from"
@@ -76,9 +77,7 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
     oof = [load(project, f"exp00{i}") for i in (1, 2, 3)]
 
     def honest_() -> Any:
-        return fitting.make(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).honest[
-            "label"
-        ]
+        return fit.make(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).honest["label"]
 
     before = honest_()
     frame, fold = project.samples.frame, project.folds.of_sample[0][:400]
@@ -94,7 +93,8 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
     base = (2 * truth - 1)[:, None] + random.normal(0, 1, (400, 1))
     lucky = base + 1e-4 * random.normal(size=base.shape)
     better, same = (
-        steps.gained(ground, project.head, base, each, ground.rows) for each in (base * 1.5, lucky)
+        postprocess_selection.gained(ground, project.head, base, each, ground.rows)
+        for each in (base * 1.5, lucky)
     )
     assert better.kept and better.fold_gain > better.error and not same.kept
 
@@ -125,9 +125,9 @@ def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.Ca
     random = np.random.default_rng(0)
     truth = (random.random(4000) < 0.8).astype(float)
     own = (truth * 2 - 1 + random.normal(size=4000))[:, None] * 2  # calibrated where both are as frequent
-    step = after.prior(own, np.array([0.5, 0.5]), BINARY)
+    step = calibration.prior(own, np.array([0.5, 0.5]), BINARY)
     assert step["shares"][1] == pytest.approx(0.8, abs=0.03)
-    corrected = after.apply(step, own, BINARY)
+    corrected = calibration.apply(step, own, BINARY)
     assert log_loss(truth, BINARY.row.probability(corrected)[:, 0]) < log_loss(
         truth, BINARY.row.probability(own)[:, 0]
     )
@@ -140,7 +140,7 @@ def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.Ca
 
 def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
     """Values that are shrunken to the middle need cuts of their own; values with the right spread are as well rounded."""
-    from comp import score
+    from comp.engine.bank import score
 
     project = lay_out(empty, "ordinal")
     truth = project.samples.truth(project.head, np.arange(400)).astype(float)

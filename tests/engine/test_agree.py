@@ -15,9 +15,11 @@ from conftest import config
 from timm.loss import JsdCrossEntropy
 from torch.nn import functional as F
 
-from comp.config import Refused
-from comp.samples import Samples
-from comp.train import agree, balance, data, stem
+from comp import data
+from comp.engine.data import class_balance
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.run import consistency, small_stem
 
 VIEWS = ["augment.views=3", "train.batch_size=30"]
 
@@ -26,20 +28,20 @@ def test_the_divergence_is_that_of_timm(empty: Path) -> None:
     head = banked.HEADS["multiclass"]
     torch.manual_seed(0)
     output, target = torch.randn(30, 3), torch.randint(3, (10,))
-    each = agree.between_views(config(*VIEWS, experiment="base"), (head,))(output)
+    each = consistency.between_views(config(*VIEWS, experiment="base"), (head,))(output)
     by_view = output.unflatten(0, (10, 3)).transpose(0, 1).flatten(0, 1)  # timm has all first views first
-    theirs = JsdCrossEntropy(3, agree.WEIGHT, smoothing=0.0)(by_view, target.repeat(3)) - F.cross_entropy(
-        by_view[:10], target
-    )
+    theirs = JsdCrossEntropy(3, consistency.WEIGHT, smoothing=0.0)(
+        by_view, target.repeat(3)
+    ) - F.cross_entropy(by_view[:10], target)
     assert each.shape == (30,) and each.mean() == pytest.approx(theirs.item(), rel=1e-4)
     same = output[::3].repeat_interleave(3, 0)
-    assert agree.between_views(config(*VIEWS, experiment="base"), (head,))(same).abs().max() < 1e-5
-    assert agree.between_views(config(experiment="base"), (head,))(output) == 0
+    assert consistency.between_views(config(*VIEWS, experiment="base"), (head,))(same).abs().max() < 1e-5
+    assert consistency.between_views(config(experiment="base"), (head,))(output) == 0
 
 
 def test_of_labels_each_by_itself(empty: Path) -> None:
     head, output = banked.HEADS["multilabel"], torch.randn(4, 3)
-    each = agree.between_views(config("augment.views=2", experiment="base"), (head,))(output)
+    each = consistency.between_views(config("augment.views=2", experiment="base"), (head,))(output)
     p = output.sigmoid().unflatten(0, (2, 2))
     both = torch.stack([p, 1 - p], -1)
     middle = both.mean(1, keepdim=True)
@@ -50,7 +52,7 @@ def test_of_labels_each_by_itself(empty: Path) -> None:
 def test_views_stand_side_by_side_each_drawn_anew(empty: Path) -> None:
     cfg, rows = config(*VIEWS, experiment="base"), np.arange(50)
     table = Samples(pd.DataFrame(), (), "x")
-    batches = list(data.training_batches(rows, 30, 0, 0, 0, balance.drawing(cfg, table, rows)))
+    batches = list(data.training_batches(rows, 30, 0, 0, 0, class_balance.drawing(cfg, table, rows)))
     drawn = np.array([[d.sample for d in batch] for batch in batches]).reshape(-1, 3)
     assert len(batches) == 5 and (drawn == drawn[:, :1]).all() and len(set(drawn[:, 0])) == 50
     assert len({d.seed for batch in batches for d in batch}) == 150
@@ -64,7 +66,7 @@ def test_what_does_not_go_together(empty: Path) -> None:
     with pytest.raises(Refused, match=r"augment.views: 2 of a picture stand side by side, so mixup"):
         config("augment.views=2", "augment.mixup=0.2", experiment="base")
     with pytest.raises(Refused, match=r"augment.views: label is a value"):
-        agree.refuse(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
+        consistency.refuse(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +85,14 @@ def test_a_small_stem_goes_over_every_pixel(name: str, side: int) -> None:
     kept = {k: v.clone() for k, v in module.state_dict().items()}
     with torch.no_grad():
         before = module.forward_features(picture).shape[2]
-        after = stem.small(module, name).forward_features(picture).shape[2]
+        after = small_stem.small(module, name).forward_features(picture).shape[2]
     assert (before, after) == (2, side)
     new = [k for k, v in module.state_dict().items() if not torch.equal(v, kept[k])]
     assert new == (["stem.0.weight"] if name == "test_convnext" else [])
 
 
 def test_a_large_kernel_begins_anew_and_what_has_no_stem_is_refused() -> None:
-    module: Any = stem.small(timm.create_model("resnet18", num_classes=0), "resnet18")
+    module: Any = small_stem.small(timm.create_model("resnet18", num_classes=0), "resnet18")
     assert module.conv1.weight.shape == (64, 3, 3, 3) and isinstance(module.maxpool, torch.nn.Identity)
     with pytest.raises(Refused, match=r"model.stem: small: test_vit has no stem"):
-        stem.small(timm.create_model("test_vit"), "test_vit")
+        small_stem.small(timm.create_model("test_vit"), "test_vit")

@@ -11,8 +11,8 @@ import pytest
 from conftest import config
 from test_prepare import lay, prepared, refusal
 
-from comp import yaml_lines
-from comp.prepare import alike, check
+from comp.engine.config import yaml_lines
+from comp.engine.data import check, similar_labels
 
 GROUPS: dict[str, Any] = {"group": "g", "folds": {"scheme": "group", "k": 2, "seed": 0}}
 
@@ -117,6 +117,10 @@ def test_a_group_called_nan(empty: Path) -> None:
 def test_what_is_one_text_to_a_person() -> None:
     same = [("1", "1.0"), ("01", "1"), ("+1", "1."), ("-0", "0"), ("A\t b", "a b"), ("Straße", "STRASSE")]
     other = [("1e3", "1000"), ("1", "-1"), ("9007199254740993", "9007199254740992"), ("1.2.0", "1.2"), ("ab", "a b"), ("1_0", "10")]  # fmt: skip
-    assert all(alike.plain(a) == alike.plain(b) for a, b in same)
-    assert all(alike.plain(a) != alike.plain(b) for a, b in other)
-    assert pd.Series(alike.merged({"b": 1, "B": 2, "c": 1})).to_dict() == {"b": "B", "B": "B", "c": "c"}
+    assert all(similar_labels.plain(a) == similar_labels.plain(b) for a, b in same)
+    assert all(similar_labels.plain(a) != similar_labels.plain(b) for a, b in other)
+    assert pd.Series(similar_labels.merged({"b": 1, "B": 2, "c": 1})).to_dict() == {
+        "b": "B",
+        "B": "B",
+        "c": "c",
+    }

@@ -5,45 +5,43 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comp import declared, knobs, tasks, yaml_lines
+from comp.engine.config import competition_schema, schema, yaml_lines
+from comp.engine.tasks import kinds
 
 COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "comp"
 
-# Lowest first; modules of one line do not import each other's lines above.
+# Folders and modules of comp/engine, lowest first: what stands on a line imports from lines above it, and from its own folder.
 LAYERS = [
-    ["refused", "yaml_lines", "machine", "process", "table", "verb", "duration", "notebook"],
-    ["secret"],
-    ["declared"],
-    ["knobs"],
+    ["errors", "text_table", "notebook", "command", "hardware"],
+    ["store"],
     ["config"],
-    ["store", "tasks", "members", "idle"],
-    ["experiments"],
-    ["formulas", "metrics", "objective"],
-    ["competition"],
-    ["own"],
-    ["samples", "longform", "by_row"],
-    ["folds"],
-    ["predictions", "decide", "honest"],
+    ["report"],
+    ["readers"],
+    ["tasks"],
+    ["data"],
     ["bank"],
-    ["score"],
-    ["provenance", "track", "feeder", "pictures", "page", "teachers"],
-    ["prepare"],
-    ["train"],
-    ["predict"],
-    ["record"],
-    ["identity", "fan"],
-    ["jobs"],
-    ["gang"],
-    ["models"],
+    ["run"],
     ["ensemble"],
     ["tune"],
     ["deliver"],
-    ["overview", "clean"],
-    ["training"],
-    ["cli", "__main__", "leashed"],
+    ["extras"],
+    ["train_commands", "model_commands", "tune_commands"],
+    ["cli", "worker"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-LIGHT = ["cli", "training", "config", "store", "tasks", "metrics", "competition", "own", "samples", "folds"]
+PAGE_LOOKUP = "pages"  # the one module of the engine that is meant to import the pages
+LIGHT = [
+    "competition",
+    "metrics",
+    "engine.cli",
+    "engine.train_commands",
+    "engine.config.resolve",
+    "engine.store.store",
+    "engine.tasks.kinds",
+    "engine.pages",
+    "engine.data.samples",
+    "engine.data.folds",
+]
 HEAVY = {
     "torch",
     "timm",
@@ -66,7 +64,9 @@ def modules() -> list[Path]:
 
 
 def layer(file: Path) -> str:
-    return file.relative_to(COMP).parts[0].removesuffix(".py")
+    """The folder of comp/engine in which a module lies, or its own name; "" for a page."""
+    inside = file.relative_to(COMP).parts
+    return inside[1].removesuffix(".py") if inside[0] == "engine" else ""
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -81,11 +81,9 @@ def imports(tree: ast.AST) -> set[str]:
     return out
 
 
-def test_every_module_has_its_layer() -> None:
-    strangers = {layer(file) for file in modules()} - HEIGHT.keys() - {"__init__"}
-    assert not strangers, f"add {sorted(strangers)} to LAYERS, at the height where they belong"
-    missing = HEIGHT.keys() - {layer(file) for file in modules()}
-    assert not missing, f"LAYERS names {sorted(missing)}, which is no module any more"
+def test_every_folder_of_the_engine_has_its_layer() -> None:
+    there = {layer(file) for file in modules()} - {"", "__init__", PAGE_LOOKUP}
+    assert there == HEIGHT.keys(), "LAYERS names each folder and module of comp/engine at its height"
 
 
 def test_imports_point_down() -> None:
@@ -93,10 +91,10 @@ def test_imports_point_down() -> None:
     for file in modules():
         for name in imports(ast.parse(file.read_text())):
             parts = name.split(".")
-            if parts[0] != "comp" or len(parts) < 2 or parts[1] not in HEIGHT:
+            if parts[:2] != ["comp", "engine"] or len(parts) < 3 or parts[2] not in HEIGHT:
                 continue
             seen += 1
-            if layer(file) in HEIGHT and HEIGHT[parts[1]] > HEIGHT[layer(file)]:
+            if layer(file) in HEIGHT and HEIGHT[parts[2]] > HEIGHT[layer(file)]:
                 wrong.append(f"{file.relative_to(COMP)} imports {name}, which stands above it")
     assert seen > 50
     assert not wrong, "\n".join(wrong)
@@ -104,7 +102,10 @@ def test_imports_point_down() -> None:
 
 def test_competition_imports_only_what_a_template_update_never_breaks() -> None:
     ours = {n for n in imports(ast.parse((COMP / "competition.py").read_text())) if n.startswith("comp")}
-    assert all(n.split(".")[1] in ("config", "tasks", "metrics", "refused") for n in ours), ours
+    assert all(
+        n.startswith(("comp.metrics", "comp.engine.config", "comp.engine.tasks", "comp.engine.errors"))
+        for n in ours
+    ), ours
 
 
 def test_light_modules_import_nothing_heavy_at_the_top() -> None:
@@ -112,12 +113,12 @@ def test_light_modules_import_nothing_heavy_at_the_top() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
     ).stdout.split()
-    assert "comp.cli" in loaded
+    assert "comp.engine.cli" in loaded
     assert not HEAVY & set(loaded)
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys\nfrom comp import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
+    code = "import sys\nfrom comp.engine import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
     ).stdout
@@ -130,7 +131,7 @@ def test_no_file_is_longer_than_one_sitting() -> None:
 
 
 def test_the_loop_is_visible() -> None:
-    lines = (COMP / "train" / "loop.py").read_text().splitlines()
+    lines = (COMP / "train.py").read_text().splitlines()
     at = {
         word: next(i for i, line in enumerate(lines) if word in line)
         for word in ("network(pictures", ".backward(", "scaler.step(")
@@ -141,7 +142,7 @@ def test_the_loop_is_visible() -> None:
 def test_every_knob_stands_in_base_yaml_and_has_no_default_in_python() -> None:
     written = yaml_lines.parse((COMP.parent / "configs" / "base.yaml").read_bytes())[0]
     seen = 0
-    for section, field in knobs.Config.model_fields.items():
+    for section, field in schema.Config.model_fields.items():
         if section == "competition":
             continue
         for name, knob in field.annotation.model_fields.items():  # type: ignore[union-attr]
@@ -152,7 +153,7 @@ def test_every_knob_stands_in_base_yaml_and_has_no_default_in_python() -> None:
 
 
 def test_tasks_and_knobs_name_the_same_tasks() -> None:
-    assert set(tasks.TASKS) == set(declared.TaskName.__args__)  # type: ignore[attr-defined]
+    assert set(kinds.TASKS) == set(competition_schema.TaskName.__args__)  # type: ignore[attr-defined]
 
 
 def test_nothing_that_runs_code_is_loaded() -> None:

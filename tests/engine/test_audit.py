@@ -16,12 +16,16 @@ import pytest
 from banked import Project, declare, lay_out, member
 from conftest import config
 
-from comp import bank, folds, honest, jobs, metrics, samples, score, store
-from comp.ensemble import audit, audit_runs, canary, flips
-from comp.ensemble import blend as blending
-from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED
-from comp.ensemble.findings import Finding, Leak, NotChecked
-from comp.predictions import PredictionSet
+from comp import metrics
+from comp.engine.bank import bank, nested_cv, score
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.data import folds, samples
+from comp.engine.ensemble import blend as blending
+from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED
+from comp.engine.extras import audit_runs, canary, flips, leak_audit
+from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.run import runner
+from comp.engine.store import store
 
 RECIPE = [
     "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.workers=0",
@@ -71,11 +75,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
         monkeypatch.setattr(canary, "assemble", lambda parts, rows: np.roll(assemble(parts, rows), 1, axis=0))
     elif leak == "in-sample meta-model":
 
-        def in_sample(fold: Any, fit: Any, apply: Any, **rest: Any) -> honest.Nested:
+        def in_sample(fold: Any, fit: Any, apply: Any, **rest: Any) -> nested_cv.Nested:
             final, rows = fit(np.arange(len(fold))), np.arange(len(fold))
-            return honest.Nested(apply(final, rows), {}, final, ())
+            return nested_cv.Nested(apply(final, rows), {}, final, ())
 
-        monkeypatch.setattr(honest, "nested", in_sample)
+        monkeypatch.setattr(nested_cv, "nested", in_sample)
 
 
 PLANTED = [
@@ -97,16 +101,16 @@ def test_a_choice_of_cut_points_by_the_rows_they_are_scored_on_is_flagged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nested cut points, but whether they or plain rounding are reported is decided by the reported number."""
-    from comp import decide
+    from comp.engine.bank import thresholds
 
     def luckier(metric: Any, head: Any, value: Any, table: Any, split: Any, rows: Any, fold: Any) -> Any:
         truth, value = table.truth(head, rows), value[:, 0]
-        fitted = honest.nested(
+        fitted = nested_cv.nested(
             fold,
-            lambda at: decide.fit_cuts(value[at], truth[at], 4, metric),
-            lambda cuts, at: decide.apply_cuts(value[at], cuts),
+            lambda at: thresholds.fit_cuts(value[at], truth[at], 4, metric),
+            lambda cuts, at: thresholds.apply_cuts(value[at], cuts),
         ).prediction.astype(np.int64)
-        plain = decide.apply_cuts(value, [0.5, 1.5, 2.5])
+        plain = thresholds.apply_cuts(value, [0.5, 1.5, 2.5])
         return (fitted if metric(truth, fitted) > metric(truth, plain) else plain), None
 
     monkeypatch.setattr(flips, "METHODS", ("mean",))
@@ -161,7 +165,7 @@ def trained(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMP_ROOT", str(root))
         store.root.cache_clear()
-        jobs.train("exp001", RECIPE, name="run")
+        runner.train("exp001", RECIPE, name="run")
     store.root.cache_clear()
     return root
 
@@ -174,7 +178,7 @@ def run(trained: Path, tmp_path: Path, enter: Any) -> Path:
 
 def leaks_of_run(run: str = "run") -> list[Finding]:
     table = samples.load()
-    return audit.of_run(run, table, folds.load(table))
+    return leak_audit.of_run(run, table, folds.load(table))
 
 
 def rewritten(number: int, change: Any) -> None:
@@ -198,14 +202,14 @@ def test_rows_that_moved_are_found_by_predicting_them_again(run: Path) -> None:
 
 
 def test_predictions_of_rows_that_taught_are_found_by_predicting_them_again(run: Path) -> None:
-    from comp.predict import infer
+    from comp import predict
 
     table = samples.load()
     rows = folds.load(table).split(1)[1][
         : len(bank.read_meta(store.fold_folder("run", 0, 1) / "oof.arrow")) and 48
     ]
-    material = jobs.gather(jobs.stored_config("run"))
-    said = infer.predict(material, store.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0]["label"]
+    material = runner.gather(runner.stored_config("run"))
+    said = predict.predict(material, store.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0]["label"]
     rewritten(1, lambda values: said)
     leak = leaks_of_run()[0]
     assert isinstance(leak, Leak)
@@ -233,7 +237,7 @@ def test_sets_that_do_not_merge_to_what_stands_above_them(run: Path) -> None:
 
 
 def test_every_head_is_predicted_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comp.predict import infer
+    from comp import predict
 
     table = samples.load()
     file = store.fold_folder("run", 0, 0) / "oof.arrow"
@@ -241,13 +245,13 @@ def test_every_head_is_predicted_again(run: Path, monkeypatch: pytest.MonkeyPatc
     two = {name: np.array(said.heads["label"]) for name in ("label", "second")}
     place = {int(row): i for i, row in enumerate(said.row)}
     monkeypatch.setattr(
-        infer,
+        predict,
         "predict",
         lambda material, weights, rows: ({n: v[[place[r] for r in rows]] for n, v in two.items()}, {}),
     )
     heads = (table.heads[0], replace(table.heads[0], name="second"))
     material = replace(
-        jobs.gather(jobs.stored_config("run")), samples=samples.Samples(table.frame, heads, table.hash)
+        runner.gather(runner.stored_config("run")), samples=samples.Samples(table.frame, heads, table.hash)
     )
     stored = {name: values.copy() for name, values in two.items()}
     both = PredictionSet(said.row, said.fold, stored, said.meta)
@@ -269,14 +273,14 @@ def test_a_run_whose_weights_are_gone_is_named_as_not_checked(run: Path) -> None
 def test_statistics_of_a_real_run_that_saw_its_validation_rows(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comp.train import pixel_stats
+    from comp.engine.run import pixel_stats
 
     honest_fit, everyone = pixel_stats.fit, samples.load().positions("train")
     with monkeypatch.context() as patch:
         patch.setattr(
             pixel_stats, "fit", lambda cfg, module, feed, taught: honest_fit(cfg, module, feed, everyone)
         )
-        jobs.train("exp001", RECIPE, name="leaky", fold="0")
+        runner.train("exp001", RECIPE, name="leaky", fold="0")
     (leak,) = leaks_of_run("leaky")
     assert isinstance(leak, Leak) and leak.name == "statistics fitted on validation rows"
     assert leak.knew == "recomputation" and "leaky/seed0/fold0" in leak.where
@@ -284,7 +288,7 @@ def test_statistics_of_a_real_run_that_saw_its_validation_rows(
 
 def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
     place = store.fold_folder("run", 0, 0)
-    cfg, table = jobs.stored_config("run"), samples.load()
+    cfg, table = runner.stored_config("run"), samples.load()
     split = folds.load(table)
     said = bank.read(place / "oof.arrow", table, split)
     now = score.glance(cfg, table.heads[0], said.heads["label"], table, said.row.astype(np.int64))
@@ -302,12 +306,12 @@ def test_the_same_picture_in_two_folds(run: Path) -> None:
     table = samples.load()
     split = folds.load(table)
     cfg = config(experiment="base")
-    assert audit.duplicates(cfg, table, split) == []
+    assert leak_audit.duplicates(cfg, table, split) == []
     fold = split.of_sample[0]
     a, b = (int(np.flatnonzero(fold == number)[0]) for number in (0, 3))
     raw = store.path("data", "raw")
     shutil.copy(raw / table.frame["images"].iloc[a][0], raw / table.frame["images"].iloc[b][0])
-    (leak,) = audit.duplicates(cfg, table, split)
+    (leak,) = leak_audit.duplicates(cfg, table, split)
     assert isinstance(leak, Leak)
     assert leak.name == "duplicates across folds" and leak.knew == "hash" and "0, 3" in leak.where
 
@@ -325,7 +329,7 @@ def test_the_same_picture_inside_archives_and_arrays(empty: Path) -> None:
     project.samples.frame["images"] = [
         [f"stack.npy/{i}" if i < 20 else f"train.zip/{i}.png"] for i in range(len(project.samples.frame))
     ]
-    array, member_, gap = audit.duplicates(project.cfg, project.samples, project.folds)
+    array, member_, gap = leak_audit.duplicates(project.cfg, project.samples, project.folds)
     assert "00001, 00013 in folds 1, 3" in array[1] and "00022, 00029 in folds 2, 4" in member_[1]
     assert isinstance(gap, NotChecked) and gap.what == "duplicates among 1 images that cannot be read"
     assert "train.zip/399.png" in gap.why
@@ -334,21 +338,21 @@ def test_the_same_picture_inside_archives_and_arrays(empty: Path) -> None:
 def test_a_group_on_both_sides(run: Path) -> None:
     table = samples.load()
     split = folds.load(table)
-    assert audit.groups(table, split) == []
+    assert leak_audit.groups(table, split) == []
     frame = split.frame.copy()
     frame["fold"] = [(frame["fold"].iloc[0] + 1) % 5, *frame["fold"].iloc[1:]]
     folds.save(frame, {key: value for key, value in split.meta.items() if key != "hash"})
-    (leak,) = audit.groups(table, folds.load(table))
+    (leak,) = leak_audit.groups(table, folds.load(table))
     assert leak.name == "a split group" and leak.knew == "provenance"
 
 
 def test_pseudo_labels_that_every_model_made(empty: Path) -> None:
     project = lay_out(empty, "binary")
-    assert audit.pseudo(project.samples, project.folds) == []
+    assert leak_audit.pseudo(project.samples, project.folds) == []
     frame = project.samples.frame
     frame.loc[frame.index[-3:], "source"] = "pseudo:exp001"
     again = samples.Samples(frame, project.samples.heads, project.samples.hash)
-    leaks = audit.pseudo(again, folds.Folds(project.folds.frame, project.folds.meta, again))
+    leaks = leak_audit.pseudo(again, folds.Folds(project.folds.frame, project.folds.meta, again))
     assert names(leaks) == {"pseudo-labels that saw the fold"} and len(leaks) == 5
     assert "pseudo:exp001 teaches fold 0" in leaks[0].where
 
@@ -361,11 +365,11 @@ def test_an_ensemble_scored_on_the_rows_that_taught_it(empty: Path) -> None:
     blending.blend("blend001")
 
     def leaks() -> list[Finding]:
-        return audit.of_ensemble("blend001", project.cfg, project.samples, project.folds)
+        return leak_audit.of_ensemble("blend001", project.cfg, project.samples, project.folds)
 
     assert leaks() == []
     recipe = store.read_json(bank.folder("blend001") / "apply.json")
-    from comp.ensemble import average
+    from comp.engine.ensemble import average
 
     given = {
         a: bank.load(a, "oof", project.samples, project.folds).heads for a in ("exp001", "exp002", "exp003")
@@ -381,7 +385,7 @@ def test_the_verb_says_what_it_looked_at(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(audit.flips, "world", lambda seed: WORLD)
+    monkeypatch.setattr(leak_audit.flips, "world", lambda seed: WORLD)
     project: Project = lay_out(empty, "binary")
     project.samples.frame["images"] = [[] for _ in range(len(project.samples.frame))]
     member(project, "exp001", marks=["selected_on_fold"])
@@ -391,7 +395,7 @@ def test_the_verb_says_what_it_looked_at(
     blending.blend("blend001")
     capsys.readouterr()
     before = {file: file.read_bytes() for file in empty.rglob("*") if file.is_file()}
-    assert audit.audit() == 0
+    assert leak_audit.audit() == 0
     assert {f: f.read_bytes() for f in empty.rglob("*") if f.is_file()} == before, "it only looks"
     out = capsys.readouterr().out
     assert "optimistic: exp001 chose its epoch" in out and "optimistic: exp001:greedy chose" in out

@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import config
 
-from comp import jobs, samples
-from comp.config import Refused
-from comp.tasks import Head
-from comp.train import augment, data, device, losses, mixing, policies, sheet
-from comp.train.draws import mixed
+from comp import data, losses, transforms
+from comp.engine.data import samples
+from comp.engine.data.seeding import mixed
+from comp.engine.errors import Refused
+from comp.engine.run import augment_grid, gpu_augment, policies, runner
+from comp.engine.run import mixup as mixing
+from comp.engine.tasks.kinds import Head
 
 SEEDS = mixed(1, spread=np.arange(400))
 TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.limit=48"]
@@ -40,8 +42,8 @@ def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: i
     """Of a plain grey picture each draw is one grey, but for black holes and edges, and for noise of at most a tenth of the range."""
     grey = np.full((size, size, channels), 128, np.uint8)
     noisy = 0
-    for name in augment.RECIPES:
-        change = augment.Augment(augment.by_name(name, size), size)
+    for name in transforms.RECIPES:
+        change = transforms.Augment(transforms.by_name(name, size), size)
         for seed in mixed(3, spread=np.arange(150)).tolist():
             drawn = change(grey, int(seed)).astype(float)[:, :, 0]
             steps = np.abs(np.diff(drawn, axis=1))
@@ -103,7 +105,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
         return [
             p.numpy().tobytes()
             for epoch in (1, 2)
-            for batch in feed.batches(data.training_batches(rows, 8, 7, epoch, 0), augment.day(cfg, epoch))
+            for batch in feed.batches(data.training_batches(rows, 8, 7, epoch, 0), transforms.day(cfg, epoch))
             for p in batch.pictures
         ]
 
@@ -118,7 +120,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 
 
 def test_erasing_takes_its_share_and_does_not_mind_how_batches_are_cut() -> None:
-    op = device.erase(0.3)
+    op = gpu_augment.erase(0.3)
     whole = torch.full((400, 1, 20, 20), 9.0)
     out = op(whole, SEEDS)
     changed = (out != 9).flatten(1).float().mean(1).numpy()
@@ -265,14 +267,14 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
 
 def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) -> None:
     cfg = config(*TINY, "augment.recipe=light", "augment.sizes=[16,24,32]", "train.epochs=7")
-    assert [augment.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    assert [transforms.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
     feed = data.Feed(cfg, table, torch.device("cpu"))
     rows = table.positions("train")[:64]
     ink = []
     for epoch in (0, 4, 6):
-        batches = list(feed.batches(data.training_batches(rows, 32, 0, epoch, 0), augment.day(cfg, epoch)))
-        assert {b.pictures.shape[1:3] for b in batches} == {(augment.day(cfg, epoch).size,) * 2}
+        batches = list(feed.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.day(cfg, epoch)))
+        assert {b.pictures.shape[1:3] for b in batches} == {(transforms.day(cfg, epoch).size,) * 2}
         ink.append(float(torch.cat([b.pictures for b in batches]).float().mean()))
     assert max(ink) < 1.1 * min(ink), "shrunk, not cut out"
     assert next(iter(feed.batches(data.plain_batches(rows, 8)))).pictures.shape[1] == 32
@@ -288,7 +290,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "augment.policy=trivial", "augment.erase=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
         "augment.off_last=1", "augment.sizes=[24,32]", "train.epochs=3", "train.accumulate=2", "train.batch_size=8",
     ]  # fmt: skip
-    jobs.augmentation_sheet("exp001", every)
+    runner.augmentation_sheet("exp001", every)
     said = capsys.readouterr().out
     for word in (
         "Affine",
@@ -302,6 +304,6 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "next:",
     ):
         assert word in said, word
-    assert sheet.ops(config("augment.recipe=none")) == ["nothing: pictures as they are"]
-    jobs.train("exp001", [*TINY, *every], fold="0", name="x")
+    assert augment_grid.ops(config("augment.recipe=none")) == ["nothing: pictures as they are"]
+    runner.train("exp001", [*TINY, *every], fold="0", name="x")
     assert (project / "runs/x/seed0/fold0/oof.arrow").exists()

@@ -17,12 +17,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from comp import cli, jobs, samples, store, track
-from comp.config import Refused
-from comp.deliver import inside, kernel
-from comp.models import explain, features, measure
-from comp.tasks import Head
-from comp.train import backbone, model, transfer
+from comp import models
+from comp.engine import cli
+from comp.engine.data import samples
+from comp.engine.deliver import kernel, kernel_predict
+from comp.engine.errors import Refused
+from comp.engine.extras import explain, features, measure
+from comp.engine.run import backbone, pretrained, runner, tracking
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 TINY = [
@@ -40,18 +43,18 @@ FAMILIES = {
 
 
 def checked(name: str, size: int, *more: str) -> None:
-    model.check(config(f"model.name={name}", "data.channels=3", f"data.size={size}", *more))
+    models.check(config(f"model.name={name}", "data.channels=3", f"data.size={size}", *more))
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(Refused) as refused:
-        model.check(config(*overrides))
+        models.check(config(*overrides))
     (line,) = refused.value.lines
     return line
 
 
 def built(*overrides: str) -> Any:
-    return model.build(config("data.channels=3", *overrides), (HEAD,), pretrained=False)
+    return models.build(config("data.channels=3", *overrides), (HEAD,), pretrained=False)
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------------
@@ -59,8 +62,8 @@ def built(*overrides: str) -> Any:
 
 def test_a_transformer_learns_at_any_size(project: Path) -> None:
     """timm's test_vit takes any size; this one, like most, only the one that it is built for."""
-    jobs.train("exp001", [*TINY, f"model.name={VIT}"], fold="0", name="x")
-    weights = transfer.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
+    runner.train("exp001", [*TINY, f"model.name={VIT}"], fold="0", name="x")
+    weights = pretrained.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
     assert weights["pos_embed"].shape == (1, 1 + (32 // 16) ** 2, 192)
 
 
@@ -97,12 +100,12 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(
 @pytest.mark.parametrize("name", [VIT, SWIN])
 def test_training_goes_through_progressive_sizes(project: Path, name: str) -> None:
     sizes = ["data.size=64", "augment.sizes=[32,64]", "train.epochs=2"]
-    jobs.train("exp001", [*TINY, f"model.name={name}", *sizes], fold="0", name="x")
+    runner.train("exp001", [*TINY, f"model.name={name}", *sizes], fold="0", name="x")
     assert [
-        line["epoch"] for line in track.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "epoch" in line
+        line["epoch"] for line in tracking.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "epoch" in line
     ] == [1, 2]
     if name == VIT:
-        weights = transfer.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
+        weights = pretrained.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
         assert weights["pos_embed"].shape == (1, 17, 192), "of data.size"
 
 
@@ -125,7 +128,7 @@ def test_one_picture_is_too_few_for_batch_norm_of_a_single_pixel(
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "train.batch_size: 1" in said and "16 px" in said and "freeze_norm" in said
     for works in (["train.batch_size=2"], ["model.freeze_norm=true"], ["data.size=96"]):
-        model.check(config("data.size=16", "train.batch_size=1", *works))
+        models.check(config("data.size=16", "train.batch_size=1", *works))
 
 
 def test_what_is_no_classifier_is_refused(empty: Path) -> None:
@@ -177,9 +180,9 @@ def folder(project: Path) -> Path:
 
 def test_a_folder_is_a_network(folder: Path) -> None:
     cfg = config("model.name=local-dir:weights/mine", "data.size=96", "data.channels=3")
-    model.check(cfg)
-    module: Any = model.build(cfg, (HEAD,), pretrained=True)
-    given = transfer.read(folder / "model.safetensors")
+    models.check(cfg)
+    module: Any = models.build(cfg, (HEAD,), pretrained=True)
+    given = pretrained.read(folder / "model.safetensors")
     assert len(module.blocks) == 2 and torch.equal(
         module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"]
     )
@@ -202,27 +205,29 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     network = "model.name=hf-hub:me/mine"
     cfg = config(network, "data.size=32", "data.channels=3")
-    module: Any = model.build(cfg, (HEAD,), pretrained=True)
-    given = transfer.read(folder / "model.safetensors")
+    module: Any = models.build(cfg, (HEAD,), pretrained=True)
+    given = pretrained.read(folder / "model.safetensors")
     assert torch.equal(module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"])
     assert "no/where" in refusal("model.name=hf-hub:no/where", "data.size=32")
     # What the bundle holds of it is enough.
-    jobs.train("exp001", [*TINY, network], fold="0", name="x")
+    runner.train("exp001", [*TINY, network], fold="0", name="x")
     bundle = tmp_path / "bundle"
     kernel._backbones(bundle, {"x"})
     (bundle / "configs").mkdir()
     (bundle / "configs" / "base.yaml").write_bytes((store.root() / "configs" / "base.yaml").read_bytes())
     backbone._described.cache_clear()
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "nothing"))
-    stored = jobs.stored_config("x")
+    stored = runner.stored_config("x")
     weights = store.fold_folder("x", 0, 0) / "weights.safetensors"
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     store.root.cache_clear()
-    there = inside.here(stored, stored.competition, {"run": "x", "tta": ["identity"], "space": "probability"})
+    there = kernel_predict.here(
+        stored, stored.competition, {"run": "x", "tta": ["identity"], "space": "probability"}
+    )
     assert there.model.name == "local-dir:backbones/x"
-    module = model.build(there, (HEAD,) * 1, pretrained=False)
+    module = models.build(there, (HEAD,) * 1, pretrained=False)
     assert {k: v.shape for k, v in module.state_dict().items() if not k.startswith("head")} == {
-        k: v.shape for k, v in transfer.read(weights).items() if not k.startswith("head")
+        k: v.shape for k, v in pretrained.read(weights).items() if not k.startswith("head")
     }
     assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
 
@@ -277,8 +282,8 @@ def test_a_file_of_another_size_and_other_classes(
     theirs: Any = timm.create_model("test_vit", num_classes=7)  # 160 px
     write(theirs, empty / f"theirs.{end}")
     cfg = config("model.name=test_vit", "data.size=64", "data.channels=1", f"model.pretrained=theirs.{end}")
-    ours: Any = model.build(cfg, (HEAD,), pretrained=False)
-    transfer.begin(ours, cfg, 0, 0)
+    ours: Any = models.build(cfg, (HEAD,), pretrained=False)
+    pretrained.begin(ours, cfg, 0, 0)
     assert torch.equal(ours.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
     assert torch.allclose(ours.patch_embed.proj.weight, theirs.patch_embed.proj.weight.sum(1, keepdim=True))
     resized = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [4, 4], num_prefix_tokens=1)
@@ -303,8 +308,8 @@ def test_names_of_the_authors_are_mapped(empty: Path) -> None:
         mapped[key] = tensor
     torch.save({"model": mapped}, empty / "theirs.pth")
     cfg = config("model.name=test_convnext", "data.size=32", "data.channels=3", "model.pretrained=theirs.pth")
-    ours = model.build(cfg, (HEAD,), pretrained=False)
-    transfer.begin(ours, cfg, 0, 0)
+    ours = models.build(cfg, (HEAD,), pretrained=False)
+    pretrained.begin(ours, cfg, 0, 0)
     want = theirs.state_dict()
     assert all(torch.equal(v, want[k]) for k, v in ours.state_dict().items() if not k.startswith("head.fc"))
 
@@ -331,11 +336,11 @@ def test_a_file_that_is_none_is_refused_before_the_cache(
 
 
 def test_a_larger_size_begins_with_a_run_of_a_smaller_one(project: Path) -> None:
-    jobs.train("exp001", [*TINY, f"model.name={VIT}", "data.size=32"], fold="0", name="small")
+    runner.train("exp001", [*TINY, f"model.name={VIT}", "data.size=32"], fold="0", name="small")
     said = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.rate=1e-20"]
-    jobs.train("exp001", said, fold="0", name="large")
+    runner.train("exp001", said, fold="0", name="large")
     small, large = (
-        transfer.read(store.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")
+        pretrained.read(store.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")
     )
     assert torch.equal(small["blocks.3.attn.qkv.weight"], large["blocks.3.attn.qkv.weight"])
     assert torch.equal(small["head.weight"], large["head.weight"])
@@ -364,11 +369,11 @@ def test_what_is_explained_is_a_map(empty: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [VIT, SWIN, "maxvit_pico_rw_256", "convnext_atto", "tiny_vit_5m_224", "mobilenetv4_conv_small_035"])  # fmt: skip
 def test_two_steps_predictions_a_picture_and_an_export(project: Path, name: str) -> None:
     run = [*TINY, f"model.name={name}", "data.size=96", "data.channels=3"]
-    jobs.train("exp001", run, fold="0", name="x")
+    runner.train("exp001", run, fold="0", name="x")
     with Image.open(explain.explain("x", [], 2)) as drawn:
         assert np.asarray(drawn)[60:150, 250:350].std() > 5
     if name == VIT:
-        from comp.models import export
+        from comp.engine.extras import export
 
         pytest.importorskip("onnxscript")
         made = store.read_json(store.verified(export.export("x", 0, 8, "none")))

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pytest
 from banked import CLASSES, HEADS, TRAIN, Project, lay_out, member
 
-from comp import bank, folds, predictions, samples, store, tasks
-from comp.config import Refused
-from comp.predictions import PredictionSet
+from comp.engine.bank import bank, predictions
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.store import store
+from comp.engine.tasks import kinds
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_same_set_same_bytes(project: Project) -> None:
 def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = tuple(f"c{i}" for i in range(300))
     monkeypatch.setitem(
-        HEADS, "multiclass", tasks.Head("label", "multiclass", names, ("target.label",), names)
+        HEADS, "multiclass", kinds.Head("label", "multiclass", names, ("target.label",), names)
     )
     project = lay_out(empty)
     rows = project.samples.positions("test")
@@ -141,7 +144,7 @@ def test_other_samples(empty: Path) -> None:
 
 def test_other_class_order(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
-    turned = tasks.Head("label", "multiclass", CLASSES[::-1], ("target.label",), CLASSES[::-1])
+    turned = kinds.Head("label", "multiclass", CLASSES[::-1], ("target.label",), CLASSES[::-1])
     samples.save(project.samples.frame, (turned,))
     table = samples.load()
     now = Project(
@@ -235,7 +238,7 @@ def test_means_are_what_their_names_say(task: str) -> None:
     wanted = product / product.sum(axis=1, keepdims=True) if task == "multiclass" else product
     assert np.allclose(mean("geometric"), wanted, atol=1e-12)
     if task == "binary":
-        odds = np.exp(np.average([tasks.logit(p) for p in parts], axis=0, weights=weights))
+        odds = np.exp(np.average([kinds.logit(p) for p in parts], axis=0, weights=weights))
         assert np.allclose(mean("logit"), odds / (1 + odds), atol=1e-12)
     else:
         assert np.allclose(mean("logit"), wanted, atol=1e-12)

@@ -17,10 +17,13 @@ import pytest
 from conftest import config
 from PIL import Image
 
-from comp import competition, own, store
-from comp.config import Refused
-from comp.prepare import cache, images, making
-from comp.prepare.images import Damaged
+from comp import competition
+from comp.engine import pages
+from comp.engine.data import cache, image_loader
+from comp.engine.errors import Refused
+from comp.engine.readers import decode as images
+from comp.engine.readers.arrays import Damaged
+from comp.engine.store import store
 
 COUNT, CUT, COPY, GONE = (
     40,
@@ -90,11 +93,12 @@ def child(code: str, names: list[str]) -> subprocess.Popen[str]:
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from comp import config, store
-from comp.prepare import cache, filling, index
-filling.COMMIT, filling.CHUNK = 4, 2
+from comp.engine.config import resolve
+from comp.engine.data import build_cache, cache, cache_index
+from comp.engine.store import store
+build_cache.COMMIT, build_cache.CHUNK = 4, 2
 {code}
-pictures = cache.open_images(config.load(store.root(), "exp001").config, {names!r}, progress=False)
+pictures = cache.open_images(resolve.load(store.root(), "exp001").config, {names!r}, progress=False)
 """
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", script], text=True, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -199,7 +203,7 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(*overrides: str) -> str:
-        return making.of(config(*overrides)).key
+        return image_loader.of(config(*overrides)).key
 
     keys = {
         key(),
@@ -256,4 +260,4 @@ def test_load_image_decides_the_pixels(names: list[str], monkeypatch: pytest.Mon
         Refused, match=r"comp/competition.py:3: load_image fails for train/00.png: FileNotFoundError: "
     ):
         hooked(monkeypatch, failing, lambda: cached(names))
-    assert own.get("load_image") is None
+    assert pages.get("load_image") is None

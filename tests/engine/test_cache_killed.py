@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from test_cache import COPY, COUNT, GONE, bytes_of, cached, child, counted, folder, forty, opened, raw, seen
 
-from comp import store
-from comp.config import Refused
-from comp.prepare import cache, filling
+from comp.engine.data import build_cache, cache
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_build_killed_while_adding_ends_with_the_same_bytes(names: list[str]) 
 
 def stopped_after(lines: int, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that ends when so many lines of its journal are written."""
-    commit = filling._commit
+    commit = build_cache._commit
 
     def stopping(*given: Any) -> Any:
         if len(journal_lines()) == lines:
@@ -112,8 +112,8 @@ def stopped_after(lines: int, names: list[str], monkeypatch: pytest.MonkeyPatch)
         return commit(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling, "COMMIT", 4)
-        patch.setattr(filling, "_commit", stopping)
+        patch.setattr(build_cache, "COMMIT", 4)
+        patch.setattr(build_cache, "_commit", stopping)
         with pytest.raises(KeyboardInterrupt):
             cached(names)
 
@@ -143,15 +143,15 @@ def test_a_torn_line_of_the_journal_never_happened(names: list[str], monkeypatch
 
 def test_a_second_process_waits_for_the_first_and_decodes_nothing(names: list[str]) -> None:
     pause = """
-real = filling._commit
+real = build_cache._commit
 def commit(*a):
     print("building", flush=True)
     sys.stdin.readline()
-    filling._commit = real
+    build_cache._commit = real
     return real(*a)
-filling._commit = commit
+build_cache._commit = commit
 """
-    refuse = "filling._made = None  # whoever decodes falls over\n"
+    refuse = "build_cache._made = None  # whoever decodes falls over\n"
     first = child(pause, names)
     assert first.stdin and first.stdout
     assert "39 pictures" in first.stdout.readline() and first.stdout.readline() == "building\n"

@@ -18,13 +18,15 @@ from test_layouts import declare, picture, prepared, put
 from test_prepare import lay
 from test_submission import scored
 
-from comp import bank, cli, competition, samples
-from comp.config import Refused
-from comp.deliver import dummy
-from comp.deliver.forms import FITTING_TASKS
-from comp.prepare import assign, check, making, tables
-from comp.prepare.images import Damaged
-from comp.tasks import TASKS
+from comp import competition
+from comp.engine import cli
+from comp.engine.bank import bank
+from comp.engine.data import check, image_loader, make_folds, prepare, samples
+from comp.engine.deliver import dummy
+from comp.engine.deliver.submission_format import FITTING_TASKS
+from comp.engine.errors import Refused
+from comp.engine.readers.arrays import Damaged
+from comp.engine.tasks.kinds import TASKS
 
 # --- comp check ----------------------------------------------------------------------------------------------------------
 
@@ -91,13 +93,13 @@ def test_images_are_opened_once(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    picture = making.Making.picture
+    picture = image_loader.Making.picture
 
-    def counting(self: making.Making, name: str, data: bytes | None = None) -> Any:
+    def counting(self: image_loader.Making, name: str, data: bytes | None = None) -> Any:
         opened.append(name)
         return picture(self, name, data)
 
-    monkeypatch.setattr(making.Making, "picture", counting)
+    monkeypatch.setattr(image_loader.Making, "picture", counting)
     assert checked(capsys)[0] == [] and len(opened) == 1797
     assert checked(capsys)[0] == [] and len(opened) == 1797
 
@@ -136,7 +138,7 @@ def test_check_lists_what_is_in_force(
 
     monkeypatch.setattr(competition, "load_image", load_image, raising=False)
     monkeypatch.setattr(
-        making.Making, "key", "test"
+        image_loader.Making, "key", "test"
     )  # the source of a hook within a test is not the module's
     faults, printed = checked(capsys)
     assert "comp/competition.py: load_image in force" in printed
@@ -199,10 +201,10 @@ def test_prepare_says_when_folds_are_of_another_table(
 ) -> None:
     file = project / "data/raw/train.csv"
     file.write_text(file.read_text().replace("bold", "heavy", 1))
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     assert "data/folds.parquet was made for the table as it was before" in capsys.readouterr().out
     with pytest.raises(Refused, match="the same ids, other values"):
-        assign.make(config(experiment="base"), samples.load())
+        make_folds.make(config(experiment="base"), samples.load())
 
 
 # --- what comp submit would refuse ---------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def test_check_and_submit_say_the_same_of_every_form(
         told = check.check(config(experiment="base"), dummy.written)
         if table.hash != stands:
             (empty / "data/folds.parquet").unlink(missing_ok=True)
-            assign.make(config(experiment="base"), table)
+            make_folds.make(config(experiment="base"), table)
             heads = {head.name: draw.normal(size=(2, len(head.outputs))) for head in table.heads}
             if TASKS[task].space == "value":
                 heads = {name: np.clip(values, 0, 2) for name, values in heads.items()}

@@ -12,14 +12,21 @@ import pytest
 from banked import TRAIN, Project, declare, lay_out, member
 from PIL import Image
 
-from comp import cli, config, jobs, metrics, page, predictions, samples, score, store
-from comp.config import Refused
-from comp.ensemble import augmented, compare, drawings, steps, views, worth
-from comp.ensemble.blend import blend
-from comp.ensemble.ground import Ground
-from comp.predict import tta
-from comp.prepare import assign, tables
-from comp.tasks import Head
+from comp import metrics
+from comp.engine import cli
+from comp.engine.bank import predictions, score
+from comp.engine.config import resolve
+from comp.engine.data import make_folds, prepare, samples
+from comp.engine.ensemble import plots, postprocess_selection, report
+from comp.engine.ensemble.blend import blend
+from comp.engine.ensemble.context import Ground
+from comp.engine.errors import Refused
+from comp.engine.extras import compare, tta_search, view_search
+from comp.engine.report import html
+from comp.engine.run import runner
+from comp.engine.run import views as tta
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 TINY = (
     "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {workers: 0, progress: false}\n"
@@ -34,7 +41,7 @@ def few(project: Path) -> None:
     samples.save(table.frame.take(rows.tolist()).reset_index(drop=True), table.heads)
     file = project / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 5", "k: 2"))
-    assign.make(config.load(project, "base").config, samples.load(), remake=True)
+    make_folds.make(resolve.load(project, "base").config, samples.load(), remake=True)
 
 
 def test_seeds_recipes_and_views_of_a_real_run(
@@ -72,7 +79,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     with pytest.raises(Refused, match="two or more different"):
         compare.compare(["tiny", "tiny"], 2)
 
-    said = augmented.tta("slow-seeds")
+    said = tta_search.tta("slow-seeds")
     out = capsys.readouterr().out
     closer = {"zoom110", "zoom125", "zoom150", "crop_top_left", "crop_middle"}
     assert set(said["alone"]) >= {"identity", "hflip", "rot90", *closer}
@@ -80,16 +87,16 @@ def test_seeds_recipes_and_views_of_a_real_run(
     assert all(option["views"][0] == "identity" for option in said["options"]) and "next: comp " in out
     assert "chosen on other folds, views and space: honest " in out and [
         o["space"] for o in said["options"]
-    ] == list(augmented.SPACES)
+    ] == list(tta_search.SPACES)
     with pytest.raises(Refused, match="one view alone takes"):
-        augmented.tta("slow-seeds", max_ms=1e-9)
-    assert jobs.stored_config("slow-seeds") == config.load(project, "slow").config
+        tta_search.tta("slow-seeds", max_ms=1e-9)
+    assert runner.stored_config("slow-seeds") == resolve.load(project, "slow").config
 
 
 def test_every_kind_of_view_is_tried(project: Path) -> None:
-    every = augmented.tried(config.load(project, "exp001").config, None)
+    every = tta_search.tried(resolve.load(project, "exp001").config, None)
     assert set(every) == {*tta.VIEWS, *tta.CLOSER, "light", "light2", "light3"} and every[0] == "identity"
-    assert augmented.tried(config.load(project, "exp001").config, "zoom110, heavy2") == [
+    assert tta_search.tried(resolve.load(project, "exp001").config, "zoom110, heavy2") == [
         "identity",
         "zoom110",
         "heavy2",
@@ -107,7 +114,7 @@ def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[s
         .replace("metadata: [pen]\n", "")
     )
     file.write_text(said)
-    tables.prepare(config.load(project, "base").config)
+    prepare.prepare(resolve.load(project, "base").config)
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     assert cli.main(["train", "tiny"]) == 0
@@ -132,7 +139,7 @@ def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:
         )
 
     given = {"identity": seen(2, 2), "hflip": seen(2, 1.5), "vflip": seen(40, 2)}
-    question = views.Question(given, truth, heads, [auc, auc], ("logit",), dict.fromkeys(given, 1.0))
+    question = view_search.Question(given, truth, heads, [auc, auc], ("logit",), dict.fromkeys(given, 1.0))
     assert question.choose().views == ("identity", "hflip")
     both = question.said(question.choose())
     assert np.allclose(both, (given["identity"] + given["hflip"]) / 2)
@@ -156,7 +163,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     bad = {"rot90": random.normal(0, 5, 600)[:, None]}
     auc = metrics.find("roc_auc")
     cost = dict.fromkeys([*good, *bad], 2.0)
-    question = views.Question(good | bad, (truth,), (head,), (auc,), ("probability", "logit"), cost)
+    question = view_search.Question(good | bad, (truth,), (head,), (auc,), ("probability", "logit"), cost)
     assert sorted(question.choose().views) == ["hflip", "identity", "vflip"]
     assert len(dataclasses.replace(question, ceiling=4.0).choose().views) == 2
     dear = next(
@@ -166,12 +173,12 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     assert second[1] not in ("identity", dear) and dear in second
     noise = {n: random.normal(size=(600, 1)) for n in ("identity", "hflip", "vflip", "rot90", "rot180")}
     fold = np.arange(600) % 5
-    from comp import honest
+    from comp.engine.bank import nested_cv
 
-    question = views.Question(
+    question = view_search.Question(
         noise, (truth,), (head,), (auc,), ("probability", "logit"), dict.fromkeys(noise, 1.0)
     )
-    out = honest.nested(fold, question.choose, question.said)
+    out = nested_cv.nested(fold, question.choose, question.said)
     own, taught = (head.row.probability(p)[:, 0] for p in (out.prediction, question.said(out.final)))
     assert auc(truth, taught) >= auc(truth, own) - 0.02
     # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
@@ -179,7 +186,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         n: np.where(random.random(600) < 0.1, -9.0, 1.5)[:, None] * (2 * truth - 1)[:, None]
         for n in ("identity", "hflip", "vflip")
     }
-    question = views.Question(
+    question = view_search.Question(
         loud,
         (truth,),
         (head,),
@@ -187,7 +194,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         ("logit", "probability"),
         dict.fromkeys(loud, 1.0),
     )
-    assert {c.space for c in honest.nested(fold, question.choose, question.said).parameters.values()} == {
+    assert {c.space for c in nested_cv.nested(fold, question.choose, question.said).parameters.values()} == {
         "probability"
     }
 
@@ -201,7 +208,7 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
     for text in ("method: greedy", "method: logistic", "method: weighted\nweights: [1, 2, 3, 4, 5]"):
         declare(project, "blend001", f"members: [exp001, exp002, exp003, exp004, exp005]\n{text}")
         blend("blend001")
-        for file in drawings.draw("blend001"):
+        for file in plots.draw("blend001"):
             assert np.asarray(Image.open(file)).std() > 5, file
     report = (empty / "ensembles" / "blend001" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
@@ -210,7 +217,7 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
         for line in (empty / "ensembles/blend001/pictures/log.jsonl").read_text().splitlines()
     ]
     assert {e["name"] for e in log if e["event"] == "image"} == set(
-        drawings.NAMES
+        plots.NAMES
     )  # W&B is fed from these lines
     (summary,) = [e["values"] for e in log if e["event"] == "summary"]
     assert summary["metric"] == "log_loss" and summary["oof"] > 0 and summary["in_sample"] is None
@@ -219,7 +226,7 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
 
 def test_a_page_shows_text_as_text(empty: Path) -> None:
     """Names of members, classes and trials are other people's words."""
-    page.write(empty / "p.html", "<b>", ["a & b"], ["<i>"], [["<script>alert(1)</script>"]], [])
+    html.write(empty / "p.html", "<b>", ["a & b"], ["<i>"], [["<script>alert(1)</script>"]], [])
     text = (empty / "p.html").read_text()
     assert "<script>" not in text and "&lt;script&gt;" in text and "a &amp; b" in text
 
@@ -235,7 +242,7 @@ def test_interval_comparison_and_gate_are_of_the_score(
     empty: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two targets by metrics of their own, outputs that the host does not score, two samples of each row."""
-    monkeypatch.setattr(worth, "RESAMPLES", 40)
+    monkeypatch.setattr(report, "RESAMPLES", 40)
     project: Any = lay_out(empty, "binary")
     table, cfg, random = project.samples, project.cfg, np.random.default_rng(0)
     column, heads = table.frame["target.label"], table.heads
@@ -266,18 +273,21 @@ def test_interval_comparison_and_gate_are_of_the_score(
         meta = predictions.meta("oof", table, project.folds, {})
         sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
     ours, theirs = (score.of(cfg, table, project.folds, each)["oof"] for each in sets)
-    found = worth.beside(cfg, table, project.folds, sets[0], {"it": sets[1]})
+    found = report.beside(cfg, table, project.folds, sets[0], {"it": sets[1]})
     assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
     assert found["interval"]["low"] < ours < found["interval"]["high"]
     rows = sets[0].row.astype(np.int64)
     fold = sets[0].fold.astype(np.int64)
     ground = Ground(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
-    gate = [steps.gained(ground, h, sets[1].heads[h.name], sets[0].heads[h.name], rows) for h in heads]
+    gate = [
+        postprocess_selection.gained(ground, h, sets[1].heads[h.name], sets[0].heads[h.name], rows)
+        for h in heads
+    ]
     assert np.mean([gain.now for gain in gate]) == pytest.approx(ours, abs=1e-12)
     assert np.mean([gain.before for gain in gate]) == pytest.approx(theirs, abs=1e-12)
-    from comp.deliver import scores
+    from comp.engine.deliver import scores
 
-    sent = scores.worth.scorer(
+    sent = scores.report.scorer(
         cfg, table, project.folds, sets[0], sets[0].predicted, score.lines(table, rows, fold)
     )
     assert sent(np.ones(len(scores._scored(table, project.folds)[0]), np.int64)) == pytest.approx(
@@ -299,7 +309,7 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
     def never(*_: Any) -> Any:
         raise metrics.MetricUndefined("one group only: nothing to resample")
 
-    monkeypatch.setattr(worth, "_draws", never)
+    monkeypatch.setattr(report, "_draws", never)
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [1, 30]")
     record = blend("blend001")
     said = capsys.readouterr().out
@@ -313,4 +323,4 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
 )
 def test_what_is_within_noise_is_not_recommended(decided: bool, said: str) -> None:
     record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "decided": decided}}}
-    assert worth.recommended("b", record).startswith(said)
+    assert report.recommended("b", record).startswith(said)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from comp import cli, config, knobs, yaml_lines
-from comp.config import Refused
+from comp.engine import cli
+from comp.engine.config import resolve, schema, yaml_lines
+from comp.engine.errors import Refused
 
 P = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 
@@ -24,20 +25,20 @@ def write(root: Path, name: str, text: str) -> None:
 
 def lines_of(root: Path, experiment: str = "exp001", *overrides: str) -> list[str]:
     with pytest.raises(Refused) as refused:
-        config.load(root, experiment, overrides)
+        resolve.load(root, experiment, overrides)
     return refused.value.lines
 
 
 def test_precedence_and_origins(root: Path) -> None:
     write(root, "child.yaml", "base: exp001\noptim: {rate: 7e-4}\n")
-    loaded = config.load(root, "child", ["train.epochs=3"], debug=True)
+    loaded = resolve.load(root, "child", ["train.epochs=3"], debug=True)
     assert loaded.config.optim.rate == 7e-4 and loaded.origins["optim.rate"] == "configs/child.yaml:2"
     assert loaded.config.model.name == "test_resnet" and loaded.origins["model.name"].startswith(
         "configs/exp001.yaml:"
     )
     assert loaded.config.train.epochs == 3 and "command" not in loaded.origins["train.epochs"]
     assert loaded.config.train.limit == 64 and loaded.origins["train.limit"].startswith("configs/debug.yaml:")
-    assert config.load(root, "exp001").config.train.limit is None
+    assert resolve.load(root, "exp001").config.train.limit is None
 
 
 def test_every_config_of_this_project_loads() -> None:
@@ -46,25 +47,25 @@ def test_every_config_of_this_project_loads() -> None:
     ]
     assert "base" in names
     for name in names:
-        config.load(P, name)
+        resolve.load(P, name)
 
 
 def test_resolved_yaml_is_the_same_config(root: Path, tmp_path: Path) -> None:
-    cfg = config.load(root, "exp001", ["optim.rate=1e-7", "competition.target=[a, '010', 'true']"]).config
+    cfg = resolve.load(root, "exp001", ["optim.rate=1e-7", "competition.target=[a, '010', 'true']"]).config
     file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml(cfg))
-    assert config.from_yaml(file) == cfg
+    file.write_text(resolve.to_yaml(cfg))
+    assert resolve.from_yaml(file) == cfg
 
 
 def test_a_plain_value_goes_to_the_head_of_a_section(root: Path) -> None:
-    cfg = config.load(root, "exp001", ["track=none", "schedule=constant", "augment=heavy"]).config
+    cfg = resolve.load(root, "exp001", ["track=none", "schedule=constant", "augment=heavy"]).config
     assert (cfg.track.mode, cfg.schedule.name, cfg.augment.recipe) == ("none", "constant", "heavy")
 
 
 def test_what_changes_results() -> None:
     moving = ["optim.rate=1", "train.threads=2", "competition.id=x"]
     free = ["machine.workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
-    assert config.changes_results([*free, *moving]) == moving
+    assert resolve.changes_results([*free, *moving]) == moving
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_long_number_on_the_command_line(root: Path) -> None:
 
 def test_aliases_that_end_are_written_out(root: Path) -> None:
     write(root, "exp.yaml", "base: exp001\ndata: {size: &side 64}\npredict: {batch_size: *side}\n")
-    cfg = config.load(root, "exp").config
+    cfg = resolve.load(root, "exp").config
     assert cfg.data.size == cfg.predict.batch_size == 64
 
 
@@ -173,7 +174,7 @@ def test_unknown_and_circular_bases(root: Path) -> None:
 
 def test_groups_are_not_ignored_by_accident(root: Path) -> None:
     assert "leak" in lines_of(root, "exp001", "competition.folds.scheme=stratified")[0]
-    config.load(
+    resolve.load(
         root, "exp001", ["competition.folds.scheme=stratified", "competition.folds.blind_to_groups=true"]
     )
 
@@ -181,7 +182,7 @@ def test_groups_are_not_ignored_by_accident(root: Path) -> None:
 def mutated(seed: int) -> tuple[str, str]:
     """One of the shipped files with one thing wrong, as a tired person would do it. Each change here is a mistake for sure."""
     rng = random.Random(seed)
-    sections = {n: f.annotation for n, f in knobs.Config.model_fields.items() if n != "competition"}
+    sections = {n: f.annotation for n, f in schema.Config.model_fields.items() if n != "competition"}
     section = rng.choice(sorted(sections))
     fields = set(sections[section].model_fields) - {"options"}  # type: ignore[union-attr]  # where any name is welcome
     key = rng.choice(sorted(fields))
@@ -211,7 +212,7 @@ def test_a_mutated_config_gets_its_line(root: Path, seed: int) -> None:
 
 
 def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
-    code = "import sys; from comp.cli import main; code = main(['train', 'exp001', 'optim.rat=1']); print('torch' in sys.modules); sys.exit(code)"
+    code = "import sys; from comp.engine.cli import main; code = main(['train', 'exp001', 'optim.rat=1']); print('torch' in sys.modules); sys.exit(code)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

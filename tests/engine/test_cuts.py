@@ -11,9 +11,10 @@ import pytest
 from metric_cases import case
 from test_honest import AUC, F1, QWK, SEEDS, chance, noise
 
-from comp.decide import apply_cuts, apply_threshold, fit_cuts, fit_threshold, fit_thresholds
-from comp.honest import Nested, nested
-from comp.metrics import METRICS, Metric, MetricUndefined
+from comp.engine.bank.metric_formulas import MetricUndefined
+from comp.engine.bank.nested_cv import Nested, nested
+from comp.engine.bank.thresholds import apply_cuts, apply_threshold, fit_cuts, fit_threshold, fit_thresholds
+from comp.metrics import METRICS, Metric
 
 
 def every_cut(value: Any, num_grades: int) -> Any:

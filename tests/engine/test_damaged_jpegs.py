@@ -14,10 +14,11 @@ from conftest import config
 from PIL import Image
 from test_images import encoded, photograph
 
-from comp import store
-from comp.deliver import inside
-from comp.prepare import arrays, cache, check, images
-from comp.prepare.images import Damaged
+from comp.engine.data import cache, check
+from comp.engine.deliver import kernel_predict
+from comp.engine.readers import arrays, decode
+from comp.engine.readers.arrays import Damaged
+from comp.engine.store import store
 
 PICTURE = photograph(240, 320)
 COLOUR = Image.fromarray(PICTURE)
@@ -61,7 +62,7 @@ BROKEN = {f"{kind}, {how}": damage(data) for kind, data in WHOLE.items() for how
 
 def outcome(data: bytes, *given: Any) -> str | tuple[int, ...]:
     try:
-        return images.decode(data, *given).shape
+        return decode.decode(data, *given).shape
     except Damaged as damaged:
         return damaged.reason
 
@@ -73,25 +74,25 @@ def test_every_kind_of_damage_at_every_scale() -> None:
     for name, data in BROKEN.items():
         for size, channels in ((None, 3), (100, 3), (32, 1)):
             reason = outcome(data, size, "stretch", channels, name)
-            assert isinstance(reason, str) and reason.startswith((images.WARNED, "broken, zeros")), (name, size, reason)  # fmt: skip
+            assert isinstance(reason, str) and reason.startswith((decode.WARNED, "broken, zeros")), (name, size, reason)  # fmt: skip
 
 
 def test_a_lenient_declaration_takes_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pixels with and without simplejpeg; without it, and not lenient, no JPEG is taken."""
     lenient = {
-        name: images.decode(data, 100, "stretch", 3, name, LENIENT)
+        name: decode.decode(data, 100, "stretch", 3, name, LENIENT)
         for name, data in BROKEN.items()
         if "zeros" not in name
     }
     first = WHOLE["baseline"]
     assert np.array_equal(
-        lenient["baseline, bytes before the scan"], images.decode(first, 100, "stretch", 3, "x")
+        lenient["baseline, bytes before the scan"], decode.decode(first, 100, "stretch", 3, "x")
     )
-    inks = images.decode(WHOLE["cmyk"], 100, "stretch", 3, "x")
-    monkeypatch.setattr(images, "simplejpeg", None)
+    inks = decode.decode(WHOLE["cmyk"], 100, "stretch", 3, "x")
+    monkeypatch.setattr(decode, "simplejpeg", None)
     for name, pixels in lenient.items():
-        assert np.array_equal(pixels, images.decode(BROKEN[name], 100, "stretch", 3, name, LENIENT)), name
-    assert np.array_equal(inks, images.decode(WHOLE["cmyk"], 100, "stretch", 3, "x", LENIENT))
+        assert np.array_equal(pixels, decode.decode(BROKEN[name], 100, "stretch", 3, name, LENIENT)), name
+    assert np.array_equal(inks, decode.decode(WHOLE["cmyk"], 100, "stretch", 3, "x", LENIENT))
     for data in (first, WHOLE["cmyk"], BROKEN["baseline, cut in the middle"]):
         assert "pip install simplejpeg" in str(outcome(data, 32, "stretch", 3, "x"))
 
@@ -183,7 +184,7 @@ def test_cache_loader_and_check_agree(laid: Path, capsys: pytest.CaptureFixture[
     for line, name in enumerate(names, 2):
         (found,) = [f for f in faults if f": image {name}: " in f] or [""]
         assert found == (f"data/raw/train.csv:{line}: image {name}: {expected[line - 2]}" if expected[line - 2] else "")  # fmt: skip
-    warned = sum(text.startswith(images.WARNED) for text in expected)
+    warned = sum(text.startswith(decode.WARNED) for text in expected)
     assert f"{warned} of them are JPEGs that libjpeg warns about" in printed and "pixels: {lenient: true}" in printed  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def test_check_counts_and_names_what_a_lenient_declaration_takes(
         faults = check.check(config(experiment="base"))
         printed = capsys.readouterr().out.splitlines()
         assert len(faults) == taken.count(False)
-        warned = [line for line in printed if line.startswith("note: ") and images.WARNED in line]
+        warned = [line for line in printed if line.startswith("note: ") and decode.WARNED in line]
         assert len(warned) == taken.count(True) - 2, "all that is taken but the two whole ones"
         assert any(f"{len(warned)} JPEGs that libjpeg warns about are taken" in line for line in printed)
         assert any("data/raw/train.csv:3: image train/cut.jpg: " in line for line in warned)
@@ -207,7 +208,7 @@ def test_check_counts_and_names_what_a_lenient_declaration_takes(
 
 def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """comp predict --kernel reads a hidden set by the same decoder, and says which rows it could not."""
-    from comp.deliver import kernel
+    from comp.engine.deliver import kernel
 
     cfg = config(experiment="base")
     bundle = kernel.build("exp001") / "bundle"
@@ -219,9 +220,9 @@ def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch:
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     store.root.cache_clear()
     about = store.read_json(bundle / "bundle.json")
-    heads = tuple(inside._head(each) for each in about["heads"])
-    hidden = inside.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
+    heads = tuple(kernel_predict._head(each) for each in about["heads"])
+    hidden = kernel_predict.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
     rows = hidden.positions("test")[:5]
     listed = [Path(names[0]).stem for names in hidden.frame["images"].iloc[rows]]
-    _, damaged, _ = inside.everything(about, home, hidden, rows)
+    _, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
     assert {listed.index(file.stem) for file in files[1:]} == {rows.tolist().index(at) for at in damaged}

@@ -14,17 +14,19 @@ import torch
 from conftest import config
 from PIL import Image
 
-from comp import cli, samples, store
-from comp import pictures as drawings
-from comp.config import Refused
-from comp.predict import tta
-from comp.prepare import arrays, assign, cache, images, making, tables
-from comp.samples import Samples
-from comp.tasks import Head
-from comp.train import augment, model, normal, sheet
-from comp.train.data import Draw, Feed, plain_batches
-from comp.train.draws import mixed
-from comp.train.normal import Normal
+from comp import models, transforms
+from comp.data import Draw, Feed, plain_batches
+from comp.engine import cli
+from comp.engine.data import cache, image_loader, make_folds, prepare, samples
+from comp.engine.data.samples import Samples
+from comp.engine.data.seeding import mixed
+from comp.engine.errors import Refused
+from comp.engine.readers import arrays, decode
+from comp.engine.report import plots as drawings
+from comp.engine.run import augment_grid, normalize, views
+from comp.engine.run.normalize import Normal
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (24, 24, 3), np.uint16)
 UNITS = Normal(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
@@ -47,12 +49,12 @@ def saved(array: Any) -> bytes:
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_a_16_bit_file_stays_whole(suffix: str) -> None:
     data = encoded(suffix, DEEP[:, :, ::-1])
-    found = images.decode(data, None, "stretch", 3, "x", numbers(16))
+    found = decode.decode(data, None, "stretch", 3, "x", numbers(16))
     assert found.dtype == np.uint16 and np.array_equal(found, DEEP)
-    grey = images.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 3, "x", numbers(16))
+    grey = decode.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 3, "x", numbers(16))
     assert np.array_equal(grey, np.repeat(DEEP[:, :, :1], 3, 2))
     if suffix == ".png":  # in 8 bits it is the high byte, as ever
-        grey = images.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 1, "x")
+        grey = decode.decode(encoded(suffix, DEEP[:, :, 0]), None, "stretch", 1, "x")
         assert np.array_equal(grey[:, :, 0], DEEP[:, :, 0] >> 8)
 
 
@@ -61,32 +63,32 @@ def test_bands_of_a_tiff_are_channels() -> None:
     for mode, bands in (("RGBX", near_infrared), ("RGBA", near_infrared)):
         file = io.BytesIO()
         Image.fromarray(bands, mode).save(file, "TIFF")
-        assert np.array_equal(images.decode(file.getvalue(), None, "stretch", 4, "x"), bands)
-        assert np.array_equal(images.decode(file.getvalue(), None, "stretch", 3, "x"), bands[:, :, :3])
+        assert np.array_equal(decode.decode(file.getvalue(), None, "stretch", 4, "x"), bands)
+        assert np.array_equal(decode.decode(file.getvalue(), None, "stretch", 3, "x"), bands[:, :, :3])
     tifffile = pytest.importorskip("tifffile")
     many = np.random.default_rng(2).integers(0, 65536, (24, 30, 13), np.uint16)
     for planar, array in (("contig", many), ("separate", np.moveaxis(many, 2, 0))):
         file = io.BytesIO()
         tifffile.imwrite(file, array, photometric="minisblack", planarconfig=planar)
         data = file.getvalue()
-        assert np.array_equal(images.decode(data, None, "stretch", 13, "x", numbers(16)), many)
-        assert np.array_equal(images.decode(data, None, "stretch", 13, "x"), many >> 8)
-    with pytest.raises(images.Damaged, match=r"has 13 bands, and data\.channels wants 5"):
-        images.decode(data, None, "stretch", 5, "x")
-    with pytest.raises(images.Damaged, match="broken"):
-        images.decode(data[: len(data) // 2], None, "stretch", 13, "x")
+        assert np.array_equal(decode.decode(data, None, "stretch", 13, "x", numbers(16)), many)
+        assert np.array_equal(decode.decode(data, None, "stretch", 13, "x"), many >> 8)
+    with pytest.raises(decode.Damaged, match=r"has 13 bands, and data\.channels wants 5"):
+        decode.decode(data, None, "stretch", 5, "x")
+    with pytest.raises(decode.Damaged, match="broken"):
+        decode.decode(data[: len(data) // 2], None, "stretch", 13, "x")
 
 
 def test_arrays_stay_whole() -> None:
-    deep = images.decode(saved(DEEP), None, "stretch", 3, "x", numbers(16))
+    deep = decode.decode(saved(DEEP), None, "stretch", 3, "x", numbers(16))
     assert deep.dtype == np.uint16 and np.array_equal(deep, DEEP)
     values = np.random.default_rng(0).normal(0, 3, (24, 24, 3)).astype(np.float32)
-    assert np.array_equal(images.decode(saved(values), None, "stretch", 3, "x", numbers(32)), values)
-    ranged = images.decode(saved(values), None, "stretch", 3, "x", numbers(32, -1.0, 1.0))
+    assert np.array_equal(decode.decode(saved(values), None, "stretch", 3, "x", numbers(32)), values)
+    ranged = decode.decode(saved(values), None, "stretch", 3, "x", numbers(32, -1.0, 1.0))
     assert np.allclose(ranged, (values + 1) / 2 * 255, atol=1e-3), "beyond the range nothing is cut off"
     values[0, 0, 0] = np.nan
-    with pytest.raises(images.Damaged, match="holds NaN"):
-        images.decode(saved(values), None, "stretch", 3, "x", numbers(32))
+    with pytest.raises(decode.Damaged, match="holds NaN"):
+        decode.decode(saved(values), None, "stretch", 3, "x", numbers(32))
 
 
 @pytest.mark.parametrize("size", [16, 40])
@@ -95,9 +97,9 @@ def test_all_depths_agree(size: int, fit: Any) -> None:
     """An 8 bit file is the same picture in every depth, resized as finely as the depth allows."""
     picture = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 24, 3), np.uint8), (5, 5), 0)
     data = encoded(".png", picture)
-    coarse = images.decode(data, size, fit, 3, "x")
-    fine = images.decode(data, size, fit, 3, "x", numbers(16)) / 257
-    real = images.decode(data, size, fit, 3, "x", numbers(32))
+    coarse = decode.decode(data, size, fit, 3, "x")
+    fine = decode.decode(data, size, fit, 3, "x", numbers(16)) / 257
+    real = decode.decode(data, size, fit, 3, "x", numbers(32))
     assert coarse.shape == fine.shape == real.shape
     assert np.abs(fine - coarse).max() < 1.6 and np.abs(np.clip(real, 0, 255) - fine).max() < 0.02
 
@@ -116,24 +118,26 @@ def test_cached_and_direct_are_the_same(empty: Path) -> None:
         cfg, names = deep_project(empty, depth)
         cached = cache.open_images(cfg, names, progress=False)
         assert isinstance(cached, cache.Cached)
-        direct = cache.Direct(making.of(cfg), cached.pages.table["name"])
+        direct = cache.Direct(image_loader.of(cfg), cached.pages.table["name"])
         for i in range(len(names)):
             assert cached[i].dtype == arrays.KINDS[depth] and np.array_equal(cached[i], direct[i])
         size = (cached.pages.folder / "pixels.bin").stat().st_size
         assert size == len(names) * 24 * 24 * 3 * depth // 8
     cfg, names = deep_project(empty, 16, count=7)  # grows behind what is there
-    assert np.array_equal(cache.open_images(cfg, names, progress=False)[6], making.of(cfg).picture("6.png"))
+    assert np.array_equal(
+        cache.open_images(cfg, names, progress=False)[6], image_loader.of(cfg).picture("6.png")
+    )
 
 
 def test_the_network_sees_both_bytes(empty: Path) -> None:
     cfg, names = deep_project(empty, 16)
-    picture = making.of(cfg).picture(names[0])
-    seen = augment.Seen(UNITS)(torch.from_numpy(picture)[None].permute(0, 3, 1, 2))
+    picture = image_loader.of(cfg).picture(names[0])
+    seen = transforms.Seen(UNITS)(torch.from_numpy(picture)[None].permute(0, 3, 1, 2))
     assert torch.allclose(seen[0], torch.from_numpy(picture.astype(np.float32) / 257).permute(2, 0, 1))
-    drawn = augment.Augment(augment.named(cfg), 24)(picture, mixed(1, 2))
+    drawn = transforms.Augment(transforms.named(cfg), 24)(picture, mixed(1, 2))
     assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
     turned = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)
-    for view in tta.views(list(tta.VIEWS | tta.CLOSER)):
+    for view in views.views(list(views.VIEWS | views.CLOSER)):
         assert view(turned).dtype == torch.uint16
 
 
@@ -147,7 +151,7 @@ def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
     with pytest.raises(
         Refused, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
     ):
-        augment.of_day(cfg, augment.days(cfg)[0])
+        transforms.of_day(cfg, transforms.days(cfg)[0])
 
 
 def test_five_channels_go_from_file_to_output(empty: Path) -> None:
@@ -171,8 +175,8 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     (batch,) = feed.batches(plain_batches(np.arange(3), 4))
     assert np.array_equal(batch.pictures.numpy(), pictures)
     assert feed.pictures[Draw(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
-    module = model.build(cfg, (head,), pretrained=False, feed=feed).eval()
-    seen = augment.Seen(normal.of(cfg, module, cpu))
+    module = models.build(cfg, (head,), pretrained=False, feed=feed).eval()
+    seen = transforms.Seen(normalize.of(cfg, module, cpu))
 
     def out(values: np.ndarray) -> torch.Tensor:
         return module(seen(torch.from_numpy(values).permute(0, 3, 1, 2)))
@@ -194,15 +198,15 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
         .replace("train/{id}.png", planes)
         .replace("test/{id}.png", planes.replace("train", "test"))
     )
-    tables.prepare(config(experiment="base"))
-    assign.make(config(), samples.load(), remake=True)
+    prepare.prepare(config(experiment="base"))
+    make_folds.make(config(), samples.load(), remake=True)
     (project / "configs" / "exp003.yaml").write_text(
         f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{erase: 0.5}}\ntrain: {{limit: 16, batch_size: 8, epochs: 1, ema: null}}\n"
         "schedule: {warmup: 0}\nmachine: {workers: 0, progress: false}\ntrack: {mode: none}\n"
     )
     assert cli.main(["augment", "exp003"]) == 0
     with Image.open(project / "runs" / "exp003-augment.png") as drawn:
-        assert np.asarray(drawn)[sheet.TITLE + 20 : sheet.TITLE + 80, 10:90].std() > 5
+        assert np.asarray(drawn)[augment_grid.TITLE + 20 : augment_grid.TITLE + 80, 10:90].std() > 5
     assert cli.main(["train", "exp003", "--fold", "0"]) == 0
     folder = store.fold_folder("exp003", 0, 0)
     thumbnails = sorted(folder.rglob("worst/*.png"))

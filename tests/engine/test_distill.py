@@ -15,12 +15,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from comp import folds, idle, jobs, samples, store
-from comp.config import Config, Refused, load
-from comp.predict import infer, lessons
-from comp.samples import Samples
-from comp.tasks import Head
-from comp.train import distill, losses, mixing
+from comp import losses, predict
+from comp.engine.config.resolve import load
+from comp.engine.config.schema import Config
+from comp.engine.data import folds, samples
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.run import distillation, mixup, runner, teacher_predictions, unused_knobs
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 BATCH, T = 6, 3.0
 ROWS = np.arange(BATCH)
@@ -40,7 +43,9 @@ class Lesson(NamedTuple):
 
     @property
     def told(self) -> Tensor:
-        return torch.from_numpy(distill.as_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T))
+        return torch.from_numpy(
+            distillation.as_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T)
+        )
 
 
 def lesson(task: str, *overrides: str) -> Lesson:
@@ -55,7 +60,7 @@ def lesson(task: str, *overrides: str) -> Lesson:
     torch.manual_seed(0)
     output, stored = torch.randn(2, BATCH, len(head.outputs))
     own = losses.total(cfg, table, ROWS)
-    loss = distill.beside(cfg, table, ROWS, own)
+    loss = distillation.beside(cfg, table, ROWS, own)
     return Lesson(
         cfg, head, own, loss, output, truth if truth.dtype == torch.int64 else truth.float(), stored
     )
@@ -82,9 +87,9 @@ def test_each_label_by_itself(empty: Path) -> None:
 def test_bce_of_classes_is_read_as_its_predictions_are(empty: Path) -> None:
     a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
     p = torch.from_numpy(
-        a.head.row.decode(a.output.double().numpy(), losses.objective.of(a.cfg, [a.head])[0])
+        a.head.row.decode(a.output.double().numpy(), losses.loss_knobs.of(a.cfg, [a.head])[0])
     )
-    told = torch.from_numpy(distill.as_target(a.head, p.numpy(), "soft", 1.0))
+    told = torch.from_numpy(distillation.as_target(a.head, p.numpy(), "soft", 1.0))
     assert a.loss(a.output, [a.truth, told]).abs().max() < 1e-5
 
 
@@ -107,7 +112,7 @@ def test_of_values_there_is_only_the_answer(empty: Path) -> None:
 @pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.threshold=0.2", "distill.kind=hard"]])
 def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[str]) -> None:
     a = lesson("multiclass", *more)
-    mixture = mixing.loss(a.cfg, (a.head,), a.loss)
+    mixture = mixup.loss(a.cfg, (a.head,), a.loss)
     mate, share = torch.tensor([1, 0, 3, 2, 5, 4]), torch.rand(BATCH)
     parts = [(torch.arange(BATCH), share), (mate, 1 - share)]
     targets = [a.truth, a.told]
@@ -122,17 +127,19 @@ def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[
 
 def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     for number in "12":
-        jobs.train("exp001", QUIET, fold=number, name="teacher")
+        runner.train("exp001", QUIET, fold=number, name="teacher")
     small = [*QUIET, "data.size=16", "augment.mixup=0.5"]
-    jobs.train("exp001", [*small, "distill.teacher=teacher"], fold="1", name="taught")
-    jobs.train("exp001", small, fold="1", name="alone")
-    found = load_file(store.fold_folder("taught", 0, 1) / distill.FILE)
+    runner.train("exp001", [*small, "distill.teacher=teacher"], fold="1", name="taught")
+    runner.train("exp001", small, fold="1", name="alone")
+    found = load_file(store.fold_folder("taught", 0, 1) / distillation.FILE)
     table = samples.load()
     rows = folds.load(table).split(1)[0][:64]
     assert np.array_equal(found["rows"], rows)
-    material = jobs.gather(jobs.stored_config("teacher"))  # at its own size
+    material = runner.gather(runner.stored_config("teacher"))  # at its own size
     said = [
-        infer.predict(material, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
+        predict.predict(material, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0][
+            "label"
+        ]
         for n in (1, 2)
     ]
     assert np.allclose(found["label"], said[0], atol=1e-6) and not np.allclose(said[0], said[1], atol=1e-2)
@@ -145,25 +152,25 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     with pytest.raises(
         Refused, match="teacher has no weights of fold 3, and those of another fold have seen the rows"
     ):
-        jobs.train("exp001", [*small, "distill.teacher=teacher"], fold="3", name="taught")
+        runner.train("exp001", [*small, "distill.teacher=teacher"], fold="3", name="taught")
     with pytest.raises(
         Refused, match=r"distill.teacher: teecher: no such run or ensemble; the nearest are teacher"
     ):
-        jobs.train("exp001", [*small, "distill.teacher=teecher"], fold="1", name="other")
+        runner.train("exp001", [*small, "distill.teacher=teecher"], fold="1", name="other")
     other = store.fold_folder("teacher", 0, 1) / "weights.safetensors"
     save_file(load_file(other) | {"fc.bias": np.zeros(10, np.float32)}, other)
     store.seal(other)
     with pytest.raises(
         Refused, match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught"
     ):
-        lessons.prepare(
-            jobs.gather(jobs.stored_config("taught")), jobs.gather, 1, store.fold_folder("taught", 0, 1)
+        teacher_predictions.prepare(
+            runner.gather(runner.stored_config("taught")), runner.gather, 1, store.fold_folder("taught", 0, 1)
         )
 
 
 def test_where_it_has_no_effect(empty: Path) -> None:
     def told(*overrides: str) -> list[str]:
-        return [line.partition(": ")[2] for line in idle.lines(load(store.root(), "base", overrides))]
+        return [line.partition(": ")[2] for line in unused_knobs.lines(load(store.root(), "base", overrides))]
 
     assert told("distill.temperature=4") == ["distill.temperature: 4.0 has no effect without distill.teacher"]
     assert told("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [
@@ -173,4 +180,4 @@ def test_where_it_has_no_effect(empty: Path) -> None:
     with pytest.raises(
         Refused, match="loss arcface puts pictures near each other, and a teacher speaks of classes"
     ):
-        distill.refuse(config("distill.teacher=exp001", experiment="base"), (head,))
+        distillation.refuse(config("distill.teacher=exp001", experiment="base"), (head,))

@@ -23,11 +23,14 @@ from conftest import config
 from forked import all_forked
 from safetensors.torch import load_file
 
-from comp import bank, cli, folds, jobs, samples, store, track
-from comp.config import Refused
-from comp.train import distributed
-from comp.train.data import Draw
-from comp.tune import search
+from comp.data import Draw
+from comp.engine import cli
+from comp.engine.bank import bank
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.run import distributed, runner, tracking
+from comp.engine.store import store
+from comp.engine.tune import search
 
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
@@ -66,7 +69,7 @@ def forked_twice(*arguments: str, before: Callable[[int], None] = lambda rank: N
 def trained(name: str, fold: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     folder = store.fold_folder(name, 0, fold)
     weights = load_file(folder / "weights.safetensors")
-    return torch.cat([weights[key].double().flatten() for key in sorted(weights)]), track.read(
+    return torch.cat([weights[key].double().flatten() for key in sorted(weights)]), tracking.read(
         folder / "log.jsonl"
     )
 
@@ -79,8 +82,8 @@ def test_two_processes_are_one(project: Path) -> None:
     """Weights to 1e-5, losses and validation too; every row is predicted once; nothing is left by the second process."""
     assert distributed.count() == 1
     banked.teacher(project)
-    jobs.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
-    jobs.train("exp001", [*TAUGHT, "train.batch_size=8", "train.accumulate=4"], fold="1", name="cut")
+    runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
+    runner.train("exp001", [*TAUGHT, "train.batch_size=8", "train.accumulate=4"], fold="1", name="cut")
     both = torchrun("train", "exp001", *TAUGHT, "train.batch_size=32", "--fold", "1", "--as", "two")
     said = both.communicate()[0]
     assert both.returncode == 0, said
@@ -100,7 +103,7 @@ def test_two_processes_are_one(project: Path) -> None:
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
     with pytest.raises(Refused, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
-        jobs.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
+        runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
 
 
 @pytest.mark.slow
@@ -200,7 +203,7 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
 def test_a_verb_for_one_process_says_so(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from comp import cli
+    from comp.engine import cli
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["runs"]) == 2 and "comp train and comp tune" in capsys.readouterr().err
@@ -209,7 +212,7 @@ def test_a_verb_for_one_process_says_so(
 
 
 def test_the_rows_of_all_processes_join_in_their_places() -> None:
-    from comp.train.evaluate import _joined
+    from comp.engine.run.evaluate import _joined
 
     whole = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)
     joined, damaged = _joined(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])

@@ -17,8 +17,8 @@ import pytest
 from forked import forked
 from kaggle_server import KEY, Server
 
-from comp import cli
-from comp.deliver import kaggle
+from comp.engine import cli
+from comp.engine.deliver import kaggle
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_damaged_archive_is_fetched_once_more(
 def test_a_size_over_the_ceiling_asks(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comp.deliver import download as module
+    from comp.engine.deliver import download as module
 
     server.archive = zipped(CONTENT)
     monkeypatch.setattr(module, "CEILING", 1e-6)
@@ -251,7 +251,7 @@ def test_killed_and_run_again(server: Server, empty: Path, event: int) -> None:
 
 def killed(event: int, work: Callable[[], object]) -> Callable[[], None]:
     """Ends itself with SIGKILL: 1 at the first bytes, 2 with the archive whole, 3 in the middle of unpacking, 4 before the rename."""
-    from comp.deliver import unpack
+    from comp.engine.readers import unpack
 
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

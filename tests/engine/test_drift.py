@@ -10,10 +10,11 @@ import pytest
 from conftest import config
 from PIL import Image
 
-from comp import folds, jobs, samples, store
-from comp.ensemble import drift
-from comp.prepare import assign, tables
-from comp.refused import Refused
+from comp.engine.data import folds, make_folds, prepare, samples
+from comp.engine.errors import Refused
+from comp.engine.extras import adversarial_validation
+from comp.engine.run import runner
+from comp.engine.store import store
 
 TINY = ["machine.workers=0", "machine.progress=false", "track=none", "train.epochs=1", "schedule.warmup=0"]
 
@@ -43,12 +44,12 @@ def fewer(project: Path, darker: bool) -> None:
     )
     declared.write_text(text)
     (project / "data" / "folds.parquet").unlink()
-    tables.prepare(config(experiment="base"))
-    assign.make(config(experiment="base"), samples.load(), remake=True)
+    prepare.prepare(config(experiment="base"))
+    make_folds.make(config(experiment="base"), samples.load(), remake=True)
 
 
 def trained(project: Path) -> None:
-    jobs.train("exp001", TINY, name="x")
+    runner.train("exp001", TINY, name="x")
 
 
 def test_drift_is_found_and_becomes_weights_and_folds(
@@ -56,7 +57,7 @@ def test_drift_is_found_and_becomes_weights_and_folds(
 ) -> None:
     fewer(project, darker=True)
     trained(project)
-    record = drift.drift("x")
+    record = adversarial_validation.drift("x")
     out = capsys.readouterr().out
     assert record["auc"] > 0.8 and "strong drift" in out and "training rows most like test" in out
     frame = pd.read_csv(project / "data" / "drift.csv", dtype={"id": str}).set_index("id")
@@ -68,11 +69,11 @@ def test_drift_is_found_and_becomes_weights_and_folds(
     assert Image.open(project / "data" / "drift.png").width > 800
     declared = project / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "drift: [weights, folds]\n")
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     rows = samples.load()
     weight = rows.frame.set_index("id")["weight"]
     assert weight[train.index].to_numpy() == pytest.approx(train["weight"].to_numpy())
-    assign.make(config(experiment="base"), rows, remake=True)
+    make_folds.make(config(experiment="base"), rows, remake=True)
     of = pd.Series(folds.load(rows).of_sample[0], rows.frame["id"])
     assert abs((of[dark] == 0).sum() - 30) <= 3
 
@@ -80,7 +81,7 @@ def test_drift_is_found_and_becomes_weights_and_folds(
 def test_where_there_is_none_none_is_found(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fewer(project, darker=False)
     trained(project)
-    assert abs(drift.drift("x")["auc"] - 0.5) < 0.12
+    assert abs(adversarial_validation.drift("x")["auc"] - 0.5) < 0.12
     assert "no drift to speak of" in capsys.readouterr().out
 
 
@@ -88,7 +89,7 @@ def test_what_is_missing_is_said(project: Path) -> None:
     declared = project / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "drift: [weights]\n")
     with pytest.raises(Refused, match=r"wants data/drift\.csv, which comp audit --drift RUN makes"):
-        tables.prepare(config(experiment="base"))
+        prepare.prepare(config(experiment="base"))
     store.write_text(store.path("data", "drift.csv"), "id,source,like_test,weight\nx,train,0.5,1\n")
     with pytest.raises(Refused, match="knows nothing of the row"):
-        tables.prepare(config(experiment="base"))
+        prepare.prepare(config(experiment="base"))

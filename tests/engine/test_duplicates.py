@@ -12,9 +12,9 @@ import pytest
 from conftest import config
 from PIL import Image
 
-from comp import folds, samples
-from comp.config import Refused
-from comp.prepare import assign, duplicates, images, near, tables
+from comp.engine.data import duplicates, folds, make_folds, phash, prepare, samples
+from comp.engine.errors import Refused
+from comp.engine.readers import decode
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: int) -> bytes:
@@ -47,8 +47,8 @@ def planted(practice: Path, pictures: int, copies: int) -> tuple[float, float]:
     chosen = np.random.default_rng(0).permutation(len(files))[:copies].tolist()
     data = [file.read_bytes() for file in files]
     data += [copied(np.asarray(Image.open(files[at])), number) for number, at in enumerate(chosen)]
-    grey = [images.decode(each, near.SIDE, "stretch", 1, "")[:, :, 0] for each in data]
-    pairs, _, _ = near.copies(np.stack(grey).astype(np.float32))
+    grey = [decode.decode(each, phash.SIDE, "stretch", 1, "")[:, :, 0] for each in data]
+    pairs, _, _ = phash.copies(np.stack(grey).astype(np.float32))
     listed = set(map(tuple, pairs.tolist()))
     wanted = {(at, len(files) + number) for number, at in enumerate(chosen)}
     others = len(data) * (len(data) - 1) / 2 - len(wanted)
@@ -74,15 +74,15 @@ def test_every_pair_of_near_hashes_and_no_other() -> None:
         flips = sum(1 << int(bit) for bit in random.permutation(64)[: at % 14])
         hashed[200 + at] = hashed[at] ^ np.uint64(flips)
     one, other = np.triu_indices(400, 1)
-    near_enough = np.bitwise_count(hashed[one] ^ hashed[other]) <= near.FAR
+    near_enough = np.bitwise_count(hashed[one] ^ hashed[other]) <= phash.FAR
     wanted = set(zip(one[near_enough].tolist(), other[near_enough].tolist(), strict=True))
-    assert {tuple(pair) for pair in near.alike(hashed).tolist()} == wanted
+    assert {tuple(pair) for pair in phash.alike(hashed).tolist()} == wanted
     assert len(wanted) > 150
 
 
 def test_flat_pictures_are_no_copies_of_each_other() -> None:
-    flat = np.full((5, near.SIDE, near.SIDE), 7, np.float32)
-    assert not len(near.copies(flat)[0])
+    flat = np.full((5, phash.SIDE, phash.SIDE), 7, np.float32)
+    assert not len(phash.copies(flat)[0])
 
 
 def test_digits_that_only_look_alike_are_no_copies(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_digits_that_only_look_alike_are_no_copies(project: Path, capsys: pytest
 def test_pairs_that_are_as_many_as_by_chance_are_not_judged(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(near, "MOST", 0.97)
+    monkeypatch.setattr(phash, "MOST", 0.97)
     duplicates.tell(config(experiment="base"), samples.load())
     said = capsys.readouterr().out
     assert "more pairs look alike" in said and "cannot be judged" in said
@@ -119,13 +119,13 @@ def with_copies(project: Path) -> None:
     sample.head(30).to_csv(raw / "sample_submission.csv", index=False)
     (project / "data" / "folds.parquet").unlink()
     (project / "data" / "manifest.json").unlink()
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
 
 
 def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_copies(project)
     rows = samples.load()
-    file = assign.make(config(experiment="base"), rows)
+    file = make_folds.make(config(experiment="base"), rows)
     duplicates.tell(config(experiment="base"), rows)
     said = capsys.readouterr().out
     listed = pd.read_csv(project / "data" / "duplicates.csv", dtype=str)
@@ -137,8 +137,8 @@ def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest
     yaml = project / "configs" / "competition.yaml"
     yaml.write_text(yaml.read_text().replace("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group"))
     with pytest.raises(Refused, match=r"folds\.duplicates ignore, which is group now"):
-        assign.make(config(experiment="base"), rows)
-    assign.make(config(experiment="base"), rows, remake=True)
+        make_folds.make(config(experiment="base"), rows)
+    make_folds.make(config(experiment="base"), rows, remake=True)
     of = folds.load(rows, file).of_sample[0]
     pairs = duplicates.find(config(experiment="base"), rows).pairs
     taught = pairs[(rows.frame["source"].to_numpy()[pairs] == "train").all(axis=1)]
@@ -155,7 +155,7 @@ def test_copies_without_a_group_column(project: Path, scheme: str) -> None:
     )
     ours = rows.positions("train")
     pairs = np.column_stack([ours[:40], ours[40:80]])
-    frame = assign.assign(
+    frame = make_folds.assign(
         samples.Samples(rows.frame.drop(columns="group"), rows.heads, rows.hash), plan, pairs
     )
     of = dict(zip(frame["id"], frame["fold"], strict=True))

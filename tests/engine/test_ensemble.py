@@ -15,11 +15,13 @@ import pytest
 from banked import HEADS, TRAIN, Project, declare, lay_out, member
 from scipy.stats import rankdata
 
-from comp import bank, decide, metrics, predictions, score, store
-from comp.config import Refused
-from comp.ensemble import average
-from comp.ensemble.blend import FILES, blend
-from comp.ensemble.declare import read
+from comp import metrics
+from comp.engine.bank import bank, predictions, score, thresholds
+from comp.engine.ensemble import average
+from comp.engine.ensemble.blend import FILES, blend
+from comp.engine.ensemble.blend_config import read
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 TASKS = list(HEADS)
 METHODS = {
@@ -260,11 +262,11 @@ def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
     answers, _ = score.answers(
         metric, project.head, value[:, None], project.samples, project.folds, rows, fold
     )
-    assert (answers[fold == 0] == decide.apply_cuts(value[fold == 0], np.array([0.5, 1.5, 2.5]))).all()
+    assert (answers[fold == 0] == thresholds.apply_cuts(value[fold == 0], np.array([0.5, 1.5, 2.5]))).all()
     for number in range(1, 5):
         past = fold < number
-        cuts = decide.fit_cuts(value[past], truth[past], 4, metric)
-        assert (answers[fold == number] == decide.apply_cuts(value[fold == number], cuts)).all()
+        cuts = thresholds.fit_cuts(value[past], truth[past], 4, metric)
+        assert (answers[fold == number] == thresholds.apply_cuts(value[fold == number], cuts)).all()
 
 
 def test_marks_are_inherited_and_said(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,8 +358,8 @@ def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> 
 
 KILLER = """
 import os, signal, sys
-from comp import store
-from comp.ensemble.blend import blend
+from comp.engine.store import store
+from comp.engine.ensemble.blend import blend
 left = int(sys.argv[1])
 replace = os.replace
 def counted(*a):

@@ -15,11 +15,12 @@ from conftest import config
 from killed import events, killed
 from test_compare import TINY, few
 
-from comp import jobs, store
-from comp import pictures as pictures_
-from comp.ensemble import augmented, compare, drawings
-from comp.ensemble.blend import FILES, blend
-from comp.predict import tta
+from comp.engine.ensemble import plots
+from comp.engine.ensemble.blend import FILES, blend
+from comp.engine.extras import compare, tta_search
+from comp.engine.report import plots as pictures_
+from comp.engine.run import runner, views
+from comp.engine.store import store
 
 # Of one run of a command and the next these differ: clocks, measured latencies, what a dead process left half-written.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
@@ -105,9 +106,9 @@ def in_a_row(work: Callable[[], Any], count: int, kills: int, chance: random.Ran
 def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs.gather(config())  # torch and all that stands on it, so that no child has to import it
+    runner.gather(config())  # torch and all that stands on it, so that no child has to import it
     pictures_.figure_of(2, 2)
-    monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip")})
+    monkeypatch.setattr(views, "VIEWS", {name: views.VIEWS[name] for name in ("identity", "hflip")})
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
@@ -119,12 +120,12 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
 
     def pictures() -> None:
         blend("blend001")
-        drawings.draw("blend001")
+        plots.draw("blend001")
 
     commands: dict[str, Callable[[], Any]] = {
         "noise": lambda: compare.noise("tiny", 2),
         "compare": lambda: compare.compare(["tiny", "slow"], 2),
-        "tta": lambda: augmented.tta("slow-seeds"),
+        "tta": lambda: tta_search.tta("slow-seeds"),
         "ensemble --pictures": pictures,
     }
     counts = {name: events(work, tmp_path / "count") for name, work in commands.items()}

@@ -13,9 +13,13 @@ from forked import forked
 from test_compare import TINY, few
 from test_training import refusal
 
-from comp import bank, cli, experiments, identity, jobs, store
-from comp import config as configs
-from comp.models import measure
+from comp.engine import cli
+from comp.engine.bank import bank
+from comp.engine.config import experiments
+from comp.engine.config import resolve as configs
+from comp.engine.extras import measure
+from comp.engine.run import fingerprint, runner
+from comp.engine.store import store
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +32,8 @@ def of_as(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def work() -> None:
         few(root)
         (root / "configs" / "tiny.yaml").write_text(TINY.replace("limit: 48, ", ""))
-        jobs.train("tiny", ["optim.rate=1e-3"], name="a")
-        jobs.train("tiny", ["optim.rate=2e-3"], name="half", fold="0")
+        runner.train("tiny", ["optim.rate=1e-3"], name="a")
+        runner.train("tiny", ["optim.rate=2e-3"], name="half", fold="0")
 
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
@@ -59,7 +63,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     assert loaded.config.competition.metric == "log_loss", "what is scored now"
     assert experiments.load("half", debug=True).config.train.limit == 64
     before = experiments.load("half", ["competition.metric=accuracy"]).config
-    assert before == jobs.stored_config("half")
+    assert before == runner.stored_config("half")
 
 
 def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
@@ -71,7 +75,7 @@ def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
     assert "optim.rate=0.5" in out
     (line,) = err.splitlines()
     assert all(word in line for word in ("runs/a", "optim.rate", "0.001 there", "0.5 in configs/a.yaml"))
-    said = refusal(lambda: jobs.train("a", [], fold="0"))
+    said = refusal(lambda: runner.train("a", [], fold="0"))
     assert "optim.rate: 0.001 there, 0.5 here" in said and not capsys.readouterr().err
     (named / "configs/a.yaml").write_text("base: tiny\noptim: {rate: 0.001}\n")
     assert cli.main(["config", "a"]) == 0 and not capsys.readouterr().err, "it stands for the experiment"
@@ -103,17 +107,17 @@ def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["noise", "a", "--seeds", "2"]) == 0
     assert cli.main(["compare", "a", "half", "--seeds", "1"]) == 0
     assert (
-        jobs.stored_config("a-seeds").optim.rate == 1e-3
-        and jobs.stored_config("half-seeds").optim.rate == 2e-3
+        runner.stored_config("a-seeds").optim.rate == 1e-3
+        and runner.stored_config("half-seeds").optim.rate == 2e-3
     )
     assert cli.main(["features", "a", "--heads", "linear"]) == 0
     assert bank.find("a:linear", "oof").exists()
     assert cli.main(["train", "a", "--as", "b", "optim.rate=1e-4", "--fold", "0"]) == 0
-    assert jobs.stored_config("b").optim.rate == 1e-4 and jobs.stored_config("b").augment.recipe == "none"
+    assert runner.stored_config("b").optim.rate == 1e-4 and runner.stored_config("b").augment.recipe == "none"
     assert cli.main(["train", "half"]) == 0, "a run goes on by its name alone"
-    began = identity.command("half")
+    began = fingerprint.command("half")
     assert cli.main(["train", "half", "--fresh", "--fold", "1"]) == 0
-    assert jobs.stored_config("half").optim.rate == 2e-3 and identity.command("half") == began
+    assert runner.stored_config("half").optim.rate == 2e-3 and fingerprint.command("half") == began
     assert "score.json" in capsys.readouterr().out
 
 

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from conftest import HERE
 
-from comp import bank, cli, fan, folds, jobs, machine, samples, store
-from comp.config import Refused
+from comp.engine import cli, hardware
+from comp.engine.bank import bank
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.run import launcher, runner
+from comp.engine.store import store
 
 SMALL = ["track=none", "machine.workers=0", "train.limit=64", "schedule.warmup=0"]
 
@@ -44,7 +48,7 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
     alone: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     two = [*SMALL, "train.epochs=1", "train.seeds=[0,1]"]
-    jobs.train("exp001", two, name="alone", fold="0")
+    runner.train("exp001", two, name="alone", fold="0")
     arguments = ["train", "exp001", *two, "--as", "beside", "--fold", "0", "--on", "local:2"]
     assert cli.main(arguments) == 0
     assert weights("alone") == weights("beside") and len(weights("beside")) == 2
@@ -55,13 +59,13 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
 @pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
 def test_a_place_that_there_is_not(project: Path, on: str) -> None:
     with pytest.raises(Refused, match=r"--on .*: wants local"):
-        fan.crew(on, 1)
+        launcher.crew(on, 1)
 
 
 def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
-    lost = [fan.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
+    lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
     with pytest.raises(Refused) as refused:
-        fan.out(lost, fan.Local(1, 1, fan.show), machine.Stop(), lambda left: None)
+        launcher.out(lost, launcher.Local(1, 1, launcher.show), hardware.Stop(), lambda left: None)
     assert refused.value.lines[0] == "n0 failed:"
     assert "n0: no such run" in refused.value.lines[1]
 
@@ -72,30 +76,32 @@ class Waiting:
     size, machines = 2, 1
 
     def __init__(self) -> None:
-        self.futures: list[Future[fan.Ended]] = []
+        self.futures: list[Future[launcher.Ended]] = []
 
-    def begin(self, job: fan.Job) -> Future[fan.Ended]:
+    def begin(self, job: launcher.Job) -> Future[launcher.Ended]:
         self.futures.append(Future())
         return self.futures[-1]
 
     def interrupt(self) -> None:
         for future in self.futures:
-            future.set_result(fan.Ended(130, []))
+            future.set_result(launcher.Ended(130, []))
 
 
 def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
-    crew, stop = Waiting(), machine.Stop()
+    crew, stop = Waiting(), hardware.Stop()
     stop.asked = True
     with pytest.raises(KeyboardInterrupt, match="every job keeps what it has"):
-        fan.out([fan.Job("a", "fold", {}), fan.Job("b", "fold", {})], crew, stop, lambda left: None)
+        launcher.out(
+            [launcher.Job("a", "fold", {}), launcher.Job("b", "fold", {})], crew, stop, lambda left: None
+        )
     assert len(crew.futures) == 2
 
 
 def test_a_job_ends_with_who_started_it(project: Path) -> None:
     code = (
-        "import sys, threading; from comp import leashed; sys.argv = ['', 'hold', '{}']\n"
-        "leashed.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
-        "leashed.main()"
+        "import sys, threading; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
+        "worker.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "worker.main()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -150,7 +156,7 @@ def above(pid: str) -> Iterator[str]:
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluster: Any) -> None:
     run = [*SMALL, "train.epochs=12"]
-    jobs.train("exp001", run, name="here")
+    runner.train("exp001", run, name="here")
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
     raylets = {str(process.pid) for _, process in nodes[0].live_processes()}
     owners: dict[Path, set[str]] = {}
@@ -171,7 +177,7 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
     watcher = threading.Thread(target=lose_one)
     watcher.start()
     try:
-        jobs.train("exp001", run, name="far", on="ray")
+        runner.train("exp001", run, name="far", on="ray")
     finally:
         over.set()
         watcher.join()
@@ -188,7 +194,7 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
 
 @pytest.mark.slow
 def test_a_study_on_a_cluster(tuned: Path, cluster: Any) -> None:
-    from comp.tune import search
+    from comp.engine.tune import search
 
     small = [*SMALL, "train.epochs=1"]
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "4", "--on", "ray", *small]) == 0

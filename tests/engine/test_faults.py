@@ -15,10 +15,13 @@ import torch
 from conftest import config
 from test_training import TINY, refusal
 
-from comp import cli, folds, jobs, machine, own, samples, store, track
-from comp.config import Refused
-from comp.train import data, losses, processes, room
-from comp.train.data import Batch
+from comp import data, losses
+from comp.data import Batch
+from comp.engine import cli, hardware, pages
+from comp.engine.data import folds, samples, workers
+from comp.engine.errors import Refused
+from comp.engine.run import microbatch, runner, tracking
+from comp.engine.store import store
 
 
 def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +57,7 @@ def test_nan_names_step_and_samples_and_is_never_saved(
 ) -> None:
     broken(3, float("nan"), part, monkeypatch)
     tiny = [*TINY, "train.batch_size=8", "train.checkpoint_every=1", f"optim.clip={clip}"]
-    said = refusal(lambda: jobs.train("exp001", tiny, fold="0", name="x"))
+    said = refusal(lambda: runner.train("exp001", tiny, fold="0", name="x"))
     folder = project / "runs/x/seed0/fold0"
     assert "step 3" in said and "lower optim.rate" in said, said
     assert said.count(",") >= 1 and (clip == "null" or "samples" in said)
@@ -96,14 +99,16 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
             made.append(Cramped(flat, most))
             return made[-1]
 
-        monkeypatch.setattr(own.competition, "model", network, raising=False)
-        jobs.train("exp001", [*TINY, "train.batch_size=16", "train.accumulate=2"], fold="0", name=f"x{most}")
+        monkeypatch.setattr(pages.competition, "model", network, raising=False)
+        runner.train(
+            "exp001", [*TINY, "train.batch_size=16", "train.accumulate=2"], fold="0", name=f"x{most}"
+        )
         folder = project / f"runs/x{most}/seed0/fold0"
         from safetensors.torch import load_file
 
         file = load_file(folder / "weights.safetensors")
         given = next(m.given for m in made if m.given)
-        return torch.cat([t.flatten() for t in file.values()]), given, track.read(folder / "log.jsonl")
+        return torch.cat([t.flatten() for t in file.values()]), given, tracking.read(folder / "log.jsonl")
 
     whole, given, _ = weights(16)
     assert given == [16, 16]
@@ -116,7 +121,7 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
 
 def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
     network = torch.nn.BatchNorm1d(3)
-    place = room.Room(network, 4)
+    place = microbatch.Room(network, 4)
     batch = Batch(torch.arange(4).numpy(), torch.randn(4, 3), None, {})
     place.begin([batch], seed=1)
     again: list[int] = []
@@ -187,7 +192,7 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
     def dying(loader: Any) -> Any:
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
-    monkeypatch.setattr(processes, "undisturbed", dying)
+    monkeypatch.setattr(workers, "undisturbed", dying)
     plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)
     assert "machine.workers=0" in refusal(lambda: list(feed.batches(plan)))
 
@@ -200,7 +205,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused(
 ) -> None:
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    loader = processes.Processes[list[int], list[int]](data.Pictures.__new__(data.Pictures), list, 1, False)
+    loader = workers.Processes[list[int], list[int]](data.Pictures.__new__(data.Pictures), list, 1, False)
     with pytest.raises(Refused, match=r"TMPDIR: .* is too long for the sockets"):
         next(loader.batches([[0]]))
 
@@ -218,39 +223,39 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_a_time_is_read_as_people_write_it() -> None:
     for text, seconds in {"8h30m": 30600, "90s": 90, "1.5h": 5400, "45m": 2700, "1h1m1s": 3661}.items():
-        assert machine.seconds("--time-limit", text) == seconds
+        assert hardware.seconds("--time-limit", text) == seconds
     for text in ("", "8", "0h", "-1h", "8h30", "soon"):
-        assert "8h30m" in refusal(lambda text=text: machine.seconds("--time-limit", text))  # type: ignore[misc]
+        assert "8h30m" in refusal(lambda text=text: hardware.seconds("--time-limit", text))  # type: ignore[misc]
 
 
 def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:
     """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so far."""
     ticks = iter([0, 10, 20, 320, 330, 340, 629, 631])
-    stop = machine.Stop(1000, clock=lambda: float(next(ticks)))
+    stop = hardware.Stop(1000, clock=lambda: float(next(ticks)))
     assert [stop.asked for _ in range(7)] == [False] * 6 + [True]
     assert stop.longest == 300 and stop.out_of_time
 
 
 @pytest.fixture
-def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], machine.Stop]:
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], hardware.Stop]:
     """A clock that goes on by a second at every look, so that a limit of n is n steps."""
 
-    def limited(limit: float) -> machine.Stop:
+    def limited(limit: float) -> hardware.Stop:
         clock = itertools.count()
-        return machine.Stop(limit, clock=lambda: float(next(clock)))
+        return hardware.Stop(limit, clock=lambda: float(next(clock)))
 
-    monkeypatch.setattr(machine.Stop, "MARGIN", 1.0)
+    monkeypatch.setattr(hardware.Stop, "MARGIN", 1.0)
     return limited
 
 
 def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
-    project: Path, ticking: Callable[[float], machine.Stop], capsys: pytest.CaptureFixture[str]
+    project: Path, ticking: Callable[[float], hardware.Stop], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [*TINY, "train.batch_size=8", "train.epochs=2"]  # 6 steps an epoch
     whole = [*tiny, "train.seeds=[0]"]
-    jobs.train("exp001", whole, fold="1", name="whole")
+    runner.train("exp001", whole, fold="1", name="whole")
     capsys.readouterr()
-    jobs.train("exp001", whole, name="x", stop=ticking(20))
+    runner.train("exp001", whole, name="x", stop=ticking(20))
     said = capsys.readouterr().out
     assert "time limit: saved at step" in said and said.strip().splitlines()[-1].startswith(
         "next: comp train exp001"
@@ -259,18 +264,18 @@ def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
     assert (project / "runs/x/seed0/fold0/test.arrow").exists() and list(
         (project / "runs/x/seed0/fold1").glob("state-*.pt")
     )
-    jobs.train("exp001", whole, fold="1", name="x")
+    runner.train("exp001", whole, fold="1", name="x")
     ends = {store.sha256(project / f"runs/{name}/seed0/fold1/weights.safetensors") for name in ("whole", "x")}
     assert len(ends) == 1
 
 
 def test_predictions_that_the_limit_cut_are_made_at_the_next_start(
-    project: Path, ticking: Callable[[float], machine.Stop], capsys: pytest.CaptureFixture[str]
+    project: Path, ticking: Callable[[float], hardware.Stop], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [*TINY, "train.batch_size=8", "predict.batch_size=8"]
-    jobs.train("exp001", tiny, fold="0", name="x", stop=ticking(11))
+    runner.train("exp001", tiny, fold="0", name="x", stop=ticking(11))
     folder = project / "runs/x/seed0/fold0"
     assert "time limit: oof of seed 0 fold 0" in capsys.readouterr().out
     assert (folder / "weights.safetensors").exists() and not (folder / "oof.arrow").exists()
-    jobs.train("exp001", tiny, fold="0", name="x")
+    runner.train("exp001", tiny, fold="0", name="x")
     assert (folder / "oof.arrow").exists() and (folder / "test.arrow").exists()

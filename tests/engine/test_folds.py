@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from comp import declared
-from comp.config import Refused
-from comp.folds import TAUGHT_ONLY, Folds
-from comp.prepare import assign, audit, balance
-from comp.samples import Samples
-from comp.tasks import Head
+from comp.engine.config import competition_schema
+from comp.engine.data import fold_audit, fold_balance, make_folds
+from comp.engine.data.folds import TAUGHT_ONLY, Folds
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.tasks.kinds import Head
 
 Codes = NDArray[np.int64]
 
@@ -42,15 +42,15 @@ def table(
     return Samples(frame.assign(row=frame["id"]), (head,), "hash")
 
 
-def plan(scheme: str, **changes: Any) -> declared.Folds:
-    return declared.Folds.model_validate(
+def plan(scheme: str, **changes: Any) -> competition_schema.Folds:
+    return competition_schema.Folds.model_validate(
         {"scheme": scheme, "k": 5, "seed": 0, "blind_to_groups": "group" not in scheme} | changes
     )
 
 
 def made(table: Samples, scheme: str, **changes: Any) -> Folds:
     how = plan(scheme, **changes)
-    return Folds(assign.assign(table, how), assign.described(how, table), table)
+    return Folds(make_folds.assign(table, how), make_folds.described(how, table), table)
 
 
 def counts(found: Folds, repeat: int = 0) -> Codes:
@@ -91,14 +91,14 @@ def steady(count: int = 600) -> Samples:
     )
 
 
-@pytest.mark.parametrize("scheme", assign.SCHEMES)
+@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
 def test_folds_are_the_same_for_ever(scheme: str) -> None:
     """A change here breaks every run that anyone has: same samples and seed must give the same folds in every version."""
     found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
     assert hashlib.sha256(found.of_sample.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
 
 
-@pytest.mark.parametrize("scheme", assign.SCHEMES)
+@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
 def test_the_order_of_rows_does_not_matter(scheme: str) -> None:
     one = table(task="regression" if scheme == "quantiles" else "multiclass")
     shuffled = Samples(one.frame.sample(frac=1, random_state=1).reset_index(drop=True), one.heads, one.hash)
@@ -150,7 +150,7 @@ def test_groups_stay_together(scheme: str, holdout: float) -> None:
     for repeat in range(2):
         places = pd.Series(found.of_sample[repeat]).groupby(found.samples.frame["group"]).nunique()
         assert (places == 1).all()
-    assert audit.audit(found.samples, found)["faults"] == []
+    assert fold_audit.audit(found.samples, found)["faults"] == []
     assert abs(len(found.locked()) / 600 - holdout) < 0.03
 
 
@@ -177,16 +177,16 @@ def test_few_groups_are_swapped_until_it_helps_no_more() -> None:
     """Greedy alone leaves folds of writers a third more uneven."""
     rng = np.random.default_rng(3)
     unit = rng.integers(0, 16, 1500)
-    found = balance.counted(unit, rng.integers(0, 10, 1500))
-    key = balance.keys(balance.hashes(map(str, range(16))), 0)
-    improved = balance.groups(found, 5, key)
+    found = fold_balance.counted(unit, rng.integers(0, 10, 1500))
+    key = fold_balance.keys(fold_balance.hashes(map(str, range(16))), 0)
+    improved = fold_balance.groups(found, 5, key)
 
     def unevenness(fold: Codes) -> float:
         load = np.zeros((5, 10))
         np.add.at(load, (fold[found.unit], found.label), found.count)
         return float(load.std(axis=0).mean())
 
-    greedy = balance._improved(found, 5, improved, passes=0)
+    greedy = fold_balance._improved(found, 5, improved, passes=0)
     assert (greedy == improved).all()
     for a in range(16):
         for b in range(16):
@@ -205,7 +205,7 @@ def test_several_labels_are_spread_together() -> None:
         found = made(one, scheme)
         positives = np.array([labels[found.of_sample[0] == f].sum(axis=0) for f in range(5)])
         assert (np.ptp(positives, axis=0) <= 1 + slack * positives.mean(axis=0)).all(), scheme
-        assert audit.audit(one, found)["faults"] == []
+        assert fold_audit.audit(one, found)["faults"] == []
 
 
 def test_time_trains_on_the_past() -> None:
@@ -224,14 +224,14 @@ def test_time_of_few_moments_never_splits_one() -> None:
     one = table(600, time=np.repeat([1.0, 2.0, 3.0], 200))
     found = made(one, "time", k=2)
     assert [len(found.split(f)[1]) for f in range(2)] == [200, 200]
-    report = audit.audit(one, made(one, "time", k=4))
+    report = fold_audit.audit(one, made(one, "time", k=4))
     assert any("is empty" in fault for fault in report["faults"])
 
 
 # --- the locked hold-out, and rows that only teach -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", assign.SCHEMES)
+@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
 def test_the_hold_out_is_in_no_split(scheme: str) -> None:
     found = made(table(task="regression" if scheme == "quantiles" else "multiclass"), scheme, holdout=0.2)
     locked = set(found.locked().tolist())

@@ -12,11 +12,12 @@ import pytest
 from conftest import config
 from test_folds import made, table
 
-from comp import cli, folds, samples, store
-from comp.config import Refused
-from comp.folds import LOCKED, TAUGHT_ONLY, Folds
-from comp.prepare import assign, audit, tables
-from comp.samples import Samples
+from comp.engine import cli
+from comp.engine.data import fold_audit, folds, make_folds, prepare, samples
+from comp.engine.data.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 # --- audit ---------------------------------------------------------------------------------------------------------------
 
@@ -28,12 +29,12 @@ def altered(found: Folds, rows: Any, fold: int) -> Folds:
 
 
 def faults(found: Folds) -> list[str]:
-    return list(audit.audit(found.samples, found)["faults"])
+    return list(fold_audit.audit(found.samples, found)["faults"])
 
 
 def test_the_audit_counts() -> None:
     found = made(table(), "stratified_group", holdout=0.1)
-    report = audit.audit(found.samples, found)
+    report = fold_audit.audit(found.samples, found)
     assert sum(line["rows"] for line in report["folds"]) + report["locked"] == 600
     for line in report["folds"]:
         taught, scored = found.split(line["fold"])
@@ -43,14 +44,14 @@ def test_the_audit_counts() -> None:
         shares = line["targets"]["y"]
         assert list(shares["shares"].values()) == (there / there.sum()).tolist()
         assert shares["rarest"] == "abcd"[there.argmin()] and shares["rarest_rows"] == there.min()
-    text = audit.table(report).splitlines()
+    text = fold_audit.table(report).splitlines()
     assert text[0].split() == ["fold", "rows", "taught", "groups", "a", "b", "c", "d", "rarest"]
     assert len(text) == 7 and f"{report['locked']} rows are locked away" in text[6]
 
 
 def test_the_audit_of_numbers() -> None:
     found = made(table(task="regression"), "quantiles")
-    first = audit.audit(found.samples, found)["folds"][0]
+    first = fold_audit.audit(found.samples, found)["folds"][0]
     values = found.samples.frame["target.y"].to_numpy()[found.split(0)[1]]
     assert first["targets"]["y"] == {
         "mean": values.mean(),
@@ -73,7 +74,7 @@ def test_a_group_in_two_folds_is_a_fault() -> None:
     (line,) = faults(altered(found, rows[0], TAUGHT_ONLY))
     assert line == f"group {name!r} stands in the rows never scored and fold {here}"
     blind = made(table(), "stratified")
-    report = audit.audit(blind.samples, blind)
+    report = fold_audit.audit(blind.samples, blind)
     assert report["faults"] == [] and report["notes"][0].startswith("blind to groups on purpose: 5")
 
 
@@ -116,7 +117,7 @@ def test_with_groups_a_class_needs_as_many_groups_as_folds() -> None:
 
 
 def again(remake: bool = False) -> Folds:
-    assign.make(config(experiment="base"), samples.load(), remake)
+    make_folds.make(config(experiment="base"), samples.load(), remake)
     return folds.load(samples.load())
 
 
@@ -126,16 +127,16 @@ def test_folds_are_written_with_their_audit(project: Path, capsys: pytest.Captur
         "scheme": "stratified_group", "k": 5, "repeats": 1, "seed": 0, "rule": "others", "gap": 0,
     }  # fmt: skip
     written = store.read_json(project / "data" / "folds_audit.json")
-    assert written == audit.audit(found.samples, found) and written["faults"] == []
+    assert written == fold_audit.audit(found.samples, found) and written["faults"] == []
     before = store.folds_file().read_bytes()
     again()
     printed = capsys.readouterr().out
     assert (
         "unchanged" in printed
-        and audit.table(written) in printed
+        and fold_audit.table(written) in printed
         and printed.splitlines()[-1].startswith("next: comp train")
     )
-    assert audit.table(written) + "\n" == (project / "data" / "folds_audit.txt").read_text()
+    assert fold_audit.table(written) + "\n" == (project / "data" / "folds_audit.txt").read_text()
     again(remake=True)
     assert store.folds_file().read_bytes() == before
     store.folds_file().unlink()
@@ -217,7 +218,7 @@ def crops() -> Samples:
     return with_images(one, [ways[i // 200].format(i % 200) for i in range(600)])
 
 
-@pytest.mark.parametrize("scheme", [each for each in assign.SCHEMES if each != "time"])
+@pytest.mark.parametrize("scheme", [each for each in make_folds.SCHEMES if each != "time"])
 @pytest.mark.parametrize("holdout", [0.0, 0.2])
 def test_rows_that_name_one_file_share_a_fold_under_any_scheme(scheme: str, holdout: float) -> None:
     found = made(crops(), scheme, holdout=holdout, repeats=2)
@@ -270,7 +271,7 @@ def test_an_extra_row_does_not_train_the_fold_that_scores_its_image() -> None:
     """As `extra: [{table: train.csv}]` makes them: each training row once more."""
     one = table(600, source=["train"] * 300 + ["extra"] * 299 + ["test"])
     one = with_images(one, [f"train/{i % 300}.png" for i in range(600)])
-    for scheme in assign.SCHEMES:
+    for scheme in make_folds.SCHEMES:
         found = made(one, scheme, holdout=0.2)
         assert not [line for line in faults(found) if "image" in line], scheme
         source = one.frame["source"].to_numpy()
@@ -281,7 +282,10 @@ def test_an_extra_row_does_not_train_the_fold_that_scores_its_image() -> None:
         assert len(found.locked()) == 300 - len(found.scored) - (scheme == "time") * int(
             (found.of_sample[0, :300] == -1).sum()
         )
-        assert any("299 extra rows" in note for note in audit.audit(one, found)["notes"]) or scheme == "time"
+        assert (
+            any("299 extra rows" in note for note in fold_audit.audit(one, found)["notes"])
+            or scheme == "time"
+        )
 
 
 def test_a_pseudo_labelled_row_does_not_train_the_fold_that_scores_its_image() -> None:
@@ -351,7 +355,7 @@ def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
 ) -> None:
     """By its own paths, and as copies under other names."""
     declare(project, ("id: id", 'id: id\nextra: [{table: train.csv, image: "train/{id}.png"}]'))
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     assert cli.main(["folds", "--remake"]) == 0
     assert "1437 extra rows" in capsys.readouterr().out
     rows, raw = samples.load(), project / "data/raw"
@@ -367,7 +371,7 @@ def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
     assert leaking() == 0
     shutil.copytree(raw / "train", raw / "old")
     declare(project, ('image: "train/{id}.png"}]', 'image: "old/{id}.png"}]'))
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     rows = samples.load()
     assert cli.main(["folds", "--remake"]) == 2
     said = capsys.readouterr().err

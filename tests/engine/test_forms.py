@@ -10,10 +10,11 @@ import pytest
 from conftest import config
 from test_layouts import declare, prepared, put, refused
 
-from comp import bank, competition, folds, predictions, samples, score, store
-from comp.config import Refused
-from comp.deliver import submission
-from comp.prepare import assign
+from comp import competition, submission
+from comp.engine.bank import bank, predictions, score
+from comp.engine.data import folds, make_folds, samples
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 # --- targets and forms ---------------------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def said(table: samples.Samples, kind: str, heads: dict[str, Any]) -> prediction
 
 def stand(table: samples.Samples, oof: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
     """Folds, and a run of given predictions; its score."""
-    assign.make(config(experiment="base"), table)
+    make_folds.make(config(experiment="base"), table)
     cfg = config(experiment="base")
     folder = store.run_folder("exp001")
     for kind, heads in (("oof", oof), ("test", test)):
@@ -146,7 +147,7 @@ def test_a_row_of_several_samples_is_scored_and_written_once(empty: Path) -> Non
     assert [round(float(line.split(",")[1]), 3) for line in written()[1:]] == [0.7, 0.4]
     declare(empty, task="binary", metric="roc_auc", row="{patient}_{side}", test={"table": "test.csv", "image": "{id}.png"}, submission={"sample": "sample.csv", "form": "probability"})  # fmt: skip
     with pytest.raises(Refused, match="name a group column that holds rows together"):
-        assign.make(config(experiment="base"), prepared(), remake=True)
+        make_folds.make(config(experiment="base"), prepared(), remake=True)
 
 
 def test_ranking_soft_labels_extra_tables_and_weights(empty: Path) -> None:

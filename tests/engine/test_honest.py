@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from metric_cases import PAIRS, case
 
-from comp.honest import bootstrap, fold_table, nested, paired, resamples, scorer, units
-from comp.metrics import METRICS, Metric, MetricUndefined
+from comp.engine.bank.metric_formulas import MetricUndefined
+from comp.engine.bank.nested_cv import bootstrap, fold_table, nested, paired, resamples, scorer, units
+from comp.metrics import METRICS, Metric
 
 AUC, QWK, RMSE, LOSS, F1 = (METRICS[name] for name in ("roc_auc", "qwk", "rmse", "log_loss", "f1"))
 SEEDS = range(20)

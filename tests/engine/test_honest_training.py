@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from conftest import config
 
-from comp import jobs, samples, store
-from comp.prepare import assign, tables
+from comp.engine.data import make_folds, prepare, samples
+from comp.engine.run import runner
+from comp.engine.store import store
 
 # As long as configs/exp001.yaml trains, pictures in memory.
 QUIET = [
@@ -30,10 +31,10 @@ def test_random_labels_score_chance(project: Path) -> None:
         table["label"] = np.random.default_rng(seed).integers(0, 10, len(table)).astype(str)
         table.to_csv(raw, index=False)
         cfg = config()
-        tables.prepare(cfg)
-        assign.make(cfg, samples.load(), remake=True)
+        prepare.prepare(cfg)
+        make_folds.make(cfg, samples.load(), remake=True)
         for name, more in RUNS.items():
-            jobs.train("exp001", [*QUIET, *more], name=name, fresh=True)
+            runner.train("exp001", [*QUIET, *more], name=name, fresh=True)
             scores[name].append(store.read_json(project / f"runs/{name}/score.json")["oof"])
     for name, each in scores.items():
         error = np.std(each, ddof=1) / np.sqrt(len(each))

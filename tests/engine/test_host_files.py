@@ -15,11 +15,13 @@ from conftest import config
 from test_forms import logits, stand, written
 from test_layouts import declare, opened, picture, prepared, put, refused
 
-from comp import cli, competition, samples
-from comp.config import Refused
-from comp.deliver import dummy, submission, validate
-from comp.prepare import check, containers, spelling
-from comp.prepare.sample import read_sample
+from comp import competition, submission
+from comp.engine import cli
+from comp.engine.data import check, samples
+from comp.engine.data.sample_submission import read_sample
+from comp.engine.deliver import dummy, validate
+from comp.engine.errors import Refused
+from comp.engine.readers import containers, unicode_names
 
 NFC, NFD = (unicodedata.normalize(form, "Übung é") for form in ("NFC", "NFD"))
 
@@ -196,7 +198,7 @@ def test_folders_that_are_labels_in_another_spelling_than_the_sample(empty: Path
 
 def test_a_name_that_is_nowhere_is_left_alone(tmp_path: Path) -> None:
     for name in ("nowhere/a.png", f"{NFC}/a.png", f"{NFD}.csv"):
-        assert spelling.on_disk(tmp_path, name) == name
+        assert unicode_names.on_disk(tmp_path, name) == name
 
 
 def test_a_table_in_either_spelling_alone_and_in_an_archive(empty: Path) -> None:

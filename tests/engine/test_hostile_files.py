@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comp import cli
+from comp.engine import cli
 
 DECLARED = """
 slug: files

@@ -19,9 +19,12 @@ from PIL import Image
 from test_compare import few
 from test_training import TINY, refusal
 
-from comp import bank, cli, identity, jobs, own, samples, store
-from comp.prepare import assign, cache, image_files, tables
-from comp.train import model
+from comp import models
+from comp.engine import cli, pages
+from comp.engine.bank import bank
+from comp.engine.data import cache, image_files, make_folds, prepare, samples
+from comp.engine.run import fingerprint, runner
+from comp.engine.store import store
 
 # --- before anything is spent --------------------------------------------------------------------------------------------
 
@@ -39,26 +42,26 @@ from comp.train import model
 def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(
     project: Path, override: str, words: list[str]
 ) -> None:
-    said = refusal(lambda: jobs.train("exp001", [*TINY, override], fold="0", name="x"))
+    said = refusal(lambda: runner.train("exp001", [*TINY, override], fold="0", name="x"))
     assert all(word in said for word in words), said
     assert not (project / "runs/x").exists(), "a refused start must leave nothing that blocks the next"
 
 
 def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
-    assert "--as NAME" in refusal(lambda: jobs.train("exp001", ["optim.rate=1"]))
+    assert "--as NAME" in refusal(lambda: runner.train("exp001", ["optim.rate=1"]))
     assert not (project / "runs").exists()
 
 
 def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     before = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
-    said = refusal(lambda: jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
+    said = refusal(lambda: runner.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
     assert "optim.rate: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
-    jobs.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
+    runner.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
     assert len(list((project / "runs/.trash").iterdir())) == 1
-    jobs.train(
+    runner.train(
         "exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x"
     )  # another seed is the same run
 
@@ -66,16 +69,16 @@ def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(p
 def test_a_knob_without_effect_says_so(project: Path) -> None:
     cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
     heads = samples.load().heads
-    model.build(cfg, heads, pretrained=False)
+    models.build(cfg, heads, pretrained=False)
     said = refusal(
-        lambda: model.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False)
+        lambda: models.build(config("model.drop_path_rate=0.1", "model.name=vgg11"), heads, pretrained=False)
     )
     assert "model.drop_path_rate" in said and "vgg11" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
     said = refusal(
-        lambda: jobs.train(
+        lambda: runner.train(
             "exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"
         )
     )
@@ -88,52 +91,52 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Pat
 
 def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
     """What a model has seen must never become what it is scored on."""
-    jobs.train("exp001", TINY, fold="0", name="x")
-    assign.make(config("competition.folds.seed=7"), samples.load(), remake=True)
-    said = refusal(lambda: jobs.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
+    runner.train("exp001", TINY, fold="0", name="x")
+    make_folds.make(config("competition.folds.seed=7"), samples.load(), remake=True)
+    said = refusal(lambda: runner.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
     assert "folds.seed: 0 there, 7 here" in said
     cut = pd.read_csv(project / "data/raw/train.csv", dtype=str).iloc[:-3]
     cut.to_csv(project / "data/raw/train.csv", index=False)
-    tables.prepare(config())
-    assign.make(config(), samples.load(), remake=True)
-    said = refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
+    prepare.prepare(config())
+    make_folds.make(config(), samples.load(), remake=True)
+    said = refusal(lambda: runner.train("exp001", TINY, fold="1", name="x"))
     assert "another data/samples.parquet" in said and "other folds" in said
 
 
 def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output, target, reduction="none")
 
-    monkeypatch.setattr(own.competition, "loss", loss, raising=False)
-    assert "another comp/competition.py" in refusal(lambda: jobs.train("exp001", TINY, fold="1", name="x"))
+    monkeypatch.setattr(pages.competition, "loss", loss, raising=False)
+    assert "another comp/competition.py" in refusal(lambda: runner.train("exp001", TINY, fold="1", name="x"))
 
 
 def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
     for number in "01":
-        jobs.train("exp001", TINY, fold=number, name="x")
+        runner.train("exp001", TINY, fold=number, name="x")
     kept = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
-    jobs.train("exp001", TINY, fold="1", name="x", fresh=True)
+    runner.train("exp001", TINY, fold="1", name="x", fresh=True)
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == kept
     assert len(list((project / "runs/.trash").iterdir())) == 1
     with store.lock(project / "runs/x/seed0/fold0", "training"):
-        said = refusal(lambda: jobs.train("exp001", TINY, name="x", fresh=True))
+        said = refusal(lambda: runner.train("exp001", TINY, name="x", fresh=True))
     assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
 
 
 def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(project: Path) -> None:
     few(project)
     for number in "01":
-        jobs.train("exp001", TINY, fold=number, name="x")
+        runner.train("exp001", TINY, fold=number, name="x")
     kept = project / "runs/x/seed0/fold0/weights.safetensors"
     other = [*TINY, "optim.rate=1e-4"]
-    said = refusal(lambda: jobs.train("exp001", other, fold="0", name="x", fresh=True))
+    said = refusal(lambda: runner.train("exp001", other, fold="0", name="x", fresh=True))
     assert "optim.rate: 0.005 there, 0.0001 here" in said
     assert store.sealed(kept) and not (project / "runs/.trash").exists(), "nothing moved"
     (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
     assert cli.main(shlex.split(advice)) == 0
-    assert jobs.stored_config("x").optim.rate == 1e-4 and (project / "runs/x/score.json").exists()
+    assert runner.stored_config("x").optim.rate == 1e-4 and (project / "runs/x/score.json").exists()
 
 
 def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
@@ -143,7 +146,7 @@ def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "weights.safetensors").write_bytes(b"w")
     with store.lock(store.fold_folder("x", 1, 0), "training"):
-        said = refusal(lambda: jobs.train("exp001", two, fold="0", name="x", fresh=True))
+        said = refusal(lambda: runner.train("exp001", two, fold="0", name="x", fresh=True))
     assert "already training" in said
     assert (store.fold_folder("x", 0, 0) / "weights.safetensors").exists()
 
@@ -153,8 +156,8 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
 
     def started(rate: str, *more: str) -> tuple[str, str]:
         cfg = config(f"optim.rate={rate}", *more)
-        identity.claim("x", cfg, split, f"comp train exp001 --as x optim.rate={rate}{''.join(more)}")
-        return identity.command("x"), identity.birth("x")
+        fingerprint.claim("x", cfg, split, f"comp train exp001 --as x optim.rate={rate}{''.join(more)}")
+        return fingerprint.command("x"), fingerprint.birth("x")
 
     first = started("0.1")
     assert started("0.1") == first, "killed and begun again it is the same run"
@@ -167,54 +170,54 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     seeds = started("0.2", "train.seeds=[0,1]")
     assert seeds[0].endswith("train.seeds=[0,1]") and seeds[1] == other[1], "more seeds of the same run"
     assert "comp train exp001 --as x optim.rate=0.3 --fresh" in refusal(lambda: started("0.3"))
-    assert identity.command("x") == seeds[0]
+    assert fingerprint.command("x") == seeds[0]
 
 
 def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
-    jobs.train("exp001", ["machine.progress=false", "train.limit=20"], fold="0", debug=True, name="y")
-    words = shlex.split(identity.command("x"))
+    runner.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
+    runner.train("exp001", ["machine.progress=false", "train.limit=20"], fold="0", debug=True, name="y")
+    words = shlex.split(fingerprint.command("x"))
     assert words[:5] == ["comp", "train", "exp001", "--as", "x"] and "predict.tta=[identity, hflip]" in words
-    assert shlex.split(identity.command("y"))[:6] == ["comp", "train", "exp001", "--as", "y", "--debug"]
-    assert f"next: {identity.command('y')}" in capsys.readouterr().out
+    assert shlex.split(fingerprint.command("y"))[:6] == ["comp", "train", "exp001", "--as", "y", "--debug"]
+    assert f"next: {fingerprint.command('y')}" in capsys.readouterr().out
 
 
 def test_half_a_start_is_no_start(project: Path) -> None:
     """Killed between writing and sealing config.yaml: the same command goes on, and so does another config."""
     (project / "runs/x").mkdir(parents=True)
     (project / "runs/x/config.yaml").write_text("data: {size: 3}\n")
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     assert (project / "runs/x/seed0/fold0/test.arrow").exists()
 
 
 def test_a_run_does_not_take_the_name_of_an_ensemble(project: Path) -> None:
     (project / "configs/ensembles/blend001.yaml").write_text("members: [x]\nmethod: mean\n")
-    assert "ensemble" in refusal(lambda: jobs.train("exp001", TINY, fold="0", name="blend001"))
+    assert "ensemble" in refusal(lambda: runner.train("exp001", TINY, fold="0", name="blend001"))
 
 
 def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     file = project / "runs/x/config.yaml"
     kept = [line for line in file.read_text().splitlines() if "drop_path_rate" not in line]
     assert len(kept) == len(file.read_text().splitlines()) - 1
     file.write_text("\n".join(kept) + "\n")
     store.seal(file)
-    assert jobs.stored_config("x").model.drop_path_rate == 0.0
-    jobs.train("exp001", TINY, fold="1", name="x")
+    assert runner.stored_config("x").model.drop_path_rate == 0.0
+    runner.train("exp001", TINY, fold="1", name="x")
 
 
 def test_a_batch_of_damaged_pictures_alone_is_no_crash(project: Path) -> None:
     table = samples.load()
     (project / "data/raw" / table.frame["images"].iloc[table.positions("test")[47]][0]).write_bytes(b"")
     tiny = [*TINY, "predict.batch_size=47", "model.name=test_convnext"]
-    jobs.train("exp001", tiny, fold="0", name="x")
+    runner.train("exp001", tiny, fold="0", name="x")
     assert len((project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()) == 1
 
 
 def test_a_device_that_is_not_there_is_one_line(project: Path) -> None:
-    assert "machine.device" in refusal(lambda: jobs.train("exp001", ["machine.device=gpu"]))
+    assert "machine.device" in refusal(lambda: runner.train("exp001", ["machine.device=gpu"]))
     if not torch.cuda.is_available():
-        said = refusal(lambda: jobs.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
+        said = refusal(lambda: runner.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
         assert "no GPU" in said
 
 
@@ -302,7 +305,7 @@ def test_touched_images_go_on_with_a_note(
         f"note: 1797 image files of runs/x have another mtime and the same {what}; it goes on"
         in capsys.readouterr().out
     )
-    identity.same_images("x", config(cache))
+    fingerprint.same_images("x", config(cache))
     noted = "note:" in capsys.readouterr().out
     assert noted == (cache == CACHES[1]), "what was hashed again is not hashed a second time"
 
@@ -360,11 +363,11 @@ def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: P
         record.unlink()
         if damage is not None:
             record.write_bytes(damage)
-        identity.same_images("exp001", config())
+        fingerprint.same_images("exp001", config())
         assert record.read_bytes() == whole
     record.unlink()
     replaced(files(trained, "train", 1))
-    assert f"data/images/{record.name}: gone" in refusal(lambda: identity.same_images("exp001", config()))
+    assert f"data/images/{record.name}: gone" in refusal(lambda: fingerprint.same_images("exp001", config()))
 
 
 def test_an_archive_of_images_is_one_file(project: Path) -> None:
@@ -380,8 +383,8 @@ def test_an_archive_of_images_is_one_file(project: Path) -> None:
     packed(0)
     yaml = project / "configs/competition.yaml"
     yaml.write_text(yaml.read_text().replace('"train/{id}.png"', '"train.zip/{id}.png"'))
-    tables.prepare(config())
-    assign.make(config(), samples.load(), remake=True)
+    prepare.prepare(config())
+    make_folds.make(config(), samples.load(), remake=True)
     digest = image_files.record(config())
     assert image_files.compare(config(), digest) == (361, [], [], 0, 0)
     cache.open_images(
@@ -411,7 +414,7 @@ def test_killed_while_the_record_is_written_what_was_there_stays(
     with monkeypatch.context() as patch:
         patch.setattr(image_files.pq, "write_table", killed)
         with pytest.raises(KeyboardInterrupt):
-            identity.same_images("exp001", config())
+            fingerprint.same_images("exp001", config())
         assert record.read_bytes() == before and len(list((trained / "data/images").iterdir())) == 1
         record.unlink()
         with pytest.raises(KeyboardInterrupt):

@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from comp.prepare import images
-from comp.prepare.images import Damaged, Fit
+from comp.engine.readers import decode
+from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.decode import Fit
 
 Pixels = NDArray[np.uint8]
 pytestmark = pytest.mark.filterwarnings(
@@ -44,7 +45,7 @@ def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-LENIENT = images.arrays.Numbers(lenient=True)
+LENIENT = decode.arrays.Numbers(lenient=True)
 PICTURE = photograph(90, 120)
 COLOUR = Image.fromarray(PICTURE)
 GREY = COLOUR.convert("L")
@@ -85,7 +86,7 @@ KINDS: dict[str, tuple[bytes, Pixels | None]] = {
 
 
 def whole(data: bytes, channels: int = 3) -> Pixels:
-    return images.decode(data, None, "stretch", channels, "x")
+    return decode.decode(data, None, "stretch", channels, "x")
 
 
 def away(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -117,7 +118,7 @@ def test_a_cut_file_is_damaged_wherever_it_is_cut(kind: str) -> None:
     for cut in sorted(cuts):
         for size in (None, 32):
             with pytest.raises(Damaged, match=r"^some/file.jpg: "):
-                images.decode(data[:cut], size, "stretch", 3, "some/file.jpg")
+                decode.decode(data[:cut], size, "stretch", 3, "some/file.jpg")
                 pytest.fail(f"{kind} cut after {cut} of {len(data)} bytes gave a picture at size {size}")
     assert whole(data + b"\0" * 20).shape == (90, 120, 3), "what follows the end of a file is no damage"
 
@@ -129,7 +130,7 @@ def test_a_broken_download_with_zeros_for_the_rest_is_damaged(kind: str) -> None
         cut = data[: int(len(data) * share)]
         for size in (None, 32):
             with pytest.raises(Damaged):
-                images.decode(cut + bytes(len(data) - len(cut)), size, "stretch", 3, "x")
+                decode.decode(cut + bytes(len(data) - len(cut)), size, "stretch", 3, "x")
                 pytest.fail(f"{share} of a {kind} gave a picture at size {size}")
 
 
@@ -177,7 +178,7 @@ NO_PICTURE = {
 def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
     data, reason = NO_PICTURE[what]
     with pytest.raises(Damaged, match=f"^train/7.jpg: .*{reason}") as caught:
-        images.decode(data, 224, "cover", 3, "train/7.jpg")
+        decode.decode(data, 224, "cover", 3, "train/7.jpg")
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.name, again.reason, str(again)) == (
         caught.value.name,
@@ -188,16 +189,16 @@ def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_is_decoded_beyond_the_largest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "LARGEST", 90 * 120 - 1)
+    monkeypatch.setattr(decode, "LARGEST", 90 * 120 - 1)
     with pytest.raises(Damaged, match="120 x 90 px are absurdly many"):
-        images.decode(KINDS[kind][0], 8, "stretch", 3, "x")
+        decode.decode(KINDS[kind][0], 8, "stretch", 3, "x")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
     with pytest.raises(Damaged, match=r"^train/7.jpg: no such file"):
-        images.read(tmp_path / "7.jpg", "train/7.jpg")
+        decode.read(tmp_path / "7.jpg", "train/7.jpg")
     with pytest.raises(Damaged, match=r"^train: is a directory"):
-        images.read(tmp_path, "train")
+        decode.read(tmp_path, "train")
 
 
 TURNS: dict[
@@ -226,10 +227,10 @@ def test_exif_turns_every_kind_by_the_same_rule(
     expected = TURNS[orientation](whole(straight))
     assert np.array_equal(whole(turned), expected) and whole(turned).flags.c_contiguous
     for fit in get_args(Fit):
-        small = images.decode(turned, 24, fit, 3, "x")
-        assert away(small, TURNS[orientation](images.decode(straight, 24, fit, 3, "x"))) < 0.5
-    monkeypatch.setattr(images, "simplejpeg", None)
-    assert np.array_equal(images.decode(turned, None, "stretch", 3, "x", LENIENT), expected)
+        small = decode.decode(turned, 24, fit, 3, "x")
+        assert away(small, TURNS[orientation](decode.decode(straight, 24, fit, 3, "x"))) < 0.5
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    assert np.array_equal(decode.decode(turned, None, "stretch", 3, "x", LENIENT), expected)
 
 
 SHAPES = [(640, 640), (480, 640), (427, 639), (333, 500), (1001, 257)]
@@ -240,7 +241,7 @@ def test_a_reduced_jpeg_is_as_good_as_a_full_decode_and_area(shape: tuple[int, i
     data = encoded(Image.fromarray(photograph(*shape)), "JPEG", quality=90)
     full, scaled = whole(data), 0
     for size in (24, 40, 64, 80, 100, 128, 160, 200, 224, 240):
-        small = images.decode(data, size, "stretch", 3, "x")
+        small = decode.decode(data, size, "stretch", 3, "x")
         assert away(small, cv2.resize(full, (size, size), interpolation=cv2.INTER_AREA)) <= 0.8, size
         scaled += not np.array_equal(small, cv2.resize(full, (size, size), interpolation=cv2.INTER_AREA))
     assert scaled >= 4, "none of these was decoded at a reduced scale"
@@ -263,10 +264,10 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
     )
     files = [encoded(picture, "JPEG", **each) for each in options] + [encoded(picture.convert("L"), "JPEG")]
     cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Fit)]
-    fast = [images.decode(data, size, fit, channels, "x") for data, size, fit in cases]
-    monkeypatch.setattr(images, "simplejpeg", None)
+    fast = [decode.decode(data, size, fit, channels, "x") for data, size, fit in cases]
+    monkeypatch.setattr(decode, "simplejpeg", None)
     for case, picture_with in zip(cases, fast, strict=True):
-        without = images.decode(case[0], case[1], case[2], channels, "x", LENIENT)
+        without = decode.decode(case[0], case[1], case[2], channels, "x", LENIENT)
         assert np.array_equal(picture_with, without), case[1:]
 
 
@@ -275,13 +276,13 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
 def test_fits(kind: str, channels: int) -> None:
     data = KINDS[kind][0]  # 90 x 120
     for size in (8, 30, 45, 90, 200):
-        shapes = {fit: images.decode(data, size, fit, channels, "x").shape for fit in get_args(Fit)}
+        shapes = {fit: decode.decode(data, size, fit, channels, "x").shape for fit in get_args(Fit)}
         assert shapes == {
             "stretch": (size, size, channels),
             "cover": (size, round(size * 120 / 90), channels),
             "contain": (size, size, channels),
         }
-    padded = images.decode(data, 60, "contain", channels, "x")
+    padded = decode.decode(data, 60, "contain", channels, "x")
     assert not padded[:7].any() and not padded[53:].any(), "45 of 60 rows hold the picture, the rest is black"
     assert padded[8:52].mean((1, 2)).min() > 20
 
@@ -289,9 +290,9 @@ def test_fits(kind: str, channels: int) -> None:
 def test_growing_is_smooth_and_keeps_what_was_there() -> None:
     ramp = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[None], 16, 0)
     data = encoded(Image.fromarray(ramp), "PNG")
-    large = images.decode(data, 128, "stretch", 1, "x")[:, :, 0].astype(int)
+    large = decode.decode(data, 128, "stretch", 1, "x")[:, :, 0].astype(int)
     assert (np.diff(large[0]) >= 0).all() and np.diff(large[0]).max() <= 6 and (large == large[0]).all()
-    assert away(images.fitted(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0]) < 2
+    assert away(decode.fitted(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0]) < 2
 
 
 def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
@@ -303,14 +304,14 @@ def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
         simplejpeg.decode_jpeg(odd)
     for size in (None, 20):
         with pytest.raises(Damaged, match="extraneous"):
-            images.decode(odd, size, "stretch", 3, "x")
+            decode.decode(odd, size, "stretch", 3, "x")
         assert np.array_equal(
-            images.decode(odd, size, "stretch", 3, "x", LENIENT), images.decode(data, size, "stretch", 3, "x")
+            decode.decode(odd, size, "stretch", 3, "x", LENIENT), decode.decode(data, size, "stretch", 3, "x")
         )
 
 
 def test_a_wrong_suffix_does_not_matter() -> None:
-    assert np.array_equal(images.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), PICTURE)
+    assert np.array_equal(decode.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), PICTURE)
 
 
 def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
@@ -324,7 +325,7 @@ def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
                 start = int(random.integers(len(data)))
                 mutated[start : start + 50] = random.bytes(int(random.integers(100)))
             try:
-                picture = images.decode(bytes(mutated), 24, "stretch", 3, kind)
+                picture = decode.decode(bytes(mutated), 24, "stretch", 3, kind)
             except Damaged as damaged:
                 assert damaged.name == kind and damaged.reason and "\n" not in str(damaged)
             else:

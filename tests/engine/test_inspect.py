@@ -11,10 +11,10 @@ import pytest
 from conftest import config
 from PIL import Image
 
-from comp import samples
-from comp.config import Refused
-from comp.deliver import dummy
-from comp.prepare import check, guess, inspect, sources, tables
+from comp.engine.data import check, prepare, raw_tables, samples
+from comp.engine.deliver import dummy
+from comp.engine.errors import Refused
+from comp.engine.extras import infer_schema, inspect
 
 
 def put(root: Path, name: str, data: bytes | str) -> None:
@@ -32,7 +32,7 @@ def jpeg() -> bytes:
 def inspected(root: Path) -> samples.Samples:
     (root / "data").mkdir(exist_ok=True)
     inspect.inspect()
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     return samples.load()
 
 
@@ -48,7 +48,7 @@ def test_a_table_and_archives(empty: Path, capsys: pytest.CaptureFixture[str]) -
     put(empty, "sample_submission.csv", "file,kind\n" + "".join(f"te{i}.jpg,a\n" for i in range(30)))
     table = inspected(empty)
     said = config(experiment="base").competition
-    assert sources.read(empty / "data/raw/train.csv").where(1).endswith("train.csv:3"), (
+    assert raw_tables.read(empty / "data/raw/train.csv").where(1).endswith("train.csv:3"), (
         "not what its column `file` says"
     )
     assert said.train.image == ["train.zip/{file}"] and said.test.image == ["test.zip/{file}"]
@@ -120,7 +120,7 @@ def test_the_pictures_shown_are_of_every_class_with_their_labels(empty: Path) ->
     rows = "".join(f"{i:02d},{'common' if i < 57 else f'rare{i}'}\n" for i in range(60))
     put(empty, "train.csv", "id,kind\n" + rows)
     put(empty, "sample_submission.csv", "id,kind\n" + "".join(f"t{i},rare57\n" for i in range(9)))
-    found = guess.look(empty / "data" / "raw")
+    found = infer_schema.look(empty / "data" / "raw")
     assert found.captions == ["common"] * 45 + ["rare57", "rare58", "rare59"]
     assert found.images["train"][-1] == "train/59.jpg" and found.images["test"][0] == "test/t0.jpg"
 

@@ -20,14 +20,18 @@ from conftest import QUICK
 from forked import forked
 from test_target_scaler import declare_values
 
-from comp import bank, cli, folds, jobs, predictions, samples, store
-from comp.config import Refused, load
-from comp.deliver import budget, inside, kernel, rehearse, verify
-from comp.ensemble import latency
-from comp.ensemble.blend import blend
-from comp.models import features
-from comp.predict import frozen
-from comp.samples import Samples
+from comp.engine import cli
+from comp.engine.bank import bank, predictions
+from comp.engine.config.resolve import load
+from comp.engine.data import folds, samples
+from comp.engine.data.samples import Samples
+from comp.engine.deliver import budget, kernel, kernel_predict, rehearse, verify
+from comp.engine.ensemble import latency
+from comp.engine.ensemble.blend import blend
+from comp.engine.errors import Refused
+from comp.engine.extras import features
+from comp.engine.run import frozen_heads, runner
+from comp.engine.store import store
 
 STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetadata: [pen]\n"
 
@@ -47,7 +51,7 @@ def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
     there = {file.relative_to(bundle).as_posix() for file in bundle.rglob("*") if file.is_file()} - {
         "manifest.json"
     }
-    assert there == set(listed) and "comp/deliver/inside.py" in there
+    assert there == set(listed) and "comp/engine/deliver/kernel_predict.py" in there
     assert all(entry["sha256"] == store.sha256(bundle / name) for name, entry in listed.items())
     assert [name for name in there if name.endswith(".whl")] == [
         f"wheels/timm-{kernel.metadata.version('timm')}-py3-none-any.whl"
@@ -71,7 +75,7 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     """Weights of its own within each fold, and nothing of the project beside them."""
     monkeypatch.setattr(kernel, "needed", list)
     few = ["train.epochs=2", "snapshots.cycles=2", "train.limit=40"]
-    jobs.train("exp001", [*QUICK, *few], name="snaps")
+    runner.train("exp001", [*QUICK, *few], name="snaps")
     bundle = kernel.build("snaps:snap1") / "bundle"
     assert len(list(bundle.rglob("fold*/snap1/weights.safetensors"))) == 5
     assert len(list(bundle.rglob("weights.safetensors"))) == 5
@@ -83,10 +87,10 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     store.root.cache_clear()
     about = store.read_json(bundle / "bundle.json")
-    heads = tuple(inside._head(each) for each in about["heads"])
-    hidden = inside.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
+    heads = tuple(kernel_predict._head(each) for each in about["heads"])
+    hidden = kernel_predict.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
     rows = hidden.positions("test")[:30]
-    said, damaged, _ = inside.everything(about, home, hidden, rows)
+    said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
     assert not damaged and list(said) == ["snaps:snap1"]
     assert said["snaps:snap1"]["label"] == pytest.approx(stored.heads["label"][:30], abs=1e-4)
 
@@ -261,7 +265,7 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     assert "predicted 8 rows again" in capsys.readouterr().out
     assert latency.of("exp003:mlp") > 0
     # Heads that were fitted on another backbone's features are not believed.
-    file = frozen.backbone_of("exp003")
+    file = frozen_heads.backbone_of("exp003")
     store.seal(file, remade=True)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     store.seal(file)
@@ -292,7 +296,7 @@ def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
 ) -> None:
     """Targets of 5,000 to 14,000, learned standardised: mean and deviation are in the weights, wherever these predict."""
     declare_values(project, 1000.0, 9500.0)
-    jobs.train("exp001", [*QUICK, "train.batch_size=16"], name="exp001")
+    runner.train("exp001", [*QUICK, "train.batch_size=16"], name="exp001")
     table = samples.load()
     split = folds.load(table)
     stored = bank.load("exp001", "test", table, split)
@@ -433,6 +437,6 @@ def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
         assert "timm/models/resnet.py" in names and not any(
             name.endswith(".pyc") or ".." in name for name in names
         )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.deliver import inside; from pathlib import Path; inside._installed = lambda name: None; before = sys.path[0]; inside.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.engine.deliver import kernel_predict; from pathlib import Path; kernel_predict._installed = lambda name: None; before = sys.path[0]; kernel_predict.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "comp-wheels-" in done.stdout

@@ -20,10 +20,11 @@ import yaml
 from conftest import config
 from PIL import Image
 
-from comp import bank, folds, samples
-from comp.config import Refused
-from comp.prepare import assign, cache, check, containers, images, making, tables
-from comp.prepare.images import Damaged
+from comp.engine.bank import bank
+from comp.engine.data import cache, check, folds, image_loader, make_folds, prepare, samples
+from comp.engine.errors import Refused
+from comp.engine.readers import containers, decode
+from comp.engine.readers.arrays import Damaged
 
 TINY = (
     "base: base\ndata: {size: 16}\naugment: {recipe: none}\nmodel: {name: test_resnet, pretrained: false}\n"
@@ -59,7 +60,7 @@ def put(root: Path, name: str, data: bytes | str) -> None:
 
 
 def prepared() -> samples.Samples:
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     return samples.load()
 
 
@@ -204,8 +205,8 @@ def test_a_table_inside_an_archive(empty: Path) -> None:
 # --- pictures that are numbers -------------------------------------------------------------------------------------------
 
 
-def made(name: str, **changes: Any) -> images.Pixels:
-    how = making.of(config("data.channels=1", "data.size=16", experiment="base"))
+def made(name: str, **changes: Any) -> decode.Pixels:
+    how = image_loader.of(config("data.channels=1", "data.size=16", experiment="base"))
     return replace(how, **changes).picture(name)
 
 
@@ -215,7 +216,7 @@ def test_arrays_by_their_declared_range(empty: Path) -> None:
     put(empty, "a.npy", (empty / "data.npy").read_bytes())
     with pytest.raises(Damaged, match=r"numbers from -1 to 1: say competition\.pixels\.range"):
         made("a.npy")
-    whole = made("a.npy", numbers=images.arrays.Numbers(-1.0, 1.0))[:, :, 0]
+    whole = made("a.npy", numbers=decode.arrays.Numbers(-1.0, 1.0))[:, :, 0]
     assert np.array_equal(whole, np.rint((ramp + 1) / 2 * 255))
     out = io.BytesIO()
     np.savez(out, pictures=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
@@ -290,9 +291,9 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
 
 
 def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
-    from comp import jobs
-    from comp.train import model
-    from comp.train.data import Feed, plain_batches
+    from comp import models
+    from comp.data import Feed, plain_batches
+    from comp.engine.run import runner
 
     for i in range(8):
         for n in range(1 + i % 2):
@@ -309,8 +310,8 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
         test={"table": "test.csv"} | where,
     )
     table = prepared()
-    assign.make(config(), table)
-    material = jobs.gather(config("model.metadata=true"))
+    make_folds.make(config(), table)
+    material = runner.gather(config("model.metadata=true"))
     batch = next(iter(material.feed.batches(plain_batches(np.arange(4), 4))))
     assert batch.pictures.shape[0] == 6 and batch.owner is not None
     assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
@@ -320,26 +321,26 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     assert extras["metadata"][3, 1] == 1 and not material.feed.metadata[-1, 2:].any(), (
         "w is a place never seen"
     )
-    jobs.train("exp001", ["model.metadata=true"], name="both")
+    runner.train("exp001", ["model.metadata=true"], name="both")
     alone = bank.load("both", "oof", table, folds.load(table))
     assert alone.predicted.all()
 
     # A hidden test set may happen to have one image a sample: the network stays the one that was trained.
     single = replace(table, frame=table.frame.assign(images=[images[:1] for images in table.frame["images"]]))
     feed = Feed(config("model.metadata=true"), single, material.device)
-    assert single.several and model.build(material.cfg, table.heads, False, feed).state_dict().keys() == (
-        model.build(material.cfg, table.heads, False, material.feed).state_dict().keys()
+    assert single.several and models.build(material.cfg, table.heads, False, feed).state_dict().keys() == (
+        models.build(material.cfg, table.heads, False, material.feed).state_dict().keys()
     )
     with pytest.raises(Refused, match="trained on one each"):
         Feed(config(), replace(table, several=False), material.device)
     with pytest.raises(Refused, match=r"model.pool: max has no effect"):
-        jobs.gather(config("model.pool=max", "data.images=1"))
+        runner.gather(config("model.pool=max", "data.images=1"))
 
 
 def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
     import torch
 
-    from comp.train.model import Joined
+    from comp.models import Joined
 
     features = torch.tensor([[1.0, 4.0], [3.0, 0.0], [7.0, 7.0]])
     for pool, first in (("mean", [2.0, 2.0]), ("max", [3.0, 4.0])):
@@ -353,12 +354,12 @@ def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
 def test_closer_views_show_the_part_they_name() -> None:
     import torch
 
-    from comp.predict import tta
+    from comp.engine.run import views
 
     x = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     x[:, :, 0, 0] = 255
-    (left, right, same) = tta.views(["crop_top_left", "crop_bottom_right", "zoom150"])
+    (left, right, same) = views.views(["crop_top_left", "crop_bottom_right", "zoom150"])
     assert left(x).shape == x.shape and left(x).dtype == torch.uint8
     assert left(x)[0, 0, 0, 0] > 200 and right(x).sum() == 0 and same(x).sum() == 0
     with pytest.raises(Refused, match="there is no view 'zoom111'; the nearest is zoom110"):
-        tta.views(["zoom111"])
+        views.views(["zoom111"])

@@ -14,9 +14,11 @@ from conftest import config
 from PIL import Image
 from test_layouts import declare, opened, prepared, put, refused
 
-from comp import bank, competition, folds, store
-from comp.config import Refused
-from comp.prepare import assign, cache, check, image_key, making, sources
+from comp import competition
+from comp.engine.bank import bank
+from comp.engine.data import cache, check, folds, image_key, image_loader, make_folds, raw_tables
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 README = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
 CROP = "def load_image" + README.partition("def load_image")[2].partition("```")[0]  # what people copy
@@ -66,9 +68,9 @@ def test_a_key_gives_back_its_files_and_its_row() -> None:
 
 
 def test_a_plus_parts_files_where_both_sides_name_a_column() -> None:
-    assert sources.channels("{id}_r.png+{id}_g.png") == ["{id}_r.png", "{id}_g.png"]
-    assert sources.channels("v1+v2/{id}.png") == ["v1+v2/{id}.png"]
-    assert sources.channels("{a+b}.png") == ["{a+b}.png"]
+    assert raw_tables.channels("{id}_r.png+{id}_g.png") == ["{id}_r.png", "{id}_g.png"]
+    assert raw_tables.channels("v1+v2/{id}.png") == ["v1+v2/{id}.png"]
+    assert raw_tables.channels("{a+b}.png") == ["{a+b}.png"]
 
 
 # --- crops ---------------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
     }
     read = opened(table)
     assert isinstance(read, cache.Cached) and len(set(read.where.tolist())) == 12 and (read.where >= 0).all()
-    direct = making.of(config())
+    direct = image_loader.of(config())
     for at, key in enumerate(keys):
         left = at % 2 == 0
         assert (
@@ -178,14 +180,15 @@ def test_rows_gathered_into_one_sample_keep_a_crop_each(empty: Path, monkeypatch
 
 
 def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comp import jobs
-    from comp.deliver import inside, kernel, submission
+    from comp import submission
+    from comp.engine.deliver import kernel, kernel_predict
+    from comp.engine.run import runner
 
     slides(empty)
     in_force(monkeypatch, CROP)
     table = prepared()
-    assign.make(config(), table)
-    jobs.train("exp001", [])
+    make_folds.make(config(), table)
+    runner.train("exp001", [])
     split = folds.load(table)
     stored = bank.load("exp001", "test", table, split)
     left, right = stored.heads["label"]
@@ -199,11 +202,13 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     base = config(experiment="base")
     home = base.competition.model_copy(update={"raw": str(empty / "data/raw")})
     at_home = base.model_copy(update={"competition": home})
-    hidden = inside.test_rows(at_home, tuple(map(inside._head, about["heads"])), about["several"])
-    said, damaged, _ = inside.everything(about, home, hidden, hidden.positions("test"))
+    hidden = kernel_predict.test_rows(
+        at_home, tuple(map(kernel_predict._head, about["heads"])), about["several"]
+    )
+    said, damaged, _ = kernel_predict.everything(about, home, hidden, hidden.positions("test"))
     assert not damaged and said["exp001"]["label"] == pytest.approx(stored.heads["label"], abs=1e-5)
     assert (
-        inside.written(at_home, hidden, "exp001", said["exp001"], bundle / "working").read_bytes()
+        kernel_predict.written(at_home, hidden, "exp001", said["exp001"], bundle / "working").read_bytes()
         == submitted
     )
 
@@ -237,7 +242,7 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     both = "train/{id}_r.png+train/{id}_g.png"
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     table = prepared()
-    how = making.of(config("data.channels=2"))
+    how = image_loader.of(config("data.channels=2"))
     assert how.picture(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
     assert image_key.files(table.frame["images"].iloc[0][0]) == ["train/x+1_r.png", "train/x+1_g.png"]
     (empty / "data/raw/train/y_g.png").unlink()
@@ -263,4 +268,4 @@ def test_several_pictures_of_an_archive_are_channels_too(empty: Path) -> None:
     both = "train.zip/{id}_r.png+train.zip/{id}_g.png"
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     key = prepared().frame["images"].iloc[0][0]
-    assert making.of(config("data.channels=2")).picture(key)[0, 0].tolist() == [0, 100]
+    assert image_loader.of(config("data.channels=2")).picture(key)[0, 0].tolist() == [0, 100]

@@ -20,14 +20,15 @@ import pytest
 from conftest import HERE
 from forked import forked
 
-from comp import cli, process, store
-from comp.config import Refused
-from comp.tune import study
+from comp.engine import cli
+from comp.engine.errors import Refused
+from comp.engine.store import process, store
+from comp.engine.tune import study
 
 HOLD = """
 import sys
 from pathlib import Path
-from comp import process, store
+from comp.engine.store import process, store
 with store.lock(Path(sys.argv[1]), "training"), store.writing(Path(sys.argv[1], "x.arrow")) as temporary:
     temporary.write_text("half")
     print(process.me(), flush=True)
@@ -36,7 +37,7 @@ with store.lock(Path(sys.argv[1]), "training"), store.writing(Path(sys.argv[1], 
 TAKE = """
 import sys
 from pathlib import Path
-from comp import store
+from comp.engine.store import store
 try:
     with store.lock(Path(sys.argv[1]), "training"):
         print("taken")
@@ -47,7 +48,7 @@ except store.Refused as refused:
 COVERED = """
 import os, signal, sys
 from pathlib import Path
-from comp import process, store
+from comp.engine.store import process, store
 folder = Path(sys.argv[1])
 assert not Path("/proc/self").exists() and process.PROC == Path("/proc")
 def child():

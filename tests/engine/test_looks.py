@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from comp import bank, folds, honest, metrics, predictions, samples
-from comp.ensemble import contradicted, slices
-from comp.refused import Refused
+from comp import metrics
+from comp.engine.bank import bank, nested_cv, predictions
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.extras import label_errors, slices
 
 
 def with_columns(project: banked.Project, **columns: Any) -> banked.Project:
@@ -130,16 +132,16 @@ def test_slices_that_do_not_differ_are_not_reported(
             slices._fisher(scored, each) if metric == "accuracy" else slices._by_draws(scored, each, 10)
             for each in parts
         ]
-        reported += bool((honest.holm(np.array(p)) <= slices.ALPHA).any())
+        reported += bool((nested_cv.holm(np.array(p)) <= slices.ALPHA).any())
     assert reported <= most
 
 
 def test_intervals_of_shares_and_corrected_p_values() -> None:
-    assert honest.wilson(10, 20, 0.95) == pytest.approx(
+    assert nested_cv.wilson(10, 20, 0.95) == pytest.approx(
         (0.2993, 0.7007), abs=1e-4
     )  # R: prop.test(10, 20, correct=FALSE)
-    assert honest.wilson(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
-    assert honest.holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx(
+    assert nested_cv.wilson(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert nested_cv.holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx(
         [0.03, 0.06, 0.06, 0.02]
     )  # R: p.adjust
 
@@ -155,7 +157,7 @@ def test_wrong_labels_are_denied_by_all_and_drawn(empty: object, capsys: pytest.
     both, one = np.array([3, 77, 210]), np.array([5, 90])
     said(project, "exp001", 1, np.concatenate([both, one]))
     said(project, "exp002", 2, both)
-    frame = contradicted.contradicted([])
+    frame = label_errors.contradicted([])
     assert set(frame["position"]) == set(both) and (frame["denied"] > 0.3).all()
     line = frame[frame["position"] == 77].iloc[0]
     given = project.head.classes[int(project.samples.targets(project.head)[77, 0])]
@@ -177,7 +179,7 @@ def test_a_run_of_a_few_rows_or_of_other_folds_is_left_out(
     bank.write(bank.folder("exp001-debug") / "oof.arrow", replace(few, heads=heads))
     other = bank.load("other", "oof", project.samples, project.folds)
     bank.write(bank.folder("other") / "oof.arrow", replace(other, meta=other.meta | {"folds": "f" * 64}))
-    assert set(contradicted.contradicted([])["position"]) == set(both)
+    assert set(label_errors.contradicted([])["position"]) == set(both)
     out = capsys.readouterr().out
     assert "3 rows of 400 are denied by all of exp001, exp002" in out
     assert "exp001-debug predicts 50 of 400 rows" in out and "left out: runs/other/oof.arrow" in out
@@ -190,5 +192,5 @@ def test_other_tasks(empty: object, task: str, rows: list[int]) -> None:
         rows = np.argsort(-np.abs(project.samples.targets(project.head)[: banked.TRAIN, 0]))[:3].tolist()
     for seed, run in enumerate(("exp001", "exp002")):
         said(project, run, seed, np.array(rows))
-    frame = contradicted.contradicted(["exp001", "exp002"])
+    frame = label_errors.contradicted(["exp001", "exp002"])
     assert set(frame["position"]) >= set(rows) and len(frame) <= len(rows) + 6

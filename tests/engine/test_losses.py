@@ -17,11 +17,12 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from comp import objective
-from comp.config import Refused
-from comp.samples import Samples
-from comp.tasks import TASKS, Head, Objective
-from comp.train import balance, losses
+from comp import losses
+from comp.engine.data import class_balance
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.tasks import loss_knobs
+from comp.engine.tasks.kinds import TASKS, Head, Objective
 
 BATCH, CLASSES = 7, 5
 OUTPUT = torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
@@ -38,7 +39,7 @@ NEAR = NEAR / NEAR.sum(1, keepdim=True)
 
 
 def knobs(name: str, **given: Any) -> dict[str, Any]:
-    return {**objective.TAKES[name], **given}
+    return {**loss_knobs.TAKES[name], **given}
 
 
 def said(name: str, output: Tensor, target: Tensor, **given: Any) -> Tensor:
@@ -176,7 +177,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
     for target in TARGETS[task][: 1 if name in PAIRS else 2]:
         table = samples_of(task, target if target.ndim == 1 else LABELS)
         head = table.heads[0]
-        (chosen,) = objective.of(cfg, table.heads)
+        (chosen,) = loss_knobs.of(cfg, table.heads)
         total = losses.total(cfg, table, np.arange(BATCH))
         width = head.row.raw_outputs(head, chosen)
         for output in (
@@ -232,14 +233,14 @@ def test_class_weights_are_sklearns_and_those_of_the_paper(empty: Path) -> None:
     """From the taught rows alone: what lies elsewhere must not show."""
     codes = torch.tensor([0.0] * 60 + [1.0] * 30 + [2.0] * 10 + [4.0] * 500)
     table, taught = samples_of("multiclass", codes), np.arange(100)
-    weigh = balance.class_weights(
+    weigh = class_balance.class_weights(
         cfg_of(empty, **{"loss.class_weights": "balanced"}), table.heads[0], table, taught
     )
     assert weigh is not None
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=codes[:100].numpy())
     assert weigh(torch.arange(5)).tolist() == pytest.approx([*wanted, 1, 1])
     assert float(weigh(torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]))) == pytest.approx(wanted[:2].mean())
-    weigh = balance.class_weights(
+    weigh = class_balance.class_weights(
         cfg_of(empty, **{"loss.class_weights": "effective", "loss.beta": 0.9}), table.heads[0], table, taught
     )
     assert weigh is not None
@@ -253,7 +254,7 @@ def test_several_labels_weigh_yes_and_no_of_each_label(empty: Path) -> None:
     labels[:20, 0], labels[:50, 1] = 1, 1
     table = samples_of("multilabel", labels)
     cfg = cfg_of(empty, **{"loss.class_weights": "balanced"})
-    weigh = balance.class_weights(cfg, table.heads[0], table, np.arange(100))
+    weigh = class_balance.class_weights(cfg, table.heads[0], table, np.arange(100))
     assert weigh is not None and weigh(torch.ones(1, 5))[0, :2].tolist() == pytest.approx([100 / 40, 1])
     assert weigh(torch.zeros(1, 5))[0, :2].tolist() == pytest.approx([100 / 160, 1])
     plain, output = cfg_of(empty), torch.randn(100, 5)
@@ -276,7 +277,9 @@ def test_drawn_shares_are_those_asked_for(kind: str, strength: float) -> None:
         "under": np.rint(count ** (1 - strength) * 10**strength),
         "over": np.rint(count ** (1 - strength) * 1400**strength),
     }[kind]  # fmt: skip
-    epochs = [balance.BALANCES[kind](rows, CODES_2000, strength, np.random.default_rng(e)) for e in range(20)]
+    epochs = [
+        class_balance.BALANCES[kind](rows, CODES_2000, strength, np.random.default_rng(e)) for e in range(20)
+    ]
     drawn = np.stack([np.bincount(CODES_2000[listed - 7], minlength=4) for listed in epochs])
     assert len({len(listed) for listed in epochs}) == 1
     if kind == "weighted":
@@ -298,7 +301,7 @@ def test_drawn_shares_are_those_asked_for(kind: str, strength: float) -> None:
 def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
     rows, random = np.arange(2000), np.random.default_rng(0)
     listed = random.permutation(rows)
-    listed = balance.together(listed, CODES_2000[listed], 4, random)
+    listed = class_balance.together(listed, CODES_2000[listed], 4, random)
     assert sorted(listed.tolist()) == rows.tolist()
     full = CODES_2000[listed][: 2000 // 4 * 4 - 8].reshape(-1, 4)
     assert (full == full[:, :1]).all() and len(set(full[:50, 0].tolist())) > 1
@@ -307,10 +310,10 @@ def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
 def test_what_balance_means_for_other_targets(empty: Path) -> None:
     labels = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1.0]])
     table = samples_of("multilabel", labels)
-    assert balance.classes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
+    assert class_balance.classes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
     values = samples_of("regression", VALUES)
     with pytest.raises(Refused, match="regression, which has no classes"):
-        balance.drawing(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
+        class_balance.drawing(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
 
 
 # --- knobs ---------------------------------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ def test_a_knob_without_effect_is_refused_by_name(
 ) -> None:
     target = TARGETS[task][0]
     with pytest.raises(Refused, match=words):
-        objective.of(cfg_of(empty, **given), samples_of(task, target).heads)
+        loss_knobs.of(cfg_of(empty, **given), samples_of(task, target).heads)
 
 
 def test_every_knob_has_an_effect(empty: Path) -> None:
@@ -358,14 +361,14 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
         table = samples_of(task, LABELS if task == "multilabel" else TARGETS[task][0])
         target = TARGETS[task][0 if name in PAIRS else -1]
         base: dict[str, Any] = {"loss.name": name, **NEEDED.get(name, {})}
-        for knob, own in objective.TAKES[name].items():
+        for knob, own in loss_knobs.TAKES[name].items():
             if knob == "centres" or (knob == "alpha" and task in ("multiclass", "retrieval")):
                 continue
             value = other.get(knob, 0.3 if not own else own * 0.7)
             heard = []
             for given in (base, base | {f"loss.{knob}": value}):
                 cfg = cfg_of(empty, **given)
-                (chosen,) = objective.of(cfg, table.heads)
+                (chosen,) = loss_knobs.of(cfg, table.heads)
                 torch.manual_seed(0)
                 output = torch.randn(BATCH, table.heads[0].row.raw_outputs(table.heads[0], chosen))
                 heard.append(losses.total(cfg, table, np.arange(BATCH))(output, [target]))
@@ -378,7 +381,7 @@ def test_base_yaml_says_what_each_loss_takes_by_itself() -> None:
     """Null is the loss's own value; the comment beside the knob is where people read it."""
     lines = (HERE / "configs/base.yaml").read_text()
     section = lines[lines.index("\nloss:") : lines.index("\noptim:")]
-    for name, takes in objective.TAKES.items():
+    for name, takes in loss_knobs.TAKES.items():
         for knob, own in takes.items():
             comment = re.search(rf"^  {knob}: .*#(.*)$", section, re.M)
             assert comment, knob

@@ -11,10 +11,11 @@ import torch
 from conftest import config
 from PIL import Image
 
-from comp import cli, jobs, store
-from comp.config import Refused
-from comp.train import lr_range
-from comp.train.lr_range import Point
+from comp.engine import cli
+from comp.engine.errors import Refused
+from comp.engine.run import lr_range, runner
+from comp.engine.run.lr_range import Point
+from comp.engine.store import store
 
 QUICK = [
     "track=none",
@@ -38,7 +39,7 @@ def states() -> tuple[object, list[int], list[int]]:
 def test_a_range_test_leaves_runs_and_random_numbers_alone(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs.train("exp001", QUICK, fold="0", name="exp001r")
+    runner.train("exp001", QUICK, fold="0", name="exp001r")
     before = files(project)
     drawn = states()
     capsys.readouterr()
@@ -71,7 +72,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
 
 def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     cfg = config(*QUICK, "train.batch_size=16", "optim.base_batch=64")
-    material = jobs.gather(cfg)
+    material = runner.gather(cfg)
     points = lr_range.sweep(material, 1e-5, 1e-3, 12, linear=True)
     assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
     assert lr_range.knob(material, 1e-3) == pytest.approx(4e-3), (
@@ -99,9 +100,7 @@ def test_a_curve_is_drawn_without_pictures(
 ) -> None:
     for picture in (project / "data/raw").rglob("*.png"):
         picture.unlink()
-    monkeypatch.setitem(
-        __import__("sys").modules, "comp.train.data", None
-    )  # what needs torch cannot be imported
+    monkeypatch.setitem(__import__("sys").modules, "comp.data", None)  # what needs torch cannot be imported
     said = ["schedule=one_cycle", "train.accumulate=2", "optim.base_batch=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0
     out = capsys.readouterr().out

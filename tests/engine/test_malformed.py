@@ -9,7 +9,7 @@ import malformed
 import numpy as np
 import pytest
 
-from comp import cli
+from comp.engine import cli
 
 DECLARED = """
 slug: tables

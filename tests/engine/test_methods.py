@@ -11,13 +11,15 @@ import pytest
 from banked import HEADS, declare, lay_out, load, made, member, recipe_of, three
 from tqdm import tqdm
 
-from comp import bank, metrics, store
-from comp.config import Refused
-from comp.ensemble import average, choose, fitting, latency, methods, search, worth
-from comp.ensemble.blend import blend
-from comp.ensemble.declare import AVERAGES, SEARCHED, STACKED, Blend
-from comp.ensemble.ground import Ground
-from comp.tasks import Head
+from comp import metrics
+from comp.engine.bank import bank
+from comp.engine.ensemble import average, fit, latency, member_filter, methods, report, weight_search
+from comp.engine.ensemble.blend import blend
+from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED, Blend
+from comp.engine.ensemble.context import Ground
+from comp.engine.errors import Refused
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 EXTRA = {"weighted": "weights: [3, 1, 2]", "optuna": "trials: 15", "lightgbm": ""}
 
@@ -26,7 +28,7 @@ EXTRA = {"weighted": "weights: [3, 1, 2]", "optuna": "trials: 15", "lightgbm": "
 def test_every_method_leaves_what_is_valid_and_applies_row_by_row(
     empty: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worth, "RESAMPLES", 40)
+    monkeypatch.setattr(report, "RESAMPLES", 40)
     project = three(lay_out(empty, task))
     every = [
         *AVERAGES,
@@ -69,16 +71,17 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
         truth = frame["target.label"].copy()
         rows = np.flatnonzero(fold == 2)
         frame.loc[frame.index[rows], "target.label"] = 1 - truth.iloc[rows]
-        from comp import config, score
-        from comp.ensemble import declare as declared_
-        from comp.ensemble import fitting
-        from comp.ensemble.blend import sets
+        from comp.engine.bank import score
+        from comp.engine.config import resolve
+        from comp.engine.ensemble import blend_config as declared_
+        from comp.engine.ensemble import fit
+        from comp.engine.ensemble.blend import sets
 
         declared = declared_.read("blend001")
-        cfg = config.load(store.root(), "base").config
+        cfg = resolve.load(store.root(), "base").config
         oof = sets(declared, "oof", project.samples, project.folds)
         test = sets(declared, "test", project.samples, project.folds)
-        again = fitting.make(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
+        again = fit.make(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
         assert (again.honest["label"][fold == 2] == honest[fold == 2]).all(), method
         assert (again.honest["label"][fold != 2] != honest[fold != 2]).any(), method
         frame["target.label"] = truth
@@ -86,9 +89,9 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
 
 
 def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fold(empty: Path) -> None:
-    from comp import config
-    from comp.ensemble import blend as blending
-    from comp.ensemble import declare as declared_
+    from comp.engine.config import resolve
+    from comp.engine.ensemble import blend as blending
+    from comp.engine.ensemble import blend_config as declared_
 
     project = three(lay_out(empty, "binary", metric="log_loss"))
     declare(project, "fitted", "members: [exp001, exp002]\nmethod: logistic")
@@ -96,7 +99,7 @@ def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fo
     declare(project, "blend001", "members: [mean, fitted, exp003]\nmethod: greedy")
     for name in ("fitted", "mean", "blend001"):
         blend(name)
-    cfg, declared = config.load(store.root(), "base").config, declared_.read("blend001")
+    cfg, declared = resolve.load(store.root(), "base").config, declared_.read("blend001")
     refits = blending.refits(cfg, declared, project.samples, project.folds)
     assert list(refits) == ["mean", "fitted"]  # what no label had a hand in stays as it is
     stored, rows = load(project, "mean"), np.arange(400)
@@ -182,7 +185,7 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
 @pytest.mark.parametrize("method", SEARCHED)
 def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None:
     """Each class, and each target, has a best member of its own; there is time for two."""
-    seconds = search.Budget([1.0, 1.0, 1.0], 2.0)
+    seconds = weight_search.Budget([1.0, 1.0, 1.0], 2.0)
     random = np.random.default_rng(0)
     hot = np.eye(3)[random.integers(0, 3, 300)]
     said = [
@@ -195,14 +198,14 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
     metric, fold = metrics.find("log_loss"), np.zeros(300, np.int64)
     frame = pd.DataFrame({"row": range(300)})
     given = methods.Teaching(classes, metric, "probability", said, hot.argmax(axis=1), frame, fold)
-    free = methods.fit(Blend(**options, per_class=True), given, search.free(3))
+    free = methods.fit(Blend(**options, per_class=True), given, weight_search.free(3))
     tight = methods.fit(Blend(**options, per_class=True), given, seconds)
     assert methods.used(free, 3).all() and 0 < methods.used(tight, 3).sum() <= 2
 
     project = lay_out(empty, "binary", metric="log_loss")
     columns = project.samples.frame["target.label"].to_numpy()
     heads, rows = [], np.arange(400)
-    budgets, chosen = search.Budgets(seconds, {}), np.zeros(3, bool)
+    budgets, chosen = weight_search.Budgets(seconds, {}), np.zeros(3, bool)
     for i in range(3):
         project.samples.frame[f"target.{i}"] = columns
         heads.append(Head(str(i), "binary", (str(i),), (f"target.{i}",), ("0", "1")))
@@ -219,7 +222,7 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
         parts = [(2.0 * columns[rows] - 1)[:, None] * (3 if k == i else -1) for k in range(3)]
         parts = [part + random.normal(size=part.shape) for part in parts]
         with tqdm(disable=True) as bar:
-            found, *_ = fitting._fitted(ground, head, parts, budgets, bar)
+            found, *_ = fit._fitted(ground, head, parts, budgets, bar)
         chosen |= methods.used(found.params, 3)
     assert 0 < chosen.sum() <= 2
     assert len(budgets.left) == 6  # of five folds and of all rows, each its own
@@ -232,7 +235,7 @@ def test_metadata_and_target_means(empty: Path) -> None:
     helpful = np.where(random.random(len(frame)) < 0.8, frame["target.label"], 1 - frame["target.label"])
     frame["meta.pen"] = np.where(helpful > 0, "fine", "bold")
     frame["meta.ink"] = helpful + random.normal(0, 0.1, len(frame))
-    from comp import folds, samples
+    from comp.engine.data import folds, samples
 
     samples.save(frame, project.samples.heads)
     lines = project.folds.frame
@@ -281,19 +284,21 @@ def test_filters_choose_runs(empty: Path) -> None:
         a: store.read_json(bank.folder(a) / "score.json")["oof"] for a in ("exp001", "exp002", "exp003")
     }
     middle = sorted(scores.values())[1]
-    assert choose.addresses(f"score>={middle}") == [a for a, s in scores.items() if s >= middle]
-    assert choose.addresses(f"task=binary score<{middle}") == [a for a, s in scores.items() if s < middle]
-    assert choose.addresses("model~res") == list(scores)
-    assert choose.addresses("exp001:seeds") == ["exp001:seed1"]
+    assert member_filter.addresses(f"score>={middle}") == [a for a, s in scores.items() if s >= middle]
+    assert member_filter.addresses(f"task=binary score<{middle}") == [
+        a for a, s in scores.items() if s < middle
+    ]
+    assert member_filter.addresses("model~res") == list(scores)
+    assert member_filter.addresses("exp001:seeds") == ["exp001:seed1"]
     made(project, "method: mean")
     everything = [*scores, "exp001:seed1", "blend001"]
-    assert choose.matching("task=binary model~res", everything) == everything
-    assert choose.matching("model~vit", everything) == []
-    assert "blend001" not in choose.addresses("model~res"), "members of an ensemble are runs"
+    assert member_filter.matching("task=binary model~res", everything) == everything
+    assert member_filter.matching("model~vit", everything) == []
+    assert "blend001" not in member_filter.addresses("model~res"), "members of an ensemble are runs"
 
 
 def test_each_label_has_weights_of_its_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worth, "RESAMPLES", 20)
+    monkeypatch.setattr(report, "RESAMPLES", 20)
     project = lay_out(empty, "multilabel")
     for i in range(3):  # each knows one label
         member(project, f"exp00{i + 1}", noise=4.0, seed=i)

@@ -13,10 +13,11 @@ import pytest
 from metric_cases import PAIRS, case
 from sklearn import metrics as sk
 
-from comp import formulas
-from comp.metrics import METRICS, Metric, MetricUndefined, better, find, nearest, yours
-from comp.refused import Refused
-from comp.tasks import TASKS
+from comp.engine.bank import metric_formulas
+from comp.engine.bank.metric_formulas import MetricUndefined
+from comp.engine.errors import Refused
+from comp.engine.tasks.kinds import TASKS
+from comp.metrics import METRICS, Metric, better, find, nearest, yours
 
 LN = np.log
 NAN = float("nan")
@@ -322,7 +323,7 @@ def test_what_yours_returns_is_checked(value: float) -> None:
 
 def test_a_band_of_ones_own() -> None:
     """The lower half of the curve alone is the metric of another host."""
-    lower = partial(formulas.band_area, edges=(0.0, 0.5), weights=(1.0,), whole=0.5)
+    lower = partial(metric_formulas.band_area, edges=(0.0, 0.5), weights=(1.0,), whole=0.5)
     metric = Metric("lower", lower, "max", "probability", 0, 1, kind="curve")
     assert metric([1, 0, 1], [0.9, 0.5, 0.1]) == pytest.approx(1)
     assert metric([0, 1, 1], [0.9, 0.5, 0.1]) == pytest.approx(0)
@@ -374,6 +375,6 @@ def test_the_table_is_right() -> None:
 
 def test_importing_metrics_is_cheap() -> None:
     heavy = "{'sklearn', 'scipy', 'pandas', 'torch', 'matplotlib'}"
-    code = f"import sys, comp.metrics, comp.honest, comp.decide; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, comp.metrics, comp.engine.bank.nested_cv, comp.engine.bank.thresholds; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

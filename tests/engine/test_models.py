@@ -14,13 +14,15 @@ from conftest import config
 from PIL import Image
 from torch import nn
 
-from comp import bank, folds, jobs, samples, store
-from comp.config import Refused
-from comp.deliver import kernel, verify
-from comp.models import explain, export, features, measure
-from comp.predict import frozen
-from comp.tasks import Head
-from comp.train.normal import Normal
+from comp.engine.bank import bank
+from comp.engine.data import folds, samples
+from comp.engine.deliver import kernel, verify
+from comp.engine.errors import Refused
+from comp.engine.extras import explain, export, features, measure
+from comp.engine.run import frozen_heads, runner
+from comp.engine.run.normalize import Normal
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 TINY = [
     "track=none", "machine.workers=0", "machine.progress=false", "train.limit=96", "train.epochs=1", "schedule.warmup=0",
@@ -99,7 +101,7 @@ def test_features_are_found_in_whatever_order_a_network_keeps_them() -> None:
 
 
 def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(project: Path) -> None:
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     table, ids = samples.load(), []
     file = explain.explain("x", [], 3)
     with Image.open(file) as drawn:
@@ -147,7 +149,7 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     made = store.read_json(store.verified(export.export("x", 0, 60, "0.5")))
     said = {line["name"]: line for line in made["variants"]}
     assert list(said) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
@@ -160,7 +162,7 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     stored = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     import onnxruntime
 
-    material = jobs.gather(config(*TINY))
+    material = runner.gather(config(*TINY))
     pictures = export._pictures(material, stored.row[:20].astype(np.int64))
     session = onnxruntime.InferenceSession(str(store.run_folder("x") / "export" / "model.onnx"))
     raw = session.run(None, {"pictures": pictures})[0]
@@ -221,7 +223,7 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
     assert store.sha256(store.run_folder("exp003") / features.FILE) != before
     cfg = config(*quiet, experiment="exp003")
-    material = jobs.gather(cfg)
+    material = runner.gather(cfg)
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
     reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
     for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):
@@ -242,7 +244,7 @@ def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: in
     x = np.eye(classes)[codes] @ draw.normal(0, 1, (classes, 6)) + draw.normal(0, 1, (300, 6))
     head = Head("kind", "multiclass", tuple("abcde"), ("target.kind",), tuple("abcde"))
     said = features.fitted(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
-    knn = KNeighborsClassifier(frozen.NEIGHBOURS, weights="distance", metric="cosine")
+    knn = KNeighborsClassifier(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
     estimator = (knn if name == "knn" else features.HEADS[name]()).fit(x[:200], codes[:200])
     assert said[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
     assert said[:, classes:].max() < 1e-5
@@ -257,7 +259,7 @@ def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
     y = x @ draw.normal(size=(6, 2)) + 30
     head = Head("v", "regression", ("a", "b"), ("target.a", "target.b"))
     said = features.fitted(name, head, x[:200], y[:200])(x[200:])
-    knn = KNeighborsRegressor(frozen.NEIGHBOURS, weights="distance", metric="cosine")
+    knn = KNeighborsRegressor(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
     middle, spread = y[:200].mean(0), y[:200].std(0)
     estimator = (knn if name == "knn" else features.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
     assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import config
 
-from comp.prepare import check, images
-from comp.prepare.arrays import Damaged
+from comp.engine.data import check
+from comp.engine.readers import decode
+from comp.engine.readers.arrays import Damaged
 
 
 def independent(data: bytes) -> np.ndarray | None:
@@ -68,13 +69,13 @@ def through_check(project: Path, count: int) -> None:
             assert (name in named) == file.bad, f"{name}: {named.get(name, 'was taken for whole')}"
         if name in named:
             continue
-        pixels, other = images.decode(file.data, None, "stretch", 3, name), independent(file.data)
+        pixels, other = decode.decode(file.data, None, "stretch", 3, name), independent(file.data)
         if file.bad is None and other is None:
             continue
         assert other is not None and far(pixels, other) < 2.0, f"{name}: other pixels than OpenCV's"
     for name in named:
         with pytest.raises(Damaged):
-            images.decode(files[name].data, 32, "cover", 1, name)
+            decode.decode(files[name].data, 32, "cover", 1, name)
 
 
 def test_140_mutated_files(empty: Path) -> None:

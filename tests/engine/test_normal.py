@@ -11,10 +11,14 @@ import torch
 from conftest import config
 from safetensors.torch import load_file
 
-from comp import bank, folds, jobs, samples, store
-from comp.config import Config, Refused
-from comp.samples import Positions
-from comp.train import augment, data, model, normal, pixel_stats
+from comp import data, models, transforms
+from comp.engine.bank import bank
+from comp.engine.config.schema import Config
+from comp.engine.data import folds, samples
+from comp.engine.data.samples import Positions
+from comp.engine.errors import Refused
+from comp.engine.run import normalize, pixel_stats, runner
+from comp.engine.store import store
 
 TINY = ["track=none", "machine.workers=0", "machine.progress=false", "augment.recipe=none"]
 CPU = torch.device("cpu")
@@ -24,9 +28,9 @@ def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     """The training part as the network gets it."""
     table = samples.load()
     feed = data.Feed(cfg, table, CPU)
-    module = model.build(cfg, table.heads, pretrained=False)
+    module = models.build(cfg, table.heads, pretrained=False)
     pixel_stats.fit(cfg, module, feed, rows)
-    seen = augment.Seen(normal.of(cfg, module, CPU))
+    seen = transforms.Seen(normalize.of(cfg, module, CPU))
     return torch.cat(
         [seen(b.pictures.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))]
     )
@@ -84,7 +88,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
     ]
 
     def numbers(name: str) -> dict[str, torch.Tensor]:
-        jobs.train("exp001", run, fold="0", name=name)
+        runner.train("exp001", run, fold="0", name=name)
         weights = load_file(store.fold_folder(name, 0, 0) / "weights.safetensors")
         return {key: value for key, value in weights.items() if key.startswith(("pixel", "white"))}
 
@@ -122,8 +126,8 @@ def test_rows_of_pixels_give_what_single_pixels_give() -> None:
     for x in (inner, inner.contiguous(), inner.flip(3), inner.transpose(2, 3), inner[:, :1]):
         kept = x.clone()
         channels = x.shape[1]
-        made = normal.Normal(mean[:channels], std[:channels])(x)
+        made = normalize.Normal(mean[:channels], std[:channels])(x)
         assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, kept)
-        assert torch.equal(normal.Normal(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
+        assert torch.equal(normalize.Normal(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
             "one for all channels"
         )

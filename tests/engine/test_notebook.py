@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from comp import cli, notebook, verb
-from comp.deliver import kaggle
+from comp.engine import cli, command, notebook
+from comp.engine.deliver import kaggle
 
 HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 KEY = "planted-notebook-0123456789"
@@ -77,7 +77,7 @@ def test_what_is_too_old_says_which_and_how(
         "albumentations": "2.0.8",
         "opencv-python": "4.13.0.92",
     }
-    monkeypatch.setattr(verb, "_installed", versions.get)
+    monkeypatch.setattr(command, "_installed", versions.get)
     assert cli.main(["tune", "exp001"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(
@@ -85,14 +85,16 @@ def test_what_is_too_old_says_which_and_how(
     )
     assert len(said.splitlines()) == 1
     versions |= {"torch": "2.10.0", "optuna": "5.0.0"}
-    verb.refuse_older("comp tune", verb.NEEDS["tune"])
+    command.refuse_older("comp tune", command.NEEDS["tune"])
 
 
 def test_floors_are_those_of_pyproject() -> None:
     listed = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    needs = {need for name, each in cli.VERBS.items() for need in verb.needs(name, each)} | set(kaggle.NEEDS)
+    needs = {need for name, each in cli.VERBS.items() for need in command.needs(name, each)} | set(
+        kaggle.NEEDS
+    )
     assert needs <= set(listed)
-    assert verb.NEEDS.keys() <= cli.VERBS.keys() and verb.needs("train", cli.VERBS["train"])
+    assert command.NEEDS.keys() <= cli.VERBS.keys() and command.needs("train", cli.VERBS["train"])
 
 
 def test_the_notebook_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import torch
 from conftest import config
 from torch import Tensor, nn
 
-from comp.config import Config, Refused
-from comp.idle import CYCLING
-from comp.train import optim
+from comp import optim
+from comp.engine.config.schema import Config
+from comp.engine.errors import Refused
+from comp.engine.run.unused_knobs import CYCLING
 
 # By name in the promise, and one of each other kind: own classes of timm, cautious, corrected, trust ratios.
 LISTED = [

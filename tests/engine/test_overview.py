@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 from banked import CLASSES, TEST, TRAIN, Project, declare, lay_out, member
 
-from comp import bank, clean, cli, config, overview, process, store
-from comp.ensemble.blend import blend
+from comp.engine import cli
+from comp.engine.bank import bank
+from comp.engine.config import resolve
+from comp.engine.ensemble.blend import blend
+from comp.engine.extras import clean, listings
+from comp.engine.store import process, store
 
 
 @pytest.fixture
@@ -54,8 +58,8 @@ def test_runs_and_ensembles_with_scores_and_differences(
 ) -> None:
     member(project, "exp001", noise=1.2)
     member(project, "exp002", noise=1.8, marks=["selected_on_fold"])
-    cfg = config.load(project.root, "exp001", ["optim.rate=0.25", "machine.workers=7"]).config
-    store.write_text(store.run_folder("exp002") / "config.yaml", config.to_yaml(cfg))
+    cfg = resolve.load(project.root, "exp001", ["optim.rate=0.25", "machine.workers=7"]).config
+    store.write_text(store.run_folder("exp002") / "config.yaml", resolve.to_yaml(cfg))
     store.seal(store.run_folder("exp002") / "config.yaml")
     for number in range(3):
         sealed(fold("exp001", number) / "oof.arrow")
@@ -82,7 +86,7 @@ def test_runs_and_ensembles_with_scores_and_differences(
 def test_a_start_that_saved_nothing_is_no_run(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("empty", "saved"):
         folder = fold(name)
-        store.write_text(store.run_folder(name) / "config.yaml", config.to_yaml(project.cfg))
+        store.write_text(store.run_folder(name) / "config.yaml", resolve.to_yaml(project.cfg))
         store.seal(store.run_folder(name) / "config.yaml")
         (folder / "log.jsonl").write_text("")
     sealed(store.fold_folder("saved", 0, 0) / "state-00000005.pt")
@@ -99,11 +103,11 @@ def test_folds_are_counted_of_every_seed(project: Project, capsys: pytest.Captur
     for seed in (0, 1):
         for number in range(5):
             sealed(fold("exp001-seeds", number, seed) / "oof.arrow")
-    overview.runs()
+    listings.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "10/10 of 2 seeds" in line and "unfinished" not in line
     shutil.rmtree(store.fold_folder("exp001-seeds", 1, 4))
-    overview.runs()
+    listings.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "9/10 of 2 seeds" in line and "unfinished" in line
 
@@ -121,7 +125,7 @@ def test_what_is_scored_on_a_few_rows_is_neither_best_nor_measured(
         {"run": "x-seeds", "experiment": "x", "metric": "accuracy", "seeds": 2, "mean": 0.5, "std": 0.01}
         | {"folds": store.sealed(store.folds_file())},
     )
-    overview.runs()
+    listings.runs()
     out = capsys.readouterr().out
     assert "best: exp001," in out and "next: comp submit exp001 --dry-run" in out
     assert "  exp001: " in out and "  exp001-debug: " not in out
@@ -131,9 +135,9 @@ def test_a_smaller_loss_is_the_better_one(empty: Path, capsys: pytest.CaptureFix
     project = lay_out(empty, "regression")
     member(project, "exp001", noise=0.1)
     member(project, "exp002", noise=5.0)
-    overview.runs()
+    listings.runs()
     assert "best: exp001" in capsys.readouterr().out
-    overview.bank()
+    listings.bank()
     assert "best: exp001" in capsys.readouterr().out
 
 
@@ -148,7 +152,7 @@ def test_an_ensemble_is_stale_when_a_member_or_its_file_changed(
     capsys.readouterr()
 
     def said() -> str:
-        overview.runs()
+        listings.runs()
         return row(capsys.readouterr().out, "blend001")
 
     assert "stale" not in said()
@@ -164,7 +168,7 @@ def test_an_ensemble_is_stale_when_a_member_or_its_file_changed(
 def test_scores_on_other_folds_are_marked(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     member(lay_out(empty), "exp001")
     lay_out(empty, shift=1)
-    overview.runs()
+    listings.runs()
     assert "other folds" in row(capsys.readouterr().out, "exp001")
 
 
@@ -174,26 +178,26 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(
     member(project, "exp001")
     member(project, "exp002")
     (store.run_folder("exp001") / "config.yaml").write_text("nonsense")
-    overview.runs()
+    listings.runs()
     out = capsys.readouterr().out
     assert "damaged" in row(out, "exp001") and "±" in row(out, "exp002")
 
 
 def test_time_is_work_and_not_the_night_between_two_starts(project: Project) -> None:
-    assert overview.spent(store.run_folder("exp001")) == "-"
+    assert listings.spent(store.run_folder("exp001")) == "-"
     days: list[list[float]] = [[0, 100, 200, 200 + 8 * 3600, 8 * 3600 + 300], [0.0, 65.5]]
     for number, clocks in enumerate(days):
         lines = [json.dumps({"clock": clock}) for clock in clocks]
         (fold("exp001", number) / "log.jsonl").write_text("\n".join(lines) + "\n")
-    assert overview.spent(store.run_folder("exp001")) == "6m05"
+    assert listings.spent(store.run_folder("exp001")) == "6m05"
 
 
 def test_running_folds_are_seen(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001")
     with store.lock(fold("exp001"), "training"):
-        overview.runs()
+        listings.runs()
         assert "training now" in row(capsys.readouterr().out, "exp001")
-    overview.runs()
+    listings.runs()
     assert "training now" not in row(capsys.readouterr().out, "exp001")
 
 
@@ -211,7 +215,7 @@ def test_the_bank_lists_all_and_says_what_is_refused(
     declare(project, "blend001", "members: [exp001, 'exp001:seed1']\nmethod: rank")
     blend("blend001")
     capsys.readouterr()
-    overview.bank()
+    listings.bank()
     out = capsys.readouterr().out
     assert "1 checkpoints, identity+hflip" in row(out, "exp001")
     assert row(out, "exp001:full").split()[1] == "test"

@@ -13,7 +13,8 @@ import pytest
 from kaggle_server import USER, Server
 from test_download import at_kaggle
 
-from comp import cli, store
+from comp.engine import cli
+from comp.engine.store import store
 
 HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 PLANTED = [f"planted-{i:02d}-0123456789" for i in range(25)]
@@ -27,14 +28,14 @@ VARIABLES = dict(
 ARGV, CONFIG, FILES, STDOUT, CODE, ANSWERS = PLANTED[11:15], PLANTED[15:18], PLANTED[18:20], PLANTED[20:21], PLANTED[21:23], PLANTED[23:25]  # fmt: skip
 TRAIN = """
 import sys
-from comp import cli, machine
-machine.settle(1)
-from comp.train import loop
-validate = loop.validate
+from comp import train
+from comp.engine import cli, hardware
+hardware.settle(1)
+validate = train.validate
 def loud(*given):
     print({said!r}, flush=True)
     return validate(*given)
-loop.validate = loud
+train.validate = loud
 sys.exit(cli.main(["train", "exp001", "--as", "tiny", "train.epochs=1", "schedule.warmup=0"]))
 """
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from comp import store
-from comp.config import Refused
-from comp.prepare import practice
+from comp.engine.errors import Refused
+from comp.engine.extras import practice
+from comp.engine.store import store
 
 
 def rows(file: Path) -> list[dict[str, str]]:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import config
 
-from comp import competition, samples, store
-from comp.config import Refused
-from comp.prepare import tables, targets
+from comp import competition
+from comp.engine.data import prepare, samples, targets
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 SIMPLE: dict[str, Any] = {
     "slug": "x",
@@ -46,13 +47,13 @@ def lay(
 
 
 def prepared() -> samples.Samples:
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     return samples.load()
 
 
 def refusal() -> list[str]:
     with pytest.raises(Refused) as refused:
-        tables.prepare(config(experiment="base"))
+        prepare.prepare(config(experiment="base"))
     assert not store.samples_file().exists(), "a refusal writes nothing"
     return refused.value.lines
 
@@ -82,7 +83,7 @@ def test_the_practice_competition(project: Path, capsys: pytest.CaptureFixture[s
 
     before = store.samples_file().read_bytes()
     store.samples_file().unlink()
-    tables.prepare(config(experiment="base"))
+    prepare.prepare(config(experiment="base"))
     assert store.samples_file().read_bytes() == before
     assert capsys.readouterr().out.splitlines()[-1] == "next: comp check, then comp folds"
 

@@ -14,21 +14,31 @@ from conftest import config
 from safetensors.torch import load_file, save_file
 from test_target_scaler import declare_values
 
-from comp import bank, folds, jobs, samples, store, track
-from comp.config import Refused
-from comp.ensemble import audit_runs, blend, taught
-from comp.ensemble.findings import Finding, Leak, NotChecked
-from comp.predict import labels
-from comp.predict.labels import Wish
-from comp.prepare import assign, tables
-from comp.train import choice, model, pixel_stats, pseudo, target_scaler, transfer
+from comp import models
+from comp.engine.bank import bank
+from comp.engine.data import folds, make_folds, prepare, samples
+from comp.engine.ensemble import blend
+from comp.engine.errors import Refused
+from comp.engine.extras import audit_pseudo, audit_runs, pseudo_labels
+from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.extras.pseudo_labels import Wish
+from comp.engine.run import (
+    model_selection,
+    pixel_stats,
+    pretrained,
+    pseudo_rows,
+    runner,
+    target_scaler,
+    tracking,
+)
+from comp.engine.store import store
 
 SURE = Wish(None, None, False, 1.0)
 
 
 def written(source: str = "exp001", wish: Wish = SURE) -> pd.DataFrame:
-    labels.write(source, source, wish)
-    return pseudo.read(source)
+    pseudo_labels.write(source, source, wish)
+    return pseudo_rows.read(source)
 
 
 def test_another_folds_models_have_no_say(empty: Path) -> None:
@@ -36,7 +46,7 @@ def test_another_folds_models_have_no_say(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     before = written(wish=Wish(0.6, None, False, 1.0))
-    assert set(before["fold"]) == {*range(5), pseudo.FULL}
+    assert set(before["fold"]) == {*range(5), pseudo_rows.FULL}
     said(project, "exp001", 0, 2, 77)
     after = written(wish=Wish(0.6, None, False, 1.0))
     moved = [
@@ -54,11 +64,11 @@ def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -
     run(project, "exp001")
     lines = written(wish=Wish(0.6, None, False, 0.5))
     for number in (*range(5), "full"):
-        more = pseudo.with_lines(project.samples, lines, "exp001", number)
+        more = pseudo_rows.with_lines(project.samples, lines, "exp001", number)
         split = folds.Folds(project.folds.frame, project.folds.meta, more)
         (before, scored), (after, still) = project.folds.split(number), split.split(number)
         new = np.setdiff1d(after, before)
-        mine = lines[lines["fold"] == (pseudo.FULL if number == "full" else number)]
+        mine = lines[lines["fold"] == (pseudo_rows.FULL if number == "full" else number)]
         assert set(before) <= set(after) and np.array_equal(scored, still)
         assert more.hash == project.samples.hash
         assert more.frame["id"].iloc[new].tolist() == sorted(mine["id"]) and len(new) == len(mine) > 20
@@ -102,8 +112,8 @@ def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     lines = written(wish=Wish(0.6, None, True, 1.0))
-    more = pseudo.with_lines(project.samples, lines, "exp001", 1)
-    target = pseudo.target(more, project.head)
+    more = pseudo_rows.with_lines(project.samples, lines, "exp001", 1)
+    target = pseudo_rows.target(more, project.head)
     mine = lines[lines["fold"] == 1].set_index("id")
     at = np.flatnonzero(more.frame["id"].isin(mine.index))
     own = project.folds.split(1)[0]
@@ -111,7 +121,7 @@ def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
     assert np.array_equal(target[own], np.eye(3)[project.samples.truth(project.head, own)])
     assert target[at].max(1) == pytest.approx(mine["confidence"].to_numpy()) and target[at].max() < 1
     assert target[at].sum(1) == pytest.approx(1.0)
-    hard = pseudo.target(project.samples, project.head)
+    hard = pseudo_rows.target(project.samples, project.head)
     assert hard.ndim == 1, "without soft labels the loss takes codes, as ever"
 
 
@@ -135,7 +145,7 @@ def test_other_tasks(empty: Path, task: str) -> None:
     else:
         values = lines[columns].to_numpy()
         assert np.array_equal(values, np.rint(values)) and values.min() >= 0
-    more = pseudo.with_lines(project.samples, lines, "exp001", 0)
+    more = pseudo_rows.with_lines(project.samples, lines, "exp001", 0)
     assert not np.isnan(
         more.targets(project.head)[folds.Folds(project.folds.frame, project.folds.meta, more).split(0)[0]]
     ).any()
@@ -191,14 +201,14 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
         for n in ("exp002", "exp003")
     ]
     mine = lines[lines["fold"] == 1].set_index("id").sort_index()
-    assert mine[pseudo.soft(project.head)].to_numpy() == pytest.approx((p[0] + p[1]) / 2, abs=1e-6)
+    assert mine[pseudo_rows.soft(project.head)].to_numpy() == pytest.approx((p[0] + p[1]) / 2, abs=1e-6)
 
 
 def resealed(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
     """A table with other lines, sealed as if it were right."""
     file = store.pseudo_file("exp001")
     facts = {k: v for k, v in (store.sealed(file) or {}).items() if k not in ("sha256", "size")}
-    change(pseudo.read("exp001")).to_parquet(file, index=False)
+    change(pseudo_rows.read("exp001")).to_parquet(file, index=False)
     store.seal(file, **facts)
 
 
@@ -210,10 +220,10 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
 
     def found() -> list[str]:
         run(project, "exp002", cfg=cfg)
-        return [each[0] for each in taught.leaks("exp002", cfg, project.samples, project.folds)]
+        return [each[0] for each in audit_pseudo.leaks("exp002", cfg, project.samples, project.folds)]
 
     assert found() == []
-    original = pseudo.read("exp001")
+    original = pseudo_rows.read("exp001")
 
     def of_all(lines: pd.DataFrame) -> pd.DataFrame:
         """As a careless script would: the mean of all folds' models labels the rows once, for every fold."""
@@ -233,25 +243,25 @@ QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "train.ema
 def test_the_rows_teach(project: Path) -> None:
     digits = banked.digits(project)
     run(digits, "teacher")
-    labels.write("teacher", "teacher", Wish(None, 0.2, False, 1.0))
-    jobs.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
+    pseudo_labels.write("teacher", "teacher", Wish(None, 0.2, False, 1.0))
+    runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
     (epoch,) = [
-        line for line in track.read(store.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
+        line for line in tracking.read(store.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
     ]
-    lines = pseudo.read("teacher")
+    lines = pseudo_rows.read("teacher")
     drawn = len(digits.folds.split(1)[0]) + (lines["fold"] == 1).sum()
     assert epoch["step"] == drawn // 64 > len(digits.folds.split(1)[0]) // 64
     oof = bank.read(store.fold_folder("taught", 0, 1) / "oof.arrow", digits.samples, digits.folds)
     test = bank.read(store.fold_folder("taught", 0, 1) / "test.arrow", digits.samples, digits.folds)
     assert np.array_equal(oof.row, digits.folds.split(1)[1]) and oof.predicted.all()
     assert np.array_equal(test.row, digits.samples.positions("test"))
-    labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
+    pseudo_labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
     with pytest.raises(Refused, match=r"trained with another data/pseudo/teacher.parquet"):
-        jobs.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
+        runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
     with pytest.raises(
         Refused, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
     ):
-        jobs.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
+        runner.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
 
 
 @pytest.mark.parametrize("task", ["multiclass", "regression"])
@@ -261,8 +271,8 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         declare_values(project, 1000.0, 9500.0)
     digits = banked.digits(project)
     run(digits, "teacher", seeds=2)
-    labels.write("teacher", "teacher", Wish(None, 0.5, False, 1.0))
-    jobs.train(
+    pseudo_labels.write("teacher", "teacher", Wish(None, 0.5, False, 1.0))
+    runner.train(
         "exp001",
         [*QUIET, "data.pseudo=teacher", "data.normalise=data", "data.size=8"],
         fold="1",
@@ -274,22 +284,22 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 
     assert found() == []
     place = store.fold_folder("taught", 0, 1)
-    file, material = place / bank.WEIGHTS, jobs.gather(jobs.stored_config("taught"))
+    file, material = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", material.samples, material.folds)}
     right = load_file(file)
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
     _, scored = material.folds.split(1)
-    joined = pseudo.joined(material, 1)
-    own = choice.rows(joined, 1)[0]
+    joined = pseudo_rows.joined(material, 1)
+    own = model_selection.rows(joined, 1)[0]
     for rows, what in (
         (material.folds.split(1)[0], "statistics that the training part does not repeat"),
         (np.union1d(own, scored), "statistics fitted on validation rows"),
     ):
-        module = model.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
+        module = models.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
         pixel_stats.fit(material.cfg, module, material.feed, rows)
         target_scaler.fit(material.cfg, module, joined.samples, rows)
-        measured = {n: v for n, v in module.state_dict().items() if n in transfer.MEASURED}
+        measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
         save_file(right | measured, file)
         store.seal(file)
         assert [(type(each), each[0]) for each in audit_runs._statistics(material, sets)] == [(Leak, what)]
@@ -306,7 +316,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     for change, why in (
         (damage, "damaged"),
         (
-            lambda: labels.write("teacher", "teacher", Wish(None, 0.3, False, 1.0)),
+            lambda: pseudo_labels.write("teacher", "teacher", Wish(None, 0.3, False, 1.0)),
             "not there as it taught it",
         ),
         (table.unlink, "not there as it taught it"),
@@ -323,17 +333,17 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 def test_a_short_run_tries_them_too(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    more = pseudo.with_lines(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
+    more = pseudo_rows.with_lines(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
     taught_ = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
-    few = choice.limited(taught_, more, 40)
+    few = model_selection.limited(taught_, more, 40)
     assert (
         (more.frame["source"].iloc[few] == "train").sum() == 30
         and len(few) == 40
         and (np.diff(few) > 0).all()
     )
-    assert np.array_equal(choice.limited(taught_, more, None), taught_)
+    assert np.array_equal(model_selection.limited(taught_, more, None), taught_)
     own = project.folds.split(2)[0]
-    assert np.array_equal(choice.limited(own, project.samples, 40), own[:40])
+    assert np.array_equal(model_selection.limited(own, project.samples, 40), own[:40])
 
 
 def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:
@@ -350,15 +360,15 @@ def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> Non
             raw / "extra.csv", index=False
         )
         cfg = config()
-        tables.prepare(cfg)
+        prepare.prepare(cfg)
         table = samples.load()
-        assign.make(cfg, table, remake=True)
+        make_folds.make(cfg, table, remake=True)
         split, extra = folds.load(table), table.positions("extra")
         assert len(extra) == 160 and set(table.frame["weight"].iloc[extra]) == {float(weight)}
         for number in range(5):
             taught, scored = split.split(number)
             assert set(extra) <= set(taught) and not set(extra) & set(scored)
-        jobs.train(
+        runner.train(
             "exp001", [*QUIET, "train.batch_size=16", "train.epochs=2"], fold="1", name=f"weight{weight}"
         )
         oof = bank.read(store.fold_folder(f"weight{weight}", 0, 1) / "oof.arrow", table, split)

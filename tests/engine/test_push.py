@@ -17,8 +17,8 @@ from forked import forked
 from kaggle_server import KEY, USER, Server
 from test_download import at_kaggle
 
-from comp import cli
-from comp.deliver import hub, kaggle, kernel, ledger, push
+from comp.engine import cli
+from comp.engine.deliver import kaggle, kaggle_datasets, kernel, ledger, push
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
 ) -> None:
     """In the order in which one push may meet them; after each the same command goes on, and sends nothing twice."""
     monkeypatch.setattr(push, "PATIENCE", 60.0)
-    monkeypatch.setattr(push.send, "PATIENCE", 30.0)
+    monkeypatch.setattr(push.submit, "PATIENCE", 30.0)
 
     def refused(word: str) -> None:
         assert pushes() == 2
@@ -216,15 +216,15 @@ def killed(where: str) -> Callable[[], object]:
 
     def run() -> int:
         places = {
-            "before the dataset": (hub, "send_dataset", die),
-            "dataset sent": (hub, "send_dataset", after(hub.send_dataset)),
-            "dataset is being made": (hub, "dataset_status", die),
-            "before the notebook": (hub, "send_kernel", die),
-            "notebook sent": (hub, "send_kernel", after(hub.send_kernel)),
-            "it runs": (hub, "kernel_status", die),
+            "before the dataset": (kaggle_datasets, "send_dataset", die),
+            "dataset sent": (kaggle_datasets, "send_dataset", after(kaggle_datasets.send_dataset)),
+            "dataset is being made": (kaggle_datasets, "dataset_status", die),
+            "before the notebook": (kaggle_datasets, "send_kernel", die),
+            "notebook sent": (kaggle_datasets, "send_kernel", after(kaggle_datasets.send_kernel)),
+            "it runs": (kaggle_datasets, "kernel_status", die),
             "before the submission": (kaggle, "submit_kernel", die),
             "submitted": (kaggle, "submit_kernel", after(kaggle.submit_kernel)),
-            "waiting for the score": (push.send, "scored", die),
+            "waiting for the score": (push.submit, "scored", die),
         }
         module, name, function = places[where]
         setattr(module, name, function)

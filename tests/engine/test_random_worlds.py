@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from comp import folds, metrics, samples, score
-from comp.tasks import Head
+from comp import metrics
+from comp.engine.bank import score
+from comp.engine.data import folds, samples
+from comp.engine.tasks.kinds import Head
 
 WORLDS = 150
 GRADES = Head("grade", "ordinal", ("grade",), ("target.grade",), ("0", "1", "2", "3"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_submission import refusal
 
-from comp.deliver.recheck import Checkpoint, recheck
+from comp.engine.deliver.recheck import Checkpoint, recheck
 
 # --- predicting again --------------------------------------------------------------------------------------------------------
 

@@ -11,18 +11,18 @@ import pytest
 from PIL import Image
 from test_track import KEY, new_project
 
-from comp import provenance, track
-from comp.knobs import Track as Settings
+from comp.engine.config.schema import Track as Settings
+from comp.engine.run import provenance, tracking
 
 
 def test_a_log_shorter_than_its_checkpoint_keeps_its_whole_lines(empty: Path) -> None:
     """After a power cut the file may lack what the checkpoint had already seen."""
     log = empty / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    assert track._cut(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
+    assert tracking._cut(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
     assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert track._cut(log, 12) == [b'{"step": 1}']
-    assert track._cut(log, 0) == [] and log.read_bytes() == b""
+    assert tracking._cut(log, 12) == [b'{"step": 1}']
+    assert tracking._cut(log, 0) == [] and log.read_bytes() == b""
 
 
 def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> None:
@@ -41,25 +41,25 @@ def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> No
             }
         )
         log.table("worst", pd.DataFrame({"id": ["001", "002"]}), [damaged, np.zeros((900, 300), np.uint8)])
-    first = track.read(empty / "run" / "log.jsonl")[0]
+    first = tracking.read(empty / "run" / "log.jsonl")[0]
     assert {k: first[k] for k in ("step", "loss", "list", "path", "none")} == {
         "step": 1, "loss": 0.5, "list": [None, 1], "path": "x", "none": None,
     }  # fmt: skip
     table = json.loads((empty / "run" / "media" / "worst.json").read_text())
     assert table["rows"] == [["001"], ["002"]] and table["pictures"] == [None, "worst/001.png"]
-    assert max(Image.open(empty / "run" / "media" / "worst" / "001.png").size) == track.THUMBNAIL
+    assert max(Image.open(empty / "run" / "media" / "worst" / "001.png").size) == tracking.THUMBNAIL
 
 
 def test_an_error_ends_the_run_as_failed(empty: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_quietly(empty / "run") as log:
         log.log({"step": 1 // 0})
-    assert track.read(empty / "run" / "log.jsonl")[-1]["name"] == "failed"
-    assert not track.finished(empty / "run")
+    assert tracking.read(empty / "run" / "log.jsonl")[-1]["name"] == "failed"
+    assert not tracking.finished(empty / "run")
 
 
-def open_quietly(folder: Path) -> track.Track:
+def open_quietly(folder: Path) -> tracking.Track:
     settings = Settings(mode="none", project=None, entity=None, checkpoints=False)
-    return track.open_run(
+    return tracking.open_run(
         folder, run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )
 

@@ -14,22 +14,29 @@ from forked import forked
 from test_compare import few
 from test_training import TINY, refusal
 
-from comp import bank, cli, folds, jobs, samples, store, track
-from comp.deliver import kernel, send, submission
-from comp.ensemble import blend, latency
+from comp import submission
+from comp.engine import cli
+from comp.engine.bank import bank
+from comp.engine.data import folds, samples
+from comp.engine.deliver import kernel, submit
+from comp.engine.ensemble import blend, latency
+from comp.engine.run import runner, tracking
+from comp.engine.store import store
 
 
 def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path) -> None:
     told = [*TINY, "train.limit=null", "train.batch_size=64", "train.epochs=2", "predict.batch_size=256"]
     for which in ("1", "full"):
-        jobs.train("exp001", told, fold=which, name="x")
+        runner.train("exp001", told, fold=which, name="x")
     table = samples.load()
     split = folds.load(table)
     rows = {fold: len(split.split(fold)[0]) for fold in (1, "full")}
     assert rows["full"] == len(table.positions("train")) > rows[1]
     rates = {}
     for fold, count in rows.items():
-        log = [line for line in track.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "rate" in line]
+        log = [
+            line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "rate" in line
+        ]
         assert len(log) == 2 * (count // 64)
         rates[fold] = [line["rate"] for line in log]
     for share in (0, 0.25, 0.5, 0.75):
@@ -60,7 +67,7 @@ def only_full(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = samples.load()
         samples.save(table.frame, table.heads, sample=store.sha256(sample))
         with (root / "said").open("w") as opened, contextlib.redirect_stdout(opened):
-            jobs.train("exp001", [*TINY, *KEPT], fold="full", name="x")
+            runner.train("exp001", [*TINY, *KEPT], fold="full", name="x")
 
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
@@ -79,9 +86,9 @@ def refit(only_full: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Pat
 def test_it_says_its_loss_its_name_and_that_there_is_no_cv(refit: Path) -> None:
     said = (refit / "said").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("x seed 0 fold full: ")]
-    last = [each for each in track.read(store.fold_folder("x", 0, "full") / "log.jsonl") if "epoch" in each][
-        -1
-    ]
+    last = [
+        each for each in tracking.read(store.fold_folder("x", 0, "full") / "log.jsonl") if "epoch" in each
+    ][-1]
     assert f"train_loss {last['train_loss']:.4f}, " in line
     (about,) = [line for line in said.splitlines() if line.startswith("x:full: ")]
     assert "no CV" in about and "seed 0 fold 0, 1 missing: comp train x" in about
@@ -111,9 +118,9 @@ def test_it_is_submitted_without_a_cv_and_that_is_said(
     (line,) = [line for line in out.splitlines() if line.startswith(f"{name}: trained on all rows")]
     assert "no CV" in line and "comp train x" in line
     assert len(store.submission_file(name.replace(":", "-")).read_text().splitlines()) == 41
-    facts = send.facts(config(), name)
+    facts = submit.facts(config(), name)
     assert facts["cv"] is None and facts["honest"] is None
-    send.refuse_worse(name, [])
+    submit.refuse_worse(name, [])
 
 
 def test_it_is_predicted_again_under_other_views(refit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 from forked import forked
 
-from comp import config, jobs, store, track
-from comp.train import checkpoint, data, loop
+from comp import data
+from comp import train as loop
+from comp.engine.config import resolve
+from comp.engine.run import checkpoint, runner, tracking
+from comp.engine.store import store
 
 # Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving rate.
 RECIPE = [
@@ -33,7 +36,7 @@ def artefacts(root: Path) -> dict[str, str]:
 
 
 def train(*overrides: str) -> None:
-    jobs.train("exp001", [*RECIPE, *overrides], fold="1", name="run")
+    runner.train("exp001", [*RECIPE, *overrides], fold="1", name="run")
 
 
 def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable[[], None]:
@@ -60,7 +63,7 @@ def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable
             return call
 
         os.replace = watched(os.replace)
-        track.Track.log = watched(track.Track.log)  # type: ignore[method-assign]
+        tracking.Track.log = watched(tracking.Track.log)  # type: ignore[method-assign]
         work()
 
     return run
@@ -118,7 +121,7 @@ def test_the_same_bytes_for_any_number_of_workers(fresh: dict[str, str], workers
 
 def test_the_same_bytes_without_the_cache(fresh: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only as its own run: data.cache is a knob of the run, but its pixels are the same."""
-    assert forked(lambda: jobs.train("exp001", [*RECIPE, "data.cache=false"], fold="1", name="run")) == 0
+    assert forked(lambda: runner.train("exp001", [*RECIPE, "data.cache=false"], fold="1", name="run")) == 0
     assert artefacts(store.root())["weights.safetensors"] == fresh["weights.safetensors"]
 
 
@@ -184,7 +187,7 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
     said = f"process {os.getpid()} is already training"
     with (
         store.lock(tmp_path, "training"),
-        pytest.raises(config.Refused, match=said),
+        pytest.raises(resolve.Refused, match=said),
         store.lock(tmp_path, "again"),
     ):
         pass

@@ -16,7 +16,8 @@ from forked import forked
 from test_resume import killed_at
 from test_target_scaler import declare_values
 
-from comp import jobs, store
+from comp.engine.run import runner
+from comp.engine.store import store
 
 # Few steps, a state every second of them, and nothing that the line itself does not ask for.
 PLAIN = [
@@ -69,7 +70,7 @@ def left(root: Path) -> dict[str, str]:
 )
 def test_killed_and_run_again_gives_the_same_bytes(root: Path, name: str) -> None:
     def train() -> None:
-        jobs.train("exp001", [*PLAIN, *RECIPES[name]], fold="1", name="run")
+        runner.train("exp001", [*PLAIN, *RECIPES[name]], fold="1", name="run")
 
     if "optim.name=kron" in RECIPES[name]:
         pytest.importorskip("opt_einsum")
@@ -99,7 +100,7 @@ def test_a_run_on_values_killed_and_run_again_gives_the_same_bytes(project: Path
     """Of 5,000 to 14,000, learned standardised: killed once early and once late."""
 
     def train() -> None:
-        jobs.train("exp001", [*PLAIN, *ON_VALUES[name]], fold="1", name="run")
+        runner.train("exp001", [*PLAIN, *ON_VALUES[name]], fold="1", name="run")
 
     declare_values(project, 1000.0, 9500.0)
     assert forked(train) == 0

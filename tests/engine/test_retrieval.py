@@ -12,14 +12,16 @@ import torch
 from conftest import config
 from torch.nn import functional as F
 
-from comp import bank, decide, folds, jobs, metrics, objective, samples, store
-from comp.config import Refused
-from comp.deliver import inside, kernel, submission
-from comp.ensemble.blend import blend
-from comp.predict import infer, neighbours
-from comp.prepare import assign, tables
-from comp.tasks import Head
-from comp.train import margins, model
+from comp import metrics, models, predict, submission
+from comp.engine.bank import bank, thresholds
+from comp.engine.data import folds, make_folds, prepare, samples
+from comp.engine.deliver import kernel, kernel_predict
+from comp.engine.ensemble.blend import blend
+from comp.engine.errors import Refused
+from comp.engine.run import knn, metric_learning, runner
+from comp.engine.store import store
+from comp.engine.tasks import loss_knobs
+from comp.engine.tasks.kinds import Head
 
 Z = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
 CODES = torch.tensor([0, 0, 1, 1, 2, 0])
@@ -32,26 +34,30 @@ HEAD = Head("Id", "retrieval", tuple("abcd"), ("target.Id",), tuple("abcd"))
 def test_arcface_is_cross_entropy_of_pushed_angles() -> None:
     cosine = torch.tensor([[0.6, 0.2, -0.4], [0.1, 0.9, 0.3]])
     output, target = torch.cat([torch.zeros(2, 4), cosine], 1), torch.tensor([0, 2])
-    ours = margins.arcface(output, target, torch.tensor([0.5, 0.2, 0.3]), 10.0, 4)
+    ours = metric_learning.arcface(output, target, torch.tensor([0.5, 0.2, 0.3]), 10.0, 4)
     pushed = cosine.clone()
     pushed[0, 0] = np.cos(np.arccos(0.6) + 0.5)
     pushed[1, 2] = np.cos(np.arccos(0.3) + 0.3)
     assert ours.tolist() == pytest.approx(
         F.cross_entropy(10 * pushed, target, reduction="none").tolist(), rel=1e-5
     )
-    plain = margins.arcface(output, target, torch.zeros(3), 10.0, 4)
+    plain = metric_learning.arcface(output, target, torch.zeros(3), 10.0, 4)
     assert plain.tolist() == pytest.approx(
         F.cross_entropy(10 * cosine, target, reduction="none").tolist(), rel=1e-5
     )
-    soft = margins.arcface(output, F.one_hot(target, 3).float(), torch.tensor([0.5, 0.2, 0.3]), 10.0, 4)
+    soft = metric_learning.arcface(
+        output, F.one_hot(target, 3).float(), torch.tensor([0.5, 0.2, 0.3]), 10.0, 4
+    )
     assert torch.equal(ours, soft)
 
 
 def test_the_rarest_class_has_the_widest_margin() -> None:
-    found = margins.margin_of_class(np.array([16.0, 1, 256, 0]), 0.2, 0.8)
+    found = metric_learning.margin_of_class(np.array([16.0, 1, 256, 0]), 0.2, 0.8)
     inner = (16**-0.25 - 256**-0.25) / (1 - 256**-0.25)
     assert found[:3].tolist() == pytest.approx([0.2 + 0.6 * inner, 0.8, 0.2])
-    assert margins.margin_of_class(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx([0.3, 0.3])
+    assert metric_learning.margin_of_class(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx(
+        [0.3, 0.3]
+    )
 
 
 def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,18 +73,20 @@ def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         own = [float(d[i, j]) for j in range(6) if j != i and CODES[i] == CODES[j]]
         other = [float(d[i, j]) for j in range(6) if CODES[i] != CODES[j]]
         wanted_triples.append(max(0.0, max(own) - min(other) + 0.3) if own else 0.0)
-    assert margins.contrastive(Z, CODES, 1.2, 4).tolist() == pytest.approx(wanted_pairs, rel=1e-3)
-    assert margins.triplet(Z, CODES, 0.3, 4).tolist() == pytest.approx(wanted_triples, rel=1e-3, abs=1e-4)
-    whole = [loss(Z, CODES, 0.9, 4) for loss in (margins.contrastive, margins.triplet)]
-    monkeypatch.setattr(margins, "AT_ONCE", 4)
-    parts = [loss(Z, CODES, 0.9, 4) for loss in (margins.contrastive, margins.triplet)]
+    assert metric_learning.contrastive(Z, CODES, 1.2, 4).tolist() == pytest.approx(wanted_pairs, rel=1e-3)
+    assert metric_learning.triplet(Z, CODES, 0.3, 4).tolist() == pytest.approx(
+        wanted_triples, rel=1e-3, abs=1e-4
+    )
+    whole = [loss(Z, CODES, 0.9, 4) for loss in (metric_learning.contrastive, metric_learning.triplet)]
+    monkeypatch.setattr(metric_learning, "AT_ONCE", 4)
+    parts = [loss(Z, CODES, 0.9, 4) for loss in (metric_learning.contrastive, metric_learning.triplet)]
     assert torch.allclose(torch.stack(whole), torch.stack(parts), atol=1e-6)
     with pytest.raises(Refused, match="mixed ones have two"):
-        margins.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
+        metric_learning.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
 
 
 def test_a_class_has_the_nearest_of_its_centres() -> None:
-    last = margins.Embedded(5, 4, classes=3, per_class=2)
+    last = metric_learning.Embedded(5, 4, classes=3, per_class=2)
     out = last(torch.randn(7, 5))
     assert out.shape == (7, 4 + 3) and out[:, :4].norm(dim=1).tolist() == pytest.approx([1.0] * 7)
     assert last.centres is not None
@@ -92,7 +100,7 @@ def test_a_class_has_the_nearest_of_its_centres() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
     cfg = config("model.global_pool=gem", f"model.name={name}")
-    module = model.build(
+    module = models.build(
         cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False
     ).eval()
     gem: Any = module.backbone
@@ -110,14 +118,14 @@ def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
 
 def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
     cfg = config("model.global_pool=gem", "model.name=test_vit", "data.size=160")
-    module = model.build(cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False)
+    module = models.build(cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False)
     with pytest.raises(Refused, match=r"model.global_pool: gem .*test_vit"):
         module(torch.randn(2, 1, 160, 160))
 
 
 def test_attention_is_a_weighted_mean_of_the_images_of_a_sample() -> None:
     heard, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
-    out = model.attended(x, torch.tensor([0, 0, 1, 2, 2]), heard)
+    out = models.attended(x, torch.tensor([0, 0, 1, 2, 2]), heard)
     wanted = [
         (heard(x[part]).softmax(0) * x[part]).sum(0) for part in (slice(0, 2), slice(2, 3), slice(3, 5))
     ]
@@ -132,11 +140,11 @@ def test_the_nearest_vote_and_the_others_stand_behind() -> None:
     gallery = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
     codes = np.array([0, 1, 1, 2, 2])  # class d was never taught
     asked = np.array([[1.0, 0.0]], np.float32)
-    said = neighbours.class_scores(asked, gallery, codes, HEAD, 3, torch.device("cpu"))[0]
+    said = knn.class_scores(asked, gallery, codes, HEAD, 3, torch.device("cpu"))[0]
     vote = np.exp(20 * (np.cos(angle) - 1))
     weights = np.array([vote[0], vote[1] + vote[2], vote[3], np.exp(-40)])
     assert np.exp(said) == pytest.approx(weights / weights.sum(), rel=1e-4)
-    one = neighbours.class_scores(asked, gallery, codes, HEAD, 1, torch.device("cpu"))[0]
+    one = knn.class_scores(asked, gallery, codes, HEAD, 1, torch.device("cpu"))[0]
     assert one[1] - one[0] == pytest.approx(20 * (np.cos(angle[1]) - 1), rel=1e-4)
 
 
@@ -144,9 +152,7 @@ def test_views_are_averaged_on_the_sphere() -> None:
     views = np.stack([np.eye(2, 5), np.eye(2, 5, k=1)]).astype(
         np.float32
     )  # outputs beyond the embedding are left out
-    assert neighbours.averaged(views, 3) == pytest.approx(
-        np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2), abs=1e-6
-    )
+    assert knn.averaged(views, 3) == pytest.approx(np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2), abs=1e-6)
 
 
 def test_where_the_unknown_class_comes_is_fitted_exactly() -> None:
@@ -154,13 +160,13 @@ def test_where_the_unknown_class_comes_is_fitted_exactly() -> None:
     p = random.dirichlet(np.ones(6), 200)
     truth = np.where(p[:, :5].max(axis=1) < 0.35, 5, p[:, :5].argmax(axis=1))
     metric = metrics.find("map@5")
-    shift = decide.fit_unknown(p, truth, 5, metric, 100)
+    shift = thresholds.fit_unknown(p, truth, 5, metric, 100)
 
     def score(shift: float) -> float:
         moved = np.log(p) + np.array([0, 0, 0, 0, 0, shift])
         return metric(truth, np.argsort(-moved, axis=1))
 
-    ranking = decide.with_unknown(p, 5, shift, 100)
+    ranking = thresholds.with_unknown(p, 5, shift, 100)
     assert sorted(map(tuple, np.sort(ranking, axis=1).tolist())) == [(0, 1, 2, 3, 4, 5)] * 200
     assert metric(truth, ranking) == pytest.approx(score(shift))
     assert score(shift) >= max(score(s) for s in np.linspace(-8, 8, 400)) - 0.005
@@ -220,8 +226,8 @@ def tails(empty: Path) -> tuple[Path, dict[str, str]]:
         table.to_csv(raw / ("train.csv" if kind == "train" else "sample.csv"), index=False)
     (empty / "configs/competition.yaml").write_text(COMPETITION)
     cfg = config(experiment="base")
-    tables.prepare(cfg)
-    assign.make(cfg, samples.load())
+    prepare.prepare(cfg)
+    make_folds.make(cfg, samples.load())
     return empty, answers
 
 
@@ -240,8 +246,8 @@ def test_the_whole_road_from_training_to_the_kernel(
     root, answers = tails
     cfg = config(*TINY)
     run = [*TINY, "loss.margin_rare=0.5", "loss.centres=2"]
-    jobs.train("exp001", run, name="x")
-    jobs.train("exp001", [*TINY, "loss=triplet", "sampling.together=4", "predict.neighbours=3"], name="y")
+    runner.train("exp001", run, name="x")
+    runner.train("exp001", [*TINY, "loss=triplet", "sampling.together=4", "predict.neighbours=3"], name="y")
     table = samples.load()
     split = folds.load(table)
     head = table.heads[0]
@@ -254,24 +260,26 @@ def test_the_whole_road_from_training_to_the_kernel(
     unknown = head.classes.index("new")
     for number in range(2):
         weights = store.fold_folder("x", 0, number) / "weights.safetensors"
-        held, codes = neighbours.read(neighbours.beside(weights))
+        held, codes = knn.read(knn.beside(weights))
         taught, scored = split.split(number)
         own = table.truth(head, taught)
         assert codes.tolist() == own[own != unknown].tolist() and not set(taught) & set(scored)
         assert np.linalg.norm(held, axis=1) == pytest.approx(np.ones(len(held)), abs=1e-5)
     # views: the normalised embeddings are averaged, then asked
-    jobs.predict("x", tta="identity,hflip")
+    runner.predict("x", tta="identity,hflip")
     under_two = bank.load("x:tta-identity-hflip", "oof", table, split)
     weights, scored = store.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
-    size = objective.embedding(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
+    size = loss_knobs.embedding(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
     seen = [
-        infer._said(jobs.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][0, :, :size]
+        predict._said(runner.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
+            0, :, :size
+        ]
         for view in ("identity", "hflip")
     ]
     assert all(np.linalg.norm(each, axis=1) == pytest.approx(np.ones(len(scored)), abs=1e-4) for each in seen)
     mean = (seen[0] + seen[1]) / np.linalg.norm(seen[0] + seen[1], axis=1, keepdims=True)
-    gallery = neighbours.read(neighbours.beside(weights))
-    by_hand = neighbours.class_scores(mean, *gallery, head, objective.NEIGHBOURS, torch.device("cpu"))
+    gallery = knn.read(knn.beside(weights))
+    by_hand = knn.class_scores(mean, *gallery, head, loss_knobs.NEIGHBOURS, torch.device("cpu"))
     assert under_two.heads["Id"][np.isin(under_two.row, scored)] == pytest.approx(by_hand, abs=1e-3)
     alone = bank.load("x", "oof", table, split).heads["Id"][np.isin(under_two.row, scored)]
     assert not np.allclose(alone, by_hand, atol=1e-3)
@@ -290,21 +298,23 @@ def test_the_whole_road_from_training_to_the_kernel(
     store.root.cache_clear()
     about = store.read_json(bundle / "bundle.json")
     home = cfg.competition.model_copy(update={"raw": str(root / "data/raw")})
-    hidden = inside.test_rows(
-        cfg.model_copy(update={"competition": home}), (inside._head(about["heads"][0]),), about["several"]
+    hidden = kernel_predict.test_rows(
+        cfg.model_copy(update={"competition": home}),
+        (kernel_predict._head(about["heads"][0]),),
+        about["several"],
     )
     rows = hidden.positions("test")
-    said, damaged, _ = inside.everything(about, home, hidden, rows)
+    said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
     assert not damaged
-    there = inside.together("b", said, hidden.frame.iloc[rows])
+    there = kernel_predict.together("b", said, hidden.frame.iloc[rows])
     assert there["Id"] == pytest.approx(stored.heads["Id"], abs=1e-4)
     at_home = cfg.model_copy(update={"competition": home})
-    assert inside.written(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
+    assert kernel_predict.written(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
 
 
 def test_rows_of_the_unknown_class_do_not_teach(tails: tuple[Path, dict[str, str]]) -> None:
     table = samples.load()
     rows = table.positions("train")
-    kept = margins.known_rows(config(*TINY), table, rows)
+    kept = metric_learning.known_rows(config(*TINY), table, rows)
     assert len(rows) - len(kept) == 16
-    assert len(margins.known_rows(config(*TINY[:-1], "loss=cross_entropy"), table, rows)) == len(rows)
+    assert len(metric_learning.known_rows(config(*TINY[:-1], "loss=cross_entropy"), table, rows)) == len(rows)

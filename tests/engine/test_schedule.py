@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import config
 
-from comp import config as configs
-from comp import duration, idle, knobs, store
-from comp.config import Refused
-from comp.train import schedule
-from comp.train.schedule import Curve
+from comp.engine.config import duration, schema
+from comp.engine.config import resolve as configs
+from comp.engine.errors import Refused
+from comp.engine.run import schedule, unused_knobs
+from comp.engine.run.schedule import Curve
+from comp.engine.store import store
 
 STEPS, EPOCH = 120, 10  # a run of 12 epochs
 
@@ -215,7 +216,7 @@ def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
 
 
 def idle_lines(*said: str) -> list[str]:
-    return idle.lines(configs.load(store.root(), "exp001", said))
+    return unused_knobs.lines(configs.load(store.root(), "exp001", said))
 
 
 def test_an_idle_knob_is_named_with_its_place() -> None:
@@ -227,10 +228,10 @@ def test_an_idle_knob_is_named_with_its_place() -> None:
     assert len(idle_lines("optim.scaling=root", "optim.clip=null", "optim.clip_mode=agc")) == 2
     assert "schedule.momentum: null" in idle_lines("schedule=one_cycle", "optim.momentum=0.8")[0]
     assert idle_lines("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
-    assert set(idle.SCHEDULES) == set(knobs.Schedule.model_fields) - {"name", "warmup"}
+    assert set(unused_knobs.SCHEDULES) == set(schema.Schedule.model_fields) - {"name", "warmup"}
 
 
-@pytest.mark.parametrize("knob", idle.SCHEDULES)
+@pytest.mark.parametrize("knob", unused_knobs.SCHEDULES)
 def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> None:
     other: dict[str, Any] = {
         "final": 0.3, "every": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "multiplier": 2, "decay": 0.5, "start": 0.4, "rise": 0.6,
@@ -243,4 +244,4 @@ def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> No
         for drawn in (one, two):
             drawn.seen.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "final" else 1))
         same = all((one.rate(s), one.momentum(s)) == (two.rate(s), two.momentum(s)) for s in range(STEPS))
-        assert same == (name not in idle.SCHEDULES[knob]), name
+        assert same == (name not in unused_knobs.SCHEDULES[knob]), name

@@ -18,11 +18,22 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.naive_bayes import GaussianNB
 from sklearn.tree import DecisionTreeClassifier
 
-from comp import folds, metrics, samples
-from comp.ensemble import areas, average, fast, fitted, fitting, search, smooth, stack, sums
-from comp.ensemble.declare import STACKED, Blend
-from comp.predictions import PredictionSet
-from comp.tasks import Head, log_softmax, logit, softmax
+from comp import metrics
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.data import folds, samples
+from comp.engine.ensemble import (
+    apply,
+    average,
+    fast_auc,
+    fast_metrics,
+    fit,
+    gradients,
+    stack,
+    weight_search,
+    weighted_sums,
+)
+from comp.engine.ensemble.blend_config import STACKED, Blend
+from comp.engine.tasks.kinds import Head, log_softmax, logit, softmax
 
 FIVE = tuple("abcde")
 BINARY = Head("t", "binary", ("t",), ("t",), ("0", "1"))
@@ -80,10 +91,10 @@ def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
     total, count, best, weights = 0.0, np.zeros(len(shown)), -np.inf, np.zeros(len(shown))
     for size in range(1, rounds + 1):
         scores = np.array([call(truth, (total + each) / size) for each in shown])
-        pick = int(np.flatnonzero(scores >= scores.max() - search.EQUAL)[0])
+        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.EQUAL)[0])
         total, reached = total + shown[pick], scores[pick]
         count[pick] += 1
-        if reached > best + search.EQUAL:
+        if reached > best + weight_search.EQUAL:
             best, weights = reached, count / size
     return weights
 
@@ -93,13 +104,13 @@ def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
     head, metric, call = NAIVE[name]
     for seed in range(2 if head is LABELS or name == "auc_5" else 6):
         truth, said = cases(head, 9, 150, seed)
-        lens = fast.lens(metrics.find(metric), head, "probability", truth)
+        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
         taken = [lens.take(each) for each in said]
-        ours = search.greedy(lens, taken, 10, search.free(len(said)))
+        ours = weight_search.greedy(lens, taken, 10, weight_search.free(len(said)))
         shown = [head.row.probability(each.astype(float)) for each in said]
         assert ours == pytest.approx(naive_greedy(truth, shown, call, 10), abs=1e-12)
         blended = sum(w * s for w, s in zip(ours, shown, strict=True))
-        found = lens.exact(search._sum(taken, ours))
+        found = lens.exact(weight_search._sum(taken, ours))
         assert found == pytest.approx(call(truth, blended), abs=1e-6)
 
 
@@ -108,17 +119,19 @@ def test_hill_climbing_as_written_out(negative: bool) -> None:
     for seed in range(3):
         truth, said = cases(BINARY, 6, 200, seed)
         shown = [BINARY.row.probability(each.astype(float))[:, 0] for each in said]
-        lens = fast.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative)
-        ours = search.hill(lens, [lens.take(each) for each in said], 0.1, negative, search.free(len(said)))
+        lens = fast_metrics.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative)
+        ours = weight_search.hill(
+            lens, [lens.take(each) for each in said], 0.1, negative, weight_search.free(len(said))
+        )
         order = np.argsort([-roc_auc_score(truth, each) for each in shown], kind="stable")
         now, left = shown[order[0]], list(order[1:])
         while left:
             steps = np.arange(-0.5 if negative else 0.1, 0.51, 0.1)
             tried = [(roc_auc_score(truth, (1 - w) * now + w * shown[i]), i, w) for i in left for w in steps]
             best = max(score for score, *_ in tried)
-            if best <= roc_auc_score(truth, now) + search.EQUAL:
+            if best <= roc_auc_score(truth, now) + weight_search.EQUAL:
                 break
-            _, pick, step = next(each for each in tried if each[0] >= best - search.EQUAL)
+            _, pick, step = next(each for each in tried if each[0] >= best - weight_search.EQUAL)
             now = (1 - step) * now + step * shown[pick]
             left.remove(pick)
         assert sum(w * s for w, s in zip(ours, shown, strict=True)) == pytest.approx(now, abs=1e-6)
@@ -134,11 +147,11 @@ def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) 
     from scipy.optimize import minimize
 
     truth, said = cases(head, 4, 300, 0)
-    ours = search.slsqp(smooth.loss(said, head, space, truth), 4, negative=False)
-    spoken = [sums.moved(each, head, space) for each in said]
+    ours = weight_search.slsqp(gradients.loss(said, head, space, truth), 4, negative=False)
+    spoken = [weighted_sums.moved(each, head, space) for each in said]
 
     def plain(w: Any) -> float:
-        said = sums.shown(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
+        said = weighted_sums.shown(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
         return by_column(log_loss)(truth, said) if head is LABELS else float(log_loss(truth, said.squeeze()))
 
     free = minimize(
@@ -146,7 +159,7 @@ def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) 
     )
     assert plain(ours) <= free.fun + 1e-9
     assert plain(ours) == pytest.approx(free.fun, abs=1e-6)
-    value, slope = smooth.loss(said, head, space, truth)(ours)
+    value, slope = gradients.loss(said, head, space, truth)(ours)
     assert value == pytest.approx(plain(ours), abs=1e-7)
     step = np.array([1e-6, -1e-6, 0, 0])
     assert slope @ step == pytest.approx(plain(ours + step / 2) - plain(ours - step / 2), abs=1e-10)
@@ -187,7 +200,7 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
         np.log(np.clip(p, 1e-300, None)) if classes > 2 else logit(np.clip(p[:, 1:], 1e-15, 1 - 1e-15))
         for p in whole
     ]
-    ours = head.row.probability(fitted.predict(params, again, head, "probability"))
+    ours = head.row.probability(apply.predict(params, again, head, "probability"))
     wanted = theirs.predict_proba(x)
     assert np.abs(ours - (wanted[:, 1:] if classes == 2 else wanted)).max() < 1e-6
 
@@ -199,13 +212,13 @@ def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)
     params = stack.fit(method, LABELS, said, truth, lone(200), fold, strength=1e-3)
-    p = LABELS.row.probability(fitted.predict(params, said, LABELS, "logit"))
+    p = LABELS.row.probability(apply.predict(params, said, LABELS, "logit"))
     assert p.shape == truth.shape and p[:, 2].max() < 0.01
     known = ~np.isnan(truth[:, 1])
     again = stack.fit(
         method, LABELS, [s[known] for s in said], truth[known], lone(known.sum()), fold[known], strength=1e-3
     )
-    theirs = LABELS.row.probability(fitted.predict(again, said, LABELS, "logit"))
+    theirs = LABELS.row.probability(apply.predict(again, said, LABELS, "logit"))
     assert p[:, 1] == pytest.approx(theirs[:, 1], abs=0.05 if method == "mlp" else 1e-3)
     for k in (0, 1):
         assert roc_auc_score(truth[known, k], p[known, k]) > 0.97
@@ -228,16 +241,16 @@ def test_areas_of_sums_are_those_of_the_metric(head: Head) -> None:
     for space in ("probability", "logit", "geometric"):
         for signed in (False, True):
             metric = metrics.find("mean_column_auc")
-            lens = fast.lens(metric, head, space, truth, signed=signed)
-            slow = fast._any(metric, head, space, truth, None, np.array([]))
+            lens = fast_metrics.lens(metric, head, space, truth, signed=signed)
+            slow = fast_metrics._any(metric, head, space, truth, None, np.array([]))
             shares = weights if signed else np.abs(weights) / np.abs(weights).sum()
             ours, theirs = (
-                search._sum([lens_.take(each) for each in said], shares) for lens_ in (lens, slow)
+                weight_search._sum([lens_.take(each) for each in said], shares) for lens_ in (lens, slow)
             )
             assert lens.exact(ours) == pytest.approx(slow.exact(theirs), abs=1e-9), (space, signed)
             assert lens.rough(ours.astype(np.float32)) == pytest.approx(lens.exact(ours), abs=1e-4)
     if head is not BINARY:
-        strict = fast.lens(metrics.find("roc_auc"), head, "probability", truth)
+        strict = fast_metrics.lens(metrics.find("roc_auc"), head, "probability", truth)
         assert strict.exact(strict.take(said[0]).astype(float)) == -np.inf, "one column has no area at all"
 
 
@@ -248,7 +261,7 @@ def test_exact_auc_with_ties_and_signs() -> None:
         truth[:2] = 0, 1
         value = random.integers(-4, 5, 60) / 3.0
         order = np.argsort(-truth, kind="stable")
-        assert areas.exact_auc(value[order], int(truth.sum())) == pytest.approx(
+        assert fast_auc.exact_auc(value[order], int(truth.sum())) == pytest.approx(
             roc_auc_score(truth, value), abs=1e-12
         )
 
@@ -260,8 +273,8 @@ def test_memory_of_a_search_is_less_than_twice_the_predictions() -> None:
         head, metric, _ = NAIVE[name]
         truth, said = cases(head, 60, 20_000, 0)
         tracemalloc.start()
-        lens = fast.lens(metrics.find(metric), head, "probability", truth)
-        search.greedy(lens, [lens.take(each) for each in said], 2, search.free(60))
+        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
+        weight_search.greedy(lens, [lens.take(each) for each in said], 2, weight_search.free(60))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2 * sum(each.nbytes for each in said), name
@@ -285,7 +298,7 @@ def test_memory_of_a_whole_ensemble_is_less_than_twice_the_predictions(empty: Pa
     options = {"rounds": 2} if method == "greedy" else {}
     blend = Blend.model_validate({"members": names, "method": method, **options})
     tracemalloc.start()
-    recipe = fitting.make(project.cfg, blend, table, split, oof, (), {}, {}).recipe
+    recipe = fit.make(project.cfg, blend, table, split, oof, (), {}, {}).recipe
     average.apply(recipe, {name: {"label": each} for name, each in zip(names, said, strict=True)}, frame)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

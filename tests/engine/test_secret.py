@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from comp import cli, provenance, secret
-from comp.deliver import ledger
+from comp.engine import cli
+from comp.engine.deliver import ledger
+from comp.engine.run import provenance
+from comp.engine.store import secrets
 
 # Put together here, so that the repository holds nothing that looks like a key.
 DIGITS = "0123456789"
@@ -72,7 +74,7 @@ def test_what_is_no_key_passes() -> None:
         "score>0.9",
         "postgresql://comp@/postgres?host=/nowhere",
     ):
-        secret.refuse([text])
+        secrets.refuse([text])
 
 
 def test_keys_of_the_environment_are_in_nothing_that_is_written(
@@ -164,7 +166,11 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     difference = provenance.code(root)[1]
     git("add", ".")
     hook = subprocess.run(
-        [sys.executable, "-m", "comp.secret"], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "comp.engine.store.secrets"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert hook.returncode == 1
     return difference, hook.stderr
@@ -200,14 +206,14 @@ def test_this_repository_gives_no_alarm() -> None:
         except (UnicodeDecodeError, OSError):
             continue  # pictures; deleted files
         lines += text.count("\n")
-        alarms += [f"{name}:{1 + text.count(chr(10), 0, start)}" for start, _ in secret.spans(text)]
+        alarms += [f"{name}:{1 + text.count(chr(10), 0, start)}" for start, _ in secrets.spans(text)]
     assert lines > 10_000 and not alarms
 
 
 def test_long_lines_are_read_in_no_time() -> None:
     """A notebook carries pictures as lines of megabytes; a rule that looks back from every letter would take hours."""
     picture = base64.b64encode(bytes(range(256)) * 4000).decode()
-    ((start, end),) = secret.spans(f'"image/png": "{picture}"\n"token": "{TOKEN}"')
+    ((start, end),) = secrets.spans(f'"image/png": "{picture}"\n"token": "{TOKEN}"')
     assert end - start == len(TOKEN)
 
 
@@ -219,7 +225,11 @@ def test_no_key_gets_into_a_commit(tmp_path: Path) -> None:
 
     def look() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "comp.secret"], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "comp.engine.store.secrets"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     git("init", "-q")
@@ -241,7 +251,7 @@ def test_no_key_gets_into_a_commit(tmp_path: Path) -> None:
 
 
 def test_the_hook_is_there_and_runs(tmp_path: Path) -> None:
-    here = Path(secret.__file__).resolve().parents[1]
+    here = Path(secrets.__file__).resolve().parents[1]
     hook = here / ".githooks" / "pre-commit"
     assert os.access(hook, os.X_OK)
     assert "core.hooksPath .githooks" in (here / "Makefile").read_text()

@@ -18,8 +18,9 @@ import studies
 from conftest import HERE
 from forked import forked
 
-from comp import cli, fan, machine, store, track
-from comp.train import checkpoint
+from comp.engine import cli, hardware
+from comp.engine.run import checkpoint, launcher, tracking
+from comp.engine.store import store
 
 TRAIN = [
     *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema=0.9", "train.epochs=2"],
@@ -51,13 +52,13 @@ def at_event(n: int, act: Callable[[], object], after: str = "") -> Happened:
 
 def at_lines(happened: Happened) -> None:
     """Every line of a run's log is an event, by the name of its axis."""
-    log = track.Track.log
+    log = tracking.Track.log
 
-    def logged(self: track.Track, record: Any) -> None:
+    def logged(self: tracking.Track, record: Any) -> None:
         log(self, record)
         happened("epoch" if "epoch" in record else "step")
 
-    track.Track.log = logged  # type: ignore[method-assign]
+    tracking.Track.log = logged  # type: ignore[method-assign]
 
 
 def at_renames(happened: Happened) -> None:
@@ -218,9 +219,9 @@ def test_every_verb_that_writes_leaves_nothing_half_written(
 
 def test_a_job_of_fan_ends_with_the_signal_that_its_starter_got(project: Path) -> None:
     hold = (
-        "import sys, threading; from comp import leashed; sys.argv = ['', 'hold', '{}']\n"
-        "leashed.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
-        "sys.exit(leashed.main())"
+        "import sys, threading; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
+        "worker.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "sys.exit(worker.main())"
     )
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with subprocess.Popen(
@@ -243,19 +244,19 @@ def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
 
     monkeypatch.setitem(sys.modules, "ray", Fake)
-    with machine.stoppable():
+    with hardware.stoppable():
         before = signal.getsignal(signal.SIGTERM)
-        fan.Ray(1)
+        launcher.Ray(1)
         assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
-    before = [signal.getsignal(number) for number in machine.STOPS]
+    before = [signal.getsignal(number) for number in hardware.STOPS]
     assert cli.main(["runs"]) == 0
-    stop = machine.Stop()
+    stop = hardware.Stop()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.asked and [signal.getsignal(number) for number in machine.STOPS] == before
+    assert stop.asked and [signal.getsignal(number) for number in hardware.STOPS] == before
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import HERE, config
 
-from comp import cli
-from comp.config import Refused
-from comp.tune import declare, space
+from comp.engine import cli
+from comp.engine.errors import Refused
+from comp.engine.tune import space, study_config
 
 RATE = "  optim.rate: {low: 1e-4, high: 1e-2, log: true}\n"
 MISTAKES = {
@@ -96,7 +96,7 @@ def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
     for number, text in enumerate(MISTAKES):
         (empty / "configs" / "tune" / f"odd{number}.yaml").write_text(text)
     code = (
-        "import sys; from comp import cli; "
+        "import sys; from comp.engine import cli; "
         f"ends = [cli.main(['tune', 'exp001', '--space', f'odd{{n}}']) for n in range({len(MISTAKES)})]; "
         "sys.exit(2 if set(ends) == {2} and 'torch' not in sys.modules else f'{ends} {sorted(sys.modules)}')"
     )
@@ -132,13 +132,13 @@ def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
     with pytest.raises(
         Refused, match=r"--space quik: there is no configs/tune/quik.yaml; the nearest is quick"
     ):
-        declare.read("quik", config(), "exp001")
+        study_config.read("quik", config(), "exp001")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "configs" / "tune").glob("*.yaml")))
 def test_every_space_that_ships_loads(empty: Path, name: str) -> None:
     shutil.copytree(HERE / "configs" / "tune", empty / "configs" / "tune")
-    loaded = declare.read(name, config(), "exp001")
+    loaded = study_config.read(name, config(), "exp001")
     chance = random.Random(0)
     for _ in range(20):
         setting = loaded.drawn(chance)
@@ -151,7 +151,7 @@ def test_what_a_condition_asks_for_comes_first(empty: Path) -> None:
     (empty / "configs" / "tune" / "s.yaml").write_text(
         "search:\n  optim.momentum: {low: 0.5, high: 0.9, when: {optim.name: sgd}}\n  optim.name: [adamw, sgd]\n"
     )
-    loaded = declare.read("s", config(), "exp001")
+    loaded = study_config.read("s", config(), "exp001")
     assert [knob.key for knob in loaded.knobs] == ["optim.name", "optim.momentum"]
     drawn = [loaded.drawn(random.Random(seed)) for seed in range(20)]
     assert {len(setting) for setting in drawn} == {1, 2}

@@ -13,15 +13,16 @@ from conftest import config
 from test_training import refusal
 from timm.optim._param_groups import param_groups_layer_decay
 
-from comp.tasks import Head
-from comp.train import model, optim, speed
-from comp.train.backbone import inner
+from comp import models, optim
+from comp.engine.run import torch_compile
+from comp.engine.run.backbone import inner
+from comp.engine.tasks.kinds import Head
 
 
 def network(*overrides: str) -> torch.nn.Module:
     torch.manual_seed(0)
     head = Head("label", "multiclass", ("0", "1"), ("label",), ("0", "1"))
-    return model.build(config(*overrides), (head,), pretrained=False)
+    return models.build(config(*overrides), (head,), pretrained=False)
 
 
 def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, int]:
@@ -46,7 +47,7 @@ def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, 
 def test_gradients_stay_the_same(empty: Path, knob: str) -> None:
     name = "model.name=test_convnext"
     plain, other = network(name), network(name)
-    prepared = speed.prepared(config(name, f"train.{knob}=true"), other)
+    prepared = torch_compile.prepared(config(name, f"train.{knob}=true"), other)
     want, kept = gradients(plain, plain)
     got, kept_now = gradients(prepared, other)
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
@@ -69,7 +70,7 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
     monkeypatch.setattr(torch, "compile", compile)
     module = network()
     names = list(module.state_dict())
-    prepared = speed.prepared(config("train.compile=true"), module)
+    prepared = torch_compile.prepared(config("train.compile=true"), module)
     assert asked == [module] and list(module.state_dict()) == names
     assert prepared(torch.zeros(2, 1, 32, 32)).shape == (2, 2)
 
@@ -77,7 +78,7 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
 @pytest.mark.parametrize("knob", ["grad_checkpointing", "channels_last"])
 def test_a_network_that_cannot_says_so(empty: Path, knob: str) -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-    assert f"train.{knob}" in refusal(lambda: speed.prepared(config(f"train.{knob}=true"), plain))
+    assert f"train.{knob}" in refusal(lambda: torch_compile.prepared(config(f"train.{knob}=true"), plain))
 
 
 # --- networks with something around them ---------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
     several, metadata = "several" in kind, torch.randn(2 if "several" in kind else 4, 5)
     feed: Any = SimpleNamespace(several=several, metadata=metadata if "metadata" in kind else None)
     head = Head("label", "retrieval" if kind == "embeddings" else "multiclass", ("a", "b", "c"), ("t.label",), ("a", "b", "c"))  # fmt: skip
-    module = model.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, feed=feed)
+    module = models.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, feed=feed)
     extras = {"owner": torch.tensor([0, 0, 1, 1])} if several else {}
     return module, name, extras | ({"metadata": metadata} if "metadata" in kind else {})
 
@@ -134,7 +135,7 @@ def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> N
 def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: str) -> None:
     def of(*knobs: str) -> tuple[dict[str, torch.Tensor], int]:
         module, name, extras = joined(kind)
-        prepared = speed.prepared(config(f"model.name={name}", *knobs), module.train())
+        prepared = torch_compile.prepared(config(f"model.name={name}", *knobs), module.train())
         kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,12 +158,12 @@ def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: 
 
 
 def test_pooling_by_gem_can_be_trained_in_stages_and_begin_with_a_file(empty: Path) -> None:
-    from comp.train import stages, transfer
+    from comp.engine.run import freezing, pretrained
 
     module, name, _ = joined("gem")
     given = timm.create_model(name, num_classes=5, in_chans=1).state_dict()
-    fits = transfer.filling(module, given, "x")
+    fits = pretrained.filling(module, given, "x")
     missing = set(module.state_dict()) - set(fits)
     assert missing == {"backbone.p", "last.weight", "last.bias"}
-    names = stages.trained(module, "last 1 block", name)
+    names = freezing.trained(module, "last 1 block", name)
     assert {"last.weight", "backbone.p"} < names < {key for key, _ in module.named_parameters()}

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from banked import HEADS, lay_out, load, made, member, recipe_of
 
-from comp import score
-from comp.ensemble import fitted, stack
-from comp.tasks import log_softmax, sigmoid
+from comp.engine.bank import score
+from comp.engine.ensemble import apply, stack
+from comp.engine.tasks.kinds import log_softmax, sigmoid
 
 METHODS = ["logistic", "ridge", "elastic_net", pytest.param("mlp", marks=pytest.mark.slow)]
 
@@ -40,7 +40,7 @@ def nested(method: str, task: str, rows: int, count: int, strength: float | None
         found = stack.fit(
             method, head, few, truth[others], frame.iloc[others], fold[others], strength=strength
         )
-        stored = fitted.predict(json.loads(json.dumps(found)), [part[mine] for part in parts], head, "logit")
+        stored = apply.predict(json.loads(json.dumps(found)), [part[mine] for part in parts], head, "logit")
         hot = np.eye(3)[truth[mine]] if task == "multiclass" else truth[mine][:, None]
         lost += float(((head.row.probability(stored) - hot) ** 2).sum())
     return lost / rows
@@ -94,6 +94,6 @@ def test_a_declared_strength_stays_and_a_chosen_one_is_told(
     assert params["strength"] in stack.STRENGTHS["logistic"]
     # in-sample: by the very numbers in apply.json
     parts = [load(project, f"exp00{i + 1}").heads["label"] for i in range(3)]
-    p = sigmoid(fitted.predict(params, parts, project.head, "logit"))[:, 0]
+    p = sigmoid(apply.predict(params, parts, project.head, "logit"))[:, 0]
     truth = project.samples.truth(project.head, np.arange(len(p)))
     assert record["in_sample"] == pytest.approx(score.metric_of(project.cfg)(truth, p), abs=1e-6)

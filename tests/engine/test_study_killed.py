@@ -17,9 +17,11 @@ from conftest import config
 from optuna.trial import TrialState
 from postgres import server
 
-from comp import jobs, machine, process, store, track
-from comp.tune import search, study, trial
-from comp.tune.study import Joined
+from comp.engine import hardware
+from comp.engine.run import runner, tracking
+from comp.engine.store import process, store
+from comp.engine.tune import search, study, trial
+from comp.engine.tune.study import Joined
 
 SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\n"
 TINY = [
@@ -46,7 +48,7 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
 def tuned(project: Path) -> Path:
     (project / "configs" / "tune").mkdir()
     (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
-    jobs.gather(config(*TINY))  # what is imported here need not be imported by every worker
+    runner.gather(config(*TINY))  # what is imported here need not be imported by every worker
     return project
 
 
@@ -86,13 +88,13 @@ def dying(after: int) -> None:
     event.listen(Engine, "before_cursor_execute", count)
     event.listen(Engine, "after_cursor_execute", count)
     event.listen(Engine, "commit", count)
-    log = track.Track.log
+    log = tracking.Track.log
 
     def logged(self: Any, record: Any) -> None:
         count()
         log(self, record)
 
-    track.Track.log = logged  # type: ignore[method-assign]
+    tracking.Track.log = logged  # type: ignore[method-assign]
 
 
 def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[[], None]:
@@ -115,7 +117,7 @@ def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[
             note(book, number=which.number, state=state.name, values=values)
 
         trial._tell = tell  # type: ignore[assignment]
-        search._work(joined, machine.Stop(), float("inf"))
+        search._work(joined, hardware.Stop(), float("inf"))
 
     return work
 
@@ -241,7 +243,7 @@ def test_a_machine_counts_as_dead_by_its_silence(
 
 @pytest.mark.slow  # where the extras are
 def test_a_database_that_does_not_answer_is_one_line(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from comp import cli
+    from comp.engine import cli
 
     pytest.importorskip("psycopg")
     nowhere = "postgresql://comp@/postgres?host=/nowhere"

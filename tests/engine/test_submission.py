@@ -15,14 +15,17 @@ import pandas as pd
 import pytest
 from conftest import config
 
-from comp import bank, competition, folds, samples, store
-from comp import predictions as predictions_of
-from comp.bank import PredictionSet
-from comp.config import Config, Refused
-from comp.deliver import submission
-from comp.deliver.validate import validate
-from comp.samples import Samples
-from comp.tasks import Head
+from comp import competition, submission
+from comp.engine.bank import bank
+from comp.engine.bank import predictions as predictions_of
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.config.schema import Config
+from comp.engine.data import folds, samples
+from comp.engine.data.samples import Samples
+from comp.engine.deliver.validate import validate
+from comp.engine.errors import Refused
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 IDS = ["0012", "0007", "a_3", "0100", "b-5.x", "1.2.840", "00a", "9"]
 DOGS = ("0012", "borzoi", "Saint, Bernard")

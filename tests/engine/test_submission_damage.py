@@ -13,10 +13,10 @@ import pytest
 from conftest import config
 from test_submission import DOGS, HEADS, Case, lay_out, predictions, refusal
 
-from comp import samples, store
-from comp.config import Refused
-from comp.prepare import tables
-from comp.prepare.sample import read_sample, refuse_stale
+from comp.engine.data import prepare, samples
+from comp.engine.data.sample_submission import read_sample, refuse_stale
+from comp.engine.errors import Refused
+from comp.engine.store import store
 
 
 @pytest.fixture(params=list(HEADS))
@@ -60,7 +60,7 @@ def test_a_stale_sample_is_refused(case: Case) -> None:
 
 
 def test_prepare_notes_which_sample_it_saw(project: Path) -> None:
-    tables.prepare(config())
+    prepare.prepare(config())
     sample = project / "data" / "raw" / "sample_submission.csv"
     refuse_stale(read_sample(sample), samples.load())
     sample.write_text(sample.read_text().replace(",0", ",1"))

@@ -17,9 +17,11 @@ from forked import forked
 from kaggle_server import KEY, Server
 from test_download import at_kaggle
 
-from comp import cli, store
-from comp.deliver import kaggle, ledger, send, verify
-from comp.ensemble.blend import blend
+from comp.engine import cli
+from comp.engine.deliver import kaggle, ledger, verify
+from comp.engine.deliver import submit as send
+from comp.engine.ensemble.blend import blend
+from comp.engine.store import store
 
 
 @pytest.fixture
@@ -393,7 +395,7 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
 def test_rank_correlation_is_spearmans() -> None:
     from scipy.stats import spearmanr
 
-    from comp.deliver.scores import rank_correlation
+    from comp.engine.deliver.scores import rank_correlation
 
     a, b = np.array([1.0, 2, 2, 4, 5]), np.array([1.0, 3, 2, 2, 9])
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)

@@ -16,9 +16,9 @@ from conftest import config
 from test_forms import logits, stand, written
 from test_layouts import declare, opened, prepared, put, refused
 
-from comp.deliver.cells import rules_of_cells
-from comp.prepare import sources
-from comp.prepare.sample import read_sample
+from comp.engine.data import raw_tables
+from comp.engine.data.sample_submission import read_sample
+from comp.engine.deliver.cell_format import rules_of_cells
 
 
 def test_annotations_of_one_picture_are_its_labels(empty: Path) -> None:
@@ -74,7 +74,7 @@ def test_cells_of_parquet_are_the_text_that_a_csv_would_have(empty: Path) -> Non
         "value": [0.5, 2.0],
     }  # fmt: skip
     pq.write_table(pa.table(cells), empty / "data/raw/train.parquet")
-    frame = sources.read(empty / "data/raw/train.parquet").frame
+    frame = raw_tables.read(empty / "data/raw/train.parquet").frame
     assert frame.fillna("").to_numpy().tolist() == [
         ["1", str(long), "a b", "u", "0.5"],
         ["2", "", "", "v", "2.0"],

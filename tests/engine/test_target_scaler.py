@@ -13,9 +13,11 @@ from conftest import config
 from safetensors.torch import load_file
 from test_losses import samples_of
 
-from comp import bank, competition, folds, jobs, samples, score, store, track
-from comp.prepare import assign, tables
-from comp.train import losses
+from comp import competition, losses
+from comp.engine.bank import bank, score
+from comp.engine.data import folds, make_folds, prepare, samples
+from comp.engine.run import runner, tracking
+from comp.engine.store import store
 
 FORTY_STEPS = [
     "track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.limit=160", "train.batch_size=16",
@@ -35,8 +37,8 @@ def declare_values(
     file.write_text(
         text.replace("metric: accuracy", f"metric: {metric}").replace("form: label", "form: value")
     )
-    tables.prepare(config(experiment="base"))
-    assign.make(config(experiment="base"), samples.load(), remake=True)
+    prepare.prepare(config(experiment="base"))
+    make_folds.make(config(experiment="base"), samples.load(), remake=True)
 
 
 def learn(
@@ -44,7 +46,7 @@ def learn(
 ) -> float:
     """The score of fold 0, whose target is the digit in some unit. The run is x."""
     declare_values(project, scale, shift, task, metric)
-    jobs.train("exp001", [*FORTY_STEPS, *overrides], fold="0", name="x")
+    runner.train("exp001", [*FORTY_STEPS, *overrides], fold="0", name="x")
     table = samples.load()
     oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     head = table.heads[0]
@@ -60,7 +62,7 @@ def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, sh
     R2.append(learn(project, scale, shift))
     assert R2[-1] > 0.2
     assert abs(R2[-1] - R2[0]) < 0.02
-    *_, epoch = [e for e in track.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "valid_loss" in e]
+    *_, epoch = [e for e in tracking.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "valid_loss" in e]
     table = samples.load()
     oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     assert len(oof.row) == 160
@@ -85,7 +87,7 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
         assert found["target_std"].tolist() == pytest.approx([values.std()], rel=1e-6), inside
         oof = bank.read(place / "oof.arrow", table, folds.load(table))
         assert abs(oof.heads["label"].mean() - values.mean()) < 2 * values.std(), inside
-    jobs.train("exp001", [*FORTY_STEPS, "model.pretrained=run:x", "train.limit=64"], fold="0", name="y")
+    runner.train("exp001", [*FORTY_STEPS, "model.pretrained=run:x", "train.limit=64"], fold="0", name="y")
     again = load_file(store.fold_folder("y", 0, 0) / "weights.safetensors")["target_mean"]
     own = table.targets(table.heads[0])[folds.load(table).split(0)[0][:64], 0]
     assert again.tolist() == pytest.approx([own.mean()], rel=1e-6), "measured anew, not taken over"
@@ -94,14 +96,14 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
 def test_the_audit_measures_targets_again(project: Path) -> None:
     from safetensors.torch import save_file
 
-    from comp.ensemble import audit_runs
-    from comp.ensemble.findings import Leak
-    from comp.train import target_scaler
+    from comp.engine.extras import audit_runs
+    from comp.engine.extras.findings import Leak
+    from comp.engine.run import target_scaler
 
     learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.limit=48")
     table = samples.load()
     split, place = folds.load(table), store.fold_folder("x", 0, 0)
-    material = jobs.gather(jobs.stored_config("x"))
+    material = runner.gather(runner.stored_config("x"))
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", table, split)}
     assert audit_runs._statistics(material, sets) == []
     taught, scored = (rows[:48] for rows in split.split(0))
@@ -138,7 +140,7 @@ def test_grades_are_learned_standardised_and_weighed_by_their_class(project: Pat
 
 
 def test_missing_values_do_not_count_and_a_constant_has_deviation_1() -> None:
-    from comp.train import target_scaler
+    from comp.engine.run import target_scaler
 
     nan = float("nan")
     columns = torch.tensor(
@@ -152,7 +154,7 @@ def test_missing_values_do_not_count_and_a_constant_has_deviation_1() -> None:
 @pytest.mark.parametrize("name", ["mse", "l1", "huber", "log_cosh"])
 def test_neither_gradients_nor_the_share_of_a_column_depend_on_the_unit(empty: Path, name: str) -> None:
     """Delta is in the unit of the target, and so is what is read of every loss."""
-    from comp.train import target_scaler
+    from comp.engine.run import target_scaler
 
     plain = np.random.default_rng(0).normal(size=(50, 2))
     output = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ import pytest
 from conftest import config
 from test_prepare import lay, prepared, refusal
 
-from comp import cli, folds
-from comp.prepare import assign
+from comp.engine import cli
+from comp.engine.data import folds, make_folds
 
 FOLDS = {"scheme": "time", "k": 2, "seed": 0}
 
@@ -35,7 +35,7 @@ def test_eight_digits_are_dates_and_a_gap_is_days(empty: Path, capsys: pytest.Ca
     days = [f"2020{month:02}{day:02}" for month in (1, 2, 3) for day in range(1, 29)]
     laid(empty, days, folds={"gap": 20})
     table = prepared()
-    assign.make(config(experiment="base"), table)
+    make_folds.make(config(experiment="base"), table)
     split, time = folds.load(table), table.frame["time"].to_numpy()
     train, valid = split.split(1)
     apart = time[valid].min() - time[train].max()

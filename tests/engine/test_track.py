@@ -19,9 +19,10 @@ import wandb_reader
 from PIL import Image
 from wandb_server import Server
 
-from comp import store, track
-from comp.knobs import Track as Settings
-from comp.secret import REMOVED
+from comp.engine.config.schema import Track as Settings
+from comp.engine.run import tracking
+from comp.engine.store import store
+from comp.engine.store.secrets import REMOVED
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1] / "{{cookiecutter.project_slug}}"
@@ -73,7 +74,7 @@ class Project:
         """The log without what differs between any two runs."""
         return [
             {k: v for k, v in line.items() if k not in ("clock", "sha256")}
-            for line in track.read(self.folder / "log.jsonl")
+            for line in tracking.read(self.folder / "log.jsonl")
         ]
 
     def parts(self, kind: str = "offline-run") -> list[wandb_reader.Part]:
@@ -137,7 +138,7 @@ def server() -> Iterator[Callable[[str], Server]]:
 def test_a_resumed_log_equals_one_that_was_never_killed(plain: Project, resumed: Project) -> None:
     assert differing(resumed.lines(), plain.lines()) == []
     assert [line["step"] for line in plain.lines() if "loss" in line] == list(range(1, 41))
-    assert track.finished(plain.folder)
+    assert tracking.finished(plain.folder)
 
 
 def differing(a: list[dict[str, object]], b: list[dict[str, object]]) -> list[tuple[object, object]]:
@@ -151,16 +152,18 @@ def test_every_line_is_valid_json_and_numbers_come_back(plain: Project) -> None:
     raw = [json.loads(line) for line in (plain.folder / "log.jsonl").read_text().splitlines()]
     (marked,) = [line for line in raw if "nonfinite" in line and line.get("step")]
     assert marked["loss"] is None and marked["nonfinite"] == {"loss": "nan"}
-    back = {line.get("step"): line for line in track.read(plain.folder / "log.jsonl") if "loss" in line}
+    back = {line.get("step"): line for line in tracking.read(plain.folder / "log.jsonl") if "loss" in line}
     assert math.isnan(back[7]["loss"]) and back[8]["rate"] == 0.5
-    (summary,) = [line for line in track.read(plain.folder / "log.jsonl") if line.get("event") == "summary"]
+    (summary,) = [
+        line for line in tracking.read(plain.folder / "log.jsonl") if line.get("event") == "summary"
+    ]
     assert summary["values"]["broken"] == math.inf
 
 
 def test_off_means_off(plain: Project) -> None:
     assert not (plain.root / "wandb").exists()
     code = (
-        "import sys; from comp import pictures, track; "
+        "import sys; from comp.engine.report import plots; from comp.engine.run import tracking; "
         "sys.exit(str({'wandb', 'torch', 'pandas', 'matplotlib'} & set(sys.modules)).replace('set()', '') or 0)"
     )
     assert (
@@ -330,10 +333,10 @@ def test_a_server_gets_every_line_once_across_a_kill(tmp_path: Path, server: Cal
 @pytest.mark.slow
 def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(mode="offline", project=None, entity=None, checkpoints=False)
-    run = track.open_run(
+    run = tracking.open_run(
         empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )
-    assert isinstance(run._feed, track.Feed) and run._feed._process is not None
+    assert isinstance(run._feed, tracking.Feed) and run._feed._process is not None
     run.log({"step": 1, "loss": 0.5})
     run._feed._process.kill()
     run._feed._process.wait()
@@ -349,14 +352,14 @@ def test_patience_ends(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All runs of a process share it, so that ten folds do not wait ten times for the same dead server."""
-    monkeypatch.setattr(track, "PATIENCE", 0.01)
-    monkeypatch.setattr(track.Feed, "_waited", 0.0)
-    feed = track.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    monkeypatch.setattr(tracking.Feed, "_waited", 0.0)
+    feed = tracking.Feed({"mode": "online", "run": {"id": "r"}}, empty)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as endless:
         feed._process = endless
         feed.wait()
         assert endless.poll() is None
-        assert "goes on without us" in capsys.readouterr().err and track.Feed._waited > 0
+        assert "goes on without us" in capsys.readouterr().err and tracking.Feed._waited > 0
         asked: list[float] = []
         monkeypatch.setattr(endless, "wait", asked.append)
         feed.wait()
@@ -368,11 +371,11 @@ def test_patience_ends(
 def test_one_dead_server_is_enough(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(track.Feed, "_online_failed", False)
-    feed = track.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    monkeypatch.setattr(tracking.Feed, "_online_failed", False)
+    feed = tracking.Feed({"mode": "online", "run": {"id": "r"}}, empty)
     store.write_json(feed._state, {"mode": "offline", "note": "online failed"})
     feed.report()
     feed.report()
     assert capsys.readouterr().err == "W&B: online failed\n"
-    track.Feed({"mode": "online", "run": {"id": "s"}}, empty)
+    tracking.Feed({"mode": "online", "run": {"id": "s"}}, empty)
     assert store.read_json(store.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"

@@ -17,11 +17,13 @@ import torch
 import wandb_reader
 from conftest import config
 
-from comp import bank, cli, folds, jobs, own, samples, score, store
-from comp.config import Refused
-from comp.predict import tta
-from comp.prepare import assign, tables
-from comp.train import augment, data, evaluate, loop
+from comp import data, train, transforms
+from comp.engine import cli, pages
+from comp.engine.bank import bank, score
+from comp.engine.data import folds, make_folds, prepare, samples
+from comp.engine.errors import Refused
+from comp.engine.run import evaluate, runner, views
+from comp.engine.store import store
 
 TINY = [
     "track=none",
@@ -53,10 +55,10 @@ def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> No
     whole = {kind: file.read_bytes() for kind, file in cut.items()}
     for file in cut.values():
         file.write_bytes(file.read_bytes()[:-40])
-    said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
+    said = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
     assert victims["train"] in said and table.frame["id"].iloc[taught[5]] in said
     cut["train"].write_bytes(whole["train"])
-    jobs.train("exp001", TINY, fold="0", name="x")
+    runner.train("exp001", TINY, fold="0", name="x")
     listed = (project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()
     assert len(listed) == 1 and victims["test"] in listed[0]
     said_of = bank.read(project / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
@@ -86,9 +88,9 @@ def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: p
     import albumentations as A
 
     monkeypatch.setattr(
-        own.competition, "recipe", lambda size: augment.Recipe([A.HorizontalFlip(prob=1)]), raising=False
+        pages.competition, "recipe", lambda size: transforms.Recipe([A.HorizontalFlip(prob=1)]), raising=False
     )
-    assert "prob" in refusal(lambda: augment.named(config("augment=recipe")))
+    assert "prob" in refusal(lambda: transforms.named(config("augment=recipe")))
 
 
 # --- the parts against what they promise ---------------------------------------------------------------------------------
@@ -96,10 +98,10 @@ def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: p
 
 def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
-    seen = {view(x).numpy().tobytes() for view in tta.VIEWS.values()}
-    assert len(seen) == len(tta.VIEWS) == 8
-    assert torch.equal(tta.rot90(tta.rot270(x)), x) and torch.equal(
-        tta.antitranspose(tta.antitranspose(x)), x
+    seen = {view(x).numpy().tobytes() for view in views.VIEWS.values()}
+    assert len(seen) == len(views.VIEWS) == 8
+    assert torch.equal(views.rot90(views.rot270(x)), x) and torch.equal(
+        views.antitranspose(views.antitranspose(x)), x
     )
 
 
@@ -107,9 +109,9 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
     """The member of two views is the mean, in probability, of what each view says alone."""
     run = [*TINY, "predict.tta=[identity]"]
     for number in range(5):
-        jobs.train("exp001", run, fold=str(number), name="x")
-    for views in ("identity,hflip", "hflip"):
-        jobs.predict("x", tta=views)
+        runner.train("exp001", run, fold=str(number), name="x")
+    for tta in ("identity,hflip", "hflip"):
+        runner.predict("x", tta=tta)
     table = samples.load()
     split = folds.load(table)
     alone, other, both = (
@@ -153,12 +155,12 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
     ]
     said += ["competition.folds.scheme=group"]
     cfg = config(*said)
-    tables.prepare(cfg)
-    assign.make(cfg, samples.load(), remake=True)
+    prepare.prepare(cfg)
+    make_folds.make(cfg, samples.load(), remake=True)
     for number in range(5):
         # The last fold of one task tells W&B, and the run as a whole with it: what is told changes no result.
         told = ["track=offline"] if task == "regression" and number == 4 else []
-        jobs.train("exp001", [*TINY, *said, f"loss={loss}", *told], fold=str(number), name="x")
+        runner.train("exp001", [*TINY, *said, f"loss={loss}", *told], fold=str(number), name="x")
     record = store.read_json(project / "runs/x/score.json")
     if task == "regression":
         residuals_and_summary(project, record)
@@ -201,9 +203,9 @@ def test_custom_loss_metric_and_model_from_competition_py(
         ),
     }
     for name, hook in hooks.items():
-        monkeypatch.setattr(own.competition, name, hook, raising=False)
-    jobs.train("exp001", [*TINY, "loss=loss", "competition.metric=metric"], fold="0", name="x")
-    assert [*own.in_force()] == ["model", "loss", "metric"]
+        monkeypatch.setattr(pages.competition, name, hook, raising=False)
+    runner.train("exp001", [*TINY, "loss=loss", "competition.metric=metric"], fold="0", name="x")
+    assert [*pages.in_force()] == ["model", "loss", "metric"]
     shapes = {
         k: tuple(v.shape) for k, v in _weights(project / "runs/x/seed0/fold0/weights.safetensors").items()
     }
@@ -231,14 +233,14 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
     rows = one.predicted
     mean = (one.probability(table.heads[0]) + other.probability(table.heads[0])) / 2
     assert run.probability(table.heads[0])[rows] == pytest.approx(mean[rows], abs=1e-5)
-    jobs.train("exp001", two, fold="full", name="x")
+    runner.train("exp001", two, fold="full", name="x")
     assert bank.find("x:full", "test").exists()
 
 
 def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     """Not what the tracker can do, but what a real fold tells it."""
     told = ["track=offline", "track.checkpoints=true", "machine.progress=false", "machine.workers=0"]
-    jobs.train("exp001", [*told, "train.epochs=2", "train.limit=48"], fold="0", name="x")
+    runner.train("exp001", [*told, "train.epochs=2", "train.limit=48"], fold="0", name="x")
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     (part,) = [part for part in parts if part.run.job_type == "fold"]
     assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"
@@ -310,7 +312,7 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = ["competition.folds.holdout=0.2"]
-    assign.make(config(*said), samples.load(), remake=True)
+    make_folds.make(config(*said), samples.load(), remake=True)
     table = samples.load()
     split = folds.load(table)
     locked = set(split.locked().tolist())
@@ -318,11 +320,11 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     for number in [*range(5), "full"]:
         assert not locked & set(np.concatenate(split.split(number)).tolist())
     for number in range(5):
-        jobs.train("exp001", [*TINY, *said], fold=str(number), name="x")
+        runner.train("exp001", [*TINY, *said], fold=str(number), name="x")
     assert not locked & set(bank.load("x", "oof", table, split).row.tolist())
     capsys.readouterr()
-    jobs.predict("x", last_look=True)
-    jobs.predict("x", last_look=True)
+    runner.predict("x", last_look=True)
+    runner.predict("x", last_look=True)
     out = capsys.readouterr().out
     assert f"on {len(locked)} locked rows, look number 1" in out and "look number 2" in out
 
@@ -330,8 +332,8 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
 def test_a_line_an_epoch_where_nobody_sees_a_bar(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "PULSE", 0)
-    jobs.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
+    monkeypatch.setattr(train, "PULSE", 0)
+    runner.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
     said = capsys.readouterr().out
     found = re.findall(
         r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, \d+ images/s, (\d+) s left",
@@ -348,5 +350,5 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
 ) -> None:
     usage = shutil.disk_usage(project)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**28))
-    said = refusal(lambda: jobs.train("exp001", TINY, fold="0", name="x"))
+    said = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
     assert "runs/x" in said and "comp clean" in said and not (project / "runs/x/seed0").exists()

@@ -13,11 +13,13 @@ from conftest import config
 from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 
-from comp import cli, jobs, store
-from comp.config import Refused
-from comp.tasks import Head
-from comp.train import model, schedule, transfer
-from comp.train.stages import Stages
+from comp import models
+from comp.engine import cli
+from comp.engine.errors import Refused
+from comp.engine.run import pretrained, runner, schedule
+from comp.engine.run.freezing import Stages
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 STAGES = "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: last 2 blocks, epochs: 1, rate: 2e-3}, {train: everything, epochs: 2, rate: 1e-3}]"
 QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.limit=32", "train.batch_size=8", "train.ema=null"]  # fmt: skip
@@ -58,7 +60,7 @@ def test_frozen_norms(empty: Path) -> None:
 def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
     def built(*said: str) -> torch.nn.Module:
         cfg = config("model.name=test_convnext", "data.channels=3", *said)
-        return model.build(
+        return models.build(
             cfg, (Head("label", "multiclass", ("a", "b"), ("target.label",), ("a", "b")),), pretrained=False
         )
 
@@ -85,15 +87,15 @@ def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
 def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
     given = timm.create_model("test_resnet", num_classes=5).state_dict()
     module = timm.create_model("test_resnet", num_classes=7)
-    fits = transfer.filling(module, given, "x")
+    fits = pretrained.filling(module, given, "x")
     assert [k for k in given if k not in fits] == ["fc.weight", "fc.bias"]
     assert all(torch.equal(fits[k], given[k]) for k in module.state_dict() if not k.startswith("fc."))
     with pytest.raises(Refused, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
-        transfer.filling(timm.create_model("test_resnet", in_chans=4), given, "x")
+        pretrained.filling(timm.create_model("test_resnet", in_chans=4), given, "x")
 
 
 def test_another_run_of_the_same_fold(project: Path) -> None:
-    jobs.train("exp001", [*QUIET, "train.epochs=1"], fold="1", name="first")
+    runner.train("exp001", [*QUIET, "train.epochs=1"], fold="1", name="first")
     file = store.fold_folder("first", 0, 1) / "weights.safetensors"
     # A rate so small that nothing moves shows what training began with.
     still = [
@@ -101,22 +103,22 @@ def test_another_run_of_the_same_fold(project: Path) -> None:
         STAGES.replace("1e-2", "1e-20").replace("2e-3", "1e-20").replace("1e-3", "1e-20"),
         "train.epochs=4",
     ]
-    jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="second")
+    runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="second")
     first, second = (load_file(f) for f in (file, store.fold_folder("second", 0, 1) / "weights.safetensors"))
     names = [k for k in first if "running" not in k and "num_batches" not in k]
     assert all(torch.allclose(first[k], second[k], atol=1e-7) for k in names)
     with pytest.raises(Refused, match="no seed 0 fold 2, and weights of another fold"):
-        jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
+        runner.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
     with pytest.raises(Refused, match="no such run; the nearest are"):
-        jobs.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
+        runner.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
     made = store.run_folder("first") / "made_of.json"
     store.write_json(made, store.read_json(made) | {"folds": "others"})
     store.seal(made)
     with pytest.raises(Refused, match="other folds"):
-        jobs.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
+        runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
     save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")
     with pytest.raises(Refused, match=r"mine.safetensors: \S+ is not in it"):
-        jobs.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
+        runner.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
 
 
 @pytest.mark.parametrize(

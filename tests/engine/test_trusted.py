@@ -12,7 +12,10 @@ from conftest import QUICK
 from kaggle_server import Server
 from test_download import at_kaggle
 
-from comp import bank, cli, folds, predictions, samples, store
+from comp.engine import cli
+from comp.engine.bank import bank, predictions
+from comp.engine.data import folds, samples
+from comp.engine.store import store
 
 TRAIN = ["train", "exp001", *QUICK, "--as", "exp001"]
 MERGE, VIEWS = ["predict", "exp001"], ["predict", "exp001", "--tta", "identity,vflip"]

@@ -17,9 +17,13 @@ from conftest import config
 from optuna.trial import TrialState
 from studies import FOREVER, SMALL, join, run, states, with_space
 
-from comp import bank, cli, folds, identity, jobs, machine, samples, store
-from comp.config import Refused
-from comp.tune import confirm, confirmed, export, listing, live, report, search, study, trial
+from comp.engine import cli, hardware
+from comp.engine.bank import bank
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.run import fingerprint, runner
+from comp.engine.store import store
+from comp.engine.tune import confirm, confirmed, export, listing, live, report, search, study, trial
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
     assert config(experiment="exp014").optim.rate == best.params["optim.rate"]
     # What the trial trained is not trained again; its OOF is what the run would have written itself.
     before = (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns
-    jobs.train("exp014", ["track=none"], fold="0")
+    runner.train("exp014", ["track=none"], fold="0")
     assert (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns == before
     table = samples.load()
     assert (
@@ -114,21 +118,21 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
         for number in range(5):
             store.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
 
-    material = jobs.gather(trial.config_of(joined, {}))
-    monkeypatch.setattr(jobs, "gather", lambda *_: material)
-    monkeypatch.setattr(jobs, "one_fold", one_fold)
+    material = runner.gather(trial.config_of(joined, {}))
+    monkeypatch.setattr(runner, "gather", lambda *_: material)
+    monkeypatch.setattr(runner, "one_fold", one_fold)
     monkeypatch.setattr(trial, "scored", lambda *_: {"value": 0.8, "text": ""})
-    monkeypatch.setattr(identity, "claim", lambda *_, **__: begun())
+    monkeypatch.setattr(fingerprint, "claim", lambda *_, **__: begun())
     ends = []
     while taken := study.take(joined):
         cost.append(0)
-        ends.append(trial.run(joined, *taken, machine.Stop(), FOREVER).name)
+        ends.append(trial.run(joined, *taken, hardware.Stop(), FOREVER).name)
     assert ends[-1] == "PRUNED" and cost[-1] < 10, (ends, cost)
     assert ends[0] == "COMPLETE" and cost[0] == 10
 
 
 def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
-    joined, stop = join(), machine.Stop()
+    joined, stop = join(), hardware.Stop()
     taken = study.take(joined)
     assert taken is not None
     stop.asked = True
@@ -137,7 +141,7 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
     taken = study.take(joined)
     assert taken is not None and taken[0].user_attrs["retry_of"] == 0
     with pytest.raises(KeyboardInterrupt):  # the night is over
-        trial.run(joined, *taken, machine.Stop(), time.time())
+        trial.run(joined, *taken, hardware.Stop(), time.time())
     assert run(joined) == TrialState.COMPLETE
     trials = joined.study.get_trials(deepcopy=False)
     again = next(t for t in trials if t.state == TrialState.COMPLETE)
@@ -148,7 +152,7 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
 def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     joined = join()
     assert run(joined) == TrialState.COMPLETE
-    taken, stop = study.take(joined), machine.Stop()
+    taken, stop = study.take(joined), hardware.Stop()
     assert taken is not None
 
     def pressed(*_: Any) -> None:

@@ -13,10 +13,12 @@ from forked import forked
 from optuna.trial import TrialState, create_trial
 from studies import FOREVER, SMALL, join, run, states, with_space
 
-from comp import cli, identity, jobs, machine, store, track
-from comp.train import loop
-from comp.tune import study, trial
-from comp.tune.study import Joined
+from comp import train
+from comp.engine import cli, hardware
+from comp.engine.run import fingerprint, runner, tracking
+from comp.engine.store import store
+from comp.engine.tune import study, trial
+from comp.engine.tune.study import Joined
 
 
 @pytest.fixture
@@ -37,8 +39,8 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
             if "epoch" in record and "fold" not in record and seen > 4:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        original = track.Track.log
-        track.Track.log = log  # type: ignore[method-assign]
+        original = tracking.Track.log
+        tracking.Track.log = log  # type: ignore[method-assign]
         run(join())
 
     assert os.WIFSIGNALED(forked(die))
@@ -54,10 +56,10 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     }
 
     cfg = trial.config_of(joined, study.setting_of(joined.space, again))
-    material = jobs.gather(cfg)
-    identity.claim("whole", cfg, material.folds, "")
+    material = runner.gather(cfg)
+    fingerprint.claim("whole", cfg, material.folds, "")
     for number in range(2):
-        jobs.one_fold(material, "whole", 0, number, search=True)
+        runner.one_fold(material, "whole", 0, number, search=True)
     whole = {f.parent.name: store.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")}
     assert killed == whole and len(whole) == 2
 
@@ -132,11 +134,11 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         original(material, *rest)
 
-    original = loop.fold
-    monkeypatch.setattr(loop, "fold", fold)
+    original = train.fold
+    monkeypatch.setattr(train, "fold", fold)
     ends = []
     while taken := study.take(joined):
-        ends.append(trial.run(joined, *taken, machine.Stop(), FOREVER).name)
+        ends.append(trial.run(joined, *taken, hardware.Stop(), FOREVER).name)
     trials = joined.study.get_trials(deepcopy=False)
     assert trials[0].params["train.batch_size"] == 32 and trials[0].user_attrs["error"]["kind"] == "memory"
     big = next(t for t in trials if t.params["train.batch_size"] == 64)
@@ -150,7 +152,7 @@ def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
     def fail(*_: Any) -> None:
         raise KeyError("no such")
 
-    monkeypatch.setattr(loop, "fold", fail)
+    monkeypatch.setattr(train, "fold", fail)
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "9", *SMALL]) == 2
     said = capsys.readouterr()
     assert "3 trials in a row failed, the last with: 'no such'" in said.err

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from comp.config import Refused
-from comp.deliver import unpack
+from comp.engine.errors import Refused
+from comp.engine.readers import unpack
 
 Build = Callable[[Path], Path]
 BOMB = b"\0" * 30_000_000

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import config
 
-from comp import competition, folds, jobs, samples, store
-from comp.predict import infer, tta
-from comp.refused import Refused
-from comp.tasks import Head
-from comp.train import augment, model, native
+from comp import competition, models, predict, transforms
+from comp.engine.data import folds, samples
+from comp.engine.errors import Refused
+from comp.engine.run import cv2_ops, runner, views
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
 
 
 def pictures(count: int = 5, side: int = 24) -> torch.Tensor:
@@ -24,11 +25,11 @@ def pictures(count: int = 5, side: int = 24) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["light", "medium", "fast", "resident"])
 def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
     x = pictures()
-    first, second = tta.views([name, f"{name}2"])
+    first, second = views.views([name, f"{name}2"])
     whole = first(x)
     assert whole.shape == x.shape and whole.dtype == torch.uint8
     assert not torch.equal(whole, x) and not torch.equal(whole, second(x))
-    again = tta.views([name])[0]
+    again = views.views([name])[0]
     alone = torch.cat([again(part) for part in x.flip(0).split(2)]).flip(0)
     assert (
         alone.int() - whole.int()
@@ -37,20 +38,20 @@ def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
 
 def test_views_that_are_none_are_refused() -> None:
     with pytest.raises(Refused, match="there is no view 'ligth2'; the nearest is light"):
-        tta.views(["ligth2"])
+        views.views(["ligth2"])
     with pytest.raises(Refused, match="there is no view 'recipe'"):
-        tta.views(["recipe"])
+        views.views(["recipe"])
     with pytest.raises(Refused, match="there is no view 'none'"):
-        tta.views(["none"])
+        views.views(["none"])
     with pytest.raises(Refused, match="names a view twice"):
-        tta.views(["light", "light"])
+        views.views(["light", "light"])
 
 
 def test_a_recipe_of_ones_own_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = lambda size: augment.Recipe([native.quarter_turns()])  # noqa: E731
+    turns = lambda size: transforms.Recipe([cv2_ops.quarter_turns()])  # noqa: E731
     monkeypatch.setattr(competition, "recipe", turns, raising=False)
     x = pictures(1)
-    turned = {tta.views([f"recipe{n}"])[0](x).numpy().tobytes() for n in range(1, 20)}
+    turned = {views.views([f"recipe{n}"])[0](x).numpy().tobytes() for n in range(1, 20)}
     assert turned == {torch.rot90(x, n, (2, 3)).contiguous().numpy().tobytes() for n in range(4)}
 
 
@@ -77,12 +78,12 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
     said = {}
     for names in [views, *([name] for name in views)]:
         cfg = config(f"predict.tta=[{','.join(names)}]", "machine.workers=0", "machine.progress=false")
-        material = jobs.gather(cfg)
+        material = runner.gather(cfg)
         weights = store.path("weights.safetensors")
         if not weights.exists():
-            model.save_weights(model.build(cfg, material.samples.heads, False, material.feed), weights)
+            models.save_weights(models.build(cfg, material.samples.heads, False, material.feed), weights)
         head = material.samples.heads[0]
-        stored, _ = infer.predict(material, weights, material.samples.positions("test")[:7])
+        stored, _ = predict.predict(material, weights, material.samples.positions("test")[:7])
         said[",".join(names)] = head.row.probability(stored[head.name].astype(np.float64))
     mean = np.mean([said[name] for name in views], axis=0)
     assert said[",".join(views)] == pytest.approx(mean, abs=1e-5)

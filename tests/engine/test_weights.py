@@ -19,12 +19,14 @@ from test_resume import killed_at
 from timm.utils import ModelEmaV3
 from torch.optim import swa_utils
 
-from comp import bank, folds, jobs, members, samples, store, track
-from comp.config import Refused
-from comp.deliver import kernel, verify
-from comp.ensemble import choose, latency
-from comp.prepare import assign
-from comp.train import choice, kept, schedule
+from comp.engine.bank import bank
+from comp.engine.config import run_members
+from comp.engine.data import folds, make_folds, samples
+from comp.engine.deliver import kernel, verify
+from comp.engine.ensemble import latency, member_filter
+from comp.engine.errors import Refused
+from comp.engine.run import averaging, model_selection, runner, schedule, tracking
+from comp.engine.store import store
 
 QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
 EVERYTHING = [
@@ -42,7 +44,7 @@ def halves(project: Path) -> Path:
     """Two folds: half of the trainings, and still a whole CV."""
     file = project / "configs/competition.yaml"
     file.write_text(file.read_text().replace("k: 5", "k: 2"))
-    assign.make(config(), samples.load(), remake=True)
+    make_folds.make(config(), samples.load(), remake=True)
     return project
 
 
@@ -69,12 +71,12 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
 def test_the_average_is_the_one_of_timm() -> None:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=3)
-    ours = kept.Ema(module, 0.7)
+    ours = averaging.Ema(module, 0.7)
     theirs = ModelEmaV3(
         module,
         decay=0.7,
         use_warmup=True,
-        warmup_gamma=1 / kept.WARMUP,
+        warmup_gamma=1 / averaging.WARMUP,
         warmup_power=1.0,
         exclude_buffers=True,
     )
@@ -96,7 +98,7 @@ def test_the_average_is_the_one_of_timm() -> None:
 def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
     """One run makes both: train.ema changes no step of it. In two epochs a network learns these digits."""
     quiet = ["track=none", "machine.workers=0", "machine.progress=false", "average.beside=[raw]"]
-    jobs.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
+    runner.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
     table = samples.load()
     head, place = table.heads[0], store.fold_folder("x", 0, 3)
 
@@ -114,13 +116,13 @@ def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
 ) -> None:
     """Once for all folds; the preview says it too."""
     few = ["train.epochs=1", "train.limit=32", "train.batch_size=8", "augment=none"]
-    jobs.draw_schedule("exp001", few)
+    runner.draw_schedule("exp001", few)
     assert "schedule.warmup: 4 steps" in capsys.readouterr().out
-    jobs.train("exp001", [*few, "track=none", "machine.workers=0", "machine.progress=false"], name="x")
+    runner.train("exp001", [*few, "track=none", "machine.workers=0", "machine.progress=false"], name="x")
     shown = capsys.readouterr()
     (line,) = [each for each in (shown.out + shown.err).splitlines() if "warmup" in each]
     assert re.findall(r"\d+", line) == ["4", "4", "2"]
-    rates = [e["rate"] for e in track.read(halves / "runs/x/seed0/fold0/log.jsonl") if "rate" in e]
+    rates = [e["rate"] for e in tracking.read(halves / "runs/x/seed0/fold0/log.jsonl") if "rate" in e]
     assert rates.index(max(rates)) == 2 and len(rates) == 4
 
 
@@ -130,7 +132,7 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
     module = timm.create_model("test_resnet", num_classes=3)
     cfg = config("average.predicts=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
-    kept_weights = kept.Kept(cfg, module, tmp_path, [])
+    kept_weights = averaging.Kept(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
         kept_weights.after_epoch(epoch, None)
@@ -142,7 +144,7 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
 
 
 def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: Path) -> None:
-    jobs.train("exp001", EVERYTHING, name="x")
+    runner.train("exp001", EVERYTHING, name="x")
     snaps = ["snap1", "snap2", "snap3"]
     names = {*snaps, "last2", "ema", "swa", "tail", "uniform", "greedy"}
     assert set(bank.members()) == {"x"} | {f"x:{name}" for name in names}
@@ -157,7 +159,7 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
         mean = (said("snap2", kind) + said("snap3", kind)) / 2
         if kind == "oof":
             assert said("last2", kind) == pytest.approx(mean, abs=1e-6, nan_ok=True)
-    assert choose.addresses("x:snapshots") == [f"x:{name}" for name in snaps]
+    assert member_filter.addresses("x:snapshots") == [f"x:{name}" for name in snaps]
     # Of the parameters; what batch norms measured is measured anew.
     each = [weights("x", name) for name in snaps]
     parameters = [name for name in each[0] if "running" not in name and "num_batches" not in name]
@@ -180,7 +182,7 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
 
 def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: Path) -> None:
     def train() -> None:
-        jobs.train("exp001", [*EVERYTHING, "train.checkpoint_every=2"], fold="1", name="x")
+        runner.train("exp001", [*EVERYTHING, "train.checkpoint_every=2"], fold="1", name="x")
 
     def artefacts() -> dict[str, str]:
         place = store.fold_folder("x", 0, 1)
@@ -199,8 +201,8 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
 
 def test_what_speaks_is_said_beforehand(project: Path) -> None:
     run = [*QUIET, "train.epochs=2", "average.tail=2", "train.ema=null"]
-    jobs.train("exp001", [*run, "average.predicts=tail", "average.beside=[raw]"], fold="0", name="tail")
-    jobs.train("exp001", [*run, "average.beside=[tail]"], fold="0", name="raw")
+    runner.train("exp001", [*run, "average.predicts=tail", "average.beside=[raw]"], fold="0", name="tail")
+    runner.train("exp001", [*run, "average.beside=[tail]"], fold="0", name="raw")
     assert all(torch.equal(weights("tail")[name], value) for name, value in weights("raw", "tail").items())
     assert all(torch.equal(weights("tail", "raw")[name], value) for name, value in weights("raw").items())
 
@@ -231,7 +233,7 @@ def test_of_time_the_latest_are_held_out(empty: Path) -> None:
 
 
 def epochs(run: str) -> list[dict[str, float]]:
-    return [line for line in track.read(store.fold_folder(run, 0, 0) / "log.jsonl") if "epoch" in line]
+    return [line for line in tracking.read(store.fold_folder(run, 0, 0) / "log.jsonl") if "epoch" in line]
 
 
 @pytest.mark.parametrize("on", ["inner", "fold"])
@@ -239,7 +241,7 @@ def test_the_best_epoch_speaks_and_patience_ends_it(
     halves: Path, on: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*QUIET, "train.epochs=8", "train.ema=null", "optim.rate=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
-    jobs.train("exp001", run, name="x")
+    runner.train("exp001", run, name="x")
     lines = epochs("x")
     scores = [line["select_score"] for line in lines]
     best = int(np.argmax(scores))
@@ -255,7 +257,7 @@ def test_the_best_epoch_speaks_and_patience_ends_it(
     assert ("by the choice" in capsys.readouterr().out) == (on == "fold")
     if on == "fold":
         with pytest.raises(Refused, match="--fold full"):
-            jobs.train("exp001", run, fold="full", name="x")
+            runner.train("exp001", run, fold="full", name="x")
 
 
 def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
@@ -263,12 +265,12 @@ def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
     shown, estimated = [], []
     for seed in range(200):
         right = np.random.default_rng(seed).random((30, 400)) < 0.5
-        part = np.arange(400) * choice.FIFTHS // 400
+        part = np.arange(400) * model_selection.FIFTHS // 400
         columns = [np.ones(400, bool), *(part == i for i in range(5)), *(part != i for i in range(5))]
         scores = np.array([[each[column].mean() for column in columns] for each in right])
-        found = choice.optimism(partial(choice.best, list(scores)), scores.__getitem__)
+        found = model_selection.optimism(partial(model_selection.best, list(scores)), scores.__getitem__)
         assert found is not None
-        shown.append(scores[choice.best(list(scores)), 0] - 0.5)
+        shown.append(scores[model_selection.best(list(scores)), 0] - 0.5)
         estimated.append(found)
     error = np.std(np.subtract(shown, estimated)) / np.sqrt(200)
     assert np.mean(shown) > 0.04
@@ -278,7 +280,7 @@ def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
 def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     """On the scored rows, so that the score of every part can be read from the members."""
     run = [*QUIET, "train.epochs=3", "train.ema=null", "snapshots.cycles=3", "average.beside=[greedy,uniform]", "select.on=fold"]  # fmt: skip
-    jobs.train("exp001", run, fold="0", name="x")
+    runner.train("exp001", run, fold="0", name="x")
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
 
@@ -289,7 +291,9 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     assert right("greedy") >= max(right(name) for name in ("snap1", "snap2", "snap3"))
     place = store.fold_folder("x", 0, 0)
     assert bank.read_meta(place / "greedy/oof.arrow")["marks"] == ["selected_on_fold"]
-    assert bank.read_meta(place / "oof.arrow")["marks"] == [] and members.marks(config(*run), "snap1") == []
+    assert (
+        bank.read_meta(place / "oof.arrow")["marks"] == [] and run_members.marks(config(*run), "snap1") == []
+    )
     assert set(store.read_json(place / "optimism.json")) == {"greedy"}
 
 
@@ -315,4 +319,4 @@ def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], 
 
 
 def test_a_mean_of_members_is_a_mean_of_predictions() -> None:
-    assert members.merged(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]
+    assert run_members.merged(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]

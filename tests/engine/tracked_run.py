@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from comp import store, track
-from comp.knobs import Track as Settings
+from comp.engine.config.schema import Track as Settings
+from comp.engine.run import tracking
+from comp.engine.store import store
 
 EPOCHS, STEPS = 4, 10
 KILL_STEP = 25  # half way between two checkpoints
@@ -40,7 +41,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
         if checkpoint.exists()
         else {"step": 0, "value": 1.0, "offset": None}
     )
-    run = track.open_run(
+    run = tracking.open_run(
         folder,
         run_id="exp001-seed0-fold1",
         name="exp001/seed0/fold1",
@@ -69,27 +70,27 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
             finish(log, folder)
 
 
-def begin(log: track.Track, folder: Path) -> None:
+def begin(log: tracking.Track, folder: Path) -> None:
     import pandas as pd
 
-    from comp import pictures
+    from comp.engine.report import plots
 
-    pictures.residuals(np.arange(5.0), np.arange(5.0) + 0.1, folder / "sheet.png")
+    plots.residuals(np.arange(5.0), np.arange(5.0) + 0.1, folder / "sheet.png")
     log.sheet("augment", folder / "sheet.png")
     log.table("folds", pd.DataFrame({"fold": [0, 1], "rows": [50, 50], "share": [0.1, math.nan]}))
 
 
-def finish(log: track.Track, folder: Path) -> None:
-    from comp import pictures
+def finish(log: tracking.Track, folder: Path) -> None:
+    from comp.engine.report import plots
 
     (folder / "oof.arrow").write_bytes(b"out of fold " * 1000)
     (folder / "weights.safetensors").write_bytes(b"weights " * 1000)
     truth = np.array([0, 1, 2, 1])
     probability = np.array([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4], [0.0, 0.0, 1.0]])
     classes = ["ant", "bee", "cat"]
-    pictures.confusion(truth, probability.argmax(1), classes, folder / "confusion.png")
+    plots.confusion(truth, probability.argmax(1), classes, folder / "confusion.png")
     log.sheet("confusion", folder / "confusion.png")
-    worst = pictures.worst(truth, probability, ["00a", "00b", "00c", "00d"], classes, count=2)
+    worst = plots.worst(truth, probability, ["00a", "00b", "00c", "00d"], classes, count=2)
     log.table("worst", worst, [np.full((400, 300, 3), 40 * i, np.uint8) for i in range(len(worst))])
     log.artifact(folder / "oof.arrow", "exp001-seed0-fold1-oof", "oof")
     log.artifact(folder / "weights.safetensors", "exp001-seed0-fold1-weights", "model")
@@ -109,8 +110,8 @@ def die(how: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     # No test is about time, and the machine may be busy.
-    track.ANSWER, track.UPLOAD, track.PATIENCE, track.DRAIN = 60.0, 5.0, 100.0, 100.0
+    tracking.ANSWER, tracking.UPLOAD, tracking.PATIENCE, tracking.DRAIN = 60.0, 5.0, 100.0, 100.0
     if "hasty" in sys.argv:
-        track.ANSWER = 2.0
+        tracking.ANSWER = 2.0
     how = next((word for word in sys.argv[2:] if word in ("kill", "torn")), None)
     main(sys.argv[1], how, "numbers" in sys.argv)

@@ -2,6 +2,6 @@
 
 import sys
 
-from comp.cli import main
+from comp.engine.cli import main
 
 sys.exit(main())

@@ -10,7 +10,7 @@
     loss(output, target)                  -> tensor, one number a sample (batch,)
     metric(truth, prediction, rows)       -> number; set metric.direction = "max" or "min",
                                              metric.needs = "probability", "label" or "value"
-    recipe(size)                          -> comp.train.augment.Recipe, for `augment.recipe: recipe`
+    recipe(size)                          -> comp.transforms.Recipe, for `augment.recipe: recipe`
     postprocess(rows, prediction)         -> prediction, before it is written into a submission
     write_submission(rows, prediction, sample) -> DataFrame, instead of the forms that competition.yaml knows
 
@@ -24,5 +24,5 @@ each with its own entry in the cache. With `image_columns: [x, y, w, h]` in conf
 
 In what read_samples gives, `images` holds a path, or a list of them; "red/1.png//green/1.png" are files that are channels of one.
 
-It may import comp.config, comp.tasks and comp.metrics, nothing above them. A template update never touches this file.
+It may import comp.engine.config.resolve, comp.engine.tasks.kinds and comp.metrics, nothing above them. A template update never touches this file.
 """

@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from comp import formulas
-from comp.formulas import Array, MetricUndefined
-from comp.refused import Refused
+from comp.engine.bank import metric_formulas
+from comp.engine.bank.metric_formulas import Array, MetricUndefined
+from comp.engine.errors import Refused
 
 __all__ = ["METRICS", "Metric", "MetricUndefined", "better", "find", "nearest", "yours"]
 
@@ -69,11 +69,13 @@ class Metric:
     def weighted(self, truth: Array, prediction: Array, weight: Array) -> float:
         """Ours only, without the checks."""
         if self.kind == "row":
-            return formulas.mean_of(self.function(truth, prediction), weight, self.finish)
+            return metric_formulas.mean_of(self.function(truth, prediction), weight, self.finish)
         if self.kind == "curve":
-            parts = formulas.columns(truth, prediction)
-            tallies = (formulas.tally(target, score, weight[graded]) for graded, target, score in parts)
-            return formulas.mean_curve(self.function, self.ungraded, tallies)
+            parts = metric_formulas.columns(truth, prediction)
+            tallies = (
+                metric_formulas.tally(target, score, weight[graded]) for graded, target, score in parts
+            )
+            return metric_formulas.mean_curve(self.function, self.ungraded, tallies)
         assert self.kind == "weighted", "a metric of yours has rows, not weights"
         return float(self.function(truth, prediction, weight))
 
@@ -140,7 +142,7 @@ def weights(rows: Any, count: int) -> Array:
 _B, _C, _L, _T = ("binary",), ("multiclass",), ("multilabel",), ("retrieval",)
 _R, _O = ("regression",), ("ordinal",)
 _ANY_LABEL = _B + _C + _L + _O
-_F = formulas
+_F = metric_formulas
 # Bands of true positive rate: twice the weight below 0.4 is the weighted AUC of steganalysis, the part above 0.8 the
 # partial AUC of skin lesions (0 to 0.2). For other bands copy a line.
 _LOW_FPR = partial(_F.band_area, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), whole=1.4)

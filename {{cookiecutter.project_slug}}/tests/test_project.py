@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comp import cli, config, folds, machine, samples, store
+from comp.engine import cli, hardware
+from comp.engine.config import resolve
+from comp.engine.data import folds, samples
+from comp.engine.store import store
 
 HERE = Path(__file__).resolve().parents[1]
 PREPARED = (HERE / "data" / "samples.parquet").exists() and (HERE / "data" / "folds.parquet").exists()
@@ -32,7 +35,7 @@ submission: {sample: sample_submission.csv, form: label}
 """
 TINY = "base: base\ndata: {size: 32, channels: 1}\nmodel: {name: test_resnet, pretrained: false}\n"
 
-machine.settle(1)  # before torch is imported
+hardware.settle(1)  # before torch is imported
 
 
 @pytest.fixture(scope="session")
@@ -61,28 +64,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_reads_and_its_network_can_be_built(place: Path, name: str) -> None:
     """On the meta device, which holds no weights and downloads none."""
-    from comp.train import model
+    from comp import models
 
-    cfg = config.load(place, name).config
-    assert model.size(cfg, samples.load().heads) > 0
+    cfg = resolve.load(place, name).config
+    assert models.size(cfg, samples.load().heads) > 0
 
 
 @pytest.mark.parametrize(
     "name", sorted(file.stem for file in (HERE / "configs" / "ensembles").glob("*.yaml"))
 )
 def test_an_ensemble_reads(place: Path, name: str) -> None:
-    from comp.ensemble import declare
+    from comp.engine.ensemble import blend_config
 
     file = place / "configs" / "ensembles" / f"{name}.yaml"
-    tree, lines = config.parse(file, file.name)  # which of its members are trained is not asked here
-    assert config.checked(declare.Blend, tree, lines, file.name).members
+    tree, lines = resolve.parse(file, file.name)  # which of its members are trained is not asked here
+    assert resolve.checked(blend_config.Blend, tree, lines, file.name).members
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "configs" / "tune").glob("*.yaml")))
 def test_a_search_space_reads(place: Path, name: str) -> None:
-    from comp.tune import declare
+    from comp.engine.tune import study_config
 
-    assert declare.read(name, config.load(place, "exp001").config, "exp001").knobs
+    assert study_config.read(name, resolve.load(place, "exp001").config, "exp001").knobs
 
 
 def test_no_fold_leaks(place: Path) -> None:

@@ -1,0 +1,150 @@
+"""What a name stands for: an experiment of configs/, or a run; its config, and which of its folds are missing.
+
+configs/NAME.yaml is the source where there is one. A run that was begun with --as NAME has none: then its own resolved
+runs/NAME/config.yaml is. Where both exist and differ, the experiment is used and one line says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from comp.engine.config import resolve, run_members
+from comp.engine.config.resolve import Loaded, nearest
+from comp.engine.config.schema import Config
+from comp.engine.errors import Refused
+from comp.engine.store import store
+
+Number = int | str  # of a fold, or full
+NO_EXPERIMENTS = ("base", "competition", "debug")
+
+
+def load(name: str, overrides: Iterable[str] = (), debug: bool = False, claimed: str | None = None) -> Loaded:
+    """The config of an experiment or a run. `claimed` is the run that is going to be trained by it, whose own config
+    identity.claim compares."""
+    file = store.run_folder(name) / "config.yaml"
+    if not store.path("configs", f"{name}.yaml").is_file():
+        if store.sealed(file):
+            return resolve.load(store.root(), name, overrides, debug, store.verified(file))
+        raise Refused(f"{name}: there is no configs/{name}.yaml and no run of that name; {_known(name)}")
+    if name != claimed and store.sealed(file):
+        _tell_difference(name, file, store.stamp(file))
+    return resolve.load(store.root(), name, overrides, debug)
+
+
+@cache  # once a process and file
+def _tell_difference(name: str, file: Path, stamp: store.Stamp | None) -> None:
+    own = f"configs/{name}.yaml"
+    try:
+        there = resolve.from_yaml(store.verified(file))
+    except Refused as refused:
+        print(f"{refused.lines[0]}; {own} is used", file=sys.stderr)
+        return
+    if changed := resolve.difference(there, resolve.load(store.root(), name).config):
+        key, (before, after) = next(iter(changed.items()))
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        print(
+            f"runs/{name} was trained with another config ({key}: {before!r} there, {after!r} in {own}{more}); {own} is used",
+            file=sys.stderr,
+        )
+
+
+def _known(name: str) -> str:
+    own = [file.stem for file in store.path("configs").glob("*.yaml")]
+    known = sorted({*own, *runs()} - {*NO_EXPERIMENTS, name})
+    return f"the nearest are {', '.join(nearest(name, known, 3))}" if known else "there are none yet"
+
+
+def runs() -> list[str]:
+    """Every run that was begun and whose config is known."""
+    folders = sorted(store.path("runs").glob("*"))
+    return [each.name for each in folders if each.name[0] != "." and store.sealed(each / "config.yaml")]
+
+
+def stored(name: str) -> Config:
+    """The resolved config that a run carries."""
+    file = store.run_folder(name) / "config.yaml"
+    if not file.exists():
+        raise Refused(absent(name, "run") or f"{name}: no such run; {_known(name)}")
+    return resolve.from_yaml(store.verified(file, "see comp runs for what there is"))
+
+
+# --- folds ---------------------------------------------------------------------------------------------------------------
+
+
+def count(cfg: Config) -> int:
+    """Of folds."""
+    return cfg.competition.folds.k * cfg.competition.folds.repeats
+
+
+def finished(run: str, seed: int, folds: Iterable[Number]) -> list[Number]:
+    """The folds of a seed whose predictions are all there."""
+    kinds = {fold: ("test",) if fold == run_members.REFIT else ("oof", "test") for fold in folds}
+    place = {fold: store.fold_folder(run, seed, fold) for fold in kinds}
+    return [
+        fold for fold in kinds if all(store.sealed(place[fold] / f"{kind}.arrow") for kind in kinds[fold])
+    ]
+
+
+def seeds_of(run: str) -> list[int]:
+    """Every seed that was ever started, whatever train.seeds says now."""
+    return sorted(int(folder.name.removeprefix("seed")) for folder in store.run_folder(run).glob("seed*"))
+
+
+def complete(run: str, folds: int) -> list[int]:
+    """The seeds of which every fold is there."""
+    return [seed for seed in seeds_of(run) if len(finished(run, seed, range(folds))) == folds]
+
+
+def refitted(run: str) -> list[int]:
+    """The seeds of which the refit on all rows is there."""
+    return [seed for seed in seeds_of(run) if finished(run, seed, [run_members.REFIT])]
+
+
+def missing(run: str, cfg: Config, folds: int) -> str:
+    """seed 0 fold 1, 2; seed 1 fold 4"""
+    gaps = {
+        seed: [f for f in range(folds) if f not in finished(run, seed, range(folds))]
+        for seed in cfg.train.seeds
+    }
+    return "; ".join(f"seed {seed} fold {', '.join(map(str, gap))}" for seed, gap in gaps.items() if gap)
+
+
+def absent(address: str, what: str) -> str:
+    """Why something known by name has no such predictions, and the command that makes them; empty for a name that is unknown."""
+    run, _, member = address.partition(":")
+    if store.path("configs", "ensembles", f"{run}.yaml").is_file() and not member:
+        return f"{address}: has no {what} yet: comp ensemble {run}"
+    if store.sealed(store.run_folder(run) / "config.yaml"):
+        return _unfinished(address, stored(run), what)
+    if store.path("configs", f"{run}.yaml").is_file() and run not in NO_EXPERIMENTS:
+        cfg = resolve.load(store.root(), run).config
+        if member == run_members.REFIT:
+            return f"{address}: was never trained, fold full missing: comp train {run} --fold full"
+        return f"{address}: was never trained, {missing(run, cfg, count(cfg))} missing: comp train {run}"
+    return ""
+
+
+def refusal(address: str, what: str) -> Refused:
+    """The same where it is known that something is missing."""
+    run = address.partition(":")[0]
+    return Refused(
+        absent(address, what) or f"{address}: has no {what} on the folds of now: comp train {run} --fresh"
+    )
+
+
+def _unfinished(address: str, cfg: Config, what: str) -> str:
+    run, _, member = address.partition(":")
+    known = not member or member in run_members.merged(cfg) or member.startswith("seed")
+    if run_members.is_refit(member):
+        known = member in map(run_members.refit, ("", *run_members.merged(cfg)))
+        if known and not refitted(run):
+            return f"{address}: has no {what} yet, fold full missing: comp train {run} --fold full"
+    elif known and (gaps := missing(run, cfg, count(cfg))):
+        refit = f" ({run}:{run_members.REFIT} is there)" if refitted(run) else ""
+        return f"{address}: has no {what} yet, {gaps} missing: comp train {run}{refit}"
+    if known and not any(store.run_folder(run).glob("*.arrow")):
+        return f"{address}: has no {what} yet, its folds are there and not merged: comp predict {run}"
+    return ""

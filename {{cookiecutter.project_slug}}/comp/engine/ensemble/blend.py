@@ -1,0 +1,277 @@
+"""comp ensemble NAME: from configs/ensembles/NAME.yaml to ensembles/NAME/{oof,test}.arrow, apply.json and score.json.
+
+Everything is a function of the members' files, so a killed command that runs again writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from comp.engine import hardware, text_table
+from comp.engine.bank import bank, predictions, score
+from comp.engine.bank.predictions import PredictionSet
+from comp.engine.config import resolve, run_members
+from comp.engine.config.schema import Config
+from comp.engine.data import folds, samples
+from comp.engine.data.folds import Folds
+from comp.engine.data.samples import Samples
+from comp.engine.ensemble import average, blend_config, fit, report
+from comp.engine.ensemble.blend_config import Declared
+from comp.engine.errors import Refused
+from comp.engine.store import store
+
+FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
+
+
+def blend(name: str) -> dict[str, Any]:
+    declared = blend_config.read(name)
+    for note in blend_config.notes(declared):
+        print(note)
+    # Not a run's own config: members may come from several, and what is scored now is the competition's metric of now.
+    cfg = resolve.load(store.root(), "base").config
+    rows = samples.load()
+    split = folds.load(rows)
+    folder = store.ensemble_folder(name)
+    oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
+    store.need_space(sum(bank.size(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}")
+    hardware.settle(cfg.train.threads)
+    nested, refits_ = recipes(declared), refits(cfg, declared, rows, split)
+    made = fit.make(cfg, declared.blend, rows, split, oof, test, nested, refits_)
+    with store.lock(folder, f"blending {name}"):
+        for file in (folder / name for name in FILES):
+            store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
+        store.write_json(folder / "apply.json", made.recipe)
+        frame = rows.frame.iloc[test[0].row.astype(np.int64)]
+        said = {address: each.heads for address, each in zip(declared.blend.members, test, strict=True)}
+        heads = {"oof": made.honest, "test": average.apply(made.recipe, said, frame)}
+        for kind, given in (("oof", oof), ("test", test)):
+            bank.write(folder / f"{kind}.arrow", _set(declared, heads[kind], kind, given, rows, split))
+        blended = bank.read(folder / "oof.arrow", rows, split)
+        facts = _about(cfg, rows, split, declared, oof, blended, made)
+        record = score.write(folder, cfg, rows, split, blended, **facts)
+        store.seal(folder / "apply.json")
+    _tell(name, record)
+    return record
+
+
+def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
+    """The members' predictions, row by row the same ones, or every reason why not."""
+    found, faults = [], []
+    files = (bank.folder(_address(each, kind)) / f"{kind}.arrow" for each in declared.blend.members)
+    store.note(file for file in files if file.exists())
+    for i, address in enumerate(declared.blend.members):
+        there = _address(address, kind)
+        why = "" if there == address else f"{address} is weighed by the OOF predictions of {there}: "
+        try:
+            found.append(bank.load(there, kind, rows, split))
+        except Refused as refused:
+            faults += [declared.fault(f"members.{i}", f"members: {why}{line}") for line in refused.lines]
+    if faults:
+        raise Refused(*faults)
+    first = found[0]
+    for i, each in enumerate(found):
+        if not np.array_equal(each.row, first.row) or not np.array_equal(each.predicted, first.predicted):
+            there, here = first.predicted.sum(), each.predicted.sum()
+            names = declared.blend.members
+            faults.append(
+                declared.fault(
+                    f"members.{i}",
+                    f"members: {names[i]} and {names[0]} predict different {kind} rows ({here} and {there}); "
+                    "a --debug run cannot be blended with a whole one",
+                )
+            )
+    if faults:
+        raise Refused(*faults)
+    return found
+
+
+def _address(member: str, kind: str) -> str:
+    """Whose predictions a member is fitted by, and applied to. exp001:full has no OOF rows: it takes the weight that exp001
+    earned with its own."""
+    return run_members.of_cv(member) if kind == "oof" else member
+
+
+def _set(
+    declared: Declared,
+    heads: fit.Stored,
+    kind: str,
+    given: list[PredictionSet],
+    rows: Samples,
+    split: Folds,
+) -> PredictionSet:
+    name, listed = declared.name, declared.blend.members
+    facts = {
+        "run": name,
+        "member": "",
+        "config": declared.hash,
+        "space": declared.blend.merged_in,
+        "members": {address: store.sha256(_file(address, kind)) for address in listed},
+        "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
+        "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
+    }
+    return PredictionSet(given[0].row, given[0].fold, heads, predictions.meta(kind, rows, split, facts))
+
+
+def _file(address: str, kind: str) -> Any:
+    return bank.find(_address(address, kind), kind)
+
+
+def recipes(declared: Declared) -> dict[str, Any]:
+    """The apply.json of members that are ensembles; a ring of them is refused."""
+    found = {}
+    for i, address in enumerate(declared.blend.members):
+        file = bank.folder(address) / "apply.json"
+        if file.exists():
+            found[address] = store.read_json(store.verified(file, f"comp ensemble {address}"))
+            if declared.name in _names(found[address]):
+                raise Refused(
+                    declared.fault(f"members.{i}", f"members: {address} is itself made from {declared.name}")
+                )
+    return found
+
+
+def refits(cfg: Config, declared: Declared, rows: Samples, split: Folds) -> dict[str, fit.Refit]:
+    """Members that labels had a hand in, fitted again on the rows that are asked for; by their declarations, which must be
+    those that they were made from."""
+    found: dict[str, fit.Refit] = {}
+    for i, address in enumerate(declared.blend.members):
+        if not _taught(address):
+            continue
+        if stale(address, store.read_json(bank.folder(address) / "score.json")):
+            raise Refused(
+                declared.fault(
+                    f"members.{i}",
+                    f"members: {address} is fitted again without each fold, and its declaration or members are no longer "
+                    f"those it was made from; make it again: comp ensemble {address}",
+                )
+            )
+        inner = blend_config.read(address)
+        oof, below = sets(inner, "oof", rows, split), refits(cfg, inner, rows, split)
+        found[address] = partial(fit.refit, cfg, inner.blend, rows, split, oof, below)
+    return found
+
+
+def _taught(address: str) -> bool:
+    """Whether labels set something in this ensemble, or in one that it is made from."""
+    file = bank.folder(address) / "score.json"
+    if not (bank.folder(address) / "apply.json").exists() or not store.sealed(file):
+        return False
+    record = store.read_json(store.verified(file))
+    return record["in_sample"] is not None or any(_taught(m["address"]) for m in record["members"])
+
+
+def _names(recipe: dict[str, Any]) -> set[str]:
+    return {m["address"] for m in recipe["members"]}.union(
+        *(_names(m["recipe"]) for m in recipe["members"] if "recipe" in m)
+    )
+
+
+def _about(
+    cfg: Config,
+    rows: Samples,
+    split: Folds,
+    declared: Declared,
+    oof: list[PredictionSet],
+    blended: PredictionSet,
+    made: fit.Made,
+) -> dict[str, Any]:
+    """What stands beside the score: each member's own, the score of the rows that taught, and whether it really beats the
+    best member and the plain mean."""
+    blend, listed = declared.blend, []
+    for address, share, each in zip(blend.members, made.weights, oof, strict=True):
+        own = score.of(cfg, rows, split, each)
+        kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
+        listed.append(
+            {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
+            | {key: own[key] for key in ("oof", "mean", "std")}
+        )
+    plain = predictions.merge(oof, rows, split, "probability")
+    said = score.of(cfg, rows, split, plain)
+    in_sample = None
+    if made.in_sample is not None:
+        as_taught = PredictionSet(blended.row, blended.fold, made.in_sample, blended.meta)
+        in_sample = score.of(cfg, rows, split, as_taught)["oof"]
+    others, scores = {}, {}
+    sign = score.metric_of(cfg).sign
+    alone = [i for i, member in enumerate(listed) if member["oof"] is not None]
+    if alone:
+        best = max(alone, key=lambda i: sign * listed[i]["oof"])
+        label = f"the best member {blend.members[best]}"
+        others[label], scores[label] = oof[best], listed[best]["oof"]
+    if (blend.method, blend.merged_in) != ("mean", "probability") and said["oof"] is not None:
+        others["the plain mean"], scores["the plain mean"] = plain, said["oof"]
+    beside = report.beside(cfg, rows, split, blended, others)
+    for label, pair in beside["against"].items():
+        pair["score"] = scores[label]
+    return {
+        "config": declared.hash,
+        "method": blend.method,
+        "space": blend.merged_in,
+        "members": listed,
+        "plain_mean": {key: said[key] for key in ("oof", "mean", "std")},
+        "in_sample": in_sample,
+        "after": made.notes,
+    } | beside
+
+
+def heads(record: dict[str, Any]) -> list[str]:
+    return ["member", "weight", f"{record['metric']}, all rows", "folds", "marks"]
+
+
+def lines(name: str, record: dict[str, Any]) -> list[list[str]]:
+    """The members that have a weight, the plain mean, and the ensemble itself."""
+
+    def line(label: str, weight: str, of: dict[str, Any]) -> list[str]:
+        return [label, weight, _number(of["oof"]), score.spread(of), ", ".join(of.get("marks", []))]
+
+    shown = [m for m in record["members"] if m["weight"] != 0]
+    rows = [line(m["address"], "-" if m["weight"] is None else f"{m['weight']:.3f}", m) for m in shown]
+    return [
+        *rows,
+        line("plain mean", "", record["plain_mean"]),
+        line(f"{name} ({record['method']})", "", record),
+    ]
+
+
+def said(name: str, record: dict[str, Any]) -> list[str]:
+    silent = sum(m["weight"] == 0 for m in record["members"])
+    out = [f"{silent} of {len(record['members'])} members have no weight"] if silent else []
+    out += [*record["after"], *report.verdict(name, record)]
+    if "selected_on_fold" in record["marks"]:
+        guilty = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
+        out.append(
+            f"selected_on_fold: {', '.join(guilty) or 'a member'} chose its epoch on the rows it is scored on, "
+            "so these scores are too good"
+        )
+    return out
+
+
+def _tell(name: str, record: dict[str, Any]) -> None:
+    print(text_table.text(heads(record), lines(name, record), ["weight"]))
+    print(*said(name, record), sep="\n")
+    folder = store.shown(store.ensemble_folder(name))
+    print(
+        f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def stale(name: str, record: dict[str, Any]) -> bool:
+    """Declared anew, or a member made anew, since this ensemble was made."""
+    try:
+        if blend_config.read(name).hash != record["config"]:
+            return True
+    except Refused:
+        return True
+    for member in record["members"]:
+        for kind, then in member["sha256"].items():
+            entry = store.sealed(bank.folder(_address(member["address"], kind)) / f"{kind}.arrow")
+            if entry is not None and entry["sha256"] != then:
+                return True
+    return False

@@ -1,0 +1,394 @@
+"""Stackers: a model that reads what the members say. Fitted here with scikit-learn (LightGBM where it is installed), kept as
+numbers that fitted.py applies.
+
+    logistic, ridge, elastic_net    one weight a member's output
+    mlp                             one hidden layer
+    lightgbm                        100 small trees; pip install lightgbm
+
+Classes that exclude each other have one model; of labels, and of values, each has its own, taught by the rows where it is known.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.engine.bank import nested_cv
+from comp.engine.ensemble import apply
+from comp.engine.errors import Refused
+from comp.engine.tasks.kinds import Array, Head
+
+# Strengths of the penalty that are tried, the weakest first. A network and trees cost most, so few.
+STRENGTHS = {
+    "logistic": (1.0, 10.0, 100.0, 1e3, 1e4),
+    "ridge": (1.0, 10.0, 100.0, 1e3, 1e4),
+    "elastic_net": (1e-3, 1e-2, 0.1),
+    "mlp": (1.0, 10.0, 100.0),
+    "lightgbm": (1.0, 10.0, 100.0),
+}
+INNER = 5  # parts of the teaching rows that a strength is tried on, at most
+HIDDEN = 16
+TREES = 100
+ABSENT = -30.0  # the intercept of a class that no teaching row has
+
+
+def fit(
+    method: str,
+    head: Head,
+    parts: Sequence[NDArray[Any]],
+    truth: NDArray[Any],
+    frame: Any,
+    fold: NDArray[np.int64],
+    *,
+    space: str = "logit",
+    strength: float | None = None,
+    metadata: Sequence[str] = (),
+    encoded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Numbers for apply.json. Every row given here teaches; fold tells whose target means a row must not see its own part of,
+    and which rows a strength, where none is given, is tried on."""
+
+    def readied(at: NDArray[np.int64]) -> Readied:
+        few = [part[at] for part in parts]
+        return _readied(method, head, few, truth[at], frame.iloc[at], fold[at], space, metadata, encoded)
+
+    if strength is None:
+        strength = _least_loss(method, head, parts, truth, frame, _inner(fold, frame), space, readied)
+    given = readied(np.arange(len(truth)))
+    found = FITS[method](given.x, truth, given.target, head, strength)
+    return {"strength": strength} | given.inputs | found
+
+
+class Readied(NamedTuple):
+    x: Array  # (rows, features), as a model takes them
+    target: Array
+    inputs: dict[str, Any]  # how fitted.inputs makes x
+
+
+def _readied(
+    method: str,
+    head: Head,
+    parts: Sequence[NDArray[Any]],
+    truth: NDArray[Any],
+    frame: Any,
+    fold: NDArray[np.int64],
+    space: str,
+    metadata: Sequence[str],
+    encoded: Sequence[str],
+) -> Readied:
+    columns = [_column(f"meta.{name}", frame) for name in metadata]
+    wide = [apply.stacked(parts, head, space), *(apply.column(c, frame[c["name"]]) for c in columns)]
+    target = shares(truth, head)
+    for name in encoded:
+        spec, seen = _encoded(f"meta.{name}", frame, target, fold)
+        columns.append(spec)
+        wide.append(seen)
+    x = np.concatenate(wide, axis=1)
+    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    first = (
+        0 if method == "mlp" else wide[0].shape[1]
+    )  # a network wants all inputs of one size, the others metadata
+    mean[first:] = x[:, first:].mean(axis=0)
+    spread = x[:, first:].std(axis=0)
+    scale[first:] = np.where(spread > 0, spread, 1.0)
+    inputs = {"space": space, "columns": columns, "mean": mean.tolist(), "scale": scale.tolist()}
+    return Readied((x - mean) / scale, target, inputs)
+
+
+def _inner(fold: NDArray[np.int64], frame: Any) -> NDArray[np.int64]:
+    """Of every teaching row the part, INNER at most: folds; of a single fold its groups, or what makes one row."""
+    codes = np.unique(fold, return_inverse=True)[1]
+    if not codes.any():
+        codes = nested_cv.units(frame["group" if "group" in frame else "row"].to_numpy())
+    return np.asarray(codes % INNER, np.int64)
+
+
+def _least_loss(
+    method: str,
+    head: Head,
+    parts: Sequence[NDArray[Any]],
+    truth: NDArray[Any],
+    frame: Any,
+    inner: NDArray[np.int64],
+    space: str,
+    readied: Callable[[NDArray[np.int64]], Readied],
+) -> float:
+    """The strength whose fits on all but one part lose least on that part: log loss where the model fits it, else squared error.
+    Of equal ones the strongest, as where there is but one part."""
+    tried, target = STRENGTHS[method], shares(truth, head)
+    lost = np.zeros(len(tried))
+    for number in np.unique(inner):
+        mine, others = np.flatnonzero(inner == number), np.flatnonzero(inner != number)
+        if not len(others):
+            continue
+        given, here = readied(others), [part[mine] for part in parts]
+        for i, strength in enumerate(tried):
+            found = given.inputs | TRIED[method](given.x, truth[others], given.target, head, strength)
+            said = apply.predict(found, here, head, space, frame.iloc[mine])
+            lost[i] += _loss(said, target[mine], head, found["link"])
+    return float(tried[len(tried) - 1 - int(lost[::-1].argmin())])
+
+
+def _loss(stored: Array, target: Array, head: Head, link: str) -> float:
+    known = ~np.isnan(target)
+    target = np.where(known, target, 0.0)
+    if head.row.space == "value" or link == "identity":
+        return float((((head.row.probability(stored) - target) ** 2) * known).sum())
+    if head.exclusive:
+        return float(-(target * stored).sum())
+    return float(((np.logaddexp(0.0, stored) - target * stored) * known).sum())
+
+
+def shares(truth: NDArray[Any], head: Head) -> Array:
+    """(rows, outputs): labels one-hot, soft ones and values as they are."""
+    if head.exclusive and truth.ndim == 1:
+        return np.eye(len(head.outputs))[truth.astype(np.int64)]
+    return truth.reshape(len(truth), -1).astype(np.float64)
+
+
+# --- metadata ------------------------------------------------------------------------------------------------------------
+
+
+def _column(name: str, frame: Any) -> dict[str, Any]:
+    import pandas as pd
+
+    if name not in frame:
+        there = [each.removeprefix("meta.") for each in frame if each.startswith("meta.")]
+        raise Refused(
+            f"metadata: the samples have no column {name.removeprefix('meta.')}; competition.metadata names "
+            f"{', '.join(there) or 'none'}"
+        )
+    if pd.api.types.is_numeric_dtype(frame[name]):
+        mean = float(frame[name].mean())
+        return {"name": name, "kind": "number", "mean": mean if np.isfinite(mean) else 0.0}
+    return {"name": name, "kind": "classes", "classes": sorted(set(_text(frame[name])))}
+
+
+def _text(values: Any) -> NDArray[Any]:
+    return np.asarray(values.astype(object).where(values.notna(), "").astype(str).to_numpy(object))
+
+
+def _encoded(name: str, frame: Any, target: Array, fold: NDArray[np.int64]) -> tuple[dict[str, Any], Array]:
+    """Target means of each value, and for the teaching rows those of the other folds: a row must not read its own label."""
+    _column(name, frame)
+    text = _text(frame[name])
+
+    def table(rows: NDArray[np.int64]) -> dict[str, Any]:
+        seen, word = target[rows], text[rows]
+        known = ~np.isnan(seen)
+        mean = np.nansum(seen, axis=0) / np.maximum(known.sum(axis=0), 1)
+        means = {
+            str(each): ((np.nansum(seen[word == each], axis=0) + 10 * mean) / (known[word == each].sum(axis=0) + 10)).tolist()
+            for each in sorted(set(word))
+        }  # fmt: skip
+        return {"name": name, "kind": "encoded", "table": means, "else": mean.tolist()}
+
+    seen = np.zeros((len(text), target.shape[1]))
+    for number in np.unique(fold):
+        others = np.flatnonzero(fold != number)
+        mine = np.flatnonzero(fold == number)
+        seen[mine] = apply.column(table(others if len(others) else mine), frame[name].iloc[mine])
+    return table(np.arange(len(text))), seen
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+
+def _logistic(
+    x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float, tol: float = 1e-8
+) -> dict[str, Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    if head.row.space == "value":
+        raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
+
+    def one(x: Array, shares: Array) -> Any:
+        codes, weight, x = _hard(x, shares)
+        return LogisticRegression(C=1 / strength, max_iter=5000, tol=tol).fit(x, codes, weight)
+
+    if head.exclusive:
+        model = one(x, target)
+        coef, intercept = model.coef_, model.intercept_
+        if len(model.classes_) == 2:  # scikit-learn has one row for two classes
+            coef, intercept = np.vstack([-coef / 2, coef / 2]), np.append(-intercept / 2, intercept / 2)
+        coef, intercept = _every_class(coef, intercept, model.classes_, len(head.outputs))
+    else:
+        coef, intercept = np.zeros((target.shape[1], x.shape[1])), np.zeros(target.shape[1])
+        for at, (known, label) in enumerate(_labels(target)):
+            if _told(label):
+                model = one(x[known], np.stack([1 - label, label], axis=1))
+                coef[at], intercept[at] = model.coef_[0], model.intercept_[0]
+            else:
+                intercept[at] = _constant(label)
+    return {"kind": "linear", "link": "logistic", "coef": coef.T.tolist(), "intercept": intercept.tolist()}
+
+
+def _labels(target: Array) -> list[tuple[NDArray[np.bool_], Array]]:
+    """Of each output the rows where it is known, and what it is there."""
+    known = ~np.isnan(target)
+    return [(known[:, at], target[known[:, at], at]) for at in range(target.shape[1])]
+
+
+def _told(label: Array) -> bool:
+    """Whether the rows know both sides of a label: a rare one may be absent from all that teach."""
+    return bool(len(label)) and bool(np.ptp(label) > 0)
+
+
+def _constant(label: Array) -> float:
+    """The logit of a label's share, with half a row on either side, for rows that tell no more."""
+    yes = label.sum()
+    return float(np.log((yes + 0.5) / (len(label) - yes + 0.5)))
+
+
+def _every_class(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
+    whole, start = np.zeros((count, coef.shape[1])), np.full(count, ABSENT)
+    whole[classes.astype(int)], start[classes.astype(int)] = coef, intercept
+    return whole, start
+
+
+def _hard(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
+    """Codes, and soft labels as every class with its share for a weight."""
+    if np.isin(target, (0, 1)).all():
+        return target.argmax(axis=1), None, x
+    rows, codes = np.nonzero(target > 0)
+    return codes, target[rows, codes], x[rows]
+
+
+def _plain(make: Callable[[], Any], x: Array, target: Array) -> dict[str, Any]:
+    models = [make().fit(x[known], label) for known, label in _labels(target)]
+    coef, intercept = (
+        np.stack([model.coef_ for model in models]),
+        [float(model.intercept_) for model in models],
+    )
+    return {"kind": "linear", "link": "identity", "coef": coef.T.tolist(), "intercept": intercept}
+
+
+def _ridge(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.linear_model import Ridge
+
+    return _plain(lambda: Ridge(alpha=strength), x, target)
+
+
+def _elastic_net(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from sklearn.linear_model import ElasticNet
+
+    return _plain(lambda: ElasticNet(alpha=strength, max_iter=20_000), x, target)
+
+
+def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    from scipy.linalg import block_diag
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    options = {
+        "hidden_layer_sizes": (HIDDEN,),
+        "solver": "lbfgs",
+        "alpha": strength,
+        "max_iter": 500,
+        "random_state": 0,
+    }
+    if head.row.space == "value":
+        model = _converged(MLPRegressor(**options), x, target if target.shape[1] > 1 else target[:, 0])
+        return _layers("identity", model.coefs_, model.intercepts_)
+    if head.exclusive:
+        model = _converged(MLPClassifier(**options), x, target.argmax(axis=1))
+        last, start = model.coefs_[-1].T, model.intercepts_[-1]
+        if len(model.classes_) == 2:
+            last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
+        last, start = _every_class(last, start, model.classes_, len(head.outputs))
+        return _layers("logistic", [*model.coefs_[:-1], last.T], [*model.intercepts_[:-1], start])
+    coefs, intercepts = [], []  # of each label, side by side in one network afterwards
+    for known, label in _labels(target.round()):
+        if _told(label):
+            model = _converged(MLPClassifier(**options), x[known], label)
+            coefs.append(model.coefs_)
+            intercepts.append(model.intercepts_)
+        else:
+            coefs.append([np.zeros((x.shape[1], 1)), np.zeros((1, 1))])
+            intercepts.append([np.zeros(1), np.array([_constant(label)])])
+    hidden, last = zip(*coefs, strict=True)
+    return _layers(
+        "logistic",
+        [np.hstack(hidden), block_diag(*last)],
+        [np.concatenate(each) for each in zip(*intercepts, strict=True)],
+    )
+
+
+def _converged(model: Any, x: Array, labels: NDArray[Any]) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():  # to stop early is no fault here: it only overfits less
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x, labels)
+
+
+def _layers(link: str, coefs: Sequence[Array], intercepts: Sequence[Array]) -> dict[str, Any]:
+    layers = [{"coef": c.tolist(), "intercept": b.tolist()} for c, b in zip(coefs, intercepts, strict=True)]
+    return {"kind": "network", "link": link, "layers": layers}
+
+
+def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
+    try:
+        import lightgbm
+    except ImportError:
+        raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
+    if head.row.space == "value" and target.shape[1] > 1:
+        raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
+    values = head.row.space == "value"
+    options = {
+        "objective": "multiclass" if head.exclusive else "regression" if values else "cross_entropy",
+        "num_leaves": 7, "learning_rate": 0.05, "min_data_in_leaf": 20, "lambda_l2": strength, "seed": 0,
+        "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
+    } | ({"num_class": len(head.outputs)} if head.exclusive else {})  # fmt: skip
+
+    def grown(x: Array, labels: NDArray[Any]) -> list[dict[str, list[float]]]:
+        booster = lightgbm.train(options, lightgbm.Dataset(x, labels), TREES)
+        return [_tree(each["tree_structure"]) for each in booster.dump_model()["tree_info"]]
+
+    if head.exclusive:
+        trees = grown(x, target.argmax(axis=1))
+    else:
+        woods = [
+            grown(x[known], label) if values or _told(label) else [_tree({"leaf_value": _constant(label)})]
+            for known, label in _labels(target)
+        ]
+        rounds = max(len(wood) for wood in woods)  # one that found no more splits stopped before the others
+        nothing = _tree({"leaf_value": 0.0})
+        trees = [wood[i] if i < len(wood) else nothing for i in range(rounds) for wood in woods]
+    link = "identity" if values else "logistic"
+    return {"kind": "trees", "link": link, "outputs": len(head.outputs), "trees": trees}
+
+
+def _tree(root: dict[str, Any]) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = {key: [] for key in ("feature", "threshold", "left", "right", "value")}
+
+    def add(node: dict[str, Any]) -> int:
+        place, leaf = len(out["feature"]), "leaf_value" in node
+        out["feature"].append(-1 if leaf else node["split_feature"])
+        out["threshold"].append(0.0 if leaf else node["threshold"])
+        out["value"].append(node["leaf_value"] if leaf else 0.0)
+        out["left"].append(-1)
+        out["right"].append(-1)
+        if not leaf:
+            out["left"][place] = add(node["left_child"])
+            out["right"][place] = add(node["right_child"])
+        return place
+
+    add(root)
+    return out
+
+
+Fit = Callable[[Array, NDArray[Any], Array, Head, float], dict[str, Any]]
+FITS: dict[str, Fit] = {
+    "logistic": _logistic,
+    "ridge": _ridge,
+    "elastic_net": _elastic_net,
+    "mlp": _mlp,
+    "lightgbm": _lightgbm,
+}
+# To compare strengths: a tenth of the time, and what the log loss still lacks (0.002 of 0.065) is less than they differ by.
+TRIED = FITS | {"logistic": partial(_logistic, tol=1e-4)}

@@ -1,0 +1,128 @@
+"""comp model: how large a network is, and what a picture costs, measured here. Nothing is trained or written."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from comp import models, optim
+from comp.engine import hardware, pages, text_table
+from comp.engine.config import experiments
+from comp.engine.data import samples
+from comp.engine.run import backbone, torch_compile
+from comp.engine.run.evaluate import HALF
+from comp.engine.store import store
+
+SECONDS = 1.5  # of repeating a measurement
+LEAST = 5
+
+
+def measure(experiment: str, overrides: list[str]) -> None:
+    cfg = experiments.load(experiment, overrides).config
+    hardware.settle(cfg.train.threads)
+    optim.refuse(cfg)
+    models.check(cfg)
+    device = hardware.device(cfg.machine.device)
+    heads = samples.load().heads
+    module = models.build(cfg, heads, pretrained=False).to(device)
+    network = torch_compile.prepared(cfg, module)  # as the loop trains it
+    one = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
+    counted = sum(p.numel() for p in module.parameters())
+    classifier = _classifier(module)
+    last = 0 if classifier is None else sum(p.numel() for p in classifier.parameters())
+    half = HALF[cfg.train.amp]
+
+    def forward(batch: Tensor) -> Callable[[], object]:
+        def run() -> None:
+            with torch.inference_mode(), torch.autocast(device.type, half, enabled=half is not None):
+                module(batch)
+
+        return run
+
+    def step() -> None:
+        batch = one.expand(cfg.train.batch_size, -1, -1, -1)
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss = network(batch).float().square().mean()
+        loss.backward(create_graph=optim.second_order(optimizer))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    module.eval()
+    lines = [
+        ["parameters", f"{counted:,}", f"{last:,} of them in the last layer; {store.readable(4 * counted)} of weights"],
+        ["multiply-adds", f"{multiply_adds(module, one) / 1e6:,.1f} M", f"a picture of {cfg.data.channels} x {cfg.data.size} x {cfg.data.size}"],
+    ]  # fmt: skip
+    for count in dict.fromkeys((1, cfg.predict.batch_size)):
+        run = forward(one.expand(count, -1, -1, -1).contiguous())
+        took, peak = seconds(run, device), memory(run, device)
+        what = f"{1000 * took / count:.3f} ms a picture, {store.readable(peak)} at the peak"
+        lines.append([f"forward of {count}", f"{1000 * took:.2f} ms", what])
+    module.train()
+    optimizer = optim.optimizer(cfg, module)
+    peak = memory(step, device)
+    took = seconds(step, device)
+    what = f"{1000 * took / cfg.train.batch_size:.3f} ms a picture, {store.readable(peak)} at the peak"
+    lines.append([f"training step of {cfg.train.batch_size}", f"{1000 * took:.2f} ms", what])
+    print(
+        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, pictures already there"
+    )
+    print(text_table.text(["what", "", ""], lines, [""]))
+    if pages.get("model") is None:
+        print(backbone.about(cfg))
+    print(f"next: comp train {experiment}")
+
+
+def _classifier(module: nn.Module) -> nn.Module | None:
+    ask = getattr(module, "get_classifier", None)
+    found = ask() if callable(ask) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def multiply_adds(module: nn.Module, picture: Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(picture)
+    return counter.get_total_flops() / 2  # it counts two for a multiply-add
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median, warm."""
+    run()
+    took: list[float] = []
+    began = time.perf_counter()
+    while len(took) < LEAST or time.perf_counter() - began < SECONDS:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    return median(took)
+
+
+def memory(run: Callable[[], object], device: torch.device) -> float:
+    """Bytes at the peak of a pass: on a GPU all that torch holds, on a CPU what the process takes beyond what it had."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device))
+    try:  # Linux forgets its high-water mark when asked to
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        run()
+        return max(0.0, _resident("VmHWM") - before)
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * int(next(line for line in lines if line.startswith(name)).split()[1])

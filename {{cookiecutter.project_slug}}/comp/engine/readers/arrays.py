@@ -1,0 +1,248 @@
+"""Pictures that are numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels, to grey levels by a rule that one declares.
+
+`competition.pixels.range: [low, high]` says which numbers become 0 and the brightest level. Without it: uint8 as it is, uint16 its
+high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
+refused.
+
+`data.depth` says how fine the levels are: 8 bits, 16 (0 to 65535, so that 16 bit files stay whole), or 32 (floating point in units
+of 8 bits; nothing is cut off at the ends, and without a range numbers stay as they are).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, TiffImagePlugin
+
+from comp.engine.readers import records
+
+Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
+KINDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
+PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
+BRIGHTEST = {8: 255, 16: 65535, 32: 255}
+
+
+class Damaged(Exception):
+    """An image file that gives no whole picture: truncated, empty, foreign or absurdly large."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[str, str]]:
+        return Damaged, (self.name, self.reason)
+
+
+class Numbers(NamedTuple):
+    """What competition.pixels says, and data.depth."""
+
+    low: float | None = None
+    high: float | None = None
+    shape: tuple[int, ...] = ()
+    depth: int = 8
+    lenient: bool = False  # JPEGs that libjpeg warns about are taken as far as they decode
+
+
+def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixels]:
+    """One picture (height, width, channels), or nothing where these bytes are an ordinary image."""
+    if data.startswith(b"\x93NUMPY"):
+        return [_npy(data, channels, numbers, name)]
+    if data[128:132] == b"DICM":
+        return [_dicom(data, channels, numbers, name)]
+    if channels > 1 and data[:4] in (b"II*\0", b"MM\0*"):
+        made = _bands(data, channels, numbers, name)
+        made = _stack(data, channels, numbers, name) if made is None else made
+        return [] if made is None else [made]
+    return []
+
+
+def _npy(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
+    try:
+        array = records.from_npy(data)
+    except ValueError as error:
+        raise Damaged(name, f"no whole array ({str(error).splitlines()[0]})") from None
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if not np.issubdtype(array.dtype, np.number) or not array.size:
+        raise Damaged(name, f"holds no numbers but {array.dtype} of shape {array.shape}")
+    return levels(_layout(array, channels, numbers, name), numbers, name)
+
+
+def _layout(array: NDArray[Any], channels: int, numbers: Numbers, name: str) -> NDArray[Any]:
+    """(height, width, channels), whichever way round it is stored; one channel is repeated where more are wanted."""
+    if array.ndim == 1:
+        side = math.isqrt(array.size // channels)
+        square = (side, side) if side * side == array.size else (side, side, channels)
+        shape = numbers.shape or square
+        if math.prod(shape) != array.size:
+            raise Damaged(
+                name, f"{array.size} numbers are no picture of {shape}; competition.pixels.shape says which"
+            )
+        array = array.reshape(shape)
+    array = array.squeeze() if array.ndim > 3 else array
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise Damaged(name, f"an array of shape {array.shape} is no picture")
+    if array.shape[2] not in (1, channels) and (
+        array.shape[0] in (1, channels) or array.shape[0] < min(array.shape[1:])
+    ):
+        array = array.transpose(1, 2, 0)
+    return _wanted(array, channels, name)
+
+
+def _wanted(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
+    if array.shape[2] == channels:
+        return array
+    if array.shape[2] == 1:
+        return np.repeat(array, channels, axis=2)
+    if channels == 1 and array.shape[2] == 3:
+        return array @ np.array([[0.299], [0.587], [0.114]])
+    raise Damaged(name, f"has {array.shape[2]} channels, and data.channels wants {channels}")
+
+
+def levels(array: NDArray[Any], numbers: Numbers, name: str) -> Pixels:
+    if numbers.low is not None and numbers.high is not None:
+        return _between(array, numbers.low, numbers.high, numbers.depth)
+    if array.dtype == np.uint8:
+        return deepened(array, numbers.depth)
+    if array.dtype == np.uint16 and numbers.depth < 32:
+        return np.ascontiguousarray(array) if numbers.depth == 16 else (array >> 8).astype(np.uint8)
+    if numbers.depth == 32:
+        if not np.isfinite(array).all():
+            raise Damaged(
+                name, "holds NaN or infinity; say competition.pixels.range, or mend it in load_image"
+            )
+        return np.ascontiguousarray(array, np.float32)
+    low, high = np.nanmin(array), np.nanmax(array)
+    if low >= 0 and high <= 255 and (array == np.rint(array)).all():
+        # grey levels that a table or json carries as other numbers
+        return deepened(array.astype(np.uint8), numbers.depth)
+    raise Damaged(
+        name, f"numbers from {low:g} to {high:g}: say competition.pixels.range, what becomes 0 and 255"
+    )
+
+
+def deepened(picture: NDArray[np.uint8], depth: int) -> Pixels:
+    """8 bits in another depth: 255 stays the brightest."""
+    return np.ascontiguousarray(picture, KINDS[depth]) * KINDS[depth](BRIGHTEST[depth] // 255)
+
+
+def shown(picture: Pixels) -> NDArray[np.uint8]:
+    """8 bits of any depth, for a person to look at."""
+    if picture.dtype == np.uint8:
+        return picture
+    grey = picture / 257 if picture.dtype == np.uint16 else picture
+    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+
+
+def _between(array: NDArray[Any], low: float, high: float, depth: int) -> Pixels:
+    share = (np.nan_to_num(array.astype(np.float64), nan=low) - low) / max(high - low, 1e-12)
+    if depth == 32:
+        return (share * 255).astype(np.float32)
+    return np.rint(np.clip(share, 0, 1) * BRIGHTEST[depth]).astype(KINDS[depth])
+
+
+def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, convert_color_space
+    except ImportError:
+        raise Damaged(name, "is DICOM; pip install pydicom (the extra `dicom` of pyproject.toml)") from None
+    try:
+        file = pydicom.dcmread(io.BytesIO(data))
+        meaning = str(file.PhotometricInterpretation)
+        array = file.pixel_array
+        if meaning.startswith("YBR"):
+            array = convert_color_space(array, meaning, "RGB", per_frame=True)
+        colour = int(file.SamplesPerPixel) == 3
+        if not colour:
+            array = apply_modality_lut(array, file)
+    except Exception as error:  # pydicom and its decoders raise whatever they meet
+        if "missing dependencies" in str(error):
+            kind = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
+            raise Damaged(
+                name,
+                f"is DICOM compressed as {kind}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
+            ) from None
+        raise Damaged(
+            name, f"broken DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
+        ) from None
+    if array.ndim == (4 if colour else 3):  # frames: channels where their number fits, else the first
+        array = np.moveaxis(array, 0, -1) if not colour and len(array) == channels else array[0]
+    if not colour:
+        low, high = _window(file, array, numbers)
+        array = _between(array, low, high, numbers.depth)
+        if meaning == "MONOCHROME1":  # the lowest number is the brightest
+            array = KINDS[numbers.depth](BRIGHTEST[numbers.depth]) - array
+    elif array.dtype == np.uint8:
+        array = deepened(array, numbers.depth)
+    wanted = _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name)
+    return wanted.astype(KINDS[numbers.depth])
+
+
+def _window(file: Any, array: NDArray[Any], numbers: Numbers) -> tuple[float, float]:
+    if numbers.low is not None and numbers.high is not None:
+        return numbers.low, numbers.high
+    centre, width = file.get("WindowCenter"), file.get("WindowWidth")
+    if centre is None or width is None or file.get("VOILUTFunction", "LINEAR") == "SIGMOID":
+        return float(array.min()), float(array.max())
+    first = [float(value[0] if hasattr(value, "__len__") else value) for value in (centre, width)]
+    return first[0] - first[1] / 2, first[0] + first[1] / 2
+
+
+def _bands(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:
+    """A TIFF with other bands than grey, RGB and RGBA in each pixel, like near infrared: Pillow drops those, or takes none."""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        stream = io.BytesIO(data)
+        stream.seek(tags.next)
+        tags.load(stream)
+        bands, extra = int(tags.get(SAMPLES_PER_PIXEL, 1)), tags.get(EXTRA_SAMPLES, ())
+    except Exception:  # Pillow meets broken files with any exception; whoever decodes it says what is wrong
+        return None
+    usual = bands in (1, 3) or (bands == 4 and (set(extra) & {1, 2} or tags.get(PHOTOMETRIC) == 5))
+    if usual or (bands < 5 and bands != channels):
+        return None  # grey, RGB, RGBA, CMYK, or a fourth band that is not wanted
+    if bands != channels:
+        raise Damaged(name, f"has {bands} bands, and data.channels wants {channels}")
+    if bands == 4:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if array is None or array.ndim != 3:
+            raise Damaged(name, "broken, its four bands cannot be decoded")
+        return levels(cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA), numbers, name)
+    try:
+        import tifffile
+    except ImportError:
+        raise Damaged(
+            name, f"is TIFF of {bands} bands; pip install tifffile (the extra `tiff` of pyproject.toml)"
+        ) from None
+    try:
+        array = tifffile.imread(io.BytesIO(data), key=0)
+    except Exception as error:  # as of every decoder here
+        raise Damaged(name, f"broken, {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+    planar = array.ndim == 3 and array.shape[2] != bands
+    return levels(np.moveaxis(array, 0, -1) if planar else array, numbers, name)
+
+
+def _stack(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:
+    """Pages of one grey band each, as many as channels are wanted; any other TIFF is an ordinary picture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+            if getattr(image, "n_frames", 1) != channels or len(image.getbands()) != 1 or image.mode == "P":
+                return None
+            pages = []
+            for number in range(channels):
+                image.seek(number)
+                pages.append(np.asarray(image))
+    except Exception as error:  # as for every other picture: Pillow meets broken files with any exception
+        raise Damaged(name, f"broken, {str(error) or type(error).__name__}") from None
+    if len({page.shape for page in pages}) > 1:
+        raise Damaged(name, "its pages differ in size, so they cannot be channels")
+    return levels(np.stack(pages, -1), numbers, name)

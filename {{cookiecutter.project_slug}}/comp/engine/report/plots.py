@@ -1,0 +1,176 @@
+"""What one looks at when a fold is done: who is taken for whom, how far off, and the rows that went worst."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.engine.store import store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_CLASSES = 30  # more cannot be read; then the ones with the most mistakes are shown
+MOST_POINTS = 5000  # more are drawn as density
+TILE = 112  # px of a picture on a sheet
+SMALLEST = 1e-15
+
+Array = NDArray[Any]
+
+
+def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path, title: str = "") -> None:
+    """Class codes against class codes. Colour is the share of the true class, so a rare class counts like a common one."""
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(counts, (np.asarray(truth, np.int64), np.asarray(predicted, np.int64)), 1)
+    right = np.trace(counts) / max(counts.sum(), 1)
+    heading = f"{title}\n{right:.1%} of {counts.sum():,} right".strip()
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = list(classes)
+    if len(names) > MOST_CLASSES:
+        off = counts - np.diag(np.diag(counts))
+        shown = np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MOST_CLASSES])
+        heading += f"; {MOST_CLASSES} of {len(names)} classes, those with the most mistakes"
+        counts, share, names = (
+            counts[np.ix_(shown, shown)],
+            share[np.ix_(shown, shown)],
+            [names[i] for i in shown],
+        )
+    size = max(4.5, 0.42 * len(names) + 2)
+    figure, axes = figure_of(size, size)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.argwhere(counts):
+        dark = share[i, j] > 0.5
+        axes.text(
+            j, i, f"{counts[i, j]}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+        )
+    labels = [_label(name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=90 if max(map(len, labels)) * len(labels) > 40 else 0)
+    axes.set_yticks(range(len(names)), labels)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(heading.replace("$", r"\$"), fontsize=10)
+    save(figure, file)
+
+
+def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> None:
+    """Left: prediction over truth, the line is perfect. Right: how far off, and which way."""
+    truth, predicted = np.asarray(truth, float).ravel(), np.asarray(predicted, float).ravel()
+    error = predicted - truth
+    figure, left = figure_of(10, 4.5, panels=2)
+    right = figure.axes[1]
+    if len(truth) > MOST_POINTS:
+        left.hexbin(truth, predicted, gridsize=60, bins="log", cmap="Blues", mincnt=1)
+    else:
+        left.scatter(truth, predicted, s=12, alpha=0.5, linewidths=0)
+    both = np.concatenate([truth, predicted]) if len(truth) else np.array([0.0, 1.0])
+    ends = [both.min(), both.max()]
+    left.plot(ends, ends, color="black", linewidth=1)
+    left.set(xlabel="true", ylabel="predicted")
+    right.hist(error, bins=min(60, max(10, len(error) // 20)))
+    right.axvline(0, color="black", linewidth=1)
+    right.set(xlabel="predicted - true", ylabel="rows")
+    if len(error):
+        figures = f"RMSE {np.sqrt((error**2).mean()):.4g}, mean error {error.mean():+.3g}, n {len(error):,}"
+        figure.suptitle(f"{title}   {figures}".strip().replace("$", r"\$"), fontsize=10)
+    save(figure, file)
+
+
+def worst(
+    truth: Array, prediction: Array, ids: Sequence[str], classes: Sequence[str] = (), count: int = 16
+) -> pd.DataFrame:
+    """The rows that cost most, the worst first: id, true, predicted, error, and `position` to find the picture by.
+
+    With classes: probabilities (rows,) or (rows, 1) for the second of two, else (rows, classes); truth as codes or as shares;
+    the error is the log loss of the row. Without: values; the error is the distance. Rows never predicted (NaN) are left out.
+    """
+    import pandas as pd
+
+    truth, prediction = np.asarray(truth, float), np.asarray(prediction, float)
+    flat = prediction.reshape(len(prediction), -1)  # (rows, outputs)
+    if classes:
+        shares = np.hstack([1 - flat, flat]) if flat.shape[1] == 1 else flat
+        true = (
+            truth
+            if truth.ndim == 2 and truth.shape[1] == len(classes)
+            else np.eye(len(classes))[truth.reshape(-1).astype(int)]
+        )
+        error = -(true * np.log(np.clip(shares, SMALLEST, 1))).sum(1)
+        said = [
+            f"{classes[k]} ({row[k]:.3f})"
+            for k, row in zip(np.nan_to_num(shares).argmax(1), shares, strict=True)
+        ]
+        meant = [classes[k] for k in true.argmax(1)]
+    else:
+        wide = truth.reshape(len(truth), -1)
+        error = np.abs(flat - wide).mean(1)
+        said, meant = [_numbers(row) for row in flat], [_numbers(row) for row in wide]
+    known = np.flatnonzero(np.isfinite(error))
+    order = known[np.argsort(-error[known], kind="stable")][:count]
+    columns = {"id": ids, "true": meant, "predicted": said}
+    table: dict[str, Any] = {name: [str(values[i]) for i in order] for name, values in columns.items()}
+    return pd.DataFrame({**table, "error": error[order], "position": order})
+
+
+def _label(name: str) -> str:
+    """Short, both ends kept since either may tell two classes apart; a dollar sign would start a formula."""
+    return (name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}").replace("$", r"\$")
+
+
+def _numbers(row: Array) -> str:
+    return ", ".join(f"{value:.5g}" for value in row)
+
+
+def figure_of(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
+    """Without pyplot: no window system is looked for, and no figure stays in memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.subplots(1, panels)
+    return figure, figure.axes[0]
+
+
+def save(figure: Figure, file: Path) -> None:
+    with store.writing(file) as temporary, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # a class name in letters that the font lacks is drawn as boxes, and that is all
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def sheet(
+    tiles: Sequence[tuple[Array, str]], file: Path, columns: int = 8, title: str = "", pairs: bool = False
+) -> None:
+    """Small pictures with a caption each, row by row; with pairs every second gap is wide. Any number of channels."""
+    from PIL import Image, ImageDraw
+
+    gap, line = 6, 16
+    left = [gap + i * (TILE + gap) + (i // 2 * 3 * gap if pairs else 0) for i in range(columns)]
+    rows = -(-len(tiles) // columns)
+    drawn = Image.new("RGB", (left[-1] + TILE + gap, line + gap + rows * (TILE + line + gap)), "white")
+    pen = ImageDraw.Draw(drawn)
+    pen.text((gap, 2), title, "black")
+    for number, (picture, caption) in enumerate(tiles):
+        x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
+        drawn.paste(Image.fromarray(in_colour(picture)).resize((TILE, TILE)), (x, y))
+        pen.text((x, y + TILE + 2), _fitting(caption), "black")
+    with store.writing(file) as temporary:
+        drawn.save(temporary, "PNG")
+
+
+def in_colour(picture: Array) -> Array:
+    """(height, width, 3) of any number of channels: the first three as red, green and blue, of one or two the first as grey."""
+    return np.ascontiguousarray(picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, [0, 0, 0]])
+
+
+def _fitting(caption: str, most: int = 18) -> str:
+    """Of letters that the built-in font has, and as many as fit under a picture."""
+    plain = caption.encode("latin-1", "replace").decode("latin-1")
+    return plain if len(plain) <= most else plain[: most - 1] + "~"

@@ -1,0 +1,128 @@
+"""Distillation: beside its labels a network learns from what a teacher says of the same pictures, as each fold's own models say it.
+
+predict/lessons.py asks the teacher once and leaves a file with the fold; here it becomes targets that follow the labels. What mixes
+pictures mixes these targets alike, since to the loop they are just more targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from comp import losses
+from comp.engine.config.schema import Config
+from comp.engine.data.samples import Positions, Samples
+from comp.engine.errors import Refused
+from comp.engine.run import distributed, metric_learning, model_selection, target_scaler
+from comp.engine.store import store
+from comp.engine.tasks import loss_knobs
+from comp.engine.tasks.kinds import VALUES, Head, Objective
+
+if TYPE_CHECKING:
+    from comp.engine.run.context import Material
+
+FILE = "lessons.safetensors"
+
+
+def refuse(cfg: Config, heads: Sequence[Head]) -> None:
+    if cfg.distill.teacher is not None and loss_knobs.embedding(cfg, heads):
+        raise Refused(
+            f"distill.teacher: loss {loss_knobs.of(cfg, heads)[0].name} puts pictures near each other, and a teacher speaks of classes; "
+            "loss.name: cross_entropy listens"
+        )
+
+
+def learners(material: Material, number: int | str) -> Positions:
+    """The rows that teach this fold, in the order of the file."""
+    return metric_learning.known_rows(
+        material.cfg, material.samples, model_selection.rows(material, number)[0]
+    )
+
+
+def targets(material: Material, number: int | str, folder: Path) -> list[Tensor]:
+    """One a head, for every row of the samples; none where there is no teacher."""
+    cfg, samples = material.cfg, material.samples
+    if cfg.distill.teacher is None:
+        return []
+    found = distributed.from_first(_read(folder / FILE) if distributed.first() else {})
+    rows = found["rows"]
+    assert np.array_equal(rows, learners(material, number)), "lessons are made for the rows that teach"
+    said_of = [
+        as_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
+    ]
+    out = []
+    for said in target_scaler.standardised(cfg, samples, rows, said_of):
+        kind = np.float32 if said.dtype == np.float64 else said.dtype
+        every = np.zeros((len(samples.frame), *said.shape[1:]), kind)
+        every[rows] = said
+        out.append(torch.from_numpy(every).to(material.device))
+    return out
+
+
+def _read(file: Path) -> dict[str, NDArray[Any]]:
+    from safetensors.numpy import load
+
+    return load(store.verified(file).read_bytes())
+
+
+def as_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
+    """What a prediction is as a target: shares of classes, the likeliest class, 0 and 1 for each label, or values."""
+    if head.row.spaces is VALUES:
+        return np.asarray(
+            head.row.target(stored.clip(0, len(head.classes) - 1) if head.classes else stored), np.float32
+        )
+    if kind == "soft":
+        return head.row.probability(stored.astype(np.float64) / temperature).astype(np.float32)
+    hard = head.row.label(head.row.probability(stored.astype(np.float64)))
+    return hard if head.exclusive else hard.astype(np.float32)
+
+
+def beside(
+    cfg: Config, samples: Samples, taught: Positions, own: losses.Total, standardised: bool = True
+) -> losses.Total:
+    """(output, labels and then what the teacher says) -> (batch,). A hard answer and a value are learned by the run's own loss."""
+    if cfg.distill.teacher is None:
+        return own
+    heads, soft = samples.heads, cfg.distill.kind == "soft"
+    both = zip(
+        heads, loss_knobs.of(cfg, heads), losses.of_heads(cfg, samples, taught, standardised), strict=True
+    )
+    each = [
+        _soft(head, which, cfg.distill.temperature) if soft and head.row.spaces is not VALUES else hard
+        for head, which, hard in both
+    ]
+    told, share = losses.mean_of(cfg, heads, each), cfg.distill.weight
+
+    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
+        return (1 - share) * own(output, targets[: len(heads)]) + share * told(output, targets[len(heads) :])
+
+    return loss
+
+
+def _soft(head: Head, which: Objective, temperature: float) -> losses.Loss:
+    """Kullback-Leibler divergence at a temperature, times its square, so that gradients are as large as those of the labels."""
+
+    def exclusive(output: Tensor, target: Tensor) -> Tensor:
+        said = F.logsigmoid(output) if which.name == "bce" else output  # as it is read off
+        log_p = F.log_softmax(said / temperature, 1)
+        return F.kl_div(log_p, target, reduction="none").sum(1) * temperature**2
+
+    def labels(output: Tensor, target: Tensor) -> Tensor:
+        target = target.view_as(output)
+        apart = F.binary_cross_entropy_with_logits(output / temperature, target, reduction="none")
+        both = torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)
+        return (apart + both).mean(1) * temperature**2
+
+    return exclusive if head.exclusive else labels
+
+
+def stale(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """Weights that taught and are others now. What was cleaned away since is no fault: it has spoken."""
+    return [name for name in then if name in now and now[name] != then[name]]

@@ -1,0 +1,98 @@
+"""Test rows that teach: data/pseudo/<name>.parquet, as comp pseudo wrote it, joins the training rows of each fold.
+
+A line is for one fold (-1: for the refit on all data), and its label is from models that never saw what this fold scores. So a
+fold gets its own lines and no others; samples, folds and the rows that are scored stay what they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.engine.config.resolve import nearest
+from comp.engine.config.schema import Config
+from comp.engine.data.folds import Folds
+from comp.engine.data.samples import Samples
+from comp.engine.errors import Refused
+from comp.engine.store import store
+from comp.engine.tasks.kinds import Head
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from comp.engine.run.context import Material
+
+FULL = -1
+
+
+def soft(head: Head) -> list[str]:
+    """Columns for shares of classes, where the samples have a column of class codes."""
+    return [f"soft.{head.name}.{output}" for output in head.outputs]
+
+
+def check(cfg: Config, folds: Folds) -> None:
+    """Before anything is spent: is there such a table, and was it made for these rows and folds?"""
+    name = cfg.data.pseudo
+    if name is None:
+        return
+    file = store.pseudo_file(name)
+    entry = store.sealed(file)
+    if entry is None:
+        known = sorted(each.stem for each in file.parent.glob("*.parquet"))
+        there = f"the nearest are {', '.join(nearest(name, known, 3))}; " if known else ""
+        raise Refused(f"data.pseudo: {store.shown(file)}: no such table; {there}comp pseudo RUN writes one")
+    for what, now in (("samples", folds.samples.hash), ("folds", folds.hash)):
+        if entry[what] != now:
+            raise Refused(
+                f"data.pseudo: {store.shown(file)}: made for other {what}; make it again: {entry['command']}"
+            )
+    if folds.meta["rule"] == "earlier":
+        raise Refused(
+            "data.pseudo: has no effect on folds by time: earlier rows teach a fold, and test rows come later; set it to null"
+        )
+
+
+def joined(material: Material, number: int | str) -> Material:
+    """The same material for one fold, in which its lines of the table teach: test rows with a label, a weight and another source."""
+    name = material.cfg.data.pseudo
+    if name is None:
+        return material
+    check(material.cfg, material.folds)
+    samples = with_lines(material.samples, read(name), name, number)
+    return replace(material, samples=samples, folds=replace(material.folds, samples=samples))
+
+
+def read(name: str) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_parquet(store.verified(store.pseudo_file(name), "comp pseudo RUN writes it"))
+
+
+def with_lines(samples: Samples, lines: pd.DataFrame, name: str, number: int | str) -> Samples:
+    frame = samples.frame.copy()
+    lines = lines[lines["fold"] == (FULL if number == "full" else int(number))]
+    at = frame.reset_index().set_index("id")["index"].loc[lines["id"]].to_numpy()
+    assert (frame["source"].to_numpy()[at] == "test").all(), "only test rows get a label"
+    source = frame["source"].to_numpy(object)
+    source[at] = f"pseudo:{name}:fold{number}"
+    frame["source"] = source
+    weight = frame["weight"].to_numpy(np.float64).copy()
+    weight[at] *= lines["weight"].to_numpy()
+    frame["weight"] = weight
+    for column in [each for each in map(str, lines) if each.startswith(("target.", "soft."))]:
+        values = frame[column].to_numpy(np.float64).copy() if column in frame else np.full(len(frame), np.nan)
+        values[at] = lines[column].to_numpy()
+        frame[column] = values
+    return replace(samples, frame=frame)
+
+
+def target(samples: Samples, head: Head) -> NDArray[Any]:
+    """What the loss takes, for every row: class codes, or shares of each class where labels of a few rows are soft."""
+    values = head.row.target(np.nan_to_num(samples.targets(head)))
+    if soft(head)[0] not in samples.frame:
+        return values
+    shares = samples.frame[soft(head)].to_numpy(np.float64)
+    return np.where(np.isnan(shares), np.eye(len(head.outputs))[values], shares)

@@ -1,0 +1,59 @@
+"""Predict a finished run, or its refit, again under other views, from its stored weights: a member of its own, the run untouched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comp import predict as infer
+from comp.engine.bank import bank, merge, predictions
+from comp.engine.config import experiments, run_members
+from comp.engine.run import views as tta
+from comp.engine.run.context import Material
+from comp.engine.store import store
+
+
+def predict(
+    material: Material, run: str, views: list[str], space: str, refit_only: bool = False
+) -> list[str]:
+    """The members' names: of the folds, of the refit on all rows, or of both, as they are there. Each fold is kept, so a killed
+    call goes on where it was."""
+    tta.views(views)
+    cfg = material.cfg
+    inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.space else f"-{space}")
+    cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": views, "space": space})})
+    other = replace(material, cfg=cfg)
+    count = material.folds.count
+    cv = [] if refit_only else [(s, n) for s in experiments.complete(run, count) for n in range(count)]
+    refits = [(seed, run_members.REFIT) for seed in experiments.refitted(run)]
+    wanted: dict[str, list[merge.Part]] = {inside: [*cv], run_members.refit(inside): [*refits]}
+    made = {name: parts for name, parts in wanted.items() if parts}
+    if not made:
+        raise experiments.refusal(f"{run}:{run_members.REFIT}" if refit_only else run, "predictions")
+    for name, parts in made.items():  # all of them, before the first begins
+        store.need_space(_size(other, name, parts), f"runs/{run}/members/{name}")
+    for name, parts in made.items():
+        doing = f"predicting {run}:{name}"
+        with store.lock(store.member_folder(run, name), doing), material.stop.listening():
+            _member(other, run, name, parts, inside)
+    return list(made)
+
+
+def _member(material: Material, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
+    samples, folds = material.samples, material.folds
+    for seed, number in parts:
+        for kind in _kinds(name):
+            infer.write_fold(material, run, seed, number, kind, inside=inside)
+            if material.stop.asked:
+                raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
+    merge.member(run, name, material.cfg, samples, folds, parts, inside=[inside])
+
+
+def _kinds(name: str) -> tuple[str, ...]:
+    return ("test",) if run_members.is_refit(name) else ("oof", "test")
+
+
+def _size(material: Material, name: str, parts: list[merge.Part]) -> int:
+    """Bytes: each fold by itself, then the mean of them."""
+    samples = material.samples
+    rows = sum(len(predictions.rows_of(kind, samples, material.folds)) for kind in _kinds(name))
+    return bank.size(samples, (1 + len(parts)) * rows)

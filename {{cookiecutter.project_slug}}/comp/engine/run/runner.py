@@ -1,0 +1,396 @@
+"""One experiment as jobs: each (seed, fold) goes from config to predictions by itself, whoever starts it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from comp.engine import hardware
+from comp.engine.config import experiments, resolve, run_members
+from comp.engine.config.resolve import Loaded
+from comp.engine.config.schema import Config
+from comp.engine.errors import Refused
+from comp.engine.run import fingerprint, unused_knobs
+from comp.engine.store import process, store
+
+if TYPE_CHECKING:
+    from comp.engine.run.context import Material
+
+
+def train(
+    experiment: str,
+    overrides: list[str],
+    *,
+    fold: str | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    fresh: bool = False,
+    debug: bool = False,
+    profile: bool = False,
+    on: str | None = None,
+    stop: hardware.Stop | None = None,
+) -> None:
+    """Every fold of every seed that is not done yet, one after the other or side by side, then the run's score."""
+    if on is not None and profile:
+        raise Refused("--profile looks into one process; leave --on out")
+    if on is not None and (stop is not None or hardware.processes() > 1):
+        what = "--time-limit" if stop is not None else "torchrun"
+        raise Refused(f"{what}: is for folds one after the other; leave --on out")
+    loaded = experiments.load(experiment, overrides, debug, claimed=name or experiment)
+    cfg = unused_knobs.warn(loaded)
+    changed = resolve.changes_results(overrides)
+    if changed and name is None:
+        raise Refused(
+            f"{' '.join(changed)} changes results, so it is another run: give it a name with --as NAME"
+        )
+    command = _command(experiment, overrides, name, debug)
+    name = name or (f"{experiment}-debug" if debug else experiment)
+    fingerprint.refuse_name(name)
+    _check_teachers(cfg)
+    seeds = cfg.train.seeds if seed is None else [seed]
+    afresh = fresh or name.endswith("-debug")
+    places = [store.run_folder(name)]
+    if fold is not None:
+        places = [store.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
+    old = places if afresh else []
+    fingerprint.same_images(name, cfg, old)
+    hardware.settle(cfg.train.threads)
+    from comp.engine.run import run_media
+
+    material = gather(cfg, stop, profile, loaded)
+    folds = _wanted(fold, material.folds.count)
+    fingerprint.claim(name, cfg, material.folds, command, old)
+    _announce(material, name, seeds, folds)
+    todo = [(s, number) for s in seeds for number in folds]
+    try:
+        if on is not None:
+            _side_by_side(material, name, todo, on)
+        for s, number in todo if on is None else []:
+            one_fold(material, name, s, number)
+            if material.stop.asked:
+                raise hardware.Stopped(f"seed {s} fold {number} is done")
+    except hardware.Stopped as stopped:
+        if not material.stop.out_of_time:
+            raise
+        print(f"time limit: {stopped}")
+    if profile:
+        print(material.clock.table())
+    if score := _merge(name, cfg, asked=run_members.REFIT if folds == [run_members.REFIT] else ""):
+        run_media.summary(material, name, fingerprint.birth(name), score)
+
+
+def _command(experiment: str, overrides: list[str], name: str | None, debug: bool) -> str:
+    """What to type to go on with a run. One that is its own source goes on as it began."""
+    alone = (
+        name in (None, experiment) and not debug and not store.path("configs", f"{experiment}.yaml").exists()
+    )
+    if alone:
+        began = shlex.split(fingerprint.command(experiment))
+        return shlex.join([*began, *(each for each in overrides if each not in began)])
+    flags = [*(["--as", name] if name else []), *(["--debug"] if debug else [])]
+    return shlex.join(["comp", "train", experiment, *flags, *overrides])
+
+
+def _check_teachers(cfg: Config) -> None:
+    """Who teaches beside the labels is needed to train, and not to predict."""
+    if cfg.data.pseudo is None and cfg.distill.teacher is None:
+        return
+    from comp.engine.data import folds, samples
+    from comp.engine.run import pseudo_rows, teachers
+
+    split = folds.load(samples.load())
+    pseudo_rows.check(cfg, split)
+    if cfg.distill.teacher is not None:
+        teachers.of(cfg.distill.teacher, split, "distill.teacher")
+
+
+def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
+    """The same folds, each in a process of its own. What is left of a killed one is gone on with elsewhere."""
+    from tqdm import tqdm
+
+    from comp.engine.run import launcher
+
+    left = [(s, n) for s, n in todo if not experiments.finished(name, s, [n])]
+    job = f"{process.me()}-{time.time_ns()}"
+    jobs = [
+        launcher.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n, "job": job})
+        for s, n in left
+    ]
+    if not jobs:
+        return
+    crew = launcher.crew(on, material.cfg.train.threads)
+    print(f"{name}: {len(jobs)} folds, {min(crew.size, len(jobs))} at a time", flush=True)
+    quiet = None if material.cfg.machine.progress else True
+    with tqdm(total=len(jobs), desc=name, unit="fold", disable=quiet, leave=False) as bar:
+        launcher.out(jobs, crew, material.stop, lambda left: bar.update(len(jobs) - left - bar.n))
+
+
+def part(name: str, seed: int, number: int | str, job: str = "") -> None:
+    """One fold of a run that was begun elsewhere, by the config that lies in it."""
+    cfg = stored_config(name)
+    fingerprint.same_images(name, cfg)
+    hardware.settle(cfg.train.threads)
+    one_fold(gather(cfg), name, seed, number, wait=True, job=job)
+
+
+def gather(
+    cfg: Config, stop: hardware.Stop | None = None, profile: bool = False, loaded: Loaded | None = None
+) -> Material:
+    """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled.
+    `loaded`: of what is going to be trained, as configs/ declare it now."""
+    from comp.engine.bank import score
+    from comp.engine.data import folds, samples
+    from comp.engine.run import pretrained
+    from comp.engine.tasks import loss_knobs
+
+    table = samples.load()
+    split = folds.load(table)
+    if loaded is not None:
+        folds.refuse_other_plan(split, loaded)
+    pretrained.check(cfg, split)
+    score.metric_of(cfg)
+    loss_knobs.of(cfg, table.heads)
+    import torch
+
+    from comp import models, optim
+    from comp.data import Feed
+    from comp.engine.run import consistency, distillation, distributed, mixup, views
+    from comp.engine.run.context import Material
+    from comp.engine.run.profiler import Clock
+
+    distributed.begin()
+    views.views(cfg.predict.tta)
+    models.outputs(cfg, table.heads)
+    models.check(cfg)
+    optim.refuse(cfg)
+    with torch.device("meta"):  # what this network does not take is refused before pictures are decoded
+        network = models.build(cfg, table.heads, pretrained=False)
+    if file := pretrained.file_of(cfg):
+        pretrained.fitting(network, cfg, file)
+    device = hardware.device(cfg.machine.device)
+    torch.backends.cudnn.allow_tf32 = (
+        cfg.train.amp != "fp32"
+    )  # fp32 means it: predictions are compared to 1e-5
+    feed, clock = Feed(cfg, table, device), Clock(device, profile)
+    distillation.refuse(cfg, table.heads)
+    consistency.refuse(cfg, table.heads)
+    mixup.refuse(cfg, table.heads, feed.several)
+    if cfg.model.pool != "mean" and not feed.several:
+        raise Refused(
+            f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
+        )
+    return Material(cfg, table, split, feed, device, stop or hardware.Stop(), clock)
+
+
+def one_fold(
+    material: Material,
+    name: str,
+    seed: int,
+    number: int | str,
+    *,
+    search: bool = False,
+    wait: bool = False,  # for another process that is at it, one that is about to die
+    job: str = "",  # of a queue that hands it out again: see store.lock
+) -> None:
+    """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
+    from comp import predict, train
+    from comp.engine.data import cache
+    from comp.engine.run import checkpoint, distributed, run_media, teacher_predictions, tracking
+
+    folder = store.fold_folder(name, seed, number)
+
+    def done() -> bool:
+        return bool(
+            experiments.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow"))
+        )
+
+    if done():
+        return
+    cfg = material.cfg
+    if isinstance(material.feed.pictures.images, cache.Direct):
+        fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
+    doing = f"training seed {seed} fold {number}"
+    with store.lock(folder, doing, wait=wait, job=job), material.stop.listening():
+        if done():
+            return
+        began = time.perf_counter()
+        log = tracking.open_run(
+            folder,
+            run_id=f"{name}-{fingerprint.birth(name)}-seed{seed}-fold{number}",
+            name=f"{name}/seed{seed}/fold{number}",
+            group=name,
+            job_type="fold",
+            config=cfg.model_dump(),
+            settings=cfg.track,
+            resume_at=checkpoint.log_offset(folder),
+        )
+        with log:
+            if not search:
+                run_media.before(material, log, name, folder, number)
+            if not store.sealed(folder / "weights.safetensors"):
+                teacher_predictions.prepare(material, gather, number, folder)
+                with distributed.together(_order(cfg, seed, number)):
+                    train.fold(material, seed, number, folder, log)
+            if number != run_members.REFIT:
+                predict.write_fold(material, name, seed, number, "oof")
+            if number != run_members.REFIT and not search:
+                run_media.after(material, log, name, folder)
+            log.finish()
+            if search:
+                return
+            for inside in [
+                *run_members.kept(cfg),
+                "",
+            ]:  # the run itself last: with it the fold is finished
+                for kind in ("oof", "test") if number != run_members.REFIT else ("test",):
+                    predict.write_fold(material, name, seed, number, kind, inside)
+    print(f"{name} seed {seed} fold {number}: {run_media.last(folder)}, {time.perf_counter() - began:.0f} s")
+
+
+def _order(cfg: Config, seed: int, fold: int | str) -> dict[str, Any]:
+    """What the other processes of a torchrun hear (gang.py): without bars and W&B, which are for the first."""
+    told = cfg.model_dump()
+    told["machine"]["progress"], told["track"]["mode"] = False, "none"
+    return {"config": told, "seed": seed, "fold": fold}
+
+
+def predict(
+    address: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False
+) -> None:
+    """Merge what is there; with other views, predict every stored fold again into a member of its own. Of exp001:full only the
+    refit."""
+    from comp.engine.bank import merge
+
+    name, _, member = address.partition(":")
+    if member not in ("", run_members.REFIT):
+        raise Refused(
+            f"{address}: comp predict takes a run, or its refit: {name} or {name}:{run_members.REFIT}"
+        )
+    cfg = stored_config(name)
+    if member and not experiments.refitted(name):
+        raise experiments.refusal(address, "test predictions")
+    if tta is None and space is None and not last_look:
+        _merge(name, cfg, asked=member)
+        return
+    fingerprint.same_images(name, cfg)
+    hardware.settle(cfg.train.threads)
+    from comp.engine.run import holdout, repredict
+
+    if last_look:
+        if member:
+            raise Refused(
+                f"--last-look: the refit was trained on some rows, not scored: comp predict {name} --last-look"
+            )
+        print(f"{name}: {holdout.look(gather(cfg), name)}")
+        return
+    views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
+    for made in repredict.predict(
+        gather(cfg), name, views, space or cfg.predict.space, refit_only=bool(member)
+    ):
+        merge.tell(name, made)
+
+
+def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
+    from comp.engine.data import samples
+    from comp.engine.run import augment_grid
+
+    cfg = experiments.load(experiment, overrides).config
+    hardware.settle(cfg.train.threads)
+    file = store.path("runs", f"{experiment}-augment.png")
+    augment_grid.write(cfg, samples.load(), file)
+    print(*augment_grid.ops(cfg), sep="\n")
+    print(
+        f"written: {store.shown(file)}: first column as it is, then seven draws\nnext: comp train {experiment}"
+    )
+
+
+def draw_schedule(experiment: str, overrides: list[str], *, debug: bool = False) -> None:
+    from comp.engine.run import plot_schedule
+
+    loaded = experiments.load(experiment, overrides, debug)
+    unused_knobs.warn(loaded)
+    plot_schedule.draw(loaded, experiment)
+
+
+def lr_range(
+    experiment: str, overrides: list[str], *, low: float, high: float, steps: int, linear: bool
+) -> None:
+    if not 0 < low < high:
+        raise Refused(f"--low {low:g} --high {high:g}: rates climb from above 0")
+    loaded = experiments.load(experiment, overrides)
+    cfg = loaded.config
+    hardware.settle(cfg.train.threads)
+    from comp.engine.run import lr_range
+
+    if steps < lr_range.FEWEST:
+        raise Refused(f"--steps {steps}: {lr_range.FEWEST} is the least that shows anything")
+    png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
+    material = gather(cfg, loaded=loaded)
+    points = lr_range.sweep(material, low, high, steps, linear)
+    rate = lr_range.knob(material, lr_range.write(cfg, points, png, csv, linear))
+    print(
+        f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.rate={rate:.2g}"
+    )
+    print(f"{store.shown(png)}, {store.shown(csv)}")
+    print(f"next: comp train {experiment} --as {experiment}r optim.rate={rate:.2g}")
+
+
+def stored_config(name: str) -> Config:
+    return experiments.stored(name)
+
+
+def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
+    """How much will be written, refused now rather than in the middle of the last fold; and a warm-up that is cut short. The first
+    fold stands for all, which differ by a few steps."""
+    from comp import models, train
+    from comp.engine.bank import bank
+    from comp.engine.run import knn, schedule
+
+    todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
+    if not todo:
+        return
+    weights = models.size(material.cfg, material.samples.heads)
+    weights += knn.size(material.cfg, material.samples)
+    # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
+    kept = len(todo) * (1 + len(run_members.kept(material.cfg)))
+    rows = len(material.samples.positions("train")) + len(material.samples.positions("test"))
+    size = kept * (weights + bank.size(material.samples, rows)) + 8 * weights
+    print(
+        f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
+    )
+    for line in schedule.shortened(train.planned(material, *todo[0])):
+        print(line, file=sys.stderr)
+    store.need_space(size, f"runs/{name}")
+
+
+def _wanted(fold: str | None, count: int) -> list[int | str]:
+    if fold is None:
+        return list(range(count))
+    if fold == run_members.REFIT:
+        return [fold]
+    if not fold.isdigit() or int(fold) >= count:
+        raise Refused(f"--fold {fold}: there are folds 0 to {count - 1}, and full")
+    return [int(fold)]
+
+
+def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
+    """What is complete, as members with their scores; `asked` is the member that was asked for, which is told last. Needs no
+    network, so torch is not imported for it."""
+    from comp.engine.bank import merge
+    from comp.engine.data import folds, samples
+
+    fingerprint.same_images(name, cfg, read=False)
+    table = samples.load()
+    split = folds.load(table)
+    with store.lock(store.run_folder(name), "merging", wait=True):
+        score = merge.run(name, cfg, table, split)
+    if asked and not experiments.refitted(name):  # a time limit ended it before
+        print(f"{name}: fold {asked} to go\nnext: {fingerprint.command(name)} --fold {asked}")
+    elif asked or score is not None:
+        merge.tell(name, asked)
+    else:
+        missing = experiments.missing(name, cfg, split.count) or "another seed"
+        print(f"{name}: {missing} to go before it has a score\nnext: {fingerprint.command(name)}")
+    return score

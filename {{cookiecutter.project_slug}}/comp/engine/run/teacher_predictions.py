@@ -1,0 +1,94 @@
+"""What a teacher says of the rows that a fold learns from, asked once, before the fold begins: by the teacher's models of the same fold,
+with the size, the views and the means of the teacher's own config. runs/<run>/seed<s>/fold<k>/lessons.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from comp import predict
+from comp.engine.bank import bank, predictions
+from comp.engine.config.schema import Config
+from comp.engine.errors import Refused
+from comp.engine.run import distillation, pseudo_rows, teachers
+from comp.engine.run.context import Material
+from comp.engine.run.teachers import Voice
+from comp.engine.store import store
+
+
+def prepare(
+    material: Material, gather: Callable[[Config], Material], number: int | str, folder: Path
+) -> None:
+    name = material.cfg.distill.teacher
+    if name is None:
+        return
+    who = teachers.of(name, material.folds, "distill.teacher")
+    file = folder / distillation.FILE
+    places = [_with_weights(voice, number, material) for voice in who.voices]
+    now = bank.weights_of(*(place for each in places for place in each))
+    if entry := store.sealed(file):
+        if changed := distillation.stale(now, entry["weights"]):
+            raise Refused(
+                f"{store.shown(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
+            )
+        return
+    joined = pseudo_rows.joined(material, number)
+    rows, said, shares = distillation.learners(joined, number), [], list[float]()
+    for voice, there in zip(who.voices, places, strict=True):
+        own = _as(voice, material, gather)
+        for place in there:
+            heads, damaged = predict.predict(
+                own, place / bank.WEIGHTS, rows, f"{store.shown(place)} teaches fold {number}"
+            )
+            if damaged:
+                ids = material.samples.frame["id"]
+                raise Refused(
+                    *(
+                        f"sample {ids.iloc[i]}: {why}; comp check lists every such file"
+                        for i, why in damaged.items()
+                    )
+                )
+            said.append(heads)
+            shares.append(voice.share / len(there))
+    means = {
+        head.name: predictions.average([each[head.name] for each in said], head, who.space, shares)
+        for head in material.samples.heads
+    }
+    _write(file, rows, means, now)
+
+
+def _with_weights(voice: Voice, number: int | str, material: Material) -> list[Path]:
+    there = [place for place in voice.places(number, material.folds) if store.sealed(place / bank.WEIGHTS)]
+    wanted = material.folds.count if number == "full" else 1
+    if len({place.relative_to(store.run_folder(voice.run)).parts[1] for place in there}) < wanted:
+        which = "of every fold" if number == "full" else f"of fold {number}"
+        raise Refused(
+            f"distill.teacher: {voice.address} has no weights {which}, and those of another fold have seen the rows that this one is scored on; "
+            f"train it first: comp train {voice.run}{'' if number == 'full' else f' --fold {number}'}"
+        )
+    return there
+
+
+def _as(voice: Voice, material: Material, gather: Callable[[Config], Material]) -> Material:
+    """Its pictures in its own size, on this run's machine."""
+    theirs = voice.cfg.model_copy(update={"machine": material.cfg.machine, "track": material.cfg.track})
+    return replace(gather(theirs), stop=material.stop)
+
+
+def _write(file: Path, rows: np.ndarray, means: dict[str, np.ndarray], weights: dict[str, str]) -> None:
+    from safetensors.numpy import save
+
+    with store.writing(file) as temporary:
+        temporary.write_bytes(
+            save(
+                {
+                    "rows": rows,
+                    **{name: np.ascontiguousarray(each, np.float32) for name, each in means.items()},
+                }
+            )
+        )
+    store.seal(file, weights=weights)

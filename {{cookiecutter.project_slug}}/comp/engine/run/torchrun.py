@@ -1,0 +1,92 @@
+"""torchrun -m comp train exp001: the first process is the run, the others follow it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comp.engine import hardware
+from comp.engine.config.schema import Config
+from comp.engine.errors import Refused
+
+if TYPE_CHECKING:
+    from comp.engine.run.context import Material
+
+VERBS = ("train", "tune")
+GONE = (
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "recv",
+    "Socket",
+)  # how the first process's end looks from here
+
+
+def answer(verb: str, work: Callable[[], int | None]) -> int | None:
+    """What a verb does in this process of several."""
+    if verb not in VERBS:
+        if hardware.rank():
+            return 2
+        raise Refused(
+            f"torchrun: comp {verb} is work for one process; it shares out {' and '.join(f'comp {v}' for v in VERBS)}"
+        )
+    if hardware.rank():
+        return follow()
+    from comp.engine.run import distributed
+
+    try:
+        status = work()
+    except (distributed.Agreed, hardware.Stopped):
+        distributed.end()
+        raise
+    distributed.end()
+    return status
+
+
+def follow() -> int:
+    """Do what the first process says, until it says nothing more. It is the one to tell how it went."""
+    hardware.settle(1)
+    import torch.distributed as dist
+
+    from comp.engine.run import distributed
+
+    material: Material | None = None
+    stop = hardware.Stop(quiet=True)
+    try:
+        distributed.begin()
+        with stop.listening():
+            while (order := distributed.heard()) is not None:
+                material = _do(order, material, stop)
+    except KeyboardInterrupt:
+        return hardware.exit_code()
+    except Refused as refused:
+        print(*refused.lines, sep="\n", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not any(word in str(error) for word in GONE):
+            raise
+        return hardware.exit_code() if stop.signalled else 1
+    dist.destroy_process_group()
+    return hardware.exit_code() if stop.signalled else 0
+
+
+def _do(order: dict[str, Any], material: Material | None, stop: hardware.Stop) -> Material:
+    from comp import train
+    from comp.engine.run import distributed, runner, tracking
+
+    cfg = Config.model_validate(order["config"])
+    hardware.settle(cfg.train.threads)
+    if material is None or material.cfg != cfg:
+        material = runner.gather(cfg, stop)
+    with tempfile.TemporaryDirectory(prefix="comp-") as scratch:
+        folder = Path(scratch)
+        log = tracking.Track(folder, tracking.NoFeed(), [])
+        try:
+            with distributed.together():
+                train.fold(material, order["seed"], order["fold"], folder, log)
+        except (distributed.Agreed, distributed.Pruned, hardware.Stopped):
+            stop.asked = False  # the first process knows, and says what comes next
+    return material

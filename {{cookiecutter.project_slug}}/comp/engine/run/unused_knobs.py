@@ -1,0 +1,62 @@
+"""Knobs that somebody set and that another knob makes idle: said by name, before a run. Where a knob cannot be meant at all it is refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from comp.engine.config import resolve
+from comp.engine.config.resolve import Loaded
+from comp.engine.config.schema import Config
+
+CYCLIC = ("cosine_restarts", "triangular", "exponential")
+CYCLING = ("one_cycle", "triangular", "exponential")
+SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
+    "final": ("linear", "plateau", "cosine", *CYCLIC, "one_cycle", "wsd"),
+    "every": ("step",),
+    "factor": ("step", "plateau"),
+    "patience": ("plateau",),
+    "cycles": CYCLIC,
+    "multiplier": ("cosine_restarts",),
+    "decay": CYCLIC,
+    "start": ("one_cycle",),
+    "rise": CYCLING,
+    "anneal": ("one_cycle", "wsd"),
+    "momentum": CYCLING,
+    "cooldown": ("wsd",),
+}
+DEFAULTS = ("configs/base.yaml:", "configs/debug.yaml:")  # nobody's wish for this experiment
+
+
+def warn(loaded: Loaded) -> Config:
+    for line in lines(loaded):
+        print(line, file=sys.stderr)
+    return loaded.config
+
+
+def lines(loaded: Loaded) -> list[str]:
+    values = resolve.flat(loaded.config.model_dump())
+    out = []
+    for key, why in _idle(loaded.config):
+        origin = loaded.origins.get(key, DEFAULTS[0])
+        if not origin.startswith(DEFAULTS) and values.get(key) is not None:
+            out.append(f"{origin}: {key}: {values[key]} has no effect {why}")
+    return out
+
+
+def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
+    name = cfg.schedule.name
+    for knob, names in SCHEDULES.items():
+        if name not in names and not cfg.snapshots.cycles:  # those bring a schedule of their own
+            yield f"schedule.{knob}", f"with schedule.name: {name}; {', '.join(names)} looks at it"
+    if name in CYCLING and cfg.schedule.momentum is not None:
+        yield "optim.momentum", f"while {name} cycles it; schedule.momentum: null lets it be"
+    if cfg.distill.teacher is None:
+        for knob in ("kind", "temperature", "weight"):
+            yield f"distill.{knob}", "without distill.teacher"
+    elif cfg.distill.kind == "hard":
+        yield "distill.temperature", "with distill.kind: hard"
+    if cfg.optim.base_batch is None:
+        yield "optim.scaling", "without optim.base_batch"
+    if cfg.optim.clip is None:
+        yield "optim.clip_mode", "with optim.clip: null"

@@ -1,0 +1,257 @@
+"""One row a task: how a target is read, what the network puts out, and how a prediction is stored, merged and scored.
+
+Classification is a row here, not the frame. A head is one target of a competition with its task; everything above works
+on a tuple of heads, so several targets of different kinds are several heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+# stored -> where means are taken, and the way back to stored
+Space = tuple[Callable[[Array], Array], Callable[[Array], Array]]
+
+
+@dataclass(frozen=True)
+class Head:
+    name: str
+    task: str
+    outputs: tuple[str, ...]  # names of the stored columns, in order
+    columns: tuple[str, ...]  # target columns of the samples table
+    classes: tuple[str, ...] = ()  # labels as the raw table writes them, by code
+    graded: tuple[str, ...] = ()  # outputs that the host scores, where it does not score all
+    unknown: str = ""  # the class that stands for none of the others
+
+    @property
+    def scored(self) -> list[int]:
+        """Places of the outputs that are scored."""
+        return [i for i, name in enumerate(self.outputs) if not self.graded or name in self.graded]
+
+    @property
+    def row(self) -> Task:
+        return TASKS[self.task]
+
+    @property
+    def exclusive(self) -> bool:
+        """One of many classes: its outputs are one distribution."""
+        return self.row.spaces is EXCLUSIVE
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head minimises; see comp/engine/tasks/loss_knobs.py."""
+
+    name: str
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    losses: tuple[str, ...]  # that fit it, the default first
+    metric: str  # the default
+    space: str  # stored predictions are logits (nothing saturates in float32) or values
+    raw_outputs: Callable[[Head, Objective], int]  # network outputs for a head under a loss
+    target: Callable[[Array], NDArray]  # float columns (rows, columns) -> what loss and metric take
+    decode: Callable[[Array, Objective], Array]  # network output under a loss -> what is stored
+    probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
+    store: Callable[[Array], Array]  # the way back
+    spaces: dict[str, Space]  # where predictions are averaged, by name
+    label: Callable[
+        [Array], NDArray[np.int64]
+    ]  # probability or value -> class codes, no fitted cut points; multilabel 0 and 1
+
+
+def softmax(logits: Array) -> Array:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def sigmoid(logits: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # NaN is a row never predicted, and stays one
+        return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def logit(p: Array) -> Array:
+    return np.log(p) - np.log1p(-p)
+
+
+# What keeps a stored logit finite. 1e-30 still orders rows; a probability of exactly 0 or 1 would not survive a logarithm.
+SMALLEST = 1e-30
+
+
+def _codes(columns: Array) -> NDArray:
+    """One column of class codes, or one share per class (soft labels)."""
+    return columns[:, 0].astype(np.int64) if columns.shape[1] == 1 else columns
+
+
+def bin_centres(knobs: Mapping[str, Any]) -> Array:
+    low, high = knobs["range"]
+    return np.linspace(low, high, knobs["bins"])
+
+
+def _value(raw: Array, loss: Objective) -> Array:
+    """What a head of values says, (rows, targets): some losses have several outputs a target, and their mean is the answer."""
+    if loss.name == "cumulative":  # output k says how likely the grade is above k
+        return sigmoid(raw).sum(axis=1, keepdims=True)
+    if loss.name == "soft_labels":  # an output a grade
+        return softmax(raw) @ np.arange(raw.shape[1])[:, None]
+    if loss.name == "bins":
+        centres = bin_centres(loss.knobs)
+        return np.stack(
+            [
+                softmax(raw[:, at : at + len(centres)]) @ centres
+                for at in range(0, raw.shape[1], len(centres))
+            ],
+            axis=1,
+        )
+    return raw
+
+
+def _one_of_many(raw: Array, loss: Objective) -> Array:
+    """bce asks of each class by itself."""
+    return log_softmax(_log_sigmoid(raw) if loss.name == "bce" else raw)
+
+
+def _by_centres(raw: Array, loss: Objective) -> Array:
+    """To watch: what is stored of embeddings comes from neighbours. Without centres there is nothing to see, (rows, 0)."""
+    if "embedding" not in loss.knobs:
+        return log_softmax(raw)
+    cosine = raw[:, loss.knobs["embedding"] :]
+    return log_softmax(loss.knobs["scale"] * cosine) if cosine.shape[1] else cosine
+
+
+def _embedded(head: Head, loss: Objective) -> int:
+    beside = 0 if loss.name in ("contrastive", "triplet") else len(head.outputs)
+    return beside + loss.knobs.get("embedding", 0)
+
+
+def _grades(head: Head, loss: Objective) -> int:
+    return {"cumulative": len(head.classes) - 1, "soft_labels": len(head.classes)}.get(loss.name, 1)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _both_sides(logits: Array) -> Array:
+    """(rows, outputs, 2): p and 1 - p, since a float knows numbers next to 0 far better than those next to 1."""
+    return np.stack([sigmoid(logits), sigmoid(-logits)], axis=-1)
+
+
+def _from_sides(sides: Array) -> Array:
+    floor = np.log(np.maximum(sides, 1e-300))  # weights below 0 can leave the range
+    return floor[..., 0] - floor[..., 1]
+
+
+def _log_sigmoid(logits: Array) -> Array:
+    return -np.logaddexp(0.0, -logits)
+
+
+def _from_log(log_p: Array) -> Array:
+    log_p = np.clip(log_p, -690.0, -1e-300)
+    return log_p - np.log(-np.expm1(log_p))
+
+
+def _to_log(p: Array) -> Array:
+    return log_softmax(np.log(np.clip(p, SMALLEST, None)))
+
+
+INDEPENDENT: dict[str, Space] = {  # each output a probability of its own
+    "probability": (_both_sides, _from_sides),
+    "logit": (_identity, _identity),
+    "geometric": (_log_sigmoid, _from_log),
+}
+EXCLUSIVE: dict[str, Space] = {  # outputs sum to 1: the renormalised geometric mean is the mean of logits
+    "probability": (softmax, _to_log),
+    "logit": (_identity, log_softmax),
+    "geometric": (_identity, log_softmax),
+}
+# Values have one mean, whatever the space is called.
+VALUES: dict[str, Space] = dict.fromkeys(("probability", "logit", "geometric"), (_identity, _identity))
+
+
+TASKS: dict[str, Task] = {
+    "binary": Task(
+        losses=("bce", "focal", "asymmetric", "poly"),
+        metric="roc_auc",
+        space="logit",
+        raw_outputs=lambda head, loss: 1,
+        target=lambda columns: columns[:, 0],
+        decode=lambda raw, loss: raw,
+        probability=sigmoid,
+        store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        spaces=INDEPENDENT,
+        label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
+    ),
+    "multiclass": Task(
+        losses=("cross_entropy", "kl", "focal", "poly", "jensen_shannon", "bce"),
+        metric="accuracy",
+        space="logit",
+        raw_outputs=lambda head, loss: len(head.outputs),
+        target=_codes,
+        decode=_one_of_many,
+        probability=softmax,
+        store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        spaces=EXCLUSIVE,
+        label=lambda p: p.argmax(axis=1),
+    ),
+    "multilabel": Task(
+        losses=("bce", "focal", "asymmetric", "poly"),
+        metric="mean_column_auc",
+        space="logit",
+        raw_outputs=lambda head, loss: len(head.outputs),
+        target=_identity,
+        decode=lambda raw, loss: raw,
+        probability=sigmoid,
+        store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        spaces=INDEPENDENT,
+        label=lambda p: (p >= 0.5).astype(np.int64),
+    ),
+    "retrieval": Task(
+        losses=("arcface", "contrastive", "triplet", "cross_entropy", "focal", "poly", "jensen_shannon"),
+        metric="map@5",
+        space="logit",
+        raw_outputs=_embedded,
+        target=_codes,
+        decode=_by_centres,
+        probability=softmax,
+        store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        spaces=EXCLUSIVE,
+        label=lambda p: p.argmax(axis=1),
+    ),
+    "regression": Task(
+        losses=("mse", "l1", "huber", "log_cosh", "bins"),
+        metric="rmse",
+        space="value",
+        raw_outputs=lambda head, loss: len(head.outputs) * (loss.knobs["bins"] if loss.name == "bins" else 1),
+        target=lambda columns: columns[:, 0] if columns.shape[1] == 1 else columns,
+        decode=_value,
+        probability=_identity,
+        store=_identity,
+        spaces=VALUES,
+        label=lambda value: np.rint(value[:, 0]).astype(np.int64),
+    ),
+    "ordinal": Task(
+        losses=("mse", "cumulative", "soft_labels", "l1", "huber", "log_cosh"),
+        metric="qwk",
+        space="value",
+        raw_outputs=_grades,
+        target=lambda columns: columns[:, 0],
+        decode=_value,
+        probability=_identity,
+        store=_identity,
+        spaces=VALUES,
+        label=lambda value: np.rint(value[:, 0]).astype(np.int64),
+    ),
+}

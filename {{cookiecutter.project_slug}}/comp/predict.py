@@ -1,0 +1,176 @@
+"""Predictions of one trained fold: its own validation rows (OOF) and the test rows, over the views of the config."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from comp import models, transforms
+from comp.engine.bank import bank, predictions
+from comp.engine.config import resolve, run_members
+from comp.engine.data import class_balance
+from comp.engine.data.samples import Positions
+from comp.engine.errors import Refused
+from comp.engine.hardware import Stopped
+from comp.engine.run import frozen_heads, knn, metric_learning, normalize
+from comp.engine.run import views as tta
+from comp.engine.run.context import Material
+from comp.engine.run.evaluate import outputs_of
+from comp.engine.store import store
+from comp.engine.tasks import loss_knobs
+from comp.engine.tasks.kinds import Head
+
+Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
+
+
+def write_fold(
+    material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = ""
+) -> Path:
+    """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views, or for a
+    member with weights of its own."""
+    cfg, folder = material.cfg, store.fold_folder(run, seed, number)
+    file = folder / inside / f"{kind}.arrow"
+    own = inside if inside in run_members.kept(cfg) else ""
+    weights = folder / own / bank.WEIGHTS
+    if store.sealed(file):
+        return file
+    rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
+    rows = rows[: cfg.train.limit]
+    began = time.perf_counter()
+    if loss_knobs.embedding(cfg, material.samples.heads):
+        _gallery(material, weights, material.folds.split(number)[0])
+    heads, damaged = predict(
+        material, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip()
+    )
+    if len(
+        rows
+    ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
+        speed = file.with_name("speed.json")
+        noted = store.read_json(speed) if speed.exists() else {}
+        store.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
+    if damaged:
+        _tell(material, damaged, file.with_name(f"{kind}_damaged.txt"))
+    facts: dict[str, Any] = {
+        "run": run,
+        "seed": seed,
+        "config": store.digest(resolve.identity(cfg)),
+        "weights": bank.weights_of(weights.parent),
+        "marks": run_members.marks(cfg, own),
+    }
+    facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
+    fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
+    meta = predictions.meta(kind, material.samples, material.folds, facts)
+    return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
+
+
+def predict(
+    material: Material,
+    weights: Path,
+    rows: Positions,
+    doing: str = "",
+    fallback: Callable[[Head], NDArray[Any]] | None = None,
+) -> tuple[Stored, dict[int, str]]:
+    """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
+    cfg, heads = material.cfg, material.samples.heads
+    if frozen_heads.is_head(weights):
+        answers, damaged = frozen_heads.said(material, weights, rows)
+        return _stored(material, rows, answers, damaged, fallback), damaged
+    raw, damaged = _said(material, weights, rows, doing)
+    if embeds := loss_knobs.embedding(cfg, heads):
+        answers = _by_neighbours(material, weights, raw, embeds.knobs["embedding"])
+    else:
+        each = [models.decoded(cfg, heads, view) for view in raw]  # views x heads
+        answers = [
+            predictions.average([view[i] for view in each], head, cfg.predict.space)
+            for i, head in enumerate(heads)
+        ]
+    return _stored(material, rows, answers, damaged, fallback), damaged
+
+
+def _stored(
+    material: Material,
+    rows: Positions,
+    answers: list[NDArray[np.float64]],
+    damaged: dict[int, str],
+    fallback: Callable[[Head], NDArray[Any]] | None,
+) -> Stored:
+    stored = {}
+    for head, value in zip(material.samples.heads, answers, strict=True):
+        value[np.isin(rows, list(damaged))] = (
+            fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
+        )
+        stored[head.name] = value.astype(np.float32)
+    return stored
+
+
+def _said(
+    material: Material, weights: Path, rows: Positions, doing: str
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
+    cfg, heads = material.cfg, material.samples.heads
+    module = models.load_weights(models.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
+        material.device
+    )
+    seen = transforms.Seen(normalize.of(cfg, module, material.device))
+    views = tta.views(cfg.predict.tta)
+    with tqdm(
+        total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
+    ) as bar:
+
+        def told(count: int) -> None:
+            bar.update(count)
+            if material.stop.asked:  # its weights are sealed, so a later start begins with the predictions
+                raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
+
+        raw, damaged = outputs_of(
+            module,
+            material.feed,
+            rows,
+            cfg.predict.batch_size,
+            seen,
+            cfg.train.amp,
+            views,
+            on_batch=told,
+        )
+    if not np.isfinite(raw).all():
+        raise Refused(
+            f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate"
+        )
+    return raw, damaged
+
+
+def _gallery(material: Material, weights: Path, taught: Positions) -> None:
+    """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
+    file, cfg = knn.beside(weights), material.cfg
+    if store.sealed(file):
+        return
+    (head,) = material.samples.heads
+    rows = metric_learning.known_rows(cfg, material.samples, taught[: cfg.train.limit])
+    raw, damaged = _said(material, weights, rows, "gallery")
+    whole = ~np.isin(rows, list(damaged))
+    seen = knn.averaged(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
+    knn.write(file, seen, class_balance.classes(head, material.samples, rows[whole]))
+
+
+def _by_neighbours(
+    material: Material, weights: Path, raw: NDArray[np.float32], size: int
+) -> list[NDArray[np.float64]]:
+    (head,) = material.samples.heads
+    k = material.cfg.predict.neighbours or loss_knobs.NEIGHBOURS
+    asked = knn.averaged(raw, size)
+    return [knn.class_scores(asked, *knn.read(knn.beside(weights)), head, k, material.device)]
+
+
+def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:
+    ids = material.samples.frame["id"]
+    lines = [f"{ids.iloc[i]}\t{reason}" for i, reason in damaged.items()]
+    store.write_text(file, "\n".join(lines) + "\n")
+    print(
+        f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {store.shown(file)} lists them"
+    )

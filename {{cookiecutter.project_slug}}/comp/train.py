@@ -1,0 +1,293 @@
+"""One fold of one seed, from the first draw to the last weights. Nothing owns this loop but this page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from comp import losses, models, optim, transforms
+from comp.data import Batch, epoch_list, training_batches
+from comp.engine.bank import score
+from comp.engine.config.schema import Config
+from comp.engine.data import class_balance
+from comp.engine.data.samples import Positions
+from comp.engine.data.seeding import mixed
+from comp.engine.errors import Refused
+from comp.engine.hardware import Stopped
+from comp.engine.run import (  # fmt: skip
+    checkpoint,
+    consistency,
+    distillation,
+    distributed,
+    metric_learning,
+    mixup,
+    model_selection,
+    normalize,
+    pixel_stats,
+    pretrained,
+    pseudo_rows,
+    schedule,
+    target_scaler,
+    torch_compile,
+    tracking,
+)
+from comp.engine.run.averaging import Kept, renewal
+from comp.engine.run.context import Material
+from comp.engine.run.evaluate import HALF, outputs_of, refuse
+from comp.engine.run.freezing import Stages
+from comp.engine.run.gpu_augment import onto
+from comp.engine.run.microbatch import Room
+from comp.engine.run.nan_guard import REMEDY, Looks, named
+
+PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
+
+
+def fold(material: Material, seed: int, number: int | str, folder: Path, log: tracking.Track) -> None:
+    """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
+    # --- setup ---------------------------------------------------------------------------------------------------------
+    material = pseudo_rows.joined(material, number)  # test rows that teach this fold
+    cfg, device, heads, clock = material.cfg, material.device, material.samples.heads, material.clock
+    torch.manual_seed(mixed(seed, 3))
+
+    # --- data ----------------------------------------------------------------------------------------------------------
+    taught, watched, judged = _rows(material, number)
+    draw = class_balance.drawing(cfg, material.samples, taught)
+    span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
+    batch_size, accumulate, steps_per_epoch, steps = span
+    curve = schedule.curve(cfg, span)
+    truths = [pseudo_rows.target(material.samples, head) for head in heads]
+    targets = [
+        _target(each, device) for each in target_scaler.standardised(cfg, material.samples, taught, truths)
+    ]
+    lessons = distillation.targets(material, number, folder)  # what a teacher says, one more target a head
+    weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
+
+    # --- model ---------------------------------------------------------------------------------------------------------
+    module = models.build(cfg, heads, cfg.model.pretrained is True, material.feed).to(device)
+    if checkpoint.log_offset(folder) is None:
+        pretrained.begin(module, cfg, seed, number)
+    stages = Stages(cfg, module)
+    pixel_stats.fit(cfg, module, material.feed, taught)
+    target_scaler.fit(cfg, module, material.samples, taught)
+    network = torch_compile.prepared(cfg, module)
+    criterion = losses.total(cfg, material.samples, taught)
+    mixture = mixup.loss(cfg, heads, distillation.beside(cfg, material.samples, taught, criterion))
+    in_units = losses.total(cfg, material.samples, taught, False)  # of the targets: to be read
+    read = mixup.loss(cfg, heads, distillation.beside(cfg, material.samples, taught, in_units, False))
+    scaled = losses.of_values(cfg, heads)  # what is read is not what is minimised
+    apart = consistency.between_views(cfg, heads)
+    optimizer = optim.optimizer(cfg, module)
+    kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
+    judge = model_selection.judge(material, judged, transforms.Seen(normalize.of(cfg, module, device)))
+    renew = renewal(
+        material, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
+    )
+    second_order = optim.second_order(optimizer)
+    half = HALF[cfg.train.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+
+    # --- resume --------------------------------------------------------------------------------------------------------
+    step, losses_seen = 0, list[float]()  # of this epoch
+    state = distributed.from_first(checkpoint.newest(folder, device))
+    distributed.resumable(state)
+    if state is not None:
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        kept.load(state["kept"])
+        distributed.same_files(folder)
+        step, losses_seen = state["step"], state["losses"]
+        curve.seen.extend(state["epochs"])
+    distributed.suits(cfg, batch_size, accumulate, module)
+    distributed.same_network(module)
+    room = Room(module, state["room"] if state else batch_size, cfg.augment.whole)
+    looks = Looks(log, material.samples, half == torch.float16, room.size)
+
+    def save() -> None:
+        looks.weights(module, step)
+        checkpoint.save(folder, step, {
+            "step": step, "processes": distributed.count(), "room": room.size, "losses": losses_seen, "epochs": curve.seen,
+            "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "kept": kept.state(),
+        }, log.offset())  # fmt: skip
+
+    # --- epochs --------------------------------------------------------------------------------------------------------
+    bar = tqdm(
+        total=steps * span.effective,
+        initial=step * span.effective,
+        desc=f"seed {seed} fold {number}",
+        unit=" images",
+        unit_scale=True,
+        disable=_quiet(cfg),
+        leave=False,
+    )
+    watched_last, said = "", time.perf_counter()
+    clock.start()
+    for epoch in range(step // steps_per_epoch, cfg.train.epochs):
+        if kept.enough():
+            break
+        stages.enter(epoch)
+        began, drawn = time.perf_counter(), 0
+        first = (step - epoch * steps_per_epoch) * accumulate
+        today = transforms.day(cfg, epoch)  # the size of its pictures, and whether the strong ops are on
+        seen = transforms.Seen(normalize.of(cfg, module, device), transforms.of_day(cfg, today))
+        mix = mixup.of_day(cfg, today)
+        plan = training_batches(taught, batch_size, seed, epoch, first, draw)
+        batches = material.feed.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
+        while step < (epoch + 1) * steps_per_epoch:
+            optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
+            looks.begin(step + 1, curve.rate(step))
+            room.begin(
+                (_whole(next(batches), material) for _ in range(distributed.passes(accumulate))),
+                mixed(seed, step, 4, distributed.rank()),
+            )
+            drawn += span.effective
+            clock.lap("waiting for pictures")
+            while room.to_do:
+                with room.fits(looks.again):
+                    batch = room.to_do.popleft()
+                    pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
+                    pictures, parts = mix(pictures, batch.seeds)  # parts: whose targets, with which share
+                    clock.lap("colour and normalising")
+                    rows = onto(batch.samples, device)
+                    truth = [target[rows] for target in (*targets, *lessons)]
+                    with torch.autocast(device.type, half, enabled=half is not None):
+                        output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
+                    each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
+                    share = len(batch.samples) / span.effective
+                    loss = losses.reduced(each, cfg.loss.hardest) * share
+                    shown = loss
+                    if scaled:
+                        told = read(output.detach(), truth, weight[rows], parts)
+                        shown = losses.reduced(told, cfg.loss.hardest) * share
+                    clock.lap("forward")
+                    scaler.scale(loss).backward(create_graph=second_order)
+                    clock.lap("backward")
+                    looks.note(batch.samples, each, shown)
+            distributed.sum_gradients(module)
+            if cfg.optim.clip is not None:
+                scaler.unscale_(optimizer)
+                looks.note_gradient(optim.clip(cfg, module))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            clock.lap("step")
+            step += 1
+            bar.update(span.effective)
+            last = step == (epoch + 1) * steps_per_epoch
+            inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
+            stopping = distributed.anybody(material.stop.asked) and not last
+            if last or inside or stopping or looks.due or step in kept.ends:
+                losses_seen += looks.look(room.size)
+                bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
+            if step in kept.ends:
+                looks.weights(module, step)
+            kept.after_step(step)
+            if inside or stopping:
+                save()
+            if stopping:
+                raise Stopped(f"saved at step {step} of {steps}")
+        report = {
+            "epoch": epoch + 1,
+            "step": step,
+            "train_loss": sum(losses_seen) / steps_per_epoch,
+            "images_per_second": round(drawn / (time.perf_counter() - began), 1),
+        }
+        curve.seen.append(report["train_loss"])
+        losses_seen.clear()
+        clock.lap("log and checkpoint")
+        report |= validate(material, kept.current, seen, in_units, watched, targets, step)
+        report |= kept.after_epoch(epoch + 1, judge)
+        clock.lap("validation")
+        log.log(report)
+        distributed.watched(material.watch, report)
+        watched_last = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
+        bar.set_postfix_str(f"loss {report['train_loss']:.4f}{watched_last}")
+        if bar.disable and cfg.machine.progress and time.perf_counter() - said >= PULSE:
+            said = time.perf_counter()
+            left = (steps - step) * span.effective / report["images_per_second"]
+            bar.write(f"seed {seed} fold {number}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}{watched_last}, "
+                      f"{report['images_per_second']:.0f} images/s, {left:.0f} s left")  # fmt: skip
+        save()
+        kept.drop(epoch + 1)
+
+    # --- finish --------------------------------------------------------------------------------------------------------
+    bar.close()
+    kept.seal(renew, judge, log.offset())
+    if not cfg.keep.state:
+        checkpoint.drop(folder)
+
+
+def planned(material: Material, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
+    """The schedule of a fold that does not run yet."""
+    material = pseudo_rows.joined(material, number)
+    taught, _, _ = _rows(material, number)
+    draw = class_balance.drawing(material.cfg, material.samples, taught)
+    span = schedule.span(material.cfg, len(epoch_list(taught, seed, 0, draw)))
+    return schedule.curve(material.cfg, span)
+
+
+def _rows(material: Material, number: int | str) -> list[Positions]:
+    """Rows that train, rows to watch the score of, rows that a choice is made on."""
+    rows = [
+        metric_learning.known_rows(material.cfg, material.samples, each)
+        for each in model_selection.rows(material, number)
+    ]
+    if len(rows[0]) == 0:
+        raise Refused(f"fold {number}: no rows to train on")
+    return rows
+
+
+def validate(
+    material: Material,
+    module: nn.Module,
+    seen: transforms.Seen,
+    criterion: losses.Total,
+    rows: Positions,
+    targets: list[Tensor],
+    step: int,
+) -> dict[str, float]:
+    """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
+    if len(rows) == 0:
+        return {}
+    cfg = material.cfg
+    distributed.same_statistics(module)
+    raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+    refuse(damaged, material.samples)
+    truth = [target[rows].cpu() for target in targets]
+    loss = criterion(torch.from_numpy(target_scaler.of_loss(cfg, module, raw[0])), truth).numpy()
+    if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
+        raise distributed.Agreed(
+            f"validation behind step {step}: NaN or inf{named(material.samples, bad)}: {REMEDY}; the last checkpoint is from before"
+        )
+    report = {"valid_loss": float(loss.mean())}
+    for head, stored in zip(
+        material.samples.heads, models.decoded(cfg, material.samples.heads, raw[0]), strict=True
+    ):
+        if stored.shape[1] == 0:
+            continue  # embeddings without centres
+        name = "valid_metric" if len(material.samples.heads) == 1 else f"valid_metric_{head.name}"
+        report[name] = score.glance(cfg, head, stored, material.samples, rows)
+    return report
+
+
+def _target(values: NDArray[Any], device: torch.device) -> Tensor:
+    kind = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
+    return torch.tensor(values, dtype=kind, device=device)
+
+
+def _whole(batch: Batch, material: Material) -> Batch:
+    refuse(batch.damaged, material.samples)
+    return batch
+
+
+def _quiet(cfg: Config) -> bool | None:
+    """None lets tqdm find out whether anybody is watching."""
+    return None if cfg.machine.progress else True
