@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from comp import data
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import consistency, small_stem
 
 VIEWS = ["augment.views=3", "train.batch_size=30"]
@@ -60,12 +60,12 @@ def test_views_stand_side_by_side_each_drawn_anew(empty: Path) -> None:
 
 def test_what_does_not_go_together(empty: Path) -> None:
     with pytest.raises(
-        Refused, match=r"train.batch_size: 32 would part the views of a picture; a multiple of 3"
+        UserError, match=r"train.batch_size: 32 would part the views of a picture; a multiple of 3"
     ):
         config("augment.views=3", experiment="base")
-    with pytest.raises(Refused, match=r"augment.views: 2 of a picture stand side by side, so mixup"):
+    with pytest.raises(UserError, match=r"augment.views: 2 of a picture stand side by side, so mixup"):
         config("augment.views=2", "augment.mixup=0.2", experiment="base")
-    with pytest.raises(Refused, match=r"augment.views: label is a value"):
+    with pytest.raises(UserError, match=r"augment.views: label is a value"):
         consistency.refuse(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
 
 
@@ -94,5 +94,5 @@ def test_a_small_stem_goes_over_every_pixel(name: str, side: int) -> None:
 def test_a_large_kernel_begins_anew_and_what_has_no_stem_is_refused() -> None:
     module: Any = small_stem.small(timm.create_model("resnet18", num_classes=0), "resnet18")
     assert module.conv1.weight.shape == (64, 3, 3, 3) and isinstance(module.maxpool, torch.nn.Identity)
-    with pytest.raises(Refused, match=r"model.stem: small: test_vit has no stem"):
+    with pytest.raises(UserError, match=r"model.stem: small: test_vit has no stem"):
         small_stem.small(timm.create_model("test_vit"), "test_vit")

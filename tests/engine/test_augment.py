@@ -14,7 +14,7 @@ from conftest import config
 from comp import data, losses, transforms
 from comp.engine.data import samples
 from comp.engine.data.seeding import mixed
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import augment_grid, gpu_augment, policies, runner
 from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
@@ -24,7 +24,7 @@ TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.limi
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         config(*TINY, *overrides)
     return str(refused.value)
 
@@ -90,7 +90,7 @@ def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
     ],
 )
 def test_a_policy_that_timm_would_pass_over_is_refused(name: str, words: str) -> None:
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UserError, match=words):
         policies.named(name, 3)
 
 
@@ -244,9 +244,9 @@ def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> N
     cfg = config("augment.mosaic=0.5")
     retrieval = (Head("whale", "retrieval", ("a", "b"), ("target.whale",)),)
     for heads, several, words in ((retrieval, False, "likeness"), (samples.load().heads, True, "several")):
-        with pytest.raises(Refused, match=f"augment.mosaic.*{words}"):
+        with pytest.raises(UserError, match=f"augment.mosaic.*{words}"):
             mixing.refuse(cfg, heads, several)
-    with pytest.raises(Refused, match="metadata"):
+    with pytest.raises(UserError, match="metadata"):
         mixing.refuse(config("augment.mixup=0.2", "model.metadata=true"), samples.load().heads, False)
     assert "train.batch_size" in refusal("augment.mosaic=0.5", "train.batch_size=6")
     assert "train.batch_size" in refusal("augment.cutmix=1.0", "train.batch_size=7")

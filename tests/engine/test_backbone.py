@@ -21,7 +21,7 @@ from comp import models
 from comp.engine import cli
 from comp.engine.data import samples
 from comp.engine.deliver import kernel, kernel_predict
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import explain, features, measure
 from comp.engine.run import backbone, pretrained, runner, tracking
 from comp.engine.store import store
@@ -47,7 +47,7 @@ def checked(name: str, size: int, *more: str) -> None:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         models.check(config(*overrides))
     (line,) = refused.value.lines
     return line

@@ -13,7 +13,7 @@ from banked import CLASSES, HEADS, TRAIN, Project, lay_out, member
 from comp.engine.bank import bank, predictions
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 from comp.engine.tasks import kinds
 
@@ -24,7 +24,7 @@ def project(empty: Path) -> Project:
 
 
 def refusal(file: Path, project: Project, expect: dict[str, object] | None = None) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         bank.read(file, project.samples, project.folds, expect)
     assert len(caught.value.lines) == 1
     assert store.shown(file) in caught.value.lines[0]
@@ -123,7 +123,7 @@ def test_numbers_that_are_none_are_not_written(project: Project, bad: float) -> 
     values = said.heads["label"].copy()
     values[3, 1] = bad
     file = project.root / "runs" / "e" / "oof.arrow"
-    with pytest.raises(Refused, match="label"):
+    with pytest.raises(UserError, match="label"):
         bank.write(file, PredictionSet(said.row, said.fold, {"label": values}, said.meta))
     assert not file.exists() and not store.sealed(file)
 
@@ -166,7 +166,7 @@ def test_other_kind_than_expected(project: Project) -> None:
     folder = member(project, "exp001")
     (folder / "oof.arrow").write_bytes((folder / "test.arrow").read_bytes())
     store.seal(folder / "oof.arrow")
-    with pytest.raises(Refused, match="kind is test, wanted was oof"):
+    with pytest.raises(UserError, match="kind is test, wanted was oof"):
         bank.load("exp001", "oof", project.samples, project.folds)
 
 
@@ -277,7 +277,7 @@ def test_one_voice_is_kept_to_the_last_bit() -> None:
 
 
 def test_an_unknown_space_is_refused() -> None:
-    with pytest.raises(Refused, match="probability, logit, geometric"):
+    with pytest.raises(UserError, match="probability, logit, geometric"):
         predictions.average([np.zeros((1, 1))], HEADS["binary"], "ranks")
 
 
@@ -343,7 +343,7 @@ def test_members_by_address(project: Project) -> None:
 def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> None:
     for address in ("exp001", "exp001:seed1", "exp002", "zebra"):
         member(project, address)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         bank.find("exp01", "oof")
     assert (
         "exp001" in str(caught.value) and "exp002" in str(caught.value) and "zebra" not in str(caught.value)
@@ -352,5 +352,5 @@ def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> 
 
 def test_the_refit_has_no_oof(project: Project) -> None:
     member(project, "exp001:full", kinds=("test",))
-    with pytest.raises(Refused, match="trained on all data"):
+    with pytest.raises(UserError, match="trained on all data"):
         bank.load("exp001:full", "oof", project.samples, project.folds)

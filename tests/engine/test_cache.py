@@ -20,7 +20,7 @@ from PIL import Image
 from comp import competition
 from comp.engine import pages
 from comp.engine.data import cache, image_loader
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import decode as images
 from comp.engine.readers.arrays import Damaged
 from comp.engine.store import store
@@ -248,16 +248,19 @@ def test_load_image_decides_the_pixels(names: list[str], monkeypatch: pytest.Mon
         "brought to size afterwards"
     )
     wrong = "def load_image(row, decode):\n    return decode(row['image']) / 255\n"
-    with pytest.raises(Refused, match=r"load_image gave float64 .* for train/00.png; a uint8 array"):
+    with pytest.raises(UserError, match=r"load_image gave float64 .* for train/00.png; a uint8 array"):
         hooked(monkeypatch, wrong, lambda: cached(names))
-    with monkeypatch.context() as patch, pytest.raises(Refused, match="load_image must be a plain function"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="load_image must be a plain function"),
+    ):
         patch.setattr(
             competition, "load_image", functools.partial(lambda extra, row, decode: None, 1), raising=False
         )
         opened(names)
     failing = "def load_image(row, decode):\n    return np.load(row['image'] + '.npy')\n"
     with pytest.raises(
-        Refused, match=r"comp/competition.py:3: load_image fails for train/00.png: FileNotFoundError: "
+        UserError, match=r"comp/competition.py:3: load_image fails for train/00.png: FileNotFoundError: "
     ):
         hooked(monkeypatch, failing, lambda: cached(names))
     assert pages.get("load_image") is None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from test_cache import COPY, COUNT, GONE, bytes_of, cached, child, counted, folder, forty, opened, raw, seen
 
 from comp.engine.data import build_cache, cache
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 
@@ -177,7 +177,7 @@ def test_a_flipped_byte_of_the_pixels_is_named(names: list[str]) -> None:
         file.write(flipped)
     again = cached(names)
     with pytest.raises(
-        Refused, match=rf"pixels.bin: the picture of {names[5]} is damaged .*; delete data/cache/"
+        UserError, match=rf"pixels.bin: the picture of {names[5]} is damaged .*; delete data/cache/"
     ):
         again[5]
     assert again[6].shape == (32, 32, 1), "the others are still good"
@@ -193,7 +193,7 @@ def test_a_damaged_file_of_the_cache_is_refused_by_name(names: list[str], file: 
     if file == "pixels.bin":
         path.write_bytes(data[:-1])
         for more in (names, [*names, "train/new.png"]):
-            with pytest.raises(Refused, match=r"pixels.bin: 1 bytes are missing"):
+            with pytest.raises(UserError, match=r"pixels.bin: 1 bytes are missing"):
                 cached(more)
             shutil.copy(raw(names[0]), raw("train/new.png"))
         return
@@ -201,7 +201,7 @@ def test_a_damaged_file_of_the_cache_is_refused_by_name(names: list[str], file: 
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         try:
             expected = seen(cached(names))
-        except Refused as refused:
+        except UserError as refused:
             assert path.name in str(refused) and len(refused.lines) == 1
         else:
             assert file == "manifest.json" and json.loads(path.read_text()), (
@@ -219,7 +219,7 @@ def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
     names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 2**28))
-    with pytest.raises(Refused, match=r"39 pictures of 32 px will write 40 KB, and only"):
+    with pytest.raises(UserError, match=r"39 pictures of 32 px will write 40 KB, and only"):
         opened(names, must_fit=True)
     pictures = opened(names)
     assert isinstance(pictures, cache.Direct) and "decoded on the fly" in capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_where_nothing_can_be_written_decoding_goes_on(
     pictures = opened(names)
     assert isinstance(pictures, cache.Direct) and pictures[0].shape == (32, 32, 1)
     assert "cannot be made" in capsys.readouterr().out
-    with pytest.raises(Refused, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be made"):
         opened(names, must_fit=True)
 
 

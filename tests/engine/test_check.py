@@ -24,7 +24,7 @@ from comp.engine.bank import bank
 from comp.engine.data import check, image_loader, make_folds, prepare, samples
 from comp.engine.deliver import dummy
 from comp.engine.deliver.submission_format import FITTING_TASKS
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers.arrays import Damaged
 from comp.engine.tasks.kinds import TASKS
 
@@ -203,7 +203,7 @@ def test_prepare_says_when_folds_are_of_another_table(
     file.write_text(file.read_text().replace("bold", "heavy", 1))
     prepare.prepare(config(experiment="base"))
     assert "data/folds.parquet was made for the table as it was before" in capsys.readouterr().out
-    with pytest.raises(Refused, match="the same ids, other values"):
+    with pytest.raises(UserError, match="the same ids, other values"):
         make_folds.make(config(experiment="base"), samples.load())
 
 
@@ -272,7 +272,7 @@ def test_check_and_submit_say_the_same_of_every_form(
             stands = table.hash
         try:
             submitted()
-        except Refused as refused:
+        except UserError as refused:
             assert told and refused.lines[0] in told, form
         else:
             assert told == [], form

@@ -20,7 +20,7 @@ from comp.engine.data import make_folds, prepare, samples
 from comp.engine.ensemble import plots, postprocess_selection, report
 from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.context import Ground
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import compare, tta_search, view_search
 from comp.engine.report import html
 from comp.engine.run import runner
@@ -74,9 +74,9 @@ def test_seeds_recipes_and_views_of_a_real_run(
         and "  tiny: " not in out
     )
     assert "seeds alone move tiny by ±" in out and "slow-seeds: " in out
-    with pytest.raises(Refused, match="one seed has no spread"):
+    with pytest.raises(UserError, match="one seed has no spread"):
         compare.noise("tiny", 1)
-    with pytest.raises(Refused, match="two or more different"):
+    with pytest.raises(UserError, match="two or more different"):
         compare.compare(["tiny", "tiny"], 2)
 
     said = tta_search.tta("slow-seeds")
@@ -88,7 +88,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     assert "chosen on other folds, views and space: honest " in out and [
         o["space"] for o in said["options"]
     ] == list(tta_search.SPACES)
-    with pytest.raises(Refused, match="one view alone takes"):
+    with pytest.raises(UserError, match="one view alone takes"):
         tta_search.tta("slow-seeds", max_ms=1e-9)
     assert runner.stored_config("slow-seeds") == resolve.load(project, "slow").config
 

@@ -9,7 +9,7 @@ import pytest
 
 from comp.engine import cli
 from comp.engine.config import resolve, schema, yaml_lines
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
 P = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 
@@ -24,7 +24,7 @@ def write(root: Path, name: str, text: str) -> None:
 
 
 def lines_of(root: Path, experiment: str = "exp001", *overrides: str) -> list[str]:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         resolve.load(root, experiment, overrides)
     return refused.value.lines
 

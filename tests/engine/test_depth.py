@@ -20,7 +20,7 @@ from comp.engine import cli
 from comp.engine.data import cache, image_loader, make_folds, prepare, samples
 from comp.engine.data.samples import Samples
 from comp.engine.data.seeding import mixed
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
 from comp.engine.run import augment_grid, normalize, views
@@ -149,7 +149,7 @@ def test_people_see_8_bits() -> None:
 def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
     cfg = config("data.depth=16", "augment=medium", experiment="base")
     with pytest.raises(
-        Refused, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
+        UserError, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
     ):
         transforms.of_day(cfg, transforms.days(cfg)[0])
 

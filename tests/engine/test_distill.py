@@ -20,7 +20,7 @@ from comp.engine.config.resolve import load
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import distillation, mixup, runner, teacher_predictions, unused_knobs
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -150,18 +150,19 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     assert not np.array_equal(weights[0], weights[1])
 
     with pytest.raises(
-        Refused, match="teacher has no weights of fold 3, and those of another fold have seen the rows"
+        UserError, match="teacher has no weights of fold 3, and those of another fold have seen the rows"
     ):
         runner.train("exp001", [*small, "distill.teacher=teacher"], fold="3", name="taught")
     with pytest.raises(
-        Refused, match=r"distill.teacher: teecher: no such run or ensemble; the nearest are teacher"
+        UserError, match=r"distill.teacher: teecher: no such run or ensemble; the nearest are teacher"
     ):
         runner.train("exp001", [*small, "distill.teacher=teecher"], fold="1", name="other")
     other = store.fold_folder("teacher", 0, 1) / "weights.safetensors"
     save_file(load_file(other) | {"fc.bias": np.zeros(10, np.float32)}, other)
     store.seal(other)
     with pytest.raises(
-        Refused, match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught"
+        UserError,
+        match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught",
     ):
         teacher_predictions.prepare(
             runner.gather(runner.stored_config("taught")), runner.gather, 1, store.fold_folder("taught", 0, 1)
@@ -178,6 +179,6 @@ def test_where_it_has_no_effect(empty: Path) -> None:
     ]
     head = Head("label", "retrieval", ("a", "b"), ("target.label",), ("a", "b"))
     with pytest.raises(
-        Refused, match="loss arcface puts pictures near each other, and a teacher speaks of classes"
+        UserError, match="loss arcface puts pictures near each other, and a teacher speaks of classes"
     ):
         distillation.refuse(config("distill.teacher=exp001", experiment="base"), (head,))

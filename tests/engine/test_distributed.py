@@ -27,7 +27,7 @@ from comp.data import Draw
 from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import distributed, runner, tracking
 from comp.engine.store import store
 from comp.engine.tune import search
@@ -102,7 +102,7 @@ def test_two_processes_are_one(project: Path) -> None:
     state = store.fold_folder("two", 0, 1)
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
-    with pytest.raises(Refused, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
+    with pytest.raises(UserError, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
         runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
 ) -> None:
     as_one_of(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    with pytest.raises(Refused, match="2 pictures a pass cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="2 pictures a pass cannot be shared by 4 processes"):
         distributed.suits(config(), 2, 1, network)
     distributed.suits(config("loss.hardest=0.5"), 32, 1, network)
     said = capsys.readouterr().err

@@ -11,7 +11,7 @@ from conftest import config
 from PIL import Image
 
 from comp.engine.data import folds, make_folds, prepare, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import adversarial_validation
 from comp.engine.run import runner
 from comp.engine.store import store
@@ -88,8 +88,8 @@ def test_where_there_is_none_none_is_found(project: Path, capsys: pytest.Capture
 def test_what_is_missing_is_said(project: Path) -> None:
     declared = project / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "drift: [weights]\n")
-    with pytest.raises(Refused, match=r"wants data/drift\.csv, which comp audit --drift RUN makes"):
+    with pytest.raises(UserError, match=r"wants data/drift\.csv, which comp audit --drift RUN makes"):
         prepare.prepare(config(experiment="base"))
     store.write_text(store.path("data", "drift.csv"), "id,source,like_test,weight\nx,train,0.5,1\n")
-    with pytest.raises(Refused, match="knows nothing of the row"):
+    with pytest.raises(UserError, match="knows nothing of the row"):
         prepare.prepare(config(experiment="base"))

@@ -13,7 +13,7 @@ from conftest import config
 from PIL import Image
 
 from comp.engine.data import duplicates, folds, make_folds, phash, prepare, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import decode
 
 
@@ -136,7 +136,7 @@ def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest
     assert Image.open(project / "data" / "duplicates.png").width > 800
     yaml = project / "configs" / "competition.yaml"
     yaml.write_text(yaml.read_text().replace("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group"))
-    with pytest.raises(Refused, match=r"folds\.duplicates ignore, which is group now"):
+    with pytest.raises(UserError, match=r"folds\.duplicates ignore, which is group now"):
         make_folds.make(config(experiment="base"), rows)
     make_folds.make(config(experiment="base"), rows, remake=True)
     of = folds.load(rows, file).of_sample[0]

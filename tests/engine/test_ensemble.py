@@ -20,7 +20,7 @@ from comp.engine.bank import bank, predictions, score, thresholds
 from comp.engine.ensemble import average
 from comp.engine.ensemble.blend import FILES, blend
 from comp.engine.ensemble.blend_config import read
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 TASKS = list(HEADS)
@@ -48,7 +48,7 @@ def three(project: Project) -> Project:
 
 def lines_of(project: Project, text: str) -> list[str]:
     declare(project, "blend001", text)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         blend("blend001")
     return caught.value.lines
 
@@ -88,13 +88,13 @@ def test_a_mistake_is_one_line_with_file_and_line(project: Project, text: str) -
 
 def test_an_unknown_ensemble_answers_with_the_nearest(project: Project) -> None:
     declare(project, "blend001", "members: [exp001]\nmethod: mean")
-    with pytest.raises(Refused, match="blend001"):
+    with pytest.raises(UserError, match="blend001"):
         read("blend01")
 
 
 def test_an_address_means_one_thing(project: Project) -> None:
     declare(project, "exp001", "members: [exp002]\nmethod: mean")
-    with pytest.raises(Refused, match="name of a run already"):
+    with pytest.raises(UserError, match="name of a run already"):
         blend("exp001")
 
 
@@ -207,7 +207,7 @@ def test_many_rows_are_thinned_out_to_knots_and_keep_their_order() -> None:
 def test_a_value_that_float32_cannot_hold_does_not_leave() -> None:
     described = {"name": "label", "task": "regression", "outputs": ["label"], "classes": []}
     recipe = {"space": "probability", "heads": [described], "members": [{"address": "a", "weight": 1.0}]}
-    with pytest.raises(Refused, match="no number"):
+    with pytest.raises(UserError, match="no number"):
         average.apply(recipe, {"a": {"label": np.array([[1e300]])}})
 
 
@@ -291,7 +291,7 @@ def test_ensembles_nest_down_to_the_row(project: Project) -> None:
     said = load(project, "blend002", "test")
     assert (average.apply(recipe, given)["label"] == said.heads["label"]).all()
     del given["exp002"]
-    with pytest.raises(Refused, match="exp002"):
+    with pytest.raises(UserError, match="exp002"):
         average.apply(recipe, given)
 
 
@@ -330,7 +330,7 @@ def test_your_own_metric_scores_runs_and_ensembles(empty: Path, monkeypatch: pyt
 
 def test_a_metric_that_does_not_fit_is_refused(empty: Path) -> None:
     project = lay_out(empty, "regression", metric="roc_auc")
-    with pytest.raises(Refused, match="does not fit the task regression; its own is rmse"):
+    with pytest.raises(UserError, match="does not fit the task regression; its own is rmse"):
         score.metric_of(project.cfg)
 
 

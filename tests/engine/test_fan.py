@@ -17,7 +17,7 @@ from conftest import HERE
 from comp.engine import cli, hardware
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import launcher, runner
 from comp.engine.store import store
 
@@ -58,13 +58,13 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
 
 @pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
 def test_a_place_that_there_is_not(project: Path, on: str) -> None:
-    with pytest.raises(Refused, match=r"--on .*: wants local"):
+    with pytest.raises(UserError, match=r"--on .*: wants local"):
         launcher.crew(on, 1)
 
 
 def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
     lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         launcher.out(lost, launcher.Local(1, 1, launcher.show), hardware.Stop(), lambda left: None)
     assert refused.value.lines[0] == "n0 failed:"
     assert "n0: no such run" in refused.value.lines[1]

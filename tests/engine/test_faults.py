@@ -19,7 +19,7 @@ from comp import data, losses
 from comp.data import Batch
 from comp.engine import cli, hardware, pages
 from comp.engine.data import folds, samples, workers
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import microbatch, runner, tracking
 from comp.engine.store import store
 
@@ -206,7 +206,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused(
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     loader = workers.Processes[list[int], list[int]](data.Pictures.__new__(data.Pictures), list, 1, False)
-    with pytest.raises(Refused, match=r"TMPDIR: .* is too long for the sockets"):
+    with pytest.raises(UserError, match=r"TMPDIR: .* is too long for the sockets"):
         next(loader.batches([[0]]))
 
 

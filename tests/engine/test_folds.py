@@ -14,7 +14,7 @@ from comp.engine.config import competition_schema
 from comp.engine.data import fold_audit, fold_balance, make_folds
 from comp.engine.data.folds import TAUGHT_ONLY, Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Head
 
 Codes = NDArray[np.int64]
@@ -265,5 +265,5 @@ def test_extra_rows_teach_and_are_never_scored() -> None:
 
 
 def test_a_number_is_not_stratified() -> None:
-    with pytest.raises(Refused, match="use quantiles"):
+    with pytest.raises(UserError, match="use quantiles"):
         made(table(task="regression"), "stratified")

@@ -16,7 +16,7 @@ from comp.engine import cli
 from comp.engine.data import fold_audit, folds, make_folds, prepare, samples
 from comp.engine.data.folds import LOCKED, TAUGHT_ONLY, Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 # --- audit ---------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_other_settings_are_refused_by_name(project: Path) -> None:
     before = store.folds_file().read_bytes()
     file = project / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 5, seed: 0", "k: 4, seed: 1"))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         again()
     assert refused.value.lines[:2] == [
         "data/folds.parquet: made with folds.k 5, which is 4 now",
@@ -162,7 +162,7 @@ def test_other_settings_are_refused_by_name(project: Path) -> None:
 def test_other_samples_are_refused_by_name(project: Path) -> None:
     one = samples.load()
     samples.save(one.frame.iloc[3:].reset_index(drop=True), one.heads)
-    with pytest.raises(Refused, match="0 rows are new and 3 are gone"):
+    with pytest.raises(UserError, match="0 rows are new and 3 are gone"):
         again()
     assert len(again(remake=True).frame) == 1434
 
@@ -174,7 +174,7 @@ def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
         name: (project / "data" / name).read_bytes()
         for name in ("folds.parquet", "folds_audit.json", "manifest.json")
     }
-    with pytest.raises(Refused, match="fold 16 is empty"):
+    with pytest.raises(UserError, match="fold 16 is empty"):
         again(remake=True)
     assert before == {name: (project / "data" / name).read_bytes() for name in before}
     refused = store.read_json(project / "data" / "folds_refused.json")
@@ -190,7 +190,7 @@ def test_a_flipped_byte_is_refused(project: Path) -> None:
     data[len(data) // 2] ^= 1
     store.folds_file().write_bytes(bytes(data))
     for read in (again, lambda: folds.load(samples.load())):
-        with pytest.raises(Refused, match=r"data/folds\.parquet: damaged"):
+        with pytest.raises(UserError, match=r"data/folds\.parquet: damaged"):
             read()
     again(remake=True)
 

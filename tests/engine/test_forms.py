@@ -13,7 +13,7 @@ from test_layouts import declare, prepared, put, refused
 from comp import competition, submission
 from comp.engine.bank import bank, predictions, score
 from comp.engine.data import folds, make_folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 # --- targets and forms ---------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_targets_of_different_kinds_in_long_rows(empty: Path) -> None:
     declare(
         empty, target={"kind": "multiclass", "size": "regression"}, metric={"kind": "accuracy"}, task=None
     )
-    with pytest.raises(Refused, match="metric: names kind, where the targets are kind, size"):
+    with pytest.raises(UserError, match="metric: names kind, where the targets are kind, size"):
         config(experiment="base")
 
 
@@ -146,7 +146,7 @@ def test_a_row_of_several_samples_is_scored_and_written_once(empty: Path) -> Non
     assert record["rows"] == 8 and record["oof"] == 1.0
     assert [round(float(line.split(",")[1]), 3) for line in written()[1:]] == [0.7, 0.4]
     declare(empty, task="binary", metric="roc_auc", row="{patient}_{side}", test={"table": "test.csv", "image": "{id}.png"}, submission={"sample": "sample.csv", "form": "probability"})  # fmt: skip
-    with pytest.raises(Refused, match="name a group column that holds rows together"):
+    with pytest.raises(UserError, match="name a group column that holds rows together"):
         make_folds.make(config(experiment="base"), prepared(), remake=True)
 
 

@@ -20,7 +20,7 @@ from comp.engine import cli
 from comp.engine.data import check, samples
 from comp.engine.data.sample_submission import read_sample
 from comp.engine.deliver import dummy, validate
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import containers, unicode_names
 
 NFC, NFD = (unicodedata.normalize(form, "Übung é") for form in ("NFC", "NFD"))
@@ -64,7 +64,7 @@ def test_an_index_column_without_a_name_stays_as_it_is(empty: Path, name: str) -
     assert submitted(empty, table, [[0.1, 0.9], [0.8, 0.2]]) == [f"{name},Id,Category", "0,8,a", "5,7,b"]
     sample = read_sample(empty / "data/raw/sample.csv", "id")
     assert (sample.columns[sample.key], sample.answers) == ("Id", ("Category",))
-    with pytest.raises(Refused, match=r"x.csv:3: row '7', column '.*': '6', where the sample has '5'"):
+    with pytest.raises(UserError, match=r"x.csv:3: row '7', column '.*': '6', where the sample has '5'"):
         form = submission.rules_of_cells(config().competition.submission, table.heads, sample)
         validate.check(f"{name},Id,Category\n0,8,a\n6,7,b\n".encode(), "x.csv", sample, form)
 
@@ -98,7 +98,7 @@ def test_a_sample_with_another_separator_is_answered_with_it(empty: Path, mark: 
     file = empty / "submissions/exp001.csv"
     validate.validate(file, empty / "data/raw/sample.csv", "label", classes=[one, other])
     file.write_text(file.read_text().replace(mark, ",", 2))
-    with pytest.raises(Refused, match=r"exp001\.csv:1: column 'id' is missing"):
+    with pytest.raises(UserError, match=r"exp001\.csv:1: column 'id' is missing"):
         validate.validate(file, empty / "data/raw/sample.csv", "label")
 
 
@@ -117,7 +117,7 @@ def test_ids_that_the_sample_repeats_get_the_same_line_each_time(
         "id,label\n8,a\n7,b\n7,b\n": "x.csv:4: row '7', column 'id': the id stands in line 3 already",
         "id,label\n8,a\n8,a\n7,b\n": "x.csv:3: row '8', column 'id': the sample has '7' here",
     }.items():
-        with pytest.raises(Refused, match=line):
+        with pytest.raises(UserError, match=line):
             validate.check(damage.encode(), "x.csv", sample, form)
 
     def mine(rows: Any, prediction: Any, sample: Any) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from comp.engine.data import check, prepare, raw_tables, samples
 from comp.engine.deliver import dummy
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import infer_schema, inspect
 
 
@@ -127,7 +127,7 @@ def test_the_pictures_shown_are_of_every_class_with_their_labels(empty: Path) ->
 
 def test_what_is_no_competition_is_refused(empty: Path) -> None:
     put(empty, "notes.txt", "hello")
-    with pytest.raises(Refused, match="no table with `sample` or `submission` in its name"):
+    with pytest.raises(UserError, match="no table with `sample` or `submission` in its name"):
         inspect.inspect()
 
 

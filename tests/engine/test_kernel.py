@@ -28,7 +28,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.deliver import budget, kernel, kernel_predict, rehearse, verify
 from comp.engine.ensemble import latency
 from comp.engine.ensemble.blend import blend
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import features
 from comp.engine.run import frozen_heads, runner
 from comp.engine.store import store
@@ -269,7 +269,7 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     store.seal(file, remade=True)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     store.seal(file)
-    with pytest.raises(Refused, match="comp features exp003"):
+    with pytest.raises(UserError, match="comp features exp003"):
         verify.verify("exp003:logistic")
 
 
@@ -315,7 +315,7 @@ def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
         kept = bank.read(place / "test.arrow", table, split)
         large = {"label": kept.heads["label"] * np.float32(1.0001)}
         bank.write(place / "test.arrow", predictions.PredictionSet(kept.row, None, large, kept.meta))
-    with pytest.raises(Refused, match=r"exp001, seed 0, fold 0, row .* stored, the checkpoint says"):
+    with pytest.raises(UserError, match=r"exp001, seed 0, fold 0, row .* stored, the checkpoint says"):
         verify.verify("exp001")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
     assert "something else than what is stored, by up to 1.0e-04" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from PIL import Image
 
 from comp.engine.bank import bank
 from comp.engine.data import cache, check, folds, image_loader, make_folds, prepare, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers, decode
 from comp.engine.readers.arrays import Damaged
 
@@ -65,7 +65,7 @@ def prepared() -> samples.Samples:
 
 
 def refused() -> str:
-    with pytest.raises(Refused) as found:
+    with pytest.raises(UserError) as found:
         prepared()
     return "\n".join(found.value.lines)
 
@@ -331,9 +331,9 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     assert single.several and models.build(material.cfg, table.heads, False, feed).state_dict().keys() == (
         models.build(material.cfg, table.heads, False, material.feed).state_dict().keys()
     )
-    with pytest.raises(Refused, match="trained on one each"):
+    with pytest.raises(UserError, match="trained on one each"):
         Feed(config(), replace(table, several=False), material.device)
-    with pytest.raises(Refused, match=r"model.pool: max has no effect"):
+    with pytest.raises(UserError, match=r"model.pool: max has no effect"):
         runner.gather(config("model.pool=max", "data.images=1"))
 
 
@@ -361,5 +361,5 @@ def test_closer_views_show_the_part_they_name() -> None:
     (left, right, same) = views.views(["crop_top_left", "crop_bottom_right", "zoom150"])
     assert left(x).shape == x.shape and left(x).dtype == torch.uint8
     assert left(x)[0, 0, 0, 0] > 200 and right(x).sum() == 0 and same(x).sum() == 0
-    with pytest.raises(Refused, match="there is no view 'zoom111'; the nearest is zoom110"):
+    with pytest.raises(UserError, match="there is no view 'zoom111'; the nearest is zoom110"):
         views.views(["zoom111"])

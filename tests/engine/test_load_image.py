@@ -17,7 +17,7 @@ from test_layouts import declare, opened, prepared, put, refused
 from comp import competition
 from comp.engine.bank import bank
 from comp.engine.data import cache, check, folds, image_key, image_loader, make_folds, raw_tables
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 README = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
@@ -139,7 +139,7 @@ def test_what_load_image_may_read_is_declared(empty: Path, monkeypatch: pytest.M
     in_force(monkeypatch, CROP)
     declare(empty, train=IN_TRAIN, test=IN_TEST)
     table = prepared()
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         opened(table)
     (line,) = caught.value.lines
     assert (

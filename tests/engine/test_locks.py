@@ -21,7 +21,7 @@ from conftest import HERE
 from forked import forked
 
 from comp.engine import cli
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import process, store
 from comp.engine.tune import study
 
@@ -108,7 +108,7 @@ def held(namespace: list[str], folder: Path) -> Iterator[tuple[str, subprocess.P
 
 
 def refusal(folder: Path, **how: Any) -> str:
-    with pytest.raises(Refused) as refused, store.lock(folder, "training", **how):
+    with pytest.raises(UserError) as refused, store.lock(folder, "training", **how):
         pass
     return str(refused.value)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from comp import metrics
 from comp.engine.bank import bank, nested_cv, predictions
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import label_errors, slices
 
 
@@ -148,7 +148,7 @@ def test_intervals_of_shares_and_corrected_p_values() -> None:
 
 def test_nothing_to_slice_by_is_said(empty: object) -> None:
     said(banked.lay_out(empty, "regression"), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
-    with pytest.raises(Refused, match="nothing to slice by"):
+    with pytest.raises(UserError, match="nothing to slice by"):
         slices.slices("exp001")
 
 

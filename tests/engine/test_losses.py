@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from comp import losses
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import TASKS, Head, Objective
 
@@ -312,7 +312,7 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
     table = samples_of("multilabel", labels)
     assert class_balance.classes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
     values = samples_of("regression", VALUES)
-    with pytest.raises(Refused, match="regression, which has no classes"):
+    with pytest.raises(UserError, match="regression, which has no classes"):
         class_balance.drawing(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
 
 
@@ -342,7 +342,7 @@ def test_a_knob_without_effect_is_refused_by_name(
     empty: Path, task: str, given: dict[str, Any], words: str
 ) -> None:
     target = TARGETS[task][0]
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UserError, match=words):
         loss_knobs.of(cfg_of(empty, **given), samples_of(task, target).heads)
 
 

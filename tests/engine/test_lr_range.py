@@ -12,7 +12,7 @@ from conftest import config
 from PIL import Image
 
 from comp.engine import cli
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import lr_range, runner
 from comp.engine.run.lr_range import Point
 from comp.engine.store import store
@@ -86,7 +86,7 @@ def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
     losses = 2 - 1.5 / (1 + np.exp(-4 * (place + 3))) + np.exp(3 * (place + 0.5))
     points = [Point(float(r), float(v)) for r, v in zip(rates, losses, strict=True)]
     assert lr_range.suggested(points) == pytest.approx(1e-3, rel=0.2)
-    with pytest.raises(Refused, match="begin lower"):
+    with pytest.raises(UserError, match="begin lower"):
         lr_range.suggested([Point(float(r), float(r)) for r in rates])
 
 

@@ -17,7 +17,7 @@ from comp.engine.ensemble import average, fit, latency, member_filter, methods, 
 from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED, Blend
 from comp.engine.ensemble.context import Ground
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
@@ -108,7 +108,7 @@ def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fo
     alone = refits["mean"](others)["label"]
     assert alone.shape == (320, 1) and not np.allclose(alone, stored.heads["label"][others], atol=1e-6)
     declare(project, "fitted", "members: [exp001, exp002]\nmethod: ridge")
-    with pytest.raises(Refused, match=r"members: fitted is fitted again .*: comp ensemble fitted"):
+    with pytest.raises(UserError, match=r"members: fitted is fitted again .*: comp ensemble fitted"):
         blend("blend001")
 
 
@@ -163,7 +163,7 @@ def test_weights_per_class_and_bags(empty: Path) -> None:
 
 def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
     project = three(lay_out(empty, "binary"))
-    with pytest.raises(Refused, match="exp001 has no measured latency"):
+    with pytest.raises(UserError, match="exp001 has no measured latency"):
         made(project, "method: greedy\nmax_seconds: 5")
     for i, cost in enumerate((0.03, 0.01, 0.002)):
         folder = store.fold_folder(f"exp00{i + 1}", 0, 0)
@@ -178,7 +178,7 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
         used = {each["address"] for each in record["members"] if each["weight"]}
         assert "exp001" not in used and used, method
         assert average.leaves(recipe_of("blend001")) == sorted(used)
-    with pytest.raises(Refused, match="not even one member fits"):
+    with pytest.raises(UserError, match="not even one member fits"):
         made(project, "method: greedy\nmax_seconds: 0.01")
 
 
@@ -248,7 +248,7 @@ def test_metadata_and_target_means(empty: Path) -> None:
     for text in ("metadata: [pen]", "metadata: [ink]", "encoded: [pen]"):
         record = made(project, f"method: logistic\n{text}")
         assert record["oof"] < plain["oof"] - 0.05, text
-    with pytest.raises(Refused, match=r"no column writer; competition\.metadata names pen, ink"):
+    with pytest.raises(UserError, match=r"no column writer; competition\.metadata names pen, ink"):
         made(project, "method: ridge\nmetadata: [writer]")
 
 
@@ -271,7 +271,7 @@ def test_a_mistake_is_one_line(empty: Path, text: str) -> None:
     project = lay_out(empty, "binary")
     member(project, "exp001")
     declare(project, "blend001", text)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         blend("blend001")
     assert len(caught.value.lines) == 1 and MISTAKES[text] in caught.value.lines[0], caught.value.lines
     assert caught.value.lines[0].startswith("configs/ensembles/blend001.yaml")

@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import MetricUndefined
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.tasks.kinds import TASKS
 from comp.metrics import METRICS, Metric, better, find, nearest, yours
 
@@ -308,9 +308,9 @@ def test_yours() -> None:
     assert yours(metric) is metric
     with pytest.raises(MetricUndefined, match="rows has 3 lines for 2 predictions"):
         metric([0, 1], [1, 1], rows)
-    with pytest.raises(Refused, match=r"set metric.*direction"):
+    with pytest.raises(UserError, match=r"set metric.*direction"):
         yours(saying(late, direction="up", needs="label"))
-    with pytest.raises(Refused, match=r"set metric.*needs"):
+    with pytest.raises(UserError, match=r"set metric.*needs"):
         yours(saying(late, direction="min"))
 
 
@@ -350,18 +350,18 @@ def test_better() -> None:
 )
 def test_nearest(wrong: Any, right: Any) -> None:
     assert right in nearest(wrong) and len(nearest(wrong)) <= 3
-    with pytest.raises(Refused, match=f'metric "{wrong}" is unknown; nearest: .*{right}'):
+    with pytest.raises(UserError, match=f'metric "{wrong}" is unknown; nearest: .*{right}'):
         find(wrong)
 
 
 def test_a_name_like_nothing_lists_them_all() -> None:
-    with pytest.raises(Refused, match=r"one of accuracy, .*spearman"):
+    with pytest.raises(UserError, match=r"one of accuracy, .*spearman"):
         find("§§§")
 
 
 @pytest.mark.parametrize("wrong", ["map@", "map@0", "map@-1", "map@x", "map@99999999", "roc_auc@3"])
 def test_k_is_a_number(wrong: Any) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         find(wrong)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, verify
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import explain, export, features, measure
 from comp.engine.run import frozen_heads, runner
 from comp.engine.run.normalize import Normal
@@ -117,7 +117,7 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
     rows = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table)).row
     ids = table.frame["id"].iloc[rows[:2]].tolist()
     assert explain.explain("x", ids, 3) == file
-    with pytest.raises(Refused, match="no out-of-fold prediction"):
+    with pytest.raises(UserError, match="no out-of-fold prediction"):
         explain.explain("x", ["nobody"], 3)
 
 
@@ -140,7 +140,7 @@ def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> N
 def test_shares_to_prune_are_read_strictly() -> None:
     assert export._shares("0.3,0.5") == [0.3, 0.5] and export._shares("none") == []
     for wrong in ("half", "0.3,1.0", "30"):
-        with pytest.raises(Refused, match="--prune"):
+        with pytest.raises(UserError, match="--prune"):
             export._shares(wrong)
 
 
@@ -168,7 +168,7 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     raw = session.run(None, {"pictures": pictures})[0]
     assert np.allclose(torch.from_numpy(raw).log_softmax(1).numpy(), stored.heads["label"][:20], atol=1e-4)
     monkeypatch.setattr(export, "NEAR", -1.0)
-    with pytest.raises(Refused, match="not to be used"):
+    with pytest.raises(UserError, match="not to be used"):
         export.export("x", 0, 20, "none")
 
 
@@ -194,7 +194,7 @@ def test_each_head_learns_what_features_say(name: str) -> None:
     value = Head("age", "regression", ("age",), ("target.age",))
     truth = (x @ draw.normal(0, 1, 8))[:, None] + 30
     if name == "logistic":
-        with pytest.raises(Refused, match="linear, mlp, knn"):
+        with pytest.raises(UserError, match="linear, mlp, knn"):
             features.fitted(name, value, x, truth)
         return
     guess = features.fitted(name, value, x[:300], truth[:300])(x[300:])
@@ -217,7 +217,7 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert "kept from before" in capsys.readouterr().out
     picture = project / "data/raw" / table.frame["images"].iloc[0][0]
     cv2.imwrite(str(picture), np.full((9, 9), 200, np.uint8))
-    with pytest.raises(Refused, match=r"1 of its 1797 image files .*--fresh"):
+    with pytest.raises(UserError, match=r"1 of its 1797 image files .*--fresh"):
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
@@ -227,9 +227,9 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
     reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
     for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):
-        with pytest.raises(Refused, match=f"stale, made of other {what}"):
+        with pytest.raises(UserError, match=f"stale, made of other {what}"):
             features.of_run(replace(material, cfg=other), "exp003", False)
-    with pytest.raises(Refused, match="nearest is linear"):
+    with pytest.raises(UserError, match="nearest is linear"):
         features.features("exp003", quiet, "linaer")
 
 

@@ -16,7 +16,7 @@ from comp.engine.bank import bank
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Positions
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import normalize, pixel_stats, runner
 from comp.engine.store import store
 
@@ -112,7 +112,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
 
 def test_whitening_is_for_small_pictures(empty: Path) -> None:
     for overrides in (["data.size=96"], ["augment.sizes=[16,32]"]):
-        with pytest.raises(Refused, match=r"data.whiten"):
+        with pytest.raises(UserError, match=r"data.whiten"):
             config("data.whiten=zca", *overrides)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from comp import optim
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run.unused_knobs import CYCLING
 
 # By name in the promise, and one of each other kind: own classes of timm, cautious, corrected, trust ratios.
@@ -268,7 +268,7 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
 def test_kron_without_what_orders_its_sums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to right, the matrices of a convolution are multiplied out: gigabytes, and minutes a step."""
     monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
-    with pytest.raises(Refused, match=r"optim.name: kron: needs opt_einsum"):
+    with pytest.raises(UserError, match=r"optim.name: kron: needs opt_einsum"):
         optim.refuse(config("optim.name=kron"))
     optim.refuse(config("optim.name=adamw"))
 
@@ -293,6 +293,6 @@ def test_options_reach_the_optimizer() -> None:
     ],
 )  # fmt: skip
 def test_what_an_optimizer_cannot_do_is_refused_by_name(said: list[str], words: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         optim.optimizer(config(*said), network())
     assert words in str(refused.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import practice
 from comp.engine.store import store
 
@@ -75,7 +75,7 @@ def test_same_bytes_again(project: Path) -> None:
 def test_another_competition_is_not_overwritten(empty: Path) -> None:
     (empty / "data" / "raw").mkdir(parents=True)
     (empty / "data" / "raw" / "train.csv").write_text("mine")
-    with pytest.raises(Refused, match="another competition"):
+    with pytest.raises(UserError, match="another competition"):
         practice.make(empty / "data" / "raw")
     assert (empty / "data" / "raw" / "train.csv").read_text() == "mine"
 
@@ -108,5 +108,5 @@ def test_the_host_refuses(project: Path, damage: str) -> None:
         file.write_text(file.read_text() + f"{first},0\n")
     if damage == "none":
         store.submission_file("trial").unlink()
-    with pytest.raises(Refused, match=r"submissions/trial\.csv"):
+    with pytest.raises(UserError, match=r"submissions/trial\.csv"):
         practice.score("trial")

@@ -13,7 +13,7 @@ from conftest import config
 
 from comp import competition
 from comp.engine.data import prepare, samples, targets
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 SIMPLE: dict[str, Any] = {
@@ -52,7 +52,7 @@ def prepared() -> samples.Samples:
 
 
 def refusal() -> list[str]:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         prepare.prepare(config(experiment="base"))
     assert not store.samples_file().exists(), "a refusal writes nothing"
     return refused.value.lines

@@ -18,7 +18,7 @@ from comp import models
 from comp.engine.bank import bank
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.ensemble import blend
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import audit_pseudo, audit_runs, pseudo_labels
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.extras.pseudo_labels import Wish
@@ -103,7 +103,7 @@ def test_the_surest_of_each_class(empty: Path) -> None:
         taken = share[(share["fold"] == 3) & (share["label"] == name)]
         assert set(taken["id"]) == set(project.samples.frame["id"].iloc[mean.row[best]])
     with pytest.raises(
-        Refused, match=r"fold 0: no test row is as sure as 0.9999, the surest is 0.\d+; --confidence"
+        UserError, match=r"fold 0: no test row is as sure as 0.9999, the surest is 0.\d+; --confidence"
     ):
         written(wish=Wish(0.9999, None, False, 1.0))
 
@@ -153,10 +153,10 @@ def test_other_tasks(empty: Path, task: str) -> None:
 
 def test_one_model_does_not_say_how_sure_it_is_of_a_value(empty: Path) -> None:
     run(banked.lay_out(empty, "regression"), "exp001")
-    with pytest.raises(Refused, match="train a second seed"):
+    with pytest.raises(UserError, match="train a second seed"):
         written()
     assert len(written(wish=Wish(None, 1.0, False, 1.0))) == 6 * banked.TEST
-    with pytest.raises(Refused, match="--soft: has no effect on values"):
+    with pytest.raises(UserError, match="--soft: has no effect on values"):
         written(wish=Wish(None, 1.0, True, 1.0))
 
 
@@ -169,19 +169,19 @@ def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
         store.write_json(folder / "score.json", {"method": method})
         store.seal(folder / "apply.json", folder / "score.json")
         with pytest.raises(
-            Refused, match=rf"{name} is fitted \({method}\): its weights have seen the answers of all folds"
+            UserError, match=rf"{name} is fitted \({method}\): its weights have seen the answers of all folds"
         ):
             written(name)
-    with pytest.raises(Refused, match="exp001:full was trained on all data"):
+    with pytest.raises(UserError, match="exp001:full was trained on all data"):
         written("exp001:full")
-    with pytest.raises(Refused, match="no such run or ensemble; the nearest are exp001"):
+    with pytest.raises(UserError, match="no such run or ensemble; the nearest are exp001"):
         written("exp01")
     picks = config("select.name=best", "select.on=fold", "train.ema=null", experiment="base")
     run(project, "picked", cfg=picks)
-    with pytest.raises(Refused, match="picked is selected_on_fold"):
+    with pytest.raises(UserError, match="picked is selected_on_fold"):
         written("picked")
     run(project, "elsewhere", folds="others")
-    with pytest.raises(Refused, match="trained on other folds"):
+    with pytest.raises(UserError, match="trained on other folds"):
         written("elsewhere")
 
 
@@ -256,10 +256,10 @@ def test_the_rows_teach(project: Path) -> None:
     assert np.array_equal(oof.row, digits.folds.split(1)[1]) and oof.predicted.all()
     assert np.array_equal(test.row, digits.samples.positions("test"))
     pseudo_labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
-    with pytest.raises(Refused, match=r"trained with another data/pseudo/teacher.parquet"):
+    with pytest.raises(UserError, match=r"trained with another data/pseudo/teacher.parquet"):
         runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
     with pytest.raises(
-        Refused, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
+        UserError, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
     ):
         runner.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
 

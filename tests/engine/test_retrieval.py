@@ -17,7 +17,7 @@ from comp.engine.bank import bank, thresholds
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.ensemble.blend import blend
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import knn, metric_learning, runner
 from comp.engine.store import store
 from comp.engine.tasks import loss_knobs
@@ -81,7 +81,7 @@ def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_learning, "AT_ONCE", 4)
     parts = [loss(Z, CODES, 0.9, 4) for loss in (metric_learning.contrastive, metric_learning.triplet)]
     assert torch.allclose(torch.stack(whole), torch.stack(parts), atol=1e-6)
-    with pytest.raises(Refused, match="mixed ones have two"):
+    with pytest.raises(UserError, match="mixed ones have two"):
         metric_learning.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
 
 
@@ -119,7 +119,7 @@ def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
 def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
     cfg = config("model.global_pool=gem", "model.name=test_vit", "data.size=160")
     module = models.build(cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False)
-    with pytest.raises(Refused, match=r"model.global_pool: gem .*test_vit"):
+    with pytest.raises(UserError, match=r"model.global_pool: gem .*test_vit"):
         module(torch.randn(2, 1, 160, 160))
 
 

@@ -13,7 +13,7 @@ from conftest import config
 
 from comp.engine.config import duration, schema
 from comp.engine.config import resolve as configs
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import schedule, unused_knobs
 from comp.engine.run.schedule import Curve
 from comp.engine.store import store
@@ -198,7 +198,7 @@ def test_durations() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         curve(*said)
     assert words in str(refused.value)
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import HERE, config
 
 from comp.engine import cli
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tune import space, study_config
 
 RATE = "  optim.rate: {low: 1e-4, high: 1e-2, log: true}\n"
@@ -130,7 +130,7 @@ def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "quick.yaml").write_text(f"search:\n{RATE}")
     with pytest.raises(
-        Refused, match=r"--space quik: there is no configs/tune/quik.yaml; the nearest is quick"
+        UserError, match=r"--space quik: there is no configs/tune/quik.yaml; the nearest is quick"
     ):
         study_config.read("quik", config(), "exp001")
 

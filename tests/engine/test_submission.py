@@ -23,7 +23,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
 from comp.engine.deliver.validate import validate
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
@@ -113,7 +113,7 @@ def predictions(case: Case, seed: int = 0, spread: float = 3.0) -> PredictionSet
 
 
 def refusal(run: Callable[[], object]) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         run()
     assert len(caught.value.lines) == 1 and "\n" not in caught.value.lines[0], caught.value.lines
     return caught.value.lines[0]

@@ -15,7 +15,7 @@ from test_submission import DOGS, HEADS, Case, lay_out, predictions, refusal
 
 from comp.engine.data import prepare, samples
 from comp.engine.data.sample_submission import read_sample, refuse_stale
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import store
 
 
@@ -285,7 +285,7 @@ def test_no_flipped_byte_outside_a_number_passes(case: Case) -> None:
             file.write_bytes(bad)
             try:
                 case.validate(file)
-            except Refused:
+            except UserError:
                 continue
             passed = list(csv.reader(io.StringIO(bad.decode())))
             assert [row[0] for row in passed] == [row[0] for row in rows] and passed[0] == rows[0]

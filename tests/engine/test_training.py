@@ -21,7 +21,7 @@ from comp import data, train, transforms
 from comp.engine import cli, pages
 from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import evaluate, runner, views
 from comp.engine.store import store
 
@@ -36,7 +36,7 @@ TINY = [
 
 
 def refusal(work: Callable[[], Any]) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         work()
     return str(refused.value)
 

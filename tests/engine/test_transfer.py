@@ -15,7 +15,7 @@ from timm.layers import DropPath
 
 from comp import models
 from comp.engine import cli
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import pretrained, runner, schedule
 from comp.engine.run.freezing import Stages
 from comp.engine.store import store
@@ -53,7 +53,7 @@ def test_frozen_norms(empty: Path) -> None:
     Stages(config("model.freeze_norm=true"), module).enter(0)
     norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and not any(m.training or m.weight.requires_grad for m in norms) and module.training
-    with pytest.raises(Refused, match="no batch norm"):
+    with pytest.raises(UserError, match="no batch norm"):
         Stages(config("model.freeze_norm=true", "model.name=test_vit"), timm.create_model("test_vit"))
 
 
@@ -80,7 +80,7 @@ def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
     curve = schedule.curve(cfg, schedule.span(cfg, 10 * cfg.train.batch_size))
     assert [curve.rate(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
     assert curve.rate(9) < 1e-3 and curve.rate(39) < 1e-4
-    with pytest.raises(Refused, match="their 4 epochs are not the 5"):
+    with pytest.raises(UserError, match="their 4 epochs are not the 5"):
         config(STAGES, "train.epochs=5")
 
 
@@ -90,7 +90,7 @@ def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
     fits = pretrained.filling(module, given, "x")
     assert [k for k in given if k not in fits] == ["fc.weight", "fc.bias"]
     assert all(torch.equal(fits[k], given[k]) for k in module.state_dict() if not k.startswith("fc."))
-    with pytest.raises(Refused, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
+    with pytest.raises(UserError, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
         pretrained.filling(timm.create_model("test_resnet", in_chans=4), given, "x")
 
 
@@ -107,17 +107,17 @@ def test_another_run_of_the_same_fold(project: Path) -> None:
     first, second = (load_file(f) for f in (file, store.fold_folder("second", 0, 1) / "weights.safetensors"))
     names = [k for k in first if "running" not in k and "num_batches" not in k]
     assert all(torch.allclose(first[k], second[k], atol=1e-7) for k in names)
-    with pytest.raises(Refused, match="no seed 0 fold 2, and weights of another fold"):
+    with pytest.raises(UserError, match="no seed 0 fold 2, and weights of another fold"):
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
-    with pytest.raises(Refused, match="no such run; the nearest are"):
+    with pytest.raises(UserError, match="no such run; the nearest are"):
         runner.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
     made = store.run_folder("first") / "made_of.json"
     store.write_json(made, store.read_json(made) | {"folds": "others"})
     store.seal(made)
-    with pytest.raises(Refused, match="other folds"):
+    with pytest.raises(UserError, match="other folds"):
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
     save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")
-    with pytest.raises(Refused, match=r"mine.safetensors: \S+ is not in it"):
+    with pytest.raises(UserError, match=r"mine.safetensors: \S+ is not in it"):
         runner.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
 
 

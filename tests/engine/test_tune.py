@@ -20,7 +20,7 @@ from studies import FOREVER, SMALL, join, run, states, with_space
 from comp.engine import cli, hardware
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import fingerprint, runner
 from comp.engine.store import store
 from comp.engine.tune import confirm, confirmed, export, listing, live, report, search, study, trial
@@ -60,9 +60,9 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
         bank.read(store.fold_folder("exp014", 0, 0) / "oof.arrow", table, folds.load(table)).meta["run"]
         == "exp014"
     )
-    with pytest.raises(Refused, match=r"configs/exp014.yaml is there already"):
+    with pytest.raises(UserError, match=r"configs/exp014.yaml is there already"):
         export.export(joined, "exp014", None)
-    with pytest.raises(Refused, match="--trial 99: is no completed trial"):
+    with pytest.raises(UserError, match="--trial 99: is no completed trial"):
         export.export(joined, "exp015", 99)
 
 
@@ -251,7 +251,7 @@ def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
 
 def test_another_experiment_does_not_join(tuned: Path) -> None:
     join()
-    with pytest.raises(Refused, match=r"was begun with another train.batch_size"):
+    with pytest.raises(UserError, match=r"was begun with another train.batch_size"):
         join(None, "train.batch_size=16")
     join(None, "machine.resident=0")  # changes no result
 

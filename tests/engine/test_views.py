@@ -11,7 +11,7 @@ from conftest import config
 
 from comp import competition, models, predict, transforms
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import cv2_ops, runner, views
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -37,13 +37,13 @@ def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
 
 
 def test_views_that_are_none_are_refused() -> None:
-    with pytest.raises(Refused, match="there is no view 'ligth2'; the nearest is light"):
+    with pytest.raises(UserError, match="there is no view 'ligth2'; the nearest is light"):
         views.views(["ligth2"])
-    with pytest.raises(Refused, match="there is no view 'recipe'"):
+    with pytest.raises(UserError, match="there is no view 'recipe'"):
         views.views(["recipe"])
-    with pytest.raises(Refused, match="there is no view 'none'"):
+    with pytest.raises(UserError, match="there is no view 'none'"):
         views.views(["none"])
-    with pytest.raises(Refused, match="names a view twice"):
+    with pytest.raises(UserError, match="names a view twice"):
         views.views(["light", "light"])
 
 

@@ -24,7 +24,7 @@ from comp.engine.config import run_members
 from comp.engine.data import folds, make_folds, samples
 from comp.engine.deliver import kernel, verify
 from comp.engine.ensemble import latency, member_filter
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import averaging, model_selection, runner, schedule, tracking
 from comp.engine.store import store
 
@@ -256,7 +256,7 @@ def test_the_best_epoch_speaks_and_patience_ends_it(
     assert ("selected_on_fold" in record["marks"]) == ("optimism" in record) == (on == "fold")
     assert ("by the choice" in capsys.readouterr().out) == (on == "fold")
     if on == "fold":
-        with pytest.raises(Refused, match="--fold full"):
+        with pytest.raises(UserError, match="--fold full"):
             runner.train("exp001", run, fold="full", name="x")
 
 
@@ -313,7 +313,7 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     ],
 )
 def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], words: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         config(*override)
     assert words in str(refused.value) and "override" not in str(refused.value)
 

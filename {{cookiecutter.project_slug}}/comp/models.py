@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from comp.engine import pages
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.run import backbone, normalize, target_scaler
 from comp.engine.run.backbone import inner
 from comp.engine.run.metric_learning import Embedded, GeM, as_map
@@ -110,7 +110,7 @@ def told(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
     """For comp check: why the network cannot be built for this run, and what its weights want to see."""
     try:
         check(cfg)
-    except Refused as refused:
+    except UserError as refused:
         return refused.lines, []
     return [], [] if pages.get("model") is not None else [backbone.about(cfg)]
 

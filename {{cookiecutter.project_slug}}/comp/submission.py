@@ -22,7 +22,7 @@ from comp.engine.deliver import validate
 from comp.engine.deliver.cell_format import Form, rules_of_cells, some
 from comp.engine.deliver.submission_format import Answers, Cuts, Written, from_form, refuse_misfit
 from comp.engine.ensemble import blend
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def postprocessed(rows: pd.DataFrame, answers: Answers) -> Answers:
     given = {head: value.copy() for head, value in answers.items()}
     try:
         result = hook(rows, given[alone] if alone is not None else given)
-    except Refused:
+    except UserError:
         raise
     except Exception as error:
         raise pages.failed("postprocess", error) from error
@@ -177,7 +177,7 @@ def from_own(rows: pd.DataFrame, answers: Answers, sample: Sample) -> Written:
     prediction = next(iter(answers.values())) if len(answers) == 1 else answers
     try:
         frame = hook(rows, prediction, pd.DataFrame(sample.rows, columns=list(sample.columns)))
-    except Refused:
+    except UserError:
         raise
     except Exception as error:
         raise pages.failed("write_submission", error) from error

@@ -13,7 +13,7 @@ from comp.engine import command, hardware, train_commands
 from comp.engine import model_commands as models
 from comp.engine import tune_commands as search
 from comp.engine.command import DEBUG, EXPERIMENT, ON, OVERRIDES, Args, Verb, argument, flag
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import secrets
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _main(arguments: list[str] | None) -> int:
         status = answer((sys.argv[1:] if arguments is None else arguments) or ["--help"])
         sys.stdout.flush()
         return status
-    except Refused as refused:
+    except UserError as refused:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

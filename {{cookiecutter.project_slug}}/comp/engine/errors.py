@@ -1,9 +1,72 @@
-"""The one way to say no. Alone in its file, so that `comp --help` imports nothing else."""
+"""The user's mistakes. A module of its own, so that `comp --help` imports nothing else.
+
+    raise UserError("fold-unknown", where="--fold 7", what="there are folds 0 to 4, and full")
+    raise UserError("knob-unknown", where="configs/exp001.yaml:3", key="optim.lrr", what="no such knob", remedy="did you mean optim.lr?")
+
+prints `configs/exp001.yaml:3: optim.lrr: no such knob; did you mean optim.lr?` and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
-class Refused(Exception):
-    """The user's mistake, or an artefact that must not be read: one line each, exit code 2."""
+class UserError(Exception):
+    """A mistake of the user, or an artefact that must not be read. The printed line is made of the fields."""
+
+    def __init__(
+        self,
+        code: str,  # short and stable, for programs: "knob-unknown"
+        *,
+        what: str,  # the fact, in the words that torch and git would use
+        where: str = "",  # the file with its line, the option or the artefact that is wrong
+        key: str = "",  # the knob or the column there
+        remedy: str = "",  # what to change or to type
+        others: Sequence[UserError] = (),  # further mistakes that were found at the same time
+    ):
+        self.code, self.where, self.key, self.what, self.remedy = code, where, key, what, remedy
+        self.errors: list[UserError] = [self, *(each for other in others for each in other.errors)]
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def line(self) -> str:
+        fact = ": ".join(part for part in (self.where, self.key, self.what) if part)
+        return f"{fact}; {self.remedy}" if self.remedy else fact
+
+    @property
+    def lines(self) -> list[str]:
+        """One line a mistake."""
+        return [each.line for each in self.errors]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keyword arguments survive the way between processes."""
+        return _rebuilt, (self.code, self.what, self.where, self.key, self.remedy, self.errors[1:])
+
+
+def _rebuilt(
+    code: str, what: str, where: str, key: str, remedy: str, others: Sequence[UserError]
+) -> UserError:
+    return UserError(code, what=what, where=where, key=key, remedy=remedy, others=others)
+
+
+def joined(errors: Sequence[UserError]) -> UserError:
+    """Several mistakes as one exception, a line each."""
+    first, *others = errors
+    return UserError(
+        first.code,
+        what=first.what,
+        where=first.where,
+        key=first.key,
+        remedy=first.remedy,
+        others=[*first.errors[1:], *others],
+    )
+
+
+class Refused(UserError):
+    """Whole sentences instead of fields: what is still raised so is to be made a UserError with its fields."""
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
+        super().__init__("refused", what=lines[0], others=[UserError("refused", what=x) for x in lines[1:]])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Refused, tuple(self.lines)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comp.engine import hardware
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
 
 def fold(**given: Any) -> None:
@@ -41,7 +41,7 @@ def main() -> int:
     with hardware.stoppable():
         try:
             CALLS[call](**json.loads(given))
-        except Refused as refused:
+        except UserError as refused:
             print(*refused.lines, sep="\n", flush=True)
             return 2
         except KeyboardInterrupt:

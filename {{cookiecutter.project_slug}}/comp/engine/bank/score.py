@@ -23,7 +23,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import aggregate
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 from comp.engine.tasks.kinds import TASKS, Array, Head
 from comp.metrics import Metric
@@ -62,7 +62,7 @@ def _found(where: str, name: str, task: str) -> Metric:
         return metrics.yours(hook)
     try:
         found = metrics.find(name)
-    except Refused as refused:
+    except UserError as refused:
         raise Refused(f"{where}: {refused}") from None
     if found.tasks and task not in found.tasks:
         fit = [m.name for m in metrics.METRICS.values() if task in m.tasks]

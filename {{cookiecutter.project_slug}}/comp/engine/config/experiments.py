@@ -14,7 +14,7 @@ from pathlib import Path
 from comp.engine.config import resolve, run_members
 from comp.engine.config.resolve import Loaded, nearest
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
 Number = int | str  # of a fold, or full
@@ -39,7 +39,7 @@ def _tell_difference(name: str, file: Path, stamp: store.Stamp | None) -> None:
     own = f"configs/{name}.yaml"
     try:
         there = resolve.from_yaml(store.verified(file))
-    except Refused as refused:
+    except UserError as refused:
         print(f"{refused.lines[0]}; {own} is used", file=sys.stderr)
         return
     if changed := resolve.difference(there, resolve.load(store.root(), name).config):

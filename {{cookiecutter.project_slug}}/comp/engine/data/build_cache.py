@@ -26,7 +26,7 @@ from tqdm import tqdm
 from comp.engine import hardware
 from comp.engine.data import cache_index
 from comp.engine.data.image_loader import Making, content_hash
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.readers import decode
 from comp.engine.readers.arrays import Damaged
 from comp.engine.readers.decode import Pixels
@@ -203,7 +203,7 @@ def _announce(folder: Path, how: Making, todo: list[str]) -> None:
     what = f"{store.shown(folder)}: {len(todo):,} pictures of {how.size} px"
     try:
         store.need_space(size, what)
-    except Refused as refusal:
+    except UserError as refusal:
         raise NoRoom(*refusal.lines) from None
     print(f"{what}, about {store.readable(size)}", flush=True)
 

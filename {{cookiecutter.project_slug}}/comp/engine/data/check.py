@@ -21,7 +21,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import exact_duplicates, image_key, image_loader, long_format, prepare, samples
 from comp.engine.data.prepare import Reading
 from comp.engine.data.sample_submission import Sample, sample_of
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import decode
 from comp.engine.store import store
 from comp.engine.tasks.kinds import TASKS, Head
@@ -59,7 +59,7 @@ def check(
     faults = _declared(competition)
     try:
         reading = prepare.read(competition)
-    except Refused as refused:
+    except UserError as refused:
         faults += refused.lines
     else:
         faults += reading.faults
@@ -99,7 +99,7 @@ def _declared(competition: Competition) -> list[str]:
             continue
         try:
             metric = metrics.find(name)
-        except Refused as refused:
+        except UserError as refused:
             faults += [f"configs/competition.yaml: {line}" for line in refused.lines]
             continue
         if metric.tasks and task not in metric.tasks:
@@ -116,7 +116,7 @@ def _against_sample(cfg: Config, reading: Reading) -> tuple[list[str], list[str]
         lines = sample.keys
         if rules.rows is not None:
             lines = [cell.row for cell in long_format.cells(rules.rows, lines, reading.heads)]
-    except Refused as refused:
+    except UserError as refused:
         return refused.lines, []
     name = store.shown(sample.file)
     first: dict[str, int] = {}

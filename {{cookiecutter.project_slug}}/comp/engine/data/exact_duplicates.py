@@ -20,7 +20,7 @@ from comp.engine import hardware
 from comp.engine.config.schema import Config
 from comp.engine.data import cache_index, image_key, image_loader
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers.arrays import Damaged
 
 MIDDLE = 4096  # bytes: heads are alike within a format, and ends within a border of one colour
@@ -79,7 +79,7 @@ def by_bytes(cfg: Config, samples: Samples) -> Images:
     def stamp(name: str) -> tuple[int, int]:
         try:
             found = how.stamp(name)
-        except Refused as refused:  # an archive that cannot be opened
+        except UserError as refused:  # an archive that cannot be opened
             unread[name] = refused.lines[0]
             return -1, -1
         if found[0] < 0:
@@ -140,7 +140,7 @@ def hash_of(how: image_loader.Making, name: str, unread: dict[str, str]) -> str:
     """As an image cache has it; empty for what cannot be read, whose reason goes into `unread`."""
     try:
         return image_loader.content_hash(how.read(name))
-    except (Damaged, Refused) as fault:
+    except (Damaged, UserError) as fault:
         unread[name] = str(fault)
         return ""
 

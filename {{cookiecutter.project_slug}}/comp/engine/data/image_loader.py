@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from comp.engine import pages
 from comp.engine.config.schema import Config
 from comp.engine.data import image_key
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers
 from comp.engine.readers import decode as images
 from comp.engine.readers.arrays import KINDS, Damaged, Numbers
@@ -108,7 +108,7 @@ class Making:
         row = self._row(name)
         try:
             made = hook(dict(row), self.decode)
-        except (Damaged, Refused):
+        except (Damaged, UserError):
             raise
         except Exception as error:
             unknown = isinstance(error, KeyError) and error.args and error.args[0] not in row

@@ -16,7 +16,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import kernel, rehearse
 from comp.engine.ensemble import average, blend, blend_config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
 
@@ -77,7 +77,7 @@ def measure(name: str) -> None:
     """A rehearsal whose only refusal may be that it takes too long: that is why we are here."""
     try:
         rehearse.rehearse(name)
-    except Refused:
+    except UserError:
         if not rehearse.file_of(name).exists():
             raise
 

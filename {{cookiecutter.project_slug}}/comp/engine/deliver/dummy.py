@@ -15,7 +15,7 @@ from comp.engine.data.sample_submission import rows_of, sample_of
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import validate
 from comp.engine.deliver.submission_format import refuse_misfit
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Array, Head
 
 NUMBERS = 2_000_000  # predictions at most: of more, the first lines of the sample alone
@@ -44,7 +44,7 @@ def written(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
         )
         lines_, form = submission.filled(cfg, table, NAME, made_up, sample, lambda name: {})
         validate.check(submission.text_of(lines_, sample).encode(), NAME, sample, form)
-    except Refused as refused:
+    except UserError as refused:
         return refused.lines, []
     return [], []
 

@@ -19,7 +19,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import ledger, submit
 from comp.engine.ensemble import report
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.run import tracking
 from comp.engine.store import store
 
@@ -31,10 +31,10 @@ Entry = dict[str, Any]
 
 def scores() -> int:
     cfg = resolve.load(store.root(), "base").config
-    fault: Refused | None = None
+    fault: UserError | None = None
     try:
         book = submit.sync(cfg)
-    except Refused as refused:
+    except UserError as refused:
         fault, book = refused, ledger.submissions(cfg.competition.slug)
     for line in fault.lines if fault else []:
         print(f"{line}\nso this is the book as it was:")
@@ -173,7 +173,7 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
     for entry in kept:
         try:
             scorers.append(_scorer(cfg, entry["name"], rows, split))
-        except (Refused, MetricUndefined):
+        except (UserError, MetricUndefined):
             continue  # its predictions are gone, or belong to other folds
     if not scorers:
         return []
@@ -238,13 +238,13 @@ def advice(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) -> l
     try:
         mine = _test(best["name"], rows, split)
         noise = _noise(cfg, best["name"], rows, split)
-    except (Refused, MetricUndefined):
+    except (UserError, MetricUndefined):
         return said
     rivals = []
     for each in ranked[1:]:
         try:
             likeness = float(np.corrcoef(mine, _test(each["name"], rows, split))[0, 1])
-        except Refused:
+        except UserError:
             continue
         near = abs(float(submit.worth(each) or 0) - float(submit.worth(best) or 0)) <= 2 * noise
         rivals.append((not near, likeness, each))

@@ -18,7 +18,7 @@ from comp.engine.config import resolve, run_members
 from comp.engine.config.schema import Config
 from comp.engine.deliver import kaggle, ledger, verify
 from comp.engine.ensemble import average
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.run import runner, tracking
 from comp.engine.store import store
 
@@ -169,7 +169,7 @@ def once(cfg: Config, intent: dict[str, Any], call: Any) -> int:
                 f"{unsure}; it is not in Kaggle's list, so nothing was submitted as far as anybody can see: type the same again"
             ) from None
         return int(found[0])
-    except Refused:  # somebody of the team may have taken the last one meanwhile
+    except UserError:  # somebody of the team may have taken the last one meanwhile
         if (over := used_up(cfg.competition.slug)) is not None:
             raise over from None
         raise

@@ -20,7 +20,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.ensemble import average, blend_config, fit, report
 from comp.engine.ensemble.blend_config import Declared
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
 FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
@@ -67,7 +67,7 @@ def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[Pre
         why = "" if there == address else f"{address} is weighed by the OOF predictions of {there}: "
         try:
             found.append(bank.load(there, kind, rows, split))
-        except Refused as refused:
+        except UserError as refused:
             faults += [declared.fault(f"members.{i}", f"members: {why}{line}") for line in refused.lines]
     if faults:
         raise Refused(*faults)
@@ -267,7 +267,7 @@ def stale(name: str, record: dict[str, Any]) -> bool:
     try:
         if blend_config.read(name).hash != record["config"]:
             return True
-    except Refused:
+    except UserError:
         return True
     for member in record["members"]:
         for kind, then in member["sha256"].items():

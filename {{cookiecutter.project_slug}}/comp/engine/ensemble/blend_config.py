@@ -12,7 +12,7 @@ from comp.engine.config import resolve
 from comp.engine.config.competition_schema import Count, Many, NotNegative, Positive, Section
 from comp.engine.config.resolve import nearest
 from comp.engine.ensemble import member_filter
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
 AVERAGES = ("mean", "weighted", "rank", "geometric", "power", "median", "trimmed", "snapshots")
@@ -172,7 +172,7 @@ def _expanded(name: str, blend: Blend, lines: Mapping[str, str]) -> list[str]:
             continue
         try:
             many = member_filter.addresses(entry)
-        except Refused as refused:
+        except UserError as refused:
             raise Refused(*(f"{where}: members: {line}" for line in refused.lines)) from None
         found += [each for each in many if each not in found]
         if blend.weights is not None:

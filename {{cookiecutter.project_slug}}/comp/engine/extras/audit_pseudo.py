@@ -14,7 +14,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import exact_duplicates
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.extras import pseudo_labels
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import pseudo_rows, teachers
@@ -42,7 +42,7 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     file = store.pseudo_file(name)
     try:
         refuse_other_labels(run, cfg, split)
-    except Refused as refused:
+    except UserError as refused:
         return [NotChecked(f"{run}, its pseudo-labels", refused.lines[0])]
     entry, table = store.sealed(file) or {}, pseudo_rows.read(name)
     found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
@@ -51,7 +51,7 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
             found.append(Leak(SAW, f"{run}: fold {number} is taught by {', '.join(wrong)}", "provenance"))
     try:
         again = _again(entry, rows, split)
-    except Refused as refused:
+    except UserError as refused:
         why = f"{store.shown(file)} cannot be made again: {refused.lines[0]}"
         return [*found, NotChecked(f"{run}, its pseudo-labels", why)]
     by_all = again[again["fold"] == pseudo_rows.FULL]

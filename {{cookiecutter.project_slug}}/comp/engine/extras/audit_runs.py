@@ -22,7 +22,7 @@ from comp.engine.config import run_members
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import audit_pseudo
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import runner
@@ -45,7 +45,7 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
     found: list[Finding] = []
     try:
         cfg = runner.stored_config(run)
-    except Refused as refused:
+    except UserError as refused:
         return [NotChecked(run, refused.lines[0])]
     found += audit_pseudo.leaks(run, cfg, rows, split)
     sets: dict[Path, PredictionSet] = {}
@@ -54,7 +54,7 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
             continue
         try:
             sets[file] = bank.read(file, rows, split)
-        except Refused as refused:
+        except UserError as refused:
             found.append(NotChecked(store.shown(file), refused.lines[0]))
     for file, said in sets.items():
         place = fold_of(file)
@@ -73,7 +73,7 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
         try:
             hardware.settle(cfg.train.threads)
             material = runner.gather(cfg)
-        except Refused as refused:
+        except UserError as refused:
             return [*found, NotChecked(run, refused.lines[0])]
         found += _again(material, spoken)
         found += _statistics(material, spoken)
@@ -137,7 +137,7 @@ def _again(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Findi
 
         try:
             now = answer(_weights(said))
-        except Refused as refused:
+        except UserError as refused:
             found.append(NotChecked(store.shown(file), refused.lines[0]))
             continue
         if np.abs(now - stored[at]).max() < near:
@@ -193,7 +193,7 @@ def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[
     run = next(fold_of(file) for file in sets).parents[1].name
     try:
         audit_pseudo.refuse_other_labels(run, cfg, material.folds)
-    except Refused as refused:
+    except UserError as refused:
         return [NotChecked(f"{run}, its statistics", refused.lines[0])]
     known: dict[str, dict[str, Array]] = {}  # seeds share the folds, and so what is fitted on them
     for weights in dict.fromkeys(_weights(said) for said in sets.values()):
@@ -257,7 +257,7 @@ def _merged(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
                 )
                 continue
             again = predictions.merge(parts, rows, split, said.meta["space"])
-        except Refused as refused:
+        except UserError as refused:
             yield NotChecked(store.shown(file), refused.lines[0])
             continue
         whole = {h.name: 1.0 for h in rows.heads}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from comp.engine.data import raw_tables
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras.find_tables import Found
 from comp.engine.readers import layouts
 
@@ -61,7 +61,7 @@ def _paths(found: Found, raw: Path, kind: str, some: pd.DataFrame) -> list[str]:
     template = found.says[f"{kind}.image"]
     try:
         paths = raw_tables.paths(raw_tables.Source(raw, some), template)
-    except (Refused, KeyError):  # a guess that names no column; said already
+    except (UserError, KeyError):  # a guess that names no column; said already
         return [""] * len(some)
     globs = layouts.Globs(raw)
     return [next(iter(globs.matches(path)), "") if "*" in path else path for path in paths]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comp.engine.data import raw_tables
 from comp.engine.data.sample_submission import index_columns, read_sample
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers, layouts
 from comp.engine.store import store
 
@@ -98,7 +98,7 @@ def opened(raw: Path, tables: list[str], found: Found) -> Iterator[tuple[str, pd
         try:
             frame = raw_tables.read(raw / name).frame
             yield name, frame.drop(columns=index_columns(list(map(str, frame.columns))))
-        except Refused as refused:
+        except UserError as refused:
             found.unsure.append(f"{name} was left out: {refused.lines[0]}")
 
 

@@ -26,7 +26,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.ensemble import blend, blend_config, fit
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.extras import canary, flips
 from comp.engine.extras.audit_runs import of_run
 from comp.engine.extras.findings import Finding, Leak, NotChecked
@@ -202,7 +202,7 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
         oof, test = (blend.sets(declared, kind, rows, split) for kind in bank.KINDS)
         said = bank.load(name, "oof", rows, split)
         nested, refits = blend.recipes(declared), blend.refits(cfg, declared, rows, split)
-    except Refused as refused:
+    except UserError as refused:
         return [NotChecked(name, refused.lines[0])]
     made = fit.make(cfg, declared.blend, rows, split, oof, test, nested, refits)
     where = f"{store.shown(bank.folder(name))}/oof.arrow"

@@ -22,7 +22,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.ensemble import blend, member_filter
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.extras import compare
 from comp.engine.run import tracking
 from comp.engine.store import store
@@ -75,7 +75,7 @@ def _run(folder: Path, base: Config) -> Line:
     try:
         cfg = configs.from_yaml(store.verified(folder / "config.yaml"))
         record = _record(folder)
-    except Refused as refused:
+    except UserError as refused:
         return [name, "-", "-", "-", "-", "-", refused.lines[0], "-", ""], None
     count = experiments.count(cfg)
     by_seed = {seed: len(_scored_folds(name, seed, count)) for seed in experiments.seeds_of(name)}
@@ -123,7 +123,7 @@ def _scored_folds(run: str, seed: int, folds: int) -> list[int]:
 def _ensemble(folder: Path, base: Config) -> Line:
     try:
         record = _record(folder)
-    except Refused as refused:
+    except UserError as refused:
         return [folder.name, "-", "-", "-", "-", "-", refused.lines[0], "-", ""], None
     if record is None:
         return [
@@ -211,7 +211,7 @@ def bank(csv: str | None = None, only: str = "") -> None:
     for address in addresses:
         try:
             said |= {address: _flat(address, rows, split)} if _has(address, "oof") else {}
-        except Refused as refused:
+        except UserError as refused:
             faults[address] = f"refused: {refused}"
     records = {address: _record(banked.folder(address)) for address in addresses}
     scored = {a: r for a, r in records.items() if r and r["oof"] is not None and a in said}

@@ -21,7 +21,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.report import plots
 from comp.engine.run import schedule, tracking
 from comp.engine.run.context import Material
@@ -61,7 +61,7 @@ def sweep(material: Material, low: float, high: float, steps: int, linear: bool)
                     train.fold(quiet, material.cfg.train.seeds[0], 0, Path(folder), listener)
                 except Enough:
                     pass
-                except Refused as refused:  # the loss was no number before it was large
+                except UserError as refused:  # the loss was no number before it was large
                     if "the loss is" not in str(refused) or len(listener.points) < FEWEST:
                         raise
     finally:

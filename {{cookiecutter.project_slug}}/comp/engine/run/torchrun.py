@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from comp.engine import hardware
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Material
@@ -62,7 +62,7 @@ def follow() -> int:
                 material = _do(order, material, stop)
     except KeyboardInterrupt:
         return hardware.exit_code()
-    except Refused as refused:
+    except UserError as refused:
         print(*refused.lines, sep="\n", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from comp.engine.config import duration, resolve
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.config.schema import Config as Knobs
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 from comp.engine.tune.space import Knob, Setting, Space, Value, applied, own
 
@@ -298,7 +298,7 @@ def _against_config(space: Space, cfg: Config, experiment: str, faults: _Faults)
             found = applied(cfg, setting, {key: faults.where(f"search.{key}") for key in setting})
             if "schedule.warmup" in setting:
                 _warms_up(found)
-        except Refused as error:
+        except UserError as error:
             given = ", ".join(f"{key}={value}" for key, value in setting.items())
             line = error.lines[0]
             if not line.startswith(faults.shown):  # a rule of two knobs, told without a place

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from comp.engine import hardware
 from comp.engine.bank import bank, predictions, score
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.run import fingerprint, runner, tracking
 from comp.engine.store import store
 from comp.engine.tune import live
@@ -92,7 +92,7 @@ def kind_of(error: Exception) -> str:
         return "memory"
     if isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
         return "memory"
-    return "refused" if isinstance(error, Refused) else "crash"
+    return "refused" if isinstance(error, UserError) else "crash"
 
 
 def name_of(joined: Joined, trial: Trial | FrozenTrial) -> str:
