@@ -63,7 +63,7 @@ def main() -> None:
         more = (
             f"train.amp={amp}",
             "train.channels_last=true",
-            f"machine.workers={said.workers}",
+            f"machine.num_workers={said.workers}",
             "track=none",
         )
         return settings(said.network, said.side, said.batch, recipe, *more)

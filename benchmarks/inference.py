@@ -66,7 +66,7 @@ def main() -> None:
         root = Path(folder)
         table = project(root, jpegs(root / "raw", FILES))
         overrides = ["competition.raw=raw", "data.size=224", "data.channels=3", "augment=none"]
-        overrides += ["data.cache=false", "machine.resident=0", "machine.workers=1"]
+        overrides += ["data.cache=false", "machine.gpu_cache_mb=0", "machine.num_workers=1"]
         cfg = resolve.load(root, "exp001", overrides).config
         feed = data.Feed(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()

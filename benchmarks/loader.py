@@ -72,7 +72,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
         "competition.raw=raw",
         "data.size=224",
         "data.channels=3",
-        f"data.margin={256 / 224}",
+        f"data.cache_scale={256 / 224}",
         "augment=recipe",
     ]
     cfg = resolve.load(store.root(), "exp001", overrides).config

@@ -30,7 +30,7 @@ def settings(network: str, side: int, batch: int, recipe: str, *more: str) -> li
     return [
         "competition.raw=raw", f"model.name={network}", "model.pretrained=false", f"data.size={side}", "data.channels=3",
         f"augment={recipe}", f"train.batch_size={batch}", "train.ema=0.999", "train.epochs=1", "schedule.warmup=10%",
-        "optim.clip=1.0", "machine.progress=true", *more,
+        "optim.clip_grad=1.0", "machine.progress=true", *more,
     ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     batch = 32
-    said = settings("resnet18", 64, batch, "none", "data.margin=1.0", "machine.workers=0", "track=offline")
+    said = settings("resnet18", 64, batch, "none", "data.cache_scale=1.0", "machine.num_workers=0", "track=offline")
     taken = compared(said, batch, (64, 64), count_of_blocks, steps)
     written(
         {

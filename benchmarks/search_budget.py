@@ -67,15 +67,15 @@ base: base
 data: {{size: 16, channels: 1}}
 augment: {{recipe: none}}
 train: {{epochs: {EPOCHS}, batch_size: 64}}
-machine: {{device: cpu, workers: 0, progress: false}}
+machine: {{device: cpu, num_workers: 0, progress: false}}
 track: {{mode: none}}
 """
 SPACE = """
 search:
-  optim.rate: {low: 1e-4, high: 3e-2, log: true}
+  optim.lr: {low: 1e-4, high: 3e-2, log: true}
   optim.weight_decay: {low: 1e-3, high: 0.5, log: true}
   model.drop_rate: {low: 0.0, high: 0.6}
-  loss.smoothing: {low: 0.0, high: 0.3}
+  loss.label_smoothing: {low: 0.0, high: 0.3}
 """
 ARMS = {
     "random": "sampler: random\npruner: none\ntrials: 1000\n",

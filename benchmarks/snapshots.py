@@ -46,11 +46,11 @@ base: base
 data: {{size: 32, channels: 1}}
 augment: {{recipe: light}}
 model: {{name: test_resnet, pretrained: false}}
-optim: {{rate: 5e-3}}
+optim: {{lr: 5e-3}}
 train: {{epochs: {EPOCHS}, limit: 800}}
 schedule: {{warmup: 0}}
 snapshots: {{cycles: {CYCLES}, last: {LAST}}}
-machine: {{workers: 0, progress: false}}
+machine: {{num_workers: 0, progress: false}}
 track: {{mode: none}}
 """
 

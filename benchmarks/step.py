@@ -31,7 +31,7 @@ def config(root: Path, recipe: str, size: int, workers: int) -> Any:
         f"data.size={size}",
         "data.channels=3",
         f"augment={recipe}",
-        f"machine.workers={workers}",
+        f"machine.num_workers={workers}",
     ]
     return resolve.load(root, "exp001", overrides).config
 

@@ -174,7 +174,7 @@ def measured(folder: Path) -> dict[str, list[str]]:
     project = bake(copy_template(folder / "template"), folder, {})
     for verb in ("practice", "prepare", "folds"):
         comp(project, "-m", "comp", verb)
-    quiet = ["machine.workers=0", "track.mode=none"]
+    quiet = ["machine.num_workers=0", "track.mode=none"]
     train = traced(project, "train", "exp001", "--fold", "0", *quiet)
     comp(project, "-m", "comp", "train", "exp001", *quiet)
     submit = traced(project, "submit", "exp001", "--dry-run")

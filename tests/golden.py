@@ -34,7 +34,7 @@ COMMON = "slug: practice\ntitle: Practice\nraw: data/raw\nid: id\n"
 SHIPPED = "exp001, exp002 and blend001 as the template ships them"
 TINY = (
     "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
-    "optim: {rate: 5e-3}\nmachine: {workers: 0}\ntrack: {mode: none}\n"
+    "optim: {lr: 5e-3}\nmachine: {workers: 0}\ntrack: {mode: none}\n"
 )
 SUM = "sample: sample_submission.csv"
 
@@ -54,8 +54,8 @@ def number(row: Row) -> Row:
 COMPETITIONS: dict[str, tuple[str, dict[str, str], Callable[[Row], Row], dict[str, str]]] = {
     "shipped": ("", {
         "snapshots": f"{TINY}train: {{epochs: 6}}\nsnapshots: {{cycles: 3}}\n",
-        "averages": f"{TINY}train: {{epochs: 4, ema: 0.98, accumulate: 2}}\n"
-                    "average: {predicts: swa, beside: [raw, ema], swa_from: 0.5}\nschedule: {name: constant, warmup: 10 steps}\n",
+        "averages": f"{TINY}train: {{epochs: 4, ema: 0.98, grad_accum_steps: 2}}\n"
+                    "average: {predict_with: swa, members: [raw, ema], swa_from: 0.5}\nschedule: {name: constant, warmup: 10 steps}\n",
     }, dict, {"label": "0"}),
     "multilabel": (
         f"{COMMON}{TABLES}target: [even, large, round]\ntask: multilabel\nmetric: f1_micro\n{SPLIT}\n"

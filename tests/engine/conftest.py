@@ -47,7 +47,7 @@ submission: {sample: sample_submission.csv, form: label}
 """
 EXPERIMENTS = {
     "exp001": "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
-    "optim: {rate: 5e-3}\ntrain: {epochs: 15, ema: 0.98}\n",
+    "optim: {lr: 5e-3}\ntrain: {epochs: 15, ema: 0.98}\n",
     "exp002": "base: exp001\nmodel: {name: test_efficientnet}\n",
 }
 
@@ -101,7 +101,7 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What `trained` was trained with: little, and beside the pictures a column whose levels come from the training rows, which a
 # test set alone cannot say.
 QUICK = [
-    "track=none", "train.epochs=1", "schedule.warmup=0", "machine.workers=0", "machine.progress=false",
+    "track=none", "train.epochs=1", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false",
     "model.metadata=true",
 ]  # fmt: skip
 

@@ -28,8 +28,8 @@ from comp.engine.run import runner
 from comp.engine.store import store
 
 RECIPE = [
-    "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.workers=0",
-    "machine.progress=false", "optim.rate=0.01", "data.normalise=data",
+    "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.num_workers=0",
+    "machine.progress=false", "optim.lr=0.01", "data.normalize=data",
 ]  # fmt: skip
 
 

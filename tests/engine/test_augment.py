@@ -20,7 +20,7 @@ from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
 SEEDS = mixed(1, spread=np.arange(400))
-TINY = ["track=none", "machine.workers=0", "machine.progress=false", "train.limit=48"]
+TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=48"]
 
 
 def refusal(*overrides: str) -> str:
@@ -99,7 +99,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 
     def drawn(*overrides: str) -> list[bytes]:
         cfg = config(
-            *TINY[2:], "augment.policy=rand-m9-n2", "train.epochs=3", "augment.off_last=1", *overrides
+            *TINY[2:], "augment.policy=rand-m9-n2", "train.epochs=3", "augment.disable_last_epochs=1", *overrides
         )
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         return [
@@ -109,9 +109,9 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
             for p in batch.pictures
         ]
 
-    alone = drawn("machine.workers=0")
-    assert drawn("machine.workers=1") == alone
-    plain = drawn("machine.workers=0", "augment.policy=null", "augment.off_last=0")
+    alone = drawn("machine.num_workers=0")
+    assert drawn("machine.num_workers=1") == alone
+    plain = drawn("machine.num_workers=0", "augment.policy=null", "augment.disable_last_epochs=0")
     assert sum(a != b for a, b in zip(alone[:16], plain[:16], strict=True)) > 4
     assert alone[16:] == plain[16:], "the last epoch is without it"
 
@@ -253,20 +253,20 @@ def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> N
 
 
 def test_knobs_without_effect_are_refused(empty: Path) -> None:
-    assert "augment.off_last" in refusal("augment.off_last=2")
-    assert "leaves no epoch" in refusal("augment.off_last=15", "augment.erase=0.5")
+    assert "augment.disable_last_epochs" in refusal("augment.disable_last_epochs=2")
+    assert "leaves no epoch" in refusal("augment.disable_last_epochs=15", "augment.random_erasing=0.5")
     assert "augment.mix_share" in refusal("augment.mix_share=0.5", "augment.mosaic=0.5")
-    assert "augment.sizes" in refusal("augment.sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0")
+    assert "augment.progressive_sizes" in refusal("augment.progressive_sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0")
     long = "base: exp001\naugment: {off_last: 2, sizes: [16, 32], erase: 1.0}\n"
     (empty / "configs" / "exp003.yaml").write_text(long)
-    assert config(experiment="exp003", debug=True).augment.off_last == 0, "a debug run has one epoch"
+    assert config(experiment="exp003", debug=True).augment.disable_last_epochs == 0, "a debug run has one epoch"
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) -> None:
-    cfg = config(*TINY, "augment.recipe=light", "augment.sizes=[16,24,32]", "train.epochs=7")
+    cfg = config(*TINY, "augment.recipe=light", "augment.progressive_sizes=[16,24,32]", "train.epochs=7")
     assert [transforms.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
     feed = data.Feed(cfg, table, torch.device("cpu"))
@@ -287,8 +287,8 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     every = [
-        "augment.policy=trivial", "augment.erase=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
-        "augment.off_last=1", "augment.sizes=[24,32]", "train.epochs=3", "train.accumulate=2", "train.batch_size=8",
+        "augment.policy=trivial", "augment.random_erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
+        "augment.disable_last_epochs=1", "augment.progressive_sizes=[24,32]", "train.epochs=3", "train.grad_accum_steps=2", "train.batch_size=8",
     ]  # fmt: skip
     runner.augmentation_sheet("exp001", every)
     said = capsys.readouterr().out

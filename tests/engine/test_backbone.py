@@ -29,7 +29,7 @@ from comp.engine.tasks.kinds import Head
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 TINY = [
-    "track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0", "model.pretrained=false", "train.ema=null",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "model.pretrained=false", "train.ema=null",
     "train.epochs=1", "train.limit=16", "train.batch_size=8",
 ]  # fmt: skip
 HEAD = Head("label", "multiclass", ("a", "b", "c"), ("target.label",), ("a", "b", "c"))
@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [VIT, SWIN])
 def test_training_goes_through_progressive_sizes(project: Path, name: str) -> None:
-    sizes = ["data.size=64", "augment.sizes=[32,64]", "train.epochs=2"]
+    sizes = ["data.size=64", "augment.progressive_sizes=[32,64]", "train.epochs=2"]
     runner.train("exp001", [*TINY, f"model.name={name}", *sizes], fold="0", name="x")
     assert [
         line["epoch"] for line in tracking.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "epoch" in line
@@ -111,13 +111,13 @@ def test_training_goes_through_progressive_sizes(project: Path, name: str) -> No
 
 def test_progressive_sizes(empty: Path) -> None:
     """Position embeddings are interpolated, windows are laid out anew; what can do neither says which sizes it takes."""
-    checked(VIT, 96, "augment.sizes=[64,96]", "train.epochs=2")
-    checked(SWIN, 96, "augment.sizes=[64,96]", "train.epochs=2")
+    checked(VIT, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
+    checked(SWIN, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     name = FAMILIES["coatnet"]
-    line = refusal(f"model.name={name}", "data.size=96", "augment.sizes=[64,96]", "train.epochs=2")
-    assert line.startswith("augment.sizes:") and "64 px" in line and line.endswith("96 px")
-    line = refusal(f"model.name={VIT}", "data.size=64", "augment.sizes=[40,64]", "train.epochs=2")
-    assert line.startswith("augment.sizes:") and "32 px and 48 px" in line
+    line = refusal(f"model.name={name}", "data.size=96", "augment.progressive_sizes=[64,96]", "train.epochs=2")
+    assert line.startswith("augment.progressive_sizes:") and "64 px" in line and line.endswith("96 px")
+    line = refusal(f"model.name={VIT}", "data.size=64", "augment.progressive_sizes=[40,64]", "train.epochs=2")
+    assert line.startswith("augment.progressive_sizes:") and "32 px and 48 px" in line
 
 
 def test_one_picture_is_too_few_for_batch_norm_of_a_single_pixel(
@@ -337,7 +337,7 @@ def test_a_file_that_is_none_is_refused_before_the_cache(
 
 def test_a_larger_size_begins_with_a_run_of_a_smaller_one(project: Path) -> None:
     runner.train("exp001", [*TINY, f"model.name={VIT}", "data.size=32"], fold="0", name="small")
-    said = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.rate=1e-20"]
+    said = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.lr=1e-20"]
     runner.train("exp001", said, fold="0", name="large")
     small, large = (
         pretrained.read(store.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")

@@ -107,7 +107,7 @@ pictures = cache.open_images(resolve.load(store.root(), "exp001").config, {names
 @pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_same_pixels_with_and_without_a_cache(names: list[str], fit: str, channels: int) -> None:
-    knobs = [f"data.fit={fit}", f"data.channels={channels}"]
+    knobs = [f"data.resize={fit}", f"data.channels={channels}"]
     direct = opened(names, *knobs, "data.cache=false")
     pictures = cached(names, *knobs)
     assert isinstance(direct, cache.Direct) and len(pictures) == len(direct) == COUNT
@@ -208,12 +208,12 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
     keys = {
         key(),
         key("data.size=40"),
-        key("data.fit=cover"),
+        key("data.resize=cover"),
         key("data.channels=3"),
         key("competition.raw=data"),
     }
     assert len(keys) == 5
-    assert key("data.size=40") == key("data.margin=1.25"), "the same pixels are not kept twice"
+    assert key("data.size=40") == key("data.cache_scale=1.25"), "the same pixels are not kept twice"
     assert key("augment.recipe=none") == key()
     monkeypatch.setattr(images, "DECODER", "2")
     keys.add(key())

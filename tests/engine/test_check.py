@@ -342,5 +342,5 @@ def test_check_decodes_as_the_experiment_says(empty: Path, capsys: pytest.Captur
     small = ["data.channels=1", "data.size=512"]
     assert cli.main(["check", "exp001", *small]) == 0
     capsys.readouterr()
-    assert cli.main(["check", "exp001", *small, "data.fit=cover"]) == 2
+    assert cli.main(["check", "exp001", *small, "data.resize=cover"]) == 2
     assert "data/raw/train.csv:2: image train/0.tif: " in capsys.readouterr().out

@@ -30,7 +30,7 @@ from comp.engine.tasks.kinds import Head
 
 TINY = (
     "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {workers: 0, progress: false}\n"
-    "optim: {rate: 0.02}\ntrain: {epochs: 1, limit: 48, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
+    "optim: {lr: 0.02}\ntrain: {epochs: 1, limit: 48, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
 )
 
 

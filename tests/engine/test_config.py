@@ -32,7 +32,7 @@ def lines_of(root: Path, experiment: str = "exp001", *overrides: str) -> list[st
 def test_precedence_and_origins(root: Path) -> None:
     write(root, "child.yaml", "base: exp001\noptim: {rate: 7e-4}\n")
     loaded = resolve.load(root, "child", ["train.epochs=3"], debug=True)
-    assert loaded.config.optim.rate == 7e-4 and loaded.origins["optim.rate"] == "configs/child.yaml:2"
+    assert loaded.config.optim.lr == 7e-4 and loaded.origins["optim.lr"] == "configs/child.yaml:2"
     assert loaded.config.model.name == "test_resnet" and loaded.origins["model.name"].startswith(
         "configs/exp001.yaml:"
     )
@@ -51,7 +51,7 @@ def test_every_config_of_this_project_loads() -> None:
 
 
 def test_resolved_yaml_is_the_same_config(root: Path, tmp_path: Path) -> None:
-    cfg = resolve.load(root, "exp001", ["optim.rate=1e-7", "competition.target=[a, '010', 'true']"]).config
+    cfg = resolve.load(root, "exp001", ["optim.lr=1e-7", "competition.target=[a, '010', 'true']"]).config
     file = tmp_path / "config.yaml"
     file.write_text(resolve.to_yaml(cfg))
     assert resolve.from_yaml(file) == cfg
@@ -63,8 +63,8 @@ def test_a_plain_value_goes_to_the_head_of_a_section(root: Path) -> None:
 
 
 def test_what_changes_results() -> None:
-    moving = ["optim.rate=1", "train.threads=2", "competition.id=x"]
-    free = ["machine.workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
+    moving = ["optim.lr=1", "train.threads=2", "competition.id=x"]
+    free = ["machine.num_workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
     assert resolve.changes_results([*free, *moving]) == moving
 
 
@@ -80,15 +80,15 @@ def test_yaml_as_people_mean_it(text: str, value: object) -> None:
 
 
 MISTAKES = {
-    "optim: {rat: 1}": ("exp.yaml:2", "optim.rat", "rate"),
-    "optim: {rate: fast}": ("exp.yaml:2", "optim.rate", "'fast'"),
-    "optim:\n  rate: 1\n  rate: 2": ("exp.yaml:4", "optim.rate", "second time"),
+    "optim: {lrr: 1}": ("exp.yaml:2", "optim.lrr", "lr"),
+    "optim: {lr: fast}": ("exp.yaml:2", "optim.lr", "'fast'"),
+    "optim:\n  rate: 1\n  rate: 2": ("exp.yaml:4", "optim.lr", "second time"),
     "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "True"),
     "train: {epochs: 2.5}": ("exp.yaml:2", "train.epochs", "2.5"),
     "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
     "optim: {clip_mode: norn}": ("exp.yaml:2", "optim.clip_mode", "norm"),
     "data: {size: 4}": ("exp.yaml:2", "data.size", "8"),
-    "augment: {off_last: 15, erase: 0.5}": ("exp.yaml:2", "augment.off_last", "15"),
+    "augment: {disable_last_epochs: 15, random_erasing: 0.5}": ("exp.yaml:2", "augment.disable_last_epochs", "15"),
     "optm: {rate: 1}": ("exp.yaml:2", "optm", "optim"),
     "a: [1, 2": ("exp.yaml:", "is not YAML", ""),
     "model: !!python/name:os.system x": ("exp.yaml:2", "tag", ""),
@@ -112,7 +112,7 @@ HOSTILE = {
     "3,000 indented keys": ("\n".join(f"{' ' * i}a:" for i in range(3000)), ("exp.yaml:31", "nested", "30")),
     "5,000 digits": (f"optim:\n  rate: {'9' * 5000}", ("exp.yaml:3", "5,000 digits", "")),
     "key in a list of knobs": (
-        "train: {epochs: 1, stages: [{epoch: 1, train: head, rate: 1}]}",
+        "train: {epochs: 1, stages: [{epoch: 1, train: head, lr: 1}]}",
         ("exp.yaml:2", "train.stages.0.epoch: no such key", "nearest is epochs"),
     ),
     "key in a list of tables": (
@@ -140,8 +140,8 @@ def test_what_no_reader_expects_is_one_line(
 
 
 def test_a_long_number_on_the_command_line(root: Path) -> None:
-    (line,) = lines_of(root, "exp001", f"optim.rate={'9' * 5000}")
-    assert line.startswith("'optim.rate=999") and "5,000 digits" in line and len(line) < 200
+    (line,) = lines_of(root, "exp001", f"optim.lr={'9' * 5000}")
+    assert line.startswith("'optim.lr=999") and "5,000 digits" in line and len(line) < 200
 
 
 def test_aliases_that_end_are_written_out(root: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_mistake_names_file_line_key_and_what_is_right(root: Path, text: str) 
 
 
 def test_all_mistakes_at_once(root: Path) -> None:
-    write(root, "exp.yaml", "optim: {rate: -1}\ntrain: {epochs: 0}\ndata: {fit: crop}\n")
+    write(root, "exp.yaml", "optim: {lr: -1}\ntrain: {epochs: 0}\ndata: {fit: crop}\n")
     assert len(lines_of(root, "exp")) == 3
 
 
@@ -195,7 +195,7 @@ def mutated(seed: int) -> tuple[str, str]:
         "twice": f"{section}: {{}}\n{section}: {{}}",
         "unclosed": f"{section}: {{{key}: 1",
         "tab": f"{section}:\n\t{key}: 1",
-        "not a number": "optim: {rate: .nan}\ntrain: {epochs: ten}",
+        "not a number": "optim: {lr: .nan}\ntrain: {epochs: ten}",
         "a list of all": f"- {section}",
     }
     name = rng.choice(sorted(broken))

@@ -160,7 +160,7 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 5), np.uint8)
     for i, picture in enumerate(pictures):
         (raw / f"{i}.npy").write_bytes(saved(picture))
-    cfg = config("data.channels=5", "data.size=24", "machine.workers=0", "augment=light")
+    cfg = config("data.channels=5", "data.size=24", "machine.num_workers=0", "augment=light")
     head = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
     frame = pd.DataFrame(
         {

@@ -28,7 +28,7 @@ from comp.engine.tasks.kinds import Head
 BATCH, T = 6, 3.0
 ROWS = np.arange(BATCH)
 QUIET = [
-    "track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.limit=64", "train.batch_size=16", "augment=none",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.limit=64", "train.batch_size=16", "augment=none",
 ]  # fmt: skip
 
 

@@ -34,8 +34,8 @@ from comp.engine.tune import search
 
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
-    "track=none", "machine.workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
-    "optim.rate=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
+    "optim.lr=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
 ]  # fmt: skip
 
 TAUGHT = [*SHARED, "distill.teacher=teacher", "data.pseudo=teacher"]
@@ -83,7 +83,7 @@ def test_two_processes_are_one(project: Path) -> None:
     assert distributed.count() == 1
     banked.teacher(project)
     runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
-    runner.train("exp001", [*TAUGHT, "train.batch_size=8", "train.accumulate=4"], fold="1", name="cut")
+    runner.train("exp001", [*TAUGHT, "train.batch_size=8", "train.grad_accum_steps=4"], fold="1", name="cut")
     both = torchrun("train", "exp001", *TAUGHT, "train.batch_size=32", "--fold", "1", "--as", "two")
     said = both.communicate()[0]
     assert both.returncode == 0, said
@@ -113,7 +113,7 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
         *SHARED,
         "model.name=test_resnet",
         "train.batch_size=16",
-        "train.accumulate=2",
+        "train.grad_accum_steps=2",
         "train.epochs=4",
         "--fold",
         "0",
@@ -139,9 +139,9 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
     """The second process would wait for ever where the first had left it alone, and the third trial would not begin."""
     (project / "configs" / "tune").mkdir()
     (project / "configs" / "tune" / "p.yaml").write_text(
-        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
+        "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
     )
-    told = ["track=none", "machine.workers=0", "train.epochs=3", "train.limit=32", "schedule.warmup=0"]
+    told = ["track=none", "machine.num_workers=0", "train.epochs=3", "train.limit=32", "schedule.warmup=0"]
 
     def judge(rank: int) -> None:
         optuna.trial.Trial.should_prune = lambda trial: rank == 0 and trial.number == 1  # type: ignore[assignment, method-assign]
@@ -189,13 +189,13 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     with pytest.raises(UserError, match="2 pictures a pass cannot be shared by 4 processes"):
         distributed.suits(config(), 2, 1, network)
-    distributed.suits(config("loss.hardest=0.5"), 32, 1, network)
+    distributed.suits(config("loss.ohem=0.5"), 32, 1, network)
     said = capsys.readouterr().err
     assert "batch norm (1) normalises over 8 pictures" in said and "among 8 pictures, not 32" in said
-    assert "train.accumulate=4" in said
-    distributed.suits(config("loss.hardest=0.5"), 32, 4, network)
+    assert "train.grad_accum_steps=4" in said
+    distributed.suits(config("loss.ohem=0.5"), 32, 4, network)
     said = capsys.readouterr().err
-    assert "over 32 pictures" in said and "hardest" not in said and "train.accumulate" not in said
+    assert "over 32 pictures" in said and "ohem" not in said and "train.grad_accum_steps" not in said
     distributed.suits(config(), 32, 1, network[:1])
     assert not capsys.readouterr().err
 

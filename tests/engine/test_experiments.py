@@ -32,8 +32,8 @@ def of_as(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def work() -> None:
         few(root)
         (root / "configs" / "tiny.yaml").write_text(TINY.replace("limit: 48, ", ""))
-        runner.train("tiny", ["optim.rate=1e-3"], name="a")
-        runner.train("tiny", ["optim.rate=2e-3"], name="half", fold="0")
+        runner.train("tiny", ["optim.lr=1e-3"], name="a")
+        runner.train("tiny", ["optim.lr=2e-3"], name="half", fold="0")
 
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
@@ -57,8 +57,8 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     file.write_text(file.read_text().replace("metric: accuracy", "metric: log_loss"))
     loaded = experiments.load("half", ["data.size=16"])
     lines = (named / "runs/half/config.yaml").read_text().splitlines()
-    assert loaded.config.optim.rate == 2e-3 and loaded.config.data.size == 16
-    assert loaded.origins["optim.rate"] == f"runs/half/config.yaml:{1 + lines.index('  rate: 0.002')}"
+    assert loaded.config.optim.lr == 2e-3 and loaded.config.data.size == 16
+    assert loaded.origins["optim.lr"] == f"runs/half/config.yaml:{1 + lines.index('  rate: 0.002')}"
     assert loaded.origins["optim.momentum"].startswith("configs/base.yaml:"), "as base.yaml has it"
     assert loaded.config.competition.metric == "log_loss", "what is scored now"
     assert experiments.load("half", debug=True).config.train.limit == 64
@@ -72,11 +72,11 @@ def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
     (named / "configs/a.yaml").write_text("base: tiny\noptim: {rate: 0.5}\n")
     assert cli.main(["config", "a"]) == 0
     out, err = capsys.readouterr()
-    assert "optim.rate=0.5" in out
+    assert "optim.lr=0.5" in out
     (line,) = err.splitlines()
-    assert all(word in line for word in ("runs/a", "optim.rate", "0.001 there", "0.5 in configs/a.yaml"))
+    assert all(word in line for word in ("runs/a", "optim.lr", "0.001 there", "0.5 in configs/a.yaml"))
     said = refusal(lambda: runner.train("a", [], fold="0"))
-    assert "optim.rate: 0.001 there, 0.5 here" in said and not capsys.readouterr().err
+    assert "optim.lr: 0.001 there, 0.5 here" in said and not capsys.readouterr().err
     (named / "configs/a.yaml").write_text("base: tiny\noptim: {rate: 0.001}\n")
     assert cli.main(["config", "a"]) == 0 and not capsys.readouterr().err, "it stands for the experiment"
 
@@ -104,20 +104,20 @@ def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["train", "a", "--fold", "full"]) == 0
     assert store.sealed(named / "runs/a/seed0/foldfull/weights.safetensors")
     assert store.read_json(named / "runs/a/birth.json") == before, "it goes on as it began"
-    assert cli.main(["noise", "a", "--seeds", "2"]) == 0
+    assert cli.main(["seed-noise", "a", "--seeds", "2"]) == 0
     assert cli.main(["compare", "a", "half", "--seeds", "1"]) == 0
     assert (
-        runner.stored_config("a-seeds").optim.rate == 1e-3
-        and runner.stored_config("half-seeds").optim.rate == 2e-3
+        runner.stored_config("a-seeds").optim.lr == 1e-3
+        and runner.stored_config("half-seeds").optim.lr == 2e-3
     )
     assert cli.main(["features", "a", "--heads", "linear"]) == 0
     assert bank.find("a:linear", "oof").exists()
-    assert cli.main(["train", "a", "--as", "b", "optim.rate=1e-4", "--fold", "0"]) == 0
-    assert runner.stored_config("b").optim.rate == 1e-4 and runner.stored_config("b").augment.recipe == "none"
+    assert cli.main(["train", "a", "--as", "b", "optim.lr=1e-4", "--fold", "0"]) == 0
+    assert runner.stored_config("b").optim.lr == 1e-4 and runner.stored_config("b").augment.recipe == "none"
     assert cli.main(["train", "half"]) == 0, "a run goes on by its name alone"
     began = fingerprint.command("half")
     assert cli.main(["train", "half", "--fresh", "--fold", "1"]) == 0
-    assert runner.stored_config("half").optim.rate == 2e-3 and fingerprint.command("half") == began
+    assert runner.stored_config("half").optim.lr == 2e-3 and fingerprint.command("half") == began
     assert "score.json" in capsys.readouterr().out
 
 
@@ -129,7 +129,7 @@ def test_a_search_and_a_sweep_of_a_run(named: Path) -> None:
     assert cli.main(["tune", "a", "--space", "few", "--trials", "1"]) == 0
     assert cli.main(["tune", "a", "--space", "few", "--export", "won"]) == 0
     exported = configs.load(named, "won").config
-    assert exported.optim.rate == 1e-3 and exported.train.epochs == 1, (
+    assert exported.optim.lr == 1e-3 and exported.train.epochs == 1, (
         "there is no configs/a.yaml to build on"
     )
     assert cli.main(["train", "won"]) == 0
@@ -147,7 +147,7 @@ def test_folds_that_competition_yaml_declares_anew_are_made_anew(
         ["tune", "tiny", "--space", "few"], ["compare", "tiny", "a"],
     ):  # fmt: skip
         (named / "configs" / "tune").mkdir(exist_ok=True)
-        (named / "configs" / "tune" / "few.yaml").write_text("search:\n  optim.rate: [1e-3, 1e-2]\n")
+        (named / "configs" / "tune" / "few.yaml").write_text("search:\n  optim.lr: [1e-3, 1e-2]\n")
         assert cli.main(given) == 2, given
         k, seed, remedy = capsys.readouterr().err.splitlines()
         assert k.startswith(f"configs/competition.yaml:{number}: folds.k is 3") and k.endswith("made with 2")

@@ -21,7 +21,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import launcher, runner
 from comp.engine.store import store
 
-SMALL = ["track=none", "machine.workers=0", "train.limit=64", "schedule.warmup=0"]
+SMALL = ["track=none", "machine.num_workers=0", "train.limit=64", "schedule.warmup=0"]
 
 
 @pytest.fixture
@@ -208,6 +208,6 @@ def test_a_study_on_a_cluster(tuned: Path, cluster: Any) -> None:
 def tuned(alone: Path) -> Path:
     (alone / "configs" / "tune").mkdir()
     (alone / "configs" / "tune" / "s.yaml").write_text(
-        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\n"
+        "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\n"
     )
     return alone

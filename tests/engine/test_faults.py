@@ -56,10 +56,10 @@ def test_nan_names_step_and_samples_and_is_never_saved(
     project: Path, monkeypatch: pytest.MonkeyPatch, part: str, clip: str
 ) -> None:
     broken(3, float("nan"), part, monkeypatch)
-    tiny = [*TINY, "train.batch_size=8", "train.checkpoint_every=1", f"optim.clip={clip}"]
+    tiny = [*TINY, "train.batch_size=8", "train.checkpoint_every=1", f"optim.clip_grad={clip}"]
     said = refusal(lambda: runner.train("exp001", tiny, fold="0", name="x"))
     folder = project / "runs/x/seed0/fold0"
-    assert "step 3" in said and "lower optim.rate" in said, said
+    assert "step 3" in said and "lower optim.lr" in said, said
     assert said.count(",") >= 1 and (clip == "null" or "samples" in said)
     assert [file.name for file in folder.glob("state-*.pt")] == ["state-00000002.pt"]
     assert not (folder / "weights.safetensors").exists()
@@ -101,7 +101,7 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
 
         monkeypatch.setattr(pages.competition, "model", network, raising=False)
         runner.train(
-            "exp001", [*TINY, "train.batch_size=16", "train.accumulate=2"], fold="0", name=f"x{most}"
+            "exp001", [*TINY, "train.batch_size=16", "train.grad_accum_steps=2"], fold="0", name=f"x{most}"
         )
         folder = project / f"runs/x{most}/seed0/fold0"
         from safetensors.torch import load_file
@@ -156,7 +156,7 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
     rows = samples.load().positions("train")[:64]
 
     def drawn(workers: int, victim: int | None = None) -> list[bytes]:
-        cfg = config(f"machine.workers={workers}", "machine.progress=false", "augment=heavy")
+        cfg = config(f"machine.num_workers={workers}", "machine.progress=false", "augment=heavy")
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         out = []
         for number, batch in enumerate(feed.batches(data.training_batches(rows, 2, 7, 0, 0))):
@@ -173,7 +173,7 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
 def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
     table = samples.load()
     feed = data.Feed(
-        config("machine.workers=1", "machine.progress=false", "augment=heavy"), table, torch.device("cpu")
+        config("machine.num_workers=1", "machine.progress=false", "augment=heavy"), table, torch.device("cpu")
     )
     seen = set()
     for number in range(3):
@@ -186,7 +186,7 @@ def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
 def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what a worker raises is no death."""
     feed = data.Feed(
-        config("machine.workers=2", "machine.progress=false"), samples.load(), torch.device("cpu")
+        config("machine.num_workers=2", "machine.progress=false"), samples.load(), torch.device("cpu")
     )
 
     def dying(loader: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(workers, "undisturbed", dying)
     plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)
-    assert "machine.workers=0" in refusal(lambda: list(feed.batches(plan)))
+    assert "machine.num_workers=0" in refusal(lambda: list(feed.batches(plan)))
 
 
 # --- no time -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from comp.engine.store import store
 
 # As long as configs/exp001.yaml trains, pictures in memory.
 QUIET = [
-    "track=none", "machine.workers=0", "machine.progress=false", "machine.resident=1000", "train.epochs=6",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "machine.gpu_cache_mb=1000", "train.epochs=6",
 ]  # fmt: skip
 RUNS = {"last": [], "chosen": ["select.name=best", "select.on=inner"]}
 

@@ -48,21 +48,21 @@ def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(
 
 
 def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
-    assert "--as NAME" in refusal(lambda: runner.train("exp001", ["optim.rate=1"]))
+    assert "--as NAME" in refusal(lambda: runner.train("exp001", ["optim.lr=1"]))
     assert not (project / "runs").exists()
 
 
 def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
     before = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
-    said = refusal(lambda: runner.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x"))
-    assert "optim.rate: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
+    said = refusal(lambda: runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x"))
+    assert "optim.lr: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
-    runner.train("exp001", [*TINY, "optim.rate=1e-4"], fold="0", name="x", fresh=True)
+    runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x", fresh=True)
     assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
     assert len(list((project / "runs/.trash").iterdir())) == 1
     runner.train(
-        "exp001", [*TINY, "optim.rate=1e-4", "train.seeds=[1]"], fold="0", name="x"
+        "exp001", [*TINY, "optim.lr=1e-4", "train.seeds=[1]"], fold="0", name="x"
     )  # another seed is the same run
 
 
@@ -79,7 +79,7 @@ def test_a_knob_without_effect_says_so(project: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
     said = refusal(
         lambda: runner.train(
-            "exp001", [*TINY, "optim.rate=1e30", "optim.clip=null", "train.batch_size=8"], fold="0", name="x"
+            "exp001", [*TINY, "optim.lr=1e30", "optim.clip_grad=null", "train.batch_size=8"], fold="0", name="x"
         )
     )
     assert "at step" in said or "validation" in said
@@ -130,13 +130,13 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
     for number in "01":
         runner.train("exp001", TINY, fold=number, name="x")
     kept = project / "runs/x/seed0/fold0/weights.safetensors"
-    other = [*TINY, "optim.rate=1e-4"]
+    other = [*TINY, "optim.lr=1e-4"]
     said = refusal(lambda: runner.train("exp001", other, fold="0", name="x", fresh=True))
-    assert "optim.rate: 0.005 there, 0.0001 here" in said
+    assert "optim.lr: 0.005 there, 0.0001 here" in said
     assert store.sealed(kept) and not (project / "runs/.trash").exists(), "nothing moved"
     (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
     assert cli.main(shlex.split(advice)) == 0
-    assert runner.stored_config("x").optim.rate == 1e-4 and (project / "runs/x/score.json").exists()
+    assert runner.stored_config("x").optim.lr == 1e-4 and (project / "runs/x/score.json").exists()
 
 
 def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
@@ -155,21 +155,21 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     split = lay_out(empty).folds
 
     def started(rate: str, *more: str) -> tuple[str, str]:
-        cfg = config(f"optim.rate={rate}", *more)
-        fingerprint.claim("x", cfg, split, f"comp train exp001 --as x optim.rate={rate}{''.join(more)}")
+        cfg = config(f"optim.lr={rate}", *more)
+        fingerprint.claim("x", cfg, split, f"comp train exp001 --as x optim.lr={rate}{''.join(more)}")
         return fingerprint.command("x"), fingerprint.birth("x")
 
     first = started("0.1")
     assert started("0.1") == first, "killed and begun again it is the same run"
     other = started("0.2")
-    assert other[0].endswith("optim.rate=0.2") and other[1] != first[1], (
+    assert other[0].endswith("optim.lr=0.2") and other[1] != first[1], (
         "the config began anew, so did the run"
     )
     store.write_text(store.fold_folder("x", 0, 0) / "oof.arrow", "")
     store.seal(store.fold_folder("x", 0, 0) / "oof.arrow")
     seeds = started("0.2", "train.seeds=[0,1]")
     assert seeds[0].endswith("train.seeds=[0,1]") and seeds[1] == other[1], "more seeds of the same run"
-    assert "comp train exp001 --as x optim.rate=0.3 --fresh" in refusal(lambda: started("0.3"))
+    assert "comp train exp001 --as x optim.lr=0.3 --fresh" in refusal(lambda: started("0.3"))
     assert fingerprint.command("x") == seeds[0]
 
 

@@ -239,7 +239,7 @@ def test_under_the_versions_of_kaggles_image(
     assert done.returncode == 0 and "exp001-debug" in done.stdout, done.stdout + done.stderr
     done = comp("studies")
     assert done.returncode == 2 and "pip install 'optuna>=5'" in done.stderr
-    done = comp("scores")  # the book is read without Kaggle as well
+    done = comp("ledger")  # the book is read without Kaggle as well
     assert (
         "pip install 'kaggle==2.2.4'" in done.stdout + done.stderr and "nothing was sent yet" in done.stdout
     )
@@ -251,7 +251,7 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
 ) -> None:
     """Lines, layers and neighbours; the bundle says what is stored, and so does the recheck before a submission."""
     (trained / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
-    quiet = ["machine.workers=0", "machine.progress=false"]
+    quiet = ["machine.num_workers=0", "machine.progress=false"]
     features.features("exp003", quiet, "logistic,mlp,knn")
     (trained / "configs" / "ensembles" / "blend002.yaml").write_text(
         "members: [exp001, exp003:logistic, exp003:mlp, exp003:knn]\nmethod: mean\n"

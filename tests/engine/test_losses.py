@@ -51,7 +51,7 @@ def one_column(output: Tensor) -> Tensor:
 
 
 COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
-    "smoothing": (
+    "label_smoothing": (
         said("cross_entropy", OUTPUT, CODES, smoothing=0.1),
         torch.stack([timm.loss.LabelSmoothingCrossEntropy(0.1)(o[None], t[None]) for o, t in zip(OUTPUT, CODES, strict=True)]),
     ),
@@ -149,8 +149,8 @@ TARGETS: dict[str, list[Tensor]] = {
 FITTING = [(task, name) for task, row in TASKS.items() for name in row.losses]
 NEEDED: dict[str, dict[str, Any]] = {
     "bins": {"loss.range": [-10, 10]},
-    "contrastive": {"sampling.together": 2},
-    "triplet": {"sampling.together": 2},
+    "contrastive": {"sampling.m_per_class": 2},
+    "triplet": {"sampling.m_per_class": 2},
 }
 PAIRS = ("contrastive", "triplet")
 
@@ -325,13 +325,13 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
         ("multiclass", {"loss.gamma": 1}, "loss.gamma: 1.0 has no effect on loss cross_entropy; focal, asymmetric takes it"),
         ("multiclass", {"loss.name": "focul"}, "no 'focul'; the nearest is focal"),
         ("multiclass", {"loss.name": "focal", "loss.alpha": 0.3}, "loss.alpha"),
-        ("regression", {"loss.smoothing": 0.1}, "loss.smoothing: 0.1 has no effect"),
+        ("regression", {"loss.label_smoothing": 0.1}, "loss.label_smoothing: 0.1 has no effect"),
         ("regression", {"loss.class_weights": "balanced"}, "loss.class_weights: balanced has no effect on regression"),
         ("regression", {"loss.name": "bins"}, r"loss.range: bins needs .*\[0, 100\]"),
-        ("multilabel", {"loss.threshold": 0.2, "loss.smoothing": 0.1}, "undone by loss.threshold"),
+        ("multilabel", {"loss.threshold": 0.2, "loss.label_smoothing": 0.1}, "undone by loss.threshold"),
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
-        ("retrieval", {"loss.name": "triplet"}, "set sampling.together"),
-        ("retrieval", {"loss.name": "triplet", "sampling.together": 2, "select.name": "best"}, "nothing can be chosen"),
+        ("retrieval", {"loss.name": "triplet"}, "set sampling.m_per_class"),
+        ("retrieval", {"loss.name": "triplet", "sampling.m_per_class": 2, "select.name": "best"}, "nothing can be chosen"),
         ("multiclass", {"model.embedding": 64}, "model.embedding: 64 has no effect on loss cross_entropy; arcface"),
         ("retrieval", {"loss.name": "focal", "predict.neighbours": 3}, "predict.neighbours: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),
@@ -351,7 +351,7 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
     other: dict[str, Any] = {
         "range": [-20.0, 20.0],
         "bins": 16,
-        "centres": 3,
+        "sub_centers": 3,
         "threshold": 0.4,
         "alpha": 0.3,
         "margin_rare": 0.5,
@@ -362,7 +362,7 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
         target = TARGETS[task][0 if name in PAIRS else -1]
         base: dict[str, Any] = {"loss.name": name, **NEEDED.get(name, {})}
         for knob, own in loss_knobs.TAKES[name].items():
-            if knob == "centres" or (knob == "alpha" and task in ("multiclass", "retrieval")):
+            if knob == "sub_centers" or (knob == "alpha" and task in ("multiclass", "retrieval")):
                 continue
             value = other.get(knob, 0.3 if not own else own * 0.7)
             heard = []
@@ -385,7 +385,7 @@ def test_base_yaml_says_what_each_loss_takes_by_itself() -> None:
         for knob, own in takes.items():
             comment = re.search(rf"^  {knob}: .*#(.*)$", section, re.M)
             assert comment, knob
-            if knob != "smoothing":
+            if knob != "label_smoothing":
                 assert re.search(rf"{name}\b.*{'off|needs' if own is None else own}", comment[1]), (
                     name,
                     knob,

@@ -19,7 +19,7 @@ from comp.engine.store import store
 
 QUICK = [
     "track=none",
-    "machine.workers=0",
+    "machine.num_workers=0",
     "machine.progress=false",
     "train.epochs=1",
     "schedule.warmup=0",
@@ -60,7 +60,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
     assert {k: after[k] for k in before} == before
     assert after.keys() - before.keys() == {"runs/exp001-lr-range.png", "runs/exp001-lr-range.csv"}
     out = capsys.readouterr().out
-    rate = float(out.split("optim.rate=")[1].split()[0])
+    rate = float(out.split("optim.lr=")[1].split()[0])
     assert 1e-4 < rate < 100 and out.splitlines()[-1].startswith("next: comp train exp001 --as")
     with Image.open(project / "runs/exp001-lr-range.png") as picture:
         assert picture.size[0] > 500
@@ -101,7 +101,7 @@ def test_a_curve_is_drawn_without_pictures(
     for picture in (project / "data/raw").rglob("*.png"):
         picture.unlink()
     monkeypatch.setitem(__import__("sys").modules, "comp.data", None)  # what needs torch cannot be imported
-    said = ["schedule=one_cycle", "train.accumulate=2", "optim.base_batch=256"]
+    said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.base_batch=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0
     out = capsys.readouterr().out
     assert "one_cycle: 270 steps, 18 an epoch, 64 images each (32 x 2)" in out

@@ -25,7 +25,7 @@ from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
 TINY = [
-    "track=none", "machine.workers=0", "machine.progress=false", "train.limit=96", "train.epochs=1", "schedule.warmup=0",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=96", "train.epochs=1", "schedule.warmup=0",
     "data.size=16", "model.pretrained=false",
 ]  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_each_head_learns_what_features_say(name: str) -> None:
 
 
 def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = ["machine.workers=0", "machine.progress=false"]
+    quiet = ["machine.num_workers=0", "machine.progress=false"]
     (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
     features.features("exp003", quiet, "knn")
     table = samples.load()
@@ -268,7 +268,7 @@ def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
 def test_a_head_of_frozen_features_predicts_again_what_is_stored(project: Path) -> None:
     """Blends, the recheck and kernels take it for a checkpoint."""
     (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
-    features.features("exp003", ["machine.workers=0", "machine.progress=false"], "logistic")
+    features.features("exp003", ["machine.num_workers=0", "machine.progress=false"], "logistic")
     (leaf,) = kernel.leaves_of("exp003:logistic")
     assert leaf["checkpoints"] == [(0, f"{fold}/logistic") for fold in range(5)] and leaf["tta"] == [
         "identity"

@@ -1,4 +1,4 @@
-"""data.normalise and data.whiten: what they do to pictures, and that only the training part of a fold has a say."""
+"""data.normalize and data.whiten: what they do to pictures, and that only the training part of a fold has a say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import normalize, pixel_stats, runner
 from comp.engine.store import store
 
-TINY = ["track=none", "machine.workers=0", "machine.progress=false", "augment.recipe=none"]
+TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "augment.recipe=none"]
 CPU = torch.device("cpu")
 
 
@@ -53,22 +53,22 @@ def noisy(project: Path) -> Positions:
 @pytest.mark.parametrize("kind", ["pca", "zca"])
 def test_the_covariance_of_whitened_training_pictures_is_the_identity(project: Path, kind: str) -> None:
     rows = noisy(project)
-    cfg = config(*TINY, "data.size=8", f"data.whiten={kind}", "data.whiten_eps=1e-7", "data.normalise=data")
+    cfg = config(*TINY, "data.size=8", f"data.whiten={kind}", "data.whiten_eps=1e-7", "data.normalize=data")
     flat = seen_of(cfg, rows).flatten(1).double()
     assert flat.mean(0).abs().max() < 1e-4
     assert torch.allclose(flat.T @ flat / len(flat), torch.eye(64, dtype=torch.float64), atol=1e-3)
-    plain = seen_of(config(*TINY, "data.size=8", "data.normalise=data"), rows).flatten(1).double()
+    plain = seen_of(config(*TINY, "data.size=8", "data.normalize=data"), rows).flatten(1).double()
     likeness = (plain * flat).sum() / (plain.norm() * flat.norm())
     assert (likeness > 0.7) == (kind == "zca"), "zca stays near the picture, pca does not"
 
 
 def test_what_each_normalising_does(project: Path) -> None:
     rows = samples.load().positions("train")[:200]
-    as_data = seen_of(config(*TINY, "data.normalise=data"), rows)
+    as_data = seen_of(config(*TINY, "data.normalize=data"), rows)
     assert abs(float(as_data.mean())) < 1e-4 and abs(float(as_data.std()) - 1) < 1e-3
-    stretched = seen_of(config(*TINY, "data.normalise=minmax"), rows)
+    stretched = seen_of(config(*TINY, "data.normalize=minmax"), rows)
     assert (stretched.amin((1, 2, 3)) == 0).all() and (stretched.amax((1, 2, 3)) == 1).all()
-    raw = seen_of(config(*TINY, "data.normalise=none"), rows)
+    raw = seen_of(config(*TINY, "data.normalize=none"), rows)
     assert raw.min() >= 0 and raw.max() <= 1
     by_model = seen_of(config(*TINY), rows)
     assert torch.allclose(by_model, (raw - 0.5) / 0.5, atol=1e-6)  # what test_resnet was made for
@@ -83,7 +83,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
         "train.epochs=1",
         "schedule.warmup=0",
         "data.size=16",
-        "data.normalise=data",
+        "data.normalize=data",
         "data.whiten=zca",
     ]
 
@@ -111,7 +111,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
 
 
 def test_whitening_is_for_small_pictures(empty: Path) -> None:
-    for overrides in (["data.size=96"], ["augment.sizes=[16,32]"]):
+    for overrides in (["data.size=96"], ["augment.progressive_sizes=[16,32]"]):
         with pytest.raises(UserError, match=r"data.whiten"):
             config("data.whiten=zca", *overrides)
 

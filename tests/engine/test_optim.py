@@ -55,7 +55,7 @@ def taught(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, ste
     """As in the loop: rate set, gradients, clipped, stepped, dropped."""
     for step in steps:
         torch.manual_seed(step)
-        optim.set_rate(optimizer, cfg.optim.rate * (1 + step / 10), None)
+        optim.set_rate(optimizer, cfg.optim.lr * (1 + step / 10), None)
         loss = nn.functional.cross_entropy(module(torch.randn(6, 1, 8, 8)), torch.arange(6) % 3)
         loss.backward(create_graph=optim.second_order(optimizer))
         optim.clip(cfg, module)
@@ -93,17 +93,17 @@ def resumes(*said: str) -> None:
 
 @pytest.mark.parametrize("name", LISTED)
 def test_every_optimizer_resumes_to_the_byte(name: str) -> None:
-    resumes(f"optim.name={name}", "optim.rate=0.01", *(PLAIN if name == "lbfgs" else ["optim.l1=0.01"]))
+    resumes(f"optim.name={name}", "optim.lr=0.01", *(PLAIN if name == "lbfgs" else ["optim.l1=0.01"]))
 
 
 @pytest.mark.parametrize("said", [["adam"], ["kron"], ["adahessian"], ["sgd", "optim.layer_decay=0.5"]])
 def test_lookahead_resumes_to_the_byte(said: list[str]) -> None:
     """Three steps are not a multiple of two: the stop falls between two looks."""
-    resumes(f"optim.name={said[0]}", "optim.rate=0.01", "optim.lookahead=2")
+    resumes(f"optim.name={said[0]}", "optim.lr=0.01", "optim.lookahead=2")
 
 
 def test_lookahead_goes_half_of_the_way_back() -> None:
-    cfg = config("optim.name=momentum", "optim.momentum=0", "optim.rate=0.1", "optim.lookahead=2", *PLAIN)
+    cfg = config("optim.name=momentum", "optim.momentum=0", "optim.lr=0.1", "optim.lookahead=2", *PLAIN)
     ahead, plain = network(), network()
     one, other = (
         optim.optimizer(cfg, ahead),
@@ -132,7 +132,7 @@ def test_lookahead_goes_half_of_the_way_back() -> None:
 
 def moved(*said: str) -> dict[str, Tensor]:
     """By how much each weight shrinks when its gradient is zero, as a function of itself: before, after."""
-    cfg = config("optim.name=adamw", "optim.rate=0.1", *said)
+    cfg = config("optim.name=adamw", "optim.lr=0.1", *said)
     module = network()
     with torch.no_grad():
         for weight in module.parameters():
@@ -172,7 +172,7 @@ def test_a_head_without_a_number_of_its_own_has_the_backbones() -> None:
 
 
 def test_l1_stops_at_zero() -> None:
-    cfg = config("optim.name=sgd", "optim.rate=0.1", "optim.l1=0.5", *PLAIN)
+    cfg = config("optim.name=sgd", "optim.lr=0.1", "optim.l1=0.5", *PLAIN)
     module = network()
     with torch.no_grad():
         module.conv.weight.copy_(torch.linspace(-0.2, 0.2, 36).view_as(module.conv.weight))
@@ -202,7 +202,7 @@ def test_the_head_of_a_timm_model_is_its_classifier(name: str) -> None:
 
 def test_layer_decay_is_a_power_of_the_depth() -> None:
     module: Any = timm.create_model("test_vit", num_classes=3)
-    cfg = config("optim.layer_decay=0.5", "optim.rate=0.1", "optim.weight_decay_head=0.7")
+    cfg = config("optim.layer_decay=0.5", "optim.lr=0.1", "optim.weight_decay_head=0.7")
     optimizer = optim.optimizer(cfg, module)
     optim.set_rate(optimizer, 0.1, None)
     of = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
@@ -216,7 +216,7 @@ def test_layer_decay_is_a_power_of_the_depth() -> None:
 
 def test_second_order_differentiates_a_transformer() -> None:
     module: Any = timm.create_model("test_vit", num_classes=3, img_size=32)
-    cfg = config("optim.name=adahessian", "optim.rate=0.01")
+    cfg = config("optim.name=adahessian", "optim.lr=0.01")
     optimizer = optim.optimizer(cfg, module)
     before = module.head.weight.detach().clone()
     nn.functional.cross_entropy(module(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward(
@@ -233,7 +233,7 @@ def clipped(mode: str, limit: float, gradient: float = 3.0) -> dict[str, Tensor]
     module = network()
     for weight in module.parameters():
         weight.grad = torch.full_like(weight, gradient)
-    optim.clip(config(f"optim.clip={limit}", f"optim.clip_mode={mode}"), module)
+    optim.clip(config(f"optim.clip_grad={limit}", f"optim.clip_mode={mode}"), module)
     return {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
 
 

@@ -58,7 +58,7 @@ def test_runs_and_ensembles_with_scores_and_differences(
 ) -> None:
     member(project, "exp001", noise=1.2)
     member(project, "exp002", noise=1.8, marks=["selected_on_fold"])
-    cfg = resolve.load(project.root, "exp001", ["optim.rate=0.25", "machine.workers=7"]).config
+    cfg = resolve.load(project.root, "exp001", ["optim.lr=0.25", "machine.num_workers=7"]).config
     store.write_text(store.run_folder("exp002") / "config.yaml", resolve.to_yaml(cfg))
     store.seal(store.run_folder("exp002") / "config.yaml")
     for number in range(3):
@@ -76,7 +76,7 @@ def test_runs_and_ensembles_with_scores_and_differences(
         assert f"{record['mean']:.4f} ± {record['std']:.4f}" in row(out, name)
         assert f"{record['oof']:.4f}" in row(out, name)
     assert "3/5" in row(out, "exp001") and "unfinished" in row(out, "exp001")
-    assert "optim.rate=0.25" in row(out, "exp002") and "workers" not in out
+    assert "optim.lr=0.25" in row(out, "exp002") and "num_workers" not in out
     assert "selected_on_fold" in row(out, "exp002") and "selected_on_fold" in row(out, "blend001")
     assert "0.50 exp001 0.50 exp002" in row(out, "blend001")
     best = max(scores, key=lambda name: scores[name]["oof"])
@@ -251,11 +251,11 @@ def test_csv_of_the_refit_and_of_nobody(project: Project, capsys: pytest.Capture
 def test_config_says_where_each_value_comes_from(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["config", "exp001", "optim.clip=null"]) == 0
+    assert cli.main(["config", "exp001", "optim.clip_grad=null"]) == 0
     out = capsys.readouterr().out
-    assert "configs/exp001.yaml:" in row(out, "optim.rate=0.005")
+    assert "configs/exp001.yaml:" in row(out, "optim.lr=0.005")
     assert "configs/base.yaml:" in row(out, "optim.momentum=null")
-    assert "optim.clip=null" in row(out, "optim.clip=null").split()[-1]
+    assert "optim.clip_grad=null" in row(out, "optim.clip_grad=null").split()[-1]
     assert "configs/competition.yaml:" in row(out, "competition.task=multiclass")
 
 

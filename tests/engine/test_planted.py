@@ -114,7 +114,7 @@ def test_no_planted_key_is_in_anything_written(
     push = ["kernel", "tiny", "--push", "-m", "second", "--anyway", "to look"]
     assert cli.main(push) == 2
     server.kernel_runs = ["COMPLETE"]
-    assert cli.main(push) == 0 and cli.main(["scores"]) == 0
+    assert cli.main(push) == 0 and cli.main(["ledger"]) == 0
     assert len(server.submissions) == 2 and store.path("submissions", "ledger.jsonl").exists()
 
     said = capfd.readouterr()

@@ -237,7 +237,7 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
     assert set(found()) == {"pseudo-labels that their models do not repeat"}
 
 
-QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
 
 
 def test_the_rows_teach(project: Path) -> None:
@@ -274,7 +274,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     pseudo_labels.write("teacher", "teacher", Wish(None, 0.5, False, 1.0))
     runner.train(
         "exp001",
-        [*QUIET, "data.pseudo=teacher", "data.normalise=data", "data.size=8"],
+        [*QUIET, "data.pseudo=teacher", "data.normalize=data", "data.size=8"],
         fold="1",
         name="taught",
     )

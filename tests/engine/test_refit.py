@@ -35,10 +35,10 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
     rates = {}
     for fold, count in rows.items():
         log = [
-            line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "rate" in line
+            line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "lr" in line
         ]
         assert len(log) == 2 * (count // 64)
-        rates[fold] = [line["rate"] for line in log]
+        rates[fold] = [line["lr"] for line in log]
     for share in (0, 0.25, 0.5, 0.75):
         one, full = (rates[fold][round(share * len(rates[fold]))] for fold in rates)
         assert full == pytest.approx(one, rel=0.1)
@@ -48,7 +48,7 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
 
 # --- a run of which only the refit was trained ---------------------------------------------------------------------------
 
-KEPT = ["train.epochs=2", "train.limit=null", "snapshots.cycles=2", "train.ema=0.9", "average.beside=[raw, swa]", "average.swa_from=0"]  # fmt: skip
+KEPT = ["train.epochs=2", "train.limit=null", "snapshots.cycles=2", "train.ema=0.9", "average.members=[raw, swa]", "average.swa_from=0"]  # fmt: skip
 MADE = ["full", "full-last2", "full-raw", "full-snap1", "full-snap2", "full-swa"]
 
 

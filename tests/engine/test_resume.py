@@ -26,7 +26,7 @@ from comp.engine.store import store
 # Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving rate.
 RECIPE = [
     "track=none", "augment=heavy", "model.drop_rate=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=96", "train.batch_size=8",
-    "train.accumulate=2", "train.checkpoint_every=2", "machine.workers=0", "machine.progress=false",
+    "train.grad_accum_steps=2", "train.checkpoint_every=2", "machine.num_workers=0", "machine.progress=false",
 ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_killed_at_twenty_events_in_a_row_and_one_by_one(fresh: dict[str, str]) 
     "workers", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
 def test_the_same_bytes_for_any_number_of_workers(fresh: dict[str, str], workers: int) -> None:
-    assert forked(lambda: train(f"machine.workers={workers}")) == 0
+    assert forked(lambda: train(f"machine.num_workers={workers}")) == 0
     assert artefacts(store.root()) == fresh
 
 

@@ -169,7 +169,7 @@ def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
 def test_each_stage_has_a_warmup_of_its_own() -> None:
     staged = config(
         "train.epochs=3",
-        "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: everything, epochs: 2, rate: 1e-3}]",
+        "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: everything, epochs: 2, lr: 1e-3}]",
     )
     lines = schedule.shortened(schedule.curve(staged, schedule.span(staged, 320)))
     assert [re.findall(r"\d+", each) for each in lines] == [["10", "10", "1", "5"]]
@@ -204,14 +204,14 @@ def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
 
 
 def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
-    cfg = config("optim.rate=0.1", "train.batch_size=8", "train.accumulate=4", "optim.base_batch=256")
+    cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.base_batch=256")
     span = schedule.span(cfg, 1000)
     assert (span.effective, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
     assert schedule.curve(cfg, span).rate(10**3) != 0
     assert schedule.peak(cfg, span.effective) == pytest.approx(0.1 / 8)
-    root = config("optim.rate=0.1", "optim.base_batch=256", "optim.scaling=root")
+    root = config("optim.lr=0.1", "optim.base_batch=256", "optim.scaling=root")
     assert schedule.peak(root, 64) == pytest.approx(0.1 / 2)
-    assert schedule.peak(config("optim.rate=0.1"), 64) == 0.1
+    assert schedule.peak(config("optim.lr=0.1"), 64) == 0.1
     assert schedule.span(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
 
 
@@ -225,7 +225,7 @@ def test_an_idle_knob_is_named_with_its_place() -> None:
         "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "
         "cosine_restarts, triangular, exponential looks at it"
     ]
-    assert len(idle_lines("optim.scaling=root", "optim.clip=null", "optim.clip_mode=agc")) == 2
+    assert len(idle_lines("optim.scaling=root", "optim.clip_grad=null", "optim.clip_mode=agc")) == 2
     assert "schedule.momentum: null" in idle_lines("schedule=one_cycle", "optim.momentum=0.8")[0]
     assert idle_lines("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
     assert set(unused_knobs.SCHEDULES) == set(schema.Schedule.model_fields) - {"name", "warmup"}
@@ -234,7 +234,7 @@ def test_an_idle_knob_is_named_with_its_place() -> None:
 @pytest.mark.parametrize("knob", unused_knobs.SCHEDULES)
 def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> None:
     other: dict[str, Any] = {
-        "final": 0.3, "every": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "multiplier": 2, "decay": 0.5, "start": 0.4, "rise": 0.6,
+        "min_lr_ratio": 0.3, "every": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "multiplier": 2, "decay": 0.5, "start": 0.4, "pct_start": 0.6,
         "anneal": "linear", "momentum": "[0.5, 0.6]", "cooldown": "50%",
     }  # fmt: skip
     for name in schedule.SHAPES:
@@ -242,6 +242,6 @@ def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> No
             continue
         one, two = curve(f"name={name}"), curve(f"name={name}", f"{knob}={other[knob]}")
         for drawn in (one, two):
-            drawn.seen.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "final" else 1))
+            drawn.seen.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "min_lr_ratio" else 1))
         same = all((one.rate(s), one.momentum(s)) == (two.rate(s), two.momentum(s)) for s in range(STEPS))
         assert same == (name not in unused_knobs.SCHEDULES[knob]), name

@@ -65,7 +65,7 @@ def test_a_key_in_a_config(empty: Path, capsys: pytest.CaptureFixture[str], key:
 
 def test_what_is_no_key_passes() -> None:
     for text in (
-        "optim.rate=3e-4",
+        "optim.lr=3e-4",
         "data.size=224",
         "exp001",
         "larger images",

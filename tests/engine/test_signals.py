@@ -24,7 +24,7 @@ from comp.engine.store import store
 
 TRAIN = [
     *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema=0.9", "train.epochs=2"],
-    *["train.limit=48", "train.batch_size=8", "schedule.warmup=0", "machine.workers=0", "machine.progress=false"],
+    *["train.limit=48", "train.batch_size=8", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false"],
 ]  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def test_loader_processes_leave_a_signal_to_the_trainer(
     fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SLURM and torchrun signal the whole group: a loader that died of it would be started anew in the middle of the end."""
-    two = [*TRAIN, "machine.workers=2"]
+    two = [*TRAIN, "machine.num_workers=2"]
 
     def work() -> int:
         os.setpgid(0, 0)
@@ -289,7 +289,7 @@ def alone(project: Path) -> Path:
 
 
 LONG = [
-    *["exp001", "track=none", "machine.workers=0", "machine.progress=false", "train.limit=64", "schedule.warmup=0"],
+    *["exp001", "track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=64", "schedule.warmup=0"],
     "train.epochs=30",
 ]  # fmt: skip
 

@@ -16,26 +16,26 @@ from comp.engine import cli
 from comp.engine.errors import UserError
 from comp.engine.tune import space, study_config
 
-RATE = "  optim.rate: {low: 1e-4, high: 1e-2, log: true}\n"
+RATE = "  optim.lr: {low: 1e-4, high: 1e-2, log: true}\n"
 MISTAKES = {
     # what the file says: what the answer must contain
-    "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; the nearest is optim.rate",
+    "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; the nearest is optim.lr",
     "search:\n  optim: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim: is a section; say which of optim.name",
     "search:\n  competition.metric: [accuracy, log_loss]\n": "competition.metric: changes what is scored",
-    "search:\n  machine.workers: [1, 2]\n": "machine.workers: is useless here, it changes no result",
+    "search:\n  machine.num_workers: [1, 2]\n": "machine.num_workers: is useless here, it changes no result",
     "search:\n  train.seeds: [[0], [1]]\n": "train.seeds: is useless here",
     "search:\n  train.threads: {low: 1, high: 4}\n": "train.threads: is useless here, it changes nothing but the last digit",
-    "search:\n  optim.rate: 3e-4\n": "optim.rate: 0.0003 must be {low: …, high: …} or a list of choices",
-    "search:\n  optim.rate: {lo: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rate: lo: no such word; the nearest is low",
-    "search:\n  optim.rate: {log: true}\n": "optim.rate: wants either low and high, or choices",
-    "search:\n  optim.rate: {low: 1e-4, high: 1, choices: [1, 2]}\n": "optim.rate: wants either low and high, or choices",
-    "search:\n  optim.rate: {low: 1e-4}\n": "optim.rate: high is missing",
-    "search:\n  optim.rate: {low: 1e-2, high: 1e-4}\n": "optim.rate: low 0.01 must be below high 0.0001",
-    "search:\n  optim.rate: {low: small, high: 1e-4}\n": "optim.rate: low: 'small' must be a number",
-    "search:\n  optim.rate: {low: 1e-4, high: .inf}\n": "optim.rate: high: inf must be a number",
-    "search:\n  optim.rate: {low: 0, high: 1e-2, log: true}\n": "optim.rate: a log range must begin above 0, not at 0",
-    "search:\n  optim.rate: {low: 1e-4, high: 1e-2, log: yes}\n": "optim.rate: log: 'yes' must be true or false",
-    "search:\n  optim.rate: {low: 1e-4, high: 1e-2, log: true, step: 1e-3}\n": "optim.rate: log and step exclude each other",
+    "search:\n  optim.lr: 3e-4\n": "optim.lr: 0.0003 must be {low: …, high: …} or a list of choices",
+    "search:\n  optim.lr: {lo: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.lr: lo: no such word; the nearest is low",
+    "search:\n  optim.lr: {log: true}\n": "optim.lr: wants either low and high, or choices",
+    "search:\n  optim.lr: {low: 1e-4, high: 1, choices: [1, 2]}\n": "optim.lr: wants either low and high, or choices",
+    "search:\n  optim.lr: {low: 1e-4}\n": "optim.lr: high is missing",
+    "search:\n  optim.lr: {low: 1e-2, high: 1e-4}\n": "optim.lr: low 0.01 must be below high 0.0001",
+    "search:\n  optim.lr: {low: small, high: 1e-4}\n": "optim.lr: low: 'small' must be a number",
+    "search:\n  optim.lr: {low: 1e-4, high: .inf}\n": "optim.lr: high: inf must be a number",
+    "search:\n  optim.lr: {low: 0, high: 1e-2, log: true}\n": "optim.lr: a log range must begin above 0, not at 0",
+    "search:\n  optim.lr: {low: 1e-4, high: 1e-2, log: yes}\n": "optim.lr: log: 'yes' must be true or false",
+    "search:\n  optim.lr: {low: 1e-4, high: 1e-2, log: true, step: 1e-3}\n": "optim.lr: log and step exclude each other",
     "search:\n  model.drop_rate: {low: 0, high: 0.5, step: 0.7}\n": "model.drop_rate: step: 0.7 must be above 0 and at most 0.5",
     "search:\n  train.epochs: {low: 4, high: 8.5}\n": "train.epochs: high: 8.5 must be a whole number",
     "search:\n  model.name: {low: 1, high: 2}\n": "model.name: is no number; give a list of choices",
@@ -45,9 +45,9 @@ MISTAKES = {
     "search:\n  optim.clip_mode: [norm, vlaue]\n": "optim.clip_mode: input should be 'norm', 'value' or 'agc', not 'vlaue' (text); the nearest is value",
     "search:\n  model.drop_rate: {low: 0, high: 1.5}\n": "odd.yaml:2: model.drop_rate: input should be less than 1, not 1.5",
     "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs are shortened to half of train.epochs",
-    f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip: when: optim.nam is not searched",
-    f"search:\n{RATE}  optim.clip: {{low: 1, high: 2, when: {{optim.rate: 1}}}}\n": "optim.clip: when: optim.rate is a range",
-    "search:\n  optim.name: [adamw, sgd]\n  optim.clip: {low: 1, high: 2, when: {optim.name: sg}}\n": "optim.name is never 'sg'; the nearest is sgd",
+    f"search:\n{RATE}  optim.clip_grad: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip_grad: when: optim.nam is not searched",
+    f"search:\n{RATE}  optim.clip_grad: {{low: 1, high: 2, when: {{optim.lr: 1}}}}\n": "optim.clip_grad: when: optim.lr is a range",
+    "search:\n  optim.name: [adamw, sgd]\n  optim.clip_grad: {low: 1, high: 2, when: {optim.name: sg}}\n": "optim.name is never 'sg'; the nearest is sgd",
     "search:\n  optim.name: {choices: [adamw, sgd], when: {optim.name: sgd}}\n": "optim.name: when: asks for itself",
     "search:\n  optim.name: {choices: [adamw, sgd], when: {train.amp: fp32}}\n"
     "  train.amp: {choices: [fp32, bf16], when: {optim.name: sgd}}\n": "when: the conditions go round in a circle",
@@ -55,15 +55,15 @@ MISTAKES = {
     f"search:\n{RATE}pruner: mediann\n": "pruner: 'mediann' is none of median",
     f"search:\n{RATE}objectives: [speed]\n": "objectives: ['speed'] must be [score] or [score, time]",
     f"search:\n{RATE}objectives: [score, time]\n": "pruner: median compares one number, there are two objectives",
-    f"search:\n{RATE}sampler: grid\n": "sampler: grid wants a step or choices for optim.rate",
+    f"search:\n{RATE}sampler: grid\n": "sampler: grid wants a step or choices for optim.lr",
     "search:\n  model.name: [a, b]\nsampler: cmaes\n": "sampler: cmaes knows no choices like model.name",
     f"search:\n{RATE}folds: 9\n": "folds: 9 must be a whole number from 1 to 5",
     f"search:\n{RATE}trials: many\n": "trials: 'many' must be a whole number",
     f"search:\n{RATE}serch: 1\n": "odd.yaml:3: serch: no such key; the nearest is search",
     "search: {}\n": "odd.yaml:1: search: wants lines like",
     f"search:\n{RATE}{RATE}": "stands here for the second time, first on line 2",
-    "search:\n  optim.rate: {low: 1e-4, high: 1e-2\n": "odd.yaml:3: is not YAML",
-    "- optim.rate\n": "a list of `key: value` lines is wanted",
+    "search:\n  optim.lr: {low: 1e-4, high: 1e-2\n": "odd.yaml:3: is not YAML",
+    "- optim.lr\n": "a list of `key: value` lines is wanted",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_there_are_thirty_kinds_and_all_are_told_at_once(
     assert len(MISTAKES) >= 30
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "odd.yaml").write_text(
-        "search:\n  optim.rat: [1, 2]\n  machine.workers: [1, 2]\nsampler: x\n"
+        "search:\n  optim.rat: [1, 2]\n  machine.num_workers: [1, 2]\nsampler: x\n"
     )
     assert cli.main(["tune", "exp001", "--space", "odd"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 3

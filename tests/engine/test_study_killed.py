@@ -23,10 +23,10 @@ from comp.engine.store import process, store
 from comp.engine.tune import search, study, trial
 from comp.engine.tune.study import Joined
 
-SPACE = "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\n"
+SPACE = "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\n"
 TINY = [
     "track=none",
-    "machine.workers=0",
+    "machine.num_workers=0",
     "machine.progress=false",
     "train.epochs=2",
     "train.limit=32",

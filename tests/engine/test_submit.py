@@ -149,13 +149,13 @@ def test_every_failure_is_one_line_and_the_same_command_goes_on(
 def test_a_failure_while_waiting_loses_nothing(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], failure: Any
 ) -> None:
-    """The list answers before the sending and not after it: then comp scores does not answer, and then it does."""
+    """The list answers before the sending and not after it: then comp ledger does not answer, and then it does."""
     server.fail["ListSubmissions"] = [None] + [failure] * 9
     assert submit() == 2
     said = capsys.readouterr().err.strip()
     assert WORDS[failure] in said and len(said.splitlines()) == 1 and len(server.submissions) == 1
     server.fail["ListSubmissions"] = [failure] * 9
-    assert cli.main(["scores"]) == 2
+    assert cli.main(["ledger"]) == 2
     said = capsys.readouterr().out
     assert WORDS[failure] in said and "first try" in said
     server.fail.clear()
@@ -223,8 +223,8 @@ def test_ctrl_c_while_waiting_says_who_picks_it_up(
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", pressed)
         assert submit() == 130
-    assert "submission 1000 is sent, and comp scores picks its score up" in capsys.readouterr().err
-    assert cli.main(["scores"]) == 0 and ledger.submissions("practice")[0]["public"] == 0.5
+    assert "submission 1000 is sent, and comp ledger picks its score up" in capsys.readouterr().err
+    assert cli.main(["ledger"]) == 0 and ledger.submissions("practice")[0]["public"] == 0.5
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_comp_scores_picks_up_what_was_killed(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert os.WIFSIGNALED(forked(killed("sent, not booked")))
-    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0 and cli.main(["ledger"]) == 0
     (entry,) = ledger.submissions("practice")
     assert entry["kind"] == "file" and entry["public"] == 0.5 and entry["name"] == "exp001"
 
@@ -303,10 +303,10 @@ def test_comp_scores_killed_at_a_line_of_the_book(server: Server, sendable: Proj
             return add(event, **facts)
 
         ledger.add = counted
-        cli.main(["scores"])
+        cli.main(["ledger"])
 
     assert os.WIFSIGNALED(forked(work))
-    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0 and cli.main(["ledger"]) == 0
     assert [(each["number"], each["public"]) for each in ledger.submissions("practice")] == [
         (77, 0.6),
         (1000, 0.5),
@@ -335,10 +335,10 @@ def test_book_with_foreign_ones_plot_luck_and_advice(
     server.submissions.append(
         {"ref": 77, "description": "by hand", "score": 0.6, "looks": 0, "date": "2026-11-01T00:00:00Z"}
     )
-    assert cli.main(["scores"]) == 0 and cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0 and cli.main(["ledger"]) == 0
     capsys.readouterr()
     server.submissions[0]["private"] = 0.69
-    assert cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0
     out = capsys.readouterr().out
     assert "(elsewhere)" in out and "by hand" in out and "0.69" in out
     assert "rank correlation of CV and public score over 3 submissions: " in out
@@ -346,7 +346,7 @@ def test_book_with_foreign_ones_plot_luck_and_advice(
     assert "final two: " in out and "correlation" in out
     assert (sendable.root / "submissions/scores.png").read_bytes().startswith(b"\x89PNG")
     before = ledger.file().read_bytes()
-    assert cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0
     assert ledger.file().read_bytes() == before, "nothing changed, so nothing is written"
 
 
@@ -358,7 +358,7 @@ def test_many_pages_of_submissions(
         server.submissions.append(
             {"ref": i + 1, "description": "old", "score": 0.1, "looks": 0, "date": "2026-11-01T00:00:00Z"}
         )
-    assert cli.main(["scores"]) == 0
+    assert cli.main(["ledger"]) == 0
     assert [each["number"] for each in ledger.submissions("practice")] == [1, 2, 3, 4, 5]
 
 
@@ -367,7 +367,7 @@ def test_without_kaggle_the_book_is_shown_as_it_was(
 ) -> None:
     assert submit() == 0
     server.fail["ListSubmissions"] = [500] * 9
-    assert cli.main(["scores"]) == 2
+    assert cli.main(["ledger"]) == 2
     out = capsys.readouterr().out
     assert "out of order" in out and "first try" in out
 
@@ -382,7 +382,7 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
     summary = next(json.loads(line) for line in log.read_text().splitlines() if '"summary"' in line)
     assert summary["values"]["public"] == 0.5
     assert list((sendable.root / "wandb").glob("offline-run-*"))
-    assert submit("exp002") == 0 and cli.main(["scores"]) == 0
+    assert submit("exp002") == 0 and cli.main(["ledger"]) == 0
     parts = [wandb_reader.read(folder) for folder in (sendable.root / "wandb").glob("offline-run-*")]
     (book,) = [part for part in parts if part.run.run_id == "submissions-practice"]
     assert book.run.job_type == "submit" and book.media("cv_against_leaderboard").exists()

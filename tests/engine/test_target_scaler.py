@@ -20,7 +20,7 @@ from comp.engine.run import runner, tracking
 from comp.engine.store import store
 
 FORTY_STEPS = [
-    "track=none", "machine.workers=0", "machine.progress=false", "train.ema=null", "train.limit=160", "train.batch_size=16",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.limit=160", "train.batch_size=16",
     "train.epochs=4", "augment=none",
 ]  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, sh
 def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_average(project: Path) -> None:
     kinds = ["raw", "swa", "tail", "uniform", "greedy"]
     learn(
-        project, 1000.0, 9500.0, "train.ema=0.9", f"average.beside=[{','.join(kinds)}]", "snapshots.cycles=2",
+        project, 1000.0, 9500.0, "train.ema=0.9", f"average.members=[{','.join(kinds)}]", "snapshots.cycles=2",
         "average.tail=2", "train.limit=96",
     )  # fmt: skip
     table = samples.load()

@@ -153,7 +153,7 @@ def test_every_line_is_valid_json_and_numbers_come_back(plain: Project) -> None:
     (marked,) = [line for line in raw if "nonfinite" in line and line.get("step")]
     assert marked["loss"] is None and marked["nonfinite"] == {"loss": "nan"}
     back = {line.get("step"): line for line in tracking.read(plain.folder / "log.jsonl") if "loss" in line}
-    assert math.isnan(back[7]["loss"]) and back[8]["rate"] == 0.5
+    assert math.isnan(back[7]["loss"]) and back[8]["lr"] == 0.5
     (summary,) = [
         line for line in tracking.read(plain.folder / "log.jsonl") if line.get("event") == "summary"
     ]
@@ -179,7 +179,7 @@ def test_after_a_kill_the_offline_parts_are_one_history_without_repeated_steps(r
     (part,) = resumed.parts()
     assert part.column("step") == list(range(1, 41))
     told = [line for line in resumed.lines() if "loss" in line]
-    assert part.column("rate") == [line["rate"] for line in told]
+    assert part.column("lr") == [line["lr"] for line in told]
     # nan is not equal to itself
     assert list(map(repr, part.column("loss"))) == [repr(line["loss"]) for line in told]
     assert part.column("epoch") == [1, 2, 3, 4]
@@ -198,7 +198,7 @@ def test_the_offline_part_holds_all_that_was_promised(resumed: Project) -> None:
         "fold",
     )
     assert (part.run.display_name, part.run.project) == ("exp001/seed0/fold1", "practice")
-    assert part.config["optim"] == {"rate": 1e-3}
+    assert part.config["optim"] == {"lr": 1e-3}
     # code version and difference
     commit = subprocess.run(
         ["git", "-C", str(resumed.root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
@@ -210,7 +210,7 @@ def test_the_offline_part_holds_all_that_was_promised(resumed: Project) -> None:
     # hardware
     assert part.config["hardware"]["cores"] >= 1 and part.machine["cpu_count"] >= 1
     # numbers, each over its own axis
-    assert (part.axes["loss"], part.axes["rate"], part.axes["valid_loss"]) == ("step", "step", "epoch")
+    assert (part.axes["loss"], part.axes["lr"], part.axes["valid_loss"]) == ("step", "step", "epoch")
     assert len(part.column("valid_loss")) == 4
     assert part.summary["score"] == 0.75
     # pictures and tables

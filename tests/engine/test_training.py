@@ -27,7 +27,7 @@ from comp.engine.store import store
 
 TINY = [
     "track=none",
-    "machine.workers=0",
+    "machine.num_workers=0",
     "machine.progress=false",
     "train.epochs=1",
     "schedule.warmup=0",
@@ -73,7 +73,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
     rows = np.repeat(samples.load().positions("train")[:16], 4)
 
     def drawn(workers: int, first: int = 0) -> list[bytes]:
-        cfg = config(*TINY[2:], f"machine.workers={workers}", "augment=heavy")
+        cfg = config(*TINY[2:], f"machine.num_workers={workers}", "augment=heavy")
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         plans = [data.training_batches(rows, 8, 7, epoch, first) for epoch in range(2)]
         return [p.numpy().tobytes() for plan in plans for batch in feed.batches(plan) for p in batch.pictures]
@@ -239,12 +239,12 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
 
 def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     """Not what the tracker can do, but what a real fold tells it."""
-    told = ["track=offline", "track.checkpoints=true", "machine.progress=false", "machine.workers=0"]
+    told = ["track=offline", "track.checkpoints=true", "machine.progress=false", "machine.num_workers=0"]
     runner.train("exp001", [*told, "train.epochs=2", "train.limit=48"], fold="0", name="x")
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     (part,) = [part for part in parts if part.run.job_type == "fold"]
     assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"
-    assert len(part.column("loss")) == len(part.column("rate")) == 2
+    assert len(part.column("loss")) == len(part.column("lr")) == 2
     assert len(part.column("valid_metric")) == 2 and len(part.column("images_per_second")) == 2
     for picture in ("augmentation", "confusion"):
         assert part.media(picture).exists()

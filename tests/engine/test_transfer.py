@@ -21,8 +21,8 @@ from comp.engine.run.freezing import Stages
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
-STAGES = "train.stages=[{train: head, epochs: 1, rate: 1e-2}, {train: last 2 blocks, epochs: 1, rate: 2e-3}, {train: everything, epochs: 2, rate: 1e-3}]"
-QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.limit=32", "train.batch_size=8", "train.ema=null"]  # fmt: skip
+STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.limit=32", "train.batch_size=8", "train.ema=null"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
@@ -76,7 +76,7 @@ def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
 
 
 def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
-    cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.final=0")
+    cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.min_lr_ratio=0")
     curve = schedule.curve(cfg, schedule.span(cfg, 10 * cfg.train.batch_size))
     assert [curve.rate(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
     assert curve.rate(9) < 1e-3 and curve.rate(39) < 1e-4

@@ -39,7 +39,7 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
     trials = joined.study.get_trials(deepcopy=False)
     ended = [t for t in study.counted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(ended) == 3
-    assert trials[0].user_attrs["from"] == "exp001" and trials[0].params["optim.rate"] == 5e-3
+    assert trials[0].user_attrs["from"] == "exp001" and trials[0].params["optim.lr"] == 5e-3
     for name in ("history.png", "slice.png", "report.html"):
         assert (joined.folder / name).stat().st_size > 1000, name
     capsys.readouterr()
@@ -50,7 +50,7 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
     best = trial.ranked(joined, [t for t in trials if t.state == TrialState.COMPLETE])[0]
     text = (tuned / "configs" / "exp014.yaml").read_text()
     assert f"trial {best.number} of" in text and "base: exp001" in text and "batch_size" not in text
-    assert config(experiment="exp014").optim.rate == best.params["optim.rate"]
+    assert config(experiment="exp014").optim.lr == best.params["optim.lr"]
     # What the trial trained is not trained again; its OOF is what the run would have written itself.
     before = (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns
     runner.train("exp014", ["track=none"], fold="0")
@@ -87,19 +87,19 @@ def test_the_best_of_an_earlier_study_is_tried_early(tuned: Path) -> None:
         assert taken is not None
         old.study.tell(taken[0], value)
     best = search.best_of(old.study)
-    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.rate: {low: 1e-4, high: 0.1, log: true}\n")
+    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.lr: {low: 1e-4, high: 0.1, log: true}\n")
     new = join(space="t")
     queued = [t.user_attrs["from"] for t in new.study.get_trials(deepcopy=False)]
     assert queued == ["exp001", "exp001-s"]
     study.take(new)
     taken = study.take(new)
-    assert best is not None and taken is not None and taken[1]["optim.rate"] == best.params["optim.rate"]
+    assert best is not None and taken is not None and taken[1]["optim.lr"] == best.params["optim.lr"]
 
 
 @pytest.mark.parametrize("pruner", ["median", "halving", "hyperband", "wilcoxon"])
 def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
     (tuned / "configs/tune/p.yaml").write_text(
-        f"search:\n  optim.rate: {{low: 1e-3, high: 2e-2, log: true}}\npruner: {pruner}\nsampler: random\n"
+        f"search:\n  optim.lr: {{low: 1e-3, high: 2e-2, log: true}}\npruner: {pruner}\nsampler: random\n"
     )
     joined = join(8, space="p")
     cost: list[int] = []
@@ -174,7 +174,7 @@ def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_
     (tuned / "configs/tune/few.yaml").write_text(
         "search:\n  model.drop_rate: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]\nfolds: 1\npruner: none\n"
     )
-    small = ["machine.workers=0", "train.epochs=1", "train.limit=32", "schedule.warmup=0"]
+    small = ["machine.num_workers=0", "train.epochs=1", "train.limit=32", "schedule.warmup=0"]
     assert cli.main(["tune", "exp001", "--space", "few", "--trials", "4", *small]) == 0
     parts = [wandb_reader.read(part) for part in sorted((tuned / "wandb").glob("offline-run-*"))]
     assert {part.run.run_group for part in parts} == {"exp001-few"}
@@ -200,12 +200,12 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tuned / "configs/tune/one.yaml").write_text(
-        "search:\n  optim.rate: {low: 1e-5, high: 2e-2, log: true}\nfolds: 1\npruner: none\n"
+        "search:\n  optim.lr: {low: 1e-5, high: 2e-2, log: true}\nfolds: 1\npruner: none\n"
     )
     monkeypatch.setattr(confirmed, "SEEDS", 2)
     monkeypatch.setattr(report, "write", lambda joined: [])  # looked at elsewhere
     joined = search.join("exp001", SMALL, "one", None)
-    joined.study.enqueue_trial({"optim.rate": 1.2e-2})
+    joined.study.enqueue_trial({"optim.lr": 1.2e-2})
     for value in (0.5, 0.9):
         taken = study.take(joined)
         assert taken is not None
@@ -236,7 +236,7 @@ def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
     (tuned / "configs/tune/c.yaml").write_text(
         "search:\n  model.name: [test_resnet, test_efficientnet, test_convnext]\n"
         "  model.drop_path_rate: {low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
-        "  optim.clip: {low: 0.3, high: 3.0, log: true, when: {model.name: test_convnext}}\nfolds: 1\n"
+        "  optim.clip_grad: {low: 0.3, high: 3.0, log: true, when: {model.name: test_convnext}}\nfolds: 1\n"
     )
     joined = join(14, space="c")
     own = {"test_resnet": 0, "test_efficientnet": 1, "test_convnext": 2}
@@ -253,7 +253,7 @@ def test_another_experiment_does_not_join(tuned: Path) -> None:
     join()
     with pytest.raises(UserError, match=r"was begun with another train.batch_size"):
         join(None, "train.batch_size=16")
-    join(None, "machine.resident=0")  # changes no result
+    join(None, "machine.gpu_cache_mb=0")  # changes no result
 
 
 def test_score_and_time_have_a_front(tuned: Path) -> None:
@@ -274,12 +274,12 @@ def test_samplers_by_name(tuned: Path, name: str) -> None:
     if name == "cmaes":
         pytest.importorskip("cmaes")
     (tuned / "configs/tune/n.yaml").write_text(
-        "search:\n  optim.rate: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: {low: 0, high: 0.5}\n"
+        "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: {low: 0, high: 0.5}\n"
         f"sampler: {name}\n"
     )
     joined = join(14, space="n")
     seen = set()
     while taken := study.take(joined):
-        joined.study.tell(taken[0], -abs(taken[1]["optim.rate"] - 3e-3))
-        seen.add(taken[1]["optim.rate"])
+        joined.study.tell(taken[0], -abs(taken[1]["optim.lr"] - 3e-3))
+        seen.add(taken[1]["optim.lr"])
     assert len(seen) == 14

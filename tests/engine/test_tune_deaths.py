@@ -82,7 +82,7 @@ def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned:
     taken = study.take(old)
     assert taken is not None
     old.study.tell(taken[0], 0.5)
-    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.rate: {low: 1e-4, high: 0.1, log: true}\n")
+    (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.lr: {low: 1e-4, high: 0.1, log: true}\n")
     old.study.add_trial(_told(old, 0.9))
     forked(lambda: study.take(join(1, space="t")))  # the experiment's own; what exp001-s found waits
     joined = join(1, space="t")
@@ -92,11 +92,11 @@ def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned:
     assert study.take(joined) is None
     taken = study.take(join(2, space="t"))
     assert taken is not None and taken[0].user_attrs["from"] == "exp001-s"
-    assert taken[1]["optim.rate"] == 2e-3
+    assert taken[1]["optim.lr"] == 2e-3
 
 
 def _told(joined: Joined, value: float) -> Any:
-    params = {"optim.rate": 2e-3, "model.drop_rate": 0.1}
+    params = {"optim.lr": 2e-3, "model.drop_rate": 0.1}
     kinds = {knob.key: study.distribution(knob) for knob in joined.space.knobs}
     return create_trial(params=params, distributions=kinds, value=value)
 

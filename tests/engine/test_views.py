@@ -77,7 +77,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
     views = ["identity", "hflip", "crop_top_left", "light2"]
     said = {}
     for names in [views, *([name] for name in views)]:
-        cfg = config(f"predict.tta=[{','.join(names)}]", "machine.workers=0", "machine.progress=false")
+        cfg = config(f"predict.tta=[{','.join(names)}]", "machine.num_workers=0", "machine.progress=false")
         material = runner.gather(cfg)
         weights = store.path("weights.safetensors")
         if not weights.exists():

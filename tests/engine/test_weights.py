@@ -28,10 +28,10 @@ from comp.engine.errors import UserError
 from comp.engine.run import averaging, model_selection, runner, schedule, tracking
 from comp.engine.store import store
 
-QUIET = ["track=none", "machine.workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
 EVERYTHING = [
-    *QUIET, "train.epochs=3", "train.ema=0.9", "snapshots.cycles=3", "snapshots.last=2", "average.predicts=raw",
-    "average.beside=[ema,swa,tail,uniform,greedy]", "average.swa_from=0.4", "average.tail=2",
+    *QUIET, "train.epochs=3", "train.ema=0.9", "snapshots.cycles=3", "snapshots.last=2", "average.predict_with=raw",
+    "average.members=[ema,swa,tail,uniform,greedy]", "average.swa_from=0.4", "average.tail=2",
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def halves(project: Path) -> Path:
 def test_the_cyclic_cosine_is_the_papers() -> None:
     """Snapshot Ensembles (Huang et al. 2017), equation 2: T steps, M cycles, t from 1."""
     total, cycles = 120, 4
-    cfg = config("schedule.warmup=0", "schedule.final=0", f"snapshots.cycles={cycles}", "train.epochs=12")
+    cfg = config("schedule.warmup=0", "schedule.min_lr_ratio=0", f"snapshots.cycles={cycles}", "train.epochs=12")
     span = schedule.span(cfg, 10 * cfg.train.batch_size)
     assert (span.steps, schedule.snapshots(cfg, span)) == (total, [30, 60, 90, 120])
     length = -(-total // cycles)
@@ -97,7 +97,7 @@ def test_the_average_is_the_one_of_timm() -> None:
 @pytest.mark.parametrize("epochs", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
     """One run makes both: train.ema changes no step of it. In two epochs a network learns these digits."""
-    quiet = ["track=none", "machine.workers=0", "machine.progress=false", "average.beside=[raw]"]
+    quiet = ["track=none", "machine.num_workers=0", "machine.progress=false", "average.members=[raw]"]
     runner.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
     table = samples.load()
     head, place = table.heads[0], store.fold_folder("x", 0, 3)
@@ -118,11 +118,11 @@ def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
     few = ["train.epochs=1", "train.limit=32", "train.batch_size=8", "augment=none"]
     runner.draw_schedule("exp001", few)
     assert "schedule.warmup: 4 steps" in capsys.readouterr().out
-    runner.train("exp001", [*few, "track=none", "machine.workers=0", "machine.progress=false"], name="x")
+    runner.train("exp001", [*few, "track=none", "machine.num_workers=0", "machine.progress=false"], name="x")
     shown = capsys.readouterr()
     (line,) = [each for each in (shown.out + shown.err).splitlines() if "warmup" in each]
     assert re.findall(r"\d+", line) == ["4", "4", "2"]
-    rates = [e["rate"] for e in tracking.read(halves / "runs/x/seed0/fold0/log.jsonl") if "rate" in e]
+    rates = [e["lr"] for e in tracking.read(halves / "runs/x/seed0/fold0/log.jsonl") if "lr" in e]
     assert rates.index(max(rates)) == 2 and len(rates) == 4
 
 
@@ -131,7 +131,7 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
 ) -> None:
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
     module = timm.create_model("test_resnet", num_classes=3)
-    cfg = config("average.predicts=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
+    cfg = config("average.predict_with=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
     kept_weights = averaging.Kept(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
@@ -201,8 +201,8 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
 
 def test_what_speaks_is_said_beforehand(project: Path) -> None:
     run = [*QUIET, "train.epochs=2", "average.tail=2", "train.ema=null"]
-    runner.train("exp001", [*run, "average.predicts=tail", "average.beside=[raw]"], fold="0", name="tail")
-    runner.train("exp001", [*run, "average.beside=[tail]"], fold="0", name="raw")
+    runner.train("exp001", [*run, "average.predict_with=tail", "average.members=[raw]"], fold="0", name="tail")
+    runner.train("exp001", [*run, "average.members=[tail]"], fold="0", name="raw")
     assert all(torch.equal(weights("tail")[name], value) for name, value in weights("raw", "tail").items())
     assert all(torch.equal(weights("tail", "raw")[name], value) for name, value in weights("raw").items())
 
@@ -240,7 +240,7 @@ def epochs(run: str) -> list[dict[str, float]]:
 def test_the_best_epoch_speaks_and_patience_ends_it(
     halves: Path, on: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = [*QUIET, "train.epochs=8", "train.ema=null", "optim.rate=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
+    run = [*QUIET, "train.epochs=8", "train.ema=null", "optim.lr=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
     runner.train("exp001", run, name="x")
     lines = epochs("x")
     scores = [line["select_score"] for line in lines]
@@ -279,7 +279,7 @@ def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
 
 def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     """On the scored rows, so that the score of every part can be read from the members."""
-    run = [*QUIET, "train.epochs=3", "train.ema=null", "snapshots.cycles=3", "average.beside=[greedy,uniform]", "select.on=fold"]  # fmt: skip
+    run = [*QUIET, "train.epochs=3", "train.ema=null", "snapshots.cycles=3", "average.members=[greedy,uniform]", "select.on=fold"]  # fmt: skip
     runner.train("exp001", run, fold="0", name="x")
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
@@ -302,11 +302,11 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     [
         (["snapshots.cycles=20"], "20 cycles do not fit into 15 epochs"),
         (["snapshots.cycles=3", "schedule=constant"], "schedule.name: constant has no effect"),
-        (["average.beside=[ema]"], "ema is the run itself"),
-        (["average.predicts=raw"], "train.ema: has no effect"),
-        (["average.predicts=uniform", "train.ema=null"], "set snapshots.cycles"),
-        (["average.beside=[tail]", "average.tail=16"], "more than there are"),
-        (["average.predicts=swa", "train.ema=null", "select=best"], "one of the two"),
+        (["average.members=[ema]"], "ema is the run itself"),
+        (["average.predict_with=raw"], "train.ema: has no effect"),
+        (["average.predict_with=uniform", "train.ema=null"], "set snapshots.cycles"),
+        (["average.members=[tail]", "average.tail=16"], "more than there are"),
+        (["average.predict_with=swa", "train.ema=null", "select=best"], "one of the two"),
         (["select.patience=2"], "without select.name: best"),
         (["select=best", "select.patience=2", "snapshots.cycles=3"], "select.patience"),
         (["select.on=fold"], "nothing is chosen"),

@@ -27,7 +27,7 @@ KILL_STEP = 25  # half way between two checkpoints
 CONFIG_KEY, NOTE_KEY = "config-secret-" + "0123456789", "wandb_v1_" + "0123456789abcdefghij"
 CONFIG = {
     "competition": {"slug": "practice"},
-    "optim": {"rate": 1e-3},
+    "optim": {"lr": 1e-3},
     "api_key": CONFIG_KEY,
     "nested": {"note": NOTE_KEY},
 }
@@ -57,7 +57,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
         for step in range(state["step"] + 1, EPOCHS * STEPS + 1):
             state["value"] = state["value"] * 0.9 + math.sin(step)
             log.log(
-                {"step": step, "loss": math.nan if step == 7 else state["value"], "rate": np.float32(0.5)}
+                {"step": step, "loss": math.nan if step == 7 else state["value"], "lr": np.float32(0.5)}
             )
             if kill and step == KILL_STEP:
                 die(kill, folder)

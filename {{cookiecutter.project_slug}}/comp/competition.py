@@ -20,7 +20,7 @@ each with its own entry in the cache. With `image_columns: [x, y, w, h]` in conf
     def load_image(row, decode):
         whole = decode(row["image"], full=True)
         x, y, w, h = (int(float(row[name])) for name in ("x", "y", "w", "h"))
-        return whole[y : y + h, x : x + w]      # brought to data.size by data.fit afterwards
+        return whole[y : y + h, x : x + w]      # brought to data.size by data.resize afterwards
 
 In what read_samples gives, `images` holds a path, or a list of them; "red/1.png//green/1.png" are files that are channels of one.
 

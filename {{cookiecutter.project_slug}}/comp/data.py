@@ -6,7 +6,7 @@ not of worker count, thread, resume point or machine load. The list itself is a 
 Three ways lead to the same pixels. Which one is taken follows from the recipe and from what fits, and changes no result:
   processes  the recipe holds albumentations, which keep Python's lock
   threads    every sample op is one of train/native.py: no copies between processes, nothing to start
-  resident   no sample op at all, and the set fits into machine.resident: the pictures lie on the device
+  resident   no sample op at all, and the set fits into machine.gpu_cache_mb: the pictures lie on the device
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class Feed:
             )
         self.metadata = tabular.encoded(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
-        self.resident = _Resident(self.pictures, device, cfg.machine.resident * 10**6)
+        self.resident = _Resident(self.pictures, device, cfg.machine.gpu_cache_mb * 10**6)
 
     def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the network takes beside the pictures: whose they are, and the metadata of the samples."""
@@ -221,7 +221,7 @@ class Feed:
         return ahead(self._loaded(plan), self.device)
 
     def _loaded(self, plan: Plan) -> Iterator[Batch]:
-        if self.cfg.machine.workers == 0:
+        if self.cfg.machine.num_workers == 0:
             return map(self.pictures.batch, plan)
         if all(change.threads for change in self.pictures.augment.values()):
             return self._by_threads(plan)
@@ -237,7 +237,7 @@ class Feed:
         waiting: deque[Any] = deque()
         for draws in plan:
             waiting.append(self.pool.submit(load, draws))
-            if len(waiting) > AHEAD * self.cfg.machine.workers:
+            if len(waiting) > AHEAD * self.cfg.machine.num_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -245,11 +245,11 @@ class Feed:
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
         cv2.setNumThreads(0)
-        return ThreadPoolExecutor(self.cfg.machine.workers, "pictures")
+        return ThreadPoolExecutor(self.cfg.machine.num_workers, "pictures")
 
     @cached_property
     def processes(self) -> Processes[list[Draw], Batch]:
-        return Processes(self.pictures, stacked, self.cfg.machine.workers, self.device.type == "cuda")
+        return Processes(self.pictures, stacked, self.cfg.machine.num_workers, self.device.type == "cuda")
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -234,7 +234,7 @@ def _named(
     if chosen.name == "arcface":
         count = class_balance.counts(head, samples, taught)
         knobs["margin"] = metric_learning.margin_of_class(count, knobs["margin"], knobs.pop("margin_rare"))
-        del knobs["centres"]  # of the network
+        del knobs["sub_centers"]  # of the network
     if chosen.name == "bins":
         _within(chosen, head, samples.targets(head)[taught])
     if chosen.name in POWERS:

@@ -59,7 +59,7 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
     embeds = loss_knobs.embedding(cfg, heads)
     last: Last | None = None
     if embeds is not None:  # its centres are no outputs of a last layer but points of their own
-        size, per_class = embeds.knobs["embedding"], embeds.knobs.get("centres", 1)
+        size, per_class = embeds.knobs["embedding"], embeds.knobs.get("sub_centers", 1)
         last = partial(Embedded, size=size, classes=total - size, per_class=per_class)
     if (make := pages.get("model")) is not None:
         if cfg.model.global_pool != "default":

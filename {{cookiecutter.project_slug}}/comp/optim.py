@@ -34,7 +34,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 class LBFGS(torch.optim.LBFGS):
     """torch's, with one look at the loss a step: the loop has the gradient already, and curvature comes from one step's gradient to the
-    next. Noise of small batches is taken for curvature, so it wants a large train.accumulate."""
+    next. Noise of small batches is taken for curvature, so it wants a large train.grad_accum_steps."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, **options: Any):
         super().__init__(params, lr, max_iter=1, **options)
@@ -101,7 +101,7 @@ def known(cfg: Config) -> type[torch.optim.Optimizer]:
 def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     made, optim = known(cfg), cfg.optim
     if made is LBFGS:
-        return LBFGS([p for p in module.parameters() if p.requires_grad], optim.rate, **optim.options)
+        return LBFGS([p for p in module.parameters() if p.requires_grad], optim.lr, **optim.options)
     given: dict[str, Any] = dict(optim.options)
     if optim.momentum is not None:
         takes = inspect.signature(made).parameters
@@ -120,7 +120,7 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
             "deterministic", True
         )  # its draws are part of its state, and the same in every process
     try:
-        out = create_optimizer_v2(groups(cfg, module), optim.name, lr=optim.rate, **given)
+        out = create_optimizer_v2(groups(cfg, module), optim.name, lr=optim.lr, **given)
     except (TypeError, ValueError) as error:
         raise Refused(f"optim: {optim.name}: {error}") from error
     if isinstance(out, psgd.Kron):
@@ -197,15 +197,15 @@ def set_rate(optim: torch.optim.Optimizer, rate: float, momentum: float | None) 
 def clip(cfg: Config, module: nn.Module) -> Tensor:
     """norm: of all gradients together; value: of each number; agc: of each unit, as a share of its weights, the head left alone.
     Answers with the norm before."""
-    assert cfg.optim.clip is not None
+    assert cfg.optim.clip_grad is not None
     weights = [weight for weight in module.parameters() if weight.grad is not None]
     if cfg.optim.clip_mode == "norm":
-        return nn.utils.clip_grad_norm_(weights, cfg.optim.clip)
+        return nn.utils.clip_grad_norm_(weights, cfg.optim.clip_grad)
     norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if cfg.optim.clip_mode == "agc":
         spared = {id(weight) for weight in head(module)}
         weights = [weight for weight in weights if id(weight) not in spared]
-    dispatch_clip_grad(weights, cfg.optim.clip, cfg.optim.clip_mode)
+    dispatch_clip_grad(weights, cfg.optim.clip_grad, cfg.optim.clip_mode)
     return norm
 
 

@@ -162,17 +162,17 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
                         output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
                     each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
                     share = len(batch.samples) / span.effective
-                    loss = losses.reduced(each, cfg.loss.hardest) * share
+                    loss = losses.reduced(each, cfg.loss.ohem) * share
                     shown = loss
                     if scaled:
                         told = read(output.detach(), truth, weight[rows], parts)
-                        shown = losses.reduced(told, cfg.loss.hardest) * share
+                        shown = losses.reduced(told, cfg.loss.ohem) * share
                     clock.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)
                     clock.lap("backward")
                     looks.note(batch.samples, each, shown)
             distributed.sum_gradients(module)
-            if cfg.optim.clip is not None:
+            if cfg.optim.clip_grad is not None:
                 scaler.unscale_(optimizer)
                 looks.note_gradient(optim.clip(cfg, module))
             scaler.step(optimizer)

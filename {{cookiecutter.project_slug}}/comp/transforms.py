@@ -121,13 +121,13 @@ RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy, fa
 class Day(NamedTuple):
     """What all pictures of an epoch have in common, a function of the epoch alone."""
 
-    size: int  # px, of augment.sizes
-    strong: bool  # False in the last epochs, as many as augment.off_last says
+    size: int  # px, of augment.progressive_sizes
+    strong: bool  # False in the last epochs, as many as augment.disable_last_epochs says
 
 
 def day(cfg: Config, epoch: int) -> Day:
-    sizes = cfg.augment.sizes or [cfg.data.size]
-    strong = epoch < cfg.train.epochs - cfg.augment.off_last
+    sizes = cfg.augment.progressive_sizes or [cfg.data.size]
+    strong = epoch < cfg.train.epochs - cfg.augment.disable_last_epochs
     return Day(sizes[epoch * len(sizes) // cfg.train.epochs], strong)
 
 
@@ -142,8 +142,8 @@ def of_day(cfg: Config, today: Day) -> Recipe:
     colour, batch = list(recipe.colour), list(recipe.batch)
     if today.strong and knobs.policy is not None:
         colour.append(policies.named(knobs.policy, cfg.data.channels))
-    if today.strong and knobs.erase:
-        batch.append(gpu_augment.erase(knobs.erase))
+    if today.strong and knobs.random_erasing:
+        batch.append(gpu_augment.erase(knobs.random_erasing))
     made = Recipe(recipe.geometry, colour, batch)
     if cfg.data.depth > 8 and (coarse := [op for op in made.on_sample if kind(op) != "native"]):
         raise Refused(

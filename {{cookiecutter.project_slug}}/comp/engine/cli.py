@@ -248,7 +248,7 @@ VERBS = {
         flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
     "slices": Verb("predictions", slices, "where it is wrong: scores by class, group and metadata, with n and interval", (
         argument("name", help="a run, a member or an ensemble"),), locks=False),
-    "contradicted": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
+    "label-errors": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (
         argument("names", nargs="*", help="runs, members or ensembles; all runs unless told"),)),
     "audit": Verb("predictions", audit, "look for leaks: in files, runs, ensembles, and in the pipeline on coin flips", (
         argument("--seeds", type=int, default=1, help="worlds of coin flips; about 10 s each"),
@@ -269,7 +269,7 @@ VERBS = {
         flag("--dry-run", "write and validate, send nothing"),
         flag("--force", "send bytes again that were sent before"),
         argument("--anyway", metavar="WHY", help="send it although its CV is worse than the best one sent"),
-        flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
+        flag("--no-wait", "do not wait for the score; comp ledger picks it up"))),
     "kernel": Verb("delivery", kernel, "a code competition: one folder that predicts without internet", (
         argument("name", help="a run, a member or an ensemble"),
         flag("--rehearse", "run it as Kaggle will: no network, read-only inputs, a hidden test set"),
@@ -277,8 +277,8 @@ VERBS = {
         flag("--push", "upload it, run it, submit that very version and wait for the score"),
         argument("-m", "--message", help="with --push: what is new in it"),
         argument("--anyway", metavar="WHY", help="submit it although its CV is worse than the best one sent"),
-        flag("--no-wait", "do not wait for the score; comp scores picks it up"))),
-    "scores": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep", locks=False),
+        flag("--no-wait", "do not wait for the score; comp ledger picks it up"))),
+    "ledger": Verb("delivery", scores, "the book of submissions: CV against leaderboard, luck, and which two to keep", locks=False),
 }  # fmt: skip
 
 

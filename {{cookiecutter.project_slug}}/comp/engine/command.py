@@ -89,7 +89,7 @@ EXPERIMENT = argument(
     "experiment", help="name of a file in configs/, like exp001, or of a run, like those of --as NAME"
 )
 OVERRIDES = argument(
-    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.rate=3e-4"
+    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.lr=3e-4"
 )
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
 ON = argument(

@@ -87,7 +87,7 @@ VERBS = {
         flag("--soft", "what it says of each class, instead of the class alone"),
         argument("--weight", type=float, default=1.0, help="how much such a row teaches; 1, as much as a true one, unless told"),
         argument("--as", dest="table", help="name of the table; that of the run unless told"))),
-    "noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
+    "seed-noise": Verb("training", noise, "what the seed alone does to a score: the yardstick of comp runs", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="trainings of all folds; 5 unless told"))),
     "compare": Verb("training", compare, "recipes side by side, paired by seed and fold", (
         argument("experiments", nargs="+", help="two or more, like exp001 exp002"),

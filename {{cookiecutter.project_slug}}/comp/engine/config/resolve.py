@@ -107,7 +107,7 @@ def checked(
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """{'optim': {'rate': 1}} -> {'optim.rate': 1}"""
+    """{'optim': {'lr': 1}} -> {'optim.lr': 1}"""
     out: Tree = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -192,11 +192,11 @@ def parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
 
 
 def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
-    """`optim.rate=3e-4`. A plain value given to a section goes to its head: `track=none` is `track.mode=none`."""
+    """`optim.lr=3e-4`. A plain value given to a section goes to its head: `track=none` is `track.mode=none`."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise Refused(f"{text!r}: an override is written key=value, like optim.rate=3e-4")
+        raise Refused(f"{text!r}: an override is written key=value, like optim.lr=3e-4")
     try:
         parsed, _ = yaml_lines.parse(value.encode())
     except yaml_lines.Unreadable as error:

@@ -14,8 +14,8 @@ REFIT = "full"  # name of the fold that trains on all rows, and of the member th
 
 def speaks(cfg: Config) -> str:
     """raw | ema | swa | tail | uniform | greedy"""
-    if cfg.average.predicts != "default":
-        return cfg.average.predicts
+    if cfg.average.predict_with != "default":
+        return cfg.average.predict_with
     return "raw" if cfg.train.ema is None else "ema"
 
 
@@ -25,7 +25,7 @@ def snapshots(cfg: Config) -> list[str]:
 
 def kept(cfg: Config) -> list[str]:
     """Folders within a fold's, each with weights and predictions of its own."""
-    return [*snapshots(cfg), *cfg.average.beside]
+    return [*snapshots(cfg), *cfg.average.members]
 
 
 def merged(cfg: Config) -> dict[str, list[str]]:
@@ -59,7 +59,7 @@ def of_cv(address: str) -> str:
 
 def chooses(cfg: Config) -> bool:
     """Whether anything is picked by its score, so that rows are needed to pick on."""
-    return cfg.select.name == "best" or "greedy" in (speaks(cfg), *cfg.average.beside)
+    return cfg.select.name == "best" or "greedy" in (speaks(cfg), *cfg.average.members)
 
 
 def chosen(cfg: Config, name: str = "") -> bool:

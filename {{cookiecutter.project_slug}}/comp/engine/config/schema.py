@@ -45,12 +45,12 @@ Durations = Annotated[
 
 class Data(Section):
     size: Annotated[int, Field(ge=8, le=4096)]
-    fit: Literal["stretch", "cover", "contain"]
-    margin: Annotated[float, Field(ge=1, le=2)]
+    resize: Literal["stretch", "cover", "contain"]
+    cache_scale: Annotated[float, Field(ge=1, le=2)]
     channels: Annotated[int, Field(ge=1, le=64)]
     depth: Literal[8, 16, 32]
     images: Count
-    normalise: Literal["model", "data", "minmax", "none"]
+    normalize: Literal["model", "data", "minmax", "none"]
     whiten: Literal["none", "pca", "zca"]
     whiten_eps: NotNegative
     pseudo: Text | None
@@ -60,14 +60,14 @@ class Data(Section):
 class Augment(Section):
     recipe: Text
     policy: Text | None
-    erase: Share
+    random_erasing: Share
     mixup: NotNegative
     cutmix: NotNegative
     mix_share: Share
     mosaic: Share
     views: Annotated[int, Field(ge=1, le=8)]
-    off_last: Annotated[int, Field(ge=0)]
-    sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
+    disable_last_epochs: Annotated[int, Field(ge=0)]
+    progressive_sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
 
     @property
     def whole(self) -> int:
@@ -76,14 +76,14 @@ class Augment(Section):
 
     @property
     def strong(self) -> list[str]:
-        """What is on of what augment.off_last can switch off."""
-        return [name for name in ("policy", "erase", "mixup", "cutmix", "mosaic") if getattr(self, name)]
+        """What is on of what augment.disable_last_epochs can switch off."""
+        return [name for name in ("policy", "random_erasing", "mixup", "cutmix", "mosaic") if getattr(self, name)]
 
 
 class Sampling(Section):
     balance: Literal["none", "weighted", "under", "over"]
     strength: Share
-    together: Count
+    m_per_class: Count
 
 
 class Model(Section):
@@ -104,7 +104,7 @@ class Loss(Section):
     """Which loss takes which knob stands in comp/engine/tasks/loss_knobs.py."""
 
     name: Text
-    smoothing: BelowOne
+    label_smoothing: BelowOne
     gamma: NotNegative | None
     gamma_positive: NotNegative | None
     alpha: Share | None
@@ -119,8 +119,8 @@ class Loss(Section):
     margin: NotNegative | None
     margin_rare: NotNegative | None
     scale: Positive | None
-    centres: Count | None
-    hardest: Annotated[float, Field(gt=0, le=1)]
+    sub_centers: Count | None
+    ohem: Annotated[float, Field(gt=0, le=1)]
     class_weights: Literal["none", "balanced", "effective"]
     beta: Annotated[float, Field(gt=0, lt=1)] | None
 
@@ -134,7 +134,7 @@ class Distill(Section):
 
 class Optim(Section):
     name: Text
-    rate: Positive
+    lr: Positive
     base_batch: Count | None
     scaling: Literal["linear", "root"]
     momentum: BelowOne | None
@@ -145,7 +145,7 @@ class Optim(Section):
     l1_head: NotNegative | None
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None
     lookahead: Count | None
-    clip: Positive | None
+    clip_grad: Positive | None
     clip_mode: Literal["norm", "value", "agc"]
 
 
@@ -157,7 +157,7 @@ ScheduleName = Literal[
 class Schedule(Section):
     name: ScheduleName
     warmup: Duration
-    final: Share
+    min_lr_ratio: Share
     every: Durations
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Annotated[int, Field(ge=0)]
@@ -165,7 +165,7 @@ class Schedule(Section):
     multiplier: Annotated[float, Field(ge=1)]
     decay: Annotated[float, Field(gt=0, le=1)]
     start: Share
-    rise: Annotated[float, Field(gt=0, lt=1)]
+    pct_start: Annotated[float, Field(gt=0, lt=1)]
     anneal: Literal["cosine", "linear"]
     momentum: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] | None
     cooldown: Duration
@@ -174,14 +174,14 @@ class Schedule(Section):
 class Stage(Section):
     train: Annotated[str, Field(pattern=r"^(head|everything|last [1-9]\d* blocks?)$")]
     epochs: Count
-    rate: Positive
+    lr: Positive
 
 
 class Train(Section):
     stages: list[Stage]
     epochs: Count
     batch_size: Count
-    accumulate: Count
+    grad_accum_steps: Count
     amp: Literal["fp32", "fp16", "bf16"]
     ema: BelowOne | None
     grad_checkpointing: bool
@@ -203,8 +203,8 @@ class Snapshots(Section):
 
 
 class Average(Section):
-    predicts: Literal["default", "raw", "ema", "swa", "tail", "uniform", "greedy"]
-    beside: list[WeightsName]
+    predict_with: Literal["default", "raw", "ema", "swa", "tail", "uniform", "greedy"]
+    members: list[WeightsName]
     swa_from: BelowOne
     tail: Annotated[int, Field(ge=2)]
 
@@ -225,8 +225,8 @@ class Predict(Section):
 
 class Machine(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-    workers: Annotated[int, Field(ge=0)]
-    resident: Annotated[int, Field(ge=0)]
+    num_workers: Annotated[int, Field(ge=0)]
+    gpu_cache_mb: Annotated[int, Field(ge=0)]
     progress: bool
 
 
@@ -276,13 +276,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _fit_together(self) -> Config:
         knobs, epochs = self.augment, self.train.epochs
-        if knobs.off_last and not knobs.strong:
+        if knobs.disable_last_epochs and not knobs.strong:
             raise ValueError(
-                f"augment.off_last: {knobs.off_last} has no effect, there is no policy, erase, mixup, cutmix or mosaic; set it to 0"
+                f"augment.disable_last_epochs: {knobs.disable_last_epochs} has no effect, there is no policy, random_erasing, mixup, cutmix or mosaic; set it to 0"
             )
-        if knobs.strong and knobs.off_last >= epochs:
+        if knobs.strong and knobs.disable_last_epochs >= epochs:
             raise ValueError(
-                f"augment.off_last: {knobs.off_last} leaves no epoch with augment.{knobs.strong[0]}, train.epochs is {epochs}"
+                f"augment.disable_last_epochs: {knobs.disable_last_epochs} leaves no epoch with augment.{knobs.strong[0]}, train.epochs is {epochs}"
             )
         if knobs.mix_share != 1 and not (knobs.mixup or knobs.cutmix):
             raise ValueError(
@@ -306,10 +306,10 @@ class Config(Section):
             raise ValueError(
                 f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {WHITENED} the most"
             )
-        if data.whiten != "none" and knobs.sizes:
-            raise ValueError("data.whiten: knows pictures of data.size only; set augment.sizes to null")
-        if knobs.sizes and len(knobs.sizes) > epochs:
-            raise ValueError(f"augment.sizes: {len(knobs.sizes)} sizes do not fit into train.epochs {epochs}")
+        if data.whiten != "none" and knobs.progressive_sizes:
+            raise ValueError("data.whiten: knows pictures of data.size only; set augment.progressive_sizes to null")
+        if knobs.progressive_sizes and len(knobs.progressive_sizes) > epochs:
+            raise ValueError(f"augment.progressive_sizes: {len(knobs.progressive_sizes)} sizes do not fit into train.epochs {epochs}")
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
         if fault := weights_fault(self):
@@ -321,9 +321,9 @@ def weights_fault(cfg: Config) -> str:
     """Why the weights that a run is to keep cannot be had, or would be kept in vain."""
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
-    said = average.predicts
+    said = average.predict_with
     speaks = ("raw" if cfg.train.ema is None else "ema") if said == "default" else said
-    wanted = {speaks, *average.beside}
+    wanted = {speaks, *average.members}
     chooses = select.name == "best" or "greedy" in wanted
     tail = "tail" in wanted or ("greedy" in wanted and cycles is None)
     faults = {
@@ -334,21 +334,21 @@ def weights_fault(cfg: Config) -> str:
             bool(stages) and sum(stage.epochs for stage in stages) != epochs,
         "train.stages: each has a schedule of its own, so snapshots.cycles has no place; one of the two": bool(stages) and cycles is not None,
         "train.stages: plateau looks back over stages; take another schedule.name": bool(stages) and cfg.schedule.name == "plateau",
-        f"average.beside: {speaks} is the run itself": speaks in average.beside,
+        f"average.members: {speaks} is the run itself": speaks in average.members,
         "snapshots.restarts: has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
-        "average.beside: names one twice": len(set(average.beside)) < len(average.beside),
+        "average.members: names one twice": len(set(average.members)) < len(average.members),
         "average: ema needs train.ema, a decay like 0.999": "ema" in wanted and cfg.train.ema is None,
-        f"train.ema: has no effect where average.predicts is {speaks} and average.beside has no ema":
+        f"train.ema: has no effect where average.predict_with is {speaks} and average.members has no ema":
             cfg.train.ema is not None and "ema" not in wanted,
         "average: uniform is the mean of snapshots, and there are none; set snapshots.cycles, or take tail":
             "uniform" in wanted and cycles is None,
         f"average.tail: the last {average.tail} of {epochs} epochs are more than there are": tail and average.tail > epochs,
-        f"select.name: best picks an epoch, and average.predicts: {speaks} is made of several; one of the two":
+        f"select.name: best picks an epoch, and average.predict_with: {speaks} is made of several; one of the two":
             select.name == "best" and speaks not in ("raw", "ema"),
         "select.patience: has no effect without select.name: best": select.patience is not None and select.name != "best",
         "select.patience: may end training before all snapshots, swa or tail are there; without them, or patience: null":
             select.patience is not None and (cycles is not None or bool(wanted & {"swa", "tail", "greedy"})),
-        "select.on: has no effect, nothing is chosen; set select.name: best, or average.predicts: greedy":
+        "select.on: has no effect, nothing is chosen; set select.name: best, or average.predict_with: greedy":
             select.on == "fold" and not chooses,
     }  # fmt: skip
     return next((fault for fault, true in faults.items() if true), "")

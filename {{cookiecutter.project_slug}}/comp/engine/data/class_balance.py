@@ -35,14 +35,14 @@ def drawing(cfg: Config, samples: Samples, taught: Positions) -> Draw:
             cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"views": 1})}), samples, taught
         )
         return lambda rows, random: np.repeat(once(rows, random), views)
-    if rules.balance == "none" and rules.together == 1:
+    if rules.balance == "none" and rules.m_per_class == 1:
         return shuffled
     codes = np.full(len(samples.frame), -1, np.int64)
     codes[taught] = classes(_head(samples, rules.balance), samples, taught)
 
     def draw(rows: Positions, random: np.random.Generator) -> Positions:
         listed = BALANCES[rules.balance](rows, codes[rows], rules.strength, random)
-        return together(listed, codes[listed], rules.together, random) if rules.together > 1 else listed
+        return together(listed, codes[listed], rules.m_per_class, random) if rules.m_per_class > 1 else listed
 
     return draw
 
@@ -60,7 +60,7 @@ def classes(head: Head, samples: Samples, rows: Positions) -> Codes:
 
 
 def _head(samples: Samples, balance: str) -> Head:
-    what = f"sampling.balance: {balance}" if balance != "none" else "sampling.together"
+    what = f"sampling.balance: {balance}" if balance != "none" else "sampling.m_per_class"
     if len(samples.heads) > 1:
         names = ", ".join(head.name for head in samples.heads)
         raise Refused(

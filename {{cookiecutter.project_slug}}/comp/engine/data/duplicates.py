@@ -90,7 +90,7 @@ def _across(one: list[int], other: list[int]) -> set[tuple[int, int]]:
 
 def _looked(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
     """Grey pixels, and a hash of each file; of a damaged one black and none: comp check names those."""
-    small = cfg.data.model_copy(update={"size": phash.SIDE, "margin": 1.0, "fit": "stretch"})
+    small = cfg.data.model_copy(update={"size": phash.SIDE, "cache_scale": 1.0, "resize": "stretch"})
     images = cache.open_images(cfg.model_copy(update={"data": small}), names, cfg.machine.progress)
     grey = np.zeros((len(names), phash.SIDE, phash.SIDE), np.float32)
     hashed = [""] * len(names)

@@ -171,8 +171,8 @@ def of(cfg: Config) -> Making:
     low, high = (pixels.range if pixels else None) or (None, None)
     shape = tuple((pixels.shape if pixels else None) or ())
     numbers = Numbers(low, high, shape, cfg.data.depth, bool(pixels and pixels.lenient))
-    size = round(cfg.data.size * cfg.data.margin)
-    return Making(cfg.competition.raw, size, cfg.data.fit, cfg.data.channels, numbers)
+    size = round(cfg.data.size * cfg.data.cache_scale)
+    return Making(cfg.competition.raw, size, cfg.data.resize, cfg.data.channels, numbers)
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:

@@ -59,7 +59,7 @@ class Processes(Generic[Asked, Made]):
                 raise
             died = str(error).strip().partition("\n")[0] or "a loader process died"
         if self.died:
-            raise Refused(f"loader processes die again and again ({died}); free memory, or machine.workers=0")
+            raise Refused(f"loader processes die again and again ({died}); free memory, or machine.num_workers=0")
         self.died = True
         del self.loader  # what is left of it ends
         self.workers //= 2
@@ -70,7 +70,7 @@ class Processes(Generic[Asked, Made]):
     def loader(self) -> DataLoader[Any]:
         if len(os.fsencode(tempfile.gettempdir())) > LONGEST:
             raise Refused(
-                f"TMPDIR: {tempfile.gettempdir()} is too long for the sockets of loader processes; {LONGEST} characters at most, or machine.workers=0"
+                f"TMPDIR: {tempfile.gettempdir()} is too long for the sockets of loader processes; {LONGEST} characters at most, or machine.num_workers=0"
             )
         return DataLoader(
             self.items,

@@ -235,7 +235,7 @@ def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
         "competition": home,
         "data": cfg.data.model_copy(update={"cache": False}),
         "predict": cfg.predict.model_copy(update={"tta": leaf["tta"], "space": leaf["space"]}),
-        "machine": cfg.machine.model_copy(update={"device": "auto", "workers": workers, "resident": 0}),
+        "machine": cfg.machine.model_copy(update={"device": "auto", "num_workers": workers, "gpu_cache_mb": 0}),
         "model": cfg.model.model_copy(update=network),
     }
     return cfg.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""comp scores: the book of submissions, how far CV and leaderboard agree, how much of it is luck, and which two to keep."""
+"""comp ledger: the book of submissions, how far CV and leaderboard agree, how much of it is luck, and which two to keep."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.run import runner, tracking
 from comp.engine.store import store
 
-POLL, PATIENCE = 10.0, 3600.0  # seconds between looks at a score, and before it is left to comp scores
+POLL, PATIENCE = 10.0, 3600.0  # seconds between looks at a score, and before it is left to comp ledger
 LONGEST = 400  # characters of a message: Kaggle cuts longer ones, and the token stands at the end
 SENDING = ("file", "kernel")
 
@@ -190,14 +190,14 @@ def sync(cfg: Config) -> list[dict[str, Any]]:
 
 def finish(cfg: Config, ref: int, wait: bool) -> None:
     if not wait:
-        print("next: comp scores")
+        print("next: comp ledger")
         return
     entry = scored(cfg, ref)
     mine = worth(entry)
     home = "" if mine is None else f", at home {mine:.5g}"
     private = "" if entry["private"] is None else f", private {entry['private']:.5g}"
     print(f"submission {ref}: public {entry['public']:.5g}{private}{home}")
-    print(f"written: {store.shown(ledger.file())}\nnext: comp scores")
+    print(f"written: {store.shown(ledger.file())}\nnext: comp ledger")
 
 
 def scored(cfg: Config, ref: int) -> dict[str, Any]:
@@ -220,13 +220,13 @@ def scored(cfg: Config, ref: int) -> dict[str, Any]:
                     )
                 if waited >= PATIENCE:
                     raise Refused(
-                        f"submission {ref}: still pending after {waited / 60:.0f} min; it is sent, and comp scores picks its score up"
+                        f"submission {ref}: still pending after {waited / 60:.0f} min; it is sent, and comp ledger picks its score up"
                     )
                 time.sleep(POLL)
                 waited += POLL
                 bar.update()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"submission {ref} is sent, and comp scores picks its score up") from None
+        raise KeyboardInterrupt(f"submission {ref} is sent, and comp ledger picks its score up") from None
 
 
 def _until_midnight() -> str:

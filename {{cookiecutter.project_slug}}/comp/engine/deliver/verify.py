@@ -42,7 +42,7 @@ def verify(name: str) -> None:
             views = {"tta": said["tta"], "space": said["space"]}
             cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update=views)})
         # Eight pictures are not worth a cache of all of them: decoded on the fly they are the same pixels.
-        here = {"workers": 0, "resident": 0}
+        here = {"num_workers": 0, "gpu_cache_mb": 0}
         cfg = cfg.model_copy(
             update={
                 "data": cfg.data.model_copy(update={"cache": False}),

@@ -1,4 +1,4 @@
-"""comp noise and comp compare: the same recipe under other seeds, and recipes side by side, paired by seed and fold.
+"""comp seed-noise and comp compare: the same recipe under other seeds, and recipes side by side, paired by seed and fold.
 
 Both train runs of their own, <experiment>-seeds, so that exp001 stays what it was; killed, they go on where they were.
 """
@@ -64,14 +64,14 @@ def yardstick(record: dict[str, Any]) -> str:
 
 
 def by_yardstick(metric: Metric, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """For comp runs: differences to the baseline of comp noise, in what seeds alone do. scored: (name, score.json)."""
+    """For comp runs: differences to the baseline of comp seed-noise, in what seeds alone do. scored: (name, score.json)."""
     file = store.path("runs", NOISE)
     record = store.read_json(file) if file.exists() else None
     if record is None:
-        return ["is a difference more than its seed? comp noise exp001 measures what seeds alone do"]
+        return ["is a difference more than its seed? comp seed-noise exp001 measures what seeds alone do"]
     if record["metric"] != metric.name or record["folds"] != store.sealed(store.folds_file()):
         return [
-            f"runs/{NOISE} is about another metric or other folds: comp noise {record['experiment']} again"
+            f"runs/{NOISE} is about another metric or other folds: comp seed-noise {record['experiment']} again"
         ]
     lines, bar = [yardstick(record)], 2 * 2**0.5 * record["std"]
     for name, each in scored:

@@ -58,7 +58,7 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
     shares = _shares(prune)
     cfg = runner.stored_config(run)
     hardware.settle(cfg.train.threads)
-    place = {"device": "cpu", "resident": 0}  # where submissions without a GPU run, and where int8 is of use
+    place = {"device": "cpu", "gpu_cache_mb": 0}  # where submissions without a GPU run, and where int8 is of use
     cfg = cfg.model_copy(update={"machine": cfg.machine.model_copy(update=place)})
     weights = next(iter(sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))), None)
     if weights is None:

@@ -79,7 +79,7 @@ def _refuse(cfg: Config) -> None:
             "comp features: model(cfg, outputs) of comp/competition.py does not say what its features are; timm's models do"
         )
     for key, value, good in (
-        ("data.normalise", cfg.data.normalise == "data", "model"),
+        ("data.normalize", cfg.data.normalize == "data", "model"),
         ("data.pseudo", cfg.data.pseudo is not None, "null"),
         ("distill.teacher", cfg.distill.teacher is not None, "null"),
         ("data.whiten", cfg.data.whiten != "none", "none"),
@@ -163,7 +163,7 @@ def made_of(cfg: Config, samples: Samples, backbone: torch.nn.Module) -> dict[st
                 cfg.model.options,
                 cfg.model.pool,
                 cfg.data.images,
-                cfg.data.normalise,
+                cfg.data.normalize,
                 cfg.train.amp,
             ]
         ),

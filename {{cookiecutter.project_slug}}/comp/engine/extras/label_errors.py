@@ -1,4 +1,4 @@
-"""comp contradicted: rows whose label several models deny, out of fold and with one voice. Often it is the label that is wrong.
+"""comp label-errors: rows whose label several models deny, out of fold and with one voice. Often it is the label that is wrong.
 
 A model denies a row as far as it prefers another answer to the given one; a row counts as far as the mildest of them does.
 """
@@ -56,7 +56,7 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
     store.write_text(file, frame.drop(columns="position").to_csv(index=False))
     print(f"{len(frame)} rows of {len(at)} are denied by all of {', '.join(names)}")
     if len(names) == 1:
-        print("one model alone is often wrong by itself: name several, like comp contradicted exp001 exp002")
+        print("one model alone is often wrong by itself: name several, like comp label-errors exp001 exp002")
     if len(frame):
         cells = [
             [str(line[name]) for name in COLUMNS[:-1]] + [f"{line['denied']:.3f}"] for line in found[:SHOWN]

@@ -66,7 +66,7 @@ def slices(name: str) -> pd.DataFrame:
         print(
             f"{len(found)} of {len(mine)} slices differ from the other rows; p is corrected for {len(mine)} comparisons (Holm), at most {ALPHA:g} is reported"
         )
-    print(f"written: {store.shown(file)}\nnext: comp contradicted {name}")
+    print(f"written: {store.shown(file)}\nnext: comp label-errors {name}")
     return frame
 
 

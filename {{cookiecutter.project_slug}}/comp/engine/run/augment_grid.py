@@ -85,10 +85,10 @@ def ops(cfg: Config) -> list[str]:
         if value := getattr(cfg.augment, name):
             what = {"mosaic": f"{value:g} of the pictures"}.get(name, f"alpha {value:g}")
             lines.append(f"{'pairs' if name != 'mosaic' else 'fours':9} device     {name}: {what}")
-    if cfg.augment.off_last:
-        lines.append(f"the last {cfg.augment.off_last} epochs without {', '.join(cfg.augment.strong)}")
-    if cfg.augment.sizes:
-        lines.append(f"sizes     {', '.join(map(str, cfg.augment.sizes))} px, in equal parts of the epochs")
+    if cfg.augment.disable_last_epochs:
+        lines.append(f"the last {cfg.augment.disable_last_epochs} epochs without {', '.join(cfg.augment.strong)}")
+    if cfg.augment.progressive_sizes:
+        lines.append(f"sizes     {', '.join(map(str, cfg.augment.progressive_sizes))} px, in equal parts of the epochs")
     return lines or ["nothing: pictures as they are"]
 
 

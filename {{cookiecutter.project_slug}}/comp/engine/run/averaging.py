@@ -69,7 +69,7 @@ class Ema:
 class Kept:
     def __init__(self, cfg: Config, module: nn.Module, folder: Path, ends: Sequence[int]):
         self.cfg, self.module, self.folder = cfg, module, folder
-        self.wanted = {run_members.speaks(cfg), *cfg.average.beside}
+        self.wanted = {run_members.speaks(cfg), *cfg.average.members}
         self.ema = None if cfg.train.ema is None else Ema(module, cfg.train.ema)
         # One tensor after the other: all at once, as torch does by itself on a GPU, it refuses the whole numbers of a batch norm.
         one_by_one = get_swa_avg_fn()
@@ -161,7 +161,7 @@ class Kept:
     ) -> None:
         """Write all weights; those that speak last, since their being there means done. `renew` measures batch norms anew."""
         raw = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        for name in self.cfg.average.beside:
+        for name in self.cfg.average.members:
             models.save_weights(self._made(name, renew, judge), self.folder / name / WEIGHTS)
             self.module.load_state_dict(raw)
         spoken = self._made(run_members.speaks(self.cfg), renew, judge)

@@ -68,7 +68,7 @@ def request(cfg: Config) -> Request:
     return Request(
         name=_at_home(cfg.model.name),
         size=cfg.data.size,
-        sizes=tuple(cfg.augment.sizes or ()),
+        sizes=tuple(cfg.augment.progressive_sizes or ()),
         channels=cfg.data.channels,
         rates=tuple((key, rate) for key in RATES if (rate := getattr(cfg.model, key))),
         options=json.dumps(cfg.model.options, sort_keys=True),
@@ -169,7 +169,7 @@ def _at_home(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def arguments(wanted: Request) -> dict[str, Any]:
-    """Those of create_model, beside name and outputs. Also for the sizes of augment.sizes."""
+    """Those of create_model, beside name and outputs. Also for the sizes of augment.progressive_sizes."""
     if not _takes_size(wanted):
         return wanted.base
     sized = _sized(wanted, wanted.size)
@@ -255,7 +255,7 @@ def check(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
     wanted = request(cfg)
     module = _whole(wanted)
     module.register_forward_hook(lambda module, _given, output: _answered(wanted, module, output, asks))
-    for size, key in ((cfg.data.size, "data.size"), *((each, "augment.sizes") for each in wanted.sizes)):
+    for size, key in ((cfg.data.size, "data.size"), *((each, "augment.progressive_sizes") for each in wanted.sizes)):
         if error := fault(module, wanted.channels, size):
             raise _no_such_size(wanted, size, key, error) from error
         _refuse_batch(cfg, module, size)
@@ -315,13 +315,13 @@ def _refuse_batch(cfg: Config, module: nn.Module, size: int) -> None:
 
 def _no_such_size(wanted: Request, size: int, key: str, error: Exception) -> Refused:
     """With the nearest sizes that work, smaller and larger."""
-    works = _works_beside(wanted) if key == "augment.sizes" else _works_alone(wanted)
+    works = _works_beside(wanted) if key == "augment.progressive_sizes" else _works_alone(wanted)
     grid = {step * count for step in GRIDS for count in range(1, LARGEST // step + 1)} - {size}
     found: dict[bool, int] = {}
     for each in sorted(grid, key=lambda other: abs(other - size))[:TRIED]:
         if (each > size) not in found and works(each):
             found[each > size] = each
-    own = wanted.size if key == "augment.sizes" else int(weights_of(wanted.name)["input_size"][1])
+    own = wanted.size if key == "augment.progressive_sizes" else int(weights_of(wanted.name)["input_size"][1])
     if not found and not works(own):
         return Refused(
             f"model.name: {wanted.name} takes no pictures, of {size} px or of its own {own} px: {_line(error)}"
@@ -382,7 +382,7 @@ def about(cfg: Config) -> str:
     what = f"{cfg.model.name}{f' ({tag})' if (tag := made.get('tag')) and '.' not in cfg.model.name else ''}"
     return (
         f"{what}: weights for {', '.join(seen)}, crop_pct {made['crop_pct']:g}, {made['interpolation']}, "
-        f"licence {made.get('license') or 'not said'}; here {cfg.data.size} px, data.fit {cfg.data.fit}"
+        f"licence {made.get('license') or 'not said'}; here {cfg.data.size} px, data.resize {cfg.data.resize}"
         + (
             f"; its patches of {patch} px cover {cfg.data.size // patch * patch} of them"
             if cfg.data.size % patch

@@ -233,8 +233,8 @@ def suits(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> N
         )
     part = batch_size if whole else batch_size // n
     told = (
-        [f"loss.hardest chooses among {part} pictures, not {batch_size}"]
-        if cfg.loss.hardest < 1 and not whole
+        [f"loss.ohem chooses among {part} pictures, not {batch_size}"]
+        if cfg.loss.ohem < 1 and not whole
         else []
     )
     if norm := batch_norm(module):
@@ -242,7 +242,7 @@ def suits(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> N
             f"batch norm ({norm}) normalises over {part} pictures, and keeps the statistics of the first process"
         ]
     if told and first():
-        better = "" if whole else f"; train.accumulate={n} would deal out whole passes"
+        better = "" if whole else f"; train.grad_accum_steps={n} would deal out whole passes"
         print(f"{n} processes are not quite one: {'; '.join(told)}{better}", file=sys.stderr)
 
 

@@ -144,7 +144,7 @@ def birth(name: str) -> str:
 
 
 def command(name: str) -> str:
-    """What goes on with a run: `comp train exp001 --as trial optim.rate=1e-4`."""
+    """What goes on with a run: `comp train exp001 --as trial optim.lr=1e-4`."""
     file = store.run_folder(name) / "birth.json"
     return str(store.read_json(file)["command"]) if file.exists() else f"comp train {name}"
 

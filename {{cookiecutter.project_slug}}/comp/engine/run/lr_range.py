@@ -82,10 +82,10 @@ def climbing(cfg: Config, low: float, high: float, steps: int, linear: bool) -> 
         data={"pseudo": None},
         distill={"teacher": None},
         schedule={**shape, "warmup": 0, "momentum": None},
-        optim={"rate": high, "base_batch": None},
+        optim={"lr": high, "base_batch": None},
         train={"ema": None, "checkpoint_every": 0},
         snapshots={"cycles": None},
-        average={"predicts": "default", "beside": []},
+        average={"predict_with": "default", "members": []},
         select={"name": "last"},
     )
 
@@ -111,8 +111,8 @@ def suggested(points: list[Point]) -> float:
 
 
 def knob(material: Material, rate: float) -> float:
-    """What optim.rate has to say for it, where optim.base_batch scales that."""
-    return rate * material.cfg.optim.rate / schedule.peak(material.cfg, _span(material).effective)
+    """What optim.lr has to say for it, where optim.base_batch scales that."""
+    return rate * material.cfg.optim.lr / schedule.peak(material.cfg, _span(material).effective)
 
 
 def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) -> float:
@@ -141,7 +141,7 @@ def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) 
     axes.set_ylim(float(smooth.min()) - 0.2 * fall, float(smooth[0]) + 0.3 * fall)
     axes.set(xlabel="rate", ylabel="training loss")
     axes.set_title(
-        f"{cfg.optim.name}, {cfg.model.name}, {cfg.train.batch_size * cfg.train.accumulate} images a step",
+        f"{cfg.optim.name}, {cfg.model.name}, {cfg.train.batch_size * cfg.train.grad_accum_steps} images a step",
         fontsize=10,
     )
     axes.legend(fontsize=8)
@@ -160,9 +160,9 @@ class _Listener(tracking.Track):
         self._mean, self._lowest = 0.0, math.inf
 
     def log(self, record: tracking.Record) -> None:
-        if "rate" not in record:
+        if "lr" not in record:
             return
-        rate, loss = float(record["rate"]), float(record["loss"])
+        rate, loss = float(record["lr"]), float(record["loss"])
         self._mean = SMOOTH * self._mean + (1 - SMOOTH) * loss
         smooth = self._mean / (1 - SMOOTH ** (len(self.points) + 1))  # as if it had not begun at zero
         self.points.append(Point(rate, loss))

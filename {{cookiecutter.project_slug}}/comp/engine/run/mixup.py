@@ -61,9 +61,9 @@ def refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
         raise Refused(
             f"augment.{on[0]}: mixes pictures, not what model.metadata puts beside them; turn one of them off"
         )
-    if cfg.sampling.together > 1:
+    if cfg.sampling.m_per_class > 1:
         raise Refused(
-            f"augment.{on[0]}: sampling.together puts a class side by side, so it would be mixed with itself; turn one of them off"
+            f"augment.{on[0]}: sampling.m_per_class puts a class side by side, so it would be mixed with itself; turn one of them off"
         )
 
 

@@ -16,12 +16,12 @@ from comp.engine.run.distributed import Agreed
 
 EVERY = 25  # steps between two looks
 NAMED = 5  # samples that an error lists
-REMEDY = "lower optim.rate, clip with optim.clip, or train.amp=fp32"
+REMEDY = "lower optim.lr, clip with optim.clip_grad, or train.amp=fp32"
 
 
 class Step(NamedTuple):
     number: int
-    rate: float
+    lr: float
     samples: list[Positions]  # of each pass
     each: list[Tensor]  # the loss of each of them
     losses: list[Tensor]  # of each pass its part of the step's loss: they add up to it
@@ -67,7 +67,7 @@ class Looks:
                 self._refuse(step, f"the loss is {value}", broken=True)
             if not math.isfinite(length) and not self.scaled:
                 self._refuse(step, f"the gradient is {length}")
-            self.log.log({"step": step.number, "loss": value, "rate": step.rate})
+            self.log.log({"step": step.number, "loss": value, "lr": step.lr})
         if pass_size != self.pass_size:
             self.log.log({"step": steps[-1].number, "pass_size": pass_size})
             self.pass_size = pass_size

@@ -1,4 +1,4 @@
-"""From grey levels to what the network is given: `data.normalise` and `data.whiten`.
+"""From grey levels to what the network is given: `data.normalize` and `data.whiten`.
 
 Numbers that come from pictures come from the training part of the fold alone, and lie among the buffers of the network. So
 they are in its weights, and whoever reads those, here or on Kaggle, sees with the same eyes; nothing has to be kept beside.
@@ -55,7 +55,7 @@ def _standard(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def register(cfg: Config, module: nn.Module) -> None:
     """Places for the numbers, so that weights can be loaded into them."""
     channels = cfg.data.channels
-    if cfg.data.normalise == "data":
+    if cfg.data.normalize == "data":
         module.register_buffer("pixel_mean", torch.zeros(channels))
         module.register_buffer("pixel_std", torch.ones(channels))
     if cfg.data.whiten != "none":
@@ -67,7 +67,7 @@ def register(cfg: Config, module: nn.Module) -> None:
 def of(cfg: Config, module: nn.Module, device: torch.device) -> Normal:
     """In units of uint8. `model`: mean and deviation that the network was made for."""
     channels = cfg.data.channels
-    kind = cfg.data.normalise
+    kind = cfg.data.normalize
     whiten = None
     if cfg.data.whiten != "none":
         whiten = module.get_buffer("white_middle").to(device), module.get_buffer("white").to(device)

@@ -22,7 +22,7 @@ def fit(cfg: Config, module: nn.Module, feed: Feed, taught: Positions) -> None:
     """Fill the places from the training part, each picture once and not augmented."""
     rows = np.unique(taught)
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PICTURES)).astype(np.int64)]
-    if cfg.data.normalise == "data":
+    if cfg.data.normalize == "data":
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for x in _pictures(cfg, feed, rows, "mean of pixels"):
             x = (x / 255).transpose(0, 1).flatten(1).double()  # (channels, pixels)

@@ -53,9 +53,9 @@ def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
         f"{first.schedule.name}: {lasting}",
         f"rate: first {rates[0]:.3g}, highest {max(rates):.3g} at step {rates.index(max(rates)):,}, last {rates[-1]:.3g}",
     ]
-    if first.peak != cfg.optim.rate and not later:
+    if first.peak != cfg.optim.lr and not later:
         lines.append(
-            f"optim.rate {cfg.optim.rate:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {first.peak:.4g}"
+            f"optim.lr {cfg.optim.lr:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {first.peak:.4g}"
         )
     momenta = [m for step in range(span.steps) if (m := curve.momentum(step)) is not None]
     if momenta:

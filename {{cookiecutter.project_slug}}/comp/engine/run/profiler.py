@@ -37,7 +37,7 @@ class Clock:
         ]
         waiting = self.laps.get("waiting for pictures", 0.0) / whole
         verdict = (
-            "the loader holds the network up: augment=fast, a smaller data.margin, or more machine.workers"
+            "the loader holds the network up: augment=fast, a smaller data.cache_scale, or more machine.num_workers"
             if waiting > 0.15
             else "the network is what takes the time, not the loader"
         )

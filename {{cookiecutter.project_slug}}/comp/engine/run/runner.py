@@ -331,10 +331,10 @@ def lr_range(
     points = lr_range.sweep(material, low, high, steps, linear)
     rate = lr_range.knob(material, lr_range.write(cfg, points, png, csv, linear))
     print(
-        f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.rate={rate:.2g}"
+        f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.lr={rate:.2g}"
     )
     print(f"{store.shown(png)}, {store.shown(csv)}")
-    print(f"next: comp train {experiment} --as {experiment}r optim.rate={rate:.2g}")
+    print(f"next: comp train {experiment} --as {experiment}r optim.lr={rate:.2g}")
 
 
 def stored_config(name: str) -> Config:

@@ -36,17 +36,17 @@ class Span(NamedTuple):
 def span(cfg: Config, drawn: int) -> Span:
     """`drawn` is how many samples an epoch draws. A set smaller than a batch is a batch; what does not fill a step is left out."""
     batch_size = min(cfg.train.batch_size, drawn)
-    accumulate = min(cfg.train.accumulate, drawn // batch_size)
+    accumulate = min(cfg.train.grad_accum_steps, drawn // batch_size)
     steps_per_epoch = drawn // (batch_size * accumulate)
     return Span(batch_size, accumulate, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
 
 
 def peak(cfg: Config, effective: int) -> float:
-    """The highest rate: optim.rate is meant for optim.base_batch images a step, if that is said."""
+    """The highest rate: optim.lr is meant for optim.base_batch images a step, if that is said."""
     if cfg.optim.base_batch is None:
-        return cfg.optim.rate
+        return cfg.optim.lr
     power = {"linear": 1.0, "root": 0.5}[cfg.optim.scaling]
-    return float(cfg.optim.rate * (effective / cfg.optim.base_batch) ** power)
+    return float(cfg.optim.lr * (effective / cfg.optim.base_batch) ** power)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def curve(cfg: Config, span: Span) -> Curve | Staged:
     if cfg.train.stages:
         each = span.steps_per_epoch
         return Staged([
-            Curve(cfg.schedule, stage.rate * peak(cfg, span.effective) / cfg.optim.rate, stage.epochs * each, each)
+            Curve(cfg.schedule, stage.lr * peak(cfg, span.effective) / cfg.optim.lr, stage.epochs * each, each)
             for stage in cfg.train.stages
         ])  # fmt: skip
     plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
@@ -204,34 +204,34 @@ def plateau(curve: Curve, step: int) -> Point:
         best, waited = (loss, 0) if better else (best, waited + 1)
         if waited > curve.schedule.patience:
             drops, waited = drops + 1, 0
-    return Point(max(curve.schedule.final, curve.schedule.factor**drops))
+    return Point(max(curve.schedule.min_lr_ratio, curve.schedule.factor**drops))
 
 
 def linear(curve: Curve, step: int) -> Point:
-    return Point(_between(curve.schedule.final, 1.0, 1 - step / (curve.steps - curve.warmup)))
+    return Point(_between(curve.schedule.min_lr_ratio, 1.0, 1 - step / (curve.steps - curve.warmup)))
 
 
 def cosine(curve: Curve, step: int) -> Point:
-    return Point(_between(curve.schedule.final, 1.0, _half_wave(step / (curve.steps - curve.warmup))))
+    return Point(_between(curve.schedule.min_lr_ratio, 1.0, _half_wave(step / (curve.steps - curve.warmup))))
 
 
 def cosine_restarts(curve: Curve, step: int) -> Point:
     number, done = _place(curve, step)
     top = curve.schedule.decay**number
-    return Point(_between(curve.schedule.final, top, _half_wave(done)))
+    return Point(_between(curve.schedule.min_lr_ratio, top, _half_wave(done)))
 
 
 def one_cycle(curve: Curve, step: int) -> Point:
     """Up from `start` to the peak, then down to `final`."""
     height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal])
-    return Point(_between(curve.schedule.start if rising else curve.schedule.final, 1.0, height), height)
+    return Point(_between(curve.schedule.start if rising else curve.schedule.min_lr_ratio, 1.0, height), height)
 
 
 def triangular(curve: Curve, step: int) -> Point:
     """Cycles between `final` and the peak, each lower than the one before by `decay`."""
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
-    return Point(_between(curve.schedule.final, 1.0, height * curve.schedule.decay**number), height)
+    return Point(_between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.decay**number), height)
 
 
 def exponential(curve: Curve, step: int) -> Point:
@@ -239,7 +239,7 @@ def exponential(curve: Curve, step: int) -> Point:
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
     return Point(
-        _between(curve.schedule.final, 1.0, height * curve.schedule.decay ** (number + done)), height
+        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.decay ** (number + done)), height
     )
 
 
@@ -249,7 +249,7 @@ def wsd(curve: Curve, step: int) -> Point:
     left = curve.steps - curve.warmup - step
     if left >= length:
         return Point(1.0)
-    return Point(_between(curve.schedule.final, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
+    return Point(_between(curve.schedule.min_lr_ratio, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
 
 
 def range_linear(curve: Curve, step: int) -> Point:
@@ -309,7 +309,7 @@ def _place(curve: Curve, step: int) -> tuple[int, float]:
 
 def _wave(curve: Curve, done: float, slope: Callable[[float], float]) -> tuple[float, bool]:
     """Up during `rise` of it, down during the rest: (height, still rising)."""
-    rise = curve.schedule.rise
+    rise = curve.schedule.pct_start
     if done < rise:
         return 1 - slope(done / rise), True
     return slope((done - rise) / (1 - rise)), False

@@ -12,7 +12,7 @@ from comp.engine.config.schema import Config
 CYCLIC = ("cosine_restarts", "triangular", "exponential")
 CYCLING = ("one_cycle", "triangular", "exponential")
 SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
-    "final": ("linear", "plateau", "cosine", *CYCLIC, "one_cycle", "wsd"),
+    "min_lr_ratio": ("linear", "plateau", "cosine", *CYCLIC, "one_cycle", "wsd"),
     "every": ("step",),
     "factor": ("step", "plateau"),
     "patience": ("plateau",),
@@ -20,7 +20,7 @@ SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
     "multiplier": ("cosine_restarts",),
     "decay": CYCLIC,
     "start": ("one_cycle",),
-    "rise": CYCLING,
+    "pct_start": CYCLING,
     "anneal": ("one_cycle", "wsd"),
     "momentum": CYCLING,
     "cooldown": ("wsd",),
@@ -58,5 +58,5 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "distill.temperature", "with distill.kind: hard"
     if cfg.optim.base_batch is None:
         yield "optim.scaling", "without optim.base_batch"
-    if cfg.optim.clip is None:
-        yield "optim.clip_mode", "with optim.clip: null"
+    if cfg.optim.clip_grad is None:
+        yield "optim.clip_mode", "with optim.clip_grad: null"

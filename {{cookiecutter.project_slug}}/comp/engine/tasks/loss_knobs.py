@@ -16,21 +16,21 @@ from comp.engine.tasks.kinds import Head, Objective
 
 OFF = None
 TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
-    "cross_entropy": {"smoothing": 0.0},
-    "kl": {"smoothing": 0.0},
-    "focal": {"smoothing": 0.0, "gamma": 2.0, "alpha": OFF},
-    "poly": {"smoothing": 0.0, "epsilon": 1.0},
-    "jensen_shannon": {"smoothing": 0.0, "share": 0.5},
-    "bce": {"smoothing": 0.0, "threshold": OFF},
-    "asymmetric": {"smoothing": 0.0, "gamma": 4.0, "gamma_positive": 1.0, "shift": 0.05},
+    "cross_entropy": {"label_smoothing": 0.0},
+    "kl": {"label_smoothing": 0.0},
+    "focal": {"label_smoothing": 0.0, "gamma": 2.0, "alpha": OFF},
+    "poly": {"label_smoothing": 0.0, "epsilon": 1.0},
+    "jensen_shannon": {"label_smoothing": 0.0, "share": 0.5},
+    "bce": {"label_smoothing": 0.0, "threshold": OFF},
+    "asymmetric": {"label_smoothing": 0.0, "gamma": 4.0, "gamma_positive": 1.0, "shift": 0.05},
     "mse": {},
     "l1": {},
     "huber": {"delta": 1.0},
     "log_cosh": {},
-    "bins": {"smoothing": 0.0, "bins": 32, "range": OFF},
+    "bins": {"label_smoothing": 0.0, "bins": 32, "range": OFF},
     "cumulative": {},
     "soft_labels": {"spread": 0.5},
-    "arcface": {"margin": 0.3, "margin_rare": OFF, "scale": 30.0, "centres": 1},
+    "arcface": {"margin": 0.3, "margin_rare": OFF, "scale": 30.0, "sub_centers": 1},
     "contrastive": {"margin": 1.0},
     "triplet": {"margin": 0.3},
     "loss": {},  # your own
@@ -38,7 +38,7 @@ TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
 EMBEDS = ("arcface", "contrastive", "triplet")  # their predictions come from neighbours
 SIZE, NEIGHBOURS = 256, 5  # of an embedding; that vote
 BETA = 0.999  # of class_weights: effective
-EVERY = ("name", "hardest", "class_weights")  # beside those of TAKES
+EVERY = ("name", "ohem", "class_weights")  # beside those of TAKES
 
 
 def embedding(cfg: Config, heads: Sequence[Head]) -> Objective | None:
@@ -105,9 +105,9 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
                 f"{embeds[0]} wants the one target alone; beside others retrieval takes cross_entropy",
             )
         )
-    if embeds and embeds[0] != "arcface" and cfg.sampling.together < 2:
+    if embeds and embeds[0] != "arcface" and cfg.sampling.m_per_class < 2:
         out.append(
-            ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.together to 4 or so")
+            ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.m_per_class to 4 or so")
         )
     if embeds and embeds[0] != "arcface" and run_members.chooses(cfg):
         out.append(
@@ -121,8 +121,8 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
             out.append(
                 ("loss.alpha", f"parts yes from no; the classes of {head.task} are weighed by class_weights")
             )
-        if objective.knobs.get("threshold") is not None and objective.knobs["smoothing"]:
-            out.append(("loss.smoothing", "is undone by loss.threshold; set one of them"))
+        if objective.knobs.get("threshold") is not None and objective.knobs["label_smoothing"]:
+            out.append(("loss.label_smoothing", "is undone by loss.threshold; set one of them"))
         if objective.name == "bins" and objective.knobs["range"] is None:
             out.append(("loss.range", "bins needs the lowest and highest target that can be, like [0, 100]"))
     return out

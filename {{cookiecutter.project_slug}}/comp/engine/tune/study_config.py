@@ -50,7 +50,7 @@ def read(name: str, cfg: Config, experiment: str) -> Space:
     header = _header(tree, faults, cfg.competition.folds.k * cfg.competition.folds.repeats)
     entries = tree.get("search")
     if not isinstance(entries, dict) or not entries:
-        faults.add("search", "search: wants lines like optim.rate: {low: 1e-4, high: 1e-2, log: true}")
+        faults.add("search", "search: wants lines like optim.lr: {low: 1e-4, high: 1e-2, log: true}")
         entries = {}
     values = own(cfg)
     knobs = [knob for key, entry in entries.items() if (knob := _knob(key, entry, values, faults))]
