@@ -29,10 +29,8 @@ def decoding(files: list[bytes]) -> dict[str, Any]:
     from comp.engine.readers import decode
 
     def typical(data: bytes) -> Any:
-        picture: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        return cv2.resize(
-            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), (SIZE, SIZE), interpolation=cv2.INTER_AREA
-        )
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        return cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
     def floor(data: bytes) -> Any:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
@@ -46,9 +44,7 @@ def decoding(files: list[bytes]) -> dict[str, Any]:
     whole = [decode.decode(data, None, "stretch", 3, "") for data in files[:16]]
     away = {}
     for size in (112, 128, 160, 224, 256, 320, 384, 512):
-        area = [
-            cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA).astype(int) for picture in whole
-        ]
+        area = [cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).astype(int) for image in whole]
         fast = [decode.decode(data, size, "stretch", 3, "") for data in files[:16]]
         away[size] = round(float(np.mean([np.abs(a - b).mean() for a, b in zip(area, fast, strict=True)])), 2)
     return {
@@ -74,7 +70,7 @@ def building(root: Path, names: list[str]) -> dict[str, Any]:
 
     def bare(_: object) -> None:
         with ThreadPoolExecutor(hardware.cores()) as pool:
-            list(pool.map(how.picture, names, chunksize=8))
+            list(pool.map(how.image, names, chunksize=8))
 
     def build(_: object) -> None:
         shutil.rmtree(store.path("data"), ignore_errors=True)

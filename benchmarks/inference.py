@@ -33,8 +33,8 @@ def typical(module: Any, files: list[str]) -> Callable[[object], object]:
             return len(files)
 
         def __getitem__(self, i: int) -> Any:
-            picture: Any = cv2.imread(files[i])
-            return self.chain(image=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))["image"]
+            image: Any = cv2.imread(files[i])
+            return self.chain(image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB))["image"]
 
     h, v = A.HorizontalFlip(p=1), A.VerticalFlip(p=1)
     loaders = [

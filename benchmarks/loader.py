@@ -43,8 +43,8 @@ def typical(files: list[str]) -> Callable[[object], object]:
             return len(files)
 
         def __getitem__(self, i: int) -> Any:
-            picture: Any = cv2.imread(files[i])
-            return chain(image=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))["image"]
+            image: Any = cv2.imread(files[i])
+            return chain(image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB))["image"]
 
     loader = DataLoader(
         Files(),
@@ -86,7 +86,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
         for _ in range(count):
             for batch in feed.batches(data.training_batches(rows, BATCH, 0, epoch, 0)):
                 if normalise:
-                    seen(batch.pictures.permute(0, 3, 1, 2))
+                    seen(batch.images.permute(0, 3, 1, 2))
             epoch += 1
 
     read(None, 1)

@@ -45,7 +45,7 @@ def compared(
     from comp.engine import hardware
     from comp.engine.config import resolve
     from comp.engine.run import evaluate, torch_compile, tracking
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
     from comp.engine.run.profiler import Clock
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
@@ -67,15 +67,15 @@ def compared(
         network, optimizer = torch_compile.prepared(cfg, module), optim.optimizer(cfg, module)
         half = evaluate.HALF[cfg.train.amp]
         scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-        pictures = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)
+        images = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)
         if cfg.train.channels_last:
-            pictures = pictures.to(memory_format=torch.channels_last)
+            images = images.to(memory_format=torch.channels_last)
         target = torch.arange(batch, device=device) % CLASSES
 
         def bare() -> None:
             for _ in range(steps):
                 with torch.autocast(device.type, half, enabled=half is not None):
-                    output = network(pictures)
+                    output = network(images)
                 scaler.scale(torch.nn.functional.cross_entropy(output.float(), target)).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -106,7 +106,7 @@ def compared(
 
         train._quiet = lambda cfg: False  # the bar is drawn although nobody watches
         split: Any = Split()
-        material = Material(
+        context = Context(
             cfg, table, split, Paused(cfg, table, device), device, hardware.Stop(), Clock(device)
         )
         fold = root / "runs" / "exp001" / "seed0" / "fold0"
@@ -116,7 +116,7 @@ def compared(
         )  # fmt: skip
         try:
             with log:
-                train.fold(material, 0, 0, fold, log)
+                train.fold(context, 0, 0, fold, log)
         except Enough:
             pass
     return taken
@@ -128,7 +128,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     batch = 32
-    said = settings("resnet18", 64, batch, "none", "data.cache_scale=1.0", "machine.num_workers=0", "track=offline")
+    said = settings(
+        "resnet18", 64, batch, "none", "data.cache_scale=1.0", "machine.num_workers=0", "track=offline"
+    )
     taken = compared(said, batch, (64, 64), count_of_blocks, steps)
     written(
         {

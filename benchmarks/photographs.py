@@ -39,7 +39,7 @@ def photograph(random: np.random.Generator, side: int) -> Picture:
         return field / field.std()
 
     light = clouds(random.uniform(1.3, 1.5)) * 45 + 115
-    picture = np.stack([light + clouds(1.7) * 15 + random.integers(-30, 30) for _ in range(3)], -1)
+    image = np.stack([light + clouds(1.7) * 15 + random.integers(-30, 30) for _ in range(3)], -1)
     for _ in range(12):
         shape = np.zeros((side, side), np.uint8)
         centre, axes = (
@@ -47,16 +47,16 @@ def photograph(random: np.random.Generator, side: int) -> Picture:
             random.integers(side // 50, side // 4, 2).tolist(),
         )
         cv2.ellipse(shape, centre, axes, random.uniform(0, 180), 0, 360, 1, -1)
-        picture[shape > 0] = picture[shape > 0] * 0.6 + random.integers(0, 255, 3) * 0.4
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        image[shape > 0] = image[shape > 0] * 0.6 + random.integers(0, 255, 3) * 0.4
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def jpegs(folder: Path, count: int, copies: int = 1, side: int = 1024, quality: int = 90) -> list[str]:
     """Copies differ by a comment: other bytes, the same work."""
     folder.mkdir(parents=True)
     for number in range(count):
-        picture = photograph(np.random.default_rng(number), side)
-        data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        image = photograph(np.random.default_rng(number), side)
+        data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         for copy in range(copies):
             comment = b"\xff\xfe\x00\x04" + copy.to_bytes(2, "big")
             (folder / f"{copy}-{number:04}.jpg").write_bytes(data[:2] + comment + data[2:])

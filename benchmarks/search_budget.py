@@ -169,13 +169,13 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
 
 def retrain(joined: study.Joined, name: str, setting: dict[str, Any]) -> list[float]:
     cfg = trial.config_of(joined, setting)
-    material = runner.gather(cfg)
-    fingerprint.claim(name, cfg, material.folds, "")
+    context = runner.gather(cfg)
+    fingerprint.claim(name, cfg, context.folds, "")
     values = []
     for seed in confirm.fresh(joined):
-        for number in range(material.folds.count):
-            runner.one_fold(material, name, seed, number, search=True)
-        values.append(confirm._score(joined, material, name, seed))
+        for number in range(context.folds.count):
+            runner.one_fold(context, name, seed, number, search=True)
+        values.append(confirm._score(joined, context, name, seed))
     return values
 
 

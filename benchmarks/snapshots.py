@@ -111,8 +111,8 @@ def lay_out(root: Path, pictures: list[NDArray[np.uint8]], labels: NDArray[np.in
     (root / "configs/snapshots.yaml").write_text(EXPERIMENT)
     raw = root / "data/raw"
     raw.mkdir(parents=True)
-    for i, picture in enumerate(pictures):
-        cv2.imwrite(str(raw / f"p{i}.png"), picture)
+    for i, image in enumerate(pictures):
+        cv2.imwrite(str(raw / f"p{i}.png"), image)
     (raw / "train.csv").write_text(
         "id,label\n" + "".join(f"p{i},{label}\n" for i, label in enumerate(labels))
     )

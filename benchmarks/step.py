@@ -63,8 +63,8 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
 
         def train(batch: data.Batch) -> None:
             target = torch.from_numpy(batch.samples % 10)
-            pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)
-            torch.nn.functional.cross_entropy(module(pictures), target).backward()
+            images = seen(batch.images.permute(0, 3, 1, 2), batch.seeds)
+            torch.nn.functional.cross_entropy(module(images), target).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -135,10 +135,10 @@ def more_after_the_end(number: int) -> File:
 
 def other_modes(number: int) -> File:
     """Grey, palette, transparent palette, alpha, one bit."""
-    picture, out = Image.fromarray(scene(number)), io.BytesIO()
+    image, out = Image.fromarray(scene(number)), io.BytesIO()
     mode = ("L", "P", "P transparent", "RGBA", "LA", "1")[number % 6]
     more: dict[str, object] = {"transparency": 3} if "transparent" in mode else {}
-    picture.convert(mode.split()[0]).save(out, "PNG", **more)
+    image.convert(mode.split()[0]).save(out, "PNG", **more)
     return File(out.getvalue(), "png", False)
 
 

@@ -80,12 +80,12 @@ def test_what_does_not_go_together(empty: Path) -> None:
     ],
 )
 def test_a_small_stem_goes_over_every_pixel(name: str, side: int) -> None:
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     module: Any = timm.create_model(name, num_classes=0).eval()
     kept = {k: v.clone() for k, v in module.state_dict().items()}
     with torch.no_grad():
-        before = module.forward_features(picture).shape[2]
-        after = small_stem.small(module, name).forward_features(picture).shape[2]
+        before = module.forward_features(image).shape[2]
+        after = small_stem.small(module, name).forward_features(image).shape[2]
     assert (before, after) == (2, side)
     new = [k for k, v in module.state_dict().items() if not torch.equal(v, kept[k])]
     assert new == (["stem.0.weight"] if name == "test_convnext" else [])

@@ -29,7 +29,7 @@ def refusal(*overrides: str) -> str:
     return str(refused.value)
 
 
-def pictures(count: int = 16, side: int = 12) -> torch.Tensor:
+def images(count: int = 16, side: int = 12) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
@@ -65,17 +65,17 @@ def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
     name: str, channels: int
 ) -> None:
     policy = policies.named(name, channels)
-    picture = np.random.default_rng(0).integers(0, 256, (24, 24, channels)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, channels)).astype(np.uint8)
     before = random.random(), torch.rand(1)
     random.seed(5)
     torch.manual_seed(5)
-    drawn = [policy(picture, seed) for seed in range(40)]
+    drawn = [policy(image, seed) for seed in range(40)]
     after = random.random(), torch.rand(1)
     random.seed(5)
     torch.manual_seed(5)
     assert after == (random.random(), torch.rand(1)) != before
-    assert all(each.shape == picture.shape and each.dtype == np.uint8 for each in drawn)
-    assert all((policy(picture, seed) == each).all() for seed, each in enumerate(drawn))
+    assert all(each.shape == image.shape and each.dtype == np.uint8 for each in drawn)
+    assert all((policy(image, seed) == each).all() for seed, each in enumerate(drawn))
     assert len({each.tobytes() for each in drawn}) > 15
     assert policies.ops(policy)
 
@@ -99,14 +99,18 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 
     def drawn(*overrides: str) -> list[bytes]:
         cfg = config(
-            *TINY[2:], "augment.policy=rand-m9-n2", "train.epochs=3", "augment.disable_last_epochs=1", *overrides
+            *TINY[2:],
+            "augment.policy=rand-m9-n2",
+            "train.epochs=3",
+            "augment.disable_last_epochs=1",
+            *overrides,
         )
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         return [
             p.numpy().tobytes()
             for epoch in (1, 2)
             for batch in feed.batches(data.training_batches(rows, 8, 7, epoch, 0), transforms.day(cfg, epoch))
-            for p in batch.pictures
+            for p in batch.images
         ]
 
     alone = drawn("machine.num_workers=0")
@@ -140,7 +144,7 @@ def mix(x: torch.Tensor, mixup: float = 0, cutmix: float = 0, share: float = 1, 
 
 
 def test_mixup_blends_neighbours_by_the_share_that_their_targets_get() -> None:
-    x = pictures(400, 4)
+    x = images(400, 4)
     out, [(own, first), (mate, second)] = mix(x, mixup=0.4)
     assert own.tolist() == list(range(400)) and mate.tolist() == [i ^ 1 for i in range(400)]
     assert torch.allclose(first + second, torch.ones(400))
@@ -170,7 +174,7 @@ def test_a_mosaic_shows_four_whole_pictures_by_their_areas() -> None:
     for who, share in parts:
         assert (who // 4 == torch.arange(32) // 4).all(), "of the same four"
         assert torch.allclose(((out[:, 0] - who.view(-1, 1, 1)).abs() < 1e-3).float().mean((1, 2)), share)
-    _, parts = mix(pictures(400, 4), mosaic=0.25)
+    _, parts = mix(images(400, 4), mosaic=0.25)
     assert abs(float((parts[0][1] < 1).float().mean()) - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 400)
 
 
@@ -189,7 +193,7 @@ def test_shares_of_what_is_mixed_and_both_at_once() -> None:
     "kind", [{"mixup": 0.4}, {"cutmix": 1.0, "share": 0.7}, {"mosaic": 0.5, "mixup": 1.0}]
 )
 def test_micro_batches_of_whole_pairs_are_mixed_like_the_batch(kind: dict[str, float]) -> None:
-    x = pictures(32)
+    x = images(32)
     whole, parts = mix(x, **kind)
     for start in range(0, 32, 8):
         part = slice(start, start + 8)
@@ -210,7 +214,7 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
     heads = (Head("digit", "multiclass", tuple("abcde"), ("target.digit",)),)
     output = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
     codes, weight = torch.arange(16) % 5, torch.ones(16)
-    _, parts = mix(pictures(), mosaic=0.4, mixup=0.4)
+    _, parts = mix(images(), mosaic=0.4, mixup=0.4)
     soft = sum(share[:, None] * torch.eye(5)[codes[who]] for who, share in parts)
     assert isinstance(soft, torch.Tensor)
 
@@ -236,7 +240,7 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
     )
     # weights belong to whose target it is
     heavy = torch.where(torch.arange(16) == 1, 3.0, 0.0)
-    only = criterion(output, [codes], heavy, mix(pictures(), mixup=1.0)[1])
+    only = criterion(output, [codes], heavy, mix(images(), mixup=1.0)[1])
     assert (only[:2] > 0).all() and (only[2:] == 0).all()
 
 
@@ -256,10 +260,14 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
     assert "augment.disable_last_epochs" in refusal("augment.disable_last_epochs=2")
     assert "leaves no epoch" in refusal("augment.disable_last_epochs=15", "augment.random_erasing=0.5")
     assert "augment.mix_share" in refusal("augment.mix_share=0.5", "augment.mosaic=0.5")
-    assert "augment.progressive_sizes" in refusal("augment.progressive_sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0")
+    assert "augment.progressive_sizes" in refusal(
+        "augment.progressive_sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0"
+    )
     long = "base: exp001\naugment: {off_last: 2, sizes: [16, 32], erase: 1.0}\n"
     (empty / "configs" / "exp003.yaml").write_text(long)
-    assert config(experiment="exp003", debug=True).augment.disable_last_epochs == 0, "a debug run has one epoch"
+    assert config(experiment="exp003", debug=True).augment.disable_last_epochs == 0, (
+        "a debug run has one epoch"
+    )
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------------
@@ -274,10 +282,10 @@ def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) ->
     ink = []
     for epoch in (0, 4, 6):
         batches = list(feed.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.day(cfg, epoch)))
-        assert {b.pictures.shape[1:3] for b in batches} == {(transforms.day(cfg, epoch).size,) * 2}
-        ink.append(float(torch.cat([b.pictures for b in batches]).float().mean()))
+        assert {b.images.shape[1:3] for b in batches} == {(transforms.day(cfg, epoch).size,) * 2}
+        ink.append(float(torch.cat([b.images for b in batches]).float().mean()))
     assert max(ink) < 1.1 * min(ink), "shrunk, not cut out"
-    assert next(iter(feed.batches(data.plain_batches(rows, 8)))).pictures.shape[1] == 32
+    assert next(iter(feed.batches(data.plain_batches(rows, 8)))).images.shape[1] == 32
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,9 @@ def test_progressive_sizes(empty: Path) -> None:
     checked(VIT, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     checked(SWIN, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     name = FAMILIES["coatnet"]
-    line = refusal(f"model.name={name}", "data.size=96", "augment.progressive_sizes=[64,96]", "train.epochs=2")
+    line = refusal(
+        f"model.name={name}", "data.size=96", "augment.progressive_sizes=[64,96]", "train.epochs=2"
+    )
     assert line.startswith("augment.progressive_sizes:") and "64 px" in line and line.endswith("96 px")
     line = refusal(f"model.name={VIT}", "data.size=64", "augment.progressive_sizes=[40,64]", "train.epochs=2")
     assert line.startswith("augment.progressive_sizes:") and "32 px and 48 px" in line

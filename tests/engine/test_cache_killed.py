@@ -67,10 +67,10 @@ def test_a_build_killed_and_started_again_ends_with_the_same_bytes(
     assert victim.returncode == -signal.SIGKILL
     done = sum(len(json.loads(line)) for line in journal_lines()) if "manifest" not in event else COUNT
     decoded = counted(monkeypatch)
-    pictures = cached(names)
+    images = cached(names)
     assert bytes_of(folder()) == never_killed
     assert len(set(decoded)) <= COUNT - done
-    assert seen(pictures) == expected
+    assert seen(images) == expected
 
 
 def journal_lines() -> list[str]:
@@ -124,9 +124,9 @@ def test_a_file_that_changes_between_kill_and_resume_is_decoded_as_it_is_now(
     stopped_after(5, names, monkeypatch)
     raw(names[2]).write_bytes(raw(names[30]).read_bytes())
     raw(names[3]).unlink()
-    pictures = cached(names)
-    assert seen(pictures) == seen(opened(names, "data.cache=false"))
-    listed = pictures.pages.table["name"].to_pylist()
+    images = cached(names)
+    assert seen(images) == seen(opened(names, "data.cache=false"))
+    listed = images.pages.table["name"].to_pylist()
     assert len(listed) == len(set(listed))
 
 
@@ -167,9 +167,9 @@ build_cache._commit = commit
 
 
 def test_a_flipped_byte_of_the_pixels_is_named(names: list[str]) -> None:
-    pictures = cached(names)
-    line = pictures.where[5]
-    position = int(pictures.pages.offset[line]) + 100
+    images = cached(names)
+    line = images.where[5]
+    position = int(images.pages.offset[line]) + 100
     with (folder() / "pixels.bin").open("r+b") as file:
         file.seek(position)
         flipped = bytes([file.read(1)[0] ^ 4])
@@ -221,9 +221,9 @@ def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 2**28))
     with pytest.raises(UserError, match=r"39 pictures of 32 px will write 40 KB, and only"):
         opened(names, must_fit=True)
-    pictures = opened(names)
-    assert isinstance(pictures, cache.Direct) and "decoded on the fly" in capsys.readouterr().out
-    without = seen(pictures)
+    images = opened(names)
+    assert isinstance(images, cache.Direct) and "decoded on the fly" in capsys.readouterr().out
+    without = seen(images)
     monkeypatch.undo()
     os.environ["COMP_ROOT"] = str(raw("").parents[1])
     assert without == seen(cached(names))
@@ -235,8 +235,8 @@ def test_where_nothing_can_be_written_decoding_goes_on(
     store.path("data", "cache").write_text(
         "a file, where the folder should be: root may write into any folder"
     )
-    pictures = opened(names)
-    assert isinstance(pictures, cache.Direct) and pictures[0].shape == (32, 32, 1)
+    images = opened(names)
+    assert isinstance(images, cache.Direct) and images[0].shape == (32, 32, 1)
     assert "cannot be made" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be made"):
         opened(names, must_fit=True)
@@ -268,8 +268,8 @@ def test_a_build_says_what_it_writes_and_where(names: list[str], capsys: pytest.
 
 
 def test_the_index_holds_what_it_says(names: list[str]) -> None:
-    pictures = cached(names)
-    table = pictures.pages.table
+    images = cached(names)
+    table = images.pages.table
     rows: list[dict[str, Any]] = table.to_pylist()
     assert [row["name"] for row in rows] == [name for name in names if name != names[GONE]]
     for row in rows:

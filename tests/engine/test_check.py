@@ -14,7 +14,7 @@ from conftest import config
 from PIL import Image
 from test_forms import said
 from test_forms import written as submitted
-from test_layouts import declare, picture, prepared, put
+from test_layouts import declare, image, prepared, put
 from test_prepare import lay
 from test_submission import scored
 
@@ -93,11 +93,11 @@ def test_images_are_opened_once(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    picture = image_loader.Making.picture
+    image = image_loader.Making.image
 
     def counting(self: image_loader.Making, name: str, data: bytes | None = None) -> Any:
         opened.append(name)
-        return picture(self, name, data)
+        return image(self, name, data)
 
     monkeypatch.setattr(image_loader.Making, "picture", counting)
     assert checked(capsys)[0] == [] and len(opened) == 1797
@@ -214,7 +214,7 @@ TEN = [f"c{i}" for i in range(10)]
 
 def ten_classes(root: Path, form: str, sample: str, labels: list[str] = TEN, **changes: Any) -> None:
     for i in range(0 if (root / "data/raw/train").exists() else 20):
-        put(root, f"train/{i}.png", picture(10 * i))
+        put(root, f"train/{i}.png", image(10 * i))
     put(root, "train.csv", "id,label\n" + "".join(f"{i},{labels[i % len(labels)]}\n" for i in range(20)))
     put(root, "sample.csv", sample)
     put(root, "test.csv", "id\n18\n19\n")

@@ -88,7 +88,11 @@ MISTAKES = {
     "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
     "optim: {clip_mode: norn}": ("exp.yaml:2", "optim.clip_mode", "norm"),
     "data: {size: 4}": ("exp.yaml:2", "data.size", "8"),
-    "augment: {disable_last_epochs: 15, random_erasing: 0.5}": ("exp.yaml:2", "augment.disable_last_epochs", "15"),
+    "augment: {disable_last_epochs: 15, random_erasing: 0.5}": (
+        "exp.yaml:2",
+        "augment.disable_last_epochs",
+        "15",
+    ),
     "optm: {rate: 1}": ("exp.yaml:2", "optm", "optim"),
     "a: [1, 2": ("exp.yaml:", "is not YAML", ""),
     "model: !!python/name:os.system x": ("exp.yaml:2", "tag", ""),

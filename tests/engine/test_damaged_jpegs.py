@@ -159,11 +159,11 @@ def _made(file: Path) -> Path:
     return file
 
 
-def reasons(pictures: cache.Images) -> list[str]:
+def reasons(images: cache.Images) -> list[str]:
     said = []
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         try:
-            pictures[i]
+            images[i]
             said.append("")
         except Damaged as damaged:
             said.append(damaged.reason)

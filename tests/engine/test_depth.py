@@ -36,8 +36,8 @@ def numbers(depth: int, low: float | None = None, high: float | None = None) -> 
     return arrays.Numbers(low, high, (), depth)
 
 
-def encoded(suffix: str, picture: Any) -> bytes:
-    return bytes(cv2.imencode(suffix, picture)[1].tobytes())
+def encoded(suffix: str, image: Any) -> bytes:
+    return bytes(cv2.imencode(suffix, image)[1].tobytes())
 
 
 def saved(array: Any) -> bytes:
@@ -95,8 +95,8 @@ def test_arrays_stay_whole() -> None:
 @pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
 def test_all_depths_agree(size: int, fit: Any) -> None:
     """An 8 bit file is the same picture in every depth, resized as finely as the depth allows."""
-    picture = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 24, 3), np.uint8), (5, 5), 0)
-    data = encoded(".png", picture)
+    image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 24, 3), np.uint8), (5, 5), 0)
+    data = encoded(".png", image)
     coarse = decode.decode(data, size, fit, 3, "x")
     fine = decode.decode(data, size, fit, 3, "x", numbers(16)) / 257
     real = decode.decode(data, size, fit, 3, "x", numbers(32))
@@ -125,18 +125,18 @@ def test_cached_and_direct_are_the_same(empty: Path) -> None:
         assert size == len(names) * 24 * 24 * 3 * depth // 8
     cfg, names = deep_project(empty, 16, count=7)  # grows behind what is there
     assert np.array_equal(
-        cache.open_images(cfg, names, progress=False)[6], image_loader.of(cfg).picture("6.png")
+        cache.open_images(cfg, names, progress=False)[6], image_loader.of(cfg).image("6.png")
     )
 
 
 def test_the_network_sees_both_bytes(empty: Path) -> None:
     cfg, names = deep_project(empty, 16)
-    picture = image_loader.of(cfg).picture(names[0])
-    seen = transforms.Seen(UNITS)(torch.from_numpy(picture)[None].permute(0, 3, 1, 2))
-    assert torch.allclose(seen[0], torch.from_numpy(picture.astype(np.float32) / 257).permute(2, 0, 1))
-    drawn = transforms.Augment(transforms.named(cfg), 24)(picture, mixed(1, 2))
+    image = image_loader.of(cfg).image(names[0])
+    seen = transforms.Seen(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
+    assert torch.allclose(seen[0], torch.from_numpy(image.astype(np.float32) / 257).permute(2, 0, 1))
+    drawn = transforms.Augment(transforms.named(cfg), 24)(image, mixed(1, 2))
     assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
-    turned = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)
+    turned = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     for view in views.views(list(views.VIEWS | views.CLOSER)):
         assert view(turned).dtype == torch.uint16
 
@@ -157,9 +157,9 @@ def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
 def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     raw = empty / "data" / "raw"
     raw.mkdir(parents=True)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 5), np.uint8)
-    for i, picture in enumerate(pictures):
-        (raw / f"{i}.npy").write_bytes(saved(picture))
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 5), np.uint8)
+    for i, image in enumerate(images):
+        (raw / f"{i}.npy").write_bytes(saved(image))
     cfg = config("data.channels=5", "data.size=24", "machine.num_workers=0", "augment=light")
     head = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
     frame = pd.DataFrame(
@@ -173,19 +173,17 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     cpu = torch.device("cpu")
     feed = Feed(cfg, Samples(frame, (head,), "x"), cpu)
     (batch,) = feed.batches(plain_batches(np.arange(3), 4))
-    assert np.array_equal(batch.pictures.numpy(), pictures)
-    assert feed.pictures[Draw(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
+    assert np.array_equal(batch.images.numpy(), images)
+    assert feed.images[Draw(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
     module = models.build(cfg, (head,), pretrained=False, feed=feed).eval()
     seen = transforms.Seen(normalize.of(cfg, module, cpu))
 
     def out(values: np.ndarray) -> torch.Tensor:
         return module(seen(torch.from_numpy(values).permute(0, 3, 1, 2)))
 
-    other = pictures.copy()
+    other = images.copy()
     other[..., 4] = 255 - other[..., 4]
-    assert out(pictures).shape == (3, 1) and not torch.allclose(out(pictures), out(other)), (
-        "the fifth is heard"
-    )
+    assert out(images).shape == (3, 1) and not torch.allclose(out(images), out(other)), "the fifth is heard"
 
 
 @pytest.mark.parametrize("channels", [5, 7])

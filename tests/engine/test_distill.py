@@ -135,11 +135,9 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     table = samples.load()
     rows = folds.load(table).split(1)[0][:64]
     assert np.array_equal(found["rows"], rows)
-    material = runner.gather(runner.stored_config("teacher"))  # at its own size
+    context = runner.gather(runner.stored_config("teacher"))  # at its own size
     said = [
-        predict.predict(material, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0][
-            "label"
-        ]
+        predict.predict(context, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
         for n in (1, 2)
     ]
     assert np.allclose(found["label"], said[0], atol=1e-6) and not np.allclose(said[0], said[1], atol=1e-2)

@@ -16,7 +16,13 @@ from comp.engine.extras import adversarial_validation
 from comp.engine.run import runner
 from comp.engine.store import store
 
-TINY = ["machine.num_workers=0", "machine.progress=false", "track=none", "train.epochs=1", "schedule.warmup=0"]
+TINY = [
+    "machine.num_workers=0",
+    "machine.progress=false",
+    "track=none",
+    "train.epochs=1",
+    "schedule.warmup=0",
+]
 
 
 def fewer(project: Path, darker: bool) -> None:

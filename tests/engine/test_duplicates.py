@@ -41,9 +41,9 @@ def copied(pixels: np.ndarray, number: int) -> bytes:
     return encoded(pixels[top : top + kept, left : left + kept])
 
 
-def planted(practice: Path, pictures: int, copies: int) -> tuple[float, float]:
+def planted(practice: Path, images: int, copies: int) -> tuple[float, float]:
     """(share of the copies that is found, share of all other pairs that is listed)."""
-    files = sorted((practice / "data" / "raw" / "train").glob("*.png"))[:pictures]
+    files = sorted((practice / "data" / "raw" / "train").glob("*.png"))[:images]
     chosen = np.random.default_rng(0).permutation(len(files))[:copies].tolist()
     data = [file.read_bytes() for file in files]
     data += [copied(np.asarray(Image.open(files[at])), number) for number, at in enumerate(chosen)]

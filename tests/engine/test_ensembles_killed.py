@@ -118,7 +118,7 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
         "members: [tiny-seeds, slow-seeds, 'tiny-seeds:seed1']\nmethod: greedy\n"
     )
 
-    def pictures() -> None:
+    def images() -> None:
         blend("blend001")
         plots.draw("blend001")
 
@@ -126,7 +126,7 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
         "noise": lambda: compare.noise("tiny", 2),
         "compare": lambda: compare.compare(["tiny", "slow"], 2),
         "tta": lambda: tta_search.tta("slow-seeds"),
-        "ensemble --pictures": pictures,
+        "ensemble --plots": images,
     }
     counts = {name: events(work, tmp_path / "count") for name, work in commands.items()}
     whole = artefacts(project)

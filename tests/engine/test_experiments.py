@@ -129,9 +129,7 @@ def test_a_search_and_a_sweep_of_a_run(named: Path) -> None:
     assert cli.main(["tune", "a", "--space", "few", "--trials", "1"]) == 0
     assert cli.main(["tune", "a", "--space", "few", "--export", "won"]) == 0
     exported = configs.load(named, "won").config
-    assert exported.optim.lr == 1e-3 and exported.train.epochs == 1, (
-        "there is no configs/a.yaml to build on"
-    )
+    assert exported.optim.lr == 1e-3 and exported.train.epochs == 1, "there is no configs/a.yaml to build on"
     assert cli.main(["train", "won"]) == 0
 
 

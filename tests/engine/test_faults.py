@@ -74,13 +74,13 @@ class Cramped(torch.nn.Module):
         self.inside, self.most = module, most
         self.given: list[int] = []
 
-    def forward(self, pictures: torch.Tensor, **more: Any) -> Any:
+    def forward(self, images: torch.Tensor, **more: Any) -> Any:
         if self.training:
-            self.given.append(len(pictures))
-            if len(pictures) > self.most:
-                self.inside(pictures, **more)  # its batch norm has seen them already
+            self.given.append(len(images))
+            if len(images) > self.most:
+                self.inside(images, **more)  # its batch norm has seen them already
                 raise torch.OutOfMemoryError("no room")
-        return self.inside(pictures, **more)
+        return self.inside(images, **more)
 
 
 def test_out_of_memory_halves_the_passes_and_keeps_the_step(
@@ -127,7 +127,7 @@ def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
     again: list[int] = []
     cramped = Cramped(network.train(), 3)
     with place.fits(lambda: again.append(1)):
-        cramped(place.to_do.popleft().pictures)
+        cramped(place.to_do.popleft().images)
     assert again == [1] and place.size == 2 and [len(piece.samples) for piece in place.to_do] == [2, 2]
     assert (
         not network.state_dict()["running_mean"].any()
@@ -142,7 +142,7 @@ def test_pieces_of_several_images_a_sample_keep_their_owners() -> None:
     )
     one, two = batch.cut(2)
     assert (
-        one.pictures.flatten().tolist() == [0, 1, 2]
+        one.images.flatten().tolist() == [0, 1, 2]
         and one.owner is not None
         and one.owner.tolist() == [0, 0, 1]
     )
@@ -160,7 +160,7 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         out = []
         for number, batch in enumerate(feed.batches(data.training_batches(rows, 2, 7, 0, 0))):
-            out.append(batch.pictures.numpy().tobytes())
+            out.append(batch.images.numpy().tobytes())
             if number == victim:
                 for worker in feed.processes.loader._iterator._workers:  # type: ignore[union-attr]
                     os.kill(worker.pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import config
 from test_forms import logits, stand, written
-from test_layouts import declare, opened, picture, prepared, put, refused
+from test_layouts import declare, image, opened, prepared, put, refused
 
 from comp import competition, submission
 from comp.engine import cli
@@ -37,7 +37,7 @@ def lines_of(root: Path) -> list[str]:
 def lay(root: Path, sample: str, **changes: Any) -> samples.Samples:
     """Four training rows of two classes, and the test rows 7 and 8."""
     for i in range(9):
-        put(root, f"train/{i}.png", picture(20 * i))
+        put(root, f"train/{i}.png", image(20 * i))
     put(root, "train.csv", "id,label\n0,a\n1,b\n2,a\n3,b\n")
     put(root, "test.csv", "id\n7\n8\n")
     put(root, "sample.csv", sample)
@@ -142,8 +142,8 @@ def test_a_sample_that_repeats_ids_can_be_the_list_of_the_test_rows(empty: Path)
 
 @pytest.mark.parametrize(("disk", "table"), [(NFD, NFC), (NFC, NFD)])
 def test_names_with_accents_in_either_spelling(empty: Path, disk: str, table: str) -> None:
-    put(empty, f"{disk}/{disk}.png", picture(10))
-    put(empty, f"{disk}/y.png", picture(90))
+    put(empty, f"{disk}/{disk}.png", image(10))
+    put(empty, f"{disk}/y.png", image(90))
     put(empty, "train.csv", f"id,label\n{table},u\ny,v\n")
     put(empty, "sample.csv", f"id,label\n{disk},u\n")
     where = {"image": f"{table}/{{id}}.png"}
@@ -168,7 +168,7 @@ def test_members_of_an_archive_in_either_spelling(empty: Path, disk: str, table:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as zipped:
         info = zipfile.ZipInfo("deeper/" + ("x" * len(disk.encode()) if not flag else disk) + ".png")
-        zipped.writestr(info, picture(10))
+        zipped.writestr(info, image(10))
     data = out.getvalue() if flag else out.getvalue().replace(b"x" * len(disk.encode()), disk.encode())
     put(empty, "train.zip", data)
     put(empty, "train.csv", f"id,label\n{table},u\n{table}2,v\n")
@@ -184,8 +184,8 @@ def test_members_of_an_archive_in_either_spelling(empty: Path, disk: str, table:
 def test_folders_that_are_labels_in_another_spelling_than_the_sample(empty: Path) -> None:
     for label in ("é", "o"):
         for i in range(2):
-            put(empty, f"train/{unicodedata.normalize('NFD', label)}/{i}.png", picture(i))
-    put(empty, f"test/{NFD}.png", picture(3))
+            put(empty, f"train/{unicodedata.normalize('NFD', label)}/{i}.png", image(i))
+    put(empty, f"test/{NFD}.png", image(3))
     put(empty, "sample.csv", f"id,é,o\n{NFC},0,0\n")
     form = {"sample": "sample.csv", "form": "probabilities"}
     declare(
@@ -253,8 +253,8 @@ STEGO = {"Cover": 0, "JMiPOD": 1, "JUNIWARD": 1}
 def folders(root: Path, names: list[str]) -> None:
     for number, name in enumerate(names):
         for i in range(2):
-            put(root, f"{name}/{i}.png", picture(10 * number + i))
-    put(root, "Test/9.png", picture(9))
+            put(root, f"{name}/{i}.png", image(10 * number + i))
+    put(root, "Test/9.png", image(9))
 
 
 def test_folders_become_the_hosts_classes(empty: Path) -> None:

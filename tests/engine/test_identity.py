@@ -79,7 +79,10 @@ def test_a_knob_without_effect_says_so(project: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
     said = refusal(
         lambda: runner.train(
-            "exp001", [*TINY, "optim.lr=1e30", "optim.clip_grad=null", "train.batch_size=8"], fold="0", name="x"
+            "exp001",
+            [*TINY, "optim.lr=1e30", "optim.clip_grad=null", "train.batch_size=8"],
+            fold="0",
+            name="x",
         )
     )
     assert "at step" in said or "validation" in said
@@ -162,9 +165,7 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     first = started("0.1")
     assert started("0.1") == first, "killed and begun again it is the same run"
     other = started("0.2")
-    assert other[0].endswith("optim.lr=0.2") and other[1] != first[1], (
-        "the config began anew, so did the run"
-    )
+    assert other[0].endswith("optim.lr=0.2") and other[1] != first[1], "the config began anew, so did the run"
     store.write_text(store.fold_folder("x", 0, 0) / "oof.arrow", "")
     store.seal(store.fold_folder("x", 0, 0) / "oof.arrow")
     seeds = started("0.2", "train.seeds=[0,1]")

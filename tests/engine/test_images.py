@@ -32,16 +32,14 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
     frequency[0, 0] = np.inf
     spectra = [np.fft.rfft2(random.standard_normal((height, width))) / frequency**1.5 for _ in range(4)]
     light, *colours = (np.fft.irfft2(spectrum, (height, width)) for spectrum in spectra)
-    picture = np.stack(
-        [light / light.std() * 40 + colour / colour.std() * 12 + 120 for colour in colours], -1
-    )
-    picture[height // 3 : height // 2, width // 4 :] += 40
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    image = np.stack([light / light.std() * 40 + colour / colour.std() * 12 + 120 for colour in colours], -1)
+    image[height // 3 : height // 2, width // 4 :] += 40
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -97,14 +95,14 @@ def away(a: NDArray[Any], b: NDArray[Any]) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_pixels_that_were_put_in(kind: str) -> None:
     data, expected = KINDS[kind]
-    picture = whole(data)
-    assert picture.dtype == np.uint8 and picture.flags.c_contiguous
+    image = whole(data)
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
     if expected is None:
         grey = np.repeat(np.asarray(GREY)[:, :, None], 3, 2)
-        assert away(picture, grey if "grey" in kind else PICTURE) < 4
+        assert away(image, grey if "grey" in kind else PICTURE) < 4
     else:
-        assert np.array_equal(picture, np.broadcast_to(expected.reshape(90, 120, -1), (90, 120, 3)))
-    assert away(whole(data, 1)[:, :, 0], cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)) < 1
+        assert np.array_equal(image, np.broadcast_to(expected.reshape(90, 120, -1), (90, 120, 3)))
+    assert away(whole(data, 1)[:, :, 0], cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,7 +252,7 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
 ) -> None:
     """Without it a JPEG is taken by a lenient declaration only."""
     pytest.importorskip("simplejpeg")
-    picture = Image.fromarray(photograph(*shape))
+    image = Image.fromarray(photograph(*shape))
     options = (
         {"quality": 90},
         {"progressive": True},
@@ -262,7 +260,7 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
         {"subsampling": 1},
         {"keep_rgb": True},
     )
-    files = [encoded(picture, "JPEG", **each) for each in options] + [encoded(picture.convert("L"), "JPEG")]
+    files = [encoded(image, "JPEG", **each) for each in options] + [encoded(image.convert("L"), "JPEG")]
     cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Fit)]
     fast = [decode.decode(data, size, fit, channels, "x") for data, size, fit in cases]
     monkeypatch.setattr(decode, "simplejpeg", None)
@@ -325,8 +323,8 @@ def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
                 start = int(random.integers(len(data)))
                 mutated[start : start + 50] = random.bytes(int(random.integers(100)))
             try:
-                picture = decode.decode(bytes(mutated), 24, "stretch", 3, kind)
+                image = decode.decode(bytes(mutated), 24, "stretch", 3, kind)
             except Damaged as damaged:
                 assert damaged.name == kind and damaged.reason and "\n" not in str(damaged)
             else:
-                assert picture.shape == (24, 24, 3) and picture.dtype == np.uint8
+                assert image.shape == (24, 24, 3) and image.dtype == np.uint8

@@ -76,8 +76,8 @@ def test_no_table_at_all(empty: Path) -> None:
 
 def test_coco_with_another_id_in_the_sample(empty: Path) -> None:
     notes = [{"id": 500 + i, "image_id": f"k{i}", "category_id": i % 3} for i in range(40)]
-    pictures = [{"id": f"k{i}", "file_name": f"x/{i % 4}/{i}.jpg"} for i in range(40)]
-    put(empty, "train.json", json.dumps({"images": pictures, "annotations": notes, "categories": []}))
+    images = [{"id": f"k{i}", "file_name": f"x/{i % 4}/{i}.jpg"} for i in range(40)]
+    put(empty, "train.json", json.dumps({"images": images, "annotations": notes, "categories": []}))
     put(empty, "test.json", json.dumps([{"id": f"q{i}", "file_name": f"y/{i}.jpg"} for i in range(5)]))
     for i in range(40):
         put(empty, f"train/x/{i % 4}/{i}.jpg", jpeg())

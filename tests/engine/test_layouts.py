@@ -34,7 +34,7 @@ TINY += (
 )
 
 
-def picture(level: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
+def image(level: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size, (level, 255 - level, 40)).save(out, kind)
     return out.getvalue()
@@ -79,8 +79,8 @@ def opened(table: samples.Samples) -> cache.Images:
 
 def test_files_are_the_rows_and_their_paths_the_labels(empty: Path) -> None:
     for i, label in enumerate(["cat", "dog", "cat"]):
-        put(empty, f"train/{label}.{i}.png", picture(i))
-        put(empty, f"test/{i}.png", picture(i))
+        put(empty, f"train/{label}.{i}.png", image(i))
+        put(empty, f"test/{i}.png", image(i))
     put(empty, "sample.csv", "id,label\n0,cat\n1,cat\n2,cat\n")
     declare(empty, train={"files": "train/{label:cat|dog}.{number}.png"}, test={"files": "test/{id}.png"})
     table = prepared()
@@ -122,17 +122,17 @@ def archive(kind: str, prefix: str) -> bytes:
     if kind == "zip":
         with zipfile.ZipFile(out, "w") as zipped:
             for i in range(3):
-                zipped.writestr(f"{prefix}{i}.png", picture(10 * i))
+                zipped.writestr(f"{prefix}{i}.png", image(10 * i))
     elif kind == "7z":
         with py7zr.SevenZipFile(out, "w") as packed:
             for i in range(3):
-                packed.writef(io.BytesIO(picture(10 * i)), f"{prefix}{i}.png")
+                packed.writef(io.BytesIO(image(10 * i)), f"{prefix}{i}.png")
     else:
         with tarfile.open(fileobj=out, mode="w:gz" if kind == "tar.gz" else "w") as tar:
             for i in range(3):
                 info = tarfile.TarInfo(f"{prefix}{i}.png")
-                info.size = len(picture(10 * i))
-                tar.addfile(info, io.BytesIO(picture(10 * i)))
+                info.size = len(image(10 * i))
+                tar.addfile(info, io.BytesIO(image(10 * i)))
     return out.getvalue()
 
 
@@ -178,8 +178,8 @@ def bson(records: list[dict[str, Any]]) -> bytes:
 
 def test_bson_gives_rows_and_their_several_pictures(empty: Path) -> None:
     records = [
-        {"_id": 5, "category_id": 1, "imgs": [{"picture": picture(0)}, {"picture": picture(50)}]},
-        {"_id": 6, "category_id": 2, "imgs": [{"picture": picture(100)}]},
+        {"_id": 5, "category_id": 1, "imgs": [{"picture": image(0)}, {"picture": image(50)}]},
+        {"_id": 6, "category_id": 2, "imgs": [{"picture": image(100)}]},
     ]
     put(empty, "train.bson", bson(records))
     put(empty, "sample.csv", "_id,category_id\n5,1\n")
@@ -207,7 +207,7 @@ def test_a_table_inside_an_archive(empty: Path) -> None:
 
 def made(name: str, **changes: Any) -> decode.Pixels:
     how = image_loader.of(config("data.channels=1", "data.size=16", experiment="base"))
-    return replace(how, **changes).picture(name)
+    return replace(how, **changes).image(name)
 
 
 def test_arrays_by_their_declared_range(empty: Path) -> None:
@@ -219,7 +219,7 @@ def test_arrays_by_their_declared_range(empty: Path) -> None:
     whole = made("a.npy", numbers=decode.arrays.Numbers(-1.0, 1.0))[:, :, 0]
     assert np.array_equal(whole, np.rint((ramp + 1) / 2 * 255))
     out = io.BytesIO()
-    np.savez(out, pictures=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
+    np.savez(out, images=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
     put(empty, "b.npz", out.getvalue())
     assert made("b.npz/pictures/7").max() == 7
     put(empty, "c.json", json.dumps([{"id": "x", "band": list(range(256)), "label": 1}]))
@@ -297,7 +297,7 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
 
     for i in range(8):
         for n in range(1 + i % 2):
-            put(empty, f"train/{i}/{n}.png", picture(30 * i + n))
+            put(empty, f"train/{i}/{n}.png", image(30 * i + n))
     rows = "".join(f"{i},{'ab'[i % 2]},{'' if i == 3 else i},{'uv'[i // 4]}\n" for i in range(8))
     put(empty, "train.csv", "id,label,age,place\n" + rows)
     put(empty, "test.csv", "id,age,place\n1,5,w\n")
@@ -311,14 +311,14 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     )
     table = prepared()
     make_folds.make(config(), table)
-    material = runner.gather(config("model.metadata=true"))
-    batch = next(iter(material.feed.batches(plain_batches(np.arange(4), 4))))
-    assert batch.pictures.shape[0] == 6 and batch.owner is not None
+    context = runner.gather(config("model.metadata=true"))
+    batch = next(iter(context.feed.batches(plain_batches(np.arange(4), 4))))
+    assert batch.images.shape[0] == 6 and batch.owner is not None
     assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
-    extras = material.feed.extras(batch)
-    assert material.feed.metadata is not None
+    extras = context.feed.extras(batch)
+    assert context.feed.metadata is not None
     assert extras["metadata"].shape == (4, 4)  # age, whether it is missing, u, v
-    assert extras["metadata"][3, 1] == 1 and not material.feed.metadata[-1, 2:].any(), (
+    assert extras["metadata"][3, 1] == 1 and not context.feed.metadata[-1, 2:].any(), (
         "w is a place never seen"
     )
     runner.train("exp001", ["model.metadata=true"], name="both")
@@ -327,12 +327,12 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
 
     # A hidden test set may happen to have one image a sample: the network stays the one that was trained.
     single = replace(table, frame=table.frame.assign(images=[images[:1] for images in table.frame["images"]]))
-    feed = Feed(config("model.metadata=true"), single, material.device)
-    assert single.several and models.build(material.cfg, table.heads, False, feed).state_dict().keys() == (
-        models.build(material.cfg, table.heads, False, material.feed).state_dict().keys()
+    feed = Feed(config("model.metadata=true"), single, context.device)
+    assert single.several and models.build(context.cfg, table.heads, False, feed).state_dict().keys() == (
+        models.build(context.cfg, table.heads, False, context.feed).state_dict().keys()
     )
     with pytest.raises(UserError, match="trained on one each"):
-        Feed(config(), replace(table, several=False), material.device)
+        Feed(config(), replace(table, several=False), context.device)
     with pytest.raises(UserError, match=r"model.pool: max has no effect"):
         runner.gather(config("model.pool=max", "data.images=1"))
 

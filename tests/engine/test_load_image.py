@@ -95,7 +95,7 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
             read[at].shape == (16, 16, 3)
             and (read[at] == [(200 + at // 2) * left, (200 + at // 2) * (not left), 0]).all()
         )
-        assert np.array_equal(read[at], direct.picture(key))
+        assert np.array_equal(read[at], direct.image(key))
     # Another box in the table is another image; the others stay as they are.
     put(
         empty,
@@ -243,7 +243,7 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     table = prepared()
     how = image_loader.of(config("data.channels=2"))
-    assert how.picture(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
+    assert how.image(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
     assert image_key.files(table.frame["images"].iloc[0][0]) == ["train/x+1_r.png", "train/x+1_g.png"]
     (empty / "data/raw/train/y_g.png").unlink()
     faults = check.check(config(experiment="base"))
@@ -268,4 +268,4 @@ def test_several_pictures_of_an_archive_are_channels_too(empty: Path) -> None:
     both = "train.zip/{id}_r.png+train.zip/{id}_g.png"
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     key = prepared().frame["images"].iloc[0][0]
-    assert image_loader.of(config("data.channels=2")).picture(key)[0, 0].tolist() == [0, 100]
+    assert image_loader.of(config("data.channels=2")).image(key)[0, 0].tolist() == [0, 100]

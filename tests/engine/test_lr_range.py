@@ -62,8 +62,8 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
     out = capsys.readouterr().out
     rate = float(out.split("optim.lr=")[1].split()[0])
     assert 1e-4 < rate < 100 and out.splitlines()[-1].startswith("next: comp train exp001 --as")
-    with Image.open(project / "runs/exp001-lr-range.png") as picture:
-        assert picture.size[0] > 500
+    with Image.open(project / "runs/exp001-lr-range.png") as image:
+        assert image.size[0] > 500
     lines = (project / "runs/exp001-lr-range.csv").read_text().splitlines()
     rates = [float(line.split(",")[1]) for line in lines[1:]]
     assert rates == pytest.approx([1e-4 * (1e10) ** (step / 59) for step in range(len(rates))])
@@ -72,10 +72,10 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
 
 def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     cfg = config(*QUICK, "train.batch_size=16", "optim.base_batch=64")
-    material = runner.gather(cfg)
-    points = lr_range.sweep(material, 1e-5, 1e-3, 12, linear=True)
+    context = runner.gather(cfg)
+    points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
     assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
-    assert lr_range.knob(material, 1e-3) == pytest.approx(4e-3), (
+    assert lr_range.knob(context, 1e-3) == pytest.approx(4e-3), (
         "a quarter of the images, a quarter of what the knob says"
     )
 
@@ -98,8 +98,8 @@ def test_a_range_that_is_none_is_refused(project: Path, said: list[str]) -> None
 def test_a_curve_is_drawn_without_pictures(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for picture in (project / "data/raw").rglob("*.png"):
-        picture.unlink()
+    for image in (project / "data/raw").rglob("*.png"):
+        image.unlink()
     monkeypatch.setitem(__import__("sys").modules, "comp.data", None)  # what needs torch cannot be imported
     said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.base_batch=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0

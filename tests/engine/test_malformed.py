@@ -33,12 +33,12 @@ submission: {sample: sample_submission.csv, form: label}
 def laid_out(root: Path) -> Path:
     raw = root / "data" / "raw"
     raw.mkdir(parents=True)
-    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     for name, rows in malformed.TABLES.items():
         (raw / name).write_bytes(malformed.text(rows))
         if name != "sample_submission.csv":
             for row in rows[1:]:
-                (raw / f"{row[0]}.png").write_bytes(picture)
+                (raw / f"{row[0]}.png").write_bytes(image)
     (root / "configs" / "competition.yaml").write_text(DECLARED)
     return raw
 

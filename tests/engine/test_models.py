@@ -162,10 +162,10 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     stored = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     import onnxruntime
 
-    material = runner.gather(config(*TINY))
-    pictures = export._pictures(material, stored.row[:20].astype(np.int64))
+    context = runner.gather(config(*TINY))
+    images = export._pictures(context, stored.row[:20].astype(np.int64))
     session = onnxruntime.InferenceSession(str(store.run_folder("x") / "export" / "model.onnx"))
-    raw = session.run(None, {"pictures": pictures})[0]
+    raw = session.run(None, {"pictures": images})[0]
     assert np.allclose(torch.from_numpy(raw).log_softmax(1).numpy(), stored.heads["label"][:20], atol=1e-4)
     monkeypatch.setattr(export, "NEAR", -1.0)
     with pytest.raises(UserError, match="not to be used"):
@@ -215,20 +215,20 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     capsys.readouterr()
     features.features("exp003", quiet, "linear")
     assert "kept from before" in capsys.readouterr().out
-    picture = project / "data/raw" / table.frame["images"].iloc[0][0]
-    cv2.imwrite(str(picture), np.full((9, 9), 200, np.uint8))
+    image = project / "data/raw" / table.frame["images"].iloc[0][0]
+    cv2.imwrite(str(image), np.full((9, 9), 200, np.uint8))
     with pytest.raises(UserError, match=r"1 of its 1797 image files .*--fresh"):
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
     assert store.sha256(store.run_folder("exp003") / features.FILE) != before
     cfg = config(*quiet, experiment="exp003")
-    material = runner.gather(cfg)
+    context = runner.gather(cfg)
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
     reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
     for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):
         with pytest.raises(UserError, match=f"stale, made of other {what}"):
-            features.of_run(replace(material, cfg=other), "exp003", False)
+            features.of_run(replace(context, cfg=other), "exp003", False)
     with pytest.raises(UserError, match="nearest is linear"):
         features.features("exp003", quiet, "linaer")
 

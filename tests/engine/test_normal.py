@@ -31,9 +31,7 @@ def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     module = models.build(cfg, table.heads, pretrained=False)
     pixel_stats.fit(cfg, module, feed, rows)
     seen = transforms.Seen(normalize.of(cfg, module, CPU))
-    return torch.cat(
-        [seen(b.pictures.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))]
-    )
+    return torch.cat([seen(b.images.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))])
 
 
 def noisy(project: Path) -> Positions:
@@ -45,8 +43,8 @@ def noisy(project: Path) -> Positions:
         file = project / "data/raw" / table.frame["images"].iloc[place][0]
         whole = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_GRAYSCALE)
         assert whole is not None
-        picture = cv2.resize(whole, (8, 8))
-        cv2.imwrite(str(file), (picture // 2 + draw.integers(0, 128, (8, 8))).astype(np.uint8))
+        image = cv2.resize(whole, (8, 8))
+        cv2.imwrite(str(file), (image // 2 + draw.integers(0, 128, (8, 8))).astype(np.uint8))
     return rows
 
 

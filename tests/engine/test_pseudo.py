@@ -284,25 +284,25 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 
     assert found() == []
     place = store.fold_folder("taught", 0, 1)
-    file, material = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
-    sets = {place / "oof.arrow": bank.read(place / "oof.arrow", material.samples, material.folds)}
+    file, context = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
+    sets = {place / "oof.arrow": bank.read(place / "oof.arrow", context.samples, context.folds)}
     right = load_file(file)
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
-    _, scored = material.folds.split(1)
-    joined = pseudo_rows.joined(material, 1)
+    _, scored = context.folds.split(1)
+    joined = pseudo_rows.joined(context, 1)
     own = model_selection.rows(joined, 1)[0]
     for rows, what in (
-        (material.folds.split(1)[0], "statistics that the training part does not repeat"),
+        (context.folds.split(1)[0], "statistics that the training part does not repeat"),
         (np.union1d(own, scored), "statistics fitted on validation rows"),
     ):
-        module = models.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
-        pixel_stats.fit(material.cfg, module, material.feed, rows)
-        target_scaler.fit(material.cfg, module, joined.samples, rows)
+        module = models.build(context.cfg, context.samples.heads, pretrained=False, feed=context.feed)
+        pixel_stats.fit(context.cfg, module, context.feed, rows)
+        target_scaler.fit(context.cfg, module, joined.samples, rows)
         measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
         save_file(right | measured, file)
         store.seal(file)
-        assert [(type(each), each[0]) for each in audit_runs._statistics(material, sets)] == [(Leak, what)]
+        assert [(type(each), each[0]) for each in audit_runs._statistics(context, sets)] == [(Leak, what)]
     save_file(right, file)
     store.seal(file)
     assert found() == []

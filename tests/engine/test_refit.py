@@ -34,9 +34,7 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
     assert rows["full"] == len(table.positions("train")) > rows[1]
     rates = {}
     for fold, count in rows.items():
-        log = [
-            line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "lr" in line
-        ]
+        log = [line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "lr" in line]
         assert len(log) == 2 * (count // 64)
         rates[fold] = [line["lr"] for line in log]
     for share in (0, 0.25, 0.5, 0.75):

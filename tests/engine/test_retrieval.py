@@ -104,16 +104,16 @@ def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
         cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False
     ).eval()
     gem: Any = module.backbone
-    pictures = torch.randn(2, 1, 64, 64)
-    fmap = gem.backbone(pictures)
+    images = torch.randn(2, 1, 64, 64)
+    fmap = gem.backbone(images)
     fmap = fmap if fmap.shape[1] == gem.features else fmap.permute(0, 3, 1, 2)
-    assert module(pictures).shape == (2, 2)
+    assert module(images).shape == (2, 2)
     positive = fmap.clamp(min=1e-6)
     cubic: torch.Tensor = (positive**3).mean((2, 3)) ** (1 / 3)
     for p, wanted in ((1.0, positive.mean((2, 3))), (3.0, cubic)):
         with torch.no_grad():
             gem.p.fill_(p)
-        assert gem(pictures).detach().numpy() == pytest.approx(wanted.detach().numpy(), rel=1e-4, abs=1e-6)
+        assert gem(images).detach().numpy() == pytest.approx(wanted.detach().numpy(), rel=1e-4, abs=1e-6)
 
 
 def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
@@ -196,7 +196,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def picture(random: np.random.Generator, who: int | None) -> np.ndarray:
+def image(random: np.random.Generator, who: int | None) -> np.ndarray:
     """Each animal has two colours and a stripe; an unknown one has its own."""
     own = np.random.default_rng(who) if who is not None else random
     ground, stripe, place = own.integers(0, 256, 3), own.integers(0, 256, 3), int(own.integers(4, 24))
@@ -217,7 +217,7 @@ def tails(empty: Path) -> tuple[Path, dict[str, str]]:
         names = [f"{kind}{i:03d}.png" for i in range(len(rows))]
         for name, label in zip(names, rows, strict=True):
             cv2.imwrite(
-                str(raw / kind / name), picture(random, None if label == "new" else int(label[1:]) + 100)
+                str(raw / kind / name), image(random, None if label == "new" else int(label[1:]) + 100)
             )
         table = pd.DataFrame({"Image": names, "Id": rows})
         if kind == "test":
@@ -247,7 +247,9 @@ def test_the_whole_road_from_training_to_the_kernel(
     cfg = config(*TINY)
     run = [*TINY, "loss.margin_rare=0.5", "loss.sub_centers=2"]
     runner.train("exp001", run, name="x")
-    runner.train("exp001", [*TINY, "loss=triplet", "sampling.m_per_class=4", "predict.neighbours=3"], name="y")
+    runner.train(
+        "exp001", [*TINY, "loss=triplet", "sampling.m_per_class=4", "predict.neighbours=3"], name="y"
+    )
     table = samples.load()
     split = folds.load(table)
     head = table.heads[0]

@@ -35,10 +35,10 @@ def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, 
         return tensor
 
     torch.manual_seed(1)
-    pictures = torch.randn(4, 1, 32, 32)
+    images = torch.randn(4, 1, 32, 32)
     module.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = prepared(pictures).square().sum()  # type: ignore[operator]
+        loss = prepared(images).square().sum()  # type: ignore[operator]
     loss.backward()
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]), kept
 

@@ -23,8 +23,8 @@ from comp.engine.deliver.cell_format import rules_of_cells
 
 def test_annotations_of_one_picture_are_its_labels(empty: Path) -> None:
     notes = [{"id": 10 + i, "image_id": i // 2, "category_id": i % 3} for i in range(6)]
-    pictures = [{"id": i, "file_name": f"{i}.png"} for i in range(3)]
-    put(empty, "train.json", json.dumps({"images": pictures, "annotations": notes, "categories": []}))
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(3)]
+    put(empty, "train.json", json.dumps({"images": images, "annotations": notes, "categories": []}))
     put(empty, "test.csv", "row,id\nx_0,x\nx_1,x\n")
     put(empty, "sample.csv", "id,category_id\nx,1\n")
     where = {

@@ -103,16 +103,16 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.limit=48")
     table = samples.load()
     split, place = folds.load(table), store.fold_folder("x", 0, 0)
-    material = runner.gather(runner.stored_config("x"))
+    context = runner.gather(runner.stored_config("x"))
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", table, split)}
-    assert audit_runs._statistics(material, sets) == []
+    assert audit_runs._statistics(context, sets) == []
     taught, scored = (rows[:48] for rows in split.split(0))
     numbers = target_scaler.measured(table.heads[0], table, np.union1d(taught, scored))
     mean, deviation = (torch.tensor(each).float() for each in numbers)
     file = place / "weights.safetensors"
     save_file(load_file(file) | {"target_mean": mean, "target_std": deviation}, file)
     store.seal(file)
-    (found,) = audit_runs._statistics(material, sets)
+    (found,) = audit_runs._statistics(context, sets)
     assert isinstance(found, Leak) and found.name == "statistics fitted on validation rows"
     assert "fold0" in found.where
 

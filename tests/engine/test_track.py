@@ -228,9 +228,9 @@ def table_of(part: wandb_reader.Part, name: str) -> dict[str, Any]:
     files = {entry.path: Path(entry.local_path) for entry in contents}
     content: dict[str, Any] = json.loads(files[f"{name}.table.json"].read_text())
     if "picture" in content["columns"]:
-        pictures = [path for path in files if path.endswith(".png")]
-        assert len(pictures) == len(content["data"]) and all(
-            Image.open(files[path]).format == "PNG" for path in pictures
+        images = [path for path in files if path.endswith(".png")]
+        assert len(images) == len(content["data"]) and all(
+            Image.open(files[path]).format == "PNG" for path in images
         )
     return content
 

@@ -76,7 +76,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
         cfg = config(*TINY[2:], f"machine.num_workers={workers}", "augment=heavy")
         feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
         plans = [data.training_batches(rows, 8, 7, epoch, first) for epoch in range(2)]
-        return [p.numpy().tobytes() for plan in plans for batch in feed.batches(plan) for p in batch.pictures]
+        return [p.numpy().tobytes() for plan in plans for batch in feed.batches(plan) for p in batch.images]
 
     alone = drawn(0)
     assert len(alone) == 128 and len(set(alone)) == 128
@@ -246,8 +246,8 @@ def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"
     assert len(part.column("loss")) == len(part.column("lr")) == 2
     assert len(part.column("valid_metric")) == 2 and len(part.column("images_per_second")) == 2
-    for picture in ("augmentation", "confusion"):
-        assert part.media(picture).exists()
+    for image in ("augmentation", "confusion"):
+        assert part.media(image).exists()
     for table in ("folds", "worst"):
         assert any(name.endswith(f"-{table}") for name in part.artifacts), table
     kinds = {artifact.type for artifact in part.artifacts.values()}

@@ -17,14 +17,14 @@ from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
 
-def pictures(count: int = 5, side: int = 24) -> torch.Tensor:
+def images(count: int = 5, side: int = 24) -> torch.Tensor:
     random = np.random.default_rng(0)
     return torch.from_numpy(random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", ["light", "medium", "fast", "resident"])
 def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
-    x = pictures()
+    x = images()
     first, second = views.views([name, f"{name}2"])
     whole = first(x)
     assert whole.shape == x.shape and whole.dtype == torch.uint8
@@ -50,7 +50,7 @@ def test_views_that_are_none_are_refused() -> None:
 def test_a_recipe_of_ones_own_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = lambda size: transforms.Recipe([cv2_ops.quarter_turns()])  # noqa: E731
     monkeypatch.setattr(competition, "recipe", turns, raising=False)
-    x = pictures(1)
+    x = images(1)
     turned = {views.views([f"recipe{n}"])[0](x).numpy().tobytes() for n in range(1, 20)}
     assert turned == {torch.rot90(x, n, (2, 3)).contiguous().numpy().tobytes() for n in range(4)}
 
@@ -78,12 +78,12 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
     said = {}
     for names in [views, *([name] for name in views)]:
         cfg = config(f"predict.tta=[{','.join(names)}]", "machine.num_workers=0", "machine.progress=false")
-        material = runner.gather(cfg)
+        context = runner.gather(cfg)
         weights = store.path("weights.safetensors")
         if not weights.exists():
-            models.save_weights(models.build(cfg, material.samples.heads, False, material.feed), weights)
-        head = material.samples.heads[0]
-        stored, _ = predict.predict(material, weights, material.samples.positions("test")[:7])
+            models.save_weights(models.build(cfg, context.samples.heads, False, context.feed), weights)
+        head = context.samples.heads[0]
+        stored, _ = predict.predict(context, weights, context.samples.positions("test")[:7])
         said[",".join(names)] = head.row.probability(stored[head.name].astype(np.float64))
     mean = np.mean([said[name] for name in views], axis=0)
     assert said[",".join(views)] == pytest.approx(mean, abs=1e-5)

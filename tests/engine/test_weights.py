@@ -54,7 +54,9 @@ def halves(project: Path) -> Path:
 def test_the_cyclic_cosine_is_the_papers() -> None:
     """Snapshot Ensembles (Huang et al. 2017), equation 2: T steps, M cycles, t from 1."""
     total, cycles = 120, 4
-    cfg = config("schedule.warmup=0", "schedule.min_lr_ratio=0", f"snapshots.cycles={cycles}", "train.epochs=12")
+    cfg = config(
+        "schedule.warmup=0", "schedule.min_lr_ratio=0", f"snapshots.cycles={cycles}", "train.epochs=12"
+    )
     span = schedule.span(cfg, 10 * cfg.train.batch_size)
     assert (span.steps, schedule.snapshots(cfg, span)) == (total, [30, 60, 90, 120])
     length = -(-total // cycles)
@@ -201,7 +203,9 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
 
 def test_what_speaks_is_said_beforehand(project: Path) -> None:
     run = [*QUIET, "train.epochs=2", "average.tail=2", "train.ema=null"]
-    runner.train("exp001", [*run, "average.predict_with=tail", "average.members=[raw]"], fold="0", name="tail")
+    runner.train(
+        "exp001", [*run, "average.predict_with=tail", "average.members=[raw]"], fold="0", name="tail"
+    )
     runner.train("exp001", [*run, "average.members=[tail]"], fold="0", name="raw")
     assert all(torch.equal(weights("tail")[name], value) for name, value in weights("raw", "tail").items())
     assert all(torch.equal(weights("tail", "raw")[name], value) for name, value in weights("raw").items())

@@ -56,9 +56,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
             begin(log, folder)
         for step in range(state["step"] + 1, EPOCHS * STEPS + 1):
             state["value"] = state["value"] * 0.9 + math.sin(step)
-            log.log(
-                {"step": step, "loss": math.nan if step == 7 else state["value"], "lr": np.float32(0.5)}
-            )
+            log.log({"step": step, "loss": math.nan if step == 7 else state["value"], "lr": np.float32(0.5)})
             if kill and step == KILL_STEP:
                 die(kill, folder)
             if step % STEPS == 0:

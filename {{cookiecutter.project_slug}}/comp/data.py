@@ -47,7 +47,7 @@ class Draw(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     samples: Positions
-    pictures: torch.Tensor  # (images, height, width, channels), uint8 or what data.depth says
+    images: torch.Tensor  # (images, height, width, channels), uint8 or what data.depth says
     seeds: NDArray[np.int64] | None  # one an image
     damaged: dict[int, str]  # sample -> reason; their pictures are black
     owner: torch.Tensor | None = (
@@ -55,11 +55,11 @@ class Batch:
     )
 
     def pin_memory(self) -> Batch:
-        return replace(self, pictures=self.pictures.pin_memory())
+        return replace(self, images=self.images.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         owner = None if self.owner is None else self.owner.to(device, non_blocking=True)
-        return replace(self, pictures=self.pictures.to(device, non_blocking=True), owner=owner)
+        return replace(self, images=self.images.to(device, non_blocking=True), owner=owner)
 
     def cut(self, size: int) -> Iterator[Batch]:
         """The same samples in pieces of at most `size`."""
@@ -73,7 +73,7 @@ class Batch:
                 mine = ((self.owner >= start) & (self.owner < start + size)).cpu()
             yield Batch(
                 self.samples[part],
-                self.pictures[mine],
+                self.images[mine],
                 None
                 if self.seeds is None
                 else self.seeds[np.asarray(mine) if self.owner is not None else part],
@@ -140,11 +140,11 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, draw: Draw) -> Loaded:
         seen: list[transforms.Picture] = []
         reason = ""
-        for number, image in enumerate(
+        for number, index in enumerate(
             self.listed[self.start[draw.sample] : self.start[draw.sample + 1]].tolist()
         ):
             try:
-                picture = self.images[image]
+                image = self.images[index]
             except Damaged as damaged:
                 # An exception would lose its type on the way out of a loader process; the reader decides what it means.
                 reason = str(damaged)
@@ -153,9 +153,9 @@ class Pictures(Dataset[Any]):
                 continue
             seed = image_seed(draw.seed, number)
             if seed is None:
-                seen.append(transforms.centred(picture, self.size))
+                seen.append(transforms.centred(image, self.size))
             else:
-                seen.append(self.augment[draw.day or self.last](picture, seed))
+                seen.append(self.augment[draw.day or self.last](image, seed))
         return draw, seen, reason
 
     def batch(self, draws: list[Draw]) -> Batch:
@@ -169,18 +169,18 @@ def image_seed(seed: int | None, number: int) -> int | None:
 
 def stacked(items: Sequence[Loaded]) -> Batch:
     seen = [
-        (place, number, picture)
-        for place, (_, pictures, _) in enumerate(items)
-        for number, picture in enumerate(pictures)
+        (place, number, image)
+        for place, (_, images, _) in enumerate(items)
+        for number, image in enumerate(images)
     ]
-    pictures = np.stack([picture for _, _, picture in seen])
+    images = np.stack([image for _, _, image in seen])
     draws = [draw for draw, _, _ in items]
     seeds = None
     if draws[0].seed is not None:
         seeds = np.array([image_seed(draws[place].seed, number) for place, number, _ in seen], np.int64)
     return Batch(
         np.array([draw.sample for draw in draws], np.int64),
-        torch.from_numpy(pictures),
+        torch.from_numpy(images),
         seeds,
         {draw.sample: reason for draw, _, reason in items if reason},
         torch.tensor([place for place, _, _ in seen]) if len(seen) > len(items) else None,
@@ -194,8 +194,8 @@ class Feed:
         paths = samples.frame["images"].map(lambda images: images[: cfg.data.images])
         start = np.concatenate([[0], np.cumsum(paths.map(len).to_numpy())]).astype(np.int64)
         codes, unique = paths.explode().factorize()
-        images = cache.open_images(cfg, list(unique), cfg.machine.progress)
-        self.pictures = Pictures(cfg, images, codes.astype(np.int64), start)
+        opened = cache.open_images(cfg, list(unique), cfg.machine.progress)
+        self.images = Pictures(cfg, opened, codes.astype(np.int64), start)
         self.several = samples.several and cfg.data.images > 1
         if len(codes) > len(paths) and not self.several:
             raise Refused(
@@ -203,7 +203,7 @@ class Feed:
             )
         self.metadata = tabular.encoded(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
-        self.resident = _Resident(self.pictures, device, cfg.machine.gpu_cache_mb * 10**6)
+        self.resident = _Resident(self.images, device, cfg.machine.gpu_cache_mb * 10**6)
 
     def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the network takes beside the pictures: whose they are, and the metadata of the samples."""
@@ -222,8 +222,8 @@ class Feed:
 
     def _loaded(self, plan: Plan) -> Iterator[Batch]:
         if self.cfg.machine.num_workers == 0:
-            return map(self.pictures.batch, plan)
-        if all(change.threads for change in self.pictures.augment.values()):
+            return map(self.images.batch, plan)
+        if all(change.threads for change in self.images.augment.values()):
             return self._by_threads(plan)
         return self.processes.batches(plan)
 
@@ -231,7 +231,7 @@ class Feed:
         pinned = self.device.type == "cuda"
 
         def load(draws: list[Draw]) -> Batch:
-            batch = self.pictures.batch(draws)
+            batch = self.images.batch(draws)
             return batch.pin_memory() if pinned else batch
 
         waiting: deque[Any] = deque()
@@ -249,7 +249,7 @@ class Feed:
 
     @cached_property
     def processes(self) -> Processes[list[Draw], Batch]:
-        return Processes(self.pictures, stacked, self.cfg.machine.num_workers, self.device.type == "cuda")
+        return Processes(self.images, stacked, self.cfg.machine.num_workers, self.device.type == "cuda")
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -265,7 +265,7 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         if ready is not None:
             yield ready
         torch.cuda.current_stream(device).wait_stream(side)
-        coming.pictures.record_stream(torch.cuda.current_stream(device))
+        coming.images.record_stream(torch.cuda.current_stream(device))
         ready = coming
     if ready is not None:
         yield ready
@@ -274,49 +274,43 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 class _Resident:
     """The whole set on the device. Read there once, at first use; a batch is then one gather."""
 
-    def __init__(self, pictures: Pictures, device: torch.device, room: int):
-        side = pictures.size
-        size = (
-            len(pictures.images)
-            * side
-            * side
-            * pictures.channels
-            * np.dtype(pictures.images.how.kind).itemsize
-        )
+    def __init__(self, images: Pictures, device: torch.device, room: int):
+        side = images.size
+        size = len(images.images) * side * side * images.channels * np.dtype(images.images.how.kind).itemsize
         self.possible = (
-            not any(change.steps or change.size != side for change in pictures.augment.values())
+            not any(change.steps or change.size != side for change in images.augment.values())
             and size <= room
-            and len(pictures.listed) == len(pictures.image_of_sample)
+            and len(images.listed) == len(images.image_of_sample)
         )
-        self.pictures, self.device = pictures, device
+        self.images, self.device = images, device
         self.damaged: dict[int, str] = {}
 
     @cached_property
     def tensor(self) -> torch.Tensor:
         """(images, height, width, channels)"""
         first = {
-            int(image): sample for sample, image in reversed(list(enumerate(self.pictures.image_of_sample)))
+            int(index): sample for sample, index in reversed(list(enumerate(self.images.image_of_sample)))
         }
         parts = []
         for start in range(0, len(first), 1024):
-            part = self.pictures.batch(
+            part = self.images.batch(
                 [Draw(first[i], None) for i in range(start, min(start + 1024, len(first)))]
             )
             self.damaged |= {
-                int(self.pictures.image_of_sample[s]): reason for s, reason in part.damaged.items()
+                int(self.images.image_of_sample[s]): reason for s, reason in part.damaged.items()
             }
-            parts.append(part.pictures)
+            parts.append(part.images)
         return torch.cat(parts).to(self.device)
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for draws in plan:
             rows = np.array([draw.sample for draw in draws], np.int64)
-            images = self.pictures.image_of_sample[rows]
-            pictures = self.tensor[onto(images, self.device)]
+            index = self.images.image_of_sample[rows]
+            images = self.tensor[onto(index, self.device)]
             seeds = None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64)
             broken = {
                 int(r): self.damaged[int(i)]
-                for r, i in zip(rows, images, strict=True)
+                for r, i in zip(rows, index, strict=True)
                 if int(i) in self.damaged
             }
-            yield Batch(rows, pictures, seeds, broken)
+            yield Batch(rows, images, seeds, broken)

@@ -148,10 +148,8 @@ class Joined(nn.Module):
         depth = group_with_matcher(named, inside.group_matcher(coarse=coarse), reverse=True)
         return lambda name: int(depth[name.removeprefix(prefix)])
 
-    def forward(
-        self, pictures: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None
-    ) -> Tensor:
-        x = self.backbone(pictures)  # (images, features)
+    def forward(self, images: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None) -> Tensor:
+        x = self.backbone(images)  # (images, features)
         if owner is not None and self.heard is not None:
             x = attended(x, owner, self.heard)
         elif owner is not None:

@@ -20,7 +20,7 @@ from comp.engine.errors import Refused
 from comp.engine.hardware import Stopped
 from comp.engine.run import frozen_heads, knn, metric_learning, normalize
 from comp.engine.run import views as tta
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.run.evaluate import outputs_of
 from comp.engine.store import store
 from comp.engine.tasks import loss_knobs
@@ -29,25 +29,21 @@ from comp.engine.tasks.kinds import Head
 Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
 
 
-def write_fold(
-    material: Material, run: str, seed: int, number: int | str, kind: str, inside: str = ""
-) -> Path:
+def write_fold(context: Context, run: str, seed: int, number: int | str, kind: str, inside: str = "") -> Path:
     """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views, or for a
     member with weights of its own."""
-    cfg, folder = material.cfg, store.fold_folder(run, seed, number)
+    cfg, folder = context.cfg, store.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
     own = inside if inside in run_members.kept(cfg) else ""
     weights = folder / own / bank.WEIGHTS
     if store.sealed(file):
         return file
-    rows = material.samples.positions("test") if kind == "test" else material.folds.split(number)[1]
+    rows = context.samples.positions("test") if kind == "test" else context.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
     began = time.perf_counter()
-    if loss_knobs.embedding(cfg, material.samples.heads):
-        _gallery(material, weights, material.folds.split(number)[0])
-    heads, damaged = predict(
-        material, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip()
-    )
+    if loss_knobs.embedding(cfg, context.samples.heads):
+        _gallery(context, weights, context.folds.split(number)[0])
+    heads, damaged = predict(context, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip())
     if len(
         rows
     ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
@@ -55,7 +51,7 @@ def write_fold(
         noted = store.read_json(speed) if speed.exists() else {}
         store.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
     if damaged:
-        _tell(material, damaged, file.with_name(f"{kind}_damaged.txt"))
+        _tell(context, damaged, file.with_name(f"{kind}_damaged.txt"))
     facts: dict[str, Any] = {
         "run": run,
         "seed": seed,
@@ -65,59 +61,59 @@ def write_fold(
     }
     facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
     fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
-    meta = predictions.meta(kind, material.samples, material.folds, facts)
+    meta = predictions.meta(kind, context.samples, context.folds, facts)
     return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
 
 
 def predict(
-    material: Material,
+    context: Context,
     weights: Path,
     rows: Positions,
     doing: str = "",
     fallback: Callable[[Head], NDArray[Any]] | None = None,
 ) -> tuple[Stored, dict[int, str]]:
     """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
-    cfg, heads = material.cfg, material.samples.heads
+    cfg, heads = context.cfg, context.samples.heads
     if frozen_heads.is_head(weights):
-        answers, damaged = frozen_heads.said(material, weights, rows)
-        return _stored(material, rows, answers, damaged, fallback), damaged
-    raw, damaged = _said(material, weights, rows, doing)
+        answers, damaged = frozen_heads.said(context, weights, rows)
+        return _stored(context, rows, answers, damaged, fallback), damaged
+    raw, damaged = _said(context, weights, rows, doing)
     if embeds := loss_knobs.embedding(cfg, heads):
-        answers = _by_neighbours(material, weights, raw, embeds.knobs["embedding"])
+        answers = _by_neighbours(context, weights, raw, embeds.knobs["embedding"])
     else:
         each = [models.decoded(cfg, heads, view) for view in raw]  # views x heads
         answers = [
             predictions.average([view[i] for view in each], head, cfg.predict.space)
             for i, head in enumerate(heads)
         ]
-    return _stored(material, rows, answers, damaged, fallback), damaged
+    return _stored(context, rows, answers, damaged, fallback), damaged
 
 
 def _stored(
-    material: Material,
+    context: Context,
     rows: Positions,
     answers: list[NDArray[np.float64]],
     damaged: dict[int, str],
     fallback: Callable[[Head], NDArray[Any]] | None,
 ) -> Stored:
     stored = {}
-    for head, value in zip(material.samples.heads, answers, strict=True):
+    for head, value in zip(context.samples.heads, answers, strict=True):
         value[np.isin(rows, list(damaged))] = (
-            fallback(head) if fallback else predictions.prior(head, material.samples, material.folds)
+            fallback(head) if fallback else predictions.prior(head, context.samples, context.folds)
         )
         stored[head.name] = value.astype(np.float32)
     return stored
 
 
 def _said(
-    material: Material, weights: Path, rows: Positions, doing: str
+    context: Context, weights: Path, rows: Positions, doing: str
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
-    cfg, heads = material.cfg, material.samples.heads
-    module = models.load_weights(models.build(cfg, heads, pretrained=False, feed=material.feed), weights).to(
-        material.device
+    cfg, heads = context.cfg, context.samples.heads
+    module = models.load_weights(models.build(cfg, heads, pretrained=False, feed=context.feed), weights).to(
+        context.device
     )
-    seen = transforms.Seen(normalize.of(cfg, module, material.device))
+    seen = transforms.Seen(normalize.of(cfg, module, context.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(
         total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
@@ -125,12 +121,12 @@ def _said(
 
         def told(count: int) -> None:
             bar.update(count)
-            if material.stop.asked:  # its weights are sealed, so a later start begins with the predictions
+            if context.stop.asked:  # its weights are sealed, so a later start begins with the predictions
                 raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
 
         raw, damaged = outputs_of(
             module,
-            material.feed,
+            context.feed,
             rows,
             cfg.predict.batch_size,
             seen,
@@ -145,30 +141,30 @@ def _said(
     return raw, damaged
 
 
-def _gallery(material: Material, weights: Path, taught: Positions) -> None:
+def _gallery(context: Context, weights: Path, taught: Positions) -> None:
     """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
-    file, cfg = knn.beside(weights), material.cfg
+    file, cfg = knn.beside(weights), context.cfg
     if store.sealed(file):
         return
-    (head,) = material.samples.heads
-    rows = metric_learning.known_rows(cfg, material.samples, taught[: cfg.train.limit])
-    raw, damaged = _said(material, weights, rows, "gallery")
+    (head,) = context.samples.heads
+    rows = metric_learning.known_rows(cfg, context.samples, taught[: cfg.train.limit])
+    raw, damaged = _said(context, weights, rows, "gallery")
     whole = ~np.isin(rows, list(damaged))
     seen = knn.averaged(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
-    knn.write(file, seen, class_balance.classes(head, material.samples, rows[whole]))
+    knn.write(file, seen, class_balance.classes(head, context.samples, rows[whole]))
 
 
 def _by_neighbours(
-    material: Material, weights: Path, raw: NDArray[np.float32], size: int
+    context: Context, weights: Path, raw: NDArray[np.float32], size: int
 ) -> list[NDArray[np.float64]]:
-    (head,) = material.samples.heads
-    k = material.cfg.predict.neighbours or loss_knobs.NEIGHBOURS
+    (head,) = context.samples.heads
+    k = context.cfg.predict.neighbours or loss_knobs.NEIGHBOURS
     asked = knn.averaged(raw, size)
-    return [knn.class_scores(asked, *knn.read(knn.beside(weights)), head, k, material.device)]
+    return [knn.class_scores(asked, *knn.read(knn.beside(weights)), head, k, context.device)]
 
 
-def _tell(material: Material, damaged: dict[int, str], file: Path) -> None:
-    ids = material.samples.frame["id"]
+def _tell(context: Context, damaged: dict[int, str], file: Path) -> None:
+    ids = context.samples.frame["id"]
     lines = [f"{ids.iloc[i]}\t{reason}" for i, reason in damaged.items()]
     store.write_text(file, "\n".join(lines) + "\n")
     print(

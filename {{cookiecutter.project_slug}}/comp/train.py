@@ -39,7 +39,7 @@ from comp.engine.run import (  # fmt: skip
     tracking,
 )
 from comp.engine.run.averaging import Kept, renewal
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.run.evaluate import HALF, outputs_of, refuse
 from comp.engine.run.freezing import Stages
 from comp.engine.run.gpu_augment import onto
@@ -49,45 +49,45 @@ from comp.engine.run.nan_guard import REMEDY, Looks, named
 PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
 
 
-def fold(material: Material, seed: int, number: int | str, folder: Path, log: tracking.Track) -> None:
+def fold(context: Context, seed: int, number: int | str, folder: Path, log: tracking.Track) -> None:
     """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
     # --- setup ---------------------------------------------------------------------------------------------------------
-    material = pseudo_rows.joined(material, number)  # test rows that teach this fold
-    cfg, device, heads, clock = material.cfg, material.device, material.samples.heads, material.clock
+    context = pseudo_rows.joined(context, number)  # test rows that teach this fold
+    cfg, device, heads, clock = context.cfg, context.device, context.samples.heads, context.clock
     torch.manual_seed(mixed(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
-    taught, watched, judged = _rows(material, number)
-    draw = class_balance.drawing(cfg, material.samples, taught)
+    taught, watched, judged = _rows(context, number)
+    draw = class_balance.drawing(cfg, context.samples, taught)
     span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
-    truths = [pseudo_rows.target(material.samples, head) for head in heads]
+    truths = [pseudo_rows.target(context.samples, head) for head in heads]
     targets = [
-        _target(each, device) for each in target_scaler.standardised(cfg, material.samples, taught, truths)
+        _target(each, device) for each in target_scaler.standardised(cfg, context.samples, taught, truths)
     ]
-    lessons = distillation.targets(material, number, folder)  # what a teacher says, one more target a head
-    weight = torch.tensor(material.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
+    lessons = distillation.targets(context, number, folder)  # what a teacher says, one more target a head
+    weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
-    module = models.build(cfg, heads, cfg.model.pretrained is True, material.feed).to(device)
+    module = models.build(cfg, heads, cfg.model.pretrained is True, context.feed).to(device)
     if checkpoint.log_offset(folder) is None:
         pretrained.begin(module, cfg, seed, number)
     stages = Stages(cfg, module)
-    pixel_stats.fit(cfg, module, material.feed, taught)
-    target_scaler.fit(cfg, module, material.samples, taught)
+    pixel_stats.fit(cfg, module, context.feed, taught)
+    target_scaler.fit(cfg, module, context.samples, taught)
     network = torch_compile.prepared(cfg, module)
-    criterion = losses.total(cfg, material.samples, taught)
-    mixture = mixup.loss(cfg, heads, distillation.beside(cfg, material.samples, taught, criterion))
-    in_units = losses.total(cfg, material.samples, taught, False)  # of the targets: to be read
-    read = mixup.loss(cfg, heads, distillation.beside(cfg, material.samples, taught, in_units, False))
+    criterion = losses.total(cfg, context.samples, taught)
+    mixture = mixup.loss(cfg, heads, distillation.beside(cfg, context.samples, taught, criterion))
+    in_units = losses.total(cfg, context.samples, taught, False)  # of the targets: to be read
+    read = mixup.loss(cfg, heads, distillation.beside(cfg, context.samples, taught, in_units, False))
     scaled = losses.of_values(cfg, heads)  # what is read is not what is minimised
     apart = consistency.between_views(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
     kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
-    judge = model_selection.judge(material, judged, transforms.Seen(normalize.of(cfg, module, device)))
+    judge = model_selection.judge(context, judged, transforms.Seen(normalize.of(cfg, module, device)))
     renew = renewal(
-        material, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
+        context, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
     )
     second_order = optim.second_order(optimizer)
     half = HALF[cfg.train.amp]
@@ -108,7 +108,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
     distributed.suits(cfg, batch_size, accumulate, module)
     distributed.same_network(module)
     room = Room(module, state["room"] if state else batch_size, cfg.augment.whole)
-    looks = Looks(log, material.samples, half == torch.float16, room.size)
+    looks = Looks(log, context.samples, half == torch.float16, room.size)
 
     def save() -> None:
         looks.weights(module, step)
@@ -140,12 +140,12 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         seen = transforms.Seen(normalize.of(cfg, module, device), transforms.of_day(cfg, today))
         mix = mixup.of_day(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = material.feed.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
+        batches = context.feed.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
         while step < (epoch + 1) * steps_per_epoch:
             optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
             looks.begin(step + 1, curve.rate(step))
             room.begin(
-                (_whole(next(batches), material) for _ in range(distributed.passes(accumulate))),
+                (_whole(next(batches), context) for _ in range(distributed.passes(accumulate))),
                 mixed(seed, step, 4, distributed.rank()),
             )
             drawn += span.effective
@@ -153,13 +153,13 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             while room.to_do:
                 with room.fits(looks.again):
                     batch = room.to_do.popleft()
-                    pictures = seen(batch.pictures.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
-                    pictures, parts = mix(pictures, batch.seeds)  # parts: whose targets, with which share
+                    images = seen(batch.images.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
+                    images, parts = mix(images, batch.seeds)  # parts: whose targets, with which share
                     clock.lap("colour and normalising")
                     rows = onto(batch.samples, device)
                     truth = [target[rows] for target in (*targets, *lessons)]
                     with torch.autocast(device.type, half, enabled=half is not None):
-                        output = network(pictures, **material.feed.extras(batch))  # (batch, all outputs)
+                        output = network(images, **context.feed.extras(batch))  # (batch, all outputs)
                     each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
                     share = len(batch.samples) / span.effective
                     loss = losses.reduced(each, cfg.loss.ohem) * share
@@ -183,7 +183,7 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
             bar.update(span.effective)
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            stopping = distributed.anybody(material.stop.asked) and not last
+            stopping = distributed.anybody(context.stop.asked) and not last
             if last or inside or stopping or looks.due or step in kept.ends:
                 losses_seen += looks.look(room.size)
                 bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
@@ -203,11 +203,11 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
         clock.lap("log and checkpoint")
-        report |= validate(material, kept.current, seen, in_units, watched, targets, step)
+        report |= validate(context, kept.current, seen, in_units, watched, targets, step)
         report |= kept.after_epoch(epoch + 1, judge)
         clock.lap("validation")
         log.log(report)
-        distributed.watched(material.watch, report)
+        distributed.watched(context.watch, report)
         watched_last = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
         bar.set_postfix_str(f"loss {report['train_loss']:.4f}{watched_last}")
         if bar.disable and cfg.machine.progress and time.perf_counter() - said >= PULSE:
@@ -225,20 +225,20 @@ def fold(material: Material, seed: int, number: int | str, folder: Path, log: tr
         checkpoint.drop(folder)
 
 
-def planned(material: Material, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
+def planned(context: Context, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
     """The schedule of a fold that does not run yet."""
-    material = pseudo_rows.joined(material, number)
-    taught, _, _ = _rows(material, number)
-    draw = class_balance.drawing(material.cfg, material.samples, taught)
-    span = schedule.span(material.cfg, len(epoch_list(taught, seed, 0, draw)))
-    return schedule.curve(material.cfg, span)
+    context = pseudo_rows.joined(context, number)
+    taught, _, _ = _rows(context, number)
+    draw = class_balance.drawing(context.cfg, context.samples, taught)
+    span = schedule.span(context.cfg, len(epoch_list(taught, seed, 0, draw)))
+    return schedule.curve(context.cfg, span)
 
 
-def _rows(material: Material, number: int | str) -> list[Positions]:
+def _rows(context: Context, number: int | str) -> list[Positions]:
     """Rows that train, rows to watch the score of, rows that a choice is made on."""
     rows = [
-        metric_learning.known_rows(material.cfg, material.samples, each)
-        for each in model_selection.rows(material, number)
+        metric_learning.known_rows(context.cfg, context.samples, each)
+        for each in model_selection.rows(context, number)
     ]
     if len(rows[0]) == 0:
         raise Refused(f"fold {number}: no rows to train on")
@@ -246,7 +246,7 @@ def _rows(material: Material, number: int | str) -> list[Positions]:
 
 
 def validate(
-    material: Material,
+    context: Context,
     module: nn.Module,
     seen: transforms.Seen,
     criterion: losses.Total,
@@ -257,24 +257,24 @@ def validate(
     """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
     if len(rows) == 0:
         return {}
-    cfg = material.cfg
+    cfg = context.cfg
     distributed.same_statistics(module)
-    raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
-    refuse(damaged, material.samples)
+    raw, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+    refuse(damaged, context.samples)
     truth = [target[rows].cpu() for target in targets]
     loss = criterion(torch.from_numpy(target_scaler.of_loss(cfg, module, raw[0])), truth).numpy()
     if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
         raise distributed.Agreed(
-            f"validation behind step {step}: NaN or inf{named(material.samples, bad)}: {REMEDY}; the last checkpoint is from before"
+            f"validation behind step {step}: NaN or inf{named(context.samples, bad)}: {REMEDY}; the last checkpoint is from before"
         )
     report = {"valid_loss": float(loss.mean())}
     for head, stored in zip(
-        material.samples.heads, models.decoded(cfg, material.samples.heads, raw[0]), strict=True
+        context.samples.heads, models.decoded(cfg, context.samples.heads, raw[0]), strict=True
     ):
         if stored.shape[1] == 0:
             continue  # embeddings without centres
-        name = "valid_metric" if len(material.samples.heads) == 1 else f"valid_metric_{head.name}"
-        report[name] = score.glance(cfg, head, stored, material.samples, rows)
+        name = "valid_metric" if len(context.samples.heads) == 1 else f"valid_metric_{head.name}"
+        report[name] = score.glance(cfg, head, stored, context.samples, rows)
     return report
 
 
@@ -283,8 +283,8 @@ def _target(values: NDArray[Any], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=kind, device=device)
 
 
-def _whole(batch: Batch, material: Material) -> Batch:
-    refuse(batch.damaged, material.samples)
+def _whole(batch: Batch, context: Context) -> Batch:
+    refuse(batch.damaged, context.samples)
     return batch
 
 

@@ -268,15 +268,15 @@ class Seen:
         self.before = recipe.on_batch if recipe else []
         self.after = recipe.batch if recipe else []
 
-    def __call__(self, pictures: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, seeds: Seeds | None = None) -> torch.Tensor:
         """(batch, channels, height, width), uint8 -> float, in its units"""
-        x = pictures.to(self.normal.device, non_blocking=True)
+        x = images.to(self.normal.device, non_blocking=True)
         if seeds is not None:
             # Batches come with their channels innermost. A CPU likes that in a forward pass, a sixth to a quarter less for resnet18
             # and efficientnet_b0, and not on the way back: there a step of resnet18 takes a third longer.
             x = x.contiguous()
         x = x.float()
-        if pictures.dtype == torch.uint16:
+        if images.dtype == torch.uint16:
             x = x / 257
         if seeds is None:
             return self.normal(x)

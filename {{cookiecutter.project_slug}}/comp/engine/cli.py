@@ -109,7 +109,7 @@ def ensemble(args: Args) -> None:
     from comp.engine.ensemble import blend
 
     blend.blend(args.name)
-    if args.pictures:
+    if args.plots:
         from comp.engine.ensemble import plots
 
         plots.draw(args.name)
@@ -245,7 +245,7 @@ VERBS = {
         argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv"),), locks=False),
     "ensemble": Verb("predictions", ensemble, "blend what configs/ensembles/NAME.yaml lists", (
         argument("name", help="name of a file in configs/ensembles/"),
-        flag("--pictures", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
+        flag("--plots", "draw correlation, waterfall, weights and honest against in-sample; costs some refits"))),
     "slices": Verb("predictions", slices, "where it is wrong: scores by class, group and metadata, with n and interval", (
         argument("name", help="a run, a member or an ensemble"),), locks=False),
     "label-errors": Verb("predictions", contradicted, "rows whose label several models deny with one voice, as a table with pictures", (

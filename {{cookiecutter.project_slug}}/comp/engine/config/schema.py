@@ -77,7 +77,9 @@ class Augment(Section):
     @property
     def strong(self) -> list[str]:
         """What is on of what augment.disable_last_epochs can switch off."""
-        return [name for name in ("policy", "random_erasing", "mixup", "cutmix", "mosaic") if getattr(self, name)]
+        return [
+            name for name in ("policy", "random_erasing", "mixup", "cutmix", "mosaic") if getattr(self, name)
+        ]
 
 
 class Sampling(Section):
@@ -307,9 +309,13 @@ class Config(Section):
                 f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {WHITENED} the most"
             )
         if data.whiten != "none" and knobs.progressive_sizes:
-            raise ValueError("data.whiten: knows pictures of data.size only; set augment.progressive_sizes to null")
+            raise ValueError(
+                "data.whiten: knows pictures of data.size only; set augment.progressive_sizes to null"
+            )
         if knobs.progressive_sizes and len(knobs.progressive_sizes) > epochs:
-            raise ValueError(f"augment.progressive_sizes: {len(knobs.progressive_sizes)} sizes do not fit into train.epochs {epochs}")
+            raise ValueError(
+                f"augment.progressive_sizes: {len(knobs.progressive_sizes)} sizes do not fit into train.epochs {epochs}"
+            )
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
         if fault := weights_fault(self):

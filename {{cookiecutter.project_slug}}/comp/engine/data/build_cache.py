@@ -81,16 +81,16 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
             fresh: list[Line] = []
             commit: Future[None] | None = None
             made = _decoded(how, todo, twins)
-            for line, picture in tqdm(
+            for line, image in tqdm(
                 made, "cache", len(todo), unit=" images", disable=None if progress else True
             ):
                 twin = twins.get(line.hash)
                 if twin is not None:  # the same bytes under another name, or touched and not changed
                     line = twin._replace(name=line.name, bytes=line.bytes, mtime=line.mtime)
-                elif picture is not None:
+                elif image is not None:
                     line = line._replace(offset=end)
-                    pixels.write(picture.data)
-                    end += picture.nbytes
+                    pixels.write(image.data)
+                    end += image.nbytes
                 if not how.by_hook:  # which may make different pictures of the same bytes
                     twins[line.hash] = line
                 lines.append(line)
@@ -136,17 +136,17 @@ def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
         except Damaged:
             continue
         line = Line(name, size, mtime, content_hash(data))
-        picture = None
+        image = None
         if line.hash not in known:
             try:
-                picture = how.picture(name, data)
-                height, width, channels = picture.shape
+                image = how.image(name, data)
+                height, width, channels = image.shape
                 line = line._replace(
-                    height=height, width=width, channels=channels, crc=zlib.crc32(picture.data)
+                    height=height, width=width, channels=channels, crc=zlib.crc32(image.data)
                 )
             except Damaged as damaged:
                 line = line._replace(reason=damaged.reason)
-        made.append((line, picture))
+        made.append((line, image))
     return made
 
 

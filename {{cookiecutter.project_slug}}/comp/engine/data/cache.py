@@ -40,7 +40,7 @@ class Direct:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Pixels:
-        return self.how.picture(self.names[i].as_py())
+        return self.how.image(self.names[i].as_py())
 
 
 class Cached:
@@ -60,7 +60,7 @@ class Cached:
 
     def __getitem__(self, i: int) -> Pixels:
         at = int(self.where[i])
-        return self.pages.picture(at) if at >= 0 else self.how.picture(self.absent[i])
+        return self.pages.image(at) if at >= 0 else self.how.image(self.absent[i])
 
     @cached_property
     def pages(self) -> _Pages:
@@ -97,7 +97,7 @@ class _Pages:
         with file.open("rb") as opened:
             self.map = mmap.mmap(opened.fileno(), end, access=mmap.ACCESS_READ) if end else None
 
-    def picture(self, at: int) -> Pixels:
+    def image(self, at: int) -> Pixels:
         height, width, channels = (int(column[at]) for column in self.shape)
         count = height * width * channels
         size = count * self.kind.itemsize

@@ -347,7 +347,7 @@ def _look(maker: image_loader.Making, name: str) -> Look:
     strict = replace(maker, numbers=maker.numbers._replace(lenient=False))
     try:
         data = maker.read(name)
-        strict.picture(name, data)
+        strict.image(name, data)
         side = _shorter_side(data)
     except decode.Damaged as damaged:
         fault = damaged.reason

@@ -226,5 +226,5 @@ def _drawn(cfg: Config, frame: pd.DataFrame, file: Any) -> None:
     for row in frame.head(DRAWN).itertuples():
         for side in "ab":
             said = [str(getattr(row, f"{name}_{side}")) for name in ("source", "id", "label")]
-            tiles.append((arrays.shown(how.picture(getattr(row, f"image_{side}"))), " ".join(said)))
+            tiles.append((arrays.shown(how.image(getattr(row, f"image_{side}"))), " ".join(said)))
     plots.sheet(tiles, file, columns=8, title="copies, in pairs; train and test first", pairs=True)

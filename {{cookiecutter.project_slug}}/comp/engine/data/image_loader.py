@@ -100,7 +100,7 @@ class Making:
         """Of several files that are channels the bytes of all, one after the other."""
         return b"".join(images.read(self.file(part), part) for part in image_key.files(name))
 
-    def picture(self, name: str, data: bytes | None = None) -> Pixels:
+    def image(self, name: str, data: bytes | None = None) -> Pixels:
         """`data`: the bytes of the file where they are already read."""
         hook = pages.get("load_image")
         if hook is None:

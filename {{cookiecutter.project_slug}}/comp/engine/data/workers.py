@@ -59,7 +59,9 @@ class Processes(Generic[Asked, Made]):
                 raise
             died = str(error).strip().partition("\n")[0] or "a loader process died"
         if self.died:
-            raise Refused(f"loader processes die again and again ({died}); free memory, or machine.num_workers=0")
+            raise Refused(
+                f"loader processes die again and again ({died}); free memory, or machine.num_workers=0"
+            )
         self.died = True
         del self.loader  # what is left of it ends
         self.workers //= 2

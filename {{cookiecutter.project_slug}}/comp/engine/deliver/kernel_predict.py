@@ -31,7 +31,7 @@ from comp.engine.tasks.kinds import Head
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 Values = dict[str, Any]  # head -> (rows, outputs)
 Said = tuple[dict[str, Values], dict[int, str], dict[str, float]]  # of every model, reasons by row, seconds
@@ -235,7 +235,9 @@ def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
         "competition": home,
         "data": cfg.data.model_copy(update={"cache": False}),
         "predict": cfg.predict.model_copy(update={"tta": leaf["tta"], "space": leaf["space"]}),
-        "machine": cfg.machine.model_copy(update={"device": "auto", "num_workers": workers, "gpu_cache_mb": 0}),
+        "machine": cfg.machine.model_copy(
+            update={"device": "auto", "num_workers": workers, "gpu_cache_mb": 0}
+        ),
         "model": cfg.model.model_copy(update=network),
     }
     return cfg.model_copy(update=changes)
@@ -249,7 +251,7 @@ def spoken(
     from comp import predict
     from comp.engine.bank import predictions
 
-    made = material(cfg, table)
+    made = context(cfg, table)
     said: list[Values] = []
     damaged: dict[int, str] = {}
     for seed, fold in leaf["checkpoints"]:
@@ -269,15 +271,15 @@ def spoken(
     return heads, damaged
 
 
-def material(cfg: Config, table: Samples) -> Material:
+def context(cfg: Config, table: Samples) -> Context:
     from comp.data import Feed
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
     from comp.engine.run.profiler import Clock
 
     device = hardware.device(cfg.machine.device)
     feed = Feed(cfg, table, device)
     no_folds: Any = None  # nothing is scored
-    return Material(cfg, table, no_folds, feed, device, hardware.Stop(), Clock(device))
+    return Context(cfg, table, no_folds, feed, device, hardware.Stop(), Clock(device))
 
 
 def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values:

@@ -19,7 +19,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import ledger, submit
 from comp.engine.ensemble import report
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 from comp.engine.run import tracking
 from comp.engine.store import store
 
@@ -51,9 +51,9 @@ def scores() -> int:
     for line in said:
         print(line)
     if len(both) > 1:
-        picture = plot(cfg, both)
-        _tell(cfg, both, said, picture)
-        print(f"written: {store.shown(picture)}")
+        image = plot(cfg, both)
+        _tell(cfg, both, said, image)
+        print(f"written: {store.shown(image)}")
     print(f"written: {store.shown(ledger.file())}")
     print("next: choose the final two on the competition's page of submissions")
     return 2 if fault else 0
@@ -68,7 +68,7 @@ def _line(entry: Entry) -> list[str]:
     return [str(entry["number"]), str(entry["at"])[:16], entry["name"] or "(elsewhere)", entry["kind"], *numbers, entry["status"] or "PENDING", entry["message"][:40]]  # fmt: skip
 
 
-def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], picture: Path) -> None:
+def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], image: Path) -> None:
     """One W&B run for the book as a whole, told anew when it says something new."""
     folder = store.path("submissions", "tracked", "book")
     told = {
@@ -87,7 +87,7 @@ def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], picture: Path
         config={"competition": {"slug": slug}},
         settings=cfg.track,
     ) as log:
-        log.sheet("cv_against_leaderboard", picture)
+        log.sheet("cv_against_leaderboard", image)
         log.summary(
             {
                 "submissions": len(both),

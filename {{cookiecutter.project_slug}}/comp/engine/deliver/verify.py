@@ -19,7 +19,7 @@ from comp.engine.store import store
 WEIGHTS = "weights.safetensors"
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 
 def verify(name: str) -> None:
@@ -36,7 +36,7 @@ def verify(name: str) -> None:
         stored[checkpoint] = part.row, np.hstack([part.probability(head) for head in table.heads])
 
     @cache
-    def material(run: str) -> Material:
+    def context(run: str) -> Context:
         cfg = runner.stored_config(run)
         if inside:
             views = {"tta": said["tta"], "space": said["space"]}
@@ -56,7 +56,7 @@ def verify(name: str) -> None:
         from comp import predict  # torch comes with it, so only once all names are known to be right
 
         weights = store.fold_folder(*checkpoint) / WEIGHTS
-        again, _ = predict.predict(material(checkpoint.run), weights, rows.astype(np.int64))
+        again, _ = predict.predict(context(checkpoint.run), weights, rows.astype(np.int64))
         return np.hstack([h.row.probability(again[h.name].astype(np.float64)) for h in table.heads])
 
     def tolerance(checkpoint: Checkpoint) -> float:

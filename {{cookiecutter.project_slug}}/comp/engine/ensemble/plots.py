@@ -1,4 +1,4 @@
-"""comp ensemble NAME --pictures: how alike members are, what each adds, their weights, and how far honest and in-sample part as
+"""comp ensemble NAME --plots: how alike members are, what each adds, their weights, and how far honest and in-sample part as
 members grow in number. As PNG in ensembles/NAME/pictures, in W&B, and together in ensembles/NAME/report.html."""
 
 from __future__ import annotations

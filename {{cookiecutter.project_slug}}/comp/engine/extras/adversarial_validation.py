@@ -27,7 +27,7 @@ from comp.engine.store import store
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 COMPONENTS = 32  # of the features: more are told apart by chance
 LIGHTEST, HEAVIEST = 0.2, 5.0  # weights of rows; beyond, a few rows would teach alone
@@ -47,13 +47,13 @@ def drift(run: str) -> dict[str, Any]:
         raise Refused(
             f"{run}: there are no test rows; drift is looked for between held-out rows and test rows"
         )
-    material = runner.gather(cfg)
+    context = runner.gather(cfg)
     ours = np.full(len(rows.frame), np.nan)
     theirs, areas = np.zeros(len(test)), []
     for number in range(split.count):
         scored = split.split(number)[1]
         p, area = _told_apart(
-            rows, scored, test, _features(material, run, seeds[0], number, np.concatenate([scored, test]))
+            rows, scored, test, _features(context, run, seeds[0], number, np.concatenate([scored, test]))
         )
         ours[scored] = p[: len(scored)]
         theirs += p[len(scored) :] / split.count
@@ -63,11 +63,11 @@ def drift(run: str) -> dict[str, Any]:
     store.write_text(store.path("data", "drift.csv"), frame.to_csv(index=False))
     record = {"auc": float(np.mean(areas)), "std": float(np.std(areas, ddof=1)), "folds": areas, "run": run}
     store.write_json(store.path("data", "drift.json"), record)
-    _tell(material, frame, record)
+    _tell(context, frame, record)
     return record
 
 
-def _features(material: Material, run: str, seed: int, number: int, rows: Positions) -> NDArray[np.float32]:
+def _features(context: Context, run: str, seed: int, number: int, rows: Positions) -> NDArray[np.float32]:
     """(rows, features) what enters the last linear layer."""
     import torch
     from torch import nn
@@ -76,19 +76,19 @@ def _features(material: Material, run: str, seed: int, number: int, rows: Positi
     from comp.engine.run import normalize
     from comp.engine.run.evaluate import outputs_of
 
-    cfg = material.cfg
-    module = models.build(cfg, material.samples.heads, pretrained=False, feed=material.feed)
+    cfg = context.cfg
+    module = models.build(cfg, context.samples.heads, pretrained=False, feed=context.feed)
     module = models.load_weights(module, store.fold_folder(run, seed, number) / "weights.safetensors").to(
-        material.device
+        context.device
     )
     linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not linear:
         raise Refused(f"{run}: its network ends in no linear layer, so there are no features to look at")
     seen: list[torch.Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
-    look = transforms.Seen(normalize.of(cfg, module, material.device))
+    look = transforms.Seen(normalize.of(cfg, module, context.device))
     # One batch at a time, or the hook would meet them out of order.
-    outputs_of(module, material.feed, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
+    outputs_of(module, context.feed, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
     hook.remove()
     return np.asarray(torch.cat(seen).flatten(1).numpy())
 
@@ -141,7 +141,7 @@ def _frame(rows: Samples, p: NDArray[np.float64]) -> pd.DataFrame:
     )
 
 
-def _tell(material: Material, frame: pd.DataFrame, record: dict[str, Any]) -> None:
+def _tell(context: Context, frame: pd.DataFrame, record: dict[str, Any]) -> None:
     auc, spread = record["auc"], record["std"] / len(record["folds"]) ** 0.5
     verdict = (
         "strong drift"
@@ -161,15 +161,15 @@ def _tell(material: Material, frame: pd.DataFrame, record: dict[str, Any]) -> No
     for kind, some in telling.items():
         cells = [[str(row.id), f"{row.like_test:.3f}"] for row in some.itertuples()]
         print(f"\n{kind}\n" + text_table.text(["id", "like test"], cells, ["like test"]))
-    how = replace(image_loader.of(material.cfg), size=plots.TILE, fit="contain")
+    how = replace(image_loader.of(context.cfg), size=plots.TILE, fit="contain")
     tiles = []
     for some in telling.values():
         for row in some.itertuples():
             try:
-                picture = arrays.shown(how.picture(str(row.image)))
+                image = arrays.shown(how.image(str(row.image)))
             except Damaged:
-                picture = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
-            tiles.append((picture, f"{row.source} {row.like_test:.2f} {row.id}"))
+                image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
+            tiles.append((image, f"{row.source} {row.like_test:.2f} {row.id}"))
         tiles += [(np.full((plots.TILE, plots.TILE, 3), 255, np.uint8), "")] * (SHOWN - len(some))
     sheet = store.path("data", "drift.png")
     plots.sheet(tiles, sheet, columns=SHOWN, title="; ".join(telling))

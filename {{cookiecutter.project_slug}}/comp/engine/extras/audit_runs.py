@@ -30,7 +30,7 @@ from comp.engine.store import store
 from comp.engine.tasks.kinds import Array
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 AGAIN = 12  # rows of a fold that are predicted again
 NEAR, NEAR_IN_HALF = (
@@ -72,11 +72,11 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
     if spoken:
         try:
             hardware.settle(cfg.train.threads)
-            material = runner.gather(cfg)
+            context = runner.gather(cfg)
         except UserError as refused:
             return [*found, NotChecked(run, refused.lines[0])]
-        found += _again(material, spoken)
-        found += _statistics(material, spoken)
+        found += _again(context, spoken)
+        found += _statistics(context, spoken)
     return found + list(_merged(run, rows, split))
 
 
@@ -114,19 +114,19 @@ def of_log(place: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
 # --- predicted again -----------------------------------------------------------------------------------------------------
 
 
-def _again(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
+def _again(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
     """Some rows of every set once more, by the weights and views that it names, for every head."""
     from tqdm import tqdm
 
     from comp import predict
 
     found: list[Finding] = []
-    cfg, heads = material.cfg, material.samples.heads
+    cfg, heads = context.cfg, context.samples.heads
     near = NEAR if cfg.train.amp == "fp32" else NEAR_IN_HALF
     for file, said in tqdm(sets.items(), desc="predicting again", delay=2, disable=None, leave=False):
         scale = {h.name: _spread(said.heads[h.name]) if h.row.space == "value" else 1.0 for h in heads}
         knobs = {key: said.meta.get(key, getattr(cfg.predict, key)) for key in ("tta", "space")}
-        same = replace(material, cfg=cfg.model_copy(update={"predict": cfg.predict.model_copy(update=knobs)}))
+        same = replace(context, cfg=cfg.model_copy(update={"predict": cfg.predict.model_copy(update=knobs)}))
         at = np.unique(np.linspace(0, len(said.row) - 1, AGAIN).astype(np.int64))
         stored = _flat(said.heads, scale)
 
@@ -174,12 +174,12 @@ def _flat(heads: Heads, scale: Mapping[str, Any]) -> Array:
 # --- fitted again --------------------------------------------------------------------------------------------------------
 
 
-def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
+def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
     """What lies in the weights and is measured, of pixels and of targets that are values, is that of the training part of the fold."""
     from comp import models
     from comp.engine.run import metric_learning, model_selection, pixel_stats, pseudo_rows, target_scaler
 
-    cfg, heads, feed = material.cfg, material.samples.heads, material.feed
+    cfg, heads, feed = context.cfg, context.samples.heads, context.feed
     found: list[Finding] = []
     if not _measured(models.build(cfg, heads, pretrained=False, feed=feed)):
         return []
@@ -192,13 +192,13 @@ def _statistics(material: Material, sets: Mapping[Path, PredictionSet]) -> list[
 
     run = next(fold_of(file) for file in sets).parents[1].name
     try:
-        audit_pseudo.refuse_other_labels(run, cfg, material.folds)
+        audit_pseudo.refuse_other_labels(run, cfg, context.folds)
     except UserError as refused:
         return [NotChecked(f"{run}, its statistics", refused.lines[0])]
     known: dict[str, dict[str, Array]] = {}  # seeds share the folds, and so what is fitted on them
     for weights in dict.fromkeys(_weights(said) for said in sets.values()):
         number = fold_of(weights).name.removeprefix("fold")
-        joined = pseudo_rows.joined(material, number)  # pseudo-labelled rows are measured like others
+        joined = pseudo_rows.joined(context, number)  # pseudo-labelled rows are measured like others
         scored = joined.folds.split(number)[1]
         own = metric_learning.known_rows(cfg, joined.samples, model_selection.rows(joined, number)[0])
         own = own[~np.isin(own, scored)]  # whoever dealt them out

@@ -30,7 +30,7 @@ from comp.engine.readers import arrays
 from comp.engine.report import plots
 from comp.engine.run import normalize, runner
 from comp.engine.run.backbone import inner
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 
 NOISY, NOISE = 24, 0.15  # SmoothGrad: so many copies, with noise of so much of the picture's range
@@ -41,23 +41,23 @@ FINE = 4  # a map of fewer squares a side says nothing about where
 def explain(run: str, ids: list[str], count: int) -> Path:
     cfg = runner.stored_config(run)
     hardware.settle(cfg.train.threads)
-    material = runner.gather(cfg)
-    rows, captions = _chosen(material, run, ids, count)
+    context = runner.gather(cfg)
+    rows, captions = _chosen(context, run, ids, count)
     sheet = Image.new("RGB", (GAP + 3 * (SIDE + GAP), TITLE + len(rows) * (SIDE + TITLE)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{run}: the picture, Grad-CAM, SmoothGrad", "black")
-    of_row = material.folds.of_sample[0]
+    of_row = context.folds.of_sample[0]
     networks: dict[int, nn.Module] = {}
     bar = tqdm(list(zip(rows, captions, strict=True)), desc="explaining", unit="row", leave=False, delay=2,
                disable=None if cfg.machine.progress else True)  # fmt: skip
     for place, (row, caption) in enumerate(bar):
         fold = int(of_row[row])
         if fold not in networks:
-            networks[fold] = network(material, _weights(run, fold))
-        picture, cam, smooth = maps(material, networks[fold], int(row))
+            networks[fold] = network(context, _weights(run, fold))
+        image, cam, smooth = maps(context, networks[fold], int(row))
         top = TITLE + place * (SIDE + TITLE)
         pen.multiline_text((GAP, top - 4), caption, "black", spacing=1)
-        for column, shown in enumerate((_plain(picture), _over(picture, cam), _heat(smooth))):
+        for column, shown in enumerate((_plain(image), _over(image, cam), _heat(smooth))):
             sheet.paste(shown.resize((SIDE, SIDE)), (GAP + column * (SIDE + GAP), top + TITLE - GAP))
     file = store.run_folder(run) / "explain.png"
     with store.writing(file) as temporary:
@@ -68,18 +68,18 @@ def explain(run: str, ids: list[str], count: int) -> Path:
     return file
 
 
-def _chosen(material: Material, run: str, ids: list[str], count: int) -> tuple[NDArray[np.int64], list[str]]:
+def _chosen(context: Context, run: str, ids: list[str], count: int) -> tuple[NDArray[np.int64], list[str]]:
     """Rows and what stands above them: those of `ids`, or the ones that went worst."""
-    head = material.samples.heads[0]
+    head = context.samples.heads[0]
     file = store.run_folder(run) / "oof.arrow"
     if store.sealed(file):
-        oof = bank.read(file, material.samples, material.folds)
+        oof = bank.read(file, context.samples, context.folds)
     else:
-        oof = _of_some_folds(material, run)
+        oof = _of_some_folds(context, run)
     rows = oof.row.astype(np.int64)[oof.predicted]
     said = oof.probability(head)[oof.predicted]
-    truth = material.samples.truth(head, rows)
-    names = material.samples.frame["id"].to_numpy()[rows].tolist()
+    truth = context.samples.truth(head, rows)
+    names = context.samples.frame["id"].to_numpy()[rows].tolist()
     classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
     table = plots.worst(truth, said, names, classes, len(rows) if ids else count)
     if ids:
@@ -95,14 +95,14 @@ def _chosen(material: Material, run: str, ids: list[str], count: int) -> tuple[N
     return rows[table["position"].to_numpy()], captions
 
 
-def _of_some_folds(material: Material, run: str) -> PredictionSet:
+def _of_some_folds(context: Context, run: str) -> PredictionSet:
     """Of a run that is not finished, what its finished folds predict."""
     parts = sorted(store.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
     if not parts:
         raise experiments.refusal(run, "predictions to explain")
     print(f"{experiments.refusal(run, 'predictions of all rows')}; the rows of the others are explained")
-    sets = [bank.read(file, material.samples, material.folds) for file in parts]
-    return predictions.merge(sets, material.samples, material.folds, material.cfg.predict.space)
+    sets = [bank.read(file, context.samples, context.folds) for file in parts]
+    return predictions.merge(sets, context.samples, context.folds, context.cfg.predict.space)
 
 
 def _weights(run: str, fold: int) -> Path:
@@ -114,22 +114,22 @@ def _weights(run: str, fold: int) -> Path:
     return found[0]
 
 
-def network(material: Material, weights: Path) -> nn.Module:
-    module = models.build(material.cfg, material.samples.heads, pretrained=False, feed=material.feed)
-    return models.load_weights(module, weights).to(material.device).eval()
+def network(context: Context, weights: Path) -> nn.Module:
+    module = models.build(context.cfg, context.samples.heads, pretrained=False, feed=context.feed)
+    return models.load_weights(module, weights).to(context.device).eval()
 
 
 def maps(
-    material: Material, module: nn.Module, row: int
+    context: Context, module: nn.Module, row: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """(height, width, channels) of the sample's first picture, and two maps of (height, width) from 0 to 1."""
-    batch = material.feed.pictures.batch([Draw(row, None)])
-    extras = material.feed.extras(batch)
-    seen = transforms.Seen(normalize.of(material.cfg, module, material.device))
-    x = seen(batch.pictures.permute(0, 3, 1, 2))
+    batch = context.feed.images.batch([Draw(row, None)])
+    extras = context.feed.extras(batch)
+    seen = transforms.Seen(normalize.of(context.cfg, module, context.device))
+    x = seen(batch.images.permute(0, 3, 1, 2))
     with kept(module) as layers:
         output = module(x, **extras)
-        place, sign = _answer(material, output)
+        place, sign = _answer(context, output)
         # Its gradient says which features spoke for the answer.
         feature, slope = telling(layers, sign * output[0, place], module)
     cam = grad_cam(spatial(feature, module)[:1], spatial(slope, module)[:1], x.shape[2:])
@@ -142,13 +142,13 @@ def maps(
         (slope,) = torch.autograd.grad(sign * module(noisy, **extras)[0, place], noisy)
         total += slope[0].abs().sum(0)
     smooth = total / total.max().clamp(min=1e-12)
-    return arrays.shown(batch.pictures[0].numpy()), cam[0].cpu().numpy(), smooth.cpu().numpy()
+    return arrays.shown(batch.images[0].numpy()), cam[0].cpu().numpy(), smooth.cpu().numpy()
 
 
-def _answer(material: Material, output: Tensor) -> tuple[int, int]:
+def _answer(context: Context, output: Tensor) -> tuple[int, int]:
     """Which output is explained: the first head's likeliest class, or its value; of a single logit, the side it took."""
-    width = models.outputs(material.cfg, material.samples.heads)[0]
-    head = material.samples.heads[0]
+    width = models.outputs(context.cfg, context.samples.heads)[0]
+    head = context.samples.heads[0]
     if width == 1:
         return 0, -1 if head.row.space == "logit" and float(output[0, 0]) < 0 else 1
     return int(output[0, :width].argmax()), 1
@@ -228,8 +228,8 @@ def grad_cam(feature: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def _plain(picture: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(plots.in_colour(picture))
+def _plain(image: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(plots.in_colour(image))
 
 
 def _heat(values: NDArray[np.float32]) -> Image.Image:
@@ -238,5 +238,5 @@ def _heat(values: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray((255 * colormaps["inferno"](values)[:, :, :3]).astype(np.uint8))
 
 
-def _over(picture: NDArray[np.uint8], cam: NDArray[np.float32]) -> Image.Image:
-    return Image.blend(_plain(picture), _heat(cam), 0.55)
+def _over(image: NDArray[np.uint8], cam: NDArray[np.float32]) -> Image.Image:
+    return Image.blend(_plain(image), _heat(cam), 0.55)

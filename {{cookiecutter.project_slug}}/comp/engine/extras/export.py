@@ -33,7 +33,7 @@ from comp.engine.data.samples import Positions
 from comp.engine.errors import Refused
 from comp.engine.extras import measure
 from comp.engine.run import normalize, runner
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 
 NEAR = 1e-3  # of the largest output: further away an exported network is another one
@@ -49,8 +49,8 @@ class Whole(nn.Module):
         super().__init__()
         self.module, self.normal = module, normal
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        out: Tensor = self.module(self.normal(pictures.float()))
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.module(self.normal(images.float()))
         return out
 
 
@@ -58,28 +58,31 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
     shares = _shares(prune)
     cfg = runner.stored_config(run)
     hardware.settle(cfg.train.threads)
-    place = {"device": "cpu", "gpu_cache_mb": 0}  # where submissions without a GPU run, and where int8 is of use
+    place = {
+        "device": "cpu",
+        "gpu_cache_mb": 0,
+    }  # where submissions without a GPU run, and where int8 is of use
     cfg = cfg.model_copy(update={"machine": cfg.machine.model_copy(update=place)})
     weights = next(iter(sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))), None)
     if weights is None:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
     _needs_onnx()
-    material = runner.gather(cfg)
-    if material.feed.several or material.feed.metadata is not None:
+    context = runner.gather(cfg)
+    if context.feed.several or context.feed.metadata is not None:
         raise Refused(
             f"{run}: looks at several images or at metadata, and an exported network takes one picture"
         )
-    heads = material.samples.heads
+    heads = context.samples.heads
     module = models.load_weights(models.build(cfg, heads, pretrained=False), weights).eval()
     whole = Whole(module, normalize.of(cfg, module, CPU)).eval()
-    taught, scored = material.folds.split(fold)
+    taught, scored = context.folds.split(fold)
     scored = scored[:rows]
-    pictures = _pictures(material, scored)
+    images = _pictures(context, scored)
     folder = store.run_folder(run) / "export"
     folder.mkdir(exist_ok=True)
     with store.lock(folder, "exporting"):
-        variants = [*_made(cfg, whole, folder, weights, _pictures(material, taught[:CALIBRATION]), shares)]
-        lines = [_tried(cfg, material, scored, pictures, *variant) for variant in tqdm(
+        variants = [*_made(cfg, whole, folder, weights, _pictures(context, taught[:CALIBRATION]), shares)]
+        lines = [_tried(cfg, context, scored, images, *variant) for variant in tqdm(
             variants, desc="scoring", unit="variant", leave=False, disable=None if cfg.machine.progress else True)]  # fmt: skip
     reference = lines[0].pop("raw")
     for line in lines[1:]:
@@ -130,7 +133,7 @@ def _made(
         options.intra_op_num_threads = cfg.train.threads
         options.log_severity_level = 3
         ready = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        return lambda pictures: np.asarray(ready.run(None, {"pictures": pictures})[0])
+        return lambda images: np.asarray(ready.run(None, {"pictures": images})[0])
 
     yield "torch", weights, weights.stat().st_size, True, _asked(whole)
     example = torch.from_numpy(calibration[:2])
@@ -173,8 +176,8 @@ def _made(
 
 def _asked(network: nn.Module) -> Run:
     @torch.no_grad()
-    def run(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.asarray(network(torch.from_numpy(pictures)).float())
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.asarray(network(torch.from_numpy(images)).float())
 
     return run
 
@@ -232,25 +235,25 @@ def pruned(whole: Whole, share: float) -> Whole:
     return cut
 
 
-def _pictures(material: Material, rows: Positions) -> NDArray[np.uint8]:
+def _pictures(context: Context, rows: Positions) -> NDArray[np.uint8]:
     """(rows, channels, size, size)"""
-    batches = material.feed.batches(plain_batches(rows, material.cfg.predict.batch_size))
-    return np.concatenate([np.ascontiguousarray(b.pictures.numpy().transpose(0, 3, 1, 2)) for b in batches])
+    batches = context.feed.batches(plain_batches(rows, context.cfg.predict.batch_size))
+    return np.concatenate([np.ascontiguousarray(b.images.numpy().transpose(0, 3, 1, 2)) for b in batches])
 
 
 def _tried(
-    cfg: Config, material: Material, rows: Positions, pictures: NDArray[np.uint8], name: str, file: Path, size: int,
+    cfg: Config, context: Context, rows: Positions, images: NDArray[np.uint8], name: str, file: Path, size: int,
     exact: bool, run: Run,
 ) -> dict[str, Any]:  # fmt: skip
     count = cfg.predict.batch_size
-    raw = np.concatenate([run(pictures[at : at + count]) for at in range(0, len(pictures), count)])
-    head = material.samples.heads[0]
-    stored = models.decoded(cfg, material.samples.heads, raw)[0]
-    one = pictures[: min(16, len(pictures))]
+    raw = np.concatenate([run(images[at : at + count]) for at in range(0, len(images), count)])
+    head = context.samples.heads[0]
+    stored = models.decoded(cfg, context.samples.heads, raw)[0]
+    one = images[: min(16, len(images))]
     return {
         "name": name,
         "file": store.shown(file),
-        "score": score.glance(cfg, head, stored, material.samples, rows),
+        "score": score.glance(cfg, head, stored, context.samples, rows),
         "ms": 1000 * measure.seconds(lambda: run(one), CPU) / len(one),
         "bytes": size,
         "exact": exact,

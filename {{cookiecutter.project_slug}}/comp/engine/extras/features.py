@@ -33,7 +33,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, frozen_heads, normalize, pretrained, runner
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.run.evaluate import outputs_of
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -61,13 +61,13 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     # Made anew, the features leave no head of the old ones behind.
     old = [store.member_folder(run, name) for name in HEADS] if fresh else []
     fingerprint.same_images(run, cfg, old)
-    material = runner.gather(cfg, loaded=loaded)
-    fingerprint.claim(run, cfg, material.folds, fingerprint.command(run), old)
+    context = runner.gather(cfg, loaded=loaded)
+    fingerprint.claim(run, cfg, context.folds, fingerprint.command(run), old)
     with store.lock(store.run_folder(run), "features"):
-        seen = of_run(material, run, fresh)
+        seen = of_run(context, run, fresh)
     for name in names:
         began = time.perf_counter()
-        record = member(material, run, name, seen)
+        record = member(context, run, name, seen)
         print(f"{run}:{name}: {score.sentence(record)}, {time.perf_counter() - began:.1f} s")
     print(f"written: {store.shown(store.run_folder(run))}/members/{{{','.join(names)}}}")
     print(f"next: comp bank, or blend them: {', '.join(f'{run}:{name}' for name in names)}")
@@ -94,13 +94,13 @@ def _refuse(cfg: Config) -> None:
             )
 
 
-def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
+def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
-    cfg, file = material.cfg, store.run_folder(run) / FILE
+    cfg, file = context.cfg, store.run_folder(run) / FILE
     torch.manual_seed(mixed(cfg.train.seeds[0], 3))
-    backbone = models.headless(cfg, cfg.model.pretrained is True, material.feed).to(material.device)
+    backbone = models.headless(cfg, cfg.model.pretrained is True, context.feed).to(context.device)
     pretrained.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
-    now = made_of(cfg, material.samples, backbone)
+    now = made_of(cfg, context.samples, backbone)
     if not fresh and (entry := store.sealed(file)):
         changed = [what for what, value in now.items() if entry.get(what) != value]
         if changed:
@@ -110,8 +110,8 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
         kept: NDArray[np.float32] = np.load(store.verified(file))
         print(f"{store.shown(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
         return kept
-    rows = np.arange(len(material.samples.frame))
-    seen = transforms.Seen(normalize.of(cfg, backbone, material.device))
+    rows = np.arange(len(context.samples.frame))
+    seen = transforms.Seen(normalize.of(cfg, backbone, context.device))
     began = time.perf_counter()
     with tqdm(
         total=len(rows),
@@ -121,10 +121,10 @@ def of_run(material: Material, run: str, fresh: bool) -> NDArray[np.float32]:
         disable=None if cfg.machine.progress else True,
     ) as bar:
         raw, damaged = outputs_of(
-            backbone, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp, on_batch=bar.update
+            backbone, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp, on_batch=bar.update
         )
     if damaged:
-        names = material.samples.frame["id"]
+        names = context.samples.frame["id"]
         raise Refused(
             *(
                 f"sample {names.iloc[i]}: {reason}; comp check lists every such file"
@@ -170,9 +170,9 @@ def made_of(cfg: Config, samples: Samples, backbone: torch.nn.Module) -> dict[st
     }
 
 
-def member(material: Material, run: str, name: str, seen: NDArray[np.float32]) -> dict[str, Any]:
+def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> dict[str, Any]:
     """Fitted fold by fold, each fold's head kept like a checkpoint; the test rows get the mean over folds, as from any run."""
-    cfg, table, folds = material.cfg, material.samples, material.folds
+    cfg, table, folds = context.cfg, context.samples, context.folds
     test, seed = table.positions("test"), cfg.train.seeds[0]
     backbone = store.sealed(frozen_heads.backbone_of(run))
     assert backbone is not None

@@ -154,8 +154,8 @@ def _drawn(cfg: Config, lines: list[dict[str, Any]], file: Any) -> None:
     tiles = []
     for line in lines:
         try:
-            picture = arrays.shown(how.picture(line["image"]))
+            image = arrays.shown(how.image(line["image"]))
         except Damaged:
-            picture = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
-        tiles.append((picture, f"{line['given']}? {line['models say']}!"))
+            image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
+        tiles.append((image, f"{line['given']}? {line['models say']}!"))
     plots.sheet(tiles, file, title="given? what the models say!  the most denied first")

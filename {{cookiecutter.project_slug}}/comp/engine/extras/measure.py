@@ -84,11 +84,11 @@ def _classifier(module: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def multiply_adds(module: nn.Module, picture: Tensor) -> float:
+def multiply_adds(module: nn.Module, image: Tensor) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(picture)
+        module(image)
     return counter.get_total_flops() / 2  # it counts two for a multiply-add
 
 

@@ -149,7 +149,7 @@ def _predicted(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Each view as a whole OOF set, and its milliseconds an image. Kept fold by fold, so a killed call goes on where it was."""
     fingerprint.same_images(run, cfg)
-    material = runner.gather(cfg)
+    context = runner.gather(cfg)
     from comp import predict
     from comp.engine.run import views as looks
 
@@ -163,7 +163,7 @@ def _predicted(
             for seed in seeds:
                 for number in range(split.count):
                     file = predict.write_fold(
-                        replace(material, cfg=one), run, seed, number, "oof", inside=inside
+                        replace(context, cfg=one), run, seed, number, "oof", inside=inside
                     )
                     parts.append(bank.read(file, rows, split))
                     speed = file.with_name(latency.FILE)

@@ -24,8 +24,8 @@ class Bson:
     def __init__(self, file: Path):
         self.path = file
         self.places: dict[str, tuple[int, int]] = {}
-        for record, pictures in records(file):
-            for number, place in enumerate(pictures):
+        for record, images in records(file):
+            for number, place in enumerate(images):
                 self.places[f"{record.get('_id')}/{number}.jpg"] = place
         self.names = list(self.places)
 
@@ -48,15 +48,15 @@ def records(file: Path) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]
             body = opened.read(max(size - 4, 0))
             if size < 5 or len(body) != size - 4:
                 raise Refused(f"{store.shown(file)}: cut off or damaged at byte {at}")
-            pictures: list[tuple[int, int]] = []
-            yield _document(head + body, 0, at, pictures), pictures
+            images: list[tuple[int, int]] = []
+            yield _document(head + body, 0, at, images), images
             at += size
 
 
 _FIXED = {0x01: "<d", 0x10: "<i", 0x12: "<q", 0x09: "<q", 0x08: "<?", 0x11: "<Q"}
 
 
-def _document(data: bytes, start: int, base: int, pictures: list[tuple[int, int]]) -> dict[str, Any]:
+def _document(data: bytes, start: int, base: int, images: list[tuple[int, int]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     at = start + 4
     while data[at]:
@@ -71,12 +71,12 @@ def _document(data: bytes, start: int, base: int, pictures: list[tuple[int, int]
             at += 4 + size
         elif kind in (0x03, 0x04):
             (size,) = struct.unpack_from("<i", data, at)
-            inner = _document(data, at, base, pictures)
+            inner = _document(data, at, base, images)
             out |= {f"{key}.{name}": value for name, value in inner.items()}
             at += size
         elif kind == 0x05:
             (size,) = struct.unpack_from("<i", data, at)
-            pictures.append((base + at + 5, size))
+            images.append((base + at + 5, size))
             at += 5 + size
         elif kind == 0x07:
             out[key] = data[at : at + 12].hex()

@@ -34,7 +34,7 @@ def write(
     said: Sequence[str],
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
-    pictures: Sequence[Path],
+    images: Sequence[Path],
 ) -> Path:
     from jinja2 import Environment, StrictUndefined
 
@@ -46,6 +46,6 @@ def write(
         block_start_string="[%",
         block_end_string="%]",
     ).from_string(LAYOUT)
-    seen = [(picture.stem, base64.b64encode(picture.read_bytes()).decode()) for picture in pictures]
-    store.write_text(file, layout.render(title=title, said=said, heads=heads, rows=rows, pictures=seen))
+    seen = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
+    store.write_text(file, layout.render(title=title, said=said, heads=heads, rows=rows, images=seen))
     return file

@@ -157,17 +157,17 @@ def sheet(
     drawn = Image.new("RGB", (left[-1] + TILE + gap, line + gap + rows * (TILE + line + gap)), "white")
     pen = ImageDraw.Draw(drawn)
     pen.text((gap, 2), title, "black")
-    for number, (picture, caption) in enumerate(tiles):
+    for number, (image, caption) in enumerate(tiles):
         x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
-        drawn.paste(Image.fromarray(in_colour(picture)).resize((TILE, TILE)), (x, y))
+        drawn.paste(Image.fromarray(in_colour(image)).resize((TILE, TILE)), (x, y))
         pen.text((x, y + TILE + 2), _fitting(caption), "black")
     with store.writing(file) as temporary:
         drawn.save(temporary, "PNG")
 
 
-def in_colour(picture: Array) -> Array:
+def in_colour(image: Array) -> Array:
     """(height, width, 3) of any number of channels: the first three as red, green and blue, of one or two the first as grey."""
-    return np.ascontiguousarray(picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, [0, 0, 0]])
+    return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 
 
 def _fitting(caption: str, most: int = 18) -> str:

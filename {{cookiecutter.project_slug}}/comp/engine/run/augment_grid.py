@@ -46,10 +46,10 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{heading(cfg)}, {today.size} px: as it is, then {DRAWS} draws", "black")
     try:
-        loaded = [how.picture(samples.frame["images"].iloc[sample][0]) for sample in chosen]
+        loaded = [how.image(samples.frame["images"].iloc[sample][0]) for sample in chosen]
     except Damaged as damaged:
         raise Refused(f"{damaged}; comp check lists every such file") from None
-    plain = np.stack([transforms.centred(picture, today.size) for picture in loaded])
+    plain = np.stack([transforms.centred(image, today.size) for image in loaded])
     columns = [_shown(transforms.Seen(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
         seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
@@ -86,9 +86,13 @@ def ops(cfg: Config) -> list[str]:
             what = {"mosaic": f"{value:g} of the pictures"}.get(name, f"alpha {value:g}")
             lines.append(f"{'pairs' if name != 'mosaic' else 'fours':9} device     {name}: {what}")
     if cfg.augment.disable_last_epochs:
-        lines.append(f"the last {cfg.augment.disable_last_epochs} epochs without {', '.join(cfg.augment.strong)}")
+        lines.append(
+            f"the last {cfg.augment.disable_last_epochs} epochs without {', '.join(cfg.augment.strong)}"
+        )
     if cfg.augment.progressive_sizes:
-        lines.append(f"sizes     {', '.join(map(str, cfg.augment.progressive_sizes))} px, in equal parts of the epochs")
+        lines.append(
+            f"sizes     {', '.join(map(str, cfg.augment.progressive_sizes))} px, in equal parts of the epochs"
+        )
     return lines or ["nothing: pictures as they are"]
 
 

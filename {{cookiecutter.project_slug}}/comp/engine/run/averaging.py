@@ -26,7 +26,7 @@ from comp.engine.run.model_selection import Scores
 from comp.engine.store import store
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
     from comp.engine.run.freezing import Stages
 
 State = dict[str, Any]
@@ -261,17 +261,17 @@ def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
     return (load_file(store.verified(file)) for file in files)
 
 
-def renewal(material: Material, stages: Stages, seed: int, plan: Callable[[], Plan]) -> Renew:
+def renewal(context: Context, stages: Stages, seed: int, plan: Callable[[], Plan]) -> Renew:
     """One pass over training pictures as the last epoch saw them, under draws that never taught."""
 
     def renew(module: nn.Module) -> None:
-        cfg, feed = material.cfg, material.feed
+        cfg, feed = context.cfg, context.feed
         today = transforms.day(cfg, cfg.train.epochs - 1)
-        seen = transforms.Seen(normalize.of(cfg, module, material.device), transforms.of_day(cfg, today))
+        seen = transforms.Seen(normalize.of(cfg, module, context.device), transforms.of_day(cfg, today))
         stages.enter(cfg.train.epochs - 1, module)
         torch.manual_seed(mixed(seed, 5))
         batches = feed.batches(plan(), today)
-        renewed(module, ((seen(b.pictures.permute(0, 3, 1, 2), b.seeds), feed.extras(b)) for b in batches))
+        renewed(module, ((seen(b.images.permute(0, 3, 1, 2), b.seeds), feed.extras(b)) for b in batches))
 
     return renew
 
@@ -292,7 +292,7 @@ def renewed(module: nn.Module, batches: Iterator[tuple[Tensor, dict[str, Tensor]
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over all batches
     with torch.no_grad():
-        for pictures, extras in batches:
-            module(pictures, **extras)
+        for images, extras in batches:
+            module(images, **extras)
     for norm, momentum in norms.items():
         norm.momentum = momentum

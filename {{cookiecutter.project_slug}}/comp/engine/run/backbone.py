@@ -255,7 +255,10 @@ def check(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
     wanted = request(cfg)
     module = _whole(wanted)
     module.register_forward_hook(lambda module, _given, output: _answered(wanted, module, output, asks))
-    for size, key in ((cfg.data.size, "data.size"), *((each, "augment.progressive_sizes") for each in wanted.sizes)):
+    for size, key in (
+        (cfg.data.size, "data.size"),
+        *((each, "augment.progressive_sizes") for each in wanted.sizes),
+    ):
         if error := fault(module, wanted.channels, size):
             raise _no_such_size(wanted, size, key, error) from error
         _refuse_batch(cfg, module, size)

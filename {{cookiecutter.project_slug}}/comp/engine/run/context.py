@@ -21,7 +21,7 @@ def unwatched(report: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Material:
+class Context:
     cfg: Config
     samples: Samples
     folds: Folds

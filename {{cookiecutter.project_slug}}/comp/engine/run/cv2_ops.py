@@ -23,17 +23,17 @@ def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float,
     """A random part of the picture, by share of its area and by aspect, resized to a square."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
 
-    def crop(picture: Picture, random: Random) -> Picture:
-        rows, columns = picture.shape[:2]
+    def crop(image: Picture, random: Random) -> Picture:
+        rows, columns = image.shape[:2]
         area, aspect = rows * columns * random.uniform(*scale), math.exp(random.uniform(low, high))
         height = max(1, min(rows, round(math.sqrt(area / aspect))))
         width = max(1, min(columns, round(math.sqrt(area * aspect))))
         top, left = random.randint(0, rows - height), random.randint(0, columns - width)
-        part = picture[top : top + height, left : left + width]
+        part = image[top : top + height, left : left + width]
         # Area averaging costs five times as much, and shows only where a pixel stands for several.
         far = height > 2 * size or width > 2 * size
         made = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
-        return made.astype(picture.dtype, copy=False)
+        return made.astype(image.dtype, copy=False)
 
     return crop
 
@@ -41,8 +41,8 @@ def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float,
 def mirror(p: float = 0.5) -> Op:
     """Left and right change sides."""
 
-    def mirror(picture: Picture, random: Random) -> Picture:
-        return cv2.flip(picture, 1).astype(picture.dtype, copy=False) if random.random() < p else picture
+    def mirror(image: Picture, random: Random) -> Picture:
+        return cv2.flip(image, 1).astype(image.dtype, copy=False) if random.random() < p else image
 
     return mirror
 
@@ -50,7 +50,7 @@ def mirror(p: float = 0.5) -> Op:
 def quarter_turns() -> Op:
     """Any of the four orientations: for pictures without an up, as from microscopes and satellites."""
 
-    def quarter_turns(picture: Picture, random: Random) -> Picture:
-        return np.ascontiguousarray(np.rot90(picture, random.randrange(4)))
+    def quarter_turns(image: Picture, random: Random) -> Picture:
+        return np.ascontiguousarray(np.rot90(image, random.randrange(4)))
 
     return quarter_turns

@@ -26,7 +26,7 @@ from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head, Objective
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 FILE = "lessons.safetensors"
 
@@ -39,21 +39,19 @@ def refuse(cfg: Config, heads: Sequence[Head]) -> None:
         )
 
 
-def learners(material: Material, number: int | str) -> Positions:
+def learners(context: Context, number: int | str) -> Positions:
     """The rows that teach this fold, in the order of the file."""
-    return metric_learning.known_rows(
-        material.cfg, material.samples, model_selection.rows(material, number)[0]
-    )
+    return metric_learning.known_rows(context.cfg, context.samples, model_selection.rows(context, number)[0])
 
 
-def targets(material: Material, number: int | str, folder: Path) -> list[Tensor]:
+def targets(context: Context, number: int | str, folder: Path) -> list[Tensor]:
     """One a head, for every row of the samples; none where there is no teacher."""
-    cfg, samples = material.cfg, material.samples
+    cfg, samples = context.cfg, context.samples
     if cfg.distill.teacher is None:
         return []
     found = distributed.from_first(_read(folder / FILE) if distributed.first() else {})
     rows = found["rows"]
-    assert np.array_equal(rows, learners(material, number)), "lessons are made for the rows that teach"
+    assert np.array_equal(rows, learners(context, number)), "lessons are made for the rows that teach"
     said_of = [
         as_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
     ]
@@ -62,7 +60,7 @@ def targets(material: Material, number: int | str, folder: Path) -> list[Tensor]
         kind = np.float32 if said.dtype == np.float64 else said.dtype
         every = np.zeros((len(samples.frame), *said.shape[1:]), kind)
         every[rows] = said
-        out.append(torch.from_numpy(every).to(material.device))
+        out.append(torch.from_numpy(every).to(context.device))
     return out
 
 

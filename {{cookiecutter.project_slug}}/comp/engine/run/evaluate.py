@@ -27,8 +27,8 @@ ON_A_CPU = 10 * 2**20  # bytes of a piece that goes through the network at a tim
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def plain(pictures: Tensor) -> Tensor:
-    return pictures
+def plain(images: Tensor) -> Tensor:
+    return images
 
 
 @torch.inference_mode()
@@ -70,11 +70,11 @@ def outputs_of(
     def calls() -> Iterator[Callable[[], tuple[int, Tensor]]]:
         for batch in feed.batches(plain_batches(mine, batch_size)):
             damaged.update(batch.damaged)
-            pictures = batch.pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             extras = feed.extras(batch)
             for number, view in enumerate(views, 1):
                 # Decoded once: the views turn the uint8 batch. In this thread, since a recipe draws for one at a time.
-                look, done = view(pictures), len(batch.samples) if number == len(views) else 0
+                look, done = view(images), len(batch.samples) if number == len(views) else 0
                 yield lambda look=look, extras=extras, done=done: (done, forward(look, extras))  # type: ignore[misc]
 
     out: list[Tensor] = []
@@ -142,20 +142,20 @@ class Fitting:
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size = module, size
 
-    def __call__(self, pictures: Tensor, extras: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, images: Tensor, extras: Mapping[str, Tensor] | None = None) -> Tensor:
         if extras:  # several images of a sample, or metadata: they cannot be parted picture by picture
-            out: Tensor = self.module(pictures, **extras)
+            out: Tensor = self.module(images, **extras)
             return out
-        cpu = pictures.device.type == "cpu"
+        cpu = images.device.type == "cpu"
         while True:
-            most = min(self.size, max(1, ON_A_CPU // pictures[0].nbytes)) if cpu else self.size
+            most = min(self.size, max(1, ON_A_CPU // images[0].nbytes)) if cpu else self.size
             try:
-                parts = pictures.tensor_split(-(-len(pictures) // most))
+                parts = images.tensor_split(-(-len(images) // most))
                 return torch.cat([self.module(part) for part in parts])
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-                self.size = (min(self.size, len(pictures)) + 1) // 2
+                self.size = (min(self.size, len(images)) + 1) // 2
             torch.cuda.empty_cache()
 
 

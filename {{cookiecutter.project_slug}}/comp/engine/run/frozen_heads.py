@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from comp.engine.data.samples import Positions
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 FOLDER, FILE = "frozen", "features.npy"
 NEIGHBOURS = 15
@@ -135,25 +135,25 @@ def _neighbours(near: Array, y: NDArray[Any], x: Array) -> Array:
     return np.concatenate(parts) if parts else np.empty((0, y.shape[1]))
 
 
-def headless(cfg: Config, run: str, material: Material) -> nn.Module:
+def headless(cfg: Config, run: str, context: Context) -> nn.Module:
     from comp import models
 
     file = backbone_of(run)
-    return models.load_weights(models.headless(cfg, False, material.feed), file).to(material.device)
+    return models.load_weights(models.headless(cfg, False, context.feed), file).to(context.device)
 
 
-def said(material: Material, weights: Path, rows: Positions) -> tuple[list[Array], dict[int, str]]:
+def said(context: Context, weights: Path, rows: Positions) -> tuple[list[Array], dict[int, str]]:
     """Of each head (rows, outputs) as they are stored, and for each row whose picture is damaged the reason."""
     from comp import transforms
     from comp.engine.run import normalize
     from comp.engine.run.evaluate import outputs_of
 
-    cfg, run = material.cfg, weights.parents[3].name
-    module = headless(cfg, run, material)
-    look = transforms.Seen(normalize.of(cfg, module, material.device))
-    seen, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, look, cfg.train.amp)
+    cfg, run = context.cfg, weights.parents[3].name
+    module = headless(cfg, run, context)
+    look = transforms.Seen(normalize.of(cfg, module, context.device))
+    seen, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, look, cfg.train.amp)
     numbers = read(weights)
-    heads = material.samples.heads
+    heads = context.samples.heads
     if not len(rows):
         return [np.empty((0, len(head.outputs))) for head in heads], damaged
     return [np.asarray(head.row.store(asked(head, numbers, seen[0]))) for head in heads], damaged

@@ -30,8 +30,8 @@ class OnBatch:
     name: str
     function: Callable[[Tensor, Seeds], Tensor]
 
-    def __call__(self, pictures: Tensor, seeds: Seeds) -> Tensor:
-        return self.function(pictures, seeds)
+    def __call__(self, images: Tensor, seeds: Seeds) -> Tensor:
+        return self.function(images, seeds)
 
 
 def onto(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,22 +55,22 @@ def jitter(
 ) -> OnBatch:
     """Brightness, contrast, saturation (shares) and hue (share of the circle), one matrix a sample."""
 
-    def apply(pictures: Tensor, seeds: Seeds) -> Tensor:
-        bright, contr, satur, turn = _numbers(seeds, 1, 4, pictures).unbind(1)
+    def apply(images: Tensor, seeds: Seeds) -> Tensor:
+        bright, contr, satur, turn = _numbers(seeds, 1, 4, images).unbind(1)
         bright, contr = 1 + brightness * bright, 1 + contrast * contr
-        mean = pictures.mean((1, 2, 3))
+        mean = images.mean((1, 2, 3))
         shift = (mean * (1 - contr) * bright).view(-1, 1, 1)
-        if pictures.shape[1] != 3:
-            return (pictures * (bright * contr).view(-1, 1, 1, 1) + shift.unsqueeze(1)).clamp(0, 1)
+        if images.shape[1] != 3:
+            return (images * (bright * contr).view(-1, 1, 1, 1) + shift.unsqueeze(1)).clamp(0, 1)
         angle, stretch = 2 * math.pi * hue * turn, 1 + saturation * satur
-        inner = torch.zeros(len(pictures), 3, 3, device=pictures.device, dtype=pictures.dtype)
+        inner = torch.zeros(len(images), 3, 3, device=images.device, dtype=images.dtype)
         inner[:, 0, 0] = 1
         inner[:, 1, 1] = inner[:, 2, 2] = stretch * angle.cos()
         inner[:, 1, 2], inner[:, 2, 1] = -stretch * angle.sin(), stretch * angle.sin()
-        yiq, back = (each.to(pictures, non_blocking=True) for each in (_YIQ, _BACK))
+        yiq, back = (each.to(images, non_blocking=True) for each in (_YIQ, _BACK))
         matrix = back @ inner @ yiq * (bright * contr).view(-1, 1, 1)
-        flat = torch.baddbmm(shift, matrix, pictures.flatten(2))
-        return flat.clamp_(0, 1).view_as(pictures)
+        flat = torch.baddbmm(shift, matrix, images.flatten(2))
+        return flat.clamp_(0, 1).view_as(images)
 
     return OnBatch(f"jitter({brightness}, {contrast}, {saturation}, {hue})", apply)
 
@@ -78,21 +78,21 @@ def jitter(
 def affine(shift: float = 0.08, turn: float = 12.0, scale: float = 0.1) -> OnBatch:
     """Moved by a share of the side, turned by degrees, scaled by a share; what comes in from outside is black."""
 
-    def apply(pictures: Tensor, seeds: Seeds) -> Tensor:
-        x, y, angle, size = _numbers(seeds, 2, 4, pictures).unbind(1)
+    def apply(images: Tensor, seeds: Seeds) -> Tensor:
+        x, y, angle, size = _numbers(seeds, 2, 4, images).unbind(1)
         angle, size = angle * math.radians(turn), 1 + scale * size
         cos, sin = angle.cos() / size, angle.sin() / size
         matrix = torch.stack([cos, -sin, 2 * shift * x, sin, cos, 2 * shift * y], 1).view(-1, 2, 3)
-        grid = F.affine_grid(matrix, list(pictures.shape), align_corners=False)
-        return F.grid_sample(pictures, grid, align_corners=False)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
 
     return OnBatch(f"affine({shift}, {turn}, {scale})", apply)
 
 
 def mirror(p: float = 0.5) -> OnBatch:
-    def apply(pictures: Tensor, seeds: Seeds) -> Tensor:
-        turned = (_numbers(seeds, 3, 1, pictures) < 2 * p - 1).view(-1, 1, 1, 1)
-        return torch.where(turned, pictures.flip(3), pictures)
+    def apply(images: Tensor, seeds: Seeds) -> Tensor:
+        turned = (_numbers(seeds, 3, 1, images) < 2 * p - 1).view(-1, 1, 1, 1)
+        return torch.where(turned, images.flip(3), images)
 
     return OnBatch(f"mirror({p})", apply)
 
@@ -103,17 +103,17 @@ def erase(
     """A rectangle of noise in a share p of the pictures, by share of their area; noise like normalised pixels, so it comes
     after normalising. Which pictures, and where, is known without asking the device, so nothing waits for it."""
 
-    def apply(pictures: Tensor, seeds: Seeds) -> Tensor:
+    def apply(images: Tensor, seeds: Seeds) -> Tensor:
         drawn = uniform(seeds, 4, 5)
-        height, width = pictures.shape[2:]
-        out = pictures.clone()
+        height, width = images.shape[2:]
+        out = images.clone()
         for i in np.flatnonzero(drawn[:, 0] < p).tolist():
             size = height * width * (area[0] + (area[1] - area[0]) * drawn[i, 1])
             ratio = math.exp(math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * drawn[i, 2])
             rows = max(1, min(height, round(math.sqrt(size * ratio))))
             columns = max(1, min(width, round(math.sqrt(size / ratio))))
             top, left = int(drawn[i, 3] * (height - rows + 1)), int(drawn[i, 4] * (width - columns + 1))
-            own = torch.Generator(pictures.device).manual_seed(int(seeds[i]))
+            own = torch.Generator(images.device).manual_seed(int(seeds[i]))
             part = out[i, :, top : top + rows, left : left + columns]
             part.normal_(generator=own)
         return out

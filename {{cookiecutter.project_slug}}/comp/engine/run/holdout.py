@@ -9,12 +9,12 @@ from comp import predict
 from comp.engine.bank import predictions, score
 from comp.engine.config import experiments
 from comp.engine.errors import Refused
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 
 
-def look(material: Material, run: str) -> str:
-    cfg, samples, folds = material.cfg, material.samples, material.folds
+def look(context: Context, run: str) -> str:
+    cfg, samples, folds = context.cfg, context.samples, context.folds
     rows = folds.locked()
     if not len(rows):
         raise Refused(
@@ -30,7 +30,7 @@ def look(material: Material, run: str) -> str:
     said = []
     for seed, number in parts:
         weights = store.fold_folder(run, seed, number) / "weights.safetensors"
-        said.append(predict.predict(material, weights, rows, f"locked rows, seed {seed} fold {number}")[0])
+        said.append(predict.predict(context, weights, rows, f"locked rows, seed {seed} fold {number}")[0])
     lines = []
     metric = score.metric_of(cfg)
     for head in samples.heads:

@@ -24,7 +24,7 @@ from comp.engine.data.samples import Positions
 from comp.engine.errors import Refused, UserError
 from comp.engine.report import plots
 from comp.engine.run import schedule, tracking
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 
 Values = NDArray[np.float64]
@@ -43,22 +43,22 @@ class Enough(Exception):
     """The loss has flown away, or the last rate is reached."""
 
 
-def sweep(material: Material, low: float, high: float, steps: int, linear: bool) -> list[Point]:
+def sweep(context: Context, low: float, high: float, steps: int, linear: bool) -> list[Point]:
     """What the loss of each step was, beginning with fold 0 of the first seed."""
     quiet = replace(
-        material, cfg=climbing(material.cfg, low, high, steps, linear), folds=_Unscored(material.folds)
+        context, cfg=climbing(context.cfg, low, high, steps, linear), folds=_Unscored(context.folds)
     )
     span = _span(quiet)
     epochs = math.ceil(steps / span.steps_per_epoch)
     quiet = replace(quiet, cfg=_with(quiet.cfg, train={"epochs": epochs}))
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [material.device] if material.device.type == "cuda" else []
+    devices = [context.device] if context.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
             listener = _Listener(Path(folder), steps)
             with listener:
                 try:
-                    train.fold(quiet, material.cfg.train.seeds[0], 0, Path(folder), listener)
+                    train.fold(quiet, context.cfg.train.seeds[0], 0, Path(folder), listener)
                 except Enough:
                     pass
                 except UserError as refused:  # the loss was no number before it was large
@@ -110,9 +110,9 @@ def suggested(points: list[Point]) -> float:
     return points[int(slope[:lowest].argmin())].rate
 
 
-def knob(material: Material, rate: float) -> float:
+def knob(context: Context, rate: float) -> float:
     """What optim.lr has to say for it, where optim.base_batch scales that."""
-    return rate * material.cfg.optim.lr / schedule.peak(material.cfg, _span(material).effective)
+    return rate * context.cfg.optim.lr / schedule.peak(context.cfg, _span(context).effective)
 
 
 def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) -> float:
@@ -184,10 +184,10 @@ class _Unscored(Folds):
         return taught, scored[:0]
 
 
-def _span(material: Material) -> schedule.Span:
-    cfg = material.cfg
-    taught = material.folds.split(0)[0][: cfg.train.limit]
-    drawn = data.epoch_list(taught, 0, 0, class_balance.drawing(cfg, material.samples, taught))
+def _span(context: Context) -> schedule.Span:
+    cfg = context.cfg
+    taught = context.folds.split(0)[0][: cfg.train.limit]
+    drawn = data.epoch_list(taught, 0, 0, class_balance.drawing(cfg, context.samples, taught))
     return schedule.span(cfg, len(drawn))
 
 

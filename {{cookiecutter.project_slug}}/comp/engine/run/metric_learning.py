@@ -54,8 +54,8 @@ class GeM(nn.Module):
         self.p = nn.Parameter(torch.tensor([3.0]))
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = as_map(self.backbone(pictures), self.features, self.name)
+    def forward(self, images: Tensor) -> Tensor:
+        x = as_map(self.backbone(images), self.features, self.name)
         with torch.autocast(x.device.type, enabled=False):
             powers = x.float().clamp(min=1e-6).pow(self.p)
             return powers.mean((2, 3)).pow(1 / self.p)

@@ -38,9 +38,9 @@ def of_day(cfg: Config, day: Day) -> Mix:
     if not day.strong or not (knobs.mixup or knobs.cutmix or knobs.mosaic):
         return unmixed
 
-    def mix(pictures: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
+    def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
         assert seeds is not None, "only what is augmented is mixed"
-        return mixed(pictures, seeds, knobs.mixup, knobs.cutmix, knobs.mix_share, knobs.mosaic)
+        return mixed(images, seeds, knobs.mixup, knobs.cutmix, knobs.mix_share, knobs.mosaic)
 
     return mix
 
@@ -67,15 +67,15 @@ def refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
         )
 
 
-def unmixed(pictures: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
-    return pictures, []
+def unmixed(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
+    return images, []
 
 
 def mixed(
-    pictures: Tensor, seeds: Seeds, mixup: float, cutmix: float, share: float, mosaic: float
+    images: Tensor, seeds: Seeds, mixup: float, cutmix: float, share: float, mosaic: float
 ) -> tuple[Tensor, list[Part]]:
     """mixup and cutmix are alphas; with both on, each has half of the `share` of samples that one of them changes."""
-    count, height, width = len(pictures), *pictures.shape[2:]
+    count, height, width = len(images), *images.shape[2:]
     u = uniform(seeds, 5, 7).astype(np.float64)
     four = u[:, 0] < mosaic
     pair = ~four & (u[:, 1] < share) & bool(mixup or cutmix)
@@ -87,13 +87,13 @@ def mixed(
     shares[:, 0] = 1
     # Batches, and the passes they are cut into, hold whole pairs and fours; only the very last of an epoch may not.
     mates = [np.where(places ^ k < count, places ^ k, (places + k) % count) for k in range(4)]
-    out = pictures
+    out = images
 
     if blend.any():
         shares[blend, 0] = betaincinv(mixup, mixup, np.clip(u[blend, 3], 1e-6, 1 - 1e-6))
         shares[:, 1] = 1 - shares[:, 0]
-        own = _like(shares[:, 0], pictures).view(-1, 1, 1, 1)
-        out = own * pictures + (1 - own) * pictures[_at(mates[1], pictures)]
+        own = _like(shares[:, 0], images).view(-1, 1, 1, 1)
+        out = own * images + (1 - own) * images[_at(mates[1], images)]
     if cut.any():
         alpha = cutmix
         side = np.sqrt(1 - betaincinv(alpha, alpha, np.clip(u[:, 3], 1e-6, 1 - 1e-6)))
@@ -101,15 +101,14 @@ def mixed(
         rows, columns = np.rint(side * height), np.rint(side * width)
         top, left = np.floor(u[:, 4] * (height - rows + 1)), np.floor(u[:, 5] * (width - columns + 1))
         inside = (
-            _between(top, rows, height, pictures)[:, :, None]
-            & _between(left, columns, width, pictures)[:, None]
+            _between(top, rows, height, images)[:, :, None] & _between(left, columns, width, images)[:, None]
         )
-        inside &= onto(cut, pictures.device)[:, None, None]
-        out = torch.where(inside[:, None], pictures[_at(mates[1], pictures)], out)
+        inside &= onto(cut, images.device)[:, None, None]
+        out = torch.where(inside[:, None], images[_at(mates[1], images)], out)
         area = rows * columns / (height * width)
         shares[cut, 0], shares[cut, 1] = 1 - area[cut], area[cut]
     if four.any():
-        out = out.clone() if out is pictures else out
+        out = out.clone() if out is images else out
         for i in np.flatnonzero(four).tolist():
             down, across = (
                 max(1, min(side - 1, round(side * (EDGE + (1 - 2 * EDGE) * u[i, k]))))
@@ -119,13 +118,13 @@ def mixed(
                        (down, 0, height - down, across), (down, across, height - down, width - across)]  # fmt: skip
             turn = int(u[i, 6] * 4)  # which corner is the own picture's
             for k, (y, x, h, w) in enumerate(corners[turn:] + corners[:turn]):
-                whole = pictures[mates[k][i]][None]
+                whole = images[mates[k][i]][None]
                 out[i, :, y : y + h, x : x + w] = F.interpolate(
                     whole, (h, w), mode="bilinear", antialias=True
                 )[0]
                 shares[i, k] = h * w / (height * width)
     kinds = 4 if four.any() else 2
-    return out, [(_at(mates[k], pictures), _like(shares[:, k], pictures)) for k in range(kinds)]
+    return out, [(_at(mates[k], images), _like(shares[:, k], images)) for k in range(kinds)]
 
 
 def loss(

@@ -25,7 +25,7 @@ from comp.engine.run.evaluate import outputs_of, refuse
 from comp.transforms import Seen
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 FIFTHS = 5
 Scores = NDArray[
@@ -33,9 +33,9 @@ Scores = NDArray[
 ]  # (1 + 2 x FIFTHS,): on all rows, on each fifth, on all but each fifth; more is better
 
 
-def rows(material: Material, number: int | str) -> tuple[Positions, Positions, Positions]:
+def rows(context: Context, number: int | str) -> tuple[Positions, Positions, Positions]:
     """(rows that teach, rows that are scored, rows that a choice is made on)"""
-    cfg, folds = material.cfg, material.folds
+    cfg, folds = context.cfg, context.folds
     taught, scored = folds.split(number)
     judged = taught[:0]
     if run_members.chooses(cfg):
@@ -48,7 +48,7 @@ def rows(material: Material, number: int | str) -> tuple[Positions, Positions, P
         else:
             judged = scored
     return (
-        limited(taught, material.samples, cfg.train.limit),
+        limited(taught, context.samples, cfg.train.limit),
         scored[: cfg.train.limit],
         judged[: cfg.train.limit],
     )
@@ -63,16 +63,16 @@ def limited(taught: Positions, samples: Samples, limit: int | None) -> Positions
     return np.sort(np.concatenate([taught[own][: limit - len(others)], others]))
 
 
-def judge(material: Material, rows: Positions, seen: Seen) -> Callable[[nn.Module], Scores] | None:
+def judge(context: Context, rows: Positions, seen: Seen) -> Callable[[nn.Module], Scores] | None:
     """Scores a network on the rows that choose; None where there is nothing to choose."""
     if not len(rows):
         return None
-    cfg = material.cfg
-    bench = Bench(cfg, material.samples, material.folds, rows)
+    cfg = context.cfg
+    bench = Bench(cfg, context.samples, context.folds, rows)
 
     def scored(module: nn.Module) -> Scores:
-        raw, damaged = outputs_of(module, material.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
-        refuse(damaged, material.samples)
+        raw, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+        refuse(damaged, context.samples)
         return bench(raw[0])
 
     return scored

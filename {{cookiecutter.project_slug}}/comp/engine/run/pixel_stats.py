@@ -63,4 +63,4 @@ def _pictures(cfg: Config, feed: Feed, rows: Positions, doing: str) -> Iterator[
         list(plain_batches(rows, size)), desc=doing, unit="batch", leave=False, disable=quiet, delay=2
     )
     for batch in feed.batches(plan):
-        yield batch.pictures.cpu().permute(0, 3, 1, 2).float()
+        yield batch.images.cpu().permute(0, 3, 1, 2).float()

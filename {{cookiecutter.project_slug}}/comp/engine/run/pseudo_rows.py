@@ -23,7 +23,7 @@ from comp.engine.tasks.kinds import Head
 if TYPE_CHECKING:
     import pandas as pd
 
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 FULL = -1
 
@@ -55,14 +55,14 @@ def check(cfg: Config, folds: Folds) -> None:
         )
 
 
-def joined(material: Material, number: int | str) -> Material:
+def joined(context: Context, number: int | str) -> Context:
     """The same material for one fold, in which its lines of the table teach: test rows with a label, a weight and another source."""
-    name = material.cfg.data.pseudo
+    name = context.cfg.data.pseudo
     if name is None:
-        return material
-    check(material.cfg, material.folds)
-    samples = with_lines(material.samples, read(name), name, number)
-    return replace(material, samples=samples, folds=replace(material.folds, samples=samples))
+        return context
+    check(context.cfg, context.folds)
+    samples = with_lines(context.samples, read(name), name, number)
+    return replace(context, samples=samples, folds=replace(context.folds, samples=samples))
 
 
 def read(name: str) -> pd.DataFrame:

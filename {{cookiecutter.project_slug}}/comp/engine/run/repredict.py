@@ -8,21 +8,19 @@ from comp import predict as infer
 from comp.engine.bank import bank, merge, predictions
 from comp.engine.config import experiments, run_members
 from comp.engine.run import views as tta
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 
 
-def predict(
-    material: Material, run: str, views: list[str], space: str, refit_only: bool = False
-) -> list[str]:
+def predict(context: Context, run: str, views: list[str], space: str, refit_only: bool = False) -> list[str]:
     """The members' names: of the folds, of the refit on all rows, or of both, as they are there. Each fold is kept, so a killed
     call goes on where it was."""
     tta.views(views)
-    cfg = material.cfg
+    cfg = context.cfg
     inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.space else f"-{space}")
     cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": views, "space": space})})
-    other = replace(material, cfg=cfg)
-    count = material.folds.count
+    other = replace(context, cfg=cfg)
+    count = context.folds.count
     cv = [] if refit_only else [(s, n) for s in experiments.complete(run, count) for n in range(count)]
     refits = [(seed, run_members.REFIT) for seed in experiments.refitted(run)]
     wanted: dict[str, list[merge.Part]] = {inside: [*cv], run_members.refit(inside): [*refits]}
@@ -33,27 +31,27 @@ def predict(
         store.need_space(_size(other, name, parts), f"runs/{run}/members/{name}")
     for name, parts in made.items():
         doing = f"predicting {run}:{name}"
-        with store.lock(store.member_folder(run, name), doing), material.stop.listening():
+        with store.lock(store.member_folder(run, name), doing), context.stop.listening():
             _member(other, run, name, parts, inside)
     return list(made)
 
 
-def _member(material: Material, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
-    samples, folds = material.samples, material.folds
+def _member(context: Context, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
+    samples, folds = context.samples, context.folds
     for seed, number in parts:
         for kind in _kinds(name):
-            infer.write_fold(material, run, seed, number, kind, inside=inside)
-            if material.stop.asked:
+            infer.write_fold(context, run, seed, number, kind, inside=inside)
+            if context.stop.asked:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
-    merge.member(run, name, material.cfg, samples, folds, parts, inside=[inside])
+    merge.member(run, name, context.cfg, samples, folds, parts, inside=[inside])
 
 
 def _kinds(name: str) -> tuple[str, ...]:
     return ("test",) if run_members.is_refit(name) else ("oof", "test")
 
 
-def _size(material: Material, name: str, parts: list[merge.Part]) -> int:
+def _size(context: Context, name: str, parts: list[merge.Part]) -> int:
     """Bytes: each fold by itself, then the mean of them."""
-    samples = material.samples
-    rows = sum(len(predictions.rows_of(kind, samples, material.folds)) for kind in _kinds(name))
+    samples = context.samples
+    rows = sum(len(predictions.rows_of(kind, samples, context.folds)) for kind in _kinds(name))
     return bank.size(samples, (1 + len(parts)) * rows)

@@ -15,38 +15,38 @@ from comp.engine.data.samples import Positions
 from comp.engine.readers import arrays
 from comp.engine.report import plots
 from comp.engine.run import augment_grid, tracking
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
 
-def before(material: Material, log: tracking.Track, run: str, folder: Path, number: int | str) -> None:
+def before(context: Context, log: tracking.Track, run: str, folder: Path, number: int | str) -> None:
     """Drawn once a run and shown with every fold: what teaches it, and how."""
     drawn = store.run_folder(run) / "augment.png"
     if not drawn.exists():
-        augment_grid.write(material.cfg, material.samples, drawn)
+        augment_grid.write(context.cfg, context.samples, drawn)
     log.sheet("augmentation", drawn)
-    log.table("folds", pd.json_normalize(fold_audit.audit(material.samples, material.folds)["folds"]))
+    log.table("folds", pd.json_normalize(fold_audit.audit(context.samples, context.folds)["folds"]))
 
 
-def after(material: Material, log: tracking.Track, run: str, folder: Path) -> None:
+def after(context: Context, log: tracking.Track, run: str, folder: Path) -> None:
     """Where a fold is wrong, and its files, as W&B artifacts that are not copied."""
-    oof = bank.read(folder / "oof.arrow", material.samples, material.folds)
-    for head in material.samples.heads:
-        mistakes(material, log, head, oof, folder)
+    oof = bank.read(folder / "oof.arrow", context.samples, context.folds)
+    for head in context.samples.heads:
+        mistakes(context, log, head, oof, folder)
     label = "-".join(folder.relative_to(store.path("runs")).parts)
     log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
-    if material.cfg.track.checkpoints:
+    if context.cfg.track.checkpoints:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
 
 
 def mistakes(
-    material: Material, log: tracking.Track, head: Head, oof: predictions.PredictionSet, folder: Path
+    context: Context, log: tracking.Track, head: Head, oof: predictions.PredictionSet, folder: Path
 ) -> None:
     rows = oof.row.astype(np.int64)[oof.predicted]
     said = oof.probability(head)[oof.predicted]
-    truth = material.samples.truth(head, rows)
-    name = "" if len(material.samples.heads) == 1 else f"_{head.name}"
+    truth = context.samples.truth(head, rows)
+    name = "" if len(context.samples.heads) == 1 else f"_{head.name}"
     if head.classes and truth.ndim == 1:
         file = folder / f"confusion{name}.png"
         codes = np.clip(head.row.label(said), 0, len(head.classes) - 1)
@@ -56,23 +56,23 @@ def mistakes(
         plots.residuals(truth, said.reshape(truth.shape), file, f"{head.name}, out of fold")
     log.sheet(file.stem, file)
     classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
-    table = plots.worst(truth, said, material.samples.frame["id"].to_numpy()[rows].tolist(), classes)
+    table = plots.worst(truth, said, context.samples.frame["id"].to_numpy()[rows].tolist(), classes)
     log.table(
         f"worst{name}",
         table.drop(columns="position"),
-        images=shown(material, rows[table["position"].to_numpy()]),
+        images=shown(context, rows[table["position"].to_numpy()]),
     )
 
 
-def shown(material: Material, rows: Positions) -> list[Any]:
+def shown(context: Context, rows: Positions) -> list[Any]:
     """The pictures of some rows as the network gets them, for people; black where a file broke since."""
-    drawn = material.feed.pictures.batch([Draw(int(row), None) for row in rows])
+    drawn = context.feed.images.batch([Draw(int(row), None) for row in rows])
     first = (
         np.searchsorted(drawn.owner, np.arange(len(rows)))
         if drawn.owner is not None
         else np.arange(len(rows))
     )
-    return [plots.in_colour(arrays.shown(picture)) for picture in drawn.pictures.numpy()[first]]
+    return [plots.in_colour(arrays.shown(image)) for image in drawn.images.numpy()[first]]
 
 
 def last(folder: Path) -> str:
@@ -85,12 +85,12 @@ def last(folder: Path) -> str:
     return ", ".join(f"{key} {value:.4f}" for key, value in report.items())
 
 
-def summary(material: Material, run: str, birth: str, score: dict[str, Any]) -> None:
+def summary(context: Context, run: str, birth: str, score: dict[str, Any]) -> None:
     """One more W&B run that speaks for all folds."""
-    cfg = material.cfg
+    cfg = context.cfg
     with tracking.open_summary(run, birth, config=cfg.model_dump(), settings=cfg.track) as log:
         log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
-        oof = bank.read(store.run_folder(run) / "oof.arrow", material.samples, material.folds)
-        for head in material.samples.heads:
-            mistakes(material, log, head, oof, store.run_folder(run))
+        oof = bank.read(store.run_folder(run) / "oof.arrow", context.samples, context.folds)
+        for head in context.samples.heads:
+            mistakes(context, log, head, oof, store.run_folder(run))
         log.artifact(store.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")

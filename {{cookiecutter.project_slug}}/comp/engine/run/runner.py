@@ -16,7 +16,7 @@ from comp.engine.run import fingerprint, unused_knobs
 from comp.engine.store import process, store
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 
 def train(
@@ -59,26 +59,26 @@ def train(
     hardware.settle(cfg.train.threads)
     from comp.engine.run import run_media
 
-    material = gather(cfg, stop, profile, loaded)
-    folds = _wanted(fold, material.folds.count)
-    fingerprint.claim(name, cfg, material.folds, command, old)
-    _announce(material, name, seeds, folds)
+    context = gather(cfg, stop, profile, loaded)
+    folds = _wanted(fold, context.folds.count)
+    fingerprint.claim(name, cfg, context.folds, command, old)
+    _announce(context, name, seeds, folds)
     todo = [(s, number) for s in seeds for number in folds]
     try:
         if on is not None:
-            _side_by_side(material, name, todo, on)
+            _side_by_side(context, name, todo, on)
         for s, number in todo if on is None else []:
-            one_fold(material, name, s, number)
-            if material.stop.asked:
+            one_fold(context, name, s, number)
+            if context.stop.asked:
                 raise hardware.Stopped(f"seed {s} fold {number} is done")
     except hardware.Stopped as stopped:
-        if not material.stop.out_of_time:
+        if not context.stop.out_of_time:
             raise
         print(f"time limit: {stopped}")
     if profile:
-        print(material.clock.table())
+        print(context.clock.table())
     if score := _merge(name, cfg, asked=run_members.REFIT if folds == [run_members.REFIT] else ""):
-        run_media.summary(material, name, fingerprint.birth(name), score)
+        run_media.summary(context, name, fingerprint.birth(name), score)
 
 
 def _command(experiment: str, overrides: list[str], name: str | None, debug: bool) -> str:
@@ -106,7 +106,7 @@ def _check_teachers(cfg: Config) -> None:
         teachers.of(cfg.distill.teacher, split, "distill.teacher")
 
 
-def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
+def _side_by_side(context: Context, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
     """The same folds, each in a process of its own. What is left of a killed one is gone on with elsewhere."""
     from tqdm import tqdm
 
@@ -120,11 +120,11 @@ def _side_by_side(material: Material, name: str, todo: list[tuple[int, int | str
     ]
     if not jobs:
         return
-    crew = launcher.crew(on, material.cfg.train.threads)
+    crew = launcher.crew(on, context.cfg.train.threads)
     print(f"{name}: {len(jobs)} folds, {min(crew.size, len(jobs))} at a time", flush=True)
-    quiet = None if material.cfg.machine.progress else True
+    quiet = None if context.cfg.machine.progress else True
     with tqdm(total=len(jobs), desc=name, unit="fold", disable=quiet, leave=False) as bar:
-        launcher.out(jobs, crew, material.stop, lambda left: bar.update(len(jobs) - left - bar.n))
+        launcher.out(jobs, crew, context.stop, lambda left: bar.update(len(jobs) - left - bar.n))
 
 
 def part(name: str, seed: int, number: int | str, job: str = "") -> None:
@@ -137,7 +137,7 @@ def part(name: str, seed: int, number: int | str, job: str = "") -> None:
 
 def gather(
     cfg: Config, stop: hardware.Stop | None = None, profile: bool = False, loaded: Loaded | None = None
-) -> Material:
+) -> Context:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled.
     `loaded`: of what is going to be trained, as configs/ declare it now."""
     from comp.engine.bank import score
@@ -157,7 +157,7 @@ def gather(
     from comp import models, optim
     from comp.data import Feed
     from comp.engine.run import consistency, distillation, distributed, mixup, views
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
     from comp.engine.run.profiler import Clock
 
     distributed.begin()
@@ -181,11 +181,11 @@ def gather(
         raise Refused(
             f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
         )
-    return Material(cfg, table, split, feed, device, stop or hardware.Stop(), clock)
+    return Context(cfg, table, split, feed, device, stop or hardware.Stop(), clock)
 
 
 def one_fold(
-    material: Material,
+    context: Context,
     name: str,
     seed: int,
     number: int | str,
@@ -208,11 +208,11 @@ def one_fold(
 
     if done():
         return
-    cfg = material.cfg
-    if isinstance(material.feed.pictures.images, cache.Direct):
+    cfg = context.cfg
+    if isinstance(context.feed.images.images, cache.Direct):
         fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
-    with store.lock(folder, doing, wait=wait, job=job), material.stop.listening():
+    with store.lock(folder, doing, wait=wait, job=job), context.stop.listening():
         if done():
             return
         began = time.perf_counter()
@@ -228,15 +228,15 @@ def one_fold(
         )
         with log:
             if not search:
-                run_media.before(material, log, name, folder, number)
+                run_media.before(context, log, name, folder, number)
             if not store.sealed(folder / "weights.safetensors"):
-                teacher_predictions.prepare(material, gather, number, folder)
+                teacher_predictions.prepare(context, gather, number, folder)
                 with distributed.together(_order(cfg, seed, number)):
-                    train.fold(material, seed, number, folder, log)
+                    train.fold(context, seed, number, folder, log)
             if number != run_members.REFIT:
-                predict.write_fold(material, name, seed, number, "oof")
+                predict.write_fold(context, name, seed, number, "oof")
             if number != run_members.REFIT and not search:
-                run_media.after(material, log, name, folder)
+                run_media.after(context, log, name, folder)
             log.finish()
             if search:
                 return
@@ -245,7 +245,7 @@ def one_fold(
                 "",
             ]:  # the run itself last: with it the fold is finished
                 for kind in ("oof", "test") if number != run_members.REFIT else ("test",):
-                    predict.write_fold(material, name, seed, number, kind, inside)
+                    predict.write_fold(context, name, seed, number, kind, inside)
     print(f"{name} seed {seed} fold {number}: {run_media.last(folder)}, {time.perf_counter() - began:.0f} s")
 
 
@@ -327,9 +327,9 @@ def lr_range(
     if steps < lr_range.FEWEST:
         raise Refused(f"--steps {steps}: {lr_range.FEWEST} is the least that shows anything")
     png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
-    material = gather(cfg, loaded=loaded)
-    points = lr_range.sweep(material, low, high, steps, linear)
-    rate = lr_range.knob(material, lr_range.write(cfg, points, png, csv, linear))
+    context = gather(cfg, loaded=loaded)
+    points = lr_range.sweep(context, low, high, steps, linear)
+    rate = lr_range.knob(context, lr_range.write(cfg, points, png, csv, linear))
     print(
         f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.lr={rate:.2g}"
     )
@@ -341,7 +341,7 @@ def stored_config(name: str) -> Config:
     return experiments.stored(name)
 
 
-def _announce(material: Material, name: str, seeds: list[int], numbers: list[int | str]) -> None:
+def _announce(context: Context, name: str, seeds: list[int], numbers: list[int | str]) -> None:
     """How much will be written, refused now rather than in the middle of the last fold; and a warm-up that is cut short. The first
     fold stands for all, which differ by a few steps."""
     from comp import models, train
@@ -351,16 +351,16 @@ def _announce(material: Material, name: str, seeds: list[int], numbers: list[int
     todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
     if not todo:
         return
-    weights = models.size(material.cfg, material.samples.heads)
-    weights += knn.size(material.cfg, material.samples)
+    weights = models.size(context.cfg, context.samples.heads)
+    weights += knn.size(context.cfg, context.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
-    kept = len(todo) * (1 + len(run_members.kept(material.cfg)))
-    rows = len(material.samples.positions("train")) + len(material.samples.positions("test"))
-    size = kept * (weights + bank.size(material.samples, rows)) + 8 * weights
+    kept = len(todo) * (1 + len(run_members.kept(context.cfg)))
+    rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
+    size = kept * (weights + bank.size(context.samples, rows)) + 8 * weights
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )
-    for line in schedule.shortened(train.planned(material, *todo[0])):
+    for line in schedule.shortened(train.planned(context, *todo[0])):
         print(line, file=sys.stderr)
     store.need_space(size, f"runs/{name}")
 

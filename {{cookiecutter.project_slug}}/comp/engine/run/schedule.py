@@ -224,7 +224,9 @@ def cosine_restarts(curve: Curve, step: int) -> Point:
 def one_cycle(curve: Curve, step: int) -> Point:
     """Up from `start` to the peak, then down to `final`."""
     height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal])
-    return Point(_between(curve.schedule.start if rising else curve.schedule.min_lr_ratio, 1.0, height), height)
+    return Point(
+        _between(curve.schedule.start if rising else curve.schedule.min_lr_ratio, 1.0, height), height
+    )
 
 
 def triangular(curve: Curve, step: int) -> Point:

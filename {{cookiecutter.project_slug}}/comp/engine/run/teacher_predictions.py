@@ -15,20 +15,18 @@ from comp.engine.bank import bank, predictions
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
 from comp.engine.run import distillation, pseudo_rows, teachers
-from comp.engine.run.context import Material
+from comp.engine.run.context import Context
 from comp.engine.run.teachers import Voice
 from comp.engine.store import store
 
 
-def prepare(
-    material: Material, gather: Callable[[Config], Material], number: int | str, folder: Path
-) -> None:
-    name = material.cfg.distill.teacher
+def prepare(context: Context, gather: Callable[[Config], Context], number: int | str, folder: Path) -> None:
+    name = context.cfg.distill.teacher
     if name is None:
         return
-    who = teachers.of(name, material.folds, "distill.teacher")
+    who = teachers.of(name, context.folds, "distill.teacher")
     file = folder / distillation.FILE
-    places = [_with_weights(voice, number, material) for voice in who.voices]
+    places = [_with_weights(voice, number, context) for voice in who.voices]
     now = bank.weights_of(*(place for each in places for place in each))
     if entry := store.sealed(file):
         if changed := distillation.stale(now, entry["weights"]):
@@ -36,16 +34,16 @@ def prepare(
                 f"{store.shown(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
             )
         return
-    joined = pseudo_rows.joined(material, number)
+    joined = pseudo_rows.joined(context, number)
     rows, said, shares = distillation.learners(joined, number), [], list[float]()
     for voice, there in zip(who.voices, places, strict=True):
-        own = _as(voice, material, gather)
+        own = _as(voice, context, gather)
         for place in there:
             heads, damaged = predict.predict(
                 own, place / bank.WEIGHTS, rows, f"{store.shown(place)} teaches fold {number}"
             )
             if damaged:
-                ids = material.samples.frame["id"]
+                ids = context.samples.frame["id"]
                 raise Refused(
                     *(
                         f"sample {ids.iloc[i]}: {why}; comp check lists every such file"
@@ -56,14 +54,14 @@ def prepare(
             shares.append(voice.share / len(there))
     means = {
         head.name: predictions.average([each[head.name] for each in said], head, who.space, shares)
-        for head in material.samples.heads
+        for head in context.samples.heads
     }
     _write(file, rows, means, now)
 
 
-def _with_weights(voice: Voice, number: int | str, material: Material) -> list[Path]:
-    there = [place for place in voice.places(number, material.folds) if store.sealed(place / bank.WEIGHTS)]
-    wanted = material.folds.count if number == "full" else 1
+def _with_weights(voice: Voice, number: int | str, context: Context) -> list[Path]:
+    there = [place for place in voice.places(number, context.folds) if store.sealed(place / bank.WEIGHTS)]
+    wanted = context.folds.count if number == "full" else 1
     if len({place.relative_to(store.run_folder(voice.run)).parts[1] for place in there}) < wanted:
         which = "of every fold" if number == "full" else f"of fold {number}"
         raise Refused(
@@ -73,10 +71,10 @@ def _with_weights(voice: Voice, number: int | str, material: Material) -> list[P
     return there
 
 
-def _as(voice: Voice, material: Material, gather: Callable[[Config], Material]) -> Material:
+def _as(voice: Voice, context: Context, gather: Callable[[Config], Context]) -> Context:
     """Its pictures in its own size, on this run's machine."""
-    theirs = voice.cfg.model_copy(update={"machine": material.cfg.machine, "track": material.cfg.track})
-    return replace(gather(theirs), stop=material.stop)
+    theirs = voice.cfg.model_copy(update={"machine": context.cfg.machine, "track": context.cfg.track})
+    return replace(gather(theirs), stop=context.stop)
 
 
 def _write(file: Path, rows: np.ndarray, means: dict[str, np.ndarray], weights: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 VERBS = ("train", "tune")
 GONE = (
@@ -53,13 +53,13 @@ def follow() -> int:
 
     from comp.engine.run import distributed
 
-    material: Material | None = None
+    context: Context | None = None
     stop = hardware.Stop(quiet=True)
     try:
         distributed.begin()
         with stop.listening():
             while (order := distributed.heard()) is not None:
-                material = _do(order, material, stop)
+                context = _do(order, context, stop)
     except KeyboardInterrupt:
         return hardware.exit_code()
     except UserError as refused:
@@ -73,20 +73,20 @@ def follow() -> int:
     return hardware.exit_code() if stop.signalled else 0
 
 
-def _do(order: dict[str, Any], material: Material | None, stop: hardware.Stop) -> Material:
+def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
     from comp import train
     from comp.engine.run import distributed, runner, tracking
 
     cfg = Config.model_validate(order["config"])
     hardware.settle(cfg.train.threads)
-    if material is None or material.cfg != cfg:
-        material = runner.gather(cfg, stop)
+    if context is None or context.cfg != cfg:
+        context = runner.gather(cfg, stop)
     with tempfile.TemporaryDirectory(prefix="comp-") as scratch:
         folder = Path(scratch)
         log = tracking.Track(folder, tracking.NoFeed(), [])
         try:
             with distributed.together():
-                train.fold(material, order["seed"], order["fold"], folder, log)
+                train.fold(context, order["seed"], order["fold"], folder, log)
         except (distributed.Agreed, distributed.Pruned, hardware.Stopped):
             stop.asked = False  # the first process knows, and says what comes next
-    return material
+    return context

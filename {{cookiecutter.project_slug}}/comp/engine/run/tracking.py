@@ -131,12 +131,12 @@ class Track:
     ) -> None:
         """A small table for people, with one picture a row if given. It also stays in the run as media/<name>.json."""
         file = self.folder / "media" / f"{name}.json"
-        pictures = [
+        thumbnails = [
             _thumbnail(image, file.with_suffix("") / f"{i:03d}.png") for i, image in enumerate(images or [])
         ]
-        assert not pictures or len(pictures) == len(frame)
+        assert not thumbnails or len(thumbnails) == len(frame)
         rows = [list(row) for row in frame.itertuples(index=False, name=None)]
-        content = {"columns": [str(column) for column in frame.columns], "rows": rows, "pictures": pictures}
+        content = {"columns": [str(column) for column in frame.columns], "rows": rows, "pictures": thumbnails}
         store.write_text(file, json.dumps(_valid(content, "", {}), ensure_ascii=False))
         self._event("table", name, file)
 

@@ -98,9 +98,9 @@ class Recipe:
             recipe = transforms.by_name(self.name, side)
             self.made[side] = transforms.Augment(recipe, side), recipe.on_batch
         change, on_batch = self.made[side]
-        pictures = [np.ascontiguousarray(picture) for picture in x.permute(0, 2, 3, 1).cpu().numpy()]
-        seeds = np.array([mixed(zlib.crc32(picture.data), self.draw, 5) for picture in pictures], np.int64)
-        drawn = np.stack([change(p, seed) for p, seed in zip(pictures, seeds.tolist(), strict=True)])
+        images = [np.ascontiguousarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
+        seeds = np.array([mixed(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
+        drawn = np.stack([change(p, seed) for p, seed in zip(images, seeds.tolist(), strict=True)])
         out = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(x.device)
         if not on_batch:
             return out

@@ -157,8 +157,8 @@ def _media(wandb: Any, event: str, file: Path) -> Any:
     table = json.loads(file.read_text())
     if not table["pictures"]:
         return wandb.Table(columns=table["columns"], data=table["rows"])
-    pictures = [wandb.Image(str(file.parent / name)) if name else None for name in table["pictures"]]
-    rows = [[*row, picture] for row, picture in zip(table["rows"], pictures, strict=True)]
+    images = [wandb.Image(str(file.parent / name)) if name else None for name in table["pictures"]]
+    rows = [[*row, image] for row, image in zip(table["rows"], images, strict=True)]
     return wandb.Table(columns=[*table["columns"], "picture"], data=rows)
 
 

@@ -36,17 +36,17 @@ def confirm(joined: Joined, n: int) -> None:
         cfg = config_of(joined, setting_of(joined.space, trial))
         name = name_of(joined, trial)
         fingerprint.same_images(name, cfg)
-        material = runner.gather(cfg, stop)
+        context = runner.gather(cfg, stop)
         fingerprint.claim(
-            name, cfg, material.folds, f"comp tune {joined.experiment} --space {joined.space.name}"
+            name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}"
         )
         values: list[float] = []
         for seed in fresh(joined):
             for number in range(count_of(joined)):
-                runner.one_fold(material, name, seed, number, search=True)
+                runner.one_fold(context, name, seed, number, search=True)
                 if stop.asked:
                     raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
-            values.append(_score(joined, material, name, seed))
+            values.append(_score(joined, context, name, seed))
         store.write_json(
             store.run_folder(name) / "confirmed.json", {"seeds": fresh(joined), "scores": values}
         )
@@ -58,12 +58,12 @@ def confirm(joined: Joined, n: int) -> None:
     report.tell(joined)
 
 
-def _score(joined: Joined, material: Any, name: str, seed: int) -> float:
-    facts = (material.samples, material.folds)
+def _score(joined: Joined, context: Any, name: str, seed: int) -> float:
+    facts = (context.samples, context.folds)
     sets = [
         bank.read(store.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
     ]
-    record = score.of(material.cfg, *facts, predictions.merge(sets, *facts, material.cfg.predict.space))
+    record = score.of(context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.space))
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
         raise Refused(score.sentence(record))

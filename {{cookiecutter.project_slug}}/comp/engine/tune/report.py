@@ -29,8 +29,8 @@ def write(joined: Joined) -> list[Path]:
     if not done:
         return []
     with store.lock(joined.folder, "writing its report", wait=True):
-        pictures = _pictures(joined, done)
-        _page(joined, pictures)
+        images = _pictures(joined, done)
+        _page(joined, images)
         with tracking.open_run(
             joined.folder,
             run_id=f"{joined.name}-{joined.study.user_attrs['birth']}-study",
@@ -40,13 +40,13 @@ def write(joined: Joined) -> list[Path]:
             config=joined.cfg.model_dump(),
             settings=joined.cfg.track,
         ) as log:
-            for picture in pictures:
-                log.sheet(picture.stem, picture)
+            for image in images:
+                log.sheet(image.stem, image)
             best = ranked(joined, done)[0]
             log.summary(
                 {"best_trial": best.number, "best_value": best.values[0], **setting_of(joined.space, best)}
             )
-    return pictures
+    return images
 
 
 def _pictures(joined: Joined, done: list[FrozenTrial]) -> list[Path]:
@@ -83,7 +83,7 @@ def _drawn(draw: Callable[[], Any], file: Path) -> Path:
     return file
 
 
-def _page(joined: Joined, pictures: list[Path]) -> Path:
+def _page(joined: Joined, images: list[Path]) -> Path:
     trials = counted(joined.study.get_trials(deepcopy=False))
     rows = [
         [
@@ -96,7 +96,7 @@ def _page(joined: Joined, pictures: list[Path]) -> Path:
         for t in trials
     ]
     heads = ["trial", "state", ", ".join(joined.space.objectives), "setting", "note"]
-    return html.write(joined.folder / "report.html", joined.name, sentences(joined), heads, rows, pictures)
+    return html.write(joined.folder / "report.html", joined.name, sentences(joined), heads, rows, images)
 
 
 def baseline(joined: Joined) -> FrozenTrial | None:

@@ -24,7 +24,7 @@ from comp.engine.tune.space import Setting, applied
 from comp.engine.tune.study import Heartbeat, Joined, memory_of
 
 if TYPE_CHECKING:
-    from comp.engine.run.context import Material
+    from comp.engine.run.context import Context
 
 TIMED = 5  # passes whose median is the time of inference
 
@@ -104,8 +104,8 @@ def objective(
 ) -> tuple[list[float], dict[str, Any]]:
     cfg, name = config_of(joined, setting), name_of(joined, trial)
     fingerprint.same_images(name, cfg)
-    material = runner.gather(cfg, stop)
-    fingerprint.claim(name, cfg, material.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
+    context = runner.gather(cfg, stop)
+    fingerprint.claim(name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
     folder = store.run_folder(name)
     (folder / "error.txt").unlink(missing_ok=True)
     log_file = folder / "log.jsonl"
@@ -125,15 +125,15 @@ def objective(
             watch.begin(number)
             # A successor has the run's folder because its predecessor is dead, or was silent for minutes: the same job.
             runner.one_fold(
-                replace(material, watch=watch.epoch), name, cfg.train.seeds[0], number, search=True, job=name
+                replace(context, watch=watch.epoch), name, cfg.train.seeds[0], number, search=True, job=name
             )
             watch.end(last_epoch(name, cfg.train.seeds[0], number))
             if stop.asked and number + 1 < count_of(joined):
                 raise KeyboardInterrupt(f"trial {trial.number} is saved behind fold {number}")
-        facts = scored(joined, name, material)
+        facts = scored(joined, name, context)
         values = [facts["value"]]
         if "time" in joined.space.objectives:
-            facts["ms_per_image"] = milliseconds(material)
+            facts["ms_per_image"] = milliseconds(context)
             values.append(facts["ms_per_image"])
         log.summary(facts)
     return values, facts
@@ -220,15 +220,15 @@ def last_epoch(name: str, seed: int, number: int) -> dict[str, Any]:
     return [line for line in tracking.read(log) if "epoch" in line][-1]
 
 
-def scored(joined: Joined, name: str, material: Material) -> dict[str, Any]:
+def scored(joined: Joined, name: str, context: Context) -> dict[str, Any]:
     """The same number as the run would have, over the folds that were trained."""
-    seed, facts = material.cfg.train.seeds[0], (material.samples, material.folds)
+    seed, facts = context.cfg.train.seeds[0], (context.samples, context.folds)
     sets = [
         bank.read(store.fold_folder(name, seed, number) / "oof.arrow", *facts)
         for number in range(count_of(joined))
     ]
-    whole = predictions.merge(sets, *facts, material.cfg.predict.space)
-    record = score.of(material.cfg, *facts, whole)
+    whole = predictions.merge(sets, *facts, context.cfg.predict.space)
+    record = score.of(context.cfg, *facts, whole)
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
         raise Refused(score.sentence(record))
@@ -236,7 +236,7 @@ def scored(joined: Joined, name: str, material: Material) -> dict[str, Any]:
     return {"value": value, **kept, "text": score.sentence(record)}
 
 
-def milliseconds(material: Material) -> float:
+def milliseconds(context: Context) -> float:
     """An image through the network and its views, warm, without reading it: the median of some passes."""
     import numpy as np
     import torch
@@ -244,8 +244,8 @@ def milliseconds(material: Material) -> float:
     from comp import models
     from comp.engine.run import views
 
-    cfg, device = material.cfg, material.device
-    module = models.build(cfg, material.samples.heads, pretrained=False).to(device).eval()
+    cfg, device = context.cfg, context.device
+    module = models.build(cfg, context.samples.heads, pretrained=False).to(device).eval()
     rows = min(cfg.predict.batch_size, 64)
     batch = torch.zeros(rows, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
     times = []
