@@ -66,7 +66,7 @@ def lay_out(root: Path) -> tuple[samples.Samples, folds.Folds, list[str]]:
     )
     split = folds.load(table)
     rows = predictions.rows_of("oof", table, split)
-    fold = split.of_sample[0][rows].astype(np.int16)
+    fold = split.assignment[0][rows].astype(np.int16)
     random, addresses = np.random.default_rng(0), []
     for i in range(MEMBERS):
         addresses.append(f"exp{i:03d}")

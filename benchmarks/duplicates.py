@@ -31,8 +31,8 @@ if __name__ == "__main__":
         hashed[PICTURES - COPIES + at] = hashed[at] ^ np.uint64(flips)
     hashed[COPIES : COPIES + SAME] = hashed[COPIES]
     began, worked = time.perf_counter(), time.process_time()
-    pairs = phash.alike(hashed)
-    groups = duplicates.units(np.arange(PICTURES).astype(str), pairs)
+    pairs = phash.similar_pairs(hashed)
+    groups = duplicates.group_names(np.arange(PICTURES).astype(str), pairs)
     took, cpu = time.perf_counter() - began, time.process_time() - worked
     planted = np.column_stack([np.arange(COPIES), np.arange(PICTURES - COPIES, PICTURES)])
     found = float((groups[planted[:, 0]] == groups[planted[:, 1]]).mean())

@@ -249,7 +249,7 @@ found = {}
 for run in sys.argv[1:]:
     cfg = runner.stored_config(run)
     rows = split.split(0)[0]
-    draw = class_balance.drawing(cfg, table, rows)
+    draw = class_balance.make_sampler(cfg, table, rows)
     for epoch in (0, 1):
         drawn = epoch_list(rows, 0, epoch, draw)
         found[f"{run}: rows drawn in epoch {epoch}"] = hashlib.sha256(drawn.astype("int64").tobytes()).hexdigest()[:16]

@@ -120,7 +120,7 @@ def member(
     run, _, name = address.partition(":")
     for kind in kinds:
         rows = predictions.rows_of(kind, project.samples, project.folds)
-        fold = project.folds.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
+        fold = project.folds.assignment[0][rows].astype(np.int16) if kind == "oof" else None
         said = {project.head.name: values(project, rows, noise, seed)}
         meta = predictions.meta(
             kind, project.samples, project.folds, {"run": run, "member": name, "config": "c"} | facts

@@ -80,7 +80,7 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
         return fit.make(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).honest["label"]
 
     before = honest_()
-    frame, fold = project.samples.frame, project.folds.of_sample[0][:400]
+    frame, fold = project.samples.frame, project.folds.assignment[0][:400]
     rows = np.flatnonzero(fold == 2)
     frame.loc[frame.index[rows], "target.label"] = 1 - frame["target.label"].iloc[rows]
     now = honest_()

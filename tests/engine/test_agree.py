@@ -52,7 +52,7 @@ def test_of_labels_each_by_itself(empty: Path) -> None:
 def test_views_stand_side_by_side_each_drawn_anew(empty: Path) -> None:
     cfg, rows = config(*VIEWS, experiment="base"), np.arange(50)
     table = Samples(pd.DataFrame(), (), "x")
-    batches = list(data.training_batches(rows, 30, 0, 0, 0, class_balance.drawing(cfg, table, rows)))
+    batches = list(data.training_batches(rows, 30, 0, 0, 0, class_balance.make_sampler(cfg, table, rows)))
     drawn = np.array([[d.sample for d in batch] for batch in batches]).reshape(-1, 3)
     assert len(batches) == 5 and (drawn == drawn[:, :1]).all() and len(set(drawn[:, 0])) == 50
     assert len({d.seed for batch in batches for d in batch}) == 150

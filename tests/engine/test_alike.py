@@ -117,9 +117,9 @@ def test_a_group_called_nan(empty: Path) -> None:
 def test_what_is_one_text_to_a_person() -> None:
     same = [("1", "1.0"), ("01", "1"), ("+1", "1."), ("-0", "0"), ("A\t b", "a b"), ("Straße", "STRASSE")]
     other = [("1e3", "1000"), ("1", "-1"), ("9007199254740993", "9007199254740992"), ("1.2.0", "1.2"), ("ab", "a b"), ("1_0", "10")]  # fmt: skip
-    assert all(similar_labels.plain(a) == similar_labels.plain(b) for a, b in same)
-    assert all(similar_labels.plain(a) != similar_labels.plain(b) for a, b in other)
-    assert pd.Series(similar_labels.merged({"b": 1, "B": 2, "c": 1})).to_dict() == {
+    assert all(similar_labels.normalized(a) == similar_labels.normalized(b) for a, b in same)
+    assert all(similar_labels.normalized(a) != similar_labels.normalized(b) for a, b in other)
+    assert pd.Series(similar_labels.merge_spellings({"b": 1, "B": 2, "c": 1})).to_dict() == {
         "b": "B",
         "B": "B",
         "c": "c",

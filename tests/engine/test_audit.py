@@ -307,7 +307,7 @@ def test_the_same_picture_in_two_folds(run: Path) -> None:
     split = folds.load(table)
     cfg = config(experiment="base")
     assert leak_audit.duplicates(cfg, table, split) == []
-    fold = split.of_sample[0]
+    fold = split.assignment[0]
     a, b = (int(np.flatnonzero(fold == number)[0]) for number in (0, 3))
     raw = store.path("data", "raw")
     shutil.copy(raw / table.frame["images"].iloc[a][0], raw / table.frame["images"].iloc[b][0])

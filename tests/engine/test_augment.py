@@ -247,7 +247,10 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
 def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> None:
     cfg = config("augment.mosaic=0.5")
     retrieval = (Head("whale", "retrieval", ("a", "b"), ("target.whale",)),)
-    for heads, several, words in ((retrieval, False, "likeness"), (samples.load().heads, True, "several")):
+    for heads, several, words in (
+        (retrieval, False, "likeness"),
+        (samples.load().heads, True, "several"),
+    ):
         with pytest.raises(UserError, match=f"augment.mosaic.*{words}"):
             mixing.refuse(cfg, heads, several)
     with pytest.raises(UserError, match="metadata"):

@@ -309,7 +309,7 @@ def test_folds_and_seeds_become_one(project: Project) -> None:
     for rows, p in sides:
         wanted[rows] += p / 2
     assert np.allclose(whole.probability(project.head), wanted, atol=1e-6)
-    assert whole.fold is not None and (whole.fold == project.folds.of_sample[0][:TRAIN]).all()
+    assert whole.fold is not None and (whole.fold == project.folds.assignment[0][:TRAIN]).all()
     assert len(whole.meta["weights"]) == 10 and whole.meta["tta"] == ["identity"] and "seed" not in whole.meta
     shuffled = predictions.merge(parts[::-1], project.samples, project.folds, "probability")
     assert np.allclose(shuffled.heads["label"], whole.heads["label"], atol=1e-6)

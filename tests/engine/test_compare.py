@@ -269,7 +269,7 @@ def test_interval_comparison_and_gate_are_of_the_score(
             truth = table.targets(head)[:TRAIN]
             wide = np.eye(3)[truth[:, 0].astype(int)] if head.task == "multiclass" else truth
             said[head.name] = (2 * wide - 1 + random.normal(0, noise, wide.shape)).astype(np.float32)
-        fold = project.folds.of_sample[0][:TRAIN].astype(np.int16)
+        fold = project.folds.assignment[0][:TRAIN].astype(np.int16)
         meta = predictions.meta("oof", table, project.folds, {})
         sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
     ours, theirs = (score.of(cfg, table, project.folds, each)["oof"] for each in sets)

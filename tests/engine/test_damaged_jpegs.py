@@ -221,7 +221,9 @@ def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch:
     store.root.cache_clear()
     about = store.read_json(bundle / "bundle.json")
     heads = tuple(kernel_predict._head(each) for each in about["heads"])
-    hidden = kernel_predict.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
+    hidden = kernel_predict.test_rows(
+        cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
+    )
     rows = hidden.positions("test")[:5]
     listed = [Path(names[0]).stem for names in hidden.frame["images"].iloc[rows]]
     _, damaged, _ = kernel_predict.everything(about, home, hidden, rows)

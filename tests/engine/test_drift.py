@@ -80,7 +80,7 @@ def test_drift_is_found_and_becomes_weights_and_folds(
     weight = rows.frame.set_index("id")["weight"]
     assert weight[train.index].to_numpy() == pytest.approx(train["weight"].to_numpy())
     make_folds.make(config(experiment="base"), rows, remake=True)
-    of = pd.Series(folds.load(rows).of_sample[0], rows.frame["id"])
+    of = pd.Series(folds.load(rows).assignment[0], rows.frame["id"])
     assert abs((of[dark] == 0).sum() - 30) <= 3
 
 

@@ -48,7 +48,7 @@ def planted(practice: Path, images: int, copies: int) -> tuple[float, float]:
     data = [file.read_bytes() for file in files]
     data += [copied(np.asarray(Image.open(files[at])), number) for number, at in enumerate(chosen)]
     grey = [decode.decode(each, phash.SIDE, "stretch", 1, "")[:, :, 0] for each in data]
-    pairs, _, _ = phash.copies(np.stack(grey).astype(np.float32))
+    pairs, _, _ = phash.find_duplicates(np.stack(grey).astype(np.float32))
     listed = set(map(tuple, pairs.tolist()))
     wanted = {(at, len(files) + number) for number, at in enumerate(chosen)}
     others = len(data) * (len(data) - 1) / 2 - len(wanted)
@@ -76,18 +76,18 @@ def test_every_pair_of_near_hashes_and_no_other() -> None:
     one, other = np.triu_indices(400, 1)
     near_enough = np.bitwise_count(hashed[one] ^ hashed[other]) <= phash.FAR
     wanted = set(zip(one[near_enough].tolist(), other[near_enough].tolist(), strict=True))
-    assert {tuple(pair) for pair in phash.alike(hashed).tolist()} == wanted
+    assert {tuple(pair) for pair in phash.similar_pairs(hashed).tolist()} == wanted
     assert len(wanted) > 150
 
 
 def test_flat_pictures_are_no_copies_of_each_other() -> None:
     flat = np.full((5, phash.SIDE, phash.SIDE), 7, np.float32)
-    assert not len(phash.copies(flat)[0])
+    assert not len(phash.find_duplicates(flat)[0])
 
 
 def test_digits_that_only_look_alike_are_no_copies(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1,797 handwritten digits, none of them twice: groups are not recommended for what chance gives."""
-    duplicates.tell(config(experiment="base"), samples.load())
+    duplicates.report(config(experiment="base"), samples.load())
     said = capsys.readouterr().out
     assert "1797 pictures: 0 pairs of copies" in said and "duplicates: group" not in said
 
@@ -96,7 +96,7 @@ def test_pairs_that_are_as_many_as_by_chance_are_not_judged(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phash, "MOST", 0.97)
-    duplicates.tell(config(experiment="base"), samples.load())
+    duplicates.report(config(experiment="base"), samples.load())
     said = capsys.readouterr().out
     assert "more pairs look alike" in said and "cannot be judged" in said
     assert "0 pairs of copies" in said and "duplicates: group" not in said
@@ -126,7 +126,7 @@ def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest
     with_copies(project)
     rows = samples.load()
     file = make_folds.make(config(experiment="base"), rows)
-    duplicates.tell(config(experiment="base"), rows)
+    duplicates.report(config(experiment="base"), rows)
     said = capsys.readouterr().out
     listed = pd.read_csv(project / "data" / "duplicates.csv", dtype=str)
     assert (listed.head(10)[["source_a", "source_b"]].to_numpy() == ["train", "test"]).all()
@@ -139,7 +139,7 @@ def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest
     with pytest.raises(UserError, match=r"folds\.duplicates ignore, which is group now"):
         make_folds.make(config(experiment="base"), rows)
     make_folds.make(config(experiment="base"), rows, remake=True)
-    of = folds.load(rows, file).of_sample[0]
+    of = folds.load(rows, file).assignment[0]
     pairs = duplicates.find(config(experiment="base"), rows).pairs
     taught = pairs[(rows.frame["source"].to_numpy()[pairs] == "train").all(axis=1)]
     assert len(taught) >= 9 and (of[taught[:, 0]] == of[taught[:, 1]]).all()
@@ -167,5 +167,5 @@ def test_copies_without_a_group_column(project: Path, scheme: str) -> None:
 
 def test_units_go_by_their_smallest_name() -> None:
     names = np.array(["b", "a", "c", "d", "c"])
-    assert duplicates.units(names, [(0, 1), (1, 2)]).tolist() == ["a", "a", "a", "d", "a"]
-    assert duplicates.units(names, []).tolist() == names.tolist()
+    assert duplicates.group_names(names, [(0, 1), (1, 2)]).tolist() == ["a", "a", "a", "d", "a"]
+    assert duplicates.group_names(names, []).tolist() == names.tolist()

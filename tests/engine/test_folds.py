@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from comp.engine.config import competition_schema
 from comp.engine.data import fold_audit, fold_balance, make_folds
-from comp.engine.data.folds import TAUGHT_ONLY, Folds
+from comp.engine.data.folds import TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Head
@@ -50,12 +50,12 @@ def plan(scheme: str, **changes: Any) -> competition_schema.Folds:
 
 def made(table: Samples, scheme: str, **changes: Any) -> Folds:
     how = plan(scheme, **changes)
-    return Folds(make_folds.assign(table, how), make_folds.described(how, table), table)
+    return Folds(make_folds.assign(table, how), make_folds.fold_metadata(how, table), table)
 
 
 def counts(found: Folds, repeat: int = 0) -> Codes:
     """(folds, classes)"""
-    fold = found.of_sample[repeat]
+    fold = found.assignment[repeat]
     code = found.samples.frame["target.y"].to_numpy(np.int64)
     return np.array([np.bincount(code[fold == f], minlength=4) for f in range(found.meta["k"])])
 
@@ -95,7 +95,7 @@ def steady(count: int = 600) -> Samples:
 def test_folds_are_the_same_for_ever(scheme: str) -> None:
     """A change here breaks every run that anyone has: same samples and seed must give the same folds in every version."""
     found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
-    assert hashlib.sha256(found.of_sample.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
+    assert hashlib.sha256(found.assignment.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
 
 
 @pytest.mark.parametrize("scheme", make_folds.SCHEMES)
@@ -108,8 +108,8 @@ def test_the_order_of_rows_does_not_matter(scheme: str) -> None:
 
 def test_seeds_and_repeats_are_other_folds() -> None:
     first, second = made(table(), "stratified", repeats=2), made(table(), "stratified", seed=7)
-    assert (first.of_sample[0] == first.of_sample[1]).mean() < 0.4
-    assert (first.of_sample[0] == second.of_sample[0]).mean() < 0.4
+    assert (first.assignment[0] == first.assignment[1]).mean() < 0.4
+    assert (first.assignment[0] == second.assignment[0]).mean() < 0.4
     assert first.count == 10
     scored = [first.split(f)[1] for f in range(5, 10)]
     assert sorted(np.concatenate(scored)) == list(range(600)), "each repeat scores every row once"
@@ -119,7 +119,7 @@ def test_seeds_and_repeats_are_other_folds() -> None:
 
 
 def test_kfold_is_even() -> None:
-    assert np.bincount(made(table(), "kfold").of_sample[0]).tolist() == [120] * 5
+    assert np.bincount(made(table(), "kfold").assignment[0]).tolist() == [120] * 5
 
 
 def test_stratified_gives_each_fold_its_share() -> None:
@@ -130,14 +130,14 @@ def test_stratified_gives_each_fold_its_share() -> None:
 
 def test_quantiles_give_each_fold_the_whole_range() -> None:
     numbers = table(task="regression")
-    found = made(numbers, "quantiles").of_sample[0]
+    found = made(numbers, "quantiles").assignment[0]
     order = numbers.frame["target.y"].to_numpy().argsort(kind="stable")
     values = numbers.frame["target.y"].to_numpy()
     means = [values[found == f].mean() for f in range(5)]
     assert (
         np.ptp(means)
         < 0.02
-        < np.ptp([values[made(numbers, "kfold").of_sample[0] == f].mean() for f in range(5)])
+        < np.ptp([values[made(numbers, "kfold").assignment[0] == f].mean() for f in range(5)])
     )
     lowest = found[order[:100]]
     assert np.bincount(lowest, minlength=5).min() >= 18
@@ -148,14 +148,14 @@ def test_quantiles_give_each_fold_the_whole_range() -> None:
 def test_groups_stay_together(scheme: str, holdout: float) -> None:
     found = made(table(), scheme, holdout=holdout, repeats=2)
     for repeat in range(2):
-        places = pd.Series(found.of_sample[repeat]).groupby(found.samples.frame["group"]).nunique()
+        places = pd.Series(found.assignment[repeat]).groupby(found.samples.frame["group"]).nunique()
         assert (places == 1).all()
     assert fold_audit.audit(found.samples, found)["faults"] == []
-    assert abs(len(found.locked()) / 600 - holdout) < 0.03
+    assert abs(len(found.holdout_rows()) / 600 - holdout) < 0.03
 
 
 def test_group_folds_are_even() -> None:
-    assert np.ptp(np.bincount(made(table(3000), "group").of_sample[0])) <= 3
+    assert np.ptp(np.bincount(made(table(3000), "group").assignment[0])) <= 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -169,7 +169,7 @@ def test_stratified_groups_are_as_even_as_scikit_learns(seed: int) -> None:
         StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(classes, classes, groups)
     ):
         theirs[scored] = number
-    ours = made(one, "stratified_group", seed=seed).of_sample[0]
+    ours = made(one, "stratified_group", seed=seed).assignment[0]
     assert spread(ours, classes, 5) <= spread(theirs, classes, 5)
 
 
@@ -203,15 +203,15 @@ def test_several_labels_are_spread_together() -> None:
     one = Samples(frame, heads, "hash")
     for scheme, slack in (("stratified", 0.0), ("stratified_group", 0.08)):
         found = made(one, scheme)
-        positives = np.array([labels[found.of_sample[0] == f].sum(axis=0) for f in range(5)])
+        positives = np.array([labels[found.assignment[0] == f].sum(axis=0) for f in range(5)])
         assert (np.ptp(positives, axis=0) <= 1 + slack * positives.mean(axis=0)).all(), scheme
         assert fold_audit.audit(one, found)["faults"] == []
 
 
 def test_time_trains_on_the_past() -> None:
     found = made(table(), "time", gap=5)
-    time, fold = found.samples.frame["time"].to_numpy(), found.of_sample[0]
-    assert set(fold) == {TAUGHT_ONLY, 0, 1, 2, 3, 4}
+    time, fold = found.samples.frame["time"].to_numpy(), found.assignment[0]
+    assert set(fold) == {TRAIN_ONLY, 0, 1, 2, 3, 4}
     assert pd.Series(fold).groupby(time).nunique().max() == 1, "equal times never split"
     assert np.bincount(fold + 1).min() > 80
     for number in range(5):
@@ -234,21 +234,23 @@ def test_time_of_few_moments_never_splits_one() -> None:
 @pytest.mark.parametrize("scheme", make_folds.SCHEMES)
 def test_the_hold_out_is_in_no_split(scheme: str) -> None:
     found = made(table(task="regression" if scheme == "quantiles" else "multiclass"), scheme, holdout=0.2)
-    locked = set(found.locked().tolist())
+    locked = set(found.holdout_rows().tolist())
     assert abs(len(locked) - 120) <= (20 if "group" in scheme else 6)
     for fold in [*range(5), "full"]:
         for positions in found.split(fold):
             assert not locked & set(positions.tolist())
     if scheme == "time":
         time = found.samples.frame["time"].to_numpy()
-        assert time[found.locked()].min() > time[found.split("full")[0]].max()
+        assert time[found.holdout_rows()].min() > time[found.split("full")[0]].max()
 
 
 def test_the_hold_out_looks_like_the_whole() -> None:
     for scheme, slack in (("stratified", 0.01), ("stratified_group", 0.04)):
         found = made(table(2000), scheme, holdout=0.2)
         code = found.samples.frame["target.y"].to_numpy(np.int64)
-        whole, inside = (np.bincount(each, minlength=4) / len(each) for each in (code, code[found.locked()]))
+        whole, inside = (
+            np.bincount(each, minlength=4) / len(each) for each in (code, code[found.holdout_rows()])
+        )
         assert np.abs(whole - inside).max() < slack, scheme
 
 
@@ -256,7 +258,7 @@ def test_extra_rows_teach_and_are_never_scored() -> None:
     source = np.where(np.arange(600) % 10 == 0, "extra", np.where(np.arange(600) % 10 == 1, "test", "train"))
     one = table(600, source=source)
     found = made(one, "stratified", holdout=0.1)
-    assert set(found.of_sample[0][source == "extra"]) == {TAUGHT_ONLY}
+    assert set(found.assignment[0][source == "extra"]) == {TRAIN_ONLY}
     assert "test" not in set(one.frame["source"].to_numpy()[np.isin(one.frame["id"], found.frame["id"])])
     for fold in range(5):
         taught, scored = found.split(fold)

@@ -14,7 +14,7 @@ from test_folds import made, table
 
 from comp.engine import cli
 from comp.engine.data import fold_audit, folds, make_folds, prepare, samples
-from comp.engine.data.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.store import store
@@ -66,12 +66,12 @@ def test_a_group_in_two_folds_is_a_fault() -> None:
     group = found.samples.frame["group"]
     name = group.value_counts().index[0]
     rows = group.index[group == name]
-    here = int(found.of_sample[0, rows[0]])
+    here = int(found.assignment[0, rows[0]])
     (line,) = faults(altered(found, rows[0], (here + 1) % 5))
     assert line.startswith(f"group {name!r} stands in fold ") and f"fold {here}" in line
-    (line,) = faults(altered(found, rows[0], LOCKED))
+    (line,) = faults(altered(found, rows[0], HOLDOUT))
     assert line == f"group {name!r} stands in the hold-out and fold {here}"
-    (line,) = faults(altered(found, rows[0], TAUGHT_ONLY))
+    (line,) = faults(altered(found, rows[0], TRAIN_ONLY))
     assert line == f"group {name!r} stands in the rows never scored and fold {here}"
     blind = made(table(), "stratified")
     report = fold_audit.audit(blind.samples, blind)
@@ -80,7 +80,7 @@ def test_a_group_in_two_folds_is_a_fault() -> None:
 
 def test_an_empty_fold_is_a_fault() -> None:
     found = made(table(), "stratified")
-    assert "fold 3 is empty" in faults(altered(found, found.of_sample[0] == 3, 2))
+    assert "fold 3 is empty" in faults(altered(found, found.assignment[0] == 3, 2))
     few = table(600, group=[f"g{i % 3}" for i in range(600)])
     assert "fold 3 is empty" in faults(made(few, "group"))
 
@@ -108,7 +108,7 @@ def test_with_groups_a_class_needs_as_many_groups_as_folds() -> None:
     one = table(600, group=group, target=target)
     found = made(one, "stratified_group")
     assert faults(found) == [], "five groups, one in each fold"
-    there = found.of_sample[0]
+    there = found.assignment[0]
     moved = altered(found, np.isin(there, [there[0]]) & (target == 1), int((there[0] + 1) % 5))
     assert any("class 'b' has 5 groups and none in fold" in line for line in faults(moved))
 
@@ -222,11 +222,11 @@ def crops() -> Samples:
 @pytest.mark.parametrize("holdout", [0.0, 0.2])
 def test_rows_that_name_one_file_share_a_fold_under_any_scheme(scheme: str, holdout: float) -> None:
     found = made(crops(), scheme, holdout=holdout, repeats=2)
-    for fold in found.of_sample:
+    for fold in found.assignment:
         assert (fold[:200] == fold[200:400]).all() and (fold[:200] == fold[400:]).all()
-    assert faults(found) == [] and len(np.unique(found.of_sample[0])) == 5 + (holdout > 0)
+    assert faults(found) == [] and len(np.unique(found.assignment[0])) == 5 + (holdout > 0)
     for fold in range(found.count):
-        taught, judged = found.inner(fold, 0.2)
+        taught, judged = found.inner_split(fold, 0.2)
         assert not set(taught % 200) & set(judged % 200), "nor on both sides of what a choice is made on"
 
 
@@ -235,17 +235,17 @@ def test_rows_share_an_image_if_they_share_one_of_its_channels() -> None:
         table(),
         [f"red/{i % 200}.png//green/{i}.png" if i < 400 else f"red/{i % 200}.png" for i in range(600)],
     )
-    fold = made(one, "kfold").of_sample[0]
+    fold = made(one, "kfold").assignment[0]
     assert (fold[:200] == fold[200:400]).all() and (fold[:200] == fold[400:]).all()
 
 
 def test_one_file_on_both_sides_of_a_fold_is_a_fault() -> None:
     found = made(crops(), "stratified")
-    here = int(found.of_sample[0, 0])
+    here = int(found.assignment[0, 0])
     for there, place in (
         ((here + 1) % 5, f"fold {(here + 1) % 5}"),
-        (LOCKED, "the hold-out"),
-        (TAUGHT_ONLY, "the rows never scored"),
+        (HOLDOUT, "the hold-out"),
+        (TRAIN_ONLY, "the rows never scored"),
     ):
         (line,) = faults(altered(found, 0, there))
         assert (
@@ -277,10 +277,10 @@ def test_an_extra_row_does_not_train_the_fold_that_scores_its_image() -> None:
         source = one.frame["source"].to_numpy()
         for taught, scored in [found.split("full"), *map(found.split, range(5))]:
             assert set(source[scored]) <= {"train"} and not np.isin(taught % 300, scored % 300).any()
-            assert not np.isin(taught % 300, found.locked() % 300).any(), "nor the hold-out"
+            assert not np.isin(taught % 300, found.holdout_rows() % 300).any(), "nor the hold-out"
         assert (source[found.split(0)[0]] == "extra").any() or scheme == "time"
-        assert len(found.locked()) == 300 - len(found.scored) - (scheme == "time") * int(
-            (found.of_sample[0, :300] == -1).sum()
+        assert len(found.holdout_rows()) == 300 - len(found.oof_rows) - (scheme == "time") * int(
+            (found.assignment[0, :300] == -1).sum()
         )
         assert (
             any("299 extra rows" in note for note in fold_audit.audit(one, found)["notes"])
@@ -296,9 +296,9 @@ def test_a_pseudo_labelled_row_does_not_train_the_fold_that_scores_its_image() -
     later = Folds(found.frame, found.meta, Samples(one.frame.assign(source=source), one.heads, one.hash))
     for taught, scored in (later.split(3), later.split("full")):
         assert (taught >= 300).any() and not np.isin(
-            taught % 300, [*(scored % 300), *(found.locked() % 300)]
+            taught % 300, [*(scored % 300), *(found.holdout_rows() % 300)]
         ).any()
-    assert np.array_equal(later.scored, found.scored) and later.scored.max() < 300
+    assert np.array_equal(later.oof_rows, found.oof_rows) and later.oof_rows.max() < 300
 
 
 def copied_files(project: Path, pairs: list[tuple[str, str]]) -> None:
@@ -344,7 +344,7 @@ def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
     declare(project, GROUPED)
     assert cli.main(["folds", "--remake"]) == 0
     assert "12 pairs of copies" in capsys.readouterr().out
-    of, rows = folds.load(samples.load()).of_sample[0], samples.load()
+    of, rows = folds.load(samples.load()).assignment[0], samples.load()
     place = {images[0]: of[at] for at, images in enumerate(rows.frame["images"])}
     assert place[one] == place[other]
     assert cli.main(["folds"]) == 0, "frozen, and without a fault"
@@ -397,6 +397,6 @@ def test_copies_of_training_rows_among_the_test_rows_are_noted(
     assert cli.main(["folds", "--remake"]) == 0
     assert "7 test rows share an image with a training row" in capsys.readouterr().out
     split = folds.load(rows)
-    assert (split.of_sample[0, rows.positions("test")[:7]] == 2).all() and (
-        split.of_sample[0, rows.positions("test")[7:]] == -1
+    assert (split.assignment[0, rows.positions("test")[:7]] == 2).all() and (
+        split.assignment[0, rows.positions("test")[7:]] == -1
     ).all()

@@ -22,7 +22,7 @@ from comp.engine.store import store
 def said(table: samples.Samples, kind: str, heads: dict[str, Any]) -> predictions.PredictionSet:
     split = folds.load(table)
     rows = predictions.rows_of(kind, table, split)
-    fold = split.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
+    fold = split.assignment[0][rows].astype(np.int16) if kind == "oof" else None
     meta = predictions.meta(kind, table, split, {"run": "exp001", "tta": ["identity"]})
     return predictions.PredictionSet(
         rows.astype(np.int32), fold, {k: np.asarray(v, np.float32) for k, v in heads.items()}, meta

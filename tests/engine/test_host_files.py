@@ -63,7 +63,7 @@ def test_an_index_column_without_a_name_stays_as_it_is(empty: Path, name: str) -
     assert checked() == []
     assert submitted(empty, table, [[0.1, 0.9], [0.8, 0.2]]) == [f"{name},Id,Category", "0,8,a", "5,7,b"]
     sample = read_sample(empty / "data/raw/sample.csv", "id")
-    assert (sample.columns[sample.key], sample.answers) == ("Id", ("Category",))
+    assert (sample.columns[sample.key], sample.prediction_columns) == ("Id", ("Category",))
     with pytest.raises(UserError, match=r"x.csv:3: row '7', column '.*': '6', where the sample has '5'"):
         form = submission.rules_of_cells(config().competition.submission, table.heads, sample)
         validate.check(f"{name},Id,Category\n0,8,a\n6,7,b\n".encode(), "x.csv", sample, form)

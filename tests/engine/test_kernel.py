@@ -88,7 +88,9 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     store.root.cache_clear()
     about = store.read_json(bundle / "bundle.json")
     heads = tuple(kernel_predict._head(each) for each in about["heads"])
-    hidden = kernel_predict.test_rows(cfg.model_copy(update={"competition": home}), heads, about["several"])
+    hidden = kernel_predict.test_rows(
+        cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
+    )
     rows = hidden.positions("test")[:30]
     said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
     assert not damaged and list(said) == ["snaps:snap1"]

@@ -328,11 +328,11 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     # A hidden test set may happen to have one image a sample: the network stays the one that was trained.
     single = replace(table, frame=table.frame.assign(images=[images[:1] for images in table.frame["images"]]))
     feed = Feed(config("model.metadata=true"), single, context.device)
-    assert single.several and models.build(context.cfg, table.heads, False, feed).state_dict().keys() == (
+    assert single.multi_image and models.build(context.cfg, table.heads, False, feed).state_dict().keys() == (
         models.build(context.cfg, table.heads, False, context.feed).state_dict().keys()
     )
     with pytest.raises(UserError, match="trained on one each"):
-        Feed(config(), replace(table, several=False), context.device)
+        Feed(config(), replace(table, multi_image=False), context.device)
     with pytest.raises(UserError, match=r"model.pool: max has no effect"):
         runner.gather(config("model.pool=max", "data.images=1"))
 

@@ -203,7 +203,7 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     home = base.competition.model_copy(update={"raw": str(empty / "data/raw")})
     at_home = base.model_copy(update={"competition": home})
     hidden = kernel_predict.test_rows(
-        at_home, tuple(map(kernel_predict._head, about["heads"])), about["several"]
+        at_home, tuple(map(kernel_predict._head, about["heads"])), about["multi_image"]
     )
     said, damaged, _ = kernel_predict.everything(about, home, hidden, hidden.positions("test"))
     assert not damaged and said["exp001"]["label"] == pytest.approx(stored.heads["label"], abs=1e-5)

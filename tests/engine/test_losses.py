@@ -301,7 +301,7 @@ def test_drawn_shares_are_those_asked_for(kind: str, strength: float) -> None:
 def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
     rows, random = np.arange(2000), np.random.default_rng(0)
     listed = random.permutation(rows)
-    listed = class_balance.together(listed, CODES_2000[listed], 4, random)
+    listed = class_balance.m_per_class(listed, CODES_2000[listed], 4, random)
     assert sorted(listed.tolist()) == rows.tolist()
     full = CODES_2000[listed][: 2000 // 4 * 4 - 8].reshape(-1, 4)
     assert (full == full[:, :1]).all() and len(set(full[:50, 0].tolist())) > 1
@@ -310,10 +310,10 @@ def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
 def test_what_balance_means_for_other_targets(empty: Path) -> None:
     labels = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1.0]])
     table = samples_of("multilabel", labels)
-    assert class_balance.classes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
+    assert class_balance.class_codes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
     values = samples_of("regression", VALUES)
     with pytest.raises(UserError, match="regression, which has no classes"):
-        class_balance.drawing(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
+        class_balance.make_sampler(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
 
 
 # --- knobs ---------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
         project.samples,
         project.folds,
         rows,
-        project.folds.of_sample[0][rows],
+        project.folds.assignment[0][rows],
         {},
     )
     for i, head in enumerate(heads):

@@ -78,7 +78,7 @@ def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -
         ).all()
         given = mine.set_index("id")["target.label"].loc[more.frame["id"].iloc[new]]
         assert np.array_equal(more.targets(project.head)[new, 0], given)
-        assert not np.isin(split.inner(number, 0.2)[1], new).any(), (
+        assert not np.isin(split.inner_split(number, 0.2)[1], new).any(), (
             "nothing is chosen on labels that were made"
         )
     assert (project.samples.frame["source"].iloc[new] == "test").all(), (

@@ -48,7 +48,7 @@ def world(
 
 def answers_of(table: samples.Samples, split: folds.Folds, said: Any, name: str) -> Any:
     rows = np.arange(len(said))
-    return score.answers(metrics.find(name), table.heads[0], said, table, split, rows, split.of_sample[0])[0]
+    return score.answers(metrics.find(name), table.heads[0], said, table, split, rows, split.assignment[0])[0]
 
 
 @pytest.mark.parametrize(("head", "name"), CASES, ids=lambda each: getattr(each, "task", each))
@@ -60,7 +60,7 @@ def test_labels_of_a_fold_say_nothing_about_its_answers(head: Head, name: str) -
         if wide:  # no row is without a label but in fold 0
             table.frame["target.e"] = 1.0
             said = said - 0.35
-        before, fold = answers_of(table, split, said, name), split.of_sample[0]
+        before, fold = answers_of(table, split, said, name), split.assignment[0]
         mine = fold == seed % 5
         values = table.frame[list(head.columns)].to_numpy().copy()
         values[mine] = 0.0 if wide else 3 - values[mine]

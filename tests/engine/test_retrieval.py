@@ -303,7 +303,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     hidden = kernel_predict.test_rows(
         cfg.model_copy(update={"competition": home}),
         (kernel_predict._head(about["heads"][0]),),
-        about["several"],
+        about["multi_image"],
     )
     rows = hidden.positions("test")
     said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)

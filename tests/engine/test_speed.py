@@ -98,7 +98,7 @@ def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
     name, knobs = AROUND[kind]
     torch.manual_seed(0)
     several, metadata = "several" in kind, torch.randn(2 if "several" in kind else 4, 5)
-    feed: Any = SimpleNamespace(several=several, metadata=metadata if "metadata" in kind else None)
+    feed: Any = SimpleNamespace(multi_image=several, metadata=metadata if "metadata" in kind else None)
     head = Head("label", "retrieval" if kind == "embeddings" else "multiclass", ("a", "b", "c"), ("t.label",), ("a", "b", "c"))  # fmt: skip
     module = models.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, feed=feed)
     extras = {"owner": torch.tensor([0, 0, 1, 1])} if several else {}

@@ -14,7 +14,7 @@ from conftest import config
 from test_submission import DOGS, HEADS, Case, lay_out, predictions, refusal
 
 from comp.engine.data import prepare, samples
-from comp.engine.data.sample_submission import read_sample, refuse_stale
+from comp.engine.data.sample_submission import read_sample, validate_current
 from comp.engine.errors import UserError
 from comp.engine.store import store
 
@@ -62,9 +62,9 @@ def test_a_stale_sample_is_refused(case: Case) -> None:
 def test_prepare_notes_which_sample_it_saw(project: Path) -> None:
     prepare.prepare(config())
     sample = project / "data" / "raw" / "sample_submission.csv"
-    refuse_stale(read_sample(sample), samples.load())
+    validate_current(read_sample(sample), samples.load())
     sample.write_text(sample.read_text().replace(",0", ",1"))
-    assert "not the file" in refusal(lambda: refuse_stale(read_sample(sample), samples.load()))
+    assert "not the file" in refusal(lambda: validate_current(read_sample(sample), samples.load()))
 
 
 def test_a_sample_that_is_none_is_refused(case: Case) -> None:

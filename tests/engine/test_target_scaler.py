@@ -78,7 +78,7 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
         "average.tail=2", "train.limit=96",
     )  # fmt: skip
     table = samples.load()
-    taught = folds.load(table).inner(0, config().select.share)[0][:96]
+    taught = folds.load(table).inner_split(0, config().select.share)[0][:96]
     values = table.targets(table.heads[0])[taught, 0]
     for inside in ("", *kinds, "snap1"):
         place = store.fold_folder("x", 0, 0) / inside

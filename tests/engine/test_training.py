@@ -315,7 +315,7 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     make_folds.make(config(*said), samples.load(), remake=True)
     table = samples.load()
     split = folds.load(table)
-    locked = set(split.locked().tolist())
+    locked = set(split.holdout_rows().tolist())
     assert 200 < len(locked) < 400
     for number in [*range(5), "full"]:
         assert not locked & set(np.concatenate(split.split(number)).tolist())

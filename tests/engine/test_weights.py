@@ -220,18 +220,18 @@ def test_rows_that_choose_are_held_out_with_their_groups(project: Path) -> None:
     group = table.frame["group"].to_numpy()
     for number in range(5):
         taught, scored = split.split(number)
-        free, held = split.inner(number, 0.1)
+        free, held = split.inner_split(number, 0.1)
         assert set(free) | set(held) == set(taught) and not set(free) & set(held)
         assert not set(group[free]) & set(group[held]) and not set(held) & set(scored)
         assert 0.05 < len(held) / len(taught) < 0.25
-        assert np.array_equal(held, split.inner(number, 0.1)[1])
-    assert not np.array_equal(split.inner(0, 0.1)[1], split.inner(1, 0.1)[1])
+        assert np.array_equal(held, split.inner_split(number, 0.1)[1])
+    assert not np.array_equal(split.inner_split(0, 0.1)[1], split.inner_split(1, 0.1)[1])
 
 
 def test_of_time_the_latest_are_held_out(empty: Path) -> None:
     project = banked.lay_out(empty, rule="earlier")
     time = project.samples.frame["time"].to_numpy()
-    free, held = project.folds.inner(3, 0.2)
+    free, held = project.folds.inner_split(3, 0.2)
     taught = project.folds.split(3)[0]
     assert time[free].max() <= time[held].min() and len(held) == pytest.approx(0.2 * len(taught), abs=1)
 

@@ -86,7 +86,7 @@ Plan = Iterable[list[Draw]]
 
 
 def epoch_list(
-    rows: Positions, seed: int, epoch: int, draw: class_balance.Draw = class_balance.shuffled
+    rows: Positions, seed: int, epoch: int, draw: class_balance.Sampler = class_balance.shuffle
 ) -> Positions:
     """Which samples an epoch draws, in which order. An oversampled one may stand in it several times."""
     return draw(rows, np.random.Generator(np.random.PCG64(mixed(seed, epoch, 1))))
@@ -98,7 +98,7 @@ def training_batches(
     seed: int,
     epoch: int,
     first: int,
-    draw: class_balance.Draw = class_balance.shuffled,
+    draw: class_balance.Sampler = class_balance.shuffle,
 ) -> Iterator[list[Draw]]:
     """The epoch's micro-batches from number `first` on; a remainder smaller than a batch is left out."""
     drawn = epoch_list(rows, seed, epoch, draw)
@@ -196,8 +196,8 @@ class Feed:
         codes, unique = paths.explode().factorize()
         opened = cache.open_images(cfg, list(unique), cfg.machine.progress)
         self.images = Pictures(cfg, opened, codes.astype(np.int64), start)
-        self.several = samples.several and cfg.data.images > 1
-        if len(codes) > len(paths) and not self.several:
+        self.multi_image = samples.multi_image and cfg.data.images > 1
+        if len(codes) > len(paths) and not self.multi_image:
             raise Refused(
                 "some samples have several images, and the networks were trained on one each; data.images=1 takes the first"
             )

@@ -232,7 +232,7 @@ def _named(
     weigh = class_balance.class_weights(cfg, head, samples, taught)
     knobs = dict(chosen.knobs)
     if chosen.name == "arcface":
-        count = class_balance.counts(head, samples, taught)
+        count = class_balance.class_counts(head, samples, taught)
         knobs["margin"] = metric_learning.margin_of_class(count, knobs["margin"], knobs.pop("margin_rare"))
         del knobs["sub_centers"]  # of the network
     if chosen.name == "bins":

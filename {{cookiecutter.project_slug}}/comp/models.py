@@ -55,7 +55,7 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | N
 def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None) -> nn.Module:
     total = sum(outputs(cfg, heads))
     width = 0 if feed is None or feed.metadata is None else int(feed.metadata.shape[1])
-    several = feed is not None and feed.several
+    several = feed is not None and feed.multi_image
     embeds = loss_knobs.embedding(cfg, heads)
     last: Last | None = None
     if embeds is not None:  # its centres are no outputs of a last layer but points of their own
@@ -91,7 +91,7 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
 def headless(cfg: Config, pretrained: bool, feed: Feed) -> nn.Module:
     """The network without its last layer; several images of a sample become one."""
     module = backbone.create(cfg, 0, pretrained)
-    return Joined(module, cfg.model.pool, _width(module)) if feed.several else module
+    return Joined(module, cfg.model.pool, _width(module)) if feed.multi_image else module
 
 
 def check(cfg: Config) -> None:

@@ -151,7 +151,7 @@ def _gallery(context: Context, weights: Path, taught: Positions) -> None:
     raw, damaged = _said(context, weights, rows, "gallery")
     whole = ~np.isin(rows, list(damaged))
     seen = knn.averaged(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
-    knn.write(file, seen, class_balance.classes(head, context.samples, rows[whole]))
+    knn.write(file, seen, class_balance.class_codes(head, context.samples, rows[whole]))
 
 
 def _by_neighbours(

@@ -16,7 +16,7 @@ from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import resolve, run_members
 from comp.engine.config.schema import Config
 from comp.engine.data import aggregate, folds, samples
-from comp.engine.data.sample_submission import Sample, refuse_stale, rows_of, sample_of
+from comp.engine.data.sample_submission import SampleSubmission, load_sample, scored_ids, validate_current
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import validate
 from comp.engine.deliver.cell_format import Form, rules_of_cells, some
@@ -47,8 +47,8 @@ def dry_run(name: str) -> Path:
 def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
     rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
-    sample = sample_of(cfg.competition)
-    refuse_stale(sample, samples, rows_of(cfg.competition, sample, samples.heads))
+    sample = load_sample(cfg.competition)
+    validate_current(sample, samples, scored_ids(cfg.competition, sample, samples.heads))
     made, form = filled(cfg, samples, name, prediction, sample, fitted_cuts)
     put(file, made, form, sample)
     facts = {"sample": store.sha256(sample.file), "samples": samples.hash}
@@ -66,17 +66,17 @@ def filled(
     samples: Samples,
     name: str,
     prediction: PredictionSet,
-    sample: Sample,
+    sample: SampleSubmission,
     cuts: Callable[[str], Cuts],
 ) -> tuple[Written, Form]:
     """The lines of the file, and what each of their cells may be."""
-    rules, ids = cfg.competition.submission, rows_of(cfg.competition, sample, samples.heads)
+    rules, ids = cfg.competition.submission, scored_ids(cfg.competition, sample, samples.heads)
     rows, answers = scored_rows(samples, name, prediction, ids, cfg.competition.merge)
     answers = postprocessed(rows, answers)
     if pages.get("write_submission"):
         if rules.rows is None:  # a line each, also where an id has several
             place = {each: i for i, each in enumerate(ids)}
-            at = np.array([place[key] for key in sample.keys])
+            at = np.array([place[key] for key in sample.row_keys])
             rows = rows.iloc[at].reset_index(drop=True)
             answers = {head: value[at] for head, value in answers.items()}
         made = from_own(rows, answers, sample)
@@ -87,14 +87,14 @@ def filled(
     return made, rules_of_cells(rules, samples.heads, sample)
 
 
-def put(file: Path, made: Written, form: Form, sample: Sample) -> None:
+def put(file: Path, made: Written, form: Form, sample: SampleSubmission) -> None:
     """The very bytes that have passed, or what stood there before."""
     with store.writing(file) as temporary:
         temporary.write_text(text_of(made, sample), encoding="utf-8", newline="\n")
         validate.check(temporary.read_bytes(), store.shown(file), sample, form)
 
 
-def text_of(made: Written, sample: Sample) -> str:
+def text_of(made: Written, sample: SampleSubmission) -> str:
     return "".join(validate.written(line, sample.delimiter) for line in made.lines)
 
 
@@ -113,7 +113,7 @@ def scored_rows(
         if len(gaps):
             where = f"{name}: row {keys[gaps[0]]!r}, output {head.name!r}"
             raise Refused(f"{where}: no prediction; {len(gaps)} of {len(keys)} rows have none")
-        answers[head.name] = aggregate.merged(keys, prediction.probability(head), ids, how)
+        answers[head.name] = aggregate.aggregate_rows(keys, prediction.probability(head), ids, how)
     first = dict(zip(keys[::-1], prediction.row[::-1], strict=True))
     return samples.frame.iloc[[first[each] for each in ids]].reset_index(drop=True), answers
 
@@ -168,7 +168,7 @@ def postprocessed(rows: pd.DataFrame, answers: Answers) -> Answers:
     return {head: np.asarray(changed[head], np.float64) for head in answers}
 
 
-def from_own(rows: pd.DataFrame, answers: Answers, sample: Sample) -> Written:
+def from_own(rows: pd.DataFrame, answers: Answers, sample: SampleSubmission) -> Written:
     """Whatever your own hook makes of it is written as it is, without the index, and validated like everything else."""
     import pandas as pd
 

@@ -58,7 +58,7 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
 
     # --- data ----------------------------------------------------------------------------------------------------------
     taught, watched, judged = _rows(context, number)
-    draw = class_balance.drawing(cfg, context.samples, taught)
+    draw = class_balance.make_sampler(cfg, context.samples, taught)
     span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
@@ -229,7 +229,7 @@ def planned(context: Context, seed: int, number: int | str) -> schedule.Curve | 
     """The schedule of a fold that does not run yet."""
     context = pseudo_rows.joined(context, number)
     taught, _, _ = _rows(context, number)
-    draw = class_balance.drawing(context.cfg, context.samples, taught)
+    draw = class_balance.make_sampler(context.cfg, context.samples, taught)
     span = schedule.span(context.cfg, len(epoch_list(taught, seed, 0, draw)))
     return schedule.curve(context.cfg, span)
 

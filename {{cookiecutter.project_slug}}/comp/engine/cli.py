@@ -67,7 +67,7 @@ def folds(args: Args) -> None:
     from comp.engine.data import duplicates, make_folds, samples
 
     if args.duplicates:
-        duplicates.tell(_competition_config(), samples.load())
+        duplicates.report(_competition_config(), samples.load())
         return
     make_folds.make(_competition_config(), samples.load(), remake=args.remake)
 

@@ -63,7 +63,7 @@ def meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) ->
 
 def rows_of(kind: str, samples: Samples, folds: Folds) -> Positions:
     """The rows of a whole set, in order: every row with a fold, or every test row."""
-    return folds.scored if kind == "oof" else samples.positions("test")
+    return folds.oof_rows if kind == "oof" else samples.positions("test")
 
 
 def average(
@@ -98,7 +98,7 @@ def merge(
     for head in samples.heads:
         parts = [(_places(rows, s.row), s.heads[head.name], w) for s, w in zip(sets, weights, strict=True)]
         heads[head.name] = _mean(len(rows), parts, head, space).astype(np.float32)
-    fold = folds.of_sample[0][rows].astype(np.int16) if kind == "oof" else None
+    fold = folds.assignment[0][rows].astype(np.int16) if kind == "oof" else None
     agreed = {
         key: value for key, value in sets[0].meta.items() if all(each.meta.get(key) == value for each in sets)
     }

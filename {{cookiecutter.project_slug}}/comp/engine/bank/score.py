@@ -135,7 +135,7 @@ class Lines(NamedTuple):
 
 def lines(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> Lines:
     keys = samples.frame["row"].to_numpy()[rows]
-    order = aggregate.first(keys)
+    order = aggregate.unique_rows(keys)
     return Lines(keys, order, *_one_fold_a_row(keys, order, rows, fold))
 
 
@@ -152,7 +152,7 @@ class Asked(NamedTuple):
 def asked(cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: Lines) -> Asked:
     """probability: of every sample."""
     metric = metric_of(cfg, head)
-    merged = aggregate.merged(here.keys, probability, here.order, cfg.competition.merge)
+    merged = aggregate.aggregate_rows(here.keys, probability, here.order, cfg.competition.merge)
     said, cuts = answers(metric, head, merged, samples, folds, here.rows, here.fold)
     truth = graded_only(head, samples.truth(head, here.rows))
     return Asked(metric, truth, said, scored(samples, here.rows), cuts)
@@ -188,7 +188,7 @@ def answers(
         plain_ = cut.unfitted(at)
         number, rule = fold[at], True
         if len(np.unique(number)) == 1:  # two folds, or the second of a split by time
-            place = folds.units(rows[at], "parts of a fold")[1]
+            place = folds.shuffled_groups(rows[at], "parts of a fold")[1]
             number, rule = place * PARTS // (place.max() + 1), False
         try:
             own = nested(

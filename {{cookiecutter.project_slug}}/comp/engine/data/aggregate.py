@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from comp.engine.tasks.kinds import Array
 
 
-def first(keys: NDArray[Any]) -> list[str]:
+def unique_rows(keys: NDArray[Any]) -> list[str]:
     """Every row once, in the order of its first sample."""
     return list(dict.fromkeys(keys.tolist()))
 
 
-def merged(keys: NDArray[Any], values: Array, order: Sequence[str], how: str) -> Array:
+def aggregate_rows(keys: NDArray[Any], values: Array, order: Sequence[str], how: str) -> Array:
     """(samples, outputs) -> (rows of `order`, outputs); a row of one sample keeps its bits."""
     if len(order) == len(keys) and keys.tolist() == list(order):
         return values

@@ -19,8 +19,8 @@ from comp.engine.config.competition_schema import Competition
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.data import exact_duplicates, image_key, image_loader, long_format, prepare, samples
-from comp.engine.data.prepare import Reading
-from comp.engine.data.sample_submission import Sample, sample_of
+from comp.engine.data.prepare import Prepared
+from comp.engine.data.sample_submission import SampleSubmission, load_sample
 from comp.engine.errors import UserError
 from comp.engine.readers import decode
 from comp.engine.store import store
@@ -44,7 +44,7 @@ class Look(NamedTuple):
     fault: str  # empty: a whole picture; of a JPEG that libjpeg warns about it begins with images.WARNED
 
 
-Reader = Callable[[Config, Reading], tuple[list[str], list[str]]]
+Reader = Callable[[Config, Prepared], tuple[list[str], list[str]]]
 
 
 def check(
@@ -58,18 +58,18 @@ def check(
     notes = [f"comp/competition.py: {', '.join(pages.in_force()) or 'nothing'} in force"]
     faults = _declared(competition)
     try:
-        reading = prepare.read(competition)
+        reading = prepare.read_samples(competition)
     except UserError as refused:
         faults += refused.lines
     else:
         faults += reading.faults
         maker = image_loader.of(cfg) if exact else replace(image_loader.of(cfg), size=32, fit="stretch")
         notes += reading.notes + _copies(cfg, reading) + _stale(reading)
-        of_sample, about = _against_sample(cfg, reading)
-        faults += of_sample
+        assignment, about = _against_sample(cfg, reading)
+        faults += assignment
         notes += about
         # A submission for a sample with faults of its own would only say them again, in other words.
-        for looked in (None if of_sample else written, network, partial(_images, maker=maker)):
+        for looked in (None if assignment else written, network, partial(_images, maker=maker)):
             if looked is not None:
                 found, about = looked(cfg, reading)
                 faults += found
@@ -108,14 +108,14 @@ def _declared(competition: Competition) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _against_sample(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
+def _against_sample(cfg: Config, reading: Prepared) -> tuple[list[str], list[str]]:
     """The sample submission decides what is scored: the test rows and the classes must be the same there."""
     competition, rules = cfg.competition, cfg.competition.submission
     try:
-        sample = sample_of(competition)
-        lines = sample.keys
+        sample = load_sample(competition)
+        lines = sample.row_keys
         if rules.rows is not None:
-            lines = [cell.row for cell in long_format.cells(rules.rows, lines, reading.heads)]
+            lines = [cell.row for cell in long_format.parse_ids(rules.rows, lines, reading.heads)]
     except UserError as refused:
         return refused.lines, []
     name = store.shown(sample.file)
@@ -136,19 +136,19 @@ def _against_sample(cfg: Config, reading: Reading) -> tuple[list[str], list[str]
     return faults + _columns(competition, reading, sample), _repeated(sample)
 
 
-def _repeated(sample: Sample) -> list[str]:
-    if not sample.repeated:
+def _repeated(sample: SampleSubmission) -> list[str]:
+    if not sample.repeated_ids:
         return []
-    id_, numbers = next(iter(sample.repeated.items()))
+    id_, numbers = next(iter(sample.repeated_ids.items()))
     return [
-        f"note: {store.shown(sample.file)} asks for {len(sample.repeated)} ids in several lines, like {id_!r} in "
+        f"note: {store.shown(sample.file)} asks for {len(sample.repeated_ids)} ids in several lines, like {id_!r} in "
         f"{', '.join(map(str, numbers[:4]))}; each line gets the same prediction"
     ]
 
 
-def _columns(competition: Competition, reading: Reading, sample: Sample) -> list[str]:
+def _columns(competition: Competition, reading: Prepared, sample: SampleSubmission) -> list[str]:
     """Columns of the sample that nothing is predicted for, and classes that have none."""
-    rules, name, answers = competition.submission, store.shown(sample.file), sample.answers
+    rules, name, answers = competition.submission, store.shown(sample.file), sample.prediction_columns
     faults = []
     if pages.get("write_submission") is not None or rules.rows is not None:
         return []
@@ -179,7 +179,7 @@ def _asked(head: Head, answers: Sequence[str]) -> tuple[str, ...]:
     return head.classes if both else head.outputs
 
 
-def _images(cfg: Config, reading: Reading, maker: image_loader.Making) -> tuple[list[str], list[str]]:
+def _images(cfg: Config, reading: Prepared, maker: image_loader.Making) -> tuple[list[str], list[str]]:
     """Every listed image exists and decodes; faults, and what is only worth knowing."""
     raw = store.path(cfg.competition.raw)
     rows = {
@@ -230,7 +230,7 @@ def _images(cfg: Config, reading: Reading, maker: image_loader.Making) -> tuple[
     return faults, notes
 
 
-def _warned(looks: Sequence[Look], reading: Reading, rows: dict[str, int], lenient: bool) -> list[str]:
+def _warned(looks: Sequence[Look], reading: Prepared, rows: dict[str, int], lenient: bool) -> list[str]:
     """JPEGs that a lenient decoder makes a picture of. Whether it is the whole one, only a look at them can say."""
     if not looks:
         return []
@@ -248,7 +248,7 @@ def _warned(looks: Sequence[Look], reading: Reading, rows: dict[str, int], lenie
     ]
 
 
-def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
+def _unlisted(reading: Prepared, names: Sequence[str]) -> list[str]:
     """Pictures that no row asks for, one line a folder. Hosts leave some behind, so it is no fault; but rows that were lost
     look the same, and of a test folder they would be missing from the submission."""
     kinds: dict[str, set[str]] = {}
@@ -265,13 +265,15 @@ def _unlisted(reading: Reading, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _copies(cfg: Config, reading: Reading) -> list[str]:
+def _copies(cfg: Config, reading: Prepared) -> list[str]:
     """Rows that share an image. Within a fold that is no fault, and where the folds will be is not known yet."""
     import pandas as pd
 
     frame = reading.frame
-    images = exact_duplicates.by_bytes(cfg, samples.Samples(frame, reading.heads, ""))
-    paths, same = (exact_duplicates.pairs(images, code) for code in (images.by_path, images.by_bytes))
+    images = exact_duplicates.find_by_bytes(cfg, samples.Samples(frame, reading.heads, ""))
+    paths, same = (
+        exact_duplicates.duplicate_pairs(images, code) for code in (images.by_path, images.by_bytes)
+    )
     known, all_ = (pairs @ np.array([len(frame), 1]) for pairs in (paths, same))
     keep = "so with folds.duplicates: group; without it comp folds refuses them on both sides of a fold"
     if cfg.competition.folds.scheme == "time":
@@ -387,7 +389,7 @@ def _remember(file: Path, looks: Sequence[Look]) -> None:
     store.seal(file)
 
 
-def _stale(reading: Reading) -> list[str]:
+def _stale(reading: Prepared) -> list[str]:
     """data/samples.parquet is a copy of what the tables say; they may have moved on."""
     if reading.faults or not store.sealed(store.samples_file()):
         return []

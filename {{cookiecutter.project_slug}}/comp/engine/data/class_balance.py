@@ -20,34 +20,38 @@ from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
 Codes = NDArray[np.int64]
-Draw = Callable[[Positions, np.random.Generator], Positions]  # which samples an epoch draws, in which order
+Sampler = Callable[
+    [Positions, np.random.Generator], Positions
+]  # which samples an epoch draws, in which order
 
 
-def shuffled(rows: Positions, random: np.random.Generator) -> Positions:
+def shuffle(rows: Positions, random: np.random.Generator) -> Positions:
     return random.permutation(rows)
 
 
-def drawing(cfg: Config, samples: Samples, taught: Positions) -> Draw:
+def make_sampler(cfg: Config, samples: Samples, taught: Positions) -> Sampler:
     """How `sampling` makes the list of an epoch. Its length is the same in every epoch."""
     rules, views = cfg.sampling, cfg.augment.views
     if views > 1:  # side by side, each a draw of its own
-        once = drawing(
+        once = make_sampler(
             cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"views": 1})}), samples, taught
         )
         return lambda rows, random: np.repeat(once(rows, random), views)
     if rules.balance == "none" and rules.m_per_class == 1:
-        return shuffled
+        return shuffle
     codes = np.full(len(samples.frame), -1, np.int64)
-    codes[taught] = classes(_head(samples, rules.balance), samples, taught)
+    codes[taught] = class_codes(_head(samples, rules.balance), samples, taught)
 
     def draw(rows: Positions, random: np.random.Generator) -> Positions:
         listed = BALANCES[rules.balance](rows, codes[rows], rules.strength, random)
-        return together(listed, codes[listed], rules.m_per_class, random) if rules.m_per_class > 1 else listed
+        return (
+            m_per_class(listed, codes[listed], rules.m_per_class, random) if rules.m_per_class > 1 else listed
+        )
 
     return draw
 
 
-def classes(head: Head, samples: Samples, rows: Positions) -> Codes:
+def class_codes(head: Head, samples: Samples, rows: Positions) -> Codes:
     """What each row counts as."""
     targets = samples.targets(head)[rows]
     if head.task == "multilabel":
@@ -83,18 +87,18 @@ def weighted(rows: Positions, codes: Codes, strength: float, random: np.random.G
     return random.choice(rows, len(rows), p=chance / chance.sum())
 
 
-def under(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+def undersample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
     """Each class as often as the rarest: others in every epoch."""
     return _as_often(rows, codes, strength, random, np.min)
 
 
-def over(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+def oversample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
     """Each class as often as the most frequent: every row at least once, rare ones again, augmented anew each time."""
     return _as_often(rows, codes, strength, random, np.max)
 
 
-def plain(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    return shuffled(rows, random)
+def no_balance(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+    return shuffle(rows, random)
 
 
 def _as_often(
@@ -114,10 +118,10 @@ def _as_often(
     return random.permutation(np.concatenate(parts))
 
 
-BALANCES = {"none": plain, "weighted": weighted, "under": under, "over": over}
+BALANCES = {"none": no_balance, "weighted": weighted, "under": undersample, "over": oversample}
 
 
-def together(listed: Positions, codes: Codes, size: int, random: np.random.Generator) -> Positions:
+def m_per_class(listed: Positions, codes: Codes, size: int, random: np.random.Generator) -> Positions:
     """Runs of `size` samples of one class, so that a batch holds pairs. What is left over of a class comes last."""
     order = np.argsort(codes, kind="stable")
     by_class = np.split(listed[order], np.flatnonzero(np.diff(codes[order])) + 1)
@@ -135,7 +139,7 @@ def class_weights(
     """target -> a weight a sample, or a weight a label where yes and no are parted. Their mean over the taught rows is 1."""
     if cfg.loss.class_weights == "none" or not loss_knobs.weighable(head):
         return None
-    count = counts(head, samples, taught)
+    count = class_counts(head, samples, taught)
     beta = loss_knobs.BETA if cfg.loss.beta is None else cfg.loss.beta
     weight = balanced(count) if cfg.loss.class_weights == "balanced" else effective(count, beta)
 
@@ -152,7 +156,7 @@ def class_weights(
     return weigh
 
 
-def counts(head: Head, samples: Samples, taught: Positions) -> NDArray[np.float64]:
+def class_counts(head: Head, samples: Samples, taught: Positions) -> NDArray[np.float64]:
     """(classes,), or no and yes of each label, (2, labels)"""
     targets = samples.targets(head)[taught]
     if head.task in ("binary", "multilabel"):

@@ -31,18 +31,18 @@ COLUMNS = ("source_a", "source_b", "id_a", "id_b", "how", "label_a", "label_b", 
 
 
 @dataclass(frozen=True)
-class Copies:
+class Duplicates:
     """Pairs of samples (positions), the picture of each, and how alike they are; 1 is the same bytes."""
 
     pairs: NDArray[np.int64]  # (pairs, 2)
     images: list[tuple[str, str]]
     alike: NDArray[np.float32]
-    level: phash.Level
+    level: phash.Threshold
     looked: int  # pictures that could be read
     unclear: int = 0  # pairs above the level that are left out, since about as many are there by chance
 
 
-def find(cfg: Config, samples: Samples) -> Copies:
+def find(cfg: Config, samples: Samples) -> Duplicates:
     owners: dict[str, list[int]] = {}
     for position, names in enumerate(samples.frame["images"]):
         for name in names:
@@ -54,7 +54,7 @@ def find(cfg: Config, samples: Samples) -> Copies:
         if each:
             content.setdefault(each, []).append(at)
     firsts = np.array([same[0] for same in content.values()], np.int64)
-    pairs, alike, level = phash.copies(grey[firsts])
+    pairs, alike, level = phash.find_duplicates(grey[firsts])
     unclear = len(pairs) if len(pairs) <= phash.BEYOND * level.chance else 0
     if unclear:
         pairs, alike = pairs[:0], alike[:0]
@@ -69,7 +69,7 @@ def find(cfg: Config, samples: Samples) -> Copies:
         for p, q in _across(owners[names[a]], owners[names[b]])
     ]
     lines.sort()
-    return Copies(
+    return Duplicates(
         np.array([line[:2] for line in lines], np.int64).reshape(-1, 2),
         [line[2:4] for line in lines],
         np.array([line[4] for line in lines], np.float32),
@@ -107,7 +107,7 @@ def _looked(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
     return grey, hashed
 
 
-def parts(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+def connected_components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """(count,): a number for each, the same where pairs lead from one to the other."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -116,10 +116,10 @@ def parts(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 
-def units(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray[Any]:
+def group_names(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray[Any]:
     """What must share a fold: samples of one name, and copies. Each unit goes by the first of its names."""
     known, code = np.unique(names.astype(str), return_inverse=True)
-    part = parts(len(known), code[np.array(list(copies), np.int64).reshape(-1, 2)])
+    part = connected_components(len(known), code[np.array(list(copies), np.int64).reshape(-1, 2)])
     first = np.unique(part, return_index=True)[1]  # known is sorted, so this is the smallest name
     return np.asarray(known[first[part]][code])
 
@@ -127,7 +127,7 @@ def units(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray[Any]:
 # --- comp folds --duplicates ---------------------------------------------------------------------------------------------
 
 
-def tell(cfg: Config, samples: Samples) -> pd.DataFrame:
+def report(cfg: Config, samples: Samples) -> pd.DataFrame:
     """data/duplicates.csv and a sheet of pictures; pairs of train and test come first."""
     copies = find(cfg, samples)
     frame = _frame(samples, copies)
@@ -196,13 +196,13 @@ def _remark(kind: str, mine: pd.DataFrame) -> str:
     return f", {_apart(mine)} on both sides of a fold, {other} with different labels"
 
 
-def _frame(samples: Samples, copies: Copies) -> pd.DataFrame:
+def _frame(samples: Samples, copies: Duplicates) -> pd.DataFrame:
     import pandas as pd
 
     one, other = copies.pairs.T
     fold = np.full(len(samples.frame), "", object)
     if store.sealed(store.folds_file()) and folds.read(store.folds_file())[1]["samples"] == samples.hash:
-        fold = folds.load(samples).of_sample[0].astype(str).astype(object)
+        fold = folds.load(samples).assignment[0].astype(str).astype(object)
     said: dict[str, Any] = {}
     for name in ("source", "id"):
         values = samples.frame[name].to_numpy(object)

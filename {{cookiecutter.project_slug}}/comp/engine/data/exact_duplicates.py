@@ -29,7 +29,7 @@ CHUNK = 64  # files a task of the pool
 Ints = NDArray[np.int64]
 
 
-class Images(NamedTuple):
+class ImageFiles(NamedTuple):
     """A line for each image file of each sample."""
 
     names: list[str]  # of each file, or the first key of an image that is made of it alone
@@ -47,19 +47,21 @@ class Images(NamedTuple):
         return self.content[self.image]
 
 
-def by_path(samples: Samples) -> Images:
+def find_by_path(samples: Samples) -> ImageFiles:
     """From the table alone: `train/a.png` and `train/./a.png` are one file, and so are two crops of it (image_key.py)."""
     import pandas as pd
 
     if "images" not in samples.frame:
         none = np.zeros(0, np.int64)
-        return Images([], none, none, none, {})
+        return ImageFiles([], none, none, none, {})
     listed = samples.frame["images"].reset_index(drop=True).explode().dropna().map(_files).explode()
     code, normal = pd.factorize(listed.map(_normal))
     first = np.full(len(normal), len(code))
     np.minimum.at(first, code, np.arange(len(code)))
     names = listed.to_numpy(object)[first].tolist()  # as the caches spell them
-    return Images(names, listed.index.to_numpy(np.int64), code.astype(np.int64), np.arange(len(names)), {})
+    return ImageFiles(
+        names, listed.index.to_numpy(np.int64), code.astype(np.int64), np.arange(len(names)), {}
+    )
 
 
 def _files(key: str) -> list[str]:
@@ -72,8 +74,8 @@ def _normal(key: str) -> str:
     return os.path.normpath(image_key.paths(key))
 
 
-def by_bytes(cfg: Config, samples: Samples) -> Images:
-    images, how = by_path(samples), image_loader.of(cfg)
+def find_by_bytes(cfg: Config, samples: Samples) -> ImageFiles:
+    images, how = find_by_path(samples), image_loader.of(cfg)
     unread: dict[str, str] = {}
 
     def stamp(name: str) -> tuple[int, int]:
@@ -105,11 +107,11 @@ def _content(how: image_loader.Making, names: list[str], found: NDArray[Any], un
     mixed = np.isin(size[asked], size[asked][~new])
     told = np.flatnonzero(new & ~mixed)
     middle = np.full(len(asked), "", object)
-    middle[told] = each(lambda name: _middle(how, name), [chosen[at] for at in told], "comparing images")
+    middle[told] = map_files(lambda name: _middle(how, name), [chosen[at] for at in told], "comparing images")
     pair = np.array([f"{n} {m}" for n, m in zip(size[asked][told], middle[told], strict=True)], object)
     whole = np.union1d(told[_shared(pair)], np.flatnonzero(new & mixed))
-    hashed[whole] = each(
-        lambda name: hash_of(how, name, unread), [chosen[at] for at in whole], "hashing images"
+    hashed[whole] = map_files(
+        lambda name: file_hash(how, name, unread), [chosen[at] for at in whole], "hashing images"
     )
     same = np.flatnonzero(hashed != "")
     _, first, place = np.unique(hashed[same].astype(str), return_index=True, return_inverse=True)
@@ -136,7 +138,7 @@ def _middle(how: image_loader.Making, name: str) -> str:
         return ""
 
 
-def hash_of(how: image_loader.Making, name: str, unread: dict[str, str]) -> str:
+def file_hash(how: image_loader.Making, name: str, unread: dict[str, str]) -> str:
     """As an image cache has it; empty for what cannot be read, whose reason goes into `unread`."""
     try:
         return image_loader.content_hash(how.read(name))
@@ -145,7 +147,7 @@ def hash_of(how: image_loader.Making, name: str, unread: dict[str, str]) -> str:
         return ""
 
 
-def each(work: Callable[[str], str], names: Sequence[str], doing: str) -> list[str]:
+def map_files(work: Callable[[str], str], names: Sequence[str], doing: str) -> list[str]:
     """In order, by as many threads as there are cores: reading and hashing release Python's lock."""
     from tqdm import tqdm
 
@@ -161,7 +163,7 @@ def each(work: Callable[[str], str], names: Sequence[str], doing: str) -> list[s
     return out
 
 
-def pairs(images: Images, code: Ints) -> NDArray[np.int64]:
+def duplicate_pairs(images: ImageFiles, code: Ints) -> NDArray[np.int64]:
     """(pairs, 2): the first sample of each image with every other that has it; enough to hold them together. `code`: by_path or
     by_bytes, a number a line."""
     order = np.lexsort((images.sample, code))

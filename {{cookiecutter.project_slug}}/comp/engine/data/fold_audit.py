@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.data import exact_duplicates, image_key
-from comp.engine.data.exact_duplicates import Images
-from comp.engine.data.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.engine.data.exact_duplicates import ImageFiles
+from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.tasks.kinds import Head
 
@@ -19,7 +19,7 @@ WIDE = 12  # classes that a table shows one by one; above, the rarest only
 MOMENTS = ("mean", "std", "min", "max")
 
 
-def audit(samples: Samples, folds: Folds, images: Images | None = None) -> dict[str, Any]:
+def audit(samples: Samples, folds: Folds, images: ImageFiles | None = None) -> dict[str, Any]:
     """Plain numbers, for JSON: one entry a fold, and `faults`: one line for each thing that makes scores worthless. Without
     `images`, which say what files hold, images are the same by their path alone."""
     k, repeats = int(folds.meta["k"]), int(folds.meta["repeats"])
@@ -33,8 +33,8 @@ def audit(samples: Samples, folds: Folds, images: Images | None = None) -> dict[
         "rule": folds.meta["rule"],
         "gap": folds.meta["gap"],
         "rows": len(samples.positions("train")),
-        "locked": len(folds.locked()),
-        "taught_only": int((folds.of_sample[0, samples.taught] != LOCKED).sum() - len(folds.scored)),
+        "locked": len(folds.holdout_rows()),
+        "taught_only": int((folds.assignment[0, samples.labeled] != HOLDOUT).sum() - len(folds.oof_rows)),
         "folds": lines,
         "notes": [],
         "faults": [f"{_name(line, repeats)} is empty" for line in lines if not line["rows"]],
@@ -42,7 +42,7 @@ def audit(samples: Samples, folds: Folds, images: Images | None = None) -> dict[
     report["faults"] += [
         f"{_name(line, repeats)}: nothing may teach it" for line in lines if not line["taught"]
     ]
-    images = exact_duplicates.by_path(samples) if images is None else images
+    images = exact_duplicates.find_by_path(samples) if images is None else images
     report["faults"] += _images_on_both_sides(samples, folds, images)
     report["notes"] += _kept_out(samples, folds)
     if images.unread:
@@ -78,12 +78,12 @@ class Shared(NamedTuple):
     places: list[str]  # where they stand: fold 3, the hold-out, the rows never scored
 
 
-def shared_images(samples: Samples, folds: Folds, images: Images, code: NDArray) -> list[Shared]:
+def shared_images(samples: Samples, folds: Folds, images: ImageFiles, code: NDArray) -> list[Shared]:
     """By the rule of the split itself, so under any scheme, and with extra and pseudo-labelled rows. `code`: images.by_path or
     images.by_bytes."""
     guilty = np.zeros(0, np.int64)
     everyone = folds.split("full")[0]
-    for taught, scored in [*(folds.split(fold) for fold in _filled(folds)), (everyone, folds.locked())]:
+    for taught, scored in [*(folds.split(fold) for fold in _filled(folds)), (everyone, folds.holdout_rows())]:
         sides = []
         for rows in (taught, scored):
             inside = np.zeros(len(samples.frame), bool)
@@ -91,11 +91,11 @@ def shared_images(samples: Samples, folds: Folds, images: Images, code: NDArray)
             sides.append(code[inside[images.sample]])
         guilty = np.union1d(guilty, np.intersect1d(sides[0], sides[1]))
     found = []
-    mine = np.flatnonzero(np.isin(code, guilty) & np.isin(images.sample, samples.taught))
+    mine = np.flatnonzero(np.isin(code, guilty) & np.isin(images.sample, samples.labeled))
     order = mine[np.argsort(code[mine], kind="stable")]
     for lines in np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(order) else []:
         rows = np.unique(images.sample[lines])
-        repeat = next(r for r in folds.of_sample if len(np.unique(r[rows])) > 1)
+        repeat = next(r for r in folds.assignment if len(np.unique(r[rows])) > 1)
         names = list(dict.fromkeys(images.names[at] for at in images.image[lines]))
         found.append(Shared(names, rows, [_place(f) for f in np.unique(repeat[rows]).tolist()]))
     return found
@@ -104,14 +104,14 @@ def shared_images(samples: Samples, folds: Folds, images: Images, code: NDArray)
 def _filled(folds: Folds) -> list[int]:
     """Folds with rows: what the others are is told as a fault by itself."""
     k = int(folds.meta["k"])
-    return [f for f in range(folds.count) if ((folds.of_sample[f // k] == f % k) & folds.own).any()]
+    return [f for f in range(folds.count) if ((folds.assignment[f // k] == f % k) & folds.scorable).any()]
 
 
 def _place(fold: int) -> str:
-    return {TAUGHT_ONLY: "the rows never scored", LOCKED: "the hold-out"}.get(fold, f"fold {fold}")
+    return {TRAIN_ONLY: "the rows never scored", HOLDOUT: "the hold-out"}.get(fold, f"fold {fold}")
 
 
-def _images_on_both_sides(samples: Samples, folds: Folds, images: Images) -> list[str]:
+def _images_on_both_sides(samples: Samples, folds: Folds, images: ImageFiles) -> list[str]:
     if folds.meta["rule"] == "earlier":
         remedy = "a split by time cannot keep them together: take rows out of the table, or use another folds.scheme"
     elif folds.meta.get("duplicates") == "group":
@@ -142,7 +142,7 @@ def _images_on_both_sides(samples: Samples, folds: Folds, images: Images) -> lis
 
 def _kept_out(samples: Samples, folds: Folds) -> list[str]:
     """What the column `fold` says of rows that are not scored."""
-    source, here = samples.frame["source"].to_numpy(), folds.of_sample[0] != TAUGHT_ONLY
+    source, here = samples.frame["source"].to_numpy(), folds.assignment[0] != TRAIN_ONLY
     says = {
         "extra": "extra rows share an image with a scored row, and do not train the fold that scores it",
         "test": "test rows share an image with a training row; with pseudo-labels they do not train the fold that scores it",
@@ -150,9 +150,9 @@ def _kept_out(samples: Samples, folds: Folds) -> list[str]:
     counts = {kind: int((here & (source == kind)).sum()) for kind in says}
     notes = [f"{count} {says[kind]}" for kind, count in counts.items() if count]
     if "unit" in folds.frame:
-        own = np.flatnonzero(folds.own)
-        images = exact_duplicates.by_path(samples)
-        tied = int(np.isin(own, exact_duplicates.pairs(images, images.by_path)).sum())
+        own = np.flatnonzero(folds.scorable)
+        images = exact_duplicates.find_by_path(samples)
+        tied = int(np.isin(own, exact_duplicates.duplicate_pairs(images, images.by_path)).sum())
         notes += [f"{tied} training rows name an image that another row names"] * (tied > 0)
     return notes
 
@@ -193,7 +193,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _fold(samples: Samples, folds: Folds, group: NDArray | None, repeat: int, number: int) -> dict[str, Any]:
     taught = scored = np.zeros(0, np.int64)
-    if ((folds.of_sample[repeat] == number) & folds.own).any():
+    if ((folds.assignment[repeat] == number) & folds.scorable).any():
         taught, scored = folds.split(repeat * int(folds.meta["k"]) + number)
     line: dict[str, Any] = {"repeat": repeat, "fold": number, "rows": len(scored), "taught": len(taught)}
     if group is not None:
@@ -240,18 +240,18 @@ def _groups(samples: Samples) -> tuple[NDArray | None, NDArray]:
 
 def _crossing(samples: Samples, folds: Folds, group: NDArray, names: NDArray) -> list[tuple[str, str]]:
     """Groups on both sides: in several folds, in a fold and the hold-out, or in a fold and among rows that always teach."""
-    taught = samples.taught[group[samples.taught] >= 0]
-    taught = taught[np.isin(group[taught], group[folds.own])]  # others are never scored
+    taught = samples.labeled[group[samples.labeled] >= 0]
+    taught = taught[np.isin(group[taught], group[folds.scorable])]  # others are never scored
     codes = group[taught]
     found: dict[str, str] = {}
     for repeat in range(int(folds.meta["repeats"])):
         wide = int(folds.meta["k"]) + 2  # with LOCKED and TAUGHT_ONLY
-        pairs = np.unique(codes * wide + folds.of_sample[repeat, taught] + 2)
+        pairs = np.unique(codes * wide + folds.assignment[repeat, taught] + 2)
         several = np.flatnonzero(np.bincount(pairs // wide) > 1)
         for code in several.tolist():
             if str(names[code]) not in found and len(found) < SHOWN:  # more are counted, not told
                 mine = (pairs[pairs // wide == code] % wide - 2).tolist()
-                special = {TAUGHT_ONLY: "the rows never scored", LOCKED: "the hold-out"}
+                special = {TRAIN_ONLY: "the rows never scored", HOLDOUT: "the hold-out"}
                 found[str(names[code])] = " and ".join(special.get(f, f"fold {f}") for f in mine)
             found.setdefault(str(names[code]), "")
     return list(found.items())
@@ -262,8 +262,8 @@ def _missing_classes(samples: Samples, folds: Folds, head: Head, group: NDArray 
     k, width, faults = int(folds.meta["k"]), len(head.classes), []
     columns = samples.targets(head)
     for repeat in range(int(folds.meta["repeats"])):
-        fold = folds.of_sample[repeat]
-        scored = np.flatnonzero((fold >= 0) & folds.own)
+        fold = folds.assignment[repeat]
+        scored = np.flatnonzero((fold >= 0) & folds.scorable)
         if columns.shape[1] == 1:
             row, code = scored, columns[scored, 0].astype(np.int64)
         else:

@@ -20,13 +20,13 @@ from comp.engine.store import store
 if TYPE_CHECKING:
     import pandas as pd
 
-TAUGHT_ONLY, LOCKED = (
+TRAIN_ONLY, HOLDOUT = (
     -1,
     -2,
 )  # trained on but never scored; the hold-out that no verb reads but an explicit last look
 
 # Keys of competition.yaml that folds are made from.
-PLAN = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
+PLAN_KEYS = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Folds:
         return str(self.meta["hash"])
 
     @cached_property
-    def of_sample(self) -> NDArray[np.int64]:
+    def assignment(self) -> NDArray[np.int64]:
         """(repeats, samples): the fold of every line of the samples table, TAUGHT_ONLY where it has none."""
-        out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TAUGHT_ONLY, np.int64)
+        out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TRAIN_ONLY, np.int64)
         for repeat in range(len(out)):
             lines = self.frame[self.frame["repeat"] == repeat]
             out[repeat, self._position(lines["id"])] = lines["fold"].to_numpy()
@@ -62,24 +62,24 @@ class Folds:
         return np.asarray(self.samples.frame.reset_index().set_index("id")["index"].loc[ids].to_numpy())
 
     @cached_property
-    def own(self) -> NDArray[np.bool_]:
+    def scorable(self) -> NDArray[np.bool_]:
         """(samples,): which rows a fold may score."""
         return (self.samples.frame["source"] == "train").to_numpy()
 
     @cached_property
-    def scored(self) -> Positions:
+    def oof_rows(self) -> Positions:
         """Every row that some fold scores, in order."""
-        return np.flatnonzero((self.of_sample[0] >= 0) & self.own)
+        return np.flatnonzero((self.assignment[0] >= 0) & self.scorable)
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
         """(positions that teach, positions that are scored). `full` teaches everything and scores nothing."""
-        taught = self.samples.taught
+        taught = self.samples.labeled
         if fold == "full":
-            return taught[self.of_sample[0, taught] != LOCKED], taught[:0]
+            return taught[self.assignment[0, taught] != HOLDOUT], taught[:0]
         repeat, number = divmod(int(fold), int(self.meta["k"]))
-        mine = self.of_sample[repeat, taught]
-        scored = taught[(mine == number) & self.own[taught]]
-        free = (mine != number) & (mine != LOCKED)
+        mine = self.assignment[repeat, taught]
+        scored = taught[(mine == number) & self.scorable[taught]]
+        free = (mine != number) & (mine != HOLDOUT)
         if self.meta["rule"] == "earlier":
             if not len(scored):
                 return taught[:0], scored
@@ -87,13 +87,13 @@ class Folds:
             free &= (mine < number) & (time[taught] <= time[scored].min() - float(self.meta["gap"]))
         return taught[free], scored
 
-    def inner(self, fold: int | str, share: float) -> tuple[Positions, Positions]:
+    def inner_split(self, fold: int | str, share: float) -> tuple[Positions, Positions]:
         """(positions that teach, training rows held out from them): where a choice is made that must not see the scored rows.
 
         What belongs together stays together; of a split by time the latest are held out, with the gap before them.
         """
         taught = self.split(fold)[0]
-        own = taught[self.own[taught]]
+        own = taught[self.scorable[taught]]
         if len(own) < 2:
             raise Refused(
                 f"fold {fold}: {len(own)} training rows are too few to hold some out; select.on: inner needs 2"
@@ -104,7 +104,7 @@ class Folds:
             held = own[time[own] >= cut]
             free = (time[taught] <= cut - float(self.meta["gap"])) & ~np.isin(taught, held)
         else:
-            names, place = self.units(own, f"inner of {fold}")
+            names, place = self.shuffled_groups(own, f"inner of {fold}")
             before = np.cumsum(np.bincount(place)) - np.bincount(place)  # rows of the units in front of each
             wanted = np.flatnonzero(before < round(share * len(own)))[: len(names) - 1]
             held = own[np.isin(place, wanted)] if len(wanted) else own[place == 0]
@@ -115,7 +115,7 @@ class Folds:
             )
         return taught[free], held
 
-    def units(self, rows: Positions, salt: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def shuffled_groups(self, rows: Positions, salt: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """What belongs together among rows, in an order without meaning: names, and the place of each row's unit in them."""
         names, place = np.unique(self._unit(rows), return_inverse=True)
         hashed = [hashlib.blake2b(f"{salt}:{name}".encode(), digest_size=8).digest() for name in names]
@@ -137,8 +137,8 @@ class Folds:
             names[self._position(lines["id"])] = lines["unit"].to_numpy(object)
         return names.astype(str)
 
-    def locked(self) -> Positions:
-        return np.flatnonzero((self.of_sample[0] == LOCKED) & self.own)
+    def holdout_rows(self) -> Positions:
+        return np.flatnonzero((self.assignment[0] == HOLDOUT) & self.scorable)
 
 
 def read(file: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -158,12 +158,12 @@ def load(samples: Samples, file: Path | None = None) -> Folds:
     return Folds(frame, meta, samples)
 
 
-def refuse_other_plan(folds: Folds, loaded: Loaded) -> None:
+def validate_plan(folds: Folds, loaded: Loaded) -> None:
     """Folds are made once: what competition.yaml declares now must be what these were made from."""
     plan, shown = loaded.config.competition.folds, store.shown(store.folds_file())
     faults = [
         f"{loaded.where(f'competition.folds.{key}')}: folds.{key} is {getattr(plan, key)}, and {shown} was made with {then}"
-        for key in PLAN
+        for key in PLAN_KEYS
         if (then := folds.meta[key]) != getattr(plan, key)
     ]
     if faults:

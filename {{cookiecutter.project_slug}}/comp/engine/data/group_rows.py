@@ -16,10 +16,10 @@ from comp.engine.readers import layouts
 from comp.engine.store import store
 
 if TYPE_CHECKING:
-    from comp.engine.data.rows import Rows, Source
+    from comp.engine.data.rows import RawRows, RawTable
 
 
-def gathered(rows: Rows, competition: Competition) -> Rows:
+def group_images(rows: RawRows, competition: Competition) -> RawRows:
     """Rows of one id are one sample with the images of all. Of several labels in a cell it has those of all, too; what else
     a target says must be the same in each, and of other columns the first row counts."""
     keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
@@ -61,7 +61,7 @@ def gathered(rows: Rows, competition: Competition) -> Rows:
     )
 
 
-def widened(source: Source, table: Table, competition: Competition) -> Source:
+def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawTable:
     """A line for each class of a row becomes a column for each class: `train.long`."""
     import pandas as pd
 

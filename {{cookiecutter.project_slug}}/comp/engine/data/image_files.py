@@ -166,8 +166,8 @@ def _of(how: image_loader.Making, names: list[str], found: Stamps, hashes: Hashe
     if hashes == "all":
         new = np.flatnonzero(known == "")
         unread: dict[str, str] = {}
-        known[new] = exact_duplicates.each(
-            lambda name: exact_duplicates.hash_of(how, name, unread),
+        known[new] = exact_duplicates.map_files(
+            lambda name: exact_duplicates.file_hash(how, name, unread),
             [names[at] for at in new],
             "hashing images",
         )

@@ -10,19 +10,19 @@ from comp.engine.errors import Refused
 from comp.engine.tasks.kinds import Head
 
 
-class Cell(NamedTuple):
+class LongId(NamedTuple):
     row: str  # the key that is scored
     name: str  # the class or target that this line asks for
 
 
-def cells(template: str, ids: Sequence[str], heads: Sequence[Head]) -> list[Cell]:
+def parse_ids(template: str, ids: Sequence[str], heads: Sequence[Head]) -> list[LongId]:
     """What each line asks for."""
     where = f"competition.submission.rows: {template}"
     if "{id}" not in template or not re.search(r"\{(class|target)\}", template):
         raise Refused(
             f"{where}: a template of {{id}} and {{class}} or {{target}} is wanted, like {{id}}_{{class}}"
         )
-    known = names(template, heads)
+    known = class_names(template, heads)
     asked = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
     parts = re.split(r"(\{id\}|\{class\}|\{target\})", template)
     kinds = {"{id}": "(?P<id>.+?)", "{class}": f"(?P<name>{asked})", "{target}": f"(?P<name>{asked})"}
@@ -34,11 +34,11 @@ def cells(template: str, ids: Sequence[str], heads: Sequence[Head]) -> list[Cell
             raise Refused(
                 f"{where}: line {line} of the sample, {each!r}, is not built like that from {', '.join(known[:6])}"
             )
-        out.append(Cell(found["id"], found["name"]))
+        out.append(LongId(found["id"], found["name"]))
     return out
 
 
-def names(template: str, heads: Sequence[Head]) -> list[str]:
+def class_names(template: str, heads: Sequence[Head]) -> list[str]:
     if "{target}" in template and len(heads) > 1:
         return [head.name for head in heads]
     return [

@@ -20,7 +20,7 @@ from comp.engine.config import competition_schema
 from comp.engine.config.schema import Config
 from comp.engine.data import duplicates, exact_duplicates, fold_audit, fold_balance, folds
 from comp.engine.data.fold_balance import Ints, Keys
-from comp.engine.data.folds import LOCKED, TAUGHT_ONLY, Folds
+from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
 from comp.engine.store import store
@@ -36,7 +36,7 @@ DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most lik
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainRows:
     """What folds are made from, one line a training row."""
 
     hashed: Keys
@@ -49,7 +49,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.hashed)
 
-    def only(self, chosen: NDArray) -> Rows:
+    def only(self, chosen: NDArray) -> TrainRows:
         return replace(
             self,
             hashed=self.hashed[chosen],
@@ -63,7 +63,7 @@ class Rows:
 def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     """Write data/folds.parquet with its audit. Folds that exist are frozen: other inputs are refused, not obeyed."""
     file, plan = store.folds_file(), cfg.competition.folds
-    meta = described(plan, samples)
+    meta = fold_metadata(plan, samples)
     if store.sealed(file) and not remake:
         frame, old = folds.read(file)
         changed = _changes(set(frame["id"]), old, meta, samples)
@@ -74,7 +74,7 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
             )
         kept = Folds(frame, old, samples)
         print(f"{store.shown(file)}: unchanged, made for these samples")
-        images = exact_duplicates.by_bytes(cfg, samples)
+        images = exact_duplicates.find_by_bytes(cfg, samples)
         return _finish(file, kept, fold_audit.audit(samples, kept, images))
     if len(samples.frame) > 200_000:
         print(f"{len(samples.frame)} rows into folds, some seconds …")
@@ -85,10 +85,10 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
             f"{len(copies)} pairs of copies: training rows share a fold, other rows do not train the fold of theirs; "
             "comp folds --duplicates shows them"
         )
-    images = exact_duplicates.by_bytes(
+    images = exact_duplicates.find_by_bytes(
         cfg, samples
     )  # behind the cache that finding copies fills, which knows the hashes
-    same = exact_duplicates.pairs(images, images.by_bytes)
+    same = exact_duplicates.duplicate_pairs(images, images.by_bytes)
     made = Folds(assign(samples, plan, copies, same), meta, samples)
     report = fold_audit.audit(samples, made, images)
     if report["faults"]:
@@ -104,7 +104,7 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     return _finish(file, made, report)
 
 
-def described(plan: competition_schema.Folds, samples: Samples) -> dict[str, Any]:
+def fold_metadata(plan: competition_schema.Folds, samples: Samples) -> dict[str, Any]:
     rule = "earlier" if plan.scheme == "time" else "others"
     return plan.model_dump() | {"rule": rule, "samples": samples.hash}
 
@@ -130,8 +130,8 @@ def assign(
             f"configs/competition.yaml: row: several samples make the row {keys[keys.duplicated()].iloc[0]!r}, so they must share a "
             "fold: name a group column that holds rows together, and folds.scheme group or stratified_group"
         )
-    images = exact_duplicates.by_path(samples)
-    shared = exact_duplicates.pairs(images, images.by_path)
+    images = exact_duplicates.find_by_path(samples)
+    shared = exact_duplicates.duplicate_pairs(images, images.by_path)
     tied = np.concatenate([np.asarray(copies, np.int64).reshape(-1, 2), shared])
     together = plan
     if plan.scheme != "time" and _several(tied, positions, len(samples.frame)):
@@ -147,11 +147,11 @@ def assign(
         )
     lines = []
     for repeat in range(plan.repeats):
-        fold = np.full(len(samples.frame), TAUGHT_ONLY, np.int64)
-        fold[positions[~free]] = LOCKED
+        fold = np.full(len(samples.frame), TRAIN_ONLY, np.int64)
+        fold[positions[~free]] = HOLDOUT
         fold[positions[free]] = SCHEMES[together.scheme](rows.only(free), plan.k, plan.seed + repeat)
         fold = _kept_out(fold, samples, tied, same)
-        named = np.flatnonzero((samples.frame["source"] != "test").to_numpy() | (fold != TAUGHT_ONLY))
+        named = np.flatnonzero((samples.frame["source"] != "test").to_numpy() | (fold != TRAIN_ONLY))
         lines.append(
             pd.DataFrame(
                 {
@@ -167,7 +167,7 @@ def assign(
 
 def _several(pairs: Ints, positions: NDArray, count: int) -> bool:
     """Whether any two training rows are tied to each other."""
-    part = duplicates.parts(count, pairs)[positions]
+    part = duplicates.connected_components(count, pairs)[positions]
     return len(np.unique(part)) < len(part)
 
 
@@ -176,26 +176,28 @@ def _kept_out(fold: Ints, samples: Samples, tied: Ints, same: Ints) -> Ints:
     source = samples.frame["source"].to_numpy()
     fold = fold.copy()
     for pairs, kinds in ((tied, ("extra", "test")), (np.concatenate([tied, same]), ("test",))):
-        part = duplicates.parts(len(fold), pairs)
-        home = np.full(len(fold), TAUGHT_ONLY, np.int64)
+        part = duplicates.connected_components(len(fold), pairs)
+        home = np.full(len(fold), TRAIN_ONLY, np.int64)
         home[part[source == "train"]] = fold[source == "train"]
-        beside = np.isin(source, kinds) & (fold == TAUGHT_ONLY)
+        beside = np.isin(source, kinds) & (fold == TRAIN_ONLY)
         fold[beside] = home[part[beside]]
     return fold
 
 
 def _units(samples: Samples, pairs: Ints, named: NDArray) -> dict[str, Any]:
     """The column `unit`, where anything shares an image with a row that may be scored."""
-    part = duplicates.parts(len(samples.frame), pairs)
+    part = duplicates.connected_components(len(samples.frame), pairs)
     pairs = pairs[np.isin(part[pairs[:, 0]], part[samples.positions("train")])]
     if not len(pairs):
         return {}
     column = "group" if "group" in samples.frame else "row"
     names = samples.frame[column].fillna(samples.frame["id"]).to_numpy(object)
-    return {"unit": duplicates.units(names, pairs)[named].astype(object)}
+    return {"unit": duplicates.group_names(names, pairs)[named].astype(object)}
 
 
-def _rows(samples: Samples, positions: NDArray, plan: competition_schema.Folds, tied: Ints | None) -> Rows:
+def _rows(
+    samples: Samples, positions: NDArray, plan: competition_schema.Folds, tied: Ints | None
+) -> TrainRows:
     """`tied`: pairs that are one group, beside the declared groups where the scheme knows these; None without any."""
     frame = samples.frame.iloc[positions]
     group: Ints | None = None
@@ -203,10 +205,10 @@ def _rows(samples: Samples, positions: NDArray, plan: competition_schema.Folds, 
     if tied is not None:
         grouped = "group" in frame and ("group" in plan.scheme or plan.duplicates == "group")
         named = samples.frame["group" if grouped else "id"].fillna(samples.frame["id"]).to_numpy(object)
-        names, group = np.unique(duplicates.units(named, tied)[positions], return_inverse=True)
+        names, group = np.unique(duplicates.group_names(named, tied)[positions], return_inverse=True)
     elif "group" in frame:
         names, group = np.unique(frame["group"].to_numpy(object).astype(str), return_inverse=True)
-    return Rows(
+    return TrainRows(
         hashed=fold_balance.hashes(frame["id"]),
         labels=_labels(samples, positions),
         value=_standing(samples, positions),
@@ -263,26 +265,26 @@ def _standing(samples: Samples, positions: NDArray) -> Ints:
     )
 
 
-def _kfold(rows: Rows, k: int, seed: int) -> Ints:
+def _kfold(rows: TrainRows, k: int, seed: int) -> Ints:
     return fold_balance.rows_by_class(np.zeros(len(rows), np.int64), k, fold_balance.keys(rows.hashed, seed))
 
 
-def _stratified(rows: Rows, k: int, seed: int) -> Ints:
+def _stratified(rows: TrainRows, k: int, seed: int) -> Ints:
     key = fold_balance.keys(rows.hashed, seed)
     if rows.labels.ndim == 1:
         return fold_balance.rows_by_class(rows.labels, k, key)
     return fold_balance.groups(fold_balance.counted(np.arange(len(rows)), rows.labels), k, key)
 
 
-def _quantiles(rows: Rows, k: int, seed: int) -> Ints:
+def _quantiles(rows: TrainRows, k: int, seed: int) -> Ints:
     return fold_balance.rows_by_value(rows.value, k, fold_balance.keys(rows.hashed, seed))
 
 
-def _group(rows: Rows, k: int, seed: int) -> Ints:
+def _group(rows: TrainRows, k: int, seed: int) -> Ints:
     return _stratified_group(replace(rows, labels=np.zeros(len(rows), np.int64)), k, seed)
 
 
-def _stratified_group(rows: Rows, k: int, seed: int) -> Ints:
+def _stratified_group(rows: TrainRows, k: int, seed: int) -> Ints:
     assert rows.group is not None
     present, group = np.unique(rows.group, return_inverse=True)
     return fold_balance.groups(
@@ -290,7 +292,7 @@ def _stratified_group(rows: Rows, k: int, seed: int) -> Ints:
     )[group]
 
 
-def _time(rows: Rows, k: int, seed: int) -> Ints:
+def _time(rows: TrainRows, k: int, seed: int) -> Ints:
     """k + 1 blocks of time; the first teaches and is never scored. Equal times stay together."""
     assert rows.time is not None
     moment = np.unique(rows.time, return_inverse=True)[1]
@@ -299,7 +301,7 @@ def _time(rows: Rows, k: int, seed: int) -> Ints:
     return (twice_middle * (k + 1) // (2 * len(rows)) - 1)[moment]
 
 
-SCHEMES: dict[competition_schema.Scheme, Callable[[Rows, int, int], Ints]] = {
+SCHEMES: dict[competition_schema.Scheme, Callable[[TrainRows, int, int], Ints]] = {
     "kfold": _kfold,
     "stratified": _stratified,
     "quantiles": _quantiles,
@@ -307,10 +309,10 @@ SCHEMES: dict[competition_schema.Scheme, Callable[[Rows, int, int], Ints]] = {
     "stratified_group": _stratified_group,
     "time": _time,
 }
-assert TAUGHT_ONLY == -1  # what `_time` calls its first block
+assert TRAIN_ONLY == -1  # what `_time` calls its first block
 
 
-def _locked(rows: Rows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
+def _locked(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
     """The hold-out: the latest rows, or whole groups, or a share of every class or range of values."""
     locked = np.zeros(len(rows), bool)
     if plan.holdout == 0:
@@ -340,7 +342,7 @@ def _locked(rows: Rows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
     return locked
 
 
-def _locked_groups(rows: Rows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
+def _locked_groups(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
     """Groups in random order until the share is reached; of many such draws the one whose labels are most like the whole."""
     assert rows.group is not None
     labels = rows.labels if plan.scheme == "stratified_group" else np.zeros(len(rows), np.int64)
@@ -365,11 +367,11 @@ def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: S
     shown = store.shown(store.folds_file())
     lines = [
         f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now"
-        for n in folds.PLAN
+        for n in folds.PLAN_KEYS
         if old[n] != new[n]
     ]
     if old["samples"] != new["samples"]:
-        now = set(samples.frame["id"].to_numpy()[samples.taught])
+        now = set(samples.frame["id"].to_numpy()[samples.labeled])
         ids = ids - set(samples.frame["id"].to_numpy()[samples.positions("test")])  # copies of scored rows
         what = (
             f"{len(now - ids)} rows are new and {len(ids - now)} are gone"

@@ -48,7 +48,7 @@ def hashes(grey: Grey) -> NDArray[np.uint64]:
     return np.packbits(above, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def alike(hashed: NDArray[np.uint64], far: int = FAR) -> Pairs:
+def similar_pairs(hashed: NDArray[np.uint64], far: int = FAR) -> Pairs:
     """Every pair of hashes that differ in at most `far` bits, once."""
     found = [part for quarter in range(QUARTERS) for part in _in_quarter(hashed, quarter, far)]
     both = np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
@@ -105,28 +105,28 @@ def _normal(grey: Grey) -> NDArray[np.float32]:
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
 
 
-class Level(NamedTuple):
+class Threshold(NamedTuple):
     """From where on pictures of a set are copies, and how many pairs of it reach that by chance."""
 
     correlation: float
     chance: float
 
 
-def copies(grey: Grey) -> tuple[Pairs, NDArray[np.float32], Level]:
+def find_duplicates(grey: Grey) -> tuple[Pairs, NDArray[np.float32], Threshold]:
     """Pairs that are copies of each other, how alike they are, and from where on that counts in this set."""
     real = np.flatnonzero(grey.std((1, 2)) >= FLAT)
-    pairs = real[alike(hashes(grey[real]))]
+    pairs = real[similar_pairs(hashes(grey[real]))]
     level = threshold(grey[real])
     how = correlation(grey, pairs)
     return pairs[how >= level.correlation], how[how >= level.correlation], level
 
 
-def threshold(grey: Grey) -> Level:
+def threshold(grey: Grey) -> Threshold:
     """The level, and how many pairs reach it by chance: digits look more alike than photographs, and of many pictures two look more
     alike than of few. Fisher's z = arctanh(correlation) of pairs is taken as normal."""
     some = np.random.Generator(np.random.PCG64(0)).permutation(len(grey))[:DRAWN]
     if len(some) < 3:
-        return Level(MOST, 0.0)
+        return Threshold(MOST, 0.0)
     whole = _normal(grey[some])
     best = np.max([whole @ whole.T, *(whole @ _normal(crop).T for crop in _crops(grey[some]))], axis=0)
     drawn = np.maximum(best, best.T)[np.triu_indices(len(some), 1)]
@@ -135,4 +135,4 @@ def threshold(grey: Grey) -> Level:
     count = len(grey) * (len(grey) - 1) / 2
     wanted = middle - width * NormalDist().inv_cdf(min(0.5, RARE / count))
     level = float(np.clip(np.tanh(wanted), LEAST, MOST))
-    return Level(level, count * math.erfc((math.atanh(level) - middle) / width / math.sqrt(2)) / 2)
+    return Threshold(level, count * math.erfc((math.atanh(level) - middle) / width / math.sqrt(2)) / 2)

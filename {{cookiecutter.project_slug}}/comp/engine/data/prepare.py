@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.schema import Config
 from comp.engine.data import raw_tables, samples, similar_labels, targets, times
-from comp.engine.data.rows import Rows
+from comp.engine.data.rows import RawRows
 from comp.engine.errors import Refused
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prepared:
     frame: pd.DataFrame  # as it will stand in data/samples.parquet
     heads: tuple[Head, ...]
     faults: list[str]  # one line a wrong row
@@ -38,13 +38,13 @@ class Reading:
 def prepare(cfg: Config) -> Path:
     """The same raw files give the same bytes, however often it is killed and run again."""
     before = (store.sealed(store.samples_file()) or {}).get("hash")
-    reading = read(cfg.competition)
+    reading = read_samples(cfg.competition)
     if reading.faults:
         more = len(reading.faults) - targets.SHOWN
         raise Refused(
             *reading.faults[: targets.SHOWN], *([f"and {more} more: comp check"] if more > 0 else [])
         )
-    sample = raw_tables.plain(store.path(cfg.competition.raw, cfg.competition.submission.sample))
+    sample = raw_tables.unpacked(store.path(cfg.competition.raw, cfg.competition.submission.sample))
     file = samples.save(reading.frame, reading.heads, sample=store.sha256(sample) if sample.is_file() else "")
     counts = reading.frame["source"].value_counts(sort=False)
     print(
@@ -53,12 +53,14 @@ def prepare(cfg: Config) -> Path:
         + " rows"
     )
     for head in reading.heads:
-        classes = f", {len(head.classes)} classes {targets.listed(head.classes)}" if head.classes else ""
-        print(f"  {head.name}: {head.task}{classes}, from {targets.listed(head.columns)}")
+        classes = f", {len(head.classes)} classes {targets.abbreviated(head.classes)}" if head.classes else ""
+        print(f"  {head.name}: {head.task}{classes}, from {targets.abbreviated(head.columns)}")
     print(*reading.notes, sep="\n", end="\n" * bool(reading.notes))
-    extra = [c for c in raw_tables.columns(reading.frame) if c in ("group", "time") or c.startswith("meta.")]
+    extra = [
+        c for c in raw_tables.column_names(reading.frame) if c in ("group", "time") or c.startswith("meta.")
+    ]
     if extra:
-        print(f"  also {targets.listed(extra)}")
+        print(f"  also {targets.abbreviated(extra)}")
     if store.folds_file().is_file() and before not in (None, samples.load().hash):
         print(
             f"{store.shown(store.folds_file())} was made for the table as it was before; comp folds says what to do"
@@ -67,7 +69,7 @@ def prepare(cfg: Config) -> Path:
     return file
 
 
-def read(competition: Competition) -> Reading:
+def read_samples(competition: Competition) -> Prepared:
     """The samples table, not yet written, and what is wrong with its rows."""
     import pandas as pd
 
@@ -105,7 +107,7 @@ def read(competition: Competition) -> Reading:
             )
         frame[f"meta.{name}"] = _feature(rows.columns[name])
     assert isinstance(frame, pd.DataFrame)
-    return Reading(frame, found.heads, faults, [*notes, *found.notes], rows.where)
+    return Prepared(frame, found.heads, faults, [*notes, *found.notes], rows.where)
 
 
 def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
@@ -140,7 +142,7 @@ def _refuse_features(competition: Competition) -> None:
         )
 
 
-def _identified(rows: Rows) -> tuple[pd.DataFrame, list[str]]:
+def _identified(rows: RawRows) -> tuple[pd.DataFrame, list[str]]:
     """Unique ids. Test rows that are numbered like training rows get a prefix; the key that the host scores stays."""
     frame = rows.samples.copy()
     faults = _missing(rows, frame["id"].isna().to_numpy(), "the id")
@@ -158,22 +160,24 @@ def _identified(rows: Rows) -> tuple[pd.DataFrame, list[str]]:
     return frame, faults
 
 
-def _groups(rows: Rows, competition: Competition, name: str) -> tuple[pd.Series, list[str]]:
+def _groups(rows: RawRows, competition: Competition, name: str) -> tuple[pd.Series, list[str]]:
     """As they are written, or in one spelling; where two spellings may be one group, competition.group_spelling says it."""
     text = rows.columns[name]
     counts = {str(key): int(count) for key, count in text.value_counts(sort=False).items()}
     if competition.group_spelling == "merge":
-        return text.map(similar_labels.merged(counts), na_action="ignore"), []
+        return text.map(similar_labels.merge_spellings(counts), na_action="ignore"), []
     if competition.group_spelling == "keep":
         return text, []
     first = text.drop_duplicates()
     places = dict(zip(first, first.index, strict=True))
     return text, [
-        f"{rows.where(places[group])}: {name}: {why}" for group, why in similar_labels.of_groups(counts)
+        f"{rows.where(places[group])}: {name}: {why}" for group, why in similar_labels.group_faults(counts)
     ]
 
 
-def _times(rows: Rows, competition: Competition, name: str, known: NDArray) -> tuple[times.Times, list[str]]:
+def _times(
+    rows: RawRows, competition: Competition, name: str, known: NDArray
+) -> tuple[times.Times, list[str]]:
     text = rows.columns[name]
     present = text.notna().to_numpy()
     found = times.read(text, name, competition.time_format, rows.where)
@@ -187,11 +191,11 @@ def _feature(text: pd.Series) -> pd.Series:
     """A number where every value of train and test is one, text otherwise."""
     import pandas as pd
 
-    numbers = targets.numbers(text)
+    numbers = targets.to_numbers(text)
     if (np.isfinite(numbers) | text.isna().to_numpy()).all():
         return pd.Series(numbers, index=text.index)
     return text
 
 
-def _missing(rows: Rows, missing: NDArray, what: str) -> list[str]:
+def _missing(rows: RawRows, missing: NDArray, what: str) -> list[str]:
     return [f"{rows.where(position)}: {what} is missing" for position in np.flatnonzero(missing).tolist()]

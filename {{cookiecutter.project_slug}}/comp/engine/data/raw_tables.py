@@ -17,7 +17,7 @@ from comp.engine import pages
 from comp.engine.config.competition_schema import Competition, Table
 from comp.engine.config.resolve import nearest
 from comp.engine.data import group_rows, image_key
-from comp.engine.data.rows import Rows, Source
+from comp.engine.data.rows import RawRows, RawTable
 from comp.engine.errors import Refused
 from comp.engine.readers import containers, delimited, layouts, unicode_names
 from comp.engine.store import store
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def load(competition: Competition) -> Rows:
+def load(competition: Competition) -> RawRows:
     """What competition.yaml declares, or what read_samples of competition.py gives instead."""
     import pandas as pd
 
@@ -57,14 +57,14 @@ def load(competition: Competition) -> Rows:
         number = int(np.searchsorted(starts, position, side="right")) - 1
         return opened[number][2].where(position - int(starts[number]))
 
-    has = {name: columns(source.frame) for name, _, source in opened[:2]}
+    has = {name: column_names(source.frame) for name, _, source in opened[:2]}
     samples = pd.concat(parts, ignore_index=True)
     raw_columns = pd.concat([source.frame for _, _, source in opened], ignore_index=True)
-    rows = Rows(samples, raw_columns, has, where)
-    return group_rows.gathered(rows, competition) if competition.gather else rows
+    rows = RawRows(samples, raw_columns, has, where)
+    return group_rows.group_images(rows, competition) if competition.gather else rows
 
 
-def tests(competition: Competition) -> Rows:
+def load_test(competition: Competition) -> RawRows:
     """The test rows alone: a hidden set comes without anything else."""
     raw = store.path(competition.raw)
     hook = pages.get("read_samples")
@@ -72,13 +72,13 @@ def tests(competition: Competition) -> Rows:
         return _own_rows(hook(raw), competition, raw)
     source = _source("test", raw, competition.test, competition)
     samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
-    rows = Rows(samples, source.frame, {"train": [], "test": columns(source.frame)}, source.where)
-    return group_rows.gathered(rows, competition) if competition.gather else rows
+    rows = RawRows(samples, source.frame, {"train": [], "test": column_names(source.frame)}, source.where)
+    return group_rows.group_images(rows, competition) if competition.gather else rows
 
 
-def _source(name: str, raw: Path, table: Table, competition: Competition) -> Source:
+def _source(name: str, raw: Path, table: Table, competition: Competition) -> RawTable:
     if table.files is not None:
-        found = Source(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
+        found = RawTable(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
     else:
         assert table.table is not None
         found = read(raw / table.table)
@@ -86,7 +86,7 @@ def _source(name: str, raw: Path, table: Table, competition: Competition) -> Sou
         if theirs not in found.frame:
             raise Refused(
                 f"configs/competition.yaml: columns: {store.shown(found.file)} has no column {theirs!r}; "
-                f"the nearest is {nearest(theirs, columns(found.frame))[0]!r}"
+                f"the nearest is {nearest(theirs, column_names(found.frame))[0]!r}"
             )
     if name == "test" and table.table == competition.submission.sample:
         found = _once(found, table.id or competition.id)
@@ -94,10 +94,10 @@ def _source(name: str, raw: Path, table: Table, competition: Competition) -> Sou
         kept = found.frame.drop(columns=[name for name in table.columns if name in found.frame])
         called = {ours: found.frame[theirs] for ours, theirs in table.columns.items()}
         found = replace(found, frame=kept.assign(**called))
-    return found if table.long is None else group_rows.widened(found, table, competition)
+    return found if table.long is None else group_rows.pivot_long(found, table, competition)
 
 
-def _once(source: Source, key: str) -> Source:
+def _once(source: RawTable, key: str) -> RawTable:
     """A sample submission may ask for an id in several lines; as the list of the test rows it names each once."""
     if key not in source.frame or source.frame[key].is_unique:
         return source
@@ -106,7 +106,7 @@ def _once(source: Source, key: str) -> Source:
 
 
 def _samples(
-    name: str, table: Table, source: Source, competition: Competition, globs: layouts.Globs
+    name: str, table: Table, source: RawTable, competition: Competition, globs: layouts.Globs
 ) -> pd.DataFrame:
     """id, images, source, row, weight of one table."""
     import pandas as pd
@@ -127,12 +127,14 @@ def _samples(
     return frame
 
 
-def _images(table: Table, source: Source, competition: Competition, globs: layouts.Globs) -> list[list[str]]:
+def _images(
+    table: Table, source: RawTable, competition: Competition, globs: layouts.Globs
+) -> list[list[str]]:
     """The keys of a row's images (image_key.py), one list a row."""
     images = [[path] for path in source.frame[layouts.FILE]] if table.image is None else []
     for template in table.image or []:
         parts = [
-            [unicode_names.on_disk(globs.raw, path) for path in paths(source, part)]
+            [unicode_names.on_disk(globs.raw, path) for path in expand_template(source, part)]
             for part in channels(template)
         ]
         found = parts[0] if len(parts) == 1 else [image_key.joined(each) for each in zip(*parts, strict=True)]
@@ -147,7 +149,7 @@ def _with_columns(images: list[list[str]], frame: pd.DataFrame, competition: Com
     names = competition.image_columns
     if names == "all":  # but for what test rows do not have, and for names that load_image gives itself
         never = {*competition.targets, competition.weight, "image", "file", "images", "source", "row"}
-        names = [name for name in columns(frame) if name not in never]
+        names = [name for name in column_names(frame) if name not in never]
     if not names:
         return images
     cells = frame[names].astype(object)
@@ -162,13 +164,13 @@ def channels(template: str) -> list[str]:
     return parts if all("{" in part for part in parts) else [template]
 
 
-def _ids(source: Source, name: str) -> pd.Series:
+def _ids(source: RawTable, name: str) -> pd.Series:
     """A column, or a template like `{patient}_{side}`."""
     import pandas as pd
 
     if "{" not in name:
         return source.frame[name]
-    return pd.Series(paths(source, name), index=source.frame.index, dtype=object)
+    return pd.Series(expand_template(source, name), index=source.frame.index, dtype=object)
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
@@ -178,8 +180,8 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 }  # fmt: skip
 
 
-def read(file: Path) -> Source:
-    file = plain(file)
+def read(file: Path) -> RawTable:
+    file = unpacked(file)
     if not file.is_file():
         beside = (
             [f.name for f in file.parent.glob("*") if f.suffix in READERS] if file.parent.is_dir() else []
@@ -195,10 +197,10 @@ def read(file: Path) -> Source:
     frame = READERS[file.suffix](file)
     if not len(frame):
         raise Refused(f"{store.shown(file)}: holds no rows")
-    return Source(file, frame)
+    return RawTable(file, frame)
 
 
-def plain(file: Path) -> Path:
+def unpacked(file: Path) -> Path:
     """`train.zip/train.csv`, or `train.csv.zip` with one table in it: unpacked once, read like any other."""
     file = file.parent / unicode_names.on_disk(file.parent, file.name)
     if file.is_file() and file.suffix not in READERS and containers.holds(file):
@@ -218,16 +220,16 @@ def plain(file: Path) -> Path:
     return place
 
 
-def columns(frame: pd.DataFrame) -> list[str]:
+def column_names(frame: pd.DataFrame) -> list[str]:
     return [str(name) for name in frame.columns]
 
 
-def paths(source: Source, template: str) -> list[str]:
+def expand_template(source: RawTable, template: str) -> list[str]:
     """`train/{id[0]}/{id}.png` for every row. `{column[-1]}` and `{column[0:2]}` are parts of its text."""
     import pandas as pd
 
     pieces: list[Sequence[str]] = []
-    for literal, column, part in fields(template):
+    for literal, column, part in template_fields(template):
         if column is None:
             pieces.append([literal] * len(source.frame))
             continue
@@ -249,7 +251,7 @@ def paths(source: Source, template: str) -> list[str]:
     return done
 
 
-def fields(template: str) -> Iterator[tuple[str, str | None, int | slice | None]]:
+def template_fields(template: str) -> Iterator[tuple[str, str | None, int | slice | None]]:
     """(literal, None, None) and ("", column, index or slice) in turn."""
     last = 0
     for found in re.finditer(r"\{([^{}\[\]]+)(?:\[(-?\d+)?(:)?(-?\d+)?\])?\}", template):
@@ -267,7 +269,7 @@ def fields(template: str) -> Iterator[tuple[str, str | None, int | slice | None]
         yield template[last:], None, None
 
 
-def _absent(name: str, source: Source, table: Table, competition: Competition) -> list[str]:
+def _absent(name: str, source: RawTable, table: Table, competition: Competition) -> list[str]:
     """One line for each declared column that the table does not have."""
     wanted = {
         f"{name}.id" if table.id else "id": _names_in(table.id or competition.id),
@@ -282,7 +284,7 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
         single = {"group": competition.group, "time": competition.time, "weight": competition.weight}
         wanted["metadata"] = competition.metadata
         wanted |= {key: [column] for key, column in single.items() if column}
-    there = columns(source.frame)
+    there = column_names(source.frame)
     file = store.shown(source.file) + ":1" * (source.file.suffix in (".csv", ".tsv"))
     return [
         f"configs/competition.yaml: {key}: {file} has no column {column!r}; the nearest is {nearest(column, there)[0]!r}"
@@ -294,16 +296,16 @@ def _absent(name: str, source: Source, table: Table, competition: Competition) -
 
 def _names_in(template: str, bare: bool = True) -> list[str]:
     """The columns of a template; without braces it is a column itself, where that may be."""
-    named = [c for _, c, _ in fields(template) if c is not None]
+    named = [c for _, c, _ in template_fields(template) if c is not None]
     return named or ([template] if bare and "{" not in template else [])
 
 
-def _lacking(source: Source, templates: list[str]) -> list[str]:
-    there = columns(source.frame)
+def _lacking(source: RawTable, templates: list[str]) -> list[str]:
+    there = column_names(source.frame)
     return [c for template in templates for c in _names_in(template) if c not in there]
 
 
-def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
+def _own_rows(frame: Any, competition: Competition, raw: Path) -> RawRows:
     import pandas as pd
 
     said = "comp/competition.py: read_samples"
@@ -316,7 +318,7 @@ def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
     for column in [competition.id, "images", "source", *named]:
         if column not in frame:
             raise Refused(
-                f"{said} returns no column {column!r}; the nearest is {nearest(column, columns(frame))[0]!r}"
+                f"{said} returns no column {column!r}; the nearest is {nearest(column, column_names(frame))[0]!r}"
             )
     wrong = sorted(set(frame["source"].astype(str)) - {"train", "test", "extra"})
     if wrong:
@@ -328,7 +330,7 @@ def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
     text = pd.DataFrame(
         {
             name: delimited.as_text(frame[name])
-            for name in columns(frame)
+            for name in column_names(frame)
             if name not in ("images", "source", "weight", "row")
         }
     )
@@ -340,10 +342,10 @@ def _own_rows(frame: Any, competition: Competition, raw: Path) -> Rows:
     samples["row"] = samples["row"].map(unicode_names.nfc, na_action="ignore")
     samples["weight"] = frame["weight"].astype("float64") if "weight" in frame else 1.0
     has = {
-        source: [c for c in columns(text) if text[c][samples["source"] == source].notna().any()]
+        source: [c for c in column_names(text) if text[c][samples["source"] == source].notna().any()]
         for source in ("train", "test")
     }
-    return Rows(samples, text, has, lambda position: f"{said}: row {position}")
+    return RawRows(samples, text, has, lambda position: f"{said}: row {position}")
 
 
 def _own_key(raw: Path, key: str) -> str:

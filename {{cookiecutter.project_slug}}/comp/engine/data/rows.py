@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawTable:
     """One raw table. `frame` is text, missing values are NA."""
 
     file: Path
@@ -39,7 +39,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RawRows:
     """Train and test rows under each other, whatever they were read from."""
 
     samples: pd.DataFrame  # id, images (list of paths under raw), source, row, weight

@@ -24,7 +24,7 @@ UNNAMED = re.compile(
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleSubmission:
     file: Path
     columns: tuple[str, ...]
     key: int  # position of the id column
@@ -38,58 +38,60 @@ class Sample:
         return [row[self.key] for row in self.rows]
 
     @cached_property
-    def keys(self) -> list[str]:
+    def row_keys(self) -> list[str]:
         """The row of the samples table that each line asks for."""
         return [nfc(each) for each in self.ids]
 
     @property
-    def places(self) -> list[int]:
+    def prediction_positions(self) -> list[int]:
         """Of the columns to fill in."""
         return [i for i in range(len(self.columns)) if i != self.key and i not in self.index]
 
     @property
-    def answers(self) -> tuple[str, ...]:
+    def prediction_columns(self) -> tuple[str, ...]:
         """The columns to fill in."""
-        return tuple(self.columns[i] for i in self.places)
+        return tuple(self.columns[i] for i in self.prediction_positions)
 
     @cached_property
-    def repeated(self) -> dict[str, list[int]]:
+    def repeated_ids(self) -> dict[str, list[int]]:
         """Ids that stand in several lines, and in which."""
         lines: dict[str, list[int]] = {}
         for number, each in enumerate(self.ids, 2):
             lines.setdefault(each, []).append(number)
         return {each: numbers for each, numbers in lines.items() if len(numbers) > 1}
 
-    def once(self) -> Sample:
+    def deduplicated(self) -> SampleSubmission:
         """A line for each id."""
         first: dict[str, list[str]] = {}
-        for key, row in zip(self.keys, self.rows, strict=True):
+        for key, row in zip(self.row_keys, self.rows, strict=True):
             first.setdefault(key, row)
         return self if len(first) == len(self.rows) else replace(self, rows=list(first.values()))
 
-    def filled(self, number: int, cells: Sequence[str]) -> list[str]:
+    def fill(self, number: int, cells: Sequence[str]) -> list[str]:
         """Line `number` with these cells in the columns to fill in."""
         line = list(self.rows[number])
-        for place, cell in zip(self.places, cells, strict=True):
+        for place, cell in zip(self.prediction_positions, cells, strict=True):
             line[place] = cell
         return line
 
 
-def sample_of(competition: Competition) -> Sample:
-    return read_sample(store.path(competition.raw, competition.submission.sample), *keys_of(competition))
+def load_sample(competition: Competition) -> SampleSubmission:
+    return read_sample(
+        store.path(competition.raw, competition.submission.sample), *id_column_candidates(competition)
+    )
 
 
-def keys_of(competition: Competition) -> list[str]:
+def id_column_candidates(competition: Competition) -> list[str]:
     """What the id column of the sample may be called, the likeliest first."""
     row = competition.row
     named = [row if row and "{" not in row else None, competition.id, competition.test.id]
     return [name for name in named if name]
 
 
-def read_sample(file: Path, *keys: str) -> Sample:
+def read_sample(file: Path, *keys: str) -> SampleSubmission:
     """Hosts' files may carry a BOM, quotes, \\r\\n and another separator. The id column is the first of `keys` that the sample
     has, else its first column with a name."""
-    file = raw_tables.plain(file)  # hosts pack samples, too
+    file = raw_tables.unpacked(file)  # hosts pack samples, too
     shown = store.shown(file)
     try:
         numbered = list(delimited.lines(file))
@@ -113,7 +115,9 @@ def read_sample(file: Path, *keys: str) -> Sample:
         twice = next(name for i, name in enumerate(columns) if name in columns[:i])
         raise Refused(f"{shown}:1: the column {twice!r} stands there twice")
     key, index = _columns(columns, keys)
-    return Sample(file, columns, key, [line for _, line in numbered[1:]], delimited.delimiter(file), index)
+    return SampleSubmission(
+        file, columns, key, [line for _, line in numbered[1:]], delimited.delimiter(file), index
+    )
 
 
 def _columns(columns: Sequence[str], keys: Sequence[str]) -> tuple[int, tuple[int, ...]]:
@@ -130,19 +134,19 @@ def index_columns(columns: Sequence[str]) -> list[str]:
     return unnamed if len(columns) - len(unnamed) > 1 else []
 
 
-def rows_of(competition: Competition, sample: Sample, heads: Sequence[Head]) -> list[str]:
+def scored_ids(competition: Competition, sample: SampleSubmission, heads: Sequence[Head]) -> list[str]:
     """The scored rows in the sample's order, each once: its lines, or what several lines of a long form speak of."""
     template = competition.submission.rows
     if template is None:
-        return list(dict.fromkeys(sample.keys))
-    return list(dict.fromkeys(cell.row for cell in long_format.cells(template, sample.keys, heads)))
+        return list(dict.fromkeys(sample.row_keys))
+    return list(dict.fromkeys(cell.row for cell in long_format.parse_ids(template, sample.row_keys, heads)))
 
 
-def refuse_stale(sample: Sample, samples: Samples, ids: list[str] | None = None) -> None:
+def validate_current(sample: SampleSubmission, samples: Samples, ids: list[str] | None = None) -> None:
     """The sample must be the one that `comp prepare` saw: hosts replace files in the middle of a competition."""
     shown, remedy = store.shown(sample.file), "run comp prepare again"
     rows = set(samples.frame["row"].to_numpy()[samples.positions("test")])
-    ids = sample.keys if ids is None else ids  # a long form asks several lines of a row
+    ids = sample.row_keys if ids is None else ids  # a long form asks several lines of a row
     strange = [(line, each) for line, each in enumerate(ids, 2) if each not in rows]
     if strange:
         line, each = strange[0]

@@ -29,7 +29,7 @@ class Samples:
     frame: pd.DataFrame
     heads: tuple[Head, ...]
     hash: str
-    several: bool = (
+    multi_image: bool = (
         False  # images of a sample: then networks join them, also where a test set happens to have one each
     )
 
@@ -37,7 +37,7 @@ class Samples:
         return np.flatnonzero((self.frame["source"] == source).to_numpy())
 
     @cached_property
-    def taught(self) -> Positions:
+    def labeled(self) -> Positions:
         """Everything with labels: train, extra, pseudo. Only source = train is ever scored."""
         return np.flatnonzero((self.frame["source"] != "test").to_numpy())
 
@@ -67,7 +67,7 @@ def load(file: Path | None = None) -> Samples:
     table = pq.read_table(file)
     facts = json.loads(table.schema.metadata[b"comp"])
     heads = tuple(_head(said) for said in facts["heads"])
-    return Samples(table.to_pandas(), heads, facts["hash"], facts["several"])
+    return Samples(table.to_pandas(), heads, facts["hash"], facts["multi_image"])
 
 
 def _head(said: dict[str, Any]) -> Head:
@@ -87,7 +87,7 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None,
     said = {
         "heads": [asdict(head) for head in heads],
         "hash": content_hash(frame, heads),
-        "several": bool((frame["images"].map(len) > 1).any()),
+        "multi_image": bool((frame["images"].map(len) > 1).any()),
     }
     table = table.replace_schema_metadata({"comp": json.dumps(said)})
     with store.writing(file) as temporary:

@@ -16,7 +16,7 @@ MOST = 30  # labels that a proposed line names
 FILE = "configs/competition.yaml"
 
 
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     """The same for texts that differ only in whitespace, case or number format."""
     words = " ".join(text.split()).casefold()
     if re.fullmatch(r"[+-]?\d+(\.\d*)?", words):
@@ -25,21 +25,21 @@ def plain(text: str) -> str:
     return words
 
 
-def merged(counts: Mapping[str, int]) -> dict[str, str]:
+def merge_spellings(counts: Mapping[str, int]) -> dict[str, str]:
     """Every text -> the most frequent of those that differ from it only so; of several the first to occur."""
     speaks: dict[str, str] = {}
     for text in sorted(counts, key=lambda each: -counts[each]):
-        speaks.setdefault(plain(text), text)
-    return {text: speaks[plain(text)] for text in counts}
+        speaks.setdefault(normalized(text), text)
+    return {text: speaks[normalized(text)] for text in counts}
 
 
-def of_labels(
+def label_faults(
     counts: Mapping[str, int], classes: Sequence[str], unknown: str | None
 ) -> list[tuple[str, str]]:
     """(the label to show, what is wrong and the line that resolves it): where competition.classes says nothing."""
-    into = merged(counts)
+    into = merge_spellings(counts)
     apart = [text for text in classes if text in into and into[text] != text]
-    words = [text for text in classes if text in counts and plain(text) in WORDS and text != unknown]
+    words = [text for text in classes if text in counts and normalized(text) in WORDS and text != unknown]
     keeps = f"{FILE}: classes: {_shown(list(classes))}"
     found = []
     if apart:
@@ -57,11 +57,11 @@ def of_labels(
     return found
 
 
-def of_groups(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+def group_faults(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     """The same of groups: where competition.group_spelling says nothing."""
-    into = merged(counts)
+    into = merge_spellings(counts)
     apart = sorted(text for text in counts if into[text] != text)
-    words = sorted(text for text in counts if plain(text) in WORDS)
+    words = sorted(text for text in counts if normalized(text) in WORDS)
     found = []
     if apart:
         first, one = apart[0], into[apart[0]]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.resolve import nearest
 from comp.engine.data import similar_labels
-from comp.engine.data.rows import Rows
-from comp.engine.data.sample_submission import sample_of
+from comp.engine.data.rows import RawRows
+from comp.engine.data.sample_submission import load_sample
 from comp.engine.errors import Refused
 from comp.engine.readers.unicode_names import nfc
 from comp.engine.tasks.kinds import Head
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 SHOWN = 20  # faults on the screen; the rest is a count
 
 
-class Found(NamedTuple):
+class Targets(NamedTuple):
     heads: tuple[Head, ...]
     columns: dict[str, NDArray]  # of the samples table -> values
     faults: list[str]  # one line a wrong row
     notes: tuple[str, ...] = ()  # what is worth knowing of labels that are left out
 
 
-def read(rows: Rows, competition: Competition, known: NDArray) -> Found:
+def read(rows: RawRows, competition: Competition, known: NDArray) -> Targets:
     """Of the rows that have labels. A list of targets is one task together, a mapping one task each."""
     together = isinstance(competition.target, list)
     heads: list[Head] = []
@@ -56,23 +56,23 @@ def read(rows: Rows, competition: Competition, known: NDArray) -> Found:
         notes += found.notes
         if task == "regression" and together:
             break
-    return Found(tuple(heads), columns, faults, tuple(notes))
+    return Targets(tuple(heads), columns, faults, tuple(notes))
 
 
-def _values(rows: Rows, names: list[str], known: NDArray) -> Found:
+def _values(rows: RawRows, names: list[str], known: NDArray) -> Targets:
     text = rows.columns.iloc[known]
-    values = {name: numbers(text[name]) for name in names}
+    values = {name: to_numbers(text[name]) for name in names}
     head = Head("_".join(names), "regression", tuple(names), tuple(f"target.{n}" for n in names))
-    return Found((head,), values, [f for n in names for f in _not_numbers(rows, known, n, values[n])])
+    return Targets((head,), values, [f for n in names for f in _not_numbers(rows, known, n, values[n])])
 
 
-def _labels(rows: Rows, competition: Competition, name: str, task: str, known: NDArray) -> Found:
+def _labels(rows: RawRows, competition: Competition, name: str, task: str, known: NDArray) -> Targets:
     """One label a row, as the code of its class; a binary one may be a share between 0 and 1."""
     text = rows.columns[name].iloc[known]
     if task == "binary" and competition.class_of is None and _soft(text):
-        values = numbers(text)
+        values = to_numbers(text)
         head = Head(name, task, (name,), (f"target.{name}",))
-        return Found((head,), {name: values}, _not_numbers(rows, known, name, values))
+        return Targets((head,), {name: values}, _not_numbers(rows, known, name, values))
     asked = task == "multiclass" and _by_column(competition)
     doubtful = [] if asked else _doubtful(rows, competition, name, text.dropna().items())
     if doubtful and task == "binary":
@@ -96,11 +96,11 @@ def _labels(rows: Rows, competition: Competition, name: str, task: str, known: N
         notes += tuple(f"note: {line}" for line in doubtful)
     else:
         faults += doubtful
-    return Found((head,), {name: values}, faults, notes)
+    return Targets((head,), {name: values}, faults, notes)
 
 
 def _doubtful(
-    rows: Rows, competition: Competition, name: str, labelled: Iterable[tuple[Any, str]]
+    rows: RawRows, competition: Competition, name: str, labelled: Iterable[tuple[Any, str]]
 ) -> list[str]:
     """Labels that may be one class, or none, of (position, label): where competition.classes says nothing of it."""
     if competition.classes is not None:
@@ -110,7 +110,7 @@ def _doubtful(
     for position, label in labelled:
         counts[nfc(label)] += 1
         first.setdefault(nfc(label), int(position))
-    found = similar_labels.of_labels(counts, _sorted(set(counts)), competition.unknown)
+    found = similar_labels.label_faults(counts, _sorted(set(counts)), competition.unknown)
     return [f"{rows.where(first[label])}: {name}: {why}" for label, why in found]
 
 
@@ -125,9 +125,9 @@ def _codes(competition: Competition, classes: Sequence[str]) -> dict[str, float]
 def _no_class(label: str, competition: Competition, classes: Sequence[str]) -> str:
     named = competition.class_of
     if named is not None and nfc(label) not in map(nfc, named):
-        return f"{label!r} is not named by competition.classes, which maps {listed(list(named))}; the nearest is {nearest(label, named)[0]!r}"
+        return f"{label!r} is not named by competition.classes, which maps {abbreviated(list(named))}; the nearest is {nearest(label, named)[0]!r}"
     if named is not None:
-        return f"competition.classes maps {label!r} to a class that is none of {listed(classes)}"
+        return f"competition.classes maps {label!r} to a class that is none of {abbreviated(classes)}"
     return f"{label!r} is none of the {len(classes)} classes, the nearest is {nearest(label, classes)[0]!r}; competition.classes can name them"
 
 
@@ -135,10 +135,12 @@ def _never(competition: Competition, name: str, labels: set[str]) -> tuple[str, 
     """Labels of the mapping that no row has: a slip of the pen looks the same."""
     there = set(map(nfc, labels))
     gone = [label for label in competition.class_of or () if nfc(label) not in there]
-    return (f"note: competition.classes names {listed(gone)}, and no row's {name} is that",) if gone else ()
+    return (
+        (f"note: competition.classes names {abbreviated(gone)}, and no row's {name} is that",) if gone else ()
+    )
 
 
-def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArray) -> Found:
+def _label_strings(rows: RawRows, competition: Competition, name: str, known: NDArray) -> Targets:
     """`3 17 255`: the labels of a row in one cell. An empty cell is a row without any."""
     text = rows.columns[name].iloc[known].fillna("")
     mark = competition.separator
@@ -187,7 +189,7 @@ def _label_strings(rows: Rows, competition: Competition, name: str, known: NDArr
         classes,
         graded if len(graded) < len(classes) else (),
     )
-    return Found((head,), dict(zip(classes, values.T, strict=True)), faults, notes)
+    return Targets((head,), dict(zip(classes, values.T, strict=True)), faults, notes)
 
 
 def _by_column(competition: Competition) -> bool:
@@ -200,11 +202,11 @@ def _spelled(labels: set[str]) -> list[str]:
     return _sorted(set({nfc(label): label for label in sorted(labels)}.values()))
 
 
-def _label_columns(rows: Rows, competition: Competition, known: NDArray) -> Found:
+def _label_columns(rows: RawRows, competition: Competition, known: NDArray) -> Targets:
     """A column of 0 and 1 (or shares) for each label. The sample's columns decide which of them are scored."""
     names = competition.targets
     text = rows.columns.iloc[known]
-    values = {name: numbers(text[name]) for name in names}
+    values = {name: to_numbers(text[name]) for name in names}
     faults = [fault for name in names for fault in _not_numbers(rows, known, name, values[name])]
     for name in names:
         for position in known[(values[name] < 0) | (values[name] > 1)]:
@@ -217,13 +219,15 @@ def _label_columns(rows: Rows, competition: Competition, known: NDArray) -> Foun
     columns = tuple(f"target.{name}" for name in names)
     scored = graded if len(graded) < len(names) else ()
     head = Head("labels", "multilabel", tuple(names), columns, tuple(names), scored)
-    return Found((head,), dict(values), faults)
+    return Targets((head,), dict(values), faults)
 
 
-def _classes(rows: Rows, competition: Competition, name: str, task: str, known: NDArray) -> tuple[str, ...]:
+def _classes(
+    rows: RawRows, competition: Competition, name: str, task: str, known: NDArray
+) -> tuple[str, ...]:
     """Their order: as declared, else as the sample's columns, else sorted."""
     labels = rows.columns[name].iloc[known].dropna()
-    values = numbers(labels)
+    values = to_numbers(labels)
     declared = competition.class_list if len(competition.targets) == 1 else None
     if declared:
         classes = declared
@@ -240,16 +244,16 @@ def _classes(rows: Rows, competition: Competition, name: str, task: str, known: 
         rare = labels.value_counts(sort=True).index[-1]
         place = rows.where(labels.index[labels == rare][0])
         raise Refused(
-            f"{place}: {name} is {rare!r}, and task: binary wants two classes, not {len(classes)}: {listed(classes)}"
+            f"{place}: {name} is {rare!r}, and task: binary wants two classes, not {len(classes)}: {abbreviated(classes)}"
         )
     if len(set(classes)) < len(classes) or len(classes) < 2:
         raise Refused(
-            f"configs/competition.yaml: classes: {name} wants at least two different classes, not {listed(classes)}"
+            f"configs/competition.yaml: classes: {name} wants at least two different classes, not {abbreviated(classes)}"
         )
     return tuple(classes)
 
 
-def _one_hot(rows: Rows, competition: Competition, known: NDArray) -> Found:
+def _one_hot(rows: RawRows, competition: Competition, known: NDArray) -> Targets:
     """One column a class. Rows that are all 0 and one 1 become codes; any other shares that sum to 1 stay as they are."""
     names = competition.targets
     classes = competition.class_list or names
@@ -258,10 +262,10 @@ def _one_hot(rows: Rows, competition: Competition, known: NDArray) -> Found:
         classes = in_sample if set(in_sample) == set(names) else names
     if set(classes) != set(names) or len(classes) != len(names):
         raise Refused(
-            f"configs/competition.yaml: classes: {listed(classes)} are not the target columns {listed(names)}"
+            f"configs/competition.yaml: classes: {abbreviated(classes)} are not the target columns {abbreviated(names)}"
         )
     text = rows.columns.iloc[known]
-    shares = np.column_stack([numbers(text[name]) for name in classes])  # (rows, classes)
+    shares = np.column_stack([to_numbers(text[name]) for name in classes])  # (rows, classes)
     faults = [f for i, name in enumerate(classes) for f in _not_numbers(rows, known, name, shares[:, i])]
     if competition.votes:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
@@ -273,15 +277,15 @@ def _one_hot(rows: Rows, competition: Competition, known: NDArray) -> Found:
     hard = np.isin(shares, (0.0, 1.0)).all(axis=1)
     if hard.all():
         head = Head("class", "multiclass", tuple(classes), ("target.class",), tuple(classes))
-        return Found((head,), {"class": shares.argmax(axis=1)}, faults)
+        return Targets((head,), {"class": shares.argmax(axis=1)}, faults)
     columns = tuple(f"target.{name}" for name in classes)
     head = Head("class", "multiclass", tuple(classes), columns, tuple(classes))
-    return Found((head,), dict(zip(classes, shares.T, strict=True)), faults)
+    return Targets((head,), dict(zip(classes, shares.T, strict=True)), faults)
 
 
 def sample_columns(competition: Competition) -> list[str]:
     """The columns of the sample submission that are to be filled in, in their order."""
-    return list(sample_of(competition).answers)
+    return list(load_sample(competition).prediction_columns)
 
 
 def _sorted(labels: set[str]) -> list[str]:
@@ -292,7 +296,7 @@ def _sorted(labels: set[str]) -> list[str]:
         return sorted(labels)
 
 
-def _not_numbers(rows: Rows, known: NDArray, name: str, values: NDArray) -> list[str]:
+def _not_numbers(rows: RawRows, known: NDArray, name: str, values: NDArray) -> list[str]:
     return [
         f"{rows.where(p)}: {name}: "
         + (f"{label!r} is not a number" if isinstance(label, str) else "the label is missing")
@@ -301,7 +305,7 @@ def _not_numbers(rows: Rows, known: NDArray, name: str, values: NDArray) -> list
     ]
 
 
-def numbers(text: pd.Series) -> NDArray[np.float64]:
+def to_numbers(text: pd.Series) -> NDArray[np.float64]:
     """NaN where the text is none."""
     import pandas as pd
 
@@ -310,10 +314,10 @@ def numbers(text: pd.Series) -> NDArray[np.float64]:
 
 def _soft(labels: pd.Series) -> bool:
     """Shares between 0 and 1 rather than two classes."""
-    values = np.unique(numbers(labels.dropna()))
+    values = np.unique(to_numbers(labels.dropna()))
     return bool(len(values) > 2 and values.min() >= 0 and values.max() <= 1)
 
 
-def listed(names: Sequence[str]) -> str:
+def abbreviated(names: Sequence[str]) -> str:
     names = list(names)
     return ", ".join(names if len(names) <= 6 else [*names[:4], "…", names[-1]])

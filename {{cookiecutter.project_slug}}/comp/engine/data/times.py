@@ -52,7 +52,7 @@ def read(text: pd.Series, name: str, declared: str | None, where: Callable[[int]
         packed = _packed(text, present, name, where)
         if packed is not None:
             return packed
-    values = targets.numbers(text)
+    values = targets.to_numbers(text)
     if np.isfinite(values[text.notna().to_numpy()]).any():
         return Times(values, f"time: {name}: numbers, and folds.gap is in their unit", "all numbers, or all dates like 2020-01-31")  # fmt: skip
     return Times(
@@ -63,10 +63,10 @@ def read(text: pd.Series, name: str, declared: str | None, where: Callable[[int]
 def _declared(text: pd.Series, name: str, declared: str) -> Times:
     if declared == "number":
         return Times(
-            targets.numbers(text), f"time: {name}: numbers, and folds.gap is in their unit", "a number"
+            targets.to_numbers(text), f"time: {name}: numbers, and folds.gap is in their unit", "a number"
         )
     if declared in UNIX:
-        values = np.asarray(targets.numbers(text) / (86400 * UNIX[declared]), np.float64)
+        values = np.asarray(targets.to_numbers(text) / (86400 * UNIX[declared]), np.float64)
     else:
         values = _days(text, declared)
     return Times(values, f"time: {name}: {declared}, and folds.gap is in days", f"time_format: {declared}")

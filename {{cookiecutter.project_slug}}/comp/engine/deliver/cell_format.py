@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from comp.engine.config.competition_schema import Submission
 from comp.engine.config.resolve import nearest
-from comp.engine.data.sample_submission import Sample
+from comp.engine.data.sample_submission import SampleSubmission
 from comp.engine.errors import Refused
 from comp.engine.tasks.kinds import Head
 
@@ -110,7 +110,7 @@ def form_of(
     return Form(name, low, high, sums_to_one, frozenset(classes or ()), most, none)
 
 
-def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: Sample) -> Form:
+def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: SampleSubmission) -> Form:
     """What the cells of this submission may hold."""
     if isinstance(rules.form, dict) and rules.rows is None:
         by_name = {head.name: head for head in heads}
@@ -122,7 +122,7 @@ def rules_of_cells(rules: Submission, heads: Sequence[Head], sample: Sample) -> 
                 most=rules.k,
                 none=rules.none,
             )
-            for name in sample.answers
+            for name in sample.prediction_columns
             if name in by_name
         )
         return Form("mixed", -math.inf, math.inf, False, frozenset(), columns=each)

@@ -10,8 +10,8 @@ import numpy as np
 from comp import submission
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config.schema import Config
-from comp.engine.data.prepare import Reading
-from comp.engine.data.sample_submission import rows_of, sample_of
+from comp.engine.data.prepare import Prepared
+from comp.engine.data.sample_submission import load_sample, scored_ids
 from comp.engine.data.samples import Samples
 from comp.engine.deliver import validate
 from comp.engine.deliver.submission_format import refuse_misfit
@@ -22,20 +22,20 @@ NUMBERS = 2_000_000  # predictions at most: of more, the first lines of the samp
 NAME = "a submission of made-up predictions"
 
 
-def written(cfg: Config, reading: Reading) -> tuple[list[str], list[str]]:
+def written(cfg: Config, reading: Prepared) -> tuple[list[str], list[str]]:
     """Faults, and notes; nothing reaches the disk."""
     heads = reading.heads
     try:
         refuse_misfit(cfg.competition.submission, heads)
-        sample = sample_of(cfg.competition)
+        sample = load_sample(cfg.competition)
         lines = max(1, NUMBERS // sum(len(head.outputs) for head in heads))
         sample = replace(sample, rows=sample.rows[:lines])
-        ids = set(rows_of(cfg.competition, sample, heads))
+        ids = set(scored_ids(cfg.competition, sample, heads))
         test = (reading.frame["source"] == "test") & reading.frame["row"].isin(ids)
         rows = np.flatnonzero(test.to_numpy())
         if ids - set(reading.frame["row"].iloc[rows]):
             return [], []  # other rows than the sample's: check has a line for each
-        table = Samples(reading.frame, heads, "", several=False)
+        table = Samples(reading.frame, heads, "", multi_image=False)
         made_up = PredictionSet(
             rows.astype(np.int32),
             None,
@@ -55,7 +55,7 @@ def made(head: Head, table: Samples, rows: int) -> Array:
     if head.task == "ordinal":
         return head.row.store(favoured[:, None].astype(np.float64))
     if head.task == "regression":
-        taught = table.targets(head)[table.taught]
+        taught = table.targets(head)[table.labeled]
         return np.tile(np.nanmean(taught, axis=0), (rows, 1))
     likely = favoured[:, None] == np.arange(len(head.outputs))
     if head.exclusive:

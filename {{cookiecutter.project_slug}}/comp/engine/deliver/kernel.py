@@ -139,7 +139,7 @@ def about(cfg: Config, table: Samples, name: str, leaves: list[dict[str, Any]]) 
         "competition": cfg.competition.slug,
         "leaves": leaves,
         "heads": [asdict(head) for head in table.heads],
-        "several": table.several,
+        "multi_image": table.multi_image,
         "prior": {head.name: predictions.prior(head, table, split).tolist() for head in table.heads},
         "made_with": said["versions"],
         "samples": table.hash,

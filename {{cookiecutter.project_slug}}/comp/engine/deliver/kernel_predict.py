@@ -57,7 +57,7 @@ def predict() -> Path:
     table = test_rows(
         base.model_copy(update={"competition": home}),
         tuple(_head(each) for each in about["heads"]),
-        about["several"],
+        about["multi_image"],
     )
     rows = table.positions("test")
     ready = time.perf_counter() - began
@@ -205,7 +205,7 @@ def test_rows(cfg: Config, heads: tuple[Head, ...], several: bool) -> Samples:
 
     from comp.engine.data import raw_tables
 
-    rows = raw_tables.tests(cfg.competition)
+    rows = raw_tables.load_test(cfg.competition)
     mine = (rows.samples["source"] == "test").to_numpy()
     table = rows.samples[mine].reset_index(drop=True)
     if cfg.competition.metadata:
@@ -295,11 +295,11 @@ def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values
 def written(cfg: Config, table: Samples, name: str, heads: Values, working: Path) -> Path:
     from comp import submission
     from comp.engine.bank.predictions import PredictionSet
-    from comp.engine.data.sample_submission import sample_of
+    from comp.engine.data.sample_submission import load_sample
 
     rows = table.positions("test")
     said = PredictionSet(rows.astype(np.int32), None, heads, {"kind": "test"})
-    sample = sample_of(cfg.competition)
+    sample = load_sample(cfg.competition)
     made, form = submission.filled(cfg, table, name, said, sample, submission.fitted_cuts)
     submission.put(working / "submission.csv", made, form, sample)
     return working / "submission.csv"

@@ -23,7 +23,7 @@ from comp.engine.config import resolve
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, raw_tables, samples
-from comp.engine.data.sample_submission import keys_of, read_sample
+from comp.engine.data.sample_submission import id_column_candidates, read_sample
 from comp.engine.deliver import kernel, validate
 from comp.engine.deliver.cell_format import rules_of_cells
 from comp.engine.errors import Refused
@@ -140,7 +140,7 @@ def _run(cfg: Config, name: str, space: Path, hidden: bool, python: str) -> dict
             last,
         )
     home = cfg.competition
-    sample = read_sample(place / "input" / home.slug / home.submission.sample, *keys_of(home))
+    sample = read_sample(place / "input" / home.slug / home.submission.sample, *id_column_candidates(home))
     rules = rules_of_cells(home.submission, samples.load().heads, sample)
     validate.check((place / "working" / "submission.csv").read_bytes(), "submission.csv", sample, rules)
     half = any(runner.stored_config(leaf["run"]).train.amp != "fp32" for leaf in kernel.leaves_of(name))
@@ -226,9 +226,13 @@ def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> No
     key = home.test.id or home.id
     before = chosen[key].tolist()
     after = [f"hidden{i:06d}" for i in range(number)] if hidden else before
-    came_from = [raw_tables.paths(raw_tables.Source(source.file, chosen), each) for each in home.test.image]
+    came_from = [
+        raw_tables.expand_template(tables.RawTable(source.file, chosen), each) for each in home.test.image
+    ]
     chosen = chosen.assign(**{key: after})
-    goes_to = [raw_tables.paths(raw_tables.Source(source.file, chosen), each) for each in home.test.image]
+    goes_to = [
+        raw_tables.expand_template(tables.RawTable(source.file, chosen), each) for each in home.test.image
+    ]
     pairs = [
         (i, *pair)
         for old, new in zip(came_from, goes_to, strict=True)
@@ -244,7 +248,7 @@ def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> No
             place.write_bytes(data)
     if home.test.table != home.submission.sample:
         _write(target / home.test.table, chosen)
-    sample = read_sample(raw / home.submission.sample, *keys_of(home))
+    sample = read_sample(raw / home.submission.sample, *id_column_candidates(home))
     lines = [list(sample.rows[0]) for _ in after]
     for number, (line, each) in enumerate(zip(lines, after, strict=True)):
         line[sample.key] = each
@@ -268,9 +272,11 @@ def _plain(home: Competition, raw: Path) -> bool:
     ):
         return False
     few = raw_tables.read(raw / str(home.test.table))
-    few = raw_tables.Source(few.file, few.frame.head(20))
+    few = tables.RawTable(few.file, few.frame.head(20))
     # Inside an archive, or several channels in one path: no files that could be cut.
-    return all(any((raw / path).is_file() for path in raw_tables.paths(few, each)) for each in templates)
+    return all(
+        any((raw / path).is_file() for path in raw_tables.expand_template(few, each)) for each in templates
+    )
 
 
 def _write(place: Path, frame: Any) -> None:

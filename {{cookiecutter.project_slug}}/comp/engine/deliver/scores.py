@@ -221,8 +221,8 @@ def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> report.Score
 
 def _scored(rows: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:
     """What is drawn: rows that the host scores, of several samples of one the first; and their groups."""
-    oof = split.scored
-    here = score.lines(rows, oof, split.of_sample[0][oof]).rows
+    oof = split.oof_rows
+    here = score.lines(rows, oof, split.assignment[0][oof]).rows
     return here, score.groups_of(rows, here)
 
 

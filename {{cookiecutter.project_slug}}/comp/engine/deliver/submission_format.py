@@ -10,7 +10,7 @@ import numpy as np
 from comp.engine.bank import thresholds as decide
 from comp.engine.config.competition_schema import Submission
 from comp.engine.data import long_format
-from comp.engine.data.sample_submission import Sample
+from comp.engine.data.sample_submission import SampleSubmission
 from comp.engine.errors import Refused
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Array, Head
@@ -65,7 +65,7 @@ def from_form(
     rules: Submission,
     heads: Sequence[Head],
     answers: Answers,
-    sample: Sample,
+    sample: SampleSubmission,
     cuts: Cuts,
     ids: Sequence[str] | None = None,
 ) -> Written:
@@ -73,13 +73,13 @@ def from_form(
     notes: list[str] = []
     cells: Sequence[Sequence[str]]
     if rules.rows is not None:
-        cells = _long(rules, heads, answers, sample, cuts, ids or sample.keys, notes)
+        cells = _long(rules, heads, answers, sample, cuts, ids or sample.row_keys, notes)
     else:
-        once = sample.once()
-        columns = _columns(rules, heads, answers, once, cuts, once.answers, notes)
-        by_row = dict(zip(once.keys, zip(*columns, strict=True), strict=True))
-        cells = [by_row[key] for key in sample.keys]
-    lines = [sample.filled(number, line) for number, line in enumerate(cells)]
+        once = sample.deduplicated()
+        columns = _columns(rules, heads, answers, once, cuts, once.prediction_columns, notes)
+        by_row = dict(zip(once.row_keys, zip(*columns, strict=True), strict=True))
+        cells = [by_row[key] for key in sample.row_keys]
+    lines = [sample.fill(number, line) for number, line in enumerate(cells)]
     return Written([list(sample.columns), *lines], notes)
 
 
@@ -87,7 +87,7 @@ def _columns(
     rules: Submission,
     heads: Sequence[Head],
     answers: Answers,
-    sample: Sample,
+    sample: SampleSubmission,
     cuts: Cuts,
     asked: Sequence[str],
     notes: list[str],
@@ -116,7 +116,7 @@ def _long(
     rules: Submission,
     heads: Sequence[Head],
     answers: Answers,
-    sample: Sample,
+    sample: SampleSubmission,
     cuts: Cuts,
     ids: Sequence[str],
     notes: list[str],
@@ -125,17 +125,17 @@ def _long(
     assert rules.rows is not None
     place = {each: i for i, each in enumerate(ids)}
     if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
-        lines = long_format.cells(rules.rows, sample.keys, heads)
+        lines = long_format.parse_ids(rules.rows, sample.row_keys, heads)
         tables = {
-            head.name: numbers(rules, [head], answers, sample, notes, sample.answers).tolist()
+            head.name: numbers(rules, [head], answers, sample, notes, sample.prediction_columns).tolist()
             for head in heads
         }
         return [list(map(repr, tables[line.name][place[line.row]])) for line in lines]
-    if len(sample.answers) != 1:
+    if len(sample.prediction_columns) != 1:
         raise Refused(
-            f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.answers)}"
+            f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.prediction_columns)}"
         )
-    lines = long_format.cells(rules.rows, sample.keys, heads)
+    lines = long_format.parse_ids(rules.rows, sample.row_keys, heads)
     asked = list(dict.fromkeys(line.name for line in lines))
     columns = _columns(rules, heads, answers, sample, cuts, asked, notes)
     by_name = dict(zip(asked, columns, strict=True))
@@ -146,7 +146,7 @@ def numbers(
     rules: Submission,
     heads: Sequence[Head],
     answers: Answers,
-    sample: Sample,
+    sample: SampleSubmission,
     notes: list[str],
     asked: Sequence[str],
 ) -> Array:
@@ -181,7 +181,9 @@ def numbers(
     return np.column_stack([outputs[column] for column in asked])
 
 
-def clipped(table: Array, limits: Sequence[float] | None, sample: Sample, notes: list[str]) -> Array:
+def clipped(
+    table: Array, limits: Sequence[float] | None, sample: SampleSubmission, notes: list[str]
+) -> Array:
     """A regression oversteps its range a little, and one such value makes a host refuse the file. Far out is a fault."""
     if limits is None:
         return table
@@ -190,7 +192,7 @@ def clipped(table: Array, limits: Sequence[float] | None, sample: Sample, notes:
     far = np.argwhere((table < low - room) | (table > high + room))
     if len(far):
         row, column = far[0]
-        named = sample.answers[column] if column < len(sample.answers) else str(column)
+        named = sample.prediction_columns[column] if column < len(sample.prediction_columns) else str(column)
         raise Refused(
             f"row {sample.ids[row]!r}, column {named!r}: the model says {table[row, column]:g}, far outside the range "
             f"[{low:g}, {high:g}] of competition.submission.range (and {len(far) - 1} more like it)"
@@ -207,7 +209,7 @@ def labels(
     rules: Submission,
     heads: Sequence[Head],
     answers: Answers,
-    sample: Sample,
+    sample: SampleSubmission,
     cuts: Cuts,
     notes: list[str],
     asked: Sequence[str],

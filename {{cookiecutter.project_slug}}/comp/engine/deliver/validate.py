@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from comp.engine.config.resolve import nearest
-from comp.engine.data.sample_submission import Sample, read_sample
+from comp.engine.data.sample_submission import SampleSubmission, read_sample
 from comp.engine.deliver.cell_format import Form, form_of, likeness, some
 from comp.engine.errors import Refused
 from comp.engine.store import store
@@ -41,7 +41,7 @@ def validate(
     check(file.read_bytes(), store.shown(file), read_sample(sample_file, *([key] if key else [])), rules)
 
 
-def check(data: bytes, name: str, sample: Sample, form: Form) -> None:
+def check(data: bytes, name: str, sample: SampleSubmission, form: Form) -> None:
     lines = _lines(data, name, sample.delimiter)
     _header(_cells(lines[0], f"{name}:1", sample.delimiter), name, sample)
     given: list[str] = []
@@ -114,7 +114,7 @@ def written(cells: Sequence[str], delimiter: str) -> str:
     return quoted.getvalue()
 
 
-def _header(columns: list[str], name: str, sample: Sample) -> None:
+def _header(columns: list[str], name: str, sample: SampleSubmission) -> None:
     if tuple(columns) == sample.columns:
         return
     wanted = list(sample.columns)
@@ -137,7 +137,7 @@ def _header(columns: list[str], name: str, sample: Sample) -> None:
     raise Refused(f"{where} {columns[first]!r} stands where the sample has {wanted[first]!r}")
 
 
-def _ids(given: list[str], name: str, sample: Sample) -> Iterator[str]:
+def _ids(given: list[str], name: str, sample: SampleSubmission) -> Iterator[str]:
     """Unknown, duplicate, missing, reordered: each explains the ones after it, so only the first kind is told."""
     key, wanted = repr(sample.columns[sample.key]), sample.ids
     places = {each: number for number, each in enumerate(wanted, 2)}
@@ -171,13 +171,13 @@ def _ids(given: list[str], name: str, sample: Sample) -> Iterator[str]:
             yield f"{name}:{number}: row {each!r}, column {key}: the sample has {right!r} here; the order of its rows must be kept"
 
 
-def _row(cells: list[str], where: str, sample: Sample, number: int, form: Form) -> Iterator[str]:
-    names = sample.answers
+def _row(cells: list[str], where: str, sample: SampleSubmission, number: int, form: Form) -> Iterator[str]:
+    names = sample.prediction_columns
     if number < len(sample.rows):
         line = sample.rows[number]
         for i in sample.index:
             if cells[i] != line[i]:
                 yield f"{where}, column {sample.columns[i]!r}: {cells[i]!r}, where the sample has {line[i]!r}"
-    for place, fault in form.faults([cells[i] for i in sample.places]):
+    for place, fault in form.faults([cells[i] for i in sample.prediction_positions]):
         columns = f"columns {names[0]!r} to {names[-1]!r}" if place is None else f"column {names[place]!r}"
         yield f"{where}, {columns}: {fault}"

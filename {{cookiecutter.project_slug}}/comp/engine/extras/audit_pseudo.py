@@ -75,7 +75,7 @@ def _copies(
     run: str, cfg: Config, table: pd.DataFrame, name: str, rows: Samples, split: Folds
 ) -> list[Finding]:
     """Pseudo-labelled test rows whose files have the bytes of rows that their fold scores."""
-    images = exact_duplicates.by_bytes(cfg, rows)
+    images = exact_duplicates.find_by_bytes(cfg, rows)
     found: list[Finding] = []
     for number in range(split.count):
         joined = pseudo_rows.with_lines(rows, table, name, number)

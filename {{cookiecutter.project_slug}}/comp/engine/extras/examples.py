@@ -60,7 +60,7 @@ def _paths(found: Found, raw: Path, kind: str, some: pd.DataFrame) -> list[str]:
         return some[layouts.FILE].tolist()
     template = found.says[f"{kind}.image"]
     try:
-        paths = raw_tables.paths(raw_tables.Source(raw, some), template)
+        paths = raw_tables.expand_template(tables.RawTable(raw, some), template)
     except (UserError, KeyError):  # a guess that names no column; said already
         return [""] * len(some)
     globs = layouts.Globs(raw)

@@ -46,7 +46,7 @@ def explain(run: str, ids: list[str], count: int) -> Path:
     sheet = Image.new("RGB", (GAP + 3 * (SIDE + GAP), TITLE + len(rows) * (SIDE + TITLE)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{run}: the picture, Grad-CAM, SmoothGrad", "black")
-    of_row = context.folds.of_sample[0]
+    of_row = context.folds.assignment[0]
     networks: dict[int, nn.Module] = {}
     bar = tqdm(list(zip(rows, captions, strict=True)), desc="explaining", unit="row", leave=False, delay=2,
                disable=None if cfg.machine.progress else True)  # fmt: skip

@@ -68,7 +68,7 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
     _needs_onnx()
     context = runner.gather(cfg)
-    if context.feed.several or context.feed.metadata is not None:
+    if context.feed.multi_image or context.feed.metadata is not None:
         raise Refused(
             f"{run}: looks at several images or at metadata, and an exported network takes one picture"
         )

@@ -90,7 +90,7 @@ def sample(raw: Path, tables: list[str]) -> tuple[str, pd.DataFrame]:
     best = min(named, key=lambda name: ("sample" not in name.lower(), name.count("/"), len(name)))
     host, frame = read_sample(raw / best), raw_tables.read(raw / best).frame
     key = host.columns[host.key]
-    return best, frame[[key, *host.answers]].drop_duplicates(key, ignore_index=True)
+    return best, frame[[key, *host.prediction_columns]].drop_duplicates(key, ignore_index=True)
 
 
 def opened(raw: Path, tables: list[str], found: Found) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -55,7 +55,7 @@ class World:
 
     @property
     def fold(self) -> NDArray[np.int64]:
-        return self.folds.of_sample[0]
+        return self.folds.assignment[0]
 
 
 def world(seed: int, rows: int = ROWS) -> World:

@@ -142,7 +142,7 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     from comp.engine.data import exact_duplicates
     from comp.engine.data import fold_audit as folds_audit
 
-    images = exact_duplicates.by_bytes(cfg, rows)
+    images = exact_duplicates.find_by_bytes(cfg, rows)
     ids = rows.frame["id"].to_numpy(object)
     shared = folds_audit.shared_images(rows, split, images, images.by_bytes)
     found: list[Finding] = [
@@ -156,7 +156,7 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     if len(shared) > SHOWN:
         more = f"{len(shared) - SHOWN} more pictures; comp folds --duplicates lists all"
         found.append(Leak("duplicates across folds", more, "hash"))
-    used = {images.names[at] for at in images.image[np.isin(images.sample, rows.taught)]}
+    used = {images.names[at] for at in images.image[np.isin(images.sample, rows.labeled)]}
     if unread := [why for name, why in images.unread.items() if name in used]:
         found.append(NotChecked(f"duplicates among {len(unread)} images that cannot be read", unread[0]))
     return found

@@ -209,11 +209,11 @@ def _tell(frame: pd.DataFrame, rows: Samples, split: Folds) -> None:
     if body:
         same = f", {int((by_row['label'].nunique() == 1)[everywhere].sum())} of them with one label"
     position = pd.Series(np.arange(len(rows.frame)), rows.frame["id"])
-    fold = split.of_sample[:, position.loc[mine["id"]].to_numpy()]
+    fold = split.assignment[:, position.loc[mine["id"]].to_numpy()]
     k = int(split.meta["k"])
     repeat, number = np.divmod(mine["fold"].to_numpy(np.int64), k)
     where = fold[repeat, np.arange(len(mine))]
-    if out := int(((where == number) | (where == folds.LOCKED)).sum()):
+    if out := int(((where == number) | (where == folds.HOLDOUT)).sum()):
         print(
             f"{out} of these lines do not train: their image is a copy of one that their fold, or the hold-out, scores"
         )

@@ -110,7 +110,9 @@ def _of(cfg: Config, rows: Samples, split: Folds, name: str, head: Head) -> list
     groups = score.groups_of(rows, here.rows)
     groups = None if groups is None else nested_cv.units(groups)
     own = Scored(ask.metric, ask.truth, ask.answer, ask.frame, groups)
-    probability = aggregate.merged(here.keys, said.probability(head)[kept], here.order, cfg.competition.merge)
+    probability = aggregate.aggregate_rows(
+        here.keys, said.probability(head)[kept], here.order, cfg.competition.merge
+    )
     parts = [
         *_by_class(own, head, probability),
         *((label, mine, own) for label, mine in _slices(rows, here.rows)),

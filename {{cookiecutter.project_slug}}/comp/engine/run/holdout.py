@@ -15,7 +15,7 @@ from comp.engine.store import store
 
 def look(context: Context, run: str) -> str:
     cfg, samples, folds = context.cfg, context.samples, context.folds
-    rows = folds.locked()
+    rows = folds.holdout_rows()
     if not len(rows):
         raise Refused(
             "data/folds.parquet: no row is locked away; folds.holdout in configs/competition.yaml says how many are"

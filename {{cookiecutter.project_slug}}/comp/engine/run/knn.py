@@ -34,7 +34,7 @@ def beside(weights: Path) -> Path:
 def size(cfg: Config, samples: Samples) -> int:
     """Bytes of a fold's gallery, at most."""
     embeds = loss_knobs.embedding(cfg, samples.heads)
-    return 0 if embeds is None else len(samples.taught) * (4 * int(embeds.knobs["embedding"]) + 4)
+    return 0 if embeds is None else len(samples.labeled) * (4 * int(embeds.knobs["embedding"]) + 4)
 
 
 def write(file: Path, embeddings: Values, codes: NDArray[np.int64]) -> None:

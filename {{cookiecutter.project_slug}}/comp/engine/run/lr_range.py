@@ -187,7 +187,7 @@ class _Unscored(Folds):
 def _span(context: Context) -> schedule.Span:
     cfg = context.cfg
     taught = context.folds.split(0)[0][: cfg.train.limit]
-    drawn = data.epoch_list(taught, 0, 0, class_balance.drawing(cfg, context.samples, taught))
+    drawn = data.epoch_list(taught, 0, 0, class_balance.make_sampler(cfg, context.samples, taught))
     return schedule.span(cfg, len(drawn))
 
 

@@ -40,7 +40,7 @@ def rows(context: Context, number: int | str) -> tuple[Positions, Positions, Pos
     judged = taught[:0]
     if run_members.chooses(cfg):
         if cfg.select.on == "inner":
-            taught, judged = folds.inner(number, cfg.select.share)
+            taught, judged = folds.inner_split(number, cfg.select.share)
         elif number == "full":
             raise Refused(
                 "--fold full: there are no scored rows to choose on; select.on=inner, or select.name=last and no greedy soup"
@@ -83,7 +83,7 @@ class Bench:
 
     def __init__(self, cfg: Config, samples: Samples, folds: Folds, rows: Positions):
         self.cfg, self.samples, self.rows = cfg, samples, rows
-        place = folds.units(rows, "fifths")[1]
+        place = folds.shuffled_groups(rows, "fifths")[1]
         part = place * FIFTHS // (place.max() + 1)
         every = [np.ones(len(rows), bool)]
         if cfg.select.on == "fold":

@@ -21,7 +21,7 @@ def draw(loaded: Loaded, experiment: str) -> None:
     """Fold 0 speaks for the others: they differ by a few steps."""
     table = samples.load()
     split = folds.load(table)
-    folds.refuse_other_plan(split, loaded)
+    folds.validate_plan(split, loaded)
     cfg = loaded.config
     if cfg.data.pseudo is not None:
         pseudo_rows.check(cfg, split)
@@ -32,7 +32,7 @@ def draw(loaded: Loaded, experiment: str) -> None:
         from comp import data
         from comp.engine.data import class_balance
 
-        drawn = len(data.epoch_list(taught, 0, 0, class_balance.drawing(cfg, table, taught)))
+        drawn = len(data.epoch_list(taught, 0, 0, class_balance.make_sampler(cfg, table, taught)))
     span = schedule.span(cfg, drawn)
     curve = schedule.curve(cfg, span)
     file = store.path("runs", f"{experiment}-schedule.png")

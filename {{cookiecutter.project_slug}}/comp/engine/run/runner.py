@@ -148,7 +148,7 @@ def gather(
     table = samples.load()
     split = folds.load(table)
     if loaded is not None:
-        folds.refuse_other_plan(split, loaded)
+        folds.validate_plan(split, loaded)
     pretrained.check(cfg, split)
     score.metric_of(cfg)
     loss_knobs.of(cfg, table.heads)
@@ -176,8 +176,8 @@ def gather(
     feed, clock = Feed(cfg, table, device), Clock(device, profile)
     distillation.refuse(cfg, table.heads)
     consistency.refuse(cfg, table.heads)
-    mixup.refuse(cfg, table.heads, feed.several)
-    if cfg.model.pool != "mean" and not feed.several:
+    mixup.refuse(cfg, table.heads, feed.multi_image)
+    if cfg.model.pool != "mean" and not feed.multi_image:
         raise Refused(
             f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
         )

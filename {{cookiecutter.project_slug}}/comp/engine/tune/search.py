@@ -212,7 +212,7 @@ def _agree(joined: Joined, loaded: resolve.Loaded) -> None:
 
     table = samples.load()
     split = folds.load(table)
-    folds.refuse_other_plan(split, loaded)
+    folds.validate_plan(split, loaded)
     identity: dict[str, Any] = {
         **{key: space.label(value) for key, value in resolve.identity(joined.cfg).items()},
         "space": store.digest([repr(knob) for knob in joined.space.knobs]),
