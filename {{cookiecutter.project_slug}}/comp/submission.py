@@ -15,9 +15,9 @@ from comp.engine.bank import bank, merge
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import resolve, run_members
 from comp.engine.config.schema import Config
-from comp.engine.data import aggregate, folds, samples
+from comp.engine.data import folds, samples
 from comp.engine.data.sample_submission import SampleSubmission, load_sample, scored_ids, validate_current
-from comp.engine.data.samples import Samples
+from comp.engine.data.samples import Samples, aggregate_rows
 from comp.engine.deliver import validate
 from comp.engine.deliver.cell_format import Form, rules_of_cells, some
 from comp.engine.deliver.submission_format import Answers, Cuts, Written, from_form, refuse_misfit
@@ -113,7 +113,7 @@ def scored_rows(
         if len(gaps):
             where = f"{name}: row {keys[gaps[0]]!r}, output {head.name!r}"
             raise Refused(f"{where}: no prediction; {len(gaps)} of {len(keys)} rows have none")
-        answers[head.name] = aggregate.aggregate_rows(keys, prediction.probability(head), ids, how)
+        answers[head.name] = aggregate_rows(keys, prediction.probability(head), ids, how)
     first = dict(zip(keys[::-1], prediction.row[::-1], strict=True))
     return samples.frame.iloc[[first[each] for each in ids]].reset_index(drop=True), answers
 

@@ -20,9 +20,8 @@ from comp.engine.bank import nested_cv, thresholds
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config.schema import Config
-from comp.engine.data import aggregate
 from comp.engine.data.folds import Folds
-from comp.engine.data.samples import Positions, Samples
+from comp.engine.data.samples import Positions, Samples, aggregate_rows, unique_rows
 from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 from comp.engine.tasks.kinds import TASKS, Array, Head
@@ -135,7 +134,7 @@ class Lines(NamedTuple):
 
 def lines(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> Lines:
     keys = samples.frame["row"].to_numpy()[rows]
-    order = aggregate.unique_rows(keys)
+    order = unique_rows(keys)
     return Lines(keys, order, *_one_fold_a_row(keys, order, rows, fold))
 
 
@@ -152,7 +151,7 @@ class Asked(NamedTuple):
 def asked(cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: Lines) -> Asked:
     """probability: of every sample."""
     metric = metric_of(cfg, head)
-    merged = aggregate.aggregate_rows(here.keys, probability, here.order, cfg.competition.merge)
+    merged = aggregate_rows(here.keys, probability, here.order, cfg.competition.merge)
     said, cuts = answers(metric, head, merged, samples, folds, here.rows, here.fold)
     truth = graded_only(head, samples.truth(head, here.rows))
     return Asked(metric, truth, said, scored(samples, here.rows), cuts)

@@ -18,7 +18,7 @@ from comp.engine import hardware, pages
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data import exact_duplicates, image_key, image_loader, long_format, prepare, samples
+from comp.engine.data import exact_duplicates, image_key, image_loader, prepare, sample_submission, samples
 from comp.engine.data.prepare import Prepared
 from comp.engine.data.sample_submission import SampleSubmission, load_sample
 from comp.engine.errors import UserError
@@ -115,7 +115,7 @@ def _against_sample(cfg: Config, reading: Prepared) -> tuple[list[str], list[str
         sample = load_sample(competition)
         lines = sample.row_keys
         if rules.rows is not None:
-            lines = [cell.row for cell in long_format.parse_ids(rules.rows, lines, reading.heads)]
+            lines = [cell.row for cell in sample_submission.parse_ids(rules.rows, lines, reading.heads)]
     except UserError as refused:
         return refused.lines, []
     name = store.shown(sample.file)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.schema import Config
 from comp.engine.data import raw_tables, samples, similar_labels, targets, times
-from comp.engine.data.rows import RawRows
+from comp.engine.data.tables import RawRows
 from comp.engine.errors import Refused
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head

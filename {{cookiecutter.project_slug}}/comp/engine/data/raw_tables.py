@@ -16,8 +16,8 @@ import numpy as np
 from comp.engine import pages
 from comp.engine.config.competition_schema import Competition, Table
 from comp.engine.config.resolve import nearest
-from comp.engine.data import group_rows, image_key
-from comp.engine.data.rows import RawRows, RawTable
+from comp.engine.data import image_key
+from comp.engine.data.tables import RawRows, RawTable, group_images, pivot_long
 from comp.engine.errors import Refused
 from comp.engine.readers import containers, delimited, layouts, unicode_names
 from comp.engine.store import store
@@ -61,7 +61,7 @@ def load(competition: Competition) -> RawRows:
     samples = pd.concat(parts, ignore_index=True)
     raw_columns = pd.concat([source.frame for _, _, source in opened], ignore_index=True)
     rows = RawRows(samples, raw_columns, has, where)
-    return group_rows.group_images(rows, competition) if competition.gather else rows
+    return group_images(rows, competition) if competition.gather else rows
 
 
 def load_test(competition: Competition) -> RawRows:
@@ -73,7 +73,7 @@ def load_test(competition: Competition) -> RawRows:
     source = _source("test", raw, competition.test, competition)
     samples = _samples("test", competition.test, source, competition, layouts.Globs(raw))
     rows = RawRows(samples, source.frame, {"train": [], "test": column_names(source.frame)}, source.where)
-    return group_rows.group_images(rows, competition) if competition.gather else rows
+    return group_images(rows, competition) if competition.gather else rows
 
 
 def _source(name: str, raw: Path, table: Table, competition: Competition) -> RawTable:
@@ -94,7 +94,7 @@ def _source(name: str, raw: Path, table: Table, competition: Competition) -> Raw
         kept = found.frame.drop(columns=[name for name in table.columns if name in found.frame])
         called = {ours: found.frame[theirs] for ours, theirs in table.columns.items()}
         found = replace(found, frame=kept.assign(**called))
-    return found if table.long is None else group_rows.pivot_long(found, table, competition)
+    return found if table.long is None else pivot_long(found, table, competition)
 
 
 def _once(source: RawTable, key: str) -> RawTable:

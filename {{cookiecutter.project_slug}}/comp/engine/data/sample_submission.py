@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from comp.engine.config.competition_schema import Competition
-from comp.engine.data import long_format, raw_tables
+from comp.engine.data import raw_tables
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
 from comp.engine.readers import delimited
@@ -139,7 +140,7 @@ def scored_ids(competition: Competition, sample: SampleSubmission, heads: Sequen
     template = competition.submission.rows
     if template is None:
         return list(dict.fromkeys(sample.row_keys))
-    return list(dict.fromkeys(cell.row for cell in long_format.parse_ids(template, sample.row_keys, heads)))
+    return list(dict.fromkeys(cell.row for cell in parse_ids(template, sample.row_keys, heads)))
 
 
 def validate_current(sample: SampleSubmission, samples: Samples, ids: list[str] | None = None) -> None:
@@ -161,3 +162,44 @@ def validate_current(sample: SampleSubmission, samples: Samples, ids: list[str] 
     noted = (store.sealed(store.samples_file()) or {}).get("sample")
     if noted != store.sha256(sample.file):
         raise Refused(f"{shown}: not the file that it was when data/samples.parquet was made; {remedy}")
+
+
+# --- long form: a line for each class or target of a row, its id built by a template like {id}_{class} ----------------------
+
+
+class LongId(NamedTuple):
+    row: str  # the key that is scored
+    name: str  # the class or target that this line asks for
+
+
+def parse_ids(template: str, ids: Sequence[str], heads: Sequence[Head]) -> list[LongId]:
+    """What each line asks for."""
+    where = f"competition.submission.rows: {template}"
+    if "{id}" not in template or not re.search(r"\{(class|target)\}", template):
+        raise Refused(
+            f"{where}: a template of {{id}} and {{class}} or {{target}} is wanted, like {{id}}_{{class}}"
+        )
+    known = class_names(template, heads)
+    asked = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    parts = re.split(r"(\{id\}|\{class\}|\{target\})", template)
+    kinds = {"{id}": "(?P<id>.+?)", "{class}": f"(?P<name>{asked})", "{target}": f"(?P<name>{asked})"}
+    pattern = re.compile("".join(kinds.get(part, re.escape(part)) for part in parts))
+    out = []
+    for line, each in enumerate(ids, 2):
+        found = pattern.fullmatch(each)
+        if found is None:
+            raise Refused(
+                f"{where}: line {line} of the sample, {each!r}, is not built like that from {', '.join(known[:6])}"
+            )
+        out.append(LongId(found["id"], found["name"]))
+    return out
+
+
+def class_names(template: str, heads: Sequence[Head]) -> list[str]:
+    if "{target}" in template and len(heads) > 1:
+        return [head.name for head in heads]
+    return [
+        name
+        for head in heads
+        for name in (head.outputs if "{class}" in template or len(head.outputs) > 1 else [head.name])
+    ]

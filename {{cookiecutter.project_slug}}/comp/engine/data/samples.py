@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.store import store
-from comp.engine.tasks.kinds import Head
+from comp.engine.tasks.kinds import Array, Head
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,3 +116,26 @@ def _written(cell: Any) -> str:
     if isinstance(cell, str):
         return cell
     return "\x00" if np.ndim(cell) == 0 else "\x1f".join(cell)
+
+
+# --- several samples of one scored row (for example several images of one patient) ------------------------------------------
+
+
+def unique_rows(keys: NDArray[Any]) -> list[str]:
+    """Every row once, in the order of its first sample."""
+    return list(dict.fromkeys(keys.tolist()))
+
+
+def aggregate_rows(keys: NDArray[Any], values: Array, order: Sequence[str], how: str) -> Array:
+    """(samples, outputs) -> (rows of `order`, outputs); a row of one sample keeps its bits."""
+    if len(order) == len(keys) and keys.tolist() == list(order):
+        return values
+    place = {each: i for i, each in enumerate(order)}
+    at = np.array([place[key] for key in keys.tolist()])
+    if how == "max":
+        out = np.full((len(order), values.shape[1]), -np.inf)
+        np.maximum.at(out, at, values)
+        return out
+    total = np.zeros((len(order), values.shape[1]))
+    np.add.at(total, at, values)
+    return total / np.bincount(at, minlength=len(order))[:, None]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.resolve import nearest
 from comp.engine.data import similar_labels
-from comp.engine.data.rows import RawRows
 from comp.engine.data.sample_submission import load_sample
+from comp.engine.data.tables import RawRows
 from comp.engine.errors import Refused
 from comp.engine.readers.unicode_names import nfc
 from comp.engine.tasks.kinds import Head

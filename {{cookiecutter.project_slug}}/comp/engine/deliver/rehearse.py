@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +227,9 @@ def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> No
     key = home.test.id or home.id
     before = chosen[key].tolist()
     after = [f"hidden{i:06d}" for i in range(number)] if hidden else before
-    came_from = [
-        raw_tables.expand_template(tables.RawTable(source.file, chosen), each) for each in home.test.image
-    ]
+    came_from = [raw_tables.expand_template(replace(source, frame=chosen), each) for each in home.test.image]
     chosen = chosen.assign(**{key: after})
-    goes_to = [
-        raw_tables.expand_template(tables.RawTable(source.file, chosen), each) for each in home.test.image
-    ]
+    goes_to = [raw_tables.expand_template(replace(source, frame=chosen), each) for each in home.test.image]
     pairs = [
         (i, *pair)
         for old, new in zip(came_from, goes_to, strict=True)
@@ -272,7 +269,7 @@ def _plain(home: Competition, raw: Path) -> bool:
     ):
         return False
     few = raw_tables.read(raw / str(home.test.table))
-    few = tables.RawTable(few.file, few.frame.head(20))
+    few = replace(few, frame=few.frame.head(20))
     # Inside an archive, or several channels in one path: no files that could be cut.
     return all(
         any((raw / path).is_file() for path in raw_tables.expand_template(few, each)) for each in templates

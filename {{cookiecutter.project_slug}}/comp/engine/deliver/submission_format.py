@@ -9,7 +9,7 @@ import numpy as np
 
 from comp.engine.bank import thresholds as decide
 from comp.engine.config.competition_schema import Submission
-from comp.engine.data import long_format
+from comp.engine.data import sample_submission
 from comp.engine.data.sample_submission import SampleSubmission
 from comp.engine.errors import Refused
 from comp.engine.store import store
@@ -125,7 +125,7 @@ def _long(
     assert rules.rows is not None
     place = {each: i for i, each in enumerate(ids)}
     if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
-        lines = long_format.parse_ids(rules.rows, sample.row_keys, heads)
+        lines = sample_submission.parse_ids(rules.rows, sample.row_keys, heads)
         tables = {
             head.name: numbers(rules, [head], answers, sample, notes, sample.prediction_columns).tolist()
             for head in heads
@@ -135,7 +135,7 @@ def _long(
         raise Refused(
             f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.prediction_columns)}"
         )
-    lines = long_format.parse_ids(rules.rows, sample.row_keys, heads)
+    lines = sample_submission.parse_ids(rules.rows, sample.row_keys, heads)
     asked = list(dict.fromkeys(line.name for line in lines))
     columns = _columns(rules, heads, answers, sample, cuts, asked, notes)
     by_name = dict(zip(asked, columns, strict=True))

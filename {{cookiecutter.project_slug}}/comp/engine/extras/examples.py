@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comp.engine.data import raw_tables
+from comp.engine.data import raw_tables, tables
 from comp.engine.errors import UserError
 from comp.engine.extras.find_tables import Found
 from comp.engine.readers import layouts

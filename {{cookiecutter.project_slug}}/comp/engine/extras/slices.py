@@ -22,9 +22,9 @@ from comp.engine.bank import bank, nested_cv, score
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.config import resolve
 from comp.engine.config.schema import Config
-from comp.engine.data import aggregate, folds, samples
+from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
-from comp.engine.data.samples import Positions, Samples
+from comp.engine.data.samples import Positions, Samples, aggregate_rows
 from comp.engine.errors import Refused
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Array, Head
@@ -110,9 +110,7 @@ def _of(cfg: Config, rows: Samples, split: Folds, name: str, head: Head) -> list
     groups = score.groups_of(rows, here.rows)
     groups = None if groups is None else nested_cv.units(groups)
     own = Scored(ask.metric, ask.truth, ask.answer, ask.frame, groups)
-    probability = aggregate.aggregate_rows(
-        here.keys, said.probability(head)[kept], here.order, cfg.competition.merge
-    )
+    probability = aggregate_rows(here.keys, said.probability(head)[kept], here.order, cfg.competition.merge)
     parts = [
         *_by_class(own, head, probability),
         *((label, mine, own) for label, mine in _slices(rows, here.rows)),

@@ -1,9 +1,15 @@
-"""Table rows that are not samples: several of one sample become one. See sources.py."""
+"""Raw tables in memory. RawTable: one table as text, with the file and line of every row. RawRows: the rows of all tables.
+
+Two reshapings that make one row a sample: `group_images` (several rows of one id) and `pivot_long` (a row for each class).
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +18,45 @@ from numpy.typing import NDArray
 from comp.engine.config.competition_schema import Competition, Table
 from comp.engine.config.resolve import nearest
 from comp.engine.errors import Refused
-from comp.engine.readers import layouts
+from comp.engine.readers import delimited, layouts
 from comp.engine.store import store
 
 if TYPE_CHECKING:
-    from comp.engine.data.rows import RawRows, RawTable
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """One raw table. `frame` is text, missing values are NA."""
+
+    file: Path
+    frame: pd.DataFrame
+    rows: Sequence[int] | None = None  # of the table, where a line of the frame was made of several
+
+    @cached_property
+    def _lines(self) -> list[int]:
+        """The line each row begins on: rows with quoted line breaks and blank lines shift all that follow."""
+        return [line for line, _ in delimited.lines(self.file)][1:]
+
+    def where(self, position: int) -> str:
+        if self.rows is not None:
+            position = self.rows[position]
+        if layouts.FILE in self.frame:
+            return str(self.frame[layouts.FILE].iloc[position])
+        if self.file.suffix in (".csv", ".tsv"):
+            return f"{store.shown(self.file)}:{self._lines[position]}"
+        return f"{store.shown(self.file)}: row {position}"
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Train and test rows under each other, whatever they were read from."""
+
+    samples: pd.DataFrame  # id, images (list of paths under raw), source, row, weight
+    columns: pd.DataFrame  # the raw columns, as text
+    has: dict[str, list[str]]  # source -> the columns that it really has
+    where: Callable[[int], str]
+    faults: list[str] = field(default_factory=list)  # one line a row that cannot be used as it is
 
 
 def group_images(rows: RawRows, competition: Competition) -> RawRows:
