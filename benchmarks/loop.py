@@ -46,7 +46,6 @@ def compared(
     from comp.engine.config import resolve
     from comp.engine.run import evaluate, torch_compile, tracking
     from comp.engine.run.context import Context
-    from comp.engine.run.profiler import Clock
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -106,9 +105,7 @@ def compared(
 
         train._quiet = lambda cfg: False  # the bar is drawn although nobody watches
         split: Any = Split()
-        context = Context(
-            cfg, table, split, Paused(cfg, table, device), device, hardware.Stop(), Clock(device)
-        )
+        context = Context(cfg, table, split, Paused(cfg, table, device), device)
         fold = root / "runs" / "exp001" / "seed0" / "fold0"
         fold.mkdir(parents=True)
         log = tracking.open_run(

@@ -174,7 +174,7 @@ def retrain(joined: study.Joined, name: str, setting: dict[str, Any]) -> list[fl
     values = []
     for seed in confirm.fresh(joined):
         for number in range(context.folds.count):
-            runner.one_fold(context, name, seed, number, search=True)
+            runner.one_fold(context, name, seed, number, stop=hardware.Stop(), search=True)
         values.append(confirm._score(joined, context, name, seed))
     return values
 

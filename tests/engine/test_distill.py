@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comp import losses, predict
+from comp.engine import hardware
 from comp.engine.config.resolve import load
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
@@ -163,7 +164,11 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
         match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught",
     ):
         teacher_predictions.prepare(
-            runner.gather(runner.stored_config("taught")), runner.gather, 1, store.fold_folder("taught", 0, 1)
+            runner.gather(runner.stored_config("taught")),
+            runner.gather,
+            1,
+            store.fold_folder("taught", 0, 1),
+            hardware.Stop(),
         )
 
 

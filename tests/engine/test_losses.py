@@ -52,7 +52,7 @@ def one_column(output: Tensor) -> Tensor:
 
 COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
     "label_smoothing": (
-        said("cross_entropy", OUTPUT, CODES, smoothing=0.1),
+        said("cross_entropy", OUTPUT, CODES, label_smoothing=0.1),
         torch.stack([timm.loss.LabelSmoothingCrossEntropy(0.1)(o[None], t[None]) for o, t in zip(OUTPUT, CODES, strict=True)]),
     ),
     "soft targets": (
@@ -61,7 +61,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
     ),
     "kl": (said("kl", OUTPUT, SHARES), torch.nn.KLDivLoss(reduction="none")(OUTPUT.log_softmax(1), SHARES).sum(1)),
     "bce": (
-        said("bce", OUTPUT, LABELS, smoothing=0.2),
+        said("bce", OUTPUT, LABELS, label_smoothing=0.2),
         timm.loss.BinaryCrossEntropy(smoothing=0.2, smooth_dense=True, reduction="none")(OUTPUT, LABELS),
     ),
     "bce, threshold": (
@@ -69,7 +69,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.BinaryCrossEntropy(smoothing=0, target_threshold=0.3, reduction="none")(OUTPUT, SHARES),
     ),
     "bce of classes": (
-        said("bce_of_classes", OUTPUT, CODES, smoothing=0.1),
+        said("bce_of_classes", OUTPUT, CODES, label_smoothing=0.1),
         timm.loss.BinaryCrossEntropy(smoothing=0.1, reduction="none")(OUTPUT, CODES).mean(1),
     ),
     "focal": (
@@ -79,7 +79,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         * (1 - torch.where(LABELS == 1, OUTPUT.sigmoid(), 1 - OUTPUT.sigmoid())) ** 2,
     ),
     "focal, soft": (
-        said("focal", OUTPUT, SHARES, gamma=1.5, smoothing=0.1),
+        said("focal", OUTPUT, SHARES, gamma=1.5, label_smoothing=0.1),
         timm.loss.PolyBinaryCrossEntropy(epsilon=0, gamma=1.5, smoothing=0.1, reduction="none")(OUTPUT, SHARES),
     ),
     "focal of classes": (
@@ -87,15 +87,15 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         -((1 - OUTPUT.softmax(1)) ** 2 * OUTPUT.log_softmax(1)).gather(1, CODES[:, None])[:, 0],
     ),
     "poly": (
-        said("poly", OUTPUT, LABELS, epsilon=2.0, smoothing=0.1),
+        said("poly", OUTPUT, LABELS, epsilon=2.0, label_smoothing=0.1),
         timm.loss.PolyBinaryCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "poly of classes": (
-        said("poly_of_classes", OUTPUT, CODES, epsilon=2.0, smoothing=0.1),
+        said("poly_of_classes", OUTPUT, CODES, epsilon=2.0, label_smoothing=0.1),
         timm.loss.PolyCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, CODES),
     ),
     "asymmetric": (
-        said("asymmetric", OUTPUT, LABELS, smoothing=0.1),
+        said("asymmetric", OUTPUT, LABELS, label_smoothing=0.1),
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "asymmetric, with other knobs": (

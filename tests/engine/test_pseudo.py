@@ -290,7 +290,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
     _, scored = context.folds.split(1)
-    joined = pseudo_rows.joined(context, 1)
+    joined = pseudo_rows.fold_context(context, 1)
     own = model_selection.rows(joined, 1)[0]
     for rows, what in (
         (context.folds.split(1)[0], "statistics that the training part does not repeat"),

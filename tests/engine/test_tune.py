@@ -104,14 +104,14 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     joined = join(8, space="p")
     cost: list[int] = []
 
-    def one_fold(material: Any, name: str, seed: int, number: int, search: bool, job: str) -> None:
+    def one_fold(material: Any, name: str, seed: int, number: int, on_epoch: Any, **_: Any) -> None:
         """A fold whose metric is known beforehand: from the seventh trial on it is bad."""
         worth = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
         with (store.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:
             for epoch in range(1, 3):
                 log.write(f'{{"epoch": {epoch}, "valid_metric": {worth + number / 100}}}\n')
                 cost[-1] += 1
-                material.watch({"epoch": epoch, "valid_metric": worth + number / 100})
+                on_epoch({"epoch": epoch, "valid_metric": worth + number / 100})
 
     def begun(*_: Any) -> None:
         assert taken is not None

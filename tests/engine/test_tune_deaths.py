@@ -59,7 +59,7 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     context = runner.gather(cfg)
     fingerprint.claim("whole", cfg, context.folds, "")
     for number in range(2):
-        runner.one_fold(context, "whole", 0, number, search=True)
+        runner.one_fold(context, "whole", 0, number, stop=hardware.Stop(), search=True)
     whole = {f.parent.name: store.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")}
     assert killed == whole and len(whole) == 2
 
@@ -129,10 +129,10 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
     )
     joined = join(space="big")
 
-    def fold(context: Any, *rest: Any) -> None:
+    def fold(context: Any, *rest: Any, **more: Any) -> None:
         if context.cfg.train.batch_size >= 32:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        original(context, *rest)
+        original(context, *rest, **more)
 
     original = train.fold
     monkeypatch.setattr(train, "fold", fold)

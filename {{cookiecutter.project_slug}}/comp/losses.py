@@ -37,26 +37,28 @@ Total = Callable[[Tensor, list[Tensor]], Tensor]
 # --- one of many classes -------------------------------------------------------------------------------------------------
 
 
-def shares(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def shares(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """(batch, classes), whichever way the target came."""
     if target.ndim == 1:
         target = F.one_hot(target, output.shape[1]).to(output.dtype)
-    return target * (1 - smoothing) + smoothing / output.shape[1]
+    return target * (1 - label_smoothing) + label_smoothing / output.shape[1]
 
 
-def cross_entropy(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(output, target, reduction="none", label_smoothing=smoothing)
+def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none", label_smoothing=label_smoothing)
 
 
-def kl(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def kl(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """How far the answer is from a share for each class: cross entropy less what no model can get rid of."""
-    return F.kl_div(F.log_softmax(output, 1), shares(output, target, smoothing), reduction="none").sum(1)
+    return F.kl_div(F.log_softmax(output, 1), shares(output, target, label_smoothing), reduction="none").sum(
+        1
+    )
 
 
-def jensen_shannon(output: Tensor, target: Tensor, smoothing: float, share: float) -> Tensor:
+def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, share: float) -> Tensor:
     """Distance of answer and target from what lies between them, `share` of it target. A label that is wrong costs at most
     so much. Scaled so that a small share gives cross entropy and one near 1 the absolute error."""
-    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
     between = torch.logaddexp(torch.log(share * truth), math.log(1 - share) + log_p)
     from_truth = (torch.xlogy(truth, truth) - truth * between).sum(1)
     from_answer = (log_p.exp() * (log_p - between)).sum(1)
@@ -66,8 +68,8 @@ def jensen_shannon(output: Tensor, target: Tensor, smoothing: float, share: floa
 # --- each output by itself, or one of many: told by the target -----------------------------------------------------------
 
 
-def _labels(output: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    return target.view_as(output) * (1 - smoothing) + 0.5 * smoothing
+def _labels(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    return target.view_as(output) * (1 - label_smoothing) + 0.5 * label_smoothing
 
 
 def _wrong(truth: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -75,48 +77,52 @@ def _wrong(truth: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return (truth * no + (1 - truth) * yes).clamp(min=TINY)
 
 
-def bce(output: Tensor, target: Tensor, smoothing: float, threshold: float | None) -> Tensor:
+def bce(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
     if threshold is not None:
         target = (target > threshold).to(output.dtype)
-    return F.binary_cross_entropy_with_logits(output, _labels(output, target, smoothing), reduction="none")
+    return F.binary_cross_entropy_with_logits(
+        output, _labels(output, target, label_smoothing), reduction="none"
+    )
 
 
-def bce_of_classes(output: Tensor, target: Tensor, smoothing: float, threshold: float | None) -> Tensor:
+def bce_of_classes(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
     """Each class is asked for by itself, so none has to lose for another to win: mixed pictures hold two."""
-    truth = shares(output, target, smoothing)
+    truth = shares(output, target, label_smoothing)
     return bce(output, truth, 0.0, threshold).mean(1)
 
 
-def focal(output: Tensor, target: Tensor, smoothing: float, gamma: float, alpha: float | None) -> Tensor:
-    truth = _labels(output, target, smoothing)
+def focal(
+    output: Tensor, target: Tensor, label_smoothing: float, gamma: float, alpha: float | None
+) -> Tensor:
+    truth = _labels(output, target, label_smoothing)
     loss = F.binary_cross_entropy_with_logits(output, truth, reduction="none")
     loss = loss * _wrong(truth, output.sigmoid(), (-output).sigmoid()) ** gamma
     return loss if alpha is None else loss * (alpha * truth + (1 - alpha) * (1 - truth))
 
 
 def focal_of_classes(
-    output: Tensor, target: Tensor, smoothing: float, gamma: float, alpha: float | None
+    output: Tensor, target: Tensor, label_smoothing: float, gamma: float, alpha: float | None
 ) -> Tensor:
-    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
     return -(truth * (1 - log_p.exp()).clamp(min=TINY) ** gamma * log_p).sum(1)
 
 
-def poly(output: Tensor, target: Tensor, smoothing: float, epsilon: float) -> Tensor:
-    truth = _labels(output, target, smoothing)
+def poly(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
+    truth = _labels(output, target, label_smoothing)
     wrong = _wrong(truth, output.sigmoid(), (-output).sigmoid())
     return F.binary_cross_entropy_with_logits(output, truth, reduction="none") + epsilon * wrong
 
 
-def poly_of_classes(output: Tensor, target: Tensor, smoothing: float, epsilon: float) -> Tensor:
-    truth, log_p = shares(output, target, smoothing), F.log_softmax(output, 1)
+def poly_of_classes(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
+    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
     return -(truth * log_p).sum(1) + epsilon * (1 - (truth * log_p.exp()).sum(1))
 
 
 def asymmetric(
-    output: Tensor, target: Tensor, smoothing: float, gamma: float, gamma_positive: float, shift: float
+    output: Tensor, target: Tensor, label_smoothing: float, gamma: float, gamma_positive: float, shift: float
 ) -> Tensor:
     """Easy no's count less than easy yes's, and those below `shift` nothing: of many labels most are no."""
-    truth = _labels(output, target, smoothing)
+    truth = _labels(output, target, label_smoothing)
     yes, no = output.sigmoid(), ((-output).sigmoid() + shift).clamp(max=1)
     loss = truth * yes.clamp(min=TINY).log() + (1 - truth) * no.clamp(min=TINY).log()
     wrong = 1 - (truth * yes + (1 - truth) * no)
@@ -146,14 +152,14 @@ def log_cosh(output: Tensor, target: Tensor) -> Tensor:
     return away + F.softplus(-2 * away) - math.log(2)
 
 
-def bins(output: Tensor, target: Tensor, smoothing: float, bins: int, range: list[float]) -> Tensor:
+def bins(output: Tensor, target: Tensor, label_smoothing: float, bins: int, range: list[float]) -> Tensor:
     """A value is shared between the two centres beside it, so that the mean that is read off is the value itself."""
     places = torch.as_tensor(
         bin_centres({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
     )
     values = target.reshape(len(output), -1, 1).clamp(places[0], places[-1])  # (batch, targets, 1)
     truth = (1 - (values - places).abs() / (places[1] - places[0])).clamp(min=0)  # (batch, targets, bins)
-    truth = truth * (1 - smoothing) + smoothing / bins
+    truth = truth * (1 - label_smoothing) + label_smoothing / bins
     return -(truth * F.log_softmax(output.view(len(output), -1, bins), 2)).sum(2)
 
 

@@ -17,7 +17,7 @@ from comp.engine.config import resolve, run_members
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
 from comp.engine.errors import Refused
-from comp.engine.hardware import Stopped
+from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import frozen_heads, knn, metric_learning, normalize
 from comp.engine.run import views as tta
 from comp.engine.run.context import Context
@@ -29,7 +29,16 @@ from comp.engine.tasks.kinds import Head
 Stored = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), in the space that is stored
 
 
-def write_fold(context: Context, run: str, seed: int, number: int | str, kind: str, inside: str = "") -> Path:
+def write_fold(
+    context: Context,
+    run: str,
+    seed: int,
+    number: int | str,
+    kind: str,
+    inside: str = "",
+    *,
+    stop: Stop | None = None,
+) -> Path:
     """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views, or for a
     member with weights of its own."""
     cfg, folder = context.cfg, store.fold_folder(run, seed, number)
@@ -42,8 +51,10 @@ def write_fold(context: Context, run: str, seed: int, number: int | str, kind: s
     rows = rows[: cfg.train.limit]
     began = time.perf_counter()
     if loss_knobs.embedding(cfg, context.samples.heads):
-        _gallery(context, weights, context.folds.split(number)[0])
-    heads, damaged = predict(context, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip())
+        _gallery(context, weights, context.folds.split(number)[0], stop)
+    heads, damaged = predict(
+        context, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip(), stop=stop
+    )
     if len(
         rows
     ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
@@ -71,13 +82,15 @@ def predict(
     rows: Positions,
     doing: str = "",
     fallback: Callable[[Head], NDArray[Any]] | None = None,
+    *,
+    stop: Stop | None = None,
 ) -> tuple[Stored, dict[int, str]]:
     """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
     cfg, heads = context.cfg, context.samples.heads
     if frozen_heads.is_head(weights):
         answers, damaged = frozen_heads.said(context, weights, rows)
         return _stored(context, rows, answers, damaged, fallback), damaged
-    raw, damaged = _said(context, weights, rows, doing)
+    raw, damaged = _said(context, weights, rows, doing, stop)
     if embeds := loss_knobs.embedding(cfg, heads):
         answers = _by_neighbours(context, weights, raw, embeds.knobs["embedding"])
     else:
@@ -106,7 +119,7 @@ def _stored(
 
 
 def _said(
-    context: Context, weights: Path, rows: Positions, doing: str
+    context: Context, weights: Path, rows: Positions, doing: str, stop: Stop | None = None
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
     cfg, heads = context.cfg, context.samples.heads
@@ -121,7 +134,9 @@ def _said(
 
         def told(count: int) -> None:
             bar.update(count)
-            if context.stop.asked:  # its weights are sealed, so a later start begins with the predictions
+            if (
+                stop is not None and stop.asked
+            ):  # its weights are sealed, so a later start begins with the predictions
                 raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
 
         raw, damaged = outputs_of(
@@ -141,14 +156,14 @@ def _said(
     return raw, damaged
 
 
-def _gallery(context: Context, weights: Path, taught: Positions) -> None:
+def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | None) -> None:
     """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
     file, cfg = knn.beside(weights), context.cfg
     if store.sealed(file):
         return
     (head,) = context.samples.heads
     rows = metric_learning.known_rows(cfg, context.samples, taught[: cfg.train.limit])
-    raw, damaged = _said(context, weights, rows, "gallery")
+    raw, damaged = _said(context, weights, rows, "gallery", stop)
     whole = ~np.isin(rows, list(damaged))
     seen = knn.averaged(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
     knn.write(file, seen, class_balance.class_codes(head, context.samples, rows[whole]))

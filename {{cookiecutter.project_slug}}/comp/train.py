@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
-from comp.engine.hardware import Stopped
+from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import (  # fmt: skip
     checkpoint,
     consistency,
@@ -45,15 +46,31 @@ from comp.engine.run.freezing import Stages
 from comp.engine.run.gpu_augment import onto
 from comp.engine.run.microbatch import Room
 from comp.engine.run.nan_guard import REMEDY, Looks, named
+from comp.engine.run.profiler import Profiler
 
 PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
 
 
-def fold(context: Context, seed: int, number: int | str, folder: Path, log: tracking.Track) -> None:
-    """Train and seal folder/weights.safetensors. Started again after a kill it goes on where it was."""
+def fold(
+    context: Context,
+    seed: int,
+    number: int | str,
+    folder: Path,
+    log: tracking.Track,
+    *,
+    stop: Stop | None = None,
+    profiler: Profiler | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Train a fold and write folder/weights.safetensors. After a kill, it resumes from the last checkpoint.
+
+    context: that of the fold, its pseudo-labelled rows included (pseudo_rows.fold_context).
+    stop: once requested, the state is saved after the current step and Stopped is raised.
+    on_epoch: called with the report of each epoch; may raise distributed.Pruned to end the fold.
+    """
     # --- setup ---------------------------------------------------------------------------------------------------------
-    context = pseudo_rows.joined(context, number)  # test rows that teach this fold
-    cfg, device, heads, clock = context.cfg, context.device, context.samples.heads, context.clock
+    cfg, device, heads = context.cfg, context.device, context.samples.heads
+    stop, profiler = stop or Stop(), profiler or Profiler(device)
     torch.manual_seed(mixed(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
@@ -129,7 +146,7 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
         leave=False,
     )
     watched_last, said = "", time.perf_counter()
-    clock.start()
+    profiler.start()
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
         if kept.enough():
             break
@@ -149,13 +166,13 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
                 mixed(seed, step, 4, distributed.rank()),
             )
             drawn += span.effective
-            clock.lap("waiting for pictures")
+            profiler.lap("waiting for pictures")
             while room.to_do:
                 with room.fits(looks.again):
                     batch = room.to_do.popleft()
                     images = seen(batch.images.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
                     images, parts = mix(images, batch.seeds)  # parts: whose targets, with which share
-                    clock.lap("colour and normalising")
+                    profiler.lap("colour and normalising")
                     rows = onto(batch.samples, device)
                     truth = [target[rows] for target in (*targets, *lessons)]
                     with torch.autocast(device.type, half, enabled=half is not None):
@@ -167,9 +184,9 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
                     if scaled:
                         told = read(output.detach(), truth, weight[rows], parts)
                         shown = losses.reduced(told, cfg.loss.ohem) * share
-                    clock.lap("forward")
+                    profiler.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)
-                    clock.lap("backward")
+                    profiler.lap("backward")
                     looks.note(batch.samples, each, shown)
             distributed.sum_gradients(module)
             if cfg.optim.clip_grad is not None:
@@ -178,12 +195,12 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            clock.lap("step")
+            profiler.lap("step")
             step += 1
             bar.update(span.effective)
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            stopping = distributed.anybody(context.stop.asked) and not last
+            stopping = distributed.anybody(stop.asked) and not last
             if last or inside or stopping or looks.due or step in kept.ends:
                 losses_seen += looks.look(room.size)
                 bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
@@ -202,12 +219,12 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
         }
         curve.seen.append(report["train_loss"])
         losses_seen.clear()
-        clock.lap("log and checkpoint")
+        profiler.lap("log and checkpoint")
         report |= validate(context, kept.current, seen, in_units, watched, targets, step)
         report |= kept.after_epoch(epoch + 1, judge)
-        clock.lap("validation")
+        profiler.lap("validation")
         log.log(report)
-        distributed.watched(context.watch, report)
+        distributed.call_on_epoch(on_epoch, report)
         watched_last = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
         bar.set_postfix_str(f"loss {report['train_loss']:.4f}{watched_last}")
         if bar.disable and cfg.machine.progress and time.perf_counter() - said >= PULSE:
@@ -226,8 +243,7 @@ def fold(context: Context, seed: int, number: int | str, folder: Path, log: trac
 
 
 def planned(context: Context, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
-    """The schedule of a fold that does not run yet."""
-    context = pseudo_rows.joined(context, number)
+    """The schedule of a fold, before it runs. `context`: that of the fold."""
     taught, _, _ = _rows(context, number)
     draw = class_balance.make_sampler(context.cfg, context.samples, taught)
     span = schedule.span(context.cfg, len(epoch_list(taught, seed, 0, draw)))

@@ -274,12 +274,11 @@ def spoken(
 def context(cfg: Config, table: Samples) -> Context:
     from comp.data import Feed
     from comp.engine.run.context import Context
-    from comp.engine.run.profiler import Clock
 
     device = hardware.device(cfg.machine.device)
     feed = Feed(cfg, table, device)
     no_folds: Any = None  # nothing is scored
-    return Context(cfg, table, no_folds, feed, device, hardware.Stop(), Clock(device))
+    return Context(cfg, table, no_folds, feed, device)
 
 
 def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values:

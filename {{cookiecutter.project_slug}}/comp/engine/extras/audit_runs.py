@@ -198,7 +198,7 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
     known: dict[str, dict[str, Array]] = {}  # seeds share the folds, and so what is fitted on them
     for weights in dict.fromkeys(_weights(said) for said in sets.values()):
         number = fold_of(weights).name.removeprefix("fold")
-        joined = pseudo_rows.joined(context, number)  # pseudo-labelled rows are measured like others
+        joined = pseudo_rows.fold_context(context, number)  # pseudo-labelled rows are measured like others
         scored = joined.folds.split(number)[1]
         own = metric_learning.known_rows(cfg, joined.samples, model_selection.rows(joined, number)[0])
         own = own[~np.isin(own, scored)]  # whoever dealt them out

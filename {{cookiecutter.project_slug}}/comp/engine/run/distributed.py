@@ -35,7 +35,7 @@ PATIENCE = datetime.timedelta(days=2)  # the others wait while the first predict
 
 
 class Pruned(Exception):
-    """Raised by a watcher that has seen enough of this setting."""
+    """Raised by the epoch callback of a search to end an unpromising trial."""
 
 
 class Agreed(Refused):
@@ -136,11 +136,12 @@ def everybody(value: Value) -> list[Value]:
     return values
 
 
-def watched(watch: Callable[[dict[str, Any]], None], report: dict[str, Any]) -> None:
-    """The first process decides whether a trial ends here; then it ends in all."""
+def call_on_epoch(on_epoch: Callable[[dict[str, Any]], None] | None, report: dict[str, Any]) -> None:
+    """When the callback of one process raises Pruned, all processes raise it. Only rank 0 has a callback."""
     pruned: Pruned | None = None
     try:
-        watch(report)
+        if on_epoch is not None:
+            on_epoch(report)
     except Pruned as raised:
         pruned = raised
     if anybody(pruned is not None):

@@ -55,8 +55,8 @@ def check(cfg: Config, folds: Folds) -> None:
         )
 
 
-def joined(context: Context, number: int | str) -> Context:
-    """The same material for one fold, in which its lines of the table teach: test rows with a label, a weight and another source."""
+def fold_context(context: Context, number: int | str) -> Context:
+    """The context of one fold: its pseudo-labelled test rows join the training rows, with a label, a weight and another source."""
     name = context.cfg.data.pseudo
     if name is None:
         return context

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from comp import predict as infer
+from comp.engine import hardware
 from comp.engine.bank import bank, merge, predictions
 from comp.engine.config import experiments, run_members
 from comp.engine.run import views as tta
@@ -29,19 +30,22 @@ def predict(context: Context, run: str, views: list[str], space: str, refit_only
         raise experiments.refusal(f"{run}:{run_members.REFIT}" if refit_only else run, "predictions")
     for name, parts in made.items():  # all of them, before the first begins
         store.need_space(_size(other, name, parts), f"runs/{run}/members/{name}")
+    stop = hardware.Stop()
     for name, parts in made.items():
         doing = f"predicting {run}:{name}"
-        with store.lock(store.member_folder(run, name), doing), context.stop.listening():
-            _member(other, run, name, parts, inside)
+        with store.lock(store.member_folder(run, name), doing), stop.listening():
+            _member(other, run, name, parts, inside, stop)
     return list(made)
 
 
-def _member(context: Context, run: str, name: str, parts: list[merge.Part], inside: str) -> None:
+def _member(
+    context: Context, run: str, name: str, parts: list[merge.Part], inside: str, stop: hardware.Stop
+) -> None:
     samples, folds = context.samples, context.folds
     for seed, number in parts:
         for kind in _kinds(name):
-            infer.write_fold(context, run, seed, number, kind, inside=inside)
-            if context.stop.asked:
+            infer.write_fold(context, run, seed, number, kind, inside, stop=stop)
+            if stop.asked:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
     merge.member(run, name, context.cfg, samples, folds, parts, inside=[inside])
 

@@ -16,7 +16,10 @@ from comp.engine.run import fingerprint, unused_knobs
 from comp.engine.store import process, store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from comp.engine.run.context import Context
+    from comp.engine.run.profiler import Profiler
 
 
 def train(
@@ -58,25 +61,27 @@ def train(
     fingerprint.same_images(name, cfg, old)
     hardware.settle(cfg.train.threads)
     from comp.engine.run import run_media
+    from comp.engine.run.profiler import Profiler
 
-    context = gather(cfg, stop, profile, loaded)
+    context = gather(cfg, loaded)
+    stop, profiler = stop or hardware.Stop(), Profiler(context.device, profile)
     folds = _wanted(fold, context.folds.count)
     fingerprint.claim(name, cfg, context.folds, command, old)
     _announce(context, name, seeds, folds)
     todo = [(s, number) for s in seeds for number in folds]
     try:
         if on is not None:
-            _side_by_side(context, name, todo, on)
+            _side_by_side(context, name, todo, on, stop)
         for s, number in todo if on is None else []:
-            one_fold(context, name, s, number)
-            if context.stop.asked:
+            one_fold(context, name, s, number, stop=stop, profiler=profiler)
+            if stop.asked:
                 raise hardware.Stopped(f"seed {s} fold {number} is done")
     except hardware.Stopped as stopped:
-        if not context.stop.out_of_time:
+        if not stop.out_of_time:
             raise
         print(f"time limit: {stopped}")
     if profile:
-        print(context.clock.table())
+        print(profiler.table())
     if score := _merge(name, cfg, asked=run_members.REFIT if folds == [run_members.REFIT] else ""):
         run_media.summary(context, name, fingerprint.birth(name), score)
 
@@ -106,7 +111,9 @@ def _check_teachers(cfg: Config) -> None:
         teachers.of(cfg.distill.teacher, split, "distill.teacher")
 
 
-def _side_by_side(context: Context, name: str, todo: list[tuple[int, int | str]], on: str) -> None:
+def _side_by_side(
+    context: Context, name: str, todo: list[tuple[int, int | str]], on: str, stop: hardware.Stop
+) -> None:
     """The same folds, each in a process of its own. What is left of a killed one is gone on with elsewhere."""
     from tqdm import tqdm
 
@@ -124,7 +131,7 @@ def _side_by_side(context: Context, name: str, todo: list[tuple[int, int | str]]
     print(f"{name}: {len(jobs)} folds, {min(crew.size, len(jobs))} at a time", flush=True)
     quiet = None if context.cfg.machine.progress else True
     with tqdm(total=len(jobs), desc=name, unit="fold", disable=quiet, leave=False) as bar:
-        launcher.out(jobs, crew, context.stop, lambda left: bar.update(len(jobs) - left - bar.n))
+        launcher.out(jobs, crew, stop, lambda left: bar.update(len(jobs) - left - bar.n))
 
 
 def part(name: str, seed: int, number: int | str, job: str = "") -> None:
@@ -132,12 +139,10 @@ def part(name: str, seed: int, number: int | str, job: str = "") -> None:
     cfg = stored_config(name)
     fingerprint.same_images(name, cfg)
     hardware.settle(cfg.train.threads)
-    one_fold(gather(cfg), name, seed, number, wait=True, job=job)
+    one_fold(gather(cfg), name, seed, number, stop=hardware.Stop(), wait=True, job=job)
 
 
-def gather(
-    cfg: Config, stop: hardware.Stop | None = None, profile: bool = False, loaded: Loaded | None = None
-) -> Context:
+def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     """Load what every fold shares, and refuse what no fold could do. Here torch is imported, after the threads are settled.
     `loaded`: of what is going to be trained, as configs/ declare it now."""
     from comp.engine.bank import score
@@ -158,7 +163,6 @@ def gather(
     from comp.data import Feed
     from comp.engine.run import consistency, distillation, distributed, mixup, views
     from comp.engine.run.context import Context
-    from comp.engine.run.profiler import Clock
 
     distributed.begin()
     views.views(cfg.predict.tta)
@@ -173,7 +177,7 @@ def gather(
     torch.backends.cudnn.allow_tf32 = (
         cfg.train.amp != "fp32"
     )  # fp32 means it: predictions are compared to 1e-5
-    feed, clock = Feed(cfg, table, device), Clock(device, profile)
+    feed = Feed(cfg, table, device)
     distillation.refuse(cfg, table.heads)
     consistency.refuse(cfg, table.heads)
     mixup.refuse(cfg, table.heads, feed.multi_image)
@@ -181,7 +185,7 @@ def gather(
         raise Refused(
             f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
         )
-    return Context(cfg, table, split, feed, device, stop or hardware.Stop(), clock)
+    return Context(cfg, table, split, feed, device)
 
 
 def one_fold(
@@ -190,6 +194,9 @@ def one_fold(
     seed: int,
     number: int | str,
     *,
+    stop: hardware.Stop,
+    profiler: Profiler | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,  # of a search: may raise distributed.Pruned
     search: bool = False,
     wait: bool = False,  # for another process that is at it, one that is about to die
     job: str = "",  # of a queue that hands it out again: see store.lock
@@ -197,7 +204,7 @@ def one_fold(
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import predict, train
     from comp.engine.data import cache
-    from comp.engine.run import checkpoint, distributed, run_media, teacher_predictions, tracking
+    from comp.engine.run import checkpoint, distributed, pseudo_rows, run_media, teacher_predictions, tracking
 
     folder = store.fold_folder(name, seed, number)
 
@@ -212,7 +219,7 @@ def one_fold(
     if isinstance(context.feed.images.images, cache.Direct):
         fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
-    with store.lock(folder, doing, wait=wait, job=job), context.stop.listening():
+    with store.lock(folder, doing, wait=wait, job=job), stop.listening():
         if done():
             return
         began = time.perf_counter()
@@ -230,11 +237,14 @@ def one_fold(
             if not search:
                 run_media.before(context, log, name, folder, number)
             if not store.sealed(folder / "weights.safetensors"):
-                teacher_predictions.prepare(context, gather, number, folder)
+                own = pseudo_rows.fold_context(context, number)
+                teacher_predictions.prepare(own, gather, number, folder, stop)
                 with distributed.together(_order(cfg, seed, number)):
-                    train.fold(context, seed, number, folder, log)
+                    train.fold(
+                        own, seed, number, folder, log, stop=stop, profiler=profiler, on_epoch=on_epoch
+                    )
             if number != run_members.REFIT:
-                predict.write_fold(context, name, seed, number, "oof")
+                predict.write_fold(context, name, seed, number, "oof", stop=stop)
             if number != run_members.REFIT and not search:
                 run_media.after(context, log, name, folder)
             log.finish()
@@ -245,7 +255,7 @@ def one_fold(
                 "",
             ]:  # the run itself last: with it the fold is finished
                 for kind in ("oof", "test") if number != run_members.REFIT else ("test",):
-                    predict.write_fold(context, name, seed, number, kind, inside)
+                    predict.write_fold(context, name, seed, number, kind, inside, stop=stop)
     print(f"{name} seed {seed} fold {number}: {run_media.last(folder)}, {time.perf_counter() - began:.0f} s")
 
 
@@ -346,7 +356,7 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     fold stands for all, which differ by a few steps."""
     from comp import models, train
     from comp.engine.bank import bank
-    from comp.engine.run import knn, schedule
+    from comp.engine.run import knn, pseudo_rows, schedule
 
     todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
     if not todo:
@@ -360,7 +370,8 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )
-    for line in schedule.shortened(train.planned(context, *todo[0])):
+    seed, first = todo[0]
+    for line in schedule.shortened(train.planned(pseudo_rows.fold_context(context, first), seed, first)):
         print(line, file=sys.stderr)
     store.need_space(size, f"runs/{name}")
 

@@ -5,7 +5,6 @@ with the size, the views and the means of the teacher's own config. runs/<run>/s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,17 @@ from comp import predict
 from comp.engine.bank import bank, predictions
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
-from comp.engine.run import distillation, pseudo_rows, teachers
+from comp.engine.hardware import Stop
+from comp.engine.run import distillation, teachers
 from comp.engine.run.context import Context
 from comp.engine.run.teachers import Voice
 from comp.engine.store import store
 
 
-def prepare(context: Context, gather: Callable[[Config], Context], number: int | str, folder: Path) -> None:
+def prepare(
+    context: Context, gather: Callable[[Config], Context], number: int | str, folder: Path, stop: Stop
+) -> None:
+    """`context`: that of the fold. `gather` loads the context of the teacher's config."""
     name = context.cfg.distill.teacher
     if name is None:
         return
@@ -34,13 +37,12 @@ def prepare(context: Context, gather: Callable[[Config], Context], number: int |
                 f"{store.shown(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
             )
         return
-    joined = pseudo_rows.joined(context, number)
-    rows, said, shares = distillation.learners(joined, number), [], list[float]()
+    rows, said, shares = distillation.learners(context, number), [], list[float]()
     for voice, there in zip(who.voices, places, strict=True):
         own = _as(voice, context, gather)
         for place in there:
             heads, damaged = predict.predict(
-                own, place / bank.WEIGHTS, rows, f"{store.shown(place)} teaches fold {number}"
+                own, place / bank.WEIGHTS, rows, f"{store.shown(place)} teaches fold {number}", stop=stop
             )
             if damaged:
                 ids = context.samples.frame["id"]
@@ -74,7 +76,7 @@ def _with_weights(voice: Voice, number: int | str, context: Context) -> list[Pat
 def _as(voice: Voice, context: Context, gather: Callable[[Config], Context]) -> Context:
     """Its pictures in its own size, on this run's machine."""
     theirs = voice.cfg.model_copy(update={"machine": context.cfg.machine, "track": context.cfg.track})
-    return replace(gather(theirs), stop=context.stop)
+    return gather(theirs)
 
 
 def _write(file: Path, rows: np.ndarray, means: dict[str, np.ndarray], weights: dict[str, str]) -> None:

@@ -75,18 +75,19 @@ def follow() -> int:
 
 def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
     from comp import train
-    from comp.engine.run import distributed, runner, tracking
+    from comp.engine.run import distributed, pseudo_rows, runner, tracking
 
     cfg = Config.model_validate(order["config"])
     hardware.settle(cfg.train.threads)
     if context is None or context.cfg != cfg:
-        context = runner.gather(cfg, stop)
+        context = runner.gather(cfg)
     with tempfile.TemporaryDirectory(prefix="comp-") as scratch:
         folder = Path(scratch)
         log = tracking.Track(folder, tracking.NoFeed(), [])
         try:
             with distributed.together():
-                train.fold(context, order["seed"], order["fold"], folder, log)
+                fold_context = pseudo_rows.fold_context(context, order["fold"])
+                train.fold(fold_context, order["seed"], order["fold"], folder, log, stop=stop)
         except (distributed.Agreed, distributed.Pruned, hardware.Stopped):
             stop.asked = False  # the first process knows, and says what comes next
     return context

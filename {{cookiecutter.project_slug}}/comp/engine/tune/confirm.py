@@ -36,14 +36,14 @@ def confirm(joined: Joined, n: int) -> None:
         cfg = config_of(joined, setting_of(joined.space, trial))
         name = name_of(joined, trial)
         fingerprint.same_images(name, cfg)
-        context = runner.gather(cfg, stop)
+        context = runner.gather(cfg)
         fingerprint.claim(
             name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}"
         )
         values: list[float] = []
         for seed in fresh(joined):
             for number in range(count_of(joined)):
-                runner.one_fold(context, name, seed, number, search=True)
+                runner.one_fold(context, name, seed, number, stop=stop, search=True)
                 if stop.asked:
                     raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
             values.append(_score(joined, context, name, seed))

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 import traceback
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -104,7 +103,7 @@ def objective(
 ) -> tuple[list[float], dict[str, Any]]:
     cfg, name = config_of(joined, setting), name_of(joined, trial)
     fingerprint.same_images(name, cfg)
-    context = runner.gather(cfg, stop)
+    context = runner.gather(cfg)
     fingerprint.claim(name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
     folder = store.run_folder(name)
     (folder / "error.txt").unlink(missing_ok=True)
@@ -125,7 +124,14 @@ def objective(
             watch.begin(number)
             # A successor has the run's folder because its predecessor is dead, or was silent for minutes: the same job.
             runner.one_fold(
-                replace(context, watch=watch.epoch), name, cfg.train.seeds[0], number, search=True, job=name
+                context,
+                name,
+                cfg.train.seeds[0],
+                number,
+                stop=stop,
+                on_epoch=watch.epoch,
+                search=True,
+                job=name,
             )
             watch.end(last_epoch(name, cfg.train.seeds[0], number))
             if stop.asked and number + 1 < count_of(joined):
