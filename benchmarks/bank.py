@@ -73,7 +73,7 @@ def lay_out(root: Path) -> tuple[samples.Samples, folds.Folds, list[str]]:
         values = {"label": random.normal(size=(ROWS, OUTPUTS)).astype(np.float32)}
         facts = {"run": addresses[-1], "member": "", "config": "0" * 16}
         said = predictions.PredictionSet(
-            rows.astype(np.int32), fold, values, predictions.meta("oof", table, split, facts)
+            rows.astype(np.int32), fold, values, predictions.build_meta("oof", table, split, facts)
         )
         bank.write(bank.folder(addresses[-1]) / "oof.arrow", said)
     return table, split, addresses

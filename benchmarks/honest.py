@@ -95,8 +95,8 @@ def one(seed: int) -> list[dict[str, Any]]:
         blend = Blend.model_validate(
             {"members": [f"m{i}" for i in range(len(oof))], "method": method, **MORE.get(method, {})}
         )
-        space = blend.merged_in
-        given = methods.Teaching(HEAD, LOSS, space, oof, truth, frame, fold)
+        space = blend.merge_space
+        given = methods.TrainingData(HEAD, LOSS, space, oof, truth, frame, fold)
 
         def apply(params: Any, at: Any, parts: Any = oof, space: str = space) -> Any:
             return fitted.predict(params, [part[at] for part in parts], HEAD, space)
@@ -108,11 +108,13 @@ def one(seed: int) -> list[dict[str, Any]]:
             fold,
             lambda at, b=blend, g=given: methods.fit(b, g.at(at)),
             apply,
-            methods.even(blend, len(oof)),
+            methods.equal_weights(blend, len(oof)),
         )
         said = HEAD.row.probability(found.prediction)
         interval = nested_cv.bootstrap(LOSS, truth, said, n=300)
-        wide = report.wider(known, len(y) - known)  # as comp ensemble prints it for the test rows
+        wide = report.test_interval_factor(
+            known, len(y) - known
+        )  # as comp ensemble prints it for the test rows
         low, high = (interval.score + wide * (end - interval.score) for end in (interval.low, interval.high))
         hidden = LOSS(y[known:], HEAD.row.probability(apply(found.final, slice(None), test)))
         in_sample = LOSS(truth, HEAD.row.probability(apply(found.final, rows)))

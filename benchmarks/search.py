@@ -90,10 +90,10 @@ def naive_greedy(truth: Any, shown: list[Any], call: Callable[[Any, Any], float]
     total, count, best, weights = 0.0, np.zeros(len(shown)), -np.inf, np.zeros(len(shown))
     for size in range(1, rounds + 1):
         scores = np.array([call(truth, (total + each) / size) for each in shown])
-        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.EQUAL)[0])
+        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.TOLERANCE)[0])
         total, reached = total + shown[pick], scores[pick]
         count[pick] += 1
-        if reached > best + weight_search.EQUAL:
+        if reached > best + weight_search.TOLERANCE:
             best, weights = reached, count / size
     return weights
 
@@ -102,9 +102,9 @@ def picks_equal(head: kinds.Head, metric: str, call: Callable[[Any, Any], float]
     same = 0
     for seed in range(cases):
         truth, said = members(head, 12, 400, seed)
-        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
-        taken = [lens.take(each) for each in said]
-        ours = weight_search.greedy(lens, taken, 12, weight_search.free(len(said)))
+        scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
+        taken = [scorer.extract(each) for each in said]
+        ours = weight_search.greedy(scorer, taken, 12, weight_search.unlimited(len(said)))
         shown = [head.row.probability(each.astype(np.float64)) for each in said]
         same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 12), atol=1e-12))
     return same
@@ -116,17 +116,17 @@ def one_case(name: str, count: int, rows: int) -> dict[str, Any]:
     size = sum(each.nbytes for each in said)
     gc.collect()
     tracemalloc.start()
-    lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
-    taken = [lens.take(each) for each in said]
-    budget = weight_search.free(count)
-    weight_search.greedy(lens, taken, 1, budget)
+    scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
+    taken = [scorer.extract(each) for each in said]
+    budget = weight_search.unlimited(count)
+    weight_search.greedy(scorer, taken, 1, budget)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     shown = [head.row.probability(each.astype(np.float64)) for each in said[:5]]
     ours, theirs = [], []
     for turn in range(5):
         began = time.perf_counter()
-        weight_search.greedy(lens, taken, 2, budget)  # the checks of the best five belong to it
+        weight_search.greedy(scorer, taken, 2, budget)  # the checks of the best five belong to it
         ours.append((time.perf_counter() - began) / (2 * count))
         began = time.perf_counter()
         call(truth, (shown[turn] + shown[0]) / 2)
@@ -160,9 +160,9 @@ def against_hillclimbers(count: int, rows: int) -> dict[str, Any]:
         )  # fmt: skip
     spent = time.perf_counter() - began
     began = time.perf_counter()
-    lens = fast_metrics.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=True)
-    taken = [lens.take(each) for each in said]
-    weights = weight_search.hill(lens, taken, 0.05, True, weight_search.free(count))
+    scorer = fast_metrics.fast_scorer(metrics.find("roc_auc"), BINARY, "probability", truth, signed=True)
+    taken = [scorer.extract(each) for each in said]
+    weights = weight_search.hill(scorer, taken, 0.05, True, weight_search.unlimited(count))
     ours = time.perf_counter() - began
     blend = sum(weight * column for weight, column in zip(weights, columns.values(), strict=True))
     return {

@@ -122,7 +122,7 @@ def member(
         rows = predictions.rows_of(kind, project.samples, project.folds)
         fold = project.folds.assignment[0][rows].astype(np.int16) if kind == "oof" else None
         said = {project.head.name: values(project, rows, noise, seed)}
-        meta = predictions.meta(
+        meta = predictions.build_meta(
             kind, project.samples, project.folds, {"run": run, "member": name, "config": "c"} | facts
         )
         bank.write(
@@ -160,7 +160,7 @@ def said(project: Project, name: str, seed: int, number: int, noise: int) -> Non
         if (place / bank.WEIGHTS).exists()
         else {f"{name}/seed{seed}/fold{number}": "w"}
     )
-    meta = predictions.meta(
+    meta = predictions.build_meta(
         "test", project.samples, project.folds, {"run": name, "config": "c", "weights": weights}
     )
     heads = {project.head.name: values(project, rows, 1.5, noise)}

@@ -15,7 +15,7 @@ from comp import metrics
 from comp.engine.bank import bank
 from comp.engine.ensemble import calibration, fit, postprocess_selection
 from comp.engine.ensemble.blend_config import Blend
-from comp.engine.ensemble.context import Ground
+from comp.engine.ensemble.context import Context
 from comp.engine.tasks.kinds import Head
 
 LABELS = Head("t", "multilabel", tuple("abc"), tuple("abc"))
@@ -53,7 +53,7 @@ def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
     told = truth.copy()
     told[::3, 1], told[:, 2] = np.nan, np.nan
     metric = metrics.find("mean_column_log_loss")
-    assert not calibration.unfit(step, LABELS, metric, told)
+    assert not calibration.not_applicable(step, LABELS, metric, told)
     found = calibration.fit(step, stored, told, LABELS, metric, None)
     p = LABELS.row.probability(calibration.apply(found, stored, LABELS))
     assert np.isfinite(p).all()
@@ -77,7 +77,9 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
     oof = [load(project, f"exp00{i}") for i in (1, 2, 3)]
 
     def honest_() -> Any:
-        return fit.make(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).honest["label"]
+        return fit.fit_ensemble(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).nested[
+            "label"
+        ]
 
     before = honest_()
     frame, fold = project.samples.frame, project.folds.assignment[0][:400]
@@ -85,18 +87,18 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
     frame.loc[frame.index[rows], "target.label"] = 1 - frame["target.label"].iloc[rows]
     now = honest_()
     assert (now[fold == 2] == before[fold == 2]).all() and (now[fold != 2] != before[fold != 2]).any()
-    ground = Ground(
+    context = Context(
         project.cfg, blend_, project.samples, project.folds, np.arange(400), fold.astype(np.int64), {}
     )
     random = np.random.default_rng(0)
-    truth = project.samples.truth(project.head, ground.rows)
+    truth = project.samples.truth(project.head, context.rows)
     base = (2 * truth - 1)[:, None] + random.normal(0, 1, (400, 1))
     lucky = base + 1e-4 * random.normal(size=base.shape)
     better, same = (
-        postprocess_selection.gained(ground, project.head, base, each, ground.rows)
+        postprocess_selection.measure_gain(context, project.head, base, each, context.rows)
         for each in (base * 1.5, lucky)
     )
-    assert better.kept and better.fold_gain > better.error and not same.kept
+    assert better.improved and better.fold_gain > better.error and not same.improved
 
 
 @pytest.mark.parametrize(("task", "metric"), [("binary", "f1"), ("multiclass", "f1_macro")])
@@ -150,5 +152,7 @@ def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
         value = (1.5 + shrunk * (truth - 1.5) + np.random.default_rng(0).normal(0, 0.1 * shrunk, 400))[
             :, None
         ]
-        _, cuts = score.answers(metric, project.head, value, project.samples, project.folds, rows, fold)
+        _, cuts = score.metric_predictions(
+            metric, project.head, value, project.samples, project.folds, rows, fold
+        )
         assert cuts is not None and (np.abs(cuts - [0.5, 1.5, 2.5]).max() > 0.1) == fitted_

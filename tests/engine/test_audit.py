@@ -75,11 +75,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
         monkeypatch.setattr(canary, "assemble", lambda parts, rows: np.roll(assemble(parts, rows), 1, axis=0))
     elif leak == "in-sample meta-model":
 
-        def in_sample(fold: Any, fit: Any, apply: Any, **rest: Any) -> nested_cv.Nested:
+        def in_sample(fold: Any, fit: Any, apply: Any, **rest: Any) -> nested_cv.NestedPrediction:
             final, rows = fit(np.arange(len(fold))), np.arange(len(fold))
-            return nested_cv.Nested(apply(final, rows), {}, final, ())
+            return nested_cv.NestedPrediction(apply(final, rows), {}, final, ())
 
-        monkeypatch.setattr(nested_cv, "nested", in_sample)
+        monkeypatch.setattr(nested_cv, "nested_predict", in_sample)
 
 
 PLANTED = [
@@ -105,7 +105,7 @@ def test_a_choice_of_cut_points_by_the_rows_they_are_scored_on_is_flagged(
 
     def luckier(metric: Any, head: Any, value: Any, table: Any, split: Any, rows: Any, fold: Any) -> Any:
         truth, value = table.truth(head, rows), value[:, 0]
-        fitted = nested_cv.nested(
+        fitted = nested_cv.nested_predict(
             fold,
             lambda at: thresholds.fit_cuts(value[at], truth[at], 4, metric),
             lambda cuts, at: thresholds.apply_cuts(value[at], cuts),
@@ -117,7 +117,7 @@ def test_a_choice_of_cut_points_by_the_rows_they_are_scored_on_is_flagged(
     monkeypatch.setattr(flips, "STEPS", ())
     luck = flips.world(2, rows=300)
     assert canary.leaks(luck, canary.watched(luck)) == []
-    monkeypatch.setattr(score, "answers", luckier)
+    monkeypatch.setattr(score, "metric_predictions", luckier)
     (leak,) = canary.leaks(luck, canary.watched(luck))
     assert leak.name == "in-sample meta-model" and leak.where == "cut points"
 
@@ -291,7 +291,7 @@ def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
     cfg, table = runner.stored_config("run"), samples.load()
     split = folds.load(table)
     said = bank.read(place / "oof.arrow", table, split)
-    now = score.glance(cfg, table.heads[0], said.heads["label"], table, said.row.astype(np.int64))
+    now = score.validation_score(cfg, table.heads[0], said.heads["label"], table, said.row.astype(np.int64))
     assert audit_runs.of_log(place, cfg, table, split) == []
     lines = [
         f'{{"epoch": {e}, "valid_metric": {value}}}\n'

@@ -100,7 +100,7 @@ def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.Monkey
     )
     project = lay_out(empty)
     rows = project.samples.positions("test")
-    meta = predictions.meta("test", project.samples, project.folds, {"run": "e"})
+    meta = predictions.build_meta("test", project.samples, project.folds, {"run": "e"})
     for kind in (np.float16, np.float32):
         said = {"label": np.zeros((len(rows), 300), kind)}
         bank.write(empty / "runs/e/test.arrow", PredictionSet(rows.astype(np.int32), None, said, meta))
@@ -109,7 +109,7 @@ def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.Monkey
 
 def test_rows_never_predicted_are_nan(project: Project) -> None:
     rows = np.arange(10, dtype=np.int32)
-    meta = predictions.meta("oof", project.samples, project.folds, {"run": "e"})
+    meta = predictions.build_meta("oof", project.samples, project.folds, {"run": "e"})
     part = PredictionSet(rows, np.zeros(10, np.int16), {"label": np.zeros((10, 3), np.float32)}, meta)
     whole = predictions.merge([part], project.samples, project.folds, "probability")
     said = bank.read(bank.write(project.root / "runs/e/oof.arrow", whole), project.samples, project.folds)
@@ -289,7 +289,7 @@ def test_folds_and_seeds_become_one(project: Project) -> None:
         for fold in range(5):
             rows = project.folds.split(fold)[1]
             p = rng.random((len(rows), 3))
-            meta = predictions.meta(
+            meta = predictions.build_meta(
                 "oof",
                 project.samples,
                 project.folds,

@@ -19,7 +19,7 @@ from comp.engine.config import resolve
 from comp.engine.data import make_folds, prepare, samples
 from comp.engine.ensemble import plots, postprocess_selection, report
 from comp.engine.ensemble.blend import blend
-from comp.engine.ensemble.context import Ground
+from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
 from comp.engine.extras import compare, tta_search, view_search
 from comp.engine.report import html
@@ -148,11 +148,11 @@ def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:
 def test_a_difference_is_believed_only_beyond_both_errors() -> None:
     random = np.random.default_rng(0)
     clear = compare.difference(0.02 + random.normal(0, 0.005, (4, 5)))
-    assert clear["decided"] and clear["says"].startswith("better by 0.0")
+    assert clear["significant"] and clear["text"].startswith("better by 0.0")
     noise = compare.difference(random.normal(0, 0.02, (4, 5)))
-    assert not noise["decided"] and noise["says"].startswith("within noise")
+    assert not noise["significant"] and noise["text"].startswith("within noise")
     by_fold = compare.difference(np.tile([0.1, -0.05, 0.04, -0.03, 0.0], (6, 1)))
-    assert not by_fold["decided"], "six seeds that agree on five folds are still five folds"
+    assert not by_fold["significant"], "six seeds that agree on five folds are still five folds"
 
 
 def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen() -> None:
@@ -178,7 +178,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     question = view_search.Question(
         noise, (truth,), (head,), (auc,), ("probability", "logit"), dict.fromkeys(noise, 1.0)
     )
-    out = nested_cv.nested(fold, question.choose, question.said)
+    out = nested_cv.nested_predict(fold, question.choose, question.said)
     own, taught = (head.row.probability(p)[:, 0] for p in (out.prediction, question.said(out.final)))
     assert auc(truth, taught) >= auc(truth, own) - 0.02
     # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
@@ -194,9 +194,9 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         ("logit", "probability"),
         dict.fromkeys(loud, 1.0),
     )
-    assert {c.space for c in nested_cv.nested(fold, question.choose, question.said).parameters.values()} == {
-        "probability"
-    }
+    assert {
+        c.space for c in nested_cv.nested_predict(fold, question.choose, question.said).parameters.values()
+    } == {"probability"}
 
 
 def test_pictures_of_an_ensemble(empty: Path) -> None:
@@ -270,25 +270,25 @@ def test_interval_comparison_and_gate_are_of_the_score(
             wide = np.eye(3)[truth[:, 0].astype(int)] if head.task == "multiclass" else truth
             said[head.name] = (2 * wide - 1 + random.normal(0, noise, wide.shape)).astype(np.float32)
         fold = project.folds.assignment[0][:TRAIN].astype(np.int16)
-        meta = predictions.meta("oof", table, project.folds, {})
+        meta = predictions.build_meta("oof", table, project.folds, {})
         sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
-    ours, theirs = (score.of(cfg, table, project.folds, each)["oof"] for each in sets)
-    found = report.beside(cfg, table, project.folds, sets[0], {"it": sets[1]})
+    ours, theirs = (score.evaluate(cfg, table, project.folds, each)["oof"] for each in sets)
+    found = report.compare(cfg, table, project.folds, sets[0], {"it": sets[1]})
     assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
     assert found["interval"]["low"] < ours < found["interval"]["high"]
     rows = sets[0].row.astype(np.int64)
     fold = sets[0].fold.astype(np.int64)
-    ground = Ground(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
+    context = Context(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
     gate = [
-        postprocess_selection.gained(ground, h, sets[1].heads[h.name], sets[0].heads[h.name], rows)
+        postprocess_selection.measure_gain(context, h, sets[1].heads[h.name], sets[0].heads[h.name], rows)
         for h in heads
     ]
-    assert np.mean([gain.now for gain in gate]) == pytest.approx(ours, abs=1e-12)
+    assert np.mean([gain.with_step for gain in gate]) == pytest.approx(ours, abs=1e-12)
     assert np.mean([gain.before for gain in gate]) == pytest.approx(theirs, abs=1e-12)
     from comp.engine.deliver import scores
 
-    sent = scores.report.scorer(
-        cfg, table, project.folds, sets[0], sets[0].predicted, score.lines(table, rows, fold)
+    sent = scores.report.mean_scorer(
+        cfg, table, project.folds, sets[0], sets[0].predicted, score.scored_rows(table, rows, fold)
     )
     assert sent(np.ones(len(scores._scored(table, project.folds)[0]), np.int64)) == pytest.approx(
         ours, abs=1e-12
@@ -319,8 +319,8 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
 
 
 @pytest.mark.parametrize(
-    ("decided", "said"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
+    ("significant", "said"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
 )
 def test_what_is_within_noise_is_not_recommended(decided: bool, said: str) -> None:
-    record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "decided": decided}}}
-    assert report.recommended("b", record).startswith(said)
+    record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "significant": decided}}}
+    assert report.recommendation("b", record).startswith(said)

@@ -12,7 +12,7 @@ from metric_cases import case
 from test_honest import AUC, F1, QWK, SEEDS, chance, noise
 
 from comp.engine.bank.metric_formulas import MetricUndefined
-from comp.engine.bank.nested_cv import Nested, nested
+from comp.engine.bank.nested_cv import NestedPrediction, nested_predict
 from comp.engine.bank.thresholds import apply_cuts, apply_threshold, fit_cuts, fit_threshold, fit_thresholds
 from comp.metrics import METRICS, Metric
 
@@ -77,8 +77,8 @@ def test_cuts_refuse_what_they_cannot_cut() -> None:
         fit_cuts(np.array([1, 2.0]), np.array([1, 1]), 3, QWK)
 
 
-def nested_cuts(truth: Any, value: Any, fold: Any) -> Nested:
-    return nested(
+def nested_cuts(truth: Any, value: Any, fold: Any) -> NestedPrediction:
+    return nested_predict(
         fold,
         lambda rows: fit_cuts(value[rows], truth[rows], 5, QWK),
         lambda cuts, rows: apply_cuts(value[rows], cuts),
@@ -168,13 +168,17 @@ def test_a_column_without_both_classes_keeps_one_half() -> None:
 
 def test_floor_gives_the_nearest_label() -> None:
     score = np.array([[0.1, 0.3], [0.6, 0.1], [0.0, 0.8]])
-    assert apply_threshold(score, np.array([0.2, 0.9]), floor=True).tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert apply_threshold(score, np.array([0.2, 0.9]), at_least_one=True).tolist() == [
+        [1, 0],
+        [1, 0],
+        [0, 1],
+    ]
     assert apply_threshold(score[:1], np.array([0.2, 0.9])).tolist() == [[0, 0]]
     assert apply_threshold(np.array([0.1, 0.5]), 0.5).tolist() == [0, 1]
 
 
-def nested_thresholds(fit: Any, metric: Metric, truth: Any, score: Any, fold: Any) -> Nested:
-    return nested(
+def nested_thresholds(fit: Any, metric: Metric, truth: Any, score: Any, fold: Any) -> NestedPrediction:
+    return nested_predict(
         fold,
         lambda rows: fit(truth[rows], score[rows], metric),
         lambda threshold, rows: apply_threshold(score[rows], threshold),

@@ -259,7 +259,7 @@ def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
         project.samples.truth(project.head, rows),
     )
     fold = rows * 5 // TRAIN
-    answers, _ = score.answers(
+    answers, _ = score.metric_predictions(
         metric, project.head, value[:, None], project.samples, project.folds, rows, fold
     )
     assert (answers[fold == 0] == thresholds.apply_cuts(value[fold == 0], np.array([0.5, 1.5, 2.5]))).all()
@@ -347,7 +347,7 @@ def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> 
         if task in metric.tasks:
             competition = project.cfg.competition.model_copy(update={"metric": name})
             cfg = project.cfg.model_copy(update={"competition": competition})
-            record = score.of(cfg, project.samples, project.folds, said)
+            record = score.evaluate(cfg, project.samples, project.folds, said)
             assert (record["oof"] is None) == bool(record["undefined"]), name
             assert record["oof"] is not None or "below 0" in record["undefined"][0], record["undefined"]
             seen += 1

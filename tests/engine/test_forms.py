@@ -23,7 +23,7 @@ def said(table: samples.Samples, kind: str, heads: dict[str, Any]) -> prediction
     split = folds.load(table)
     rows = predictions.rows_of(kind, table, split)
     fold = split.assignment[0][rows].astype(np.int16) if kind == "oof" else None
-    meta = predictions.meta(kind, table, split, {"run": "exp001", "tta": ["identity"]})
+    meta = predictions.build_meta(kind, table, split, {"run": "exp001", "tta": ["identity"]})
     return predictions.PredictionSet(
         rows.astype(np.int32), fold, {k: np.asarray(v, np.float32) for k, v in heads.items()}, meta
     )

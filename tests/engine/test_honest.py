@@ -10,7 +10,15 @@ import pytest
 from metric_cases import PAIRS, case
 
 from comp.engine.bank.metric_formulas import MetricUndefined
-from comp.engine.bank.nested_cv import bootstrap, fold_table, nested, paired, resamples, scorer, units
+from comp.engine.bank.nested_cv import (
+    bootstrap,
+    bootstrap_counts,
+    bootstrap_scorer,
+    fold_table,
+    group_codes,
+    nested_predict,
+    paired,
+)
 from comp.metrics import METRICS, Metric
 
 AUC, QWK, RMSE, LOSS, F1 = (METRICS[name] for name in ("roc_auc", "qwk", "rmse", "log_loss", "f1"))
@@ -43,14 +51,14 @@ def test_nested_shows_each_fold_the_other_rows_only() -> None:
         assert not parameters & set(rows.tolist())
         return rows * 10
 
-    out = nested(fold, fit, apply)
+    out = nested_predict(fold, fit, apply)
     assert out.parameters == {0: {1, 2, 4, 5}, 1: {0, 2, 3, 5}, 2: {0, 1, 3, 4}}
-    assert out.final == {0, 1, 2, 3, 4, 5} and shown[-1] == out.final and out.untaught == ()
+    assert out.final == {0, 1, 2, 3, 4, 5} and shown[-1] == out.final and out.unfitted == ()
     assert out.prediction[:6].tolist() == [0, 10, 20, 30, 40, 50] and np.isnan(out.prediction[6:]).all()
 
 
 def test_nested_keeps_matrices() -> None:
-    out = nested(
+    out = nested_predict(
         np.array([0, 1, 1]), lambda rows: rows.mean(), lambda mean, rows: np.full((len(rows), 2), mean)
     )
     assert out.prediction.tolist() == [[1.5, 1.5], [0, 0], [0, 0]]
@@ -63,28 +71,30 @@ def test_nested_by_time_uses_the_past_only() -> None:
         lambda rows: set(fold[rows]),
         lambda taught, rows: np.full(len(rows), len(taught)),
     )
-    out = nested(*arguments, allowed=lambda number: fold < number)
-    assert out.parameters == {1: {0}, 2: {0, 1}} and out.untaught == (0,)
+    out = nested_predict(*arguments, train_mask=lambda number: fold < number)
+    assert out.parameters == {1: {0}, 2: {0, 1}} and out.unfitted == (0,)
     assert np.isnan(out.prediction[:3]).all() and out.prediction[3:].tolist() == [1, 1, 1, 2, 2, 2]
-    with_first = nested(*arguments, allowed=lambda number: fold < number, first={7, 8, 9})
-    assert with_first.prediction[:3].tolist() == [3, 3, 3] and with_first.untaught == (0,)
+    with_first = nested_predict(*arguments, train_mask=lambda number: fold < number, fallback={7, 8, 9})
+    assert with_first.prediction[:3].tolist() == [3, 3, 3] and with_first.unfitted == (0,)
 
 
 def test_nested_keeps_groups_apart() -> None:
     fold = np.array([0, 1, 1, 0])
     groups = np.array(["a", "a", "b", None], dtype=object)
-    out = nested(fold, lambda rows: rows.tolist(), lambda taught, rows: rows, groups=groups)
+    out = nested_predict(fold, lambda rows: rows.tolist(), lambda taught, rows: rows, groups=groups)
     assert out.parameters == {0: [2], 1: [3]}
 
 
 def test_nested_refuses_a_rule_that_leaks() -> None:
     fold = np.array([0, 1, 1])
     with pytest.raises(AssertionError, match="rows of fold 0"):
-        nested(fold, lambda rows: 0, lambda taught, rows: rows, allowed=lambda number: np.ones(3, dtype=bool))
+        nested_predict(
+            fold, lambda rows: 0, lambda taught, rows: rows, train_mask=lambda number: np.ones(3, dtype=bool)
+        )
     with pytest.raises(AssertionError, match="gave 1 rows for 2"):
-        nested(fold, lambda rows: 0, lambda taught, rows: rows[:1])
+        nested_predict(fold, lambda rows: 0, lambda taught, rows: rows[:1])
     with pytest.raises(MetricUndefined, match="no fold has another one"):
-        nested(np.zeros(3), lambda rows: 0, lambda taught, rows: rows)
+        nested_predict(np.zeros(3), lambda rows: 0, lambda taught, rows: rows)
 
 
 def test_nested_finds_nothing_when_memorising() -> None:
@@ -99,7 +109,7 @@ def test_nested_finds_nothing_when_memorising() -> None:
         def apply(known: Any, rows: Any, value: Any = value) -> Any:
             return known[1][np.abs(value[rows, None] - known[0]).argmin(axis=1)]
 
-        out = nested(fold, fit, apply)
+        out = nested_predict(fold, fit, apply)
         scores.append(AUC(truth, out.prediction))
         assert AUC(truth, apply(out.final, np.arange(400))) == 1
     assert abs(chance(scores, 0.5)) < 3
@@ -113,10 +123,10 @@ def test_the_scorer_scores_what_was_drawn(name: str, task: str) -> None:
     metric = METRICS[name]
     truth, prediction = case(metric, task)
     rows = pd.DataFrame({"weight": np.random.default_rng(5).random(len(truth)) + 0.1})
-    if metric.ungraded and task == "multilabel":
+    if metric.skip_undefined and task == "multilabel":
         truth[::7, 1], truth[:, 2] = np.nan, np.nan
-    score = scorer(metric, truth, prediction, rows)
-    for times in resamples(len(truth), np.arange(len(truth)) // 2, 5, seed=3):
+    score = bootstrap_scorer(metric, truth, prediction, rows)
+    for times in bootstrap_counts(len(truth), np.arange(len(truth)) // 2, 5, seed=3):
         picked = np.repeat(np.arange(len(truth)), times)
         assert score(times) == pytest.approx(
             metric(truth[picked], prediction[picked], rows.iloc[picked]), abs=1e-9
@@ -126,22 +136,22 @@ def test_the_scorer_scores_what_was_drawn(name: str, task: str) -> None:
 def test_the_scorer_gives_rows_to_yours() -> None:
     mine = Metric("mine", lambda truth, prediction, rows: float(rows["year"].mean()), "max", "value")
     rows = pd.DataFrame({"year": [1.0, 2.0, 4.0]})
-    assert scorer(mine, np.zeros(3), np.zeros(3), rows)(np.array([0, 2, 1])) == pytest.approx(8 / 3)
+    assert bootstrap_scorer(mine, np.zeros(3), np.zeros(3), rows)(np.array([0, 2, 1])) == pytest.approx(8 / 3)
     plain = Metric("plain", lambda truth, prediction, rows: float(truth.sum()), "max", "value")
-    assert scorer(plain, np.arange(3), np.zeros(3))(np.array([0, 2, 1])) == 4
+    assert bootstrap_scorer(plain, np.arange(3), np.zeros(3))(np.array([0, 2, 1])) == 4
 
 
 def test_whole_groups_are_drawn() -> None:
     groups = np.array(["a", "b", "a", None, None, "b"], dtype=object)
-    assert units(groups).tolist() == [0, 1, 0, 2, 3, 1]
-    assert units(np.array([3.0, np.nan, 3.0, np.nan])).tolist() == [0, 1, 0, 2]
-    drawn = list(resamples(6, groups, 50, seed=0))
+    assert group_codes(groups).tolist() == [0, 1, 0, 2, 3, 1]
+    assert group_codes(np.array([3.0, np.nan, 3.0, np.nan])).tolist() == [0, 1, 0, 2]
+    drawn = list(bootstrap_counts(6, groups, 50, seed=0))
     for times in drawn:
         assert times[0] == times[2] and times[1] == times[5]
         assert times[0] + times[1] + times[3] + times[4] == 4  # four groups drawn out of four
     assert len({tuple(times) for times in drawn}) > 20
     with pytest.raises(MetricUndefined, match="one group only"):
-        list(resamples(3, ["a", "a", "a"], 5, seed=0))
+        list(bootstrap_counts(3, ["a", "a", "a"], 5, seed=0))
 
 
 def test_bootstrap_is_reproducible_and_has_the_right_width() -> None:
@@ -197,7 +207,7 @@ def test_paired_finds_a_planted_difference_whatever_the_direction() -> None:
     good = np.clip(worse + 0.1 * (truth - 0.5), 0.01, 0.99)
     for metric in (AUC, LOSS):
         forward, back = paired(metric, truth, good, worse), paired(metric, truth, worse, good)
-        assert forward.difference > 0 and forward.decided and forward.share > 0.99
+        assert forward.difference > 0 and forward.significant and forward.share > 0.99
         assert str(forward).startswith("better by 0.") and str(forward).endswith(", >99 %")
         assert back.difference == -forward.difference and back.share == pytest.approx(1 - forward.share)
         assert str(back).startswith("worse by 0.")
@@ -215,7 +225,7 @@ def test_pairing_removes_what_both_share() -> None:
 def test_equal_predictions_are_within_noise() -> None:
     truth, score, _ = noise(0)
     same = paired(AUC, truth, score, score)
-    assert same.difference == 0 and same.share == 0.5 and not same.decided
+    assert same.difference == 0 and same.share == 0.5 and not same.significant
     assert str(same) == "within noise (+0.0000 ± 0.0000, 50 %)"
 
 
@@ -225,8 +235,8 @@ def test_paired_counts_groups_not_rows() -> None:
     a, b = np.ones(600), np.ones(600)
     a[:100] = 0.2
     groups = np.repeat(np.arange(6), 100)
-    assert paired(METRICS["mae"], truth, a, b).decided
-    assert not paired(METRICS["mae"], truth, a, b, groups).decided
+    assert paired(METRICS["mae"], truth, a, b).significant
+    assert not paired(METRICS["mae"], truth, a, b, groups).significant
 
 
 def test_paired_decides_nothing_on_random_labels() -> None:
@@ -234,7 +244,7 @@ def test_paired_decides_nothing_on_random_labels() -> None:
     for seed in range(100):
         truth, score, _ = noise(seed, 200)
         other = np.random.default_rng(seed + 1000).random(200)
-        decided += paired(AUC, truth, score, other, n=200, seed=seed).decided
+        decided += paired(AUC, truth, score, other, n=200, seed=seed).significant
     assert 3 <= decided <= 18  # one in ten is expected: 5 % on either side
 
 

@@ -265,7 +265,7 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     capsys.readouterr()
     verify.verify("blend002")
     assert "predicted 8 rows again" in capsys.readouterr().out
-    assert latency.of("exp003:mlp") > 0
+    assert latency.seconds_per_image("exp003:mlp") > 0
     # Heads that were fitted on another backbone's features are not believed.
     file = frozen_heads.backbone_of("exp003")
     store.seal(file, remade=True)

@@ -31,7 +31,9 @@ def said(project: banked.Project, run: str, seed: int, wrong: np.ndarray) -> Non
     at = predictions.rows_of("oof", project.samples, project.folds)
     values = banked.values(project, at, 0.5, seed)
     values[wrong] = np.roll(values[wrong], 1, axis=1) if values.shape[1] > 1 else -values[wrong]
-    meta = predictions.meta("oof", project.samples, project.folds, {"run": run, "member": "", "config": "c"})
+    meta = predictions.build_meta(
+        "oof", project.samples, project.folds, {"run": run, "member": "", "config": "c"}
+    )
     fold = project.folds.assignment[0][at].astype(np.int16)
     whole = predictions.PredictionSet(at.astype(np.int32), fold, {project.head.name: values}, meta)
     bank.write(bank.folder(run) / "oof.arrow", whole)

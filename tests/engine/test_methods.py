@@ -16,7 +16,7 @@ from comp.engine.bank import bank
 from comp.engine.ensemble import average, fit, latency, member_filter, methods, report, weight_search
 from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED, Blend
-from comp.engine.ensemble.context import Ground
+from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -75,15 +75,15 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
         from comp.engine.config import resolve
         from comp.engine.ensemble import blend_config as declared_
         from comp.engine.ensemble import fit
-        from comp.engine.ensemble.blend import sets
+        from comp.engine.ensemble.blend import member_predictions
 
         declared = declared_.read("blend001")
         cfg = resolve.load(store.root(), "base").config
-        oof = sets(declared, "oof", project.samples, project.folds)
-        test = sets(declared, "test", project.samples, project.folds)
-        again = fit.make(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
-        assert (again.honest["label"][fold == 2] == honest[fold == 2]).all(), method
-        assert (again.honest["label"][fold != 2] != honest[fold != 2]).any(), method
+        oof = member_predictions(declared, "oof", project.samples, project.folds)
+        test = member_predictions(declared, "test", project.samples, project.folds)
+        again = fit.fit_ensemble(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
+        assert (again.nested["label"][fold == 2] == honest[fold == 2]).all(), method
+        assert (again.nested["label"][fold != 2] != honest[fold != 2]).any(), method
         frame["target.label"] = truth
         assert before["oof"] is not None and score is not None
 
@@ -100,7 +100,7 @@ def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fo
     for name in ("fitted", "mean", "blend001"):
         blend(name)
     cfg, declared = resolve.load(store.root(), "base").config, declared_.read("blend001")
-    refits = blending.refits(cfg, declared, project.samples, project.folds)
+    refits = blending.member_refits(cfg, declared, project.samples, project.folds)
     assert list(refits) == ["mean", "fitted"]  # what no label had a hand in stays as it is
     stored, rows = load(project, "mean"), np.arange(400)
     assert np.allclose(refits["mean"](rows)["label"], stored.heads["label"], atol=1e-6)
@@ -169,7 +169,7 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
         folder = store.fold_folder(f"exp00{i + 1}", 0, 0)
         folder.mkdir(parents=True)
         store.write_json(folder / latency.FILE, {"test": cost})
-    assert latency.of("exp001") == 0.03
+    assert latency.seconds_per_image("exp001") == 0.03
     for method in SEARCHED:
         extra = "trials: 20" if method == "optuna" else ""
         record = made(
@@ -197,10 +197,10 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
     classes = Head("t", "multiclass", tuple("abc"), ("t",), tuple("abc"))
     metric, fold = metrics.find("log_loss"), np.zeros(300, np.int64)
     frame = pd.DataFrame({"row": range(300)})
-    given = methods.Teaching(classes, metric, "probability", said, hot.argmax(axis=1), frame, fold)
-    free = methods.fit(Blend(**options, per_class=True), given, weight_search.free(3))
+    given = methods.TrainingData(classes, metric, "probability", said, hot.argmax(axis=1), frame, fold)
+    free = methods.fit(Blend(**options, per_class=True), given, weight_search.unlimited(3))
     tight = methods.fit(Blend(**options, per_class=True), given, seconds)
-    assert methods.used(free, 3).all() and 0 < methods.used(tight, 3).sum() <= 2
+    assert methods.used_members(free, 3).all() and 0 < methods.used_members(tight, 3).sum() <= 2
 
     project = lay_out(empty, "binary", metric="log_loss")
     columns = project.samples.frame["target.label"].to_numpy()
@@ -209,7 +209,7 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
     for i in range(3):
         project.samples.frame[f"target.{i}"] = columns
         heads.append(Head(str(i), "binary", (str(i),), (f"target.{i}",), ("0", "1")))
-    ground = Ground(
+    context = Context(
         project.cfg,
         Blend(**options),
         project.samples,
@@ -222,8 +222,8 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
         parts = [(2.0 * columns[rows] - 1)[:, None] * (3 if k == i else -1) for k in range(3)]
         parts = [part + random.normal(size=part.shape) for part in parts]
         with tqdm(disable=True) as bar:
-            found, *_ = fit._fitted(ground, head, parts, budgets, bar)
-        chosen |= methods.used(found.params, 3)
+            found, *_ = fit.fit_head(context, head, parts, budgets, bar)
+        chosen |= methods.used_members(found.params, 3)
     assert 0 < chosen.sum() <= 2
     assert len(budgets.left) == 6  # of five folds and of all rows, each its own
 
@@ -319,8 +319,8 @@ def test_each_label_has_weights_of_its_own(empty: Path, monkeypatch: pytest.Monk
         assert weights.argmax(axis=0).tolist() == [0, 1, 2] and weights.sum(axis=0) == pytest.approx(
             np.ones(3)
         )
-    one = methods._one_against_the_rest(
-        methods.Teaching(
+    one = methods._one_vs_rest(
+        methods.TrainingData(
             project.head, metrics.find("mean_column_auc"), "probability", [np.zeros((4, 3))],
             np.array([[np.nan, 1, 0], [1, 1, 0], [0, 1, 1], [np.nan, 1, 0]]), table.iloc[:4], np.arange(4),
         ), 0, "ant",

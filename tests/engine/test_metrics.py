@@ -17,7 +17,7 @@ from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.errors import Refused, UserError
 from comp.engine.tasks.kinds import TASKS
-from comp.metrics import METRICS, Metric, better, find, nearest, yours
+from comp.metrics import METRICS, Metric, better, custom, find, nearest
 
 LN = np.log
 NAN = float("nan")
@@ -211,7 +211,7 @@ def test_nan_never_passes(name: Any, task: Any, damage: Any) -> None:
         metric(truth, prediction)
     truth, prediction = case(metric, task)
     truth[3] = damage
-    if metric.ungraded and np.isnan(damage):
+    if metric.skip_undefined and np.isnan(damage):
         assert np.isfinite(metric(truth, prediction))
     else:
         with pytest.raises(MetricUndefined, match="truth is NaN or infinite in 1 of 60 rows, first in row 3"):
@@ -301,17 +301,17 @@ def saying(function: Any, **attributes: Any) -> Any:
 
 
 def test_yours() -> None:
-    metric = yours(saying(late, direction="max", needs="label"))
+    metric = custom(saying(late, direction="max", needs="label"))
     rows = pd.DataFrame({"year": [1990, 2010, 2020]})
     assert metric([0, 1, 1], [1, 1, 0], rows) == 0.5
     assert metric.name == "late" and metric.sign == 1
-    assert yours(metric) is metric
+    assert custom(metric) is metric
     with pytest.raises(MetricUndefined, match="rows has 3 lines for 2 predictions"):
         metric([0, 1], [1, 1], rows)
     with pytest.raises(UserError, match=r"set metric.*direction"):
-        yours(saying(late, direction="up", needs="label"))
+        custom(saying(late, direction="up", needs="label"))
     with pytest.raises(UserError, match=r"set metric.*needs"):
-        yours(saying(late, direction="min"))
+        custom(saying(late, direction="min"))
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), 2.0])
@@ -323,7 +323,7 @@ def test_what_yours_returns_is_checked(value: float) -> None:
 
 def test_a_band_of_ones_own() -> None:
     """The lower half of the curve alone is the metric of another host."""
-    lower = partial(metric_formulas.band_area, edges=(0.0, 0.5), weights=(1.0,), whole=0.5)
+    lower = partial(metric_formulas.banded_auc, edges=(0.0, 0.5), weights=(1.0,), whole=0.5)
     metric = Metric("lower", lower, "max", "probability", 0, 1, kind="curve")
     assert metric([1, 0, 1], [0.9, 0.5, 0.1]) == pytest.approx(1)
     assert metric([0, 1, 1], [0.9, 0.5, 0.1]) == pytest.approx(0)
@@ -368,7 +368,7 @@ def test_k_is_a_number(wrong: Any) -> None:
 def test_the_table_is_right() -> None:
     for name, metric in METRICS.items():
         assert name == metric.name and metric.low < metric.high and metric.tasks
-        assert metric.kind != "yours", f"{name} needs the kind of its function"
+        assert metric.kind != "custom", f"{name} needs the kind of its function"
     for task, row in TASKS.items():
         assert task in METRICS[row.metric].tasks, f"the default metric of {task} must fit it"
 

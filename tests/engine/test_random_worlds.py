@@ -48,7 +48,9 @@ def world(
 
 def answers_of(table: samples.Samples, split: folds.Folds, said: Any, name: str) -> Any:
     rows = np.arange(len(said))
-    return score.answers(metrics.find(name), table.heads[0], said, table, split, rows, split.assignment[0])[0]
+    return score.metric_predictions(
+        metrics.find(name), table.heads[0], said, table, split, rows, split.assignment[0]
+    )[0]
 
 
 @pytest.mark.parametrize(("head", "name"), CASES, ids=lambda each: getattr(each, "task", each))

@@ -103,7 +103,7 @@ def test_its_snapshots_and_other_averages_are_members(refit: Path) -> None:
     head = table.heads[0].name
     for name in ("full-snap1", "full-raw", "full-swa"):
         assert not np.array_equal(sets[name].heads[head], sets["full"].heads[head]), name
-    assert latency.of("x:full-snap1") > 0
+    assert latency.seconds_per_image("x:full-snap1") > 0
     assert "comp train x --fold full" not in refusal(lambda: bank.find("x:full-snap9", "test"))
 
 

@@ -28,9 +28,9 @@ from comp.engine.ensemble import (
     fast_metrics,
     fit,
     gradients,
+    spaces,
     stack,
     weight_search,
-    weighted_sums,
 )
 from comp.engine.ensemble.blend_config import STACKED, Blend
 from comp.engine.tasks.kinds import Head, log_softmax, logit, softmax
@@ -91,10 +91,10 @@ def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
     total, count, best, weights = 0.0, np.zeros(len(shown)), -np.inf, np.zeros(len(shown))
     for size in range(1, rounds + 1):
         scores = np.array([call(truth, (total + each) / size) for each in shown])
-        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.EQUAL)[0])
+        pick = int(np.flatnonzero(scores >= scores.max() - weight_search.TOLERANCE)[0])
         total, reached = total + shown[pick], scores[pick]
         count[pick] += 1
-        if reached > best + weight_search.EQUAL:
+        if reached > best + weight_search.TOLERANCE:
             best, weights = reached, count / size
     return weights
 
@@ -104,13 +104,13 @@ def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
     head, metric, call = NAIVE[name]
     for seed in range(2 if head is LABELS or name == "auc_5" else 6):
         truth, said = cases(head, 9, 150, seed)
-        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
-        taken = [lens.take(each) for each in said]
-        ours = weight_search.greedy(lens, taken, 10, weight_search.free(len(said)))
+        scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
+        taken = [scorer.extract(each) for each in said]
+        ours = weight_search.greedy(scorer, taken, 10, weight_search.unlimited(len(said)))
         shown = [head.row.probability(each.astype(float)) for each in said]
         assert ours == pytest.approx(naive_greedy(truth, shown, call, 10), abs=1e-12)
         blended = sum(w * s for w, s in zip(ours, shown, strict=True))
-        found = lens.exact(weight_search._sum(taken, ours))
+        found = scorer.exact(weight_search.weighted_sum(taken, ours))
         assert found == pytest.approx(call(truth, blended), abs=1e-6)
 
 
@@ -119,9 +119,11 @@ def test_hill_climbing_as_written_out(negative: bool) -> None:
     for seed in range(3):
         truth, said = cases(BINARY, 6, 200, seed)
         shown = [BINARY.row.probability(each.astype(float))[:, 0] for each in said]
-        lens = fast_metrics.lens(metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative)
+        scorer = fast_metrics.fast_scorer(
+            metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative
+        )
         ours = weight_search.hill(
-            lens, [lens.take(each) for each in said], 0.1, negative, weight_search.free(len(said))
+            scorer, [scorer.extract(each) for each in said], 0.1, negative, weight_search.unlimited(len(said))
         )
         order = np.argsort([-roc_auc_score(truth, each) for each in shown], kind="stable")
         now, left = shown[order[0]], list(order[1:])
@@ -129,9 +131,9 @@ def test_hill_climbing_as_written_out(negative: bool) -> None:
             steps = np.arange(-0.5 if negative else 0.1, 0.51, 0.1)
             tried = [(roc_auc_score(truth, (1 - w) * now + w * shown[i]), i, w) for i in left for w in steps]
             best = max(score for score, *_ in tried)
-            if best <= roc_auc_score(truth, now) + weight_search.EQUAL:
+            if best <= roc_auc_score(truth, now) + weight_search.TOLERANCE:
                 break
-            _, pick, step = next(each for each in tried if each[0] >= best - weight_search.EQUAL)
+            _, pick, step = next(each for each in tried if each[0] >= best - weight_search.TOLERANCE)
             now = (1 - step) * now + step * shown[pick]
             left.remove(pick)
         assert sum(w * s for w, s in zip(ours, shown, strict=True)) == pytest.approx(now, abs=1e-6)
@@ -148,10 +150,10 @@ def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) 
 
     truth, said = cases(head, 4, 300, 0)
     ours = weight_search.slsqp(gradients.loss(said, head, space, truth), 4, negative=False)
-    spoken = [weighted_sums.moved(each, head, space) for each in said]
+    spoken = [spaces.to_space(each, head, space) for each in said]
 
     def plain(w: Any) -> float:
-        said = weighted_sums.shown(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
+        said = spaces.to_prediction(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
         return by_column(log_loss)(truth, said) if head is LABELS else float(log_loss(truth, said.squeeze()))
 
     free = minimize(
@@ -241,17 +243,18 @@ def test_areas_of_sums_are_those_of_the_metric(head: Head) -> None:
     for space in ("probability", "logit", "geometric"):
         for signed in (False, True):
             metric = metrics.find("mean_column_auc")
-            lens = fast_metrics.lens(metric, head, space, truth, signed=signed)
-            slow = fast_metrics._any(metric, head, space, truth, None, np.array([]))
+            scorer = fast_metrics.fast_scorer(metric, head, space, truth, signed=signed)
+            slow = fast_metrics.any_metric(metric, head, space, truth, None, np.array([]))
             shares = weights if signed else np.abs(weights) / np.abs(weights).sum()
             ours, theirs = (
-                weight_search._sum([lens_.take(each) for each in said], shares) for lens_ in (lens, slow)
+                weight_search.weighted_sum([lens_.extract(each) for each in said], shares)
+                for lens_ in (scorer, slow)
             )
-            assert lens.exact(ours) == pytest.approx(slow.exact(theirs), abs=1e-9), (space, signed)
-            assert lens.rough(ours.astype(np.float32)) == pytest.approx(lens.exact(ours), abs=1e-4)
+            assert scorer.exact(ours) == pytest.approx(slow.exact(theirs), abs=1e-9), (space, signed)
+            assert scorer.approximate(ours.astype(np.float32)) == pytest.approx(scorer.exact(ours), abs=1e-4)
     if head is not BINARY:
-        strict = fast_metrics.lens(metrics.find("roc_auc"), head, "probability", truth)
-        assert strict.exact(strict.take(said[0]).astype(float)) == -np.inf, "one column has no area at all"
+        strict = fast_metrics.fast_scorer(metrics.find("roc_auc"), head, "probability", truth)
+        assert strict.exact(strict.extract(said[0]).astype(float)) == -np.inf, "one column has no area at all"
 
 
 def test_exact_auc_with_ties_and_signs() -> None:
@@ -273,8 +276,8 @@ def test_memory_of_a_search_is_less_than_twice_the_predictions() -> None:
         head, metric, _ = NAIVE[name]
         truth, said = cases(head, 60, 20_000, 0)
         tracemalloc.start()
-        lens = fast_metrics.lens(metrics.find(metric), head, "probability", truth)
-        weight_search.greedy(lens, [lens.take(each) for each in said], 2, weight_search.free(60))
+        scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
+        weight_search.greedy(scorer, [scorer.extract(each) for each in said], 2, weight_search.unlimited(60))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2 * sum(each.nbytes for each in said), name
@@ -298,7 +301,7 @@ def test_memory_of_a_whole_ensemble_is_less_than_twice_the_predictions(empty: Pa
     options = {"rounds": 2} if method == "greedy" else {}
     blend = Blend.model_validate({"members": names, "method": method, **options})
     tracemalloc.start()
-    recipe = fit.make(project.cfg, blend, table, split, oof, (), {}, {}).recipe
+    recipe = fit.fit_ensemble(project.cfg, blend, table, split, oof, (), {}, {}).recipe
     average.apply(recipe, {name: {"label": each} for name, each in zip(names, said, strict=True)}, frame)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -71,8 +71,8 @@ def test_of_one_fold_the_groups_decide(groups: bool) -> None:
     parts, truth, frame, _ = members(120, 40)
     if groups:
         frame["group"] = np.arange(120) // 12
-    inner = stack._inner(np.zeros(120, np.int64), frame)
-    assert len(set(inner)) == stack.INNER
+    inner = stack._inner_folds(np.zeros(120, np.int64), frame)
+    assert len(set(inner)) == stack.INNER_FOLDS
     if groups:
         assert (inner.reshape(10, 12) == inner[::12, None]).all()
     found = stack.fit("ridge", HEADS["binary"], parts, truth, frame, np.zeros(120, np.int64))

@@ -295,7 +295,9 @@ def test_from_the_bank_by_name(empty: Path) -> None:
         },
     )
     split = folds.load(lay.table)
-    whole = replace(predictions(lay), meta=predictions_of.meta("test", lay.table, split, {"run": "exp001"}))
+    whole = replace(
+        predictions(lay), meta=predictions_of.build_meta("test", lay.table, split, {"run": "exp001"})
+    )
     scored("exp001", {})
     bank.write(store.run_folder("exp001") / "test.arrow", whole)
     assert submission.dry_run("exp001").read_bytes() == lay.write(whole, "again").read_bytes()

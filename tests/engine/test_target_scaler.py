@@ -50,7 +50,7 @@ def learn(
     table = samples.load()
     oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     head = table.heads[0]
-    return score.glance(config(), head, oof.heads[head.name], table, oof.row.astype(np.int64))
+    return score.validation_score(config(), head, oof.heads[head.name], table, oof.row.astype(np.int64))
 
 
 R2: list[float] = []

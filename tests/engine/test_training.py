@@ -169,7 +169,7 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
         assert len(record["cuts"]["label"]) == 4
     loaded = samples.load()
     oof = bank.load("x", "oof", loaded, folds.load(loaded))
-    assert score.of(cfg, loaded, folds.load(loaded), oof)["oof"] == record["oof"]
+    assert score.evaluate(cfg, loaded, folds.load(loaded), oof)["oof"] == record["oof"]
 
 
 def residuals_and_summary(project: Path, record: dict[str, Any]) -> None:

@@ -179,7 +179,9 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
     assert len(leaf["checkpoints"]) == 4 and len(kernel.weights_of(leaf)) == 4
     for address in ("x:last2", "x:swa"):
         verify.verify(address)
-    assert latency.of("x:last2") == pytest.approx(latency.of("x:snap2") + latency.of("x:snap3"))
+    assert latency.seconds_per_image("x:last2") == pytest.approx(
+        latency.seconds_per_image("x:snap2") + latency.seconds_per_image("x:snap3")
+    )
 
 
 def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: Path) -> None:

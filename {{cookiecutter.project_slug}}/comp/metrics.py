@@ -24,12 +24,12 @@ from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
 from comp.engine.errors import Refused
 
-__all__ = ["METRICS", "Metric", "MetricUndefined", "better", "find", "nearest", "yours"]
+__all__ = ["METRICS", "Metric", "MetricUndefined", "better", "custom", "find", "nearest"]
 
 Needs = Literal["probability", "label", "ranking", "value"]
 
 
-def same(mean: Any) -> Any:
+def identity(mean: Any) -> Any:
     return mean
 
 
@@ -42,9 +42,11 @@ class Metric:
     low: float = -math.inf  # what a score can be
     high: float = math.inf
     tasks: tuple[str, ...] = ()  # that it fits; empty: any. The default of a task stands in tasks.py
-    kind: Literal["yours", "row", "curve", "weighted"] = "yours"
-    finish: Callable[[Any], Any] = same  # of kind row: after the mean over rows, before the mean over columns
-    ungraded: bool = False  # NaN in truth and columns of one class are left out instead of refused
+    kind: Literal["custom", "row", "curve", "weighted"] = "custom"
+    finish: Callable[[Any], Any] = (
+        identity  # of kind row: after the mean over rows, before the mean over columns
+    )
+    skip_undefined: bool = False  # NaN in truth and columns of one class are left out instead of refused
 
     @property
     def sign(self) -> int:
@@ -53,13 +55,13 @@ class Metric:
 
     def __call__(self, truth: Any, prediction: Any, rows: Any = None) -> float:
         try:
-            truth, prediction = self.checked(truth, prediction)
+            truth, prediction = self.validate(truth, prediction)
             if rows is not None and len(rows) != len(truth):
                 raise MetricUndefined(f"rows has {len(rows)} lines for {len(truth)} predictions")
-            if self.kind == "yours":
+            if self.kind == "custom":
                 score = float(self.function(truth, prediction, rows))
             else:
-                score = self.weighted(truth, prediction, weights(rows, len(truth)))
+                score = self.weighted(truth, prediction, sample_weights(rows, len(truth)))
             if not math.isfinite(score) or not self.low - 1e-9 <= score <= self.high + 1e-9:
                 raise MetricUndefined(f"{score:g} is no score from {self.low:g} to {self.high:g}")
         except MetricUndefined as fault:
@@ -69,19 +71,20 @@ class Metric:
     def weighted(self, truth: Array, prediction: Array, weight: Array) -> float:
         """Ours only, without the checks."""
         if self.kind == "row":
-            return metric_formulas.mean_of(self.function(truth, prediction), weight, self.finish)
+            return metric_formulas.weighted_mean(self.function(truth, prediction), weight, self.finish)
         if self.kind == "curve":
-            parts = metric_formulas.columns(truth, prediction)
+            parts = metric_formulas.binary_columns(truth, prediction)
             tallies = (
-                metric_formulas.tally(target, score, weight[graded]) for graded, target, score in parts
+                metric_formulas.class_weights_by_score(target, score, weight[graded])
+                for graded, target, score in parts
             )
-            return metric_formulas.mean_curve(self.function, self.ungraded, tallies)
+            return metric_formulas.mean_curve(self.function, self.skip_undefined, tallies)
         assert self.kind == "weighted", "a metric of yours has rows, not weights"
         return float(self.function(truth, prediction, weight))
 
-    def checked(self, truth: Any, prediction: Any) -> tuple[Array, Array]:
+    def validate(self, truth: Any, prediction: Any) -> tuple[Array, Array]:
         """Both as float64, one column as (n,). What would end in NaN or score something else is refused."""
-        truth, prediction = numbers(truth, "truth"), numbers(prediction, "prediction")
+        truth, prediction = as_float_array(truth, "truth"), as_float_array(prediction, "prediction")
         truth = truth[:, 0] if truth.shape[1:] == (1,) else truth
         prediction = (
             prediction[:, 0] if prediction.shape[1:] == (1,) and self.needs != "ranking" else prediction
@@ -90,12 +93,12 @@ class Metric:
             raise MetricUndefined(f"{len(prediction)} predictions for {len(truth)} rows of truth")
         if not len(truth):
             raise MetricUndefined("no rows to score")
-        refuse_unfinite(np.where(np.isnan(truth), 0, truth) if self.ungraded else truth, "truth")
-        refuse_unfinite(prediction, "prediction")
+        validate_finite(np.where(np.isnan(truth), 0, truth) if self.skip_undefined else truth, "truth")
+        validate_finite(prediction, "prediction")
         if self.needs in ("label", "ranking") and (prediction != np.rint(prediction)).any():
             odd = prediction[prediction != np.rint(prediction)][0]
             raise MetricUndefined(f"wants labels, not {odd:g}: turn the prediction into labels first")
-        if self.kind != "yours":
+        if self.kind != "custom":
             if self.needs == "label" and truth.ndim == 2 and prediction.ndim == 1:
                 truth = truth.argmax(axis=1).astype(
                     np.float64
@@ -112,7 +115,7 @@ class Metric:
         return truth, prediction
 
 
-def numbers(values: Any, what: str) -> Array:
+def as_float_array(values: Any, what: str) -> Array:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -122,7 +125,7 @@ def numbers(values: Any, what: str) -> Array:
     return array
 
 
-def refuse_unfinite(values: Array, what: str) -> None:
+def validate_finite(values: Array, what: str) -> None:
     lines = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
     if len(lines):
         raise MetricUndefined(
@@ -130,7 +133,7 @@ def refuse_unfinite(values: Array, what: str) -> None:
         )
 
 
-def weights(rows: Any, count: int) -> Array:
+def sample_weights(rows: Any, count: int) -> Array:
     if rows is None or "weight" not in rows:
         return np.ones(count)
     weight = np.asarray(rows["weight"], dtype=np.float64)
@@ -145,23 +148,23 @@ _ANY_LABEL = _B + _C + _L + _O
 _F = metric_formulas
 # Bands of true positive rate: twice the weight below 0.4 is the weighted AUC of steganalysis, the part above 0.8 the
 # partial AUC of skin lesions (0 to 0.2). For other bands copy a line.
-_LOW_FPR = partial(_F.band_area, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), whole=1.4)
-_HIGH_TPR = partial(_F.band_area, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), whole=1.0)
+_LOW_FPR = partial(_F.banded_auc, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), whole=1.4)
+_HIGH_TPR = partial(_F.banded_auc, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), whole=1.0)
 _INF = math.inf
 
 # fmt: off
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", _F.right, "max", "label", 0, 1, _ANY_LABEL, "row"),
+        Metric("accuracy", _F.exact_match, "max", "label", 0, 1, _ANY_LABEL, "row"),
         Metric("balanced_accuracy", _F.balanced_accuracy, "max", "label", 0, 1, _B + _C + _O, "weighted"),
-        Metric("precision", partial(_F.of_positive, part="precision"), "max", "label", 0, 1, _B, "weighted"),
-        Metric("recall", partial(_F.of_positive, part="recall"), "max", "label", 0, 1, _B, "weighted"),
-        Metric("f1", partial(_F.of_positive, part="f1"), "max", "label", 0, 1, _B, "weighted"),
+        Metric("precision", partial(_F.precision_recall_f1, part="precision"), "max", "label", 0, 1, _B, "weighted"),
+        Metric("recall", partial(_F.precision_recall_f1, part="recall"), "max", "label", 0, 1, _B, "weighted"),
+        Metric("f1", partial(_F.precision_recall_f1, part="f1"), "max", "label", 0, 1, _B, "weighted"),
         Metric("f1_micro", _F.f1_micro, "max", "label", 0, 1, _ANY_LABEL, "weighted"),
         Metric("f1_macro", _F.f1_macro, "max", "label", 0, 1, _ANY_LABEL, "weighted"),
-        Metric("f1_samples", partial(_F.f_of_row, beta=1.0), "max", "label", 0, 1, _L, "row"),
-        Metric("f2_samples", partial(_F.f_of_row, beta=2.0), "max", "label", 0, 1, _L, "row"),
+        Metric("f1_samples", partial(_F.fbeta_samples, beta=1.0), "max", "label", 0, 1, _L, "row"),
+        Metric("f2_samples", partial(_F.fbeta_samples, beta=2.0), "max", "label", 0, 1, _L, "row"),
         Metric("mcc", _F.mcc, "max", "label", -1, 1, _B + _C + _O, "weighted"),
         Metric("qwk", _F.qwk, "max", "label", -1, 1, _O + _C + _B, "weighted"),
         Metric("probabilistic_f1", _F.probabilistic_f1, "max", "probability", 0, 1, _B, "weighted"),
@@ -169,24 +172,24 @@ METRICS: dict[str, Metric] = {
         Metric("log_loss_rescaled", _F.log_loss_rescaled, "min", "probability", 0, _INF, _B + _C, "row"),
         Metric("mean_column_log_loss", _F.log_loss_columns, "min", "probability", 0, _INF, _L + _B, "row"),
         Metric("kl", _F.kl, "min", "probability", 0, _INF, _B + _C, "row"),
-        Metric("roc_auc", _F.roc_area, "max", "probability", 0, 1, _B + _C + _L, "curve"),
-        Metric("mean_column_auc", _F.roc_area, "max", "probability", 0, 1, _B + _C + _L, "curve", ungraded=True),
+        Metric("roc_auc", _F.roc_auc, "max", "probability", 0, 1, _B + _C + _L, "curve"),
+        Metric("mean_column_auc", _F.roc_auc, "max", "probability", 0, 1, _B + _C + _L, "curve", skip_undefined=True),
         Metric("weighted_auc", _LOW_FPR, "max", "probability", 0, 1, _B + _C + _L, "curve"),
         Metric("partial_auc", _HIGH_TPR, "max", "probability", 0, 0.2, _B + _C + _L, "curve"),
-        Metric("average_precision", _F.precision_area, "max", "probability", 0, 1, _B + _C + _L, "curve"),
+        Metric("average_precision", _F.average_precision, "max", "probability", 0, 1, _B + _C + _L, "curve"),
         Metric("lrap", partial(_F.label_ranking, by_label=False), "max", "probability", 0, 1, _L, "weighted"),
         Metric("lwlrap", partial(_F.label_ranking, by_label=True), "max", "probability", 0, 1, _L, "weighted"),
         Metric("map@5", partial(_F.average_precision_at, k=5), "max", "ranking", 0, 1, _C + _L + _T, "row"),
-        Metric("accuracy@5", partial(_F.top, k=5), "max", "ranking", 0, 1, _C + _L + _T, "row"),
-        Metric("rmse", _F.squared, "min", "value", 0, _INF, _R + _O, "row", np.sqrt),
-        Metric("mae", _F.absolute, "min", "value", 0, _INF, _R + _O, "row"),
-        Metric("rmsle", _F.squared_log, "min", "value", 0, _INF, _R + _O, "row", np.sqrt),
-        Metric("r2", partial(_F.each_column, one=_F.r2), "max", "value", -_INF, 1, _R + _O, "weighted"),
-        Metric("spearman", partial(_F.each_column, one=_F.spearman), "max", "value", -1, 1, _R + _O, "weighted"),
+        Metric("accuracy@5", partial(_F.top_k_accuracy, k=5), "max", "ranking", 0, 1, _C + _L + _T, "row"),
+        Metric("rmse", _F.squared_error, "min", "value", 0, _INF, _R + _O, "row", np.sqrt),
+        Metric("mae", _F.absolute_error, "min", "value", 0, _INF, _R + _O, "row"),
+        Metric("rmsle", _F.squared_log_error, "min", "value", 0, _INF, _R + _O, "row", np.sqrt),
+        Metric("r2", partial(_F.mean_over_columns, one=_F.r2), "max", "value", -_INF, 1, _R + _O, "weighted"),
+        Metric("spearman", partial(_F.mean_over_columns, one=_F.spearman), "max", "value", -1, 1, _R + _O, "weighted"),
     )
 }
 # fmt: on
-AT_K = {"map": _F.average_precision_at, "accuracy": _F.top}  # map@5 and its like take any k
+AT_K = {"map": _F.average_precision_at, "accuracy": _F.top_k_accuracy}  # map@5 and its like take any k
 
 # Other people's names, so that a refusal names the right one; no second name is accepted.
 OTHER_NAMES = {
@@ -227,7 +230,7 @@ def find(name: str) -> Metric:
     raise Refused(f'metric "{name}" is unknown; nearest: {hint}')
 
 
-def yours(function: Callable[..., Any]) -> Metric:
+def custom(function: Callable[..., Any]) -> Metric:
     """The metric of competition.py: a Metric, or a function with what it cannot say for itself in its attributes."""
     if isinstance(function, Metric):
         return function

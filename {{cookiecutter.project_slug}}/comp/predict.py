@@ -72,7 +72,7 @@ def write_fold(
     }
     facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
     fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
-    meta = predictions.meta(kind, context.samples, context.folds, facts)
+    meta = predictions.build_meta(kind, context.samples, context.folds, facts)
     return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
 
 

@@ -40,7 +40,7 @@ def dry_run(name: str) -> Path:
         )
     prediction = bank.load(name, "test", table, folds.load(table))
     if run_members.of_cv(name) != name:
-        print(f"{name}: {merge.cv_of(name)}")
+        print(f"{name}: {merge.describe_cv(name)}")
     return write(cfg, table, name, prediction)
 
 

@@ -290,7 +290,7 @@ def validate(
         if stored.shape[1] == 0:
             continue  # embeddings without centres
         name = "valid_metric" if len(context.samples.heads) == 1 else f"valid_metric_{head.name}"
-        report[name] = score.glance(cfg, head, stored, context.samples, rows)
+        report[name] = score.validation_score(cfg, head, stored, context.samples, rows)
     return report
 
 

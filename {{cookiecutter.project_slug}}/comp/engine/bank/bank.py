@@ -83,7 +83,7 @@ def write(file: Path, predictions: PredictionSet) -> Path:
     return file
 
 
-def size(samples: Samples, rows: int) -> int:
+def nbytes(samples: Samples, rows: int) -> int:
     """Bytes of a set over so many rows."""
     return rows * (6 + 4 * sum(len(head.outputs) for head in samples.heads))
 

@@ -19,26 +19,26 @@ from comp.engine.store import store
 Part = tuple[int, Number]  # seed, fold
 
 
-def run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
+def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
     """Merge what is complete: the run over its seeds, each seed where there are several, the refit on all rows, and of both the
     kept weights."""
     refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refitted(experiment)]
     if refits:
-        _kept(experiment, cfg, samples, folds, refits, run_members.refit)
-        member(experiment, run_members.REFIT, cfg, samples, folds, refits)
+        _merge_weight_sets(experiment, cfg, samples, folds, refits, run_members.refit)
+        merge_member(experiment, run_members.REFIT, cfg, samples, folds, refits)
     complete = experiments.complete(experiment, folds.count)
     if not complete:
         return None
     if len(complete) > 1:
         for seed in complete:
             one: list[Part] = [(seed, fold) for fold in range(folds.count)]
-            member(experiment, f"seed{seed}", cfg, samples, folds, one)
+            merge_member(experiment, f"seed{seed}", cfg, samples, folds, one)
     parts: list[Part] = [(seed, fold) for seed in complete for fold in range(folds.count)]
-    _kept(experiment, cfg, samples, folds, parts, str)
-    return member(experiment, "", cfg, samples, folds, parts)
+    _merge_weight_sets(experiment, cfg, samples, folds, parts, str)
+    return merge_member(experiment, "", cfg, samples, folds, parts)
 
 
-def _kept(
+def _merge_weight_sets(
     experiment: str,
     cfg: Config,
     samples: Samples,
@@ -49,10 +49,10 @@ def _kept(
     places = _places(experiment, parts)
     for name, inside in run_members.merged(cfg).items():
         if all(store.sealed(place / each / "test.arrow") for place in places for each in inside):
-            member(experiment, named(name), cfg, samples, folds, parts, inside)
+            merge_member(experiment, named(name), cfg, samples, folds, parts, inside)
 
 
-def member(
+def merge_member(
     experiment: str,
     name: str,
     cfg: Config,
@@ -99,11 +99,11 @@ def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float |
     return {"optimism": float(np.mean(known)) if known else None}
 
 
-def tell(experiment: str, name: str = "") -> None:
+def print_result(experiment: str, name: str = "") -> None:
     """The last lines of a verb: the score, where it lies, what to do next."""
     folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
     address = f"{experiment}:{name}" if name else experiment
-    print(f"{address}: {cv_of(address)}")
+    print(f"{address}: {describe_cv(address)}")
     if run_members.is_refit(name):
         print(f"written: {store.shown(folder)}/test.arrow\nnext: comp submit {address} --dry-run")
         return
@@ -111,12 +111,12 @@ def tell(experiment: str, name: str = "") -> None:
     print(f"next: comp submit {address} --dry-run, or blend it: comp ensemble blend001")
 
 
-def cv_of(address: str) -> str:
+def describe_cv(address: str) -> str:
     """What is known of its score. A refit on all rows has none of its own: that of the same member of the CV stands for it."""
     same = run_members.of_cv(address)
     file = bank.folder(same) / "score.json"
     if store.sealed(file):
         of = f"trained on all rows; the CV of {same}: " if same != address else ""
-        return of + score.sentence(store.read_json(store.verified(file)))
+        return of + score.summary(store.read_json(store.verified(file)))
     why = experiments.absent(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
     return f"trained on all rows; no CV ({why})"

@@ -26,21 +26,21 @@ class MetricUndefined(Refused, ValueError):
     """No number can be given for these rows; the sentence says why."""
 
 
-def codes(truth: Array, classes: int) -> NDArray[np.int64]:
+def class_codes(truth: Array, classes: int) -> NDArray[np.int64]:
     wrong = (truth != np.rint(truth)) | (truth < 0) | (truth >= classes)
     if wrong.any():
         raise MetricUndefined(f"{truth[wrong][0]:g} is no class code from 0 to {classes - 1}")
     return truth.astype(np.int64)
 
 
-def within_unit(values: Array, what: str) -> Array:
+def unit_interval(values: Array, what: str) -> Array:
     if values.size and (values.min() < 0 or values.max() > 1):
         raise MetricUndefined(f"{what} goes from {values.min():g} to {values.max():g}, not from 0 to 1")
     return values
 
 
-def shares(values: Array, what: str) -> Array:
-    off = np.abs(within_unit(values, what).sum(axis=1) - 1)
+def class_shares(values: Array, what: str) -> Array:
+    off = np.abs(unit_interval(values, what).sum(axis=1) - 1)
     if off.max() > 1e-3:
         raise MetricUndefined(
             f"row {off.argmax()} of {what} sums to {values[off.argmax()].sum():g}, not to 1"
@@ -51,18 +51,18 @@ def shares(values: Array, what: str) -> Array:
 # 1. Row by row. The worst rows of a model are the extremes of the same numbers.
 
 
-def mean_of(values: Array, weight: Array, finish: Callable[[Any], Any]) -> float:
+def weighted_mean(values: Array, weight: Array, finish: Callable[[Any], Any]) -> float:
     return float(np.mean(finish(weight @ values / weight.sum())))
 
 
-def right(truth: Array, prediction: Array) -> Array:
+def exact_match(truth: Array, prediction: Array) -> Array:
     """Of several columns all must be right."""
     return (truth == prediction).reshape(len(truth), -1).all(axis=1).astype(np.float64)
 
 
 def log_loss_columns(truth: Array, prediction: Array) -> Array:
-    within_unit(truth, "truth")
-    p = np.clip(within_unit(prediction, "prediction"), SMALLEST, 1 - SMALLEST)
+    unit_interval(truth, "truth")
+    p = np.clip(unit_interval(prediction, "prediction"), SMALLEST, 1 - SMALLEST)
     return -(truth * np.log(p) + (1 - truth) * np.log1p(-p))
 
 
@@ -70,11 +70,11 @@ def log_loss(truth: Array, prediction: Array) -> Array:
     """Clipped in float64 and never rescaled: rows that do not sum to 1 would score better than they are."""
     if prediction.ndim == 1:
         return log_loss_columns(truth, prediction)
-    shares(prediction, "prediction")
+    class_shares(prediction, "prediction")
     if truth.ndim == 1:
-        p = prediction[np.arange(len(truth)), codes(truth, prediction.shape[1])]
+        p = prediction[np.arange(len(truth)), class_codes(truth, prediction.shape[1])]
         return -np.log(np.clip(p, SMALLEST, 1))
-    return -(shares(truth, "truth") * np.log(np.clip(prediction, SMALLEST, 1))).sum(axis=1)
+    return -(class_shares(truth, "truth") * np.log(np.clip(prediction, SMALLEST, 1))).sum(axis=1)
 
 
 def log_loss_rescaled(truth: Array, prediction: Array) -> Array:
@@ -99,15 +99,15 @@ def kl(truth: Array, prediction: Array) -> Array:
     return loss if truth.ndim == 1 else loss + (truth * np.log(np.maximum(truth, SMALLEST))).sum(axis=1)
 
 
-def squared(truth: Array, prediction: Array) -> Array:
+def squared_error(truth: Array, prediction: Array) -> Array:
     return (truth - prediction) ** 2
 
 
-def absolute(truth: Array, prediction: Array) -> Array:
+def absolute_error(truth: Array, prediction: Array) -> Array:
     return np.abs(truth - prediction)
 
 
-def squared_log(truth: Array, prediction: Array) -> Array:
+def squared_log_error(truth: Array, prediction: Array) -> Array:
     for what, values in {"truth": truth, "prediction": prediction}.items():
         if values.min() < 0:
             raise MetricUndefined(
@@ -116,7 +116,7 @@ def squared_log(truth: Array, prediction: Array) -> Array:
     return (np.log1p(truth) - np.log1p(prediction)) ** 2
 
 
-def f_of_row(truth: Array, prediction: Array, beta: float) -> Array:
+def fbeta_samples(truth: Array, prediction: Array, beta: float) -> Array:
     """F of each row's set of labels; nothing said where nothing is true counts 0, as scikit-learn has it."""
     if truth.ndim == 1:
         raise MetricUndefined("wants one column per label")
@@ -139,7 +139,7 @@ def _hits(truth: Array, ranking: Array, k: int) -> Array:
     return hit
 
 
-def top(truth: Array, ranking: Array, k: int) -> Array:
+def top_k_accuracy(truth: Array, ranking: Array, k: int) -> Array:
     return np.asarray(_hits(truth, ranking, k).any(axis=1), np.float64)
 
 
@@ -153,12 +153,12 @@ def average_precision_at(truth: Array, ranking: Array, k: int) -> Array:
 # 2. What only sees the order of the predictions.
 
 
-def columns(truth: Array, prediction: Array) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
+def binary_columns(truth: Array, prediction: Array) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
     """(graded rows, truth, score) of each column; where truth is class codes, of each class against the rest."""
     if prediction.ndim == 1:
         pairs: Iterable[tuple[Array, Array]] = [(truth, prediction)]
     elif truth.ndim == 1:
-        codes(truth[~np.isnan(truth)], prediction.shape[1])
+        class_codes(truth[~np.isnan(truth)], prediction.shape[1])
         pairs = (
             (np.where(np.isnan(truth), np.nan, truth == k), score) for k, score in enumerate(prediction.T)
         )
@@ -166,10 +166,10 @@ def columns(truth: Array, prediction: Array) -> Iterator[tuple[NDArray[np.int64]
         pairs = zip(truth.T, prediction.T, strict=True)
     for target, score in pairs:
         graded = np.flatnonzero(~np.isnan(target))
-        yield graded, within_unit(target[graded], "truth"), score[graded]
+        yield graded, unit_interval(target[graded], "truth"), score[graded]
 
 
-def tally(truth: Array, score: Array, weight: Array) -> tuple[Array, Array]:
+def class_weights_by_score(truth: Array, score: Array, weight: Array) -> tuple[Array, Array]:
     level = np.unique(-score, return_inverse=True)[1]
     return np.bincount(level, weight * truth), np.bincount(level, weight * (1 - truth))
 
@@ -187,17 +187,17 @@ def mean_curve(curve: Callable[..., float], skip: bool, tallies: Iterable[tuple[
     return float(np.mean(scores))
 
 
-def roc_area(positive: Array, negative: Array) -> float:
+def roc_auc(positive: Array, negative: Array) -> float:
     below = negative.sum() - negative.cumsum() + negative / 2
     return float(positive @ below / (positive.sum() * negative.sum()))
 
 
-def precision_area(positive: Array, negative: Array) -> float:
+def average_precision(positive: Array, negative: Array) -> float:
     precision = positive.cumsum() / np.maximum((positive + negative).cumsum(), SMALLEST)
     return float(positive @ precision / positive.sum())
 
 
-def band_area(
+def banded_auc(
     positive: Array, negative: Array, edges: tuple[float, ...], weights: tuple[float, ...], whole: float
 ) -> float:
     """ROC area with a weight for each band of true positive rate; the curve is cut where it crosses an edge."""
@@ -216,23 +216,23 @@ def band_area(
 # 3. Labels, by what is counted per class.
 
 
-def counts(truth: Array, prediction: Array, weight: Array) -> tuple[Array, Array, Array]:
+def class_counts(truth: Array, prediction: Array, weight: Array) -> tuple[Array, Array, Array]:
     """(true, predicted, hit), each one number a class, or a column where there are several."""
     if truth.ndim == 2:
         return weight @ truth, weight @ prediction, weight @ (truth * prediction)
     classes = int(max(truth.max(), prediction.max(), 1)) + 1
-    t, p = codes(truth, classes), codes(prediction, classes)
+    t, p = class_codes(truth, classes), class_codes(prediction, classes)
     true, predicted = np.bincount(t, weight, classes), np.bincount(p, weight, classes)
     return true, predicted, np.bincount(t, weight * (t == p), classes)
 
 
-def of_positive(truth: Array, prediction: Array, weight: Array, part: str) -> float:
+def precision_recall_f1(truth: Array, prediction: Array, weight: Array, part: str) -> float:
     """precision, recall or f1 of the class 1."""
     if truth.ndim == 2 or max(truth.max(), prediction.max()) > 1:
         raise MetricUndefined(
             "wants labels 0 and 1; for several classes or columns take f1_macro or f1_micro"
         )
-    true, predicted, hit = (count[1] for count in counts(truth, prediction, weight))
+    true, predicted, hit = (count[1] for count in class_counts(truth, prediction, weight))
     if true == 0:
         raise MetricUndefined("no row is positive")
     of = {"precision": predicted, "recall": true, "f1": (true + predicted) / 2}[part]
@@ -240,7 +240,7 @@ def of_positive(truth: Array, prediction: Array, weight: Array, part: str) -> fl
 
 
 def f1_micro(truth: Array, prediction: Array, weight: Array) -> float:
-    true, predicted, hit = (count.sum() for count in counts(truth, prediction, weight))
+    true, predicted, hit = (count.sum() for count in class_counts(truth, prediction, weight))
     if true + predicted == 0:
         raise MetricUndefined("no label is set, neither in truth nor in the prediction")
     return float(2 * hit / (true + predicted))
@@ -248,7 +248,7 @@ def f1_micro(truth: Array, prediction: Array, weight: Array) -> float:
 
 def f1_macro(truth: Array, prediction: Array, weight: Array) -> float:
     """Over the classes that occur in truth or prediction; over all columns where there are several."""
-    true, predicted, hit = counts(truth, prediction, weight)
+    true, predicted, hit = class_counts(truth, prediction, weight)
     f1 = 2 * hit / np.maximum(true + predicted, SMALLEST)
     return float(np.mean(f1 if truth.ndim == 2 else f1[true + predicted > 0]))
 
@@ -259,13 +259,13 @@ def _two_classes(true: Array) -> None:
 
 
 def balanced_accuracy(truth: Array, prediction: Array, weight: Array) -> float:
-    true, _, hit = counts(truth, prediction, weight)
+    true, _, hit = class_counts(truth, prediction, weight)
     _two_classes(true)
     return float(np.mean(hit[true > 0] / true[true > 0]))
 
 
 def mcc(truth: Array, prediction: Array, weight: Array) -> float:
-    true, predicted, hit = counts(truth, prediction, weight)
+    true, predicted, hit = class_counts(truth, prediction, weight)
     _two_classes(true)
     total = true.sum()
     spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
@@ -286,18 +286,18 @@ def qwk(truth: Array, prediction: Array, weight: Array) -> float:
 
 
 def probabilistic_f1(truth: Array, prediction: Array, weight: Array) -> float:
-    positive = weight @ within_unit(truth, "truth")
+    positive = weight @ unit_interval(truth, "truth")
     if positive == 0:
         raise MetricUndefined("no row is positive")
     return float(
-        2 * (weight @ (truth * within_unit(prediction, "prediction"))) / (positive + weight @ prediction)
+        2 * (weight @ (truth * unit_interval(prediction, "prediction"))) / (positive + weight @ prediction)
     )
 
 
 # 4. Values, and the ranking of labels within a row.
 
 
-def each_column(truth: Array, prediction: Array, weight: Array, one: Callable[..., float]) -> float:
+def mean_over_columns(truth: Array, prediction: Array, weight: Array, one: Callable[..., float]) -> float:
     pairs = [(truth, prediction)] if truth.ndim == 1 else zip(truth.T, prediction.T, strict=True)
     kept = weight > 0
     return float(np.mean([one(t[kept], p[kept], weight[kept] / weight.sum()) for t, p in pairs]))

@@ -16,54 +16,54 @@ from numpy.typing import NDArray
 
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
-from comp.metrics import Metric, weights
+from comp.metrics import Metric, sample_weights
 
-SURE = 0.95  # share of resamples in which one must beat the other before it is called better
+CONFIDENCE = 0.95  # share of resamples in which one must beat the other before it is called better
 
 
-class Nested(NamedTuple):
-    prediction: Array  # float64, out of sample; NaN in rows of no fold and of untaught folds
+class NestedPrediction(NamedTuple):
+    prediction: Array  # float64, out of sample; NaN in rows of no fold and of unfitted folds
     parameters: dict[int, Any]  # by fold
     final: Any  # fitted on the rows of all folds: what test rows get
-    untaught: tuple[int, ...]  # folds for which no other fold may teach: the first of a split by time
+    unfitted: tuple[int, ...]  # folds for which no other fold may teach: the first of a split by time
 
 
-def nested(
+def nested_predict(
     fold: Array,
     fit: Callable[[NDArray[np.int64]], Any],
     apply: Callable[[Any, NDArray[np.int64]], Array],
     *,
-    allowed: Callable[[int], Array] | None = None,
+    train_mask: Callable[[int], Array] | None = None,
     groups: Any = None,
-    first: Any = None,
-) -> Nested:
+    fallback: Any = None,
+) -> NestedPrediction:
     """fit(positions) -> parameters, from the rows of other folds; apply(parameters, positions) -> what a fold gets.
 
     fold     of every row; rows below 0 neither teach nor are scored
-    allowed  fold -> mask of the rows that may teach it, for rules that forbid more than the fold itself
+    train_mask  fold -> mask of the rows that may teach it, for rules that forbid more than the fold itself
     groups   of every row: a group with rows in the fold does not teach it either
-    first    parameters for folds that nothing may teach
+    fallback parameters for folds that nothing may teach
     """
     fold = np.asarray(fold)
-    group = None if groups is None else units(groups)
+    group = None if groups is None else group_codes(groups)
     prediction: Array | None = None
-    parameters, untaught = {}, []
+    parameters, unfitted = {}, []
     for number in (int(each) for each in np.unique(fold[fold >= 0])):
         mine = fold == number
         taught = (fold >= 0) & ~mine
-        if allowed is not None:
-            mask = np.asarray(allowed(number), dtype=bool)
-            assert not (mask & mine).any(), f"allowed({number}) lets rows of fold {number} teach it"
+        if train_mask is not None:
+            mask = np.asarray(train_mask(number), dtype=bool)
+            assert not (mask & mine).any(), f"train_mask({number}) lets rows of fold {number} teach it"
             taught &= mask
         if group is not None:
             taught &= ~np.isin(group, group[mine])
         if taught.any():
             parameters[number] = fit(np.flatnonzero(taught))
         else:
-            untaught.append(number)
-            if first is None:
+            unfitted.append(number)
+            if fallback is None:
                 continue
-            parameters[number] = first
+            parameters[number] = fallback
         positions = np.flatnonzero(mine)
         said = np.asarray(apply(parameters[number], positions), dtype=np.float64)
         assert len(said) == len(positions), (
@@ -74,10 +74,10 @@ def nested(
         prediction[positions] = said
     if prediction is None:
         raise MetricUndefined("no fold has another one to learn from")
-    return Nested(prediction, parameters, fit(np.flatnonzero(fold >= 0)), tuple(untaught))
+    return NestedPrediction(prediction, parameters, fit(np.flatnonzero(fold >= 0)), tuple(unfitted))
 
 
-def units(groups: Any) -> NDArray[np.int64]:
+def group_codes(groups: Any) -> NDArray[np.int64]:
     """Groups as codes from 0; a row without a group is a group of its own."""
     import pandas as pd
 
@@ -87,9 +87,9 @@ def units(groups: Any) -> NDArray[np.int64]:
     return codes
 
 
-def resamples(rows: int, groups: Any, n: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def bootstrap_counts(rows: int, groups: Any, n: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """How often each row is drawn, n times; whole groups are drawn where there are any."""
-    codes = None if groups is None else units(groups)
+    codes = None if groups is None else group_codes(groups)
     num_units = rows if codes is None else int(codes.max(initial=-1)) + 1
     if num_units < 2:
         raise MetricUndefined(f"{'one group' if codes is not None else 'one row'} only: nothing to resample")
@@ -99,25 +99,25 @@ def resamples(rows: int, groups: Any, n: int, seed: int) -> Iterator[NDArray[np.
         yield times if codes is None else times[codes]
 
 
-def scorer(
+def bootstrap_scorer(
     metric: Metric, truth: Array, prediction: Array, rows: Any = None
 ) -> Callable[[NDArray[np.int64]], float]:
     """times -> score of the rows drawn so often. What no draw changes (logarithms, sorting) is done once."""
-    truth, prediction = metric.checked(truth, prediction)
-    if metric.kind == "yours":
+    truth, prediction = metric.validate(truth, prediction)
+    if metric.kind == "custom":
 
         def copied(times: NDArray[np.int64]) -> float:
             picked = np.repeat(np.arange(len(truth)), times)
             return metric(truth[picked], prediction[picked], None if rows is None else rows.iloc[picked])
 
         return copied
-    weight = weights(rows, len(truth))
+    weight = sample_weights(rows, len(truth))
     if metric.kind == "row":
         values = metric.function(truth, prediction)
-        return lambda times: metric_formulas.mean_of(values, weight * times, metric.finish)
+        return lambda times: metric_formulas.weighted_mean(values, weight * times, metric.finish)
     if metric.kind == "curve":
         parts = []
-        for graded, target, score in metric_formulas.columns(truth, prediction):
+        for graded, target, score in metric_formulas.binary_columns(truth, prediction):
             order = np.argsort(-score, kind="stable")
             starts = np.flatnonzero(np.append(True, np.diff(score[order]) != 0)) if len(order) else order
             mass = weight[graded[order]]
@@ -131,7 +131,9 @@ def scorer(
                     drawn = np.add.reduceat(drawn[0], starts), np.add.reduceat(drawn[1], starts)
                 yield drawn
 
-        return lambda times: metric_formulas.mean_curve(metric.function, metric.ungraded, tallies(times))
+        return lambda times: metric_formulas.mean_curve(
+            metric.function, metric.skip_undefined, tallies(times)
+        )
     return lambda times: metric.weighted(truth, prediction, weight * times)
 
 
@@ -162,7 +164,7 @@ def bootstrap(
     """The score and where it would lie on other rows of the same kind; with groups, on other groups."""
     score = metric(truth, prediction, rows)
     (scores,), failed = _resampled(
-        [scorer(metric, truth, prediction, rows)], resamples(len(truth), groups, n, seed), n
+        [bootstrap_scorer(metric, truth, prediction, rows)], bootstrap_counts(len(truth), groups, n, seed), n
     )
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return Interval(score, float(low), float(high), float(scores.std(ddof=1)), level, len(scores), failed)
@@ -195,13 +197,13 @@ class Paired(NamedTuple):
     n: int
 
     @property
-    def decided(self) -> bool:
-        return max(self.share, 1 - self.share) >= SURE
+    def significant(self) -> bool:
+        return max(self.share, 1 - self.share) >= CONFIDENCE
 
     def __str__(self) -> str:
         places = decimals(self.error)
         amount = f"{abs(self.difference):.{places}f} ± {self.error:.{places}f}"
-        if not self.decided:
+        if not self.significant:
             return f"within noise ({'-' if self.difference < 0 else '+'}{amount}, {100 * self.share:.0f} %)"
         sure = max(self.share, 1 - self.share)
         percent = ">99 %" if sure > 0.99 else f"{100 * sure:.0f} %"
@@ -221,8 +223,8 @@ def paired(
 ) -> Paired:
     """Is a better than b? Both are scored on the same draws, so what is merely an easy draw cancels."""
     difference = metric.sign * (metric(truth, a, rows) - metric(truth, b, rows))
-    both = [scorer(metric, truth, each, rows) for each in (a, b)]
-    scores, _ = _resampled(both, resamples(len(truth), groups, n, seed), n)
+    both = [bootstrap_scorer(metric, truth, each, rows) for each in (a, b)]
+    scores, _ = _resampled(both, bootstrap_counts(len(truth), groups, n, seed), n)
     gains = metric.sign * (scores[0] - scores[1])
     low, high = np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])
     share = float(np.mean(gains > 0) + np.mean(gains == 0) / 2)

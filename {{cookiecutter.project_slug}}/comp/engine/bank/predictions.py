@@ -39,7 +39,7 @@ class PredictionSet:
         return head.row.probability(self.heads[head.name].astype(np.float64))
 
 
-def meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) -> dict[str, Any]:
+def build_meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) -> dict[str, Any]:
     """facts: run, member, config (hash), and where there are any tta, weights {run/seed0/fold0: sha256}, score, marks."""
     heads = [
         {
@@ -105,7 +105,7 @@ def merge(
     agreed["weights"] = {name: sha for each in sets for name, sha in each.meta["weights"].items()}
     agreed["marks"] = sorted({mark for each in sets for mark in each.meta["marks"]})
     return PredictionSet(
-        rows.astype(np.int32), fold, heads, meta(kind, samples, folds, agreed | dict(facts or {}))
+        rows.astype(np.int32), fold, heads, build_meta(kind, samples, folds, agreed | dict(facts or {}))
     )
 
 

@@ -58,7 +58,7 @@ def _found(where: str, name: str, task: str) -> Metric:
             raise Refused(
                 f"{where}: metric is your own function, and comp/competition.py defines none of that name"
             )
-        return metrics.yours(hook)
+        return metrics.custom(hook)
     try:
         found = metrics.find(name)
     except UserError as refused:
@@ -71,7 +71,7 @@ def _found(where: str, name: str, task: str) -> Metric:
     return found
 
 
-def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
+def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
     """The record that score.json holds.
 
     oof: over all rows at once. folds, mean, std: fold by fold; n of them have a score. With several targets each number is
@@ -80,13 +80,13 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
     assert predictions.fold is not None, "only OOF predictions are scored"
     kept = predictions.predicted
     rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
-    here = lines(samples, rows, fold)
+    here = scored_rows(samples, rows, fold)
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
         try:
-            ask = asked(cfg, head, predictions.probability(head)[kept], samples, folds, here)
-            whole.append(ask.metric(ask.truth, ask.answer, ask.frame))
-            by_fold = nested_cv.fold_table(ask.metric, ask.truth, ask.answer, here.fold, ask.frame)
+            ask = metric_input(cfg, head, predictions.probability(head)[kept], samples, folds, here)
+            whole.append(ask.metric(ask.truth, ask.prediction, ask.frame))
+            by_fold = nested_cv.fold_table(ask.metric, ask.truth, ask.prediction, here.fold, ask.frame)
         except MetricUndefined as fault:
             undefined.append(f"{head.name}: {fault}")
             continue
@@ -117,13 +117,13 @@ def of(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) 
 def write(
     folder: Path, cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet, **more: Any
 ) -> dict[str, Any]:
-    record = of(cfg, samples, folds, predictions) | more
+    record = evaluate(cfg, samples, folds, predictions) | more
     store.write_json(folder / "score.json", record)
     store.seal(folder / "score.json")
     return record
 
 
-class Lines(NamedTuple):
+class ScoredRows(NamedTuple):
     """Scored rows. Of several samples of one row the first speaks for all."""
 
     keys: NDArray[Any]  # of every sample, its row
@@ -132,32 +132,34 @@ class Lines(NamedTuple):
     fold: NDArray[np.int64]
 
 
-def lines(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> Lines:
+def scored_rows(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> ScoredRows:
     keys = samples.frame["row"].to_numpy()[rows]
     order = unique_rows(keys)
-    return Lines(keys, order, *_one_fold_a_row(keys, order, rows, fold))
+    return ScoredRows(keys, order, *_one_fold_a_row(keys, order, rows, fold))
 
 
-class Asked(NamedTuple):
+class MetricInput(NamedTuple):
     """What the metric of a head is asked. A score, its interval and every comparison are of these and nothing else."""
 
     metric: Metric
     truth: NDArray[Any]
-    answer: NDArray[Any]
+    prediction: NDArray[Any]
     frame: pd.DataFrame
     cuts: Array | None  # what new rows get, where anything was fitted
 
 
-def asked(cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: Lines) -> Asked:
+def metric_input(
+    cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: ScoredRows
+) -> MetricInput:
     """probability: of every sample."""
     metric = metric_of(cfg, head)
     merged = aggregate_rows(here.keys, probability, here.order, cfg.competition.merge)
-    said, cuts = answers(metric, head, merged, samples, folds, here.rows, here.fold)
-    truth = graded_only(head, samples.truth(head, here.rows))
-    return Asked(metric, truth, said, scored(samples, here.rows), cuts)
+    said, cuts = metric_predictions(metric, head, merged, samples, folds, here.rows, here.fold)
+    truth = scored_columns(head, samples.truth(head, here.rows))
+    return MetricInput(metric, truth, said, metric_frame(samples, here.rows), cuts)
 
 
-def answers(
+def metric_predictions(
     metric: Metric,
     head: Head,
     probability: Array,
@@ -170,9 +172,9 @@ def answers(
     where there are any."""
     if head.unknown and metric.needs in ("label", "ranking"):
         return _with_unknown(metric, head, probability, samples, folds, rows, fold)
-    if not (metric.needs == "label" and (graded(head) or head.task == "multilabel")):
-        return plain(metric, head, probability), None
-    cut = Cutting(metric, head, probability, samples.truth(head, rows), scored(samples, rows))
+    if not (metric.needs == "label" and (is_ordinal(head) or head.task == "multilabel")):
+        return default_predictions(metric, head, probability), None
+    cut = Thresholding(metric, head, probability, samples.truth(head, rows), metric_frame(samples, rows))
     fits: dict[bytes, Cuts] = {}  # without folds 1 and 2: asked for by both
 
     def fit(at: Positions) -> Cuts:
@@ -190,7 +192,7 @@ def answers(
             place = folds.shuffled_groups(rows[at], "parts of a fold")[1]
             number, rule = place * PARTS // (place.max() + 1), False
         try:
-            own = nested(
+            own = nested_predict(
                 samples, folds, rows[at], number,
                 lambda few: fit(at[few]), lambda cuts, few: cut.apply(cuts, at[few]), plain_, rule,
             ).prediction  # fmt: skip
@@ -200,17 +202,19 @@ def answers(
         return fit(at) if gain > 0 else plain_
 
     everywhere = np.arange(len(rows))
-    found = nested(samples, folds, rows, fold, fit_where_it_gains, cut.apply, cut.unfitted(everywhere[:0]))
-    return graded_only(head, found.prediction.astype(np.int64)), found.final.cuts
+    found = nested_predict(
+        samples, folds, rows, fold, fit_where_it_gains, cut.apply, cut.unfitted(everywhere[:0])
+    )
+    return scored_columns(head, found.prediction.astype(np.int64)), found.final.cuts
 
 
 class Cuts(NamedTuple):
     cuts: Array  # between grades, or one threshold a label
-    floor: bool = False  # a row has one label at least
+    at_least_one: bool = False  # a row has one label at least
 
 
 @dataclass(frozen=True)
-class Cutting:
+class Thresholding:
     """Values or probabilities to labels, by any rows of a head."""
 
     metric: Metric
@@ -222,46 +226,48 @@ class Cutting:
     def unfitted(self, at: Positions) -> Cuts:
         """Plain rounding; a floor where all the rows have a label."""
         if self.head.task == "multilabel":
-            return Cuts(np.full(len(self.head.outputs), 0.5), self._floor(at))
+            return Cuts(np.full(len(self.head.outputs), 0.5), self._always_labelled(at))
         return Cuts(np.arange(1.0, len(self.head.classes)) - 0.5)
 
     def fit(self, at: Positions) -> Cuts:
         truth, value, frame = self.truth[at], self.probability[at], self.frame.iloc[at]
         if self.head.task == "multilabel":
             shared = len(self.head.outputs) > WIDE
-            return Cuts(thresholds.fit_thresholds(truth, value, self.metric, frame, shared), self._floor(at))
+            return Cuts(
+                thresholds.fit_thresholds(truth, value, self.metric, frame, shared), self._always_labelled(at)
+            )
         return Cuts(thresholds.fit_cuts(value[:, 0], truth, len(self.head.classes), self.metric, frame))
 
     def apply(self, found: Cuts, at: Positions) -> NDArray[np.int64]:
         if self.head.task == "multilabel":
-            return thresholds.apply_threshold(self.probability[at], found.cuts, found.floor)
+            return thresholds.apply_threshold(self.probability[at], found.cuts, found.at_least_one)
         return thresholds.apply_cuts(self.probability[at, 0], found.cuts)
 
     def reached(self, labels: NDArray[Any], at: Positions) -> float:
         """sign * score: more is better."""
-        truth, said = (graded_only(self.head, each) for each in (self.truth[at], labels.astype(np.int64)))
+        truth, said = (scored_columns(self.head, each) for each in (self.truth[at], labels.astype(np.int64)))
         return self.metric.sign * self.metric(truth, said, self.frame.iloc[at])
 
-    def _floor(self, at: Positions) -> bool:
+    def _always_labelled(self, at: Positions) -> bool:
         return bool(len(at) and (self.truth[at].sum(axis=1) > 0).all())
 
 
-def nested(
+def nested_predict(
     samples: Samples,
     folds: Folds,
     rows: Positions,
     fold: NDArray[np.int64],
     fit: Callable[[Positions], Any],
     apply: Callable[[Any, Positions], NDArray[Any]],
-    first: Any,
+    fallback: Any,
     rule: bool = True,
-) -> nested_cv.Nested:
+) -> nested_cv.NestedPrediction:
     """honest.nested, group-aware where samples have groups, and by the rule of this project's folds where `fold` holds these."""
     groups = groups_of(samples, rows)
     if folds.meta.get("blind_to_groups"):
         groups = None  # folds that mix groups on purpose: nobody would be left to teach
-    allowed = (lambda number: np.isin(rows, folds.split(number)[0])) if rule else None
-    return nested_cv.nested(fold, fit, apply, allowed=allowed, groups=groups, first=first)
+    train_mask = (lambda number: np.isin(rows, folds.split(number)[0])) if rule else None
+    return nested_cv.nested_predict(fold, fit, apply, train_mask=train_mask, groups=groups, fallback=fallback)
 
 
 def groups_of(samples: Samples, rows: Positions) -> Any:
@@ -281,7 +287,7 @@ def _with_unknown(
     truth, code = samples.truth(head, rows), head.classes.index(head.unknown)
 
     def fit(positions: NDArray[np.int64]) -> Array:
-        frame = scored(samples, rows[positions])
+        frame = metric_frame(samples, rows[positions])
         shift = thresholds.fit_unknown(probability[positions], truth[positions], code, metric, LISTED, frame)
         return np.array([shift])
 
@@ -289,31 +295,31 @@ def _with_unknown(
         ranking = thresholds.with_unknown(probability[positions], code, float(shift[0]), LISTED)
         return ranking if metric.needs == "ranking" else ranking[:, 0]
 
-    found = nested(samples, folds, rows, fold, fit, apply, np.zeros(1))
+    found = nested_predict(samples, folds, rows, fold, fit, apply, np.zeros(1))
     return found.prediction.astype(np.int64), found.final
 
 
-def scored(samples: Samples, rows: Positions) -> pd.DataFrame:
+def metric_frame(samples: Samples, rows: Positions) -> pd.DataFrame:
     """What a metric sees of the rows. The weights teach; the host scores every row alike."""
-    return scored_frame(samples.frame.iloc[rows])
+    return without_weights(samples.frame.iloc[rows])
 
 
-def scored_frame(frame: pd.DataFrame) -> pd.DataFrame:
+def without_weights(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns="weight", errors="ignore")
 
 
-def plain(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
+def default_predictions(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
     """What the metric takes, with nothing fitted: grades by rounding."""
-    probability = graded_only(head, probability)
+    probability = scored_columns(head, probability)
     if metric.needs == "ranking":
         return np.argsort(-probability, axis=1, kind="stable")[:, :LISTED]
     if metric.needs != "label":
         return probability
     codes = head.row.label(probability)
-    return np.clip(codes, 0, len(head.classes) - 1) if graded(head) else codes
+    return np.clip(codes, 0, len(head.classes) - 1) if is_ordinal(head) else codes
 
 
-def graded_only(head: Head, columns: NDArray[Any]) -> NDArray[Any]:
+def scored_columns(head: Head, columns: NDArray[Any]) -> NDArray[Any]:
     """What the host scores of several columns."""
     return columns[:, head.scored] if head.graded and columns.ndim == 2 else columns
 
@@ -334,26 +340,28 @@ def _one_fold_a_row(
     return rows[first], fold[first]
 
 
-def graded(head: Head) -> bool:
+def is_ordinal(head: Head) -> bool:
     return head.row.space == "value" and bool(head.classes)
 
 
-def glance(cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions) -> float:
+def validation_score(
+    cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions
+) -> float:
     """A number to watch during training; NaN where the rows have none. The score called CV comes from `of` alone."""
     metric = metric_of(cfg, head)
     try:
-        said = plain(metric, head, head.row.probability(np.asarray(stored, np.float64)))
-        return metric(graded_only(head, samples.truth(head, rows)), said, scored(samples, rows))
+        said = default_predictions(metric, head, head.row.probability(np.asarray(stored, np.float64)))
+        return metric(scored_columns(head, samples.truth(head, rows)), said, metric_frame(samples, rows))
     except MetricUndefined:
         return float("nan")
 
 
-def sentence(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     """accuracy 0.9534 ± 0.0102 over 5 folds, 0.9533 over all rows"""
     if record["oof"] is None:
         return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
     marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
-    return f"{record['metric']} {spread(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}{_flattery(record)}"
+    return f"{record['metric']} {mean_std(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}{_flattery(record)}"
 
 
 def _flattery(record: Mapping[str, Any]) -> str:
@@ -365,7 +373,7 @@ def _flattery(record: Mapping[str, Any]) -> str:
     return f", about {abs(optimism):.4f} too {'good' if optimism >= 0 else 'bad'} by the choice: {left:.4f}"
 
 
-def spread(record: Mapping[str, Any]) -> str:
+def mean_std(record: Mapping[str, Any]) -> str:
     """0.9534 ± 0.0102"""
     if record["mean"] is None:
         return "-"

@@ -13,25 +13,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
-from comp.metrics import METRICS, Metric, numbers, refuse_unfinite, weights
+from comp.metrics import METRICS, Metric, as_float_array, sample_weights, validate_finite
 
 GRID = 128  # candidates where only the metric itself can be asked
 
 
 def apply_cuts(value: ArrayLike, cuts: ArrayLike) -> NDArray[np.int64]:
     """Grade g from cut g - 1 on, that value included."""
-    value = numbers(value, "the value to be cut")
-    refuse_unfinite(value, "the value to be cut")
+    value = as_float_array(value, "the value to be cut")
+    validate_finite(value, "the value to be cut")
     return np.searchsorted(np.asarray(cuts, np.float64), value, side="right").astype(np.int64)
 
 
 def fit_cuts(value: ArrayLike, truth: ArrayLike, num_grades: int, metric: Metric, rows: Any = None) -> Array:
     """(num_grades - 1) cut points, not falling. Exact for qwk, accuracy and balanced_accuracy; for another metric
     the best of those and of plain rounding, by that metric."""
-    value, truth = numbers(value, "the value to be cut"), numbers(truth, "truth")
-    refuse_unfinite(value, "the value to be cut")
-    metric_formulas.codes(truth, num_grades)
-    mass = weights(rows, len(truth))
+    value, truth = as_float_array(value, "the value to be cut"), as_float_array(truth, "truth")
+    validate_finite(value, "the value to be cut")
+    metric_formulas.class_codes(truth, num_grades)
+    mass = sample_weights(rows, len(truth))
     levels, place = np.unique(value, return_inverse=True)
 
     def cheapest(cost: Callable[[int], Array]) -> Array:
@@ -60,7 +60,7 @@ def fit_cuts(value: ArrayLike, truth: ArrayLike, num_grades: int, metric: Metric
         return _climb(at_price)
 
     exact = {"qwk": qwk, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy}
-    if metric.name in exact and metric.kind != "yours":
+    if metric.name in exact and metric.kind != "custom":
         return exact[metric.name]()
     tried = [np.arange(1, num_grades) - 0.5, *(fit() for fit in exact.values())]
     scores = [metric.sign * metric(truth, apply_cuts(value, cuts), rows) for cuts in tried]
@@ -168,13 +168,15 @@ RATES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 }
 
 
-def apply_threshold(probability: ArrayLike, threshold: ArrayLike, floor: bool = False) -> NDArray[np.int64]:
-    """1 from the threshold on. With a floor every row of several columns gets at least its likeliest label, the one
+def apply_threshold(
+    probability: ArrayLike, threshold: ArrayLike, at_least_one: bool = False
+) -> NDArray[np.int64]:
+    """1 from the threshold on. With a at_least_one every row of several columns gets at least its likeliest label, the one
     that is furthest above, or least below, its threshold."""
-    probability = numbers(probability, "the probability")
-    refuse_unfinite(probability, "the probability")
+    probability = as_float_array(probability, "the probability")
+    validate_finite(probability, "the probability")
     label = (probability >= threshold).astype(np.int64)
-    if floor and label.ndim == 2:
+    if at_least_one and label.ndim == 2:
         bare = np.flatnonzero(label.sum(axis=1) == 0)
         label[bare, (probability - threshold)[bare].argmax(axis=1)] = 1
     return label
@@ -182,16 +184,16 @@ def apply_threshold(probability: ArrayLike, threshold: ArrayLike, floor: bool = 
 
 def fit_threshold(truth: ArrayLike, probability: ArrayLike, metric: Metric, rows: Any = None) -> float:
     """For 0/1 truth: exact for the metrics of RATES, else the best of GRID candidates; of equals the lowest."""
-    truth, probability = numbers(truth, "truth"), numbers(probability, "the probability")
-    refuse_unfinite(probability, "the probability")
-    metric_formulas.codes(truth, 2)
+    truth, probability = as_float_array(truth, "truth"), as_float_array(probability, "the probability")
+    validate_finite(probability, "the probability")
+    metric_formulas.class_codes(truth, 2)
     if metric.name in ("precision", "recall"):
         raise MetricUndefined(
             f"{metric.name} alone is best at one end, so it has no threshold of its own: choose one"
         )
-    if metric.name not in RATES or metric.kind == "yours":
+    if metric.name not in RATES or metric.kind == "custom":
         return _best_of_grid(truth, probability, metric, rows)
-    mass = weights(rows, len(truth))
+    mass = sample_weights(rows, len(truth))
     if not 0 < mass @ truth < mass.sum():
         raise MetricUndefined("a threshold wants rows of both classes")
     levels, tp, predicted = _sweep(truth, probability, mass)
@@ -206,9 +208,9 @@ def fit_thresholds(
 ) -> Array:
     """(columns,) for multilabel: exact per column for f1_macro and f1_micro, else, or if shared, one for all.
     For f1_macro a column without both classes keeps 0.5."""
-    truth, probability = numbers(truth, "truth"), numbers(probability, "the probability")
-    refuse_unfinite(probability, "the probability")
-    mass = weights(rows, len(truth))
+    truth, probability = as_float_array(truth, "truth"), as_float_array(probability, "the probability")
+    validate_finite(probability, "the probability")
+    mass = sample_weights(rows, len(truth))
     num_columns = truth.shape[1]
     if shared or metric.name not in ("f1_macro", "f1_micro"):
         return np.full(num_columns, _best_of_grid(truth, probability, metric, rows))

@@ -45,7 +45,7 @@ def fit(name: str, text: str) -> str:
         if declared
         else Team((name,), (1.0,))
     )
-    space = declared.blend.merged_in if declared else "probability"
+    space = declared.blend.merge_space if declared else "probability"
     sign = score.metric_of(cfg).sign
     first = team
     while True:
@@ -152,9 +152,9 @@ def worth(team: Team, space: str, cfg: Config, table: Samples, split: Folds) -> 
         for each in team.members
         if (bank.folder(each) / "apply.json").exists()
     }
-    recipe = average.recipe(table, team.members, sets, team.shares, space, nested)
+    recipe = average.build_recipe(table, team.members, sets, team.shares, space, nested)
     heads = average.apply(recipe, {each: s.heads for each, s in zip(team.members, sets, strict=True)})
-    found = score.of(
+    found = score.evaluate(
         cfg, table, split, PredictionSet(sets[0].row, sets[0].fold, heads, {**sets[0].meta, "marks": []})
     )["oof"]
     if found is None:

@@ -180,7 +180,7 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
     draw, tests = np.random.default_rng(0), len(set(rows.frame["row"].to_numpy()[rows.positions("test")]))
     sign = score.metric_of(cfg).sign
     oof, groups = _scored(rows, split)
-    codes = nested_cv.units(np.arange(len(oof)) if groups is None else groups)
+    codes = nested_cv.group_codes(np.arange(len(oof)) if groups is None else groups)
     units = int(codes.max()) + 1
     boards = np.full((2, DRAWS, len(scorers)), np.nan)
     for half, size in enumerate((share, 1 - share)):
@@ -209,20 +209,20 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
     return said
 
 
-def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> report.Scored:
+def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> report.Scorer:
     """times -> score of the scored rows drawn so often: the mean over targets, each by its own metric, as comp runs has it."""
     said = bank.load(run_members.of_cv(name), "oof", rows, split)
     assert said.fold is not None
     if not said.predicted.all():
         raise MetricUndefined("not every row is predicted")
-    here = score.lines(rows, said.row.astype(np.int64), said.fold.astype(np.int64))
-    return report.scorer(cfg, rows, split, said, said.predicted, here)
+    here = score.scored_rows(rows, said.row.astype(np.int64), said.fold.astype(np.int64))
+    return report.mean_scorer(cfg, rows, split, said, said.predicted, here)
 
 
 def _scored(rows: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:
     """What is drawn: rows that the host scores, of several samples of one the first; and their groups."""
     oof = split.oof_rows
-    here = score.lines(rows, oof, split.assignment[0][oof]).rows
+    here = score.scored_rows(rows, oof, split.assignment[0][oof]).rows
     return here, score.groups_of(rows, here)
 
 
@@ -258,7 +258,9 @@ def advice(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) -> l
 def _noise(cfg: Config, name: str, rows: Samples, split: Folds) -> float:
     one = _scorer(cfg, name, rows, split)
     oof, groups = _scored(rows, split)
-    return float(np.std([one(times) for times in nested_cv.resamples(len(oof), groups, 200, 0)], ddof=1))
+    return float(
+        np.std([one(times) for times in nested_cv.bootstrap_counts(len(oof), groups, 200, 0)], ddof=1)
+    )
 
 
 def _test(name: str, rows: Samples, split: Folds) -> NDArray[np.float64]:

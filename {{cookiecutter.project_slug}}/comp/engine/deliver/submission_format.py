@@ -255,7 +255,7 @@ def _several(
         f"{column}: thresholds from {thresholds.min():.4g} to {thresholds.max():.4g}, "
         + ("as none were fitted" if cut is None else "as fitted on the OOF rows")
     )
-    chosen = decide.apply_threshold(value, thresholds, floor=rules.none is None)
+    chosen = decide.apply_threshold(value, thresholds, at_least_one=rules.none is None)
     notes.append(
         f"{column}: {chosen.sum(axis=1).mean():.2f} labels a row, {int((chosen.sum(axis=1) == 0).sum())} rows without any"
     )

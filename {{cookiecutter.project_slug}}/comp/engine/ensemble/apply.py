@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank.predictions import average
-from comp.engine.ensemble.weighted_sums import moved
+from comp.engine.ensemble.spaces import to_space
 from comp.engine.errors import Refused
 from comp.engine.tasks.kinds import Array, Head, log_softmax, logit, sigmoid
 
@@ -95,25 +95,25 @@ ROBUST: dict[str, Callable[[Mapping[str, Any], list[Array], Head], Array]] = {
 
 def inputs(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head, frame: Any) -> Array:
     """(rows, features): every member's outputs, then the metadata, scaled as it was when fitted."""
-    columns = [stacked(parts, head, params["space"])]
+    columns = [stacker_inputs(parts, head, params["space"])]
     for spec in params["columns"]:
         if frame is None or spec["name"] not in frame:
             raise Refused(
                 f"{spec['name']}: the stacker was fitted with this column, and these rows have none"
             )
-        columns.append(column(spec, frame[spec["name"]]))
+        columns.append(metadata_features(spec, frame[spec["name"]]))
     wide = np.concatenate(columns, axis=1)
     return (wide - np.asarray(params["mean"])) / np.asarray(params["scale"])
 
 
-def stacked(parts: Sequence[NDArray[Any]], head: Head, space: str) -> Array:
-    said = [moved(part, head, space) for part in parts]
+def stacker_inputs(parts: Sequence[NDArray[Any]], head: Head, space: str) -> Array:
+    said = [to_space(part, head, space) for part in parts]
     if space == "logit" and head.row.space == "logit":
         said = [np.clip(each, -LOGIT_RANGE, LOGIT_RANGE) for each in said]
     return np.concatenate(said, axis=1)
 
 
-def column(spec: Mapping[str, Any], values: Any) -> Array:
+def metadata_features(spec: Mapping[str, Any], values: Any) -> Array:
     """One metadata column as features. A value never seen at fitting is no class, and the mean of a number or target."""
     import pandas as pd
 

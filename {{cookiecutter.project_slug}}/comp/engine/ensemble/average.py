@@ -25,7 +25,7 @@ KNOTS = 2048  # of a quantile map: more OOF values than this are thinned out, an
 Values = Mapping[str, NDArray[Any]]  # head -> (rows, outputs), as stored
 
 
-def recipe(
+def build_recipe(
     samples: Samples,
     members: Sequence[str],
     oof: Sequence[PredictionSet],
@@ -63,7 +63,7 @@ def apply(
     table, for stackers with metadata. corrected: with what was fitted for test rows; OOF rows go without.
     """
     values = [
-        given[member["address"]] if member["address"] in given else _deeper(member, given, frame)
+        given[member["address"]] if member["address"] in given else _nested_ensemble(member, given, frame)
         for member in recipe["members"]
     ]
     shares = [float(member["weight"]) for member in recipe["members"]]
@@ -76,7 +76,7 @@ def apply(
         maps = (
             [member["quantiles"][name] for member in recipe["members"]] if recipe["space"] == "rank" else None
         )
-        blended = combined(params, parts, maps, head, recipe["space"], frame)
+        blended = combine(params, parts, maps, head, recipe["space"], frame)
         steps = list(recipe.get("after", {}).get(name, []))
         if corrected and name in recipe.get("correct", {}):
             steps.append(recipe["correct"][name])
@@ -86,7 +86,7 @@ def apply(
     return out
 
 
-def combined(
+def combine(
     params: Mapping[str, Any], parts: Sequence[Array], maps: Any, head: Head, space: str, frame: Any
 ) -> Array:
     """One head of one blend, as stored: by ranks, where maps has the members' quantiles, or by what was fitted."""
@@ -103,7 +103,7 @@ def leaves(recipe: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _deeper(member: Mapping[str, Any], given: Mapping[str, Values], frame: Any) -> Values:
+def _nested_ensemble(member: Mapping[str, Any], given: Mapping[str, Values], frame: Any) -> Values:
     if "recipe" not in member:
         raise Refused(
             f"{member['address']}: its predictions of these rows are not given, only {', '.join(given)}"

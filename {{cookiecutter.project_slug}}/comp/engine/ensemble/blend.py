@@ -19,7 +19,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.ensemble import average, blend_config, fit, report
-from comp.engine.ensemble.blend_config import Declared
+from comp.engine.ensemble.blend_config import BlendConfig
 from comp.engine.errors import Refused, UserError
 from comp.engine.store import store
 
@@ -35,35 +35,40 @@ def blend(name: str) -> dict[str, Any]:
     rows = samples.load()
     split = folds.load(rows)
     folder = store.ensemble_folder(name)
-    oof, test = sets(declared, "oof", rows, split), sets(declared, "test", rows, split)
-    store.need_space(sum(bank.size(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}")
+    oof, test = (
+        member_predictions(declared, "oof", rows, split),
+        member_predictions(declared, "test", rows, split),
+    )
+    store.need_space(sum(bank.nbytes(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}")
     hardware.settle(cfg.train.threads)
-    nested, refits_ = recipes(declared), refits(cfg, declared, rows, split)
-    made = fit.make(cfg, declared.blend, rows, split, oof, test, nested, refits_)
+    nested, refits_ = member_recipes(declared), member_refits(cfg, declared, rows, split)
+    made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits_)
     with store.lock(folder, f"blending {name}"):
         for file in (folder / name for name in FILES):
             store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
         store.write_json(folder / "apply.json", made.recipe)
         frame = rows.frame.iloc[test[0].row.astype(np.int64)]
         said = {address: each.heads for address, each in zip(declared.blend.members, test, strict=True)}
-        heads = {"oof": made.honest, "test": average.apply(made.recipe, said, frame)}
+        heads = {"oof": made.nested, "test": average.apply(made.recipe, said, frame)}
         for kind, given in (("oof", oof), ("test", test)):
-            bank.write(folder / f"{kind}.arrow", _set(declared, heads[kind], kind, given, rows, split))
+            bank.write(
+                folder / f"{kind}.arrow", _prediction_set(declared, heads[kind], kind, given, rows, split)
+            )
         blended = bank.read(folder / "oof.arrow", rows, split)
-        facts = _about(cfg, rows, split, declared, oof, blended, made)
+        facts = _record(cfg, rows, split, declared, oof, blended, made)
         record = score.write(folder, cfg, rows, split, blended, **facts)
         store.seal(folder / "apply.json")
-    _tell(name, record)
+    _print_result(name, record)
     return record
 
 
-def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
+def member_predictions(declared: BlendConfig, kind: str, rows: Samples, split: Folds) -> list[PredictionSet]:
     """The members' predictions, row by row the same ones, or every reason why not."""
     found, faults = [], []
-    files = (bank.folder(_address(each, kind)) / f"{kind}.arrow" for each in declared.blend.members)
+    files = (bank.folder(_address_for(each, kind)) / f"{kind}.arrow" for each in declared.blend.members)
     store.note(file for file in files if file.exists())
     for i, address in enumerate(declared.blend.members):
-        there = _address(address, kind)
+        there = _address_for(address, kind)
         why = "" if there == address else f"{address} is weighed by the OOF predictions of {there}: "
         try:
             found.append(bank.load(there, kind, rows, split))
@@ -88,14 +93,14 @@ def sets(declared: Declared, kind: str, rows: Samples, split: Folds) -> list[Pre
     return found
 
 
-def _address(member: str, kind: str) -> str:
+def _address_for(member: str, kind: str) -> str:
     """Whose predictions a member is fitted by, and applied to. exp001:full has no OOF rows: it takes the weight that exp001
     earned with its own."""
     return run_members.of_cv(member) if kind == "oof" else member
 
 
-def _set(
-    declared: Declared,
+def _prediction_set(
+    declared: BlendConfig,
     heads: fit.Stored,
     kind: str,
     given: list[PredictionSet],
@@ -107,38 +112,38 @@ def _set(
         "run": name,
         "member": "",
         "config": declared.hash,
-        "space": declared.blend.merged_in,
+        "space": declared.blend.merge_space,
         "members": {address: store.sha256(_file(address, kind)) for address in listed},
         "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
         "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
     }
-    return PredictionSet(given[0].row, given[0].fold, heads, predictions.meta(kind, rows, split, facts))
+    return PredictionSet(given[0].row, given[0].fold, heads, predictions.build_meta(kind, rows, split, facts))
 
 
 def _file(address: str, kind: str) -> Any:
-    return bank.find(_address(address, kind), kind)
+    return bank.find(_address_for(address, kind), kind)
 
 
-def recipes(declared: Declared) -> dict[str, Any]:
+def member_recipes(declared: BlendConfig) -> dict[str, Any]:
     """The apply.json of members that are ensembles; a ring of them is refused."""
     found = {}
     for i, address in enumerate(declared.blend.members):
         file = bank.folder(address) / "apply.json"
         if file.exists():
             found[address] = store.read_json(store.verified(file, f"comp ensemble {address}"))
-            if declared.name in _names(found[address]):
+            if declared.name in _addresses_in(found[address]):
                 raise Refused(
                     declared.fault(f"members.{i}", f"members: {address} is itself made from {declared.name}")
                 )
     return found
 
 
-def refits(cfg: Config, declared: Declared, rows: Samples, split: Folds) -> dict[str, fit.Refit]:
+def member_refits(cfg: Config, declared: BlendConfig, rows: Samples, split: Folds) -> dict[str, fit.Refit]:
     """Members that labels had a hand in, fitted again on the rows that are asked for; by their declarations, which must be
     those that they were made from."""
     found: dict[str, fit.Refit] = {}
     for i, address in enumerate(declared.blend.members):
-        if not _taught(address):
+        if not _fitted_on_labels(address):
             continue
         if stale(address, store.read_json(bank.folder(address) / "score.json")):
             raise Refused(
@@ -149,51 +154,51 @@ def refits(cfg: Config, declared: Declared, rows: Samples, split: Folds) -> dict
                 )
             )
         inner = blend_config.read(address)
-        oof, below = sets(inner, "oof", rows, split), refits(cfg, inner, rows, split)
+        oof, below = member_predictions(inner, "oof", rows, split), member_refits(cfg, inner, rows, split)
         found[address] = partial(fit.refit, cfg, inner.blend, rows, split, oof, below)
     return found
 
 
-def _taught(address: str) -> bool:
+def _fitted_on_labels(address: str) -> bool:
     """Whether labels set something in this ensemble, or in one that it is made from."""
     file = bank.folder(address) / "score.json"
     if not (bank.folder(address) / "apply.json").exists() or not store.sealed(file):
         return False
     record = store.read_json(store.verified(file))
-    return record["in_sample"] is not None or any(_taught(m["address"]) for m in record["members"])
+    return record["in_sample"] is not None or any(_fitted_on_labels(m["address"]) for m in record["members"])
 
 
-def _names(recipe: dict[str, Any]) -> set[str]:
+def _addresses_in(recipe: dict[str, Any]) -> set[str]:
     return {m["address"] for m in recipe["members"]}.union(
-        *(_names(m["recipe"]) for m in recipe["members"] if "recipe" in m)
+        *(_addresses_in(m["recipe"]) for m in recipe["members"] if "recipe" in m)
     )
 
 
-def _about(
+def _record(
     cfg: Config,
     rows: Samples,
     split: Folds,
-    declared: Declared,
+    declared: BlendConfig,
     oof: list[PredictionSet],
     blended: PredictionSet,
-    made: fit.Made,
+    made: fit.FittedEnsemble,
 ) -> dict[str, Any]:
     """What stands beside the score: each member's own, the score of the rows that taught, and whether it really beats the
     best member and the plain mean."""
     blend, listed = declared.blend, []
     for address, share, each in zip(blend.members, made.weights, oof, strict=True):
-        own = score.of(cfg, rows, split, each)
+        own = score.evaluate(cfg, rows, split, each)
         kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
         listed.append(
             {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
             | {key: own[key] for key in ("oof", "mean", "std")}
         )
     plain = predictions.merge(oof, rows, split, "probability")
-    said = score.of(cfg, rows, split, plain)
+    said = score.evaluate(cfg, rows, split, plain)
     in_sample = None
     if made.in_sample is not None:
         as_taught = PredictionSet(blended.row, blended.fold, made.in_sample, blended.meta)
-        in_sample = score.of(cfg, rows, split, as_taught)["oof"]
+        in_sample = score.evaluate(cfg, rows, split, as_taught)["oof"]
     others, scores = {}, {}
     sign = score.metric_of(cfg).sign
     alone = [i for i, member in enumerate(listed) if member["oof"] is not None]
@@ -201,15 +206,15 @@ def _about(
         best = max(alone, key=lambda i: sign * listed[i]["oof"])
         label = f"the best member {blend.members[best]}"
         others[label], scores[label] = oof[best], listed[best]["oof"]
-    if (blend.method, blend.merged_in) != ("mean", "probability") and said["oof"] is not None:
+    if (blend.method, blend.merge_space) != ("mean", "probability") and said["oof"] is not None:
         others["the plain mean"], scores["the plain mean"] = plain, said["oof"]
-    beside = report.beside(cfg, rows, split, blended, others)
+    beside = report.compare(cfg, rows, split, blended, others)
     for label, pair in beside["against"].items():
         pair["score"] = scores[label]
     return {
         "config": declared.hash,
         "method": blend.method,
-        "space": blend.merged_in,
+        "space": blend.merge_space,
         "members": listed,
         "plain_mean": {key: said[key] for key in ("oof", "mean", "std")},
         "in_sample": in_sample,
@@ -217,15 +222,15 @@ def _about(
     } | beside
 
 
-def heads(record: dict[str, Any]) -> list[str]:
+def table_header(record: dict[str, Any]) -> list[str]:
     return ["member", "weight", f"{record['metric']}, all rows", "folds", "marks"]
 
 
-def lines(name: str, record: dict[str, Any]) -> list[list[str]]:
+def table_lines(name: str, record: dict[str, Any]) -> list[list[str]]:
     """The members that have a weight, the plain mean, and the ensemble itself."""
 
     def line(label: str, weight: str, of: dict[str, Any]) -> list[str]:
-        return [label, weight, _number(of["oof"]), score.spread(of), ", ".join(of.get("marks", []))]
+        return [label, weight, _number(of["oof"]), score.mean_std(of), ", ".join(of.get("marks", []))]
 
     shown = [m for m in record["members"] if m["weight"] != 0]
     rows = [line(m["address"], "-" if m["weight"] is None else f"{m['weight']:.3f}", m) for m in shown]
@@ -236,10 +241,10 @@ def lines(name: str, record: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def said(name: str, record: dict[str, Any]) -> list[str]:
+def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
     silent = sum(m["weight"] == 0 for m in record["members"])
     out = [f"{silent} of {len(record['members'])} members have no weight"] if silent else []
-    out += [*record["after"], *report.verdict(name, record)]
+    out += [*record["after"], *report.summary_lines(name, record)]
     if "selected_on_fold" in record["marks"]:
         guilty = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
         out.append(
@@ -249,9 +254,9 @@ def said(name: str, record: dict[str, Any]) -> list[str]:
     return out
 
 
-def _tell(name: str, record: dict[str, Any]) -> None:
-    print(text_table.text(heads(record), lines(name, record), ["weight"]))
-    print(*said(name, record), sep="\n")
+def _print_result(name: str, record: dict[str, Any]) -> None:
+    print(text_table.text(table_header(record), table_lines(name, record), ["weight"]))
+    print(*summary_lines(name, record), sep="\n")
     folder = store.shown(store.ensemble_folder(name))
     print(
         f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
@@ -271,7 +276,7 @@ def stale(name: str, record: dict[str, Any]) -> bool:
         return True
     for member in record["members"]:
         for kind, then in member["sha256"].items():
-            entry = store.sealed(bank.folder(_address(member["address"], kind)) / f"{kind}.arrow")
+            entry = store.sealed(bank.folder(_address_for(member["address"], kind)) / f"{kind}.arrow")
             if entry is not None and entry["sha256"] != then:
                 return True
     return False

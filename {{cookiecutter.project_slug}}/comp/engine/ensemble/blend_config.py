@@ -25,7 +25,7 @@ Method = Literal[
 ]  # fmt: skip
 After = Literal["temperature", "platt", "isotonic", "thresholds"]
 # Which methods know a key; with any other it would have no effect, and that is refused.
-KNOWN_TO = {
+METHODS_OF_KEY = {
     "weights": ("weighted", "rank", "geometric"),
     "power": ("power",),
     "trim": ("trimmed",),
@@ -71,7 +71,7 @@ class Blend(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Blend:
-        for key, methods in KNOWN_TO.items():
+        for key, methods in METHODS_OF_KEY.items():
             if getattr(self, key) is not None and self.method not in methods:
                 if key == "weights":
                     raise ValueError(
@@ -124,13 +124,13 @@ class Blend(Section):
         return [weight / sum(weights) for weight in weights]
 
     @property
-    def merged_in(self) -> str:
+    def merge_space(self) -> str:
         usual = "logit" if self.method in STACKED else "probability"
         return {"rank": "rank", "geometric": "geometric"}.get(self.method, self.space or usual)
 
 
 @dataclass(frozen=True)
-class Declared:
+class BlendConfig:
     name: str
     blend: Blend
     lines: Mapping[str, str]  # dotted key -> file:line
@@ -144,7 +144,7 @@ class Declared:
         return f"{self.lines.get(key, f'configs/ensembles/{self.name}.yaml')}: {message}"
 
 
-def read(name: str) -> Declared:
+def read(name: str) -> BlendConfig:
     folder = store.path("configs", "ensembles")
     file = folder / f"{name}.yaml"
     if not file.is_file():
@@ -156,7 +156,7 @@ def read(name: str) -> Declared:
     tree, lines = resolve.parse(file, store.shown(file))
     blend = resolve.checked(Blend, tree, lines, store.shown(file))
     blend = blend.model_copy(update={"members": _expanded(name, blend, lines)})
-    declared = Declared(name, blend, lines)
+    declared = BlendConfig(name, blend, lines)
     if faults := _faults(declared):
         raise Refused(*faults)
     return declared
@@ -167,7 +167,7 @@ def _expanded(name: str, blend: Blend, lines: Mapping[str, str]) -> list[str]:
     found: list[str] = []
     for i, entry in enumerate(blend.members):
         where = lines.get(f"members.{i}", f"configs/ensembles/{name}.yaml")
-        if not member_filter.plural(entry):
+        if not member_filter.is_filter(entry):
             found.append(entry)
             continue
         try:
@@ -182,7 +182,7 @@ def _expanded(name: str, blend: Blend, lines: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _faults(declared: Declared) -> list[str]:
+def _faults(declared: BlendConfig) -> list[str]:
     members, faults = declared.blend.members, []
     for i, member in enumerate(members):
         if member in members[:i]:
@@ -200,10 +200,10 @@ def _faults(declared: Declared) -> list[str]:
     return faults
 
 
-def notes(declared: Declared) -> list[str]:
+def notes(declared: BlendConfig) -> list[str]:
     """What was written and has no effect is said aloud."""
     blend = declared.blend
-    if blend.space is None or blend.space == blend.merged_in:
+    if blend.space is None or blend.space == blend.merge_space:
         return []
     return [
         declared.fault(

@@ -140,7 +140,7 @@ FITS: dict[str, Fit] = {
 APPLY: dict[str, Callable[[Mapping[str, Any], Array, Head], Array]] = {}
 
 
-def unfit(name: str, head: Head, metric: Metric, truth: NDArray[Any]) -> str:
+def not_applicable(name: str, head: Head, metric: Metric, truth: NDArray[Any]) -> str:
     """Why a step has nothing to do here; empty when it has."""
     if head.row.space != "logit":
         return f"{name} is for classes, and {head.name} has values"

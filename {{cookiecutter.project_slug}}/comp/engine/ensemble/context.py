@@ -24,7 +24,7 @@ Refit = Callable[[Positions], Stored]
 
 
 @dataclass(frozen=True)
-class Ground:
+class Context:
     cfg: Config
     blend: Blend
     samples: Samples
@@ -38,18 +38,20 @@ class Ground:
         return self.samples.frame.iloc[self.rows]
 
     @property
-    def everywhere(self) -> Positions:
+    def all_rows(self) -> Positions:
         return np.arange(len(self.rows))
 
     def metric(self, head: Head) -> Metric:
         return score.metric_of(self.cfg, head)
 
-    def asked(self, head: Head, stored: Array, at: Positions) -> tuple[score.Asked, score.Lines]:
+    def metric_input(
+        self, head: Head, stored: Array, at: Positions
+    ) -> tuple[score.MetricInput, score.ScoredRows]:
         """at: places among `rows`, and stored what is said of these."""
-        here = score.lines(self.samples, self.rows[at], self.fold[at])
+        here = score.scored_rows(self.samples, self.rows[at], self.fold[at])
         said = head.row.probability(np.asarray(stored, np.float64))
-        return score.asked(self.cfg, head, said, self.samples, self.folds, here), here
+        return score.metric_input(self.cfg, head, said, self.samples, self.folds, here), here
 
-    def nested(self, at: Positions, fit: Any, apply: Any, first: Any) -> nested_cv.Nested:
+    def nested_predict(self, at: Positions, fit: Any, apply: Any, first: Any) -> nested_cv.NestedPrediction:
         """As if there were no other rows than `at`; fit and apply are asked with places among these."""
-        return score.nested(self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, first)
+        return score.nested_predict(self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, first)

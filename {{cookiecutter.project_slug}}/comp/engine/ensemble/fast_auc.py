@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.ensemble.weighted_sums import Lens, Sum, moved
+from comp.engine.ensemble.spaces import FastScorer, Sum, to_space
 from comp.engine.tasks.kinds import Head
 from comp.metrics import Metric
 
 BINS = 16_384
 ENDS = {"probability": (0.0, 1.0), "geometric": (None, 0.0)}  # beyond them, rows are equal
-AREAS = ("roc_auc", "mean_column_auc")
+AUC_METRICS = ("roc_auc", "mean_column_auc")
 
 
 class Column(NamedTuple):
@@ -28,13 +28,15 @@ class Column(NamedTuple):
     positive: int
 
 
-def lens(metric: Metric, head: Head, space: str, truth: NDArray[Any], signed: bool) -> Lens | None:
+def auc_scorer(
+    metric: Metric, head: Head, space: str, truth: NDArray[Any], signed: bool
+) -> FastScorer | None:
     """None where the metric has no number, whatever is said, or labels are soft."""
     columns = _columns(head, truth)
     if columns is None:
         return None
     fit = [column for column in columns if 0 < column.positive < len(column.rows)]
-    if not fit or (len(fit) < len(columns) and not metric.ungraded):
+    if not fit or (len(fit) < len(columns) and not metric.skip_undefined):
         return None
     if head.exclusive and (signed or space in ("logit", "geometric")):
         return _together(head, space, fit, np.argsort(truth, kind="stable"), truth)
@@ -63,27 +65,27 @@ def _columns(head: Head, truth: NDArray[Any]) -> list[Column] | None:
     return found
 
 
-def _within(found: Lens, low: float | None, high: float) -> Lens:
+def _within(found: FastScorer, low: float | None, high: float) -> FastScorer:
     return replace(
         found,
-        rough=lambda total: found.rough(np.clip(total, low, high)),
+        approximate=lambda total: found.approximate(np.clip(total, low, high)),
         exact=lambda total: found.exact(np.clip(total, low, high)),
     )
 
 
-def _one(head: Head, space: str, column: Column) -> Lens:
+def _one(head: Head, space: str, column: Column) -> FastScorer:
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
-        return moved(stored[:, :1], head, space)[column.rows, 0].astype(np.float32)
+        return to_space(stored[:, :1], head, space)[column.rows, 0].astype(np.float32)
 
     pairs = column.positive * (len(column.rows) - column.positive)
 
     def rough(total: Sum) -> float:
         return _rough(total, slice(0, column.positive), pairs)
 
-    return Lens(take, rough, partial(exact_auc, positive=column.positive), True)
+    return FastScorer(take, rough, partial(exact_auc, positive=column.positive), True)
 
 
-def _apart(head: Head, space: str, columns: Sequence[Column]) -> Lens:
+def _apart(head: Head, space: str, columns: Sequence[Column]) -> FastScorer:
     """Columns whose sums do not depend on each other, one behind the other, each with its own order of rows."""
     edge = np.append(0, np.cumsum([len(column.rows) for column in columns]))
     parts = [
@@ -92,7 +94,7 @@ def _apart(head: Head, space: str, columns: Sequence[Column]) -> Lens:
     ]
 
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
-        values = moved(stored, head, space)
+        values = to_space(stored, head, space)
         out = np.empty(int(edge[-1]), np.float32)
         for (where, *_), column in zip(parts, columns, strict=True):
             out[where] = values[column.rows, column.place]
@@ -104,12 +106,12 @@ def _apart(head: Head, space: str, columns: Sequence[Column]) -> Lens:
     def exact(total: Sum) -> float:
         return float(np.mean([exact_auc(total[where], own) for where, own, _ in parts]))
 
-    return Lens(take, rough, exact, True)
+    return FastScorer(take, rough, exact, True)
 
 
 def _together(
     head: Head, space: str, columns: Sequence[Column], order: NDArray[np.int64], truth: NDArray[Any]
-) -> Lens:
+) -> FastScorer:
     """Classes whose probabilities follow from all sums of a row: rows of a class side by side, (classes, rows)."""
     low = np.searchsorted(truth[order], [column.place for column in columns])
     parts = [
@@ -118,7 +120,7 @@ def _together(
     ]
 
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(moved(stored, head, space)[order].T, np.float32)
+        return np.ascontiguousarray(to_space(stored, head, space)[order].T, np.float32)
 
     def shares(total: Sum) -> Sum:
         if space == "probability":
@@ -139,7 +141,7 @@ def _together(
             found.append(exact_auc(first, mine.stop - mine.start))
         return float(np.mean(found))
 
-    return Lens(take, rough, exact, True)
+    return FastScorer(take, rough, exact, True)
 
 
 def _rough(values: Sum, mine: slice, pairs: int) -> float:

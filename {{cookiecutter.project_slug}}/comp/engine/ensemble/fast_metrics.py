@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from comp.engine.bank import score, thresholds
 from comp.engine.bank.metric_formulas import SMALLEST, MetricUndefined
 from comp.engine.ensemble import fast_auc
-from comp.engine.ensemble.weighted_sums import Lens, Sum, moved, shown
+from comp.engine.ensemble.spaces import FastScorer, Sum, to_prediction, to_space
 from comp.engine.tasks.kinds import Array, Head, sigmoid, softmax
 from comp.metrics import Metric
 
-CHECKED = 5
+EXACT_CANDIDATES = 5
 
 
-def lens(
+def fast_scorer(
     metric: Metric,
     head: Head,
     space: str,
@@ -36,16 +36,16 @@ def lens(
     rows: Any = None,
     cuts: NDArray[Any] | None = None,
     signed: bool = False,
-) -> Lens:
+) -> FastScorer:
     """cuts: of grades, held during a search. signed: weights below 0 occur, so a sum can leave the range of its task."""
     hard = truth.ndim == 1 and bool((truth == np.rint(truth)).all())
     cut: Array = np.asarray(np.arange(1, len(head.classes)) - 0.5 if cuts is None else cuts, np.float64)
-    if metric.name in fast_auc.AREAS and head.row.space == "logit":
-        return fast_auc.lens(metric, head, space, truth, signed) or _any(
+    if metric.name in fast_auc.AUC_METRICS and head.row.space == "logit":
+        return fast_auc.auc_scorer(metric, head, space, truth, signed) or any_metric(
             metric, head, space, truth, rows, cut
         )
-    if metric.kind == "yours" or (head.row.space == "logit" and not hard) or np.isnan(truth).any():
-        return _any(metric, head, space, truth, rows, cut)
+    if metric.kind == "custom" or (head.row.space == "logit" and not hard) or np.isnan(truth).any():
+        return any_metric(metric, head, space, truth, rows, cut)
     if head.task == "binary":
         if metric.name in ("log_loss", "mean_column_log_loss") and space in ("probability", "logit"):
             return _binary_log_loss(head, space, truth)
@@ -63,30 +63,36 @@ def lens(
             return _grades(truth.astype(np.int64), cut)
         if metric.name in ("rmse", "mae"):
             return _distance(metric, truth)
-    return _any(metric, head, space, truth, rows, cut)
+    return any_metric(metric, head, space, truth, rows, cut)
 
 
 # --- lenses --------------------------------------------------------------------------------------------------------------
 
 
-def _any(metric: Metric, head: Head, space: str, truth: NDArray[Any], rows: Any, cuts: Array) -> Lens:
+def any_metric(
+    metric: Metric, head: Head, space: str, truth: NDArray[Any], rows: Any, cuts: Array
+) -> FastScorer:
     """Any metric at its own speed."""
 
-    truth = score.graded_only(head, truth)
+    truth = score.scored_columns(head, truth)
 
     def exact(total: Sum) -> float:
-        said = shown(total, head, space)
-        graded = metric.needs == "label" and score.graded(head)
-        answer = thresholds.apply_cuts(said[:, 0], cuts) if graded else score.plain(metric, head, said)
+        said = to_prediction(total, head, space)
+        graded = metric.needs == "label" and score.is_ordinal(head)
+        answer = (
+            thresholds.apply_cuts(said[:, 0], cuts)
+            if graded
+            else score.default_predictions(metric, head, said)
+        )
         try:
             return metric.sign * metric(truth, answer, rows)
         except MetricUndefined:
             return -np.inf
 
-    return Lens(lambda stored: moved(stored, head, space).astype(np.float32), exact, exact, False)
+    return FastScorer(lambda stored: to_space(stored, head, space).astype(np.float32), exact, exact, False)
 
 
-def _binary_log_loss(head: Head, space: str, truth: NDArray[Any]) -> Lens:
+def _binary_log_loss(head: Head, space: str, truth: NDArray[Any]) -> FastScorer:
     sign = np.where(truth > 0.5, 1.0, -1.0)
 
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -101,10 +107,10 @@ def _binary_log_loss(head: Head, space: str, truth: NDArray[Any]) -> Lens:
         return -float(np.logaddexp(0.0, -floor).mean(dtype=np.float64))
 
     of = of_probability if space == "probability" else of_logit
-    return Lens(take, of, lambda total: of(np.asarray(total, np.float64)), True)
+    return FastScorer(take, of, lambda total: of(np.asarray(total, np.float64)), True)
 
 
-def _true_class(head: Head, truth: NDArray[Any]) -> Lens:
+def _true_class(head: Head, truth: NDArray[Any]) -> FastScorer:
     code = truth.astype(np.int64)
 
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -118,14 +124,14 @@ def _true_class(head: Head, truth: NDArray[Any]) -> Lens:
     def of(total: Sum) -> float:
         return float(np.log(np.maximum(total, SMALLEST)).mean(dtype=np.float64))
 
-    return Lens(take, of, lambda total: of(np.asarray(total, np.float64)), True)
+    return FastScorer(take, of, lambda total: of(np.asarray(total, np.float64)), True)
 
 
-def _class_log_loss(head: Head, space: str, truth: NDArray[Any]) -> Lens:
+def _class_log_loss(head: Head, space: str, truth: NDArray[Any]) -> FastScorer:
     here = (truth.astype(np.int64), np.arange(len(truth)))
 
     def take(stored: NDArray[Any]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(moved(stored, head, space).T, np.float32)  # (classes, rows)
+        return np.ascontiguousarray(to_space(stored, head, space).T, np.float32)  # (classes, rows)
 
     def of(total: Sum) -> float:
         if space == "probability":
@@ -136,13 +142,13 @@ def _class_log_loss(head: Head, space: str, truth: NDArray[Any]) -> Lens:
         own = total[here] - top - np.log(np.exp(total - top).sum(axis=0))
         return float(np.maximum(own, np.log(SMALLEST)).mean(dtype=np.float64))
 
-    return Lens(take, of, lambda total: of(np.asarray(total, np.float64)), True)
+    return FastScorer(take, of, lambda total: of(np.asarray(total, np.float64)), True)
 
 
 HALF = {"probability": 0.5, "logit": 0.0, "geometric": float(np.log(0.5))}  # where a label turns
 
 
-def _binary_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -> Lens:
+def _binary_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -> FastScorer:
     order = np.argsort(-truth, kind="stable")
     positive, rate = int(truth.sum()), thresholds.RATES[metric.name]
 
@@ -154,7 +160,9 @@ def _binary_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) 
             found = float(rate(tp, fp, np.asarray(positive - tp), np.asarray(len(said) - positive - fp)))
         return found if np.isfinite(found) else 0.0
 
-    return Lens(lambda stored: moved(stored[:, :1], head, space)[order, 0].astype(np.float32), of, of, True)
+    return FastScorer(
+        lambda stored: to_space(stored[:, :1], head, space)[order, 0].astype(np.float32), of, of, True
+    )
 
 
 # Of the numbers of each class: true, predicted, hit.
@@ -173,7 +181,7 @@ COUNTED: dict[str, Callable[[Array, Array, Array], float]] = {
 }
 
 
-def _class_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -> Lens:
+def _class_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -> FastScorer:
     code = truth.astype(np.int64)
     order = np.argsort(code, kind="stable")  # the rows of each class side by side
     true = np.bincount(code, minlength=len(head.outputs)).astype(np.float64)
@@ -200,15 +208,15 @@ def _class_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -
         hit = np.bincount(won[won == code[order]], minlength=len(true)).astype(np.float64)
         return count(true, predicted, hit)
 
-    return Lens(
-        lambda stored: np.ascontiguousarray(moved(stored, head, space)[order].T, np.float32),
+    return FastScorer(
+        lambda stored: np.ascontiguousarray(to_space(stored, head, space)[order].T, np.float32),
         rough,
         exact,
         True,
     )
 
 
-def _grades(truth: NDArray[np.int64], cuts: Array) -> Lens:
+def _grades(truth: NDArray[np.int64], cuts: Array) -> FastScorer:
     """QWK by moments. A grade is the number of cuts below a value, so every sum over rows is a sum of counts."""
     order = np.argsort(truth, kind="stable")
     level, count = np.unique(truth, return_counts=True)
@@ -227,10 +235,10 @@ def _grades(truth: NDArray[np.int64], cuts: Array) -> Lens:
             both += float(off @ at)
         return 2 * both / (spread + second - 2 * mean * first + len(truth) * mean**2)
 
-    return Lens(lambda stored: np.asarray(stored)[order, 0].astype(np.float32), of, of, True)
+    return FastScorer(lambda stored: np.asarray(stored)[order, 0].astype(np.float32), of, of, True)
 
 
-def _distance(metric: Metric, truth: NDArray[Any]) -> Lens:
+def _distance(metric: Metric, truth: NDArray[Any]) -> FastScorer:
     target = truth.reshape(-1).astype(np.float64)
     near = target.astype(np.float32)
 
@@ -240,7 +248,7 @@ def _distance(metric: Metric, truth: NDArray[Any]) -> Lens:
             return -float(np.abs(gap).mean(dtype=np.float64))
         return -float(np.sqrt((gap * gap).mean(dtype=np.float64)))
 
-    return Lens(
+    return FastScorer(
         lambda stored: np.asarray(stored)[:, 0].astype(np.float32),
         lambda total: of(total, near),
         lambda total: of(np.asarray(total, np.float64), target),

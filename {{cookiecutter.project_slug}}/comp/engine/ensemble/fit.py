@@ -29,20 +29,20 @@ from comp.engine.ensemble import (
     weight_search,
 )
 from comp.engine.ensemble.blend_config import Blend
-from comp.engine.ensemble.context import Ground, Positions, Refit, Stored
+from comp.engine.ensemble.context import Context, Positions, Refit, Stored
 from comp.engine.tasks.kinds import Array, Head
 
 
 @dataclass
-class Made:
+class FittedEnsemble:
     recipe: dict[str, Any]
-    honest: Stored  # OOF rows, each fold from parameters of the others
+    nested: Stored  # OOF rows, each fold from parameters of the others
     in_sample: Stored | None  # None where nothing was fitted
     weights: list[float | None]  # of each declared member; None for stackers
     notes: list[str] = field(default_factory=list)
 
 
-def make(
+def fit_ensemble(
     cfg: Config,
     blend: Blend,
     samples: Samples,
@@ -52,13 +52,13 @@ def make(
     nested: Mapping[str, Any],
     refits: Mapping[str, Refit],
     quiet: bool = False,
-) -> Made:
+) -> FittedEnsemble:
     """nested and refits: address of a member that is an ensemble -> its apply.json, and its fit by some rows alone."""
     kept = oof[0].predicted
     assert oof[0].fold is not None
     rows, fold = oof[0].row[kept].astype(np.int64), oof[0].fold[kept].astype(np.int64)
     again = {i: _among(refits[a], kept) for i, a in enumerate(blend.members) if a in refits}
-    ground = Ground(cfg, blend, samples, folds, rows, fold, again)
+    context = Context(cfg, blend, samples, folds, rows, fold, again)
     budgets = weight_search.Budgets(_budget(blend, samples), {})
     honest_, taught, params, later, notes = {}, {}, {}, {}, []
     count = len(samples.heads) * _fits(blend, len(np.unique(fold)))
@@ -68,9 +68,9 @@ def make(
         for head in samples.heads:
             parts = [np.asarray(each.heads[head.name]) for each in oof]
             parts = parts if kept.all() else [part[kept] for part in parts]
-            found, own, all_rows = _fitted(ground, head, parts, budgets, bar)
+            found, own, all_rows = fit_head(context, head, parts, budgets, bar)
             params[head.name], later[head.name] = found.params, found.steps
-            notes += [*methods.chosen(blend, head, found.params), *found.notes]
+            notes += [*methods.chosen_strength(blend, head, found.params), *found.notes]
             honest_[head.name], taught[head.name] = _back(own, kept), _back(all_rows, kept)
     weights = _weights(params, len(oof))
     used = [i for i, weight in enumerate(weights) if weight != 0]
@@ -78,21 +78,21 @@ def make(
         if each["kind"] == "weights":
             each["weights"] = [each["weights"][i] for i in used]
     shares = [1 / len(used) if weights[i] is None else float(weights[i] or 0.0) for i in used]
-    recipe = average.recipe(
+    recipe = average.build_recipe(
         samples,
         [blend.members[i] for i in used],
         [oof[i] for i in used],
         shares,
-        blend.merged_in,
+        blend.merge_space,
         nested,
         params,
         later,
     )
     if blend.correct:
-        recipe["correct"], said = label_shift.fit(ground, recipe, honest_, kept, [test[i] for i in used])
+        recipe["correct"], said = label_shift.fit(context, recipe, honest_, kept, [test[i] for i in used])
         notes += said
-    fitted_ = methods.fits_rows(blend) or bool(blend.after)
-    return Made(recipe, honest_, taught if fitted_ else None, weights, notes)
+    fitted_ = methods.uses_labels(blend) or bool(blend.after)
+    return FittedEnsemble(recipe, honest_, taught if fitted_ else None, weights, notes)
 
 
 def refit(
@@ -116,12 +116,12 @@ def refit(
         few.append(PredictionSet(each.row[at], oof[0].fold[at], heads, each.meta))
     below = {address: _inside(each, at) for address, each in refits.items()}
     plain = blend.model_copy(update={"correct": None})  # of test rows alone
-    return make(cfg, plain, samples, folds, few, (), {}, below, quiet=True).honest
+    return fit_ensemble(cfg, plain, samples, folds, few, (), {}, below, quiet=True).nested
 
 
 def _fits(blend: Blend, folds: int) -> int:
     """Of all rows, of all but each fold; for steps after the blend of all but each two."""
-    if not methods.fits_rows(blend):
+    if not methods.uses_labels(blend):
         return 1
     return 1 + folds + (folds * (folds - 1) // 2 if blend.after else 0)
 
@@ -149,7 +149,7 @@ def _back(values: Array, kept: NDArray[np.bool_]) -> NDArray[np.float32]:
     return out
 
 
-class Fitted(NamedTuple):
+class FittedHead(NamedTuple):
     """One head of a blend, by some rows alone."""
 
     params: dict[str, Any]
@@ -157,71 +157,71 @@ class Fitted(NamedTuple):
     notes: list[str]
 
 
-def _fitted(
-    ground: Ground, head: Head, parts: list[NDArray[Any]], budgets: weight_search.Budgets, bar: tqdm
-) -> tuple[Fitted, Array, Array]:
+def fit_head(
+    context: Context, head: Head, parts: list[NDArray[Any]], budgets: weight_search.Budgets, bar: tqdm
+) -> tuple[FittedHead, Array, Array]:
     """Fitted on all folds, honest predictions, and those of the rows that taught."""
-    blend, space, frame = ground.blend, ground.blend.merged_in, ground.frame
+    blend, space, frame = context.blend, context.blend.merge_space, context.frame
     maps = [average.quantiles(part) for part in parts] if space == "rank" else None
     seen = parts if maps is None else [_ranked(p, m) for p, m in zip(parts, maps, strict=True)]
-    truth = ground.samples.truth(head, ground.rows)
-    given = methods.Teaching(head, ground.metric(head), space, seen, truth, frame, ground.fold)
-    fits = methods.fits_rows(blend)
+    truth = context.samples.truth(head, context.rows)
+    given = methods.TrainingData(head, context.metric(head), space, seen, truth, frame, context.fold)
+    fits = methods.uses_labels(blend)
     known: dict[bytes, dict[str, Any]] = {}  # a world without folds 1 and 2 is asked for by both
 
-    def teaching(at: Positions) -> methods.Teaching:
-        if len(at) == len(ground.rows):
+    def teaching(at: Positions) -> methods.TrainingData:
+        if len(at) == len(context.rows):
             return given  # nobody is scored by what everyone teaches
         few = given.at(at)
-        if not ground.refits:
+        if not context.refits:
             return few
         alone = list(few.parts)
-        for i, again in ground.refits.items():
+        for i, again in context.refits.items():
             said = again(at)[head.name]
             alone[i] = said if maps is None else _ranked(said, average.quantiles(said))
         return replace(few, parts=alone)
 
     def params_of(at: Positions) -> dict[str, Any]:
-        key = weight_search.key(at)
+        key = weight_search.rows_key(at)
         if key not in known:
-            budget = budgets.of(at)
+            budget = budgets.for_rows(at)
             known[key] = methods.fit(blend, teaching(at) if fits else given, budget)
-            budgets.left[key] = budget.after(methods.used(known[key], len(parts)))
+            budgets.left[key] = budget.remaining(methods.used_members(known[key], len(parts)))
             bar.update(int(fits))
         return known[key]
 
     def apply(params: dict[str, Any], at: Positions) -> Array:
-        everyone = len(at) == len(ground.rows)
+        everyone = len(at) == len(context.rows)
         here = parts if everyone else [part[at] for part in parts]
-        return average.combined(params, here, maps, head, space, frame if everyone else frame.iloc[at])
+        return average.combine(params, here, maps, head, space, frame if everyone else frame.iloc[at])
 
-    def fit(at: Positions) -> Fitted:
+    def fit(at: Positions) -> FittedHead:
         params = params_of(at)
         if not blend.after:
-            return Fitted(params, [], [])
+            return FittedHead(params, [], [])
         own = apply(params, at)
         if fits:
-            own = ground.nested(
+            own = context.nested_predict(
                 at,
                 lambda few: params_of(at[few]),
                 lambda params, few: apply(params, at[few]),
-                methods.even(blend, len(parts)),
+                methods.equal_weights(blend, len(parts)),
             ).prediction
-        return Fitted(params, *postprocess_selection.fit(ground, head, own, at))
+        return FittedHead(params, *postprocess_selection.select(context, head, own, at))
 
-    def said(found: Fitted, at: Positions) -> Array:
+    def said(found: FittedHead, at: Positions) -> Array:
         out = apply(found.params, at)
         for step in found.steps:
             out = calibration.apply(step, out, head)
         return out
 
-    everywhere = ground.everywhere
+    everywhere = context.all_rows
     if not fits and not blend.after:
         found = fit(everywhere)
         own = said(found, everywhere)
         return found, own, own
-    first = Fitted(methods.even(blend, len(parts)) if fits else params_of(everywhere), [], [])
-    out = ground.nested(everywhere, fit, said, first)
+    first = FittedHead(methods.equal_weights(blend, len(parts)) if fits else params_of(everywhere), [], [])
+    out = context.nested_predict(everywhere, fit, said, first)
     return out.final, out.prediction, said(out.final, everywhere)
 
 
@@ -233,9 +233,11 @@ def _ranked(part: NDArray[Any], maps: Any) -> NDArray[np.float32]:
 
 def _budget(blend: Blend, samples: Samples) -> weight_search.Budget:
     if blend.max_seconds is None:
-        return weight_search.free(len(blend.members))
+        return weight_search.unlimited(len(blend.members))
     images = blend.images or len(samples.positions("test"))
-    return weight_search.Budget([images * latency.of(each) for each in blend.members], blend.max_seconds)
+    return weight_search.Budget(
+        [images * latency.seconds_per_image(each) for each in blend.members], blend.max_seconds
+    )
 
 
 def _weights(params: Mapping[str, Any], members: int) -> list[float | None]:

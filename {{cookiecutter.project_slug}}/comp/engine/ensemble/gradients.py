@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.ensemble.weighted_sums import moved
+from comp.engine.ensemble.spaces import to_space
 from comp.engine.tasks.kinds import Array, Head, sigmoid, softmax
 
 BLOCK = 16_384
@@ -47,7 +47,7 @@ def _shares(truth: NDArray[Any], head: Head) -> Array:
 
 
 def _block(parts: Sequence[NDArray[Any]], rows: slice, head: Head, space: str) -> Array:
-    return np.stack([moved(part[rows], head, space) for part in parts])  # (members, rows, outputs)
+    return np.stack([to_space(part[rows], head, space) for part in parts])  # (members, rows, outputs)
 
 
 def _values(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array) -> Part:

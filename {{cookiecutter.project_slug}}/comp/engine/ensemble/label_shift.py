@@ -12,12 +12,12 @@ from comp.engine.bank import nested_cv, score
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.ensemble import average, calibration, report
-from comp.engine.ensemble.context import Ground, Stored
+from comp.engine.ensemble.context import Context, Stored
 from comp.engine.tasks.kinds import Array, Head
 
 
 def fit(
-    ground: Ground,
+    context: Context,
     recipe: Mapping[str, Any],
     oof: Stored,
     kept: NDArray[np.bool_],
@@ -25,11 +25,11 @@ def fit(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fitted on test predictions without labels. Each fold, treated as if it were the test set, must not lose by it beyond
     noise; whether test gains only the leaderboard can say."""
-    kind, said, notes = ground.blend.correct, {}, []
+    kind, said, notes = context.blend.correct, {}, []
     given = {a["address"]: each.heads for a, each in zip(recipe["members"], test, strict=True)}
-    plain = average.apply(recipe, given, ground.samples.frame.iloc[test[0].row.astype(np.int64)])
-    for head in ground.samples.heads:
-        truth, own = ground.samples.truth(head, ground.rows), oof[head.name][kept].astype(np.float64)
+    plain = average.apply(recipe, given, context.samples.frame.iloc[test[0].row.astype(np.int64)])
+    for head in context.samples.heads:
+        truth, own = context.samples.truth(head, context.rows), oof[head.name][kept].astype(np.float64)
         if kind == "prior" and head.row.space != "logit":
             notes.append(f"correct: prior is for classes, and {head.name} has values; take rank")
             continue
@@ -47,17 +47,19 @@ def fit(
             return calibration.prior(rows, shares / shares.sum(), head)
 
         tried = own.copy()
-        for number in np.unique(ground.fold):
-            mine = ground.fold == number
+        for number in np.unique(context.fold):
+            mine = context.fold == number
             tried[mine] = calibration.apply(corrected(own[mine], ~mine), own[mine], head)
-        (now, here), (before, _) = (ground.asked(head, each, ground.everywhere) for each in (tried, own))
+        (now, here), (before, _) = (
+            context.metric_input(head, each, context.all_rows) for each in (tried, own)
+        )
         try:
             pair = nested_cv.paired(
                 now.metric,
                 now.truth,
-                now.answer,
-                before.answer,
-                score.groups_of(ground.samples, here.rows),
+                now.prediction,
+                before.prediction,
+                score.groups_of(context.samples, here.rows),
                 report.RESAMPLES,
                 rows=now.frame,
             )
@@ -66,7 +68,7 @@ def fit(
             continue
         there = ~np.isnan(plain[head.name]).any(axis=1)
         step = corrected(plain[head.name][there].astype(np.float64), np.ones(len(own), bool))
-        if pair.decided and pair.share < 0.5:
+        if pair.significant and pair.share < 0.5:
             notes.append(f"correct: {kind} left out: on folds treated as test it is {pair}")
             continue
         said[head.name] = step

@@ -12,16 +12,16 @@ from comp.engine.store import store
 FILE = "speed.json"  # {"test": seconds an image}, written by predict/infer.py
 
 
-def of(address: str) -> float:
+def seconds_per_image(address: str) -> float:
     """Seconds an image: every checkpoint of a member sees every test row; an ensemble costs what its members cost."""
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
-        return sum(of(each) for each in _leaves(store.read_json(store.verified(recipe))))
+        return sum(seconds_per_image(each) for each in _leaf_members(store.read_json(store.verified(recipe))))
     name, _, member = address.partition(":")
     files = _files(store.run_folder(name), member)
     if not any(file.exists() for file in files):
-        files = _spoken(address)
-    said = [_noted(file) for file in files]
+        files = _files_of_weights(address)
+    said = [_measured(file) for file in files]
     if not said or None in said:
         raise Refused(
             f"max_seconds: {address} has no measured latency (it was predicted by an older version, or elsewhere); "
@@ -30,7 +30,7 @@ def of(address: str) -> float:
     return sum(each for each in said if each is not None)
 
 
-def _leaves(recipe: dict) -> list[str]:
+def _leaf_members(recipe: dict) -> list[str]:
     from comp.engine.ensemble import average
 
     return average.leaves(recipe)
@@ -44,7 +44,7 @@ def _files(run: Path, member: str) -> list[Path]:
     return sorted(folder / inside / FILE for folder in run.glob(f"{seeds}/{folds}"))
 
 
-def _spoken(address: str) -> list[Path]:
+def _files_of_weights(address: str) -> list[Path]:
     """A mean of several kept weights has no notes of its own; theirs add up."""
     folder = bank.folder(address)
     if not store.sealed(folder / "test.arrow"):
@@ -52,7 +52,7 @@ def _spoken(address: str) -> list[Path]:
     return [store.path("runs", name, FILE) for name in bank.read_meta(folder / "test.arrow")["weights"]]
 
 
-def _noted(file: Path) -> float | None:
+def _measured(file: Path) -> float | None:
     if not file.exists():
         return None
     said = store.read_json(file)

@@ -31,7 +31,7 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def plural(entry: str) -> bool:
+def is_filter(entry: str) -> bool:
     return any(sign in entry for sign in "<>=~") or entry.endswith(tuple(PLURAL))
 
 

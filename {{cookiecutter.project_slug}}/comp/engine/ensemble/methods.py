@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from comp import metrics
 from comp.engine.bank import score, thresholds
-from comp.engine.ensemble import fast_metrics, gradients, stack, weight_search, weighted_sums
+from comp.engine.ensemble import fast_metrics, gradients, spaces, stack, weight_search
 from comp.engine.ensemble.blend_config import Blend
 from comp.engine.errors import Refused
 from comp.engine.tasks.kinds import Array, Head, logit, softmax
@@ -24,7 +24,7 @@ from comp.metrics import Metric
 Parts = Sequence[NDArray[Any]]
 
 
-class Some(Sequence[NDArray[Any]]):
+class RowSubset(Sequence[NDArray[Any]]):
     """Some rows of some members, cut out when they are asked for: a search takes from one member at a time, and all of them
     together would be as large as the predictions."""
 
@@ -40,7 +40,7 @@ class Some(Sequence[NDArray[Any]]):
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TrainingData:
     """One head's rows, line by line: members as stored (in rank space: as ranks), truth, the samples table, folds."""
 
     head: Head
@@ -51,9 +51,9 @@ class Teaching:
     frame: Any
     fold: NDArray[np.int64]
 
-    def at(self, rows: NDArray[np.int64]) -> Teaching:
-        parts = Some(self.parts, rows)
-        return Teaching(
+    def at(self, rows: NDArray[np.int64]) -> TrainingData:
+        parts = RowSubset(self.parts, rows)
+        return TrainingData(
             self.head,
             self.metric,
             self.space,
@@ -64,7 +64,7 @@ class Teaching:
         )
 
 
-def fit(blend: Blend, given: Teaching, budget: weight_search.Budget | None = None) -> dict[str, Any]:
+def fit(blend: Blend, given: TrainingData, budget: weight_search.Budget | None = None) -> dict[str, Any]:
     """Parameters as apply.json keeps them; fitted.predict reads them."""
     method, members = blend.method, len(given.parts)
     if method in stack.FITS:
@@ -73,7 +73,7 @@ def fit(blend: Blend, given: Teaching, budget: weight_search.Budget | None = Non
             strength=blend.strength, metadata=blend.metadata or (), encoded=blend.encoded or (),
         )  # fmt: skip
     if method in SEARCHES:
-        budget = budget or weight_search.free(members)
+        budget = budget or weight_search.unlimited(members)
         weights = _per_class(blend, given, budget) if blend.per_class else _weights(blend, given, budget)
         return {"kind": "weights", "weights": weights.tolist()}
     if method in ("median", "trimmed", "power"):
@@ -85,14 +85,14 @@ def fit(blend: Blend, given: Teaching, budget: weight_search.Budget | None = Non
     return {"kind": "weights", "weights": blend.shares}
 
 
-def used(params: dict[str, Any], members: int) -> NDArray[np.bool_]:
+def used_members(params: dict[str, Any], members: int) -> NDArray[np.bool_]:
     """Members that have to predict, for any class; of what has no weights all of them."""
     if params["kind"] != "weights":
         return np.ones(members, bool)
     return (np.asarray(params["weights"], np.float64).reshape(members, -1) != 0).any(axis=1)
 
 
-def chosen(blend: Blend, head: Head, params: dict[str, Any]) -> list[str]:
+def chosen_strength(blend: Blend, head: Head, params: dict[str, Any]) -> list[str]:
     """What a stacker's fit chose by itself."""
     if blend.method not in stack.FITS or blend.strength is not None:
         return []
@@ -100,22 +100,22 @@ def chosen(blend: Blend, head: Head, params: dict[str, Any]) -> list[str]:
     return [f"{head.name}: strength {params['strength']:g} of {tried}, by parts of the rows that teach"]
 
 
-def even(blend: Blend, members: int) -> dict[str, Any]:
+def equal_weights(blend: Blend, members: int) -> dict[str, Any]:
     """For a fold that no other may teach, the first of a split by time: the plain mean."""
     return {"kind": "weights", "weights": [1 / members] * members}
 
 
-def _weights(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
-    frame = score.scored_frame(given.frame)
+def _weights(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
+    frame = score.without_weights(given.frame)
 
     def searched(members: NDArray[np.int64], rows: NDArray[np.int64]) -> Array:
         whole = len(members) == len(given.parts) and np.array_equal(rows, np.arange(len(given.truth)))
-        parts = given.parts if whole else Some(given.parts, rows, members.tolist())
+        parts = given.parts if whole else RowSubset(given.parts, rows, members.tolist())
         inner = weight_search.Budget([budget.seconds[i] for i in members], budget.ceiling)
         truth = given.truth if whole else given.truth[rows]
         table = frame if whole else frame.iloc[rows]
         fold = given.fold if whole else given.fold[rows]
-        here = Teaching(given.head, given.metric, given.space, parts, truth, table, fold)
+        here = TrainingData(given.head, given.metric, given.space, parts, truth, table, fold)
         return SEARCHES[blend.method](blend, here, inner)
 
     bags = blend.bags or 1
@@ -131,31 +131,31 @@ def _weights(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Arr
     return found / found.sum()
 
 
-def _lens(blend: Blend, given: Teaching) -> tuple[weighted_sums.Lens, list[NDArray[np.float32]]]:
+def _scorer(blend: Blend, given: TrainingData) -> tuple[spaces.FastScorer, list[NDArray[np.float32]]]:
     cuts = None
-    if given.metric.needs == "label" and score.graded(given.head):
+    if given.metric.needs == "label" and score.is_ordinal(given.head):
         mean = np.zeros(len(given.truth))
         for part in given.parts:
             mean += part[:, 0]
         mean /= len(given.parts)
         cuts = thresholds.fit_cuts(mean, given.truth, len(given.head.classes), given.metric, given.frame)
-    lens = fast_metrics.lens(
+    scorer = fast_metrics.fast_scorer(
         given.metric, given.head, given.space, given.truth, given.frame, cuts, signed=bool(blend.negative)
     )
-    return lens, [lens.take(part) for part in given.parts]
+    return scorer, [scorer.extract(part) for part in given.parts]
 
 
-def _greedy(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
-    lens, taken = _lens(blend, given)
-    return weight_search.greedy(lens, taken, blend.rounds or 50, budget)
+def _greedy(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
+    scorer, taken = _scorer(blend, given)
+    return weight_search.greedy(scorer, taken, blend.rounds or 50, budget)
 
 
-def _hill(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
-    lens, taken = _lens(blend, given)
-    return weight_search.hill(lens, taken, blend.precision or 0.05, bool(blend.negative), budget)
+def _hill(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
+    scorer, taken = _scorer(blend, given)
+    return weight_search.hill(scorer, taken, blend.precision or 0.05, bool(blend.negative), budget)
 
 
-def _slsqp(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
+def _slsqp(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
     """A ceiling on time is kept by leaving out the lightest members one by one."""
     if given.space == "rank":
         raise Refused(
@@ -174,12 +174,12 @@ def _slsqp(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array
     raise Refused("max_seconds: not even one member fits under this ceiling")
 
 
-def _optuna(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
-    lens, taken = _lens(blend, given)
-    return weight_search.optuna(lens, taken, blend.trials or 200, bool(blend.negative), budget)
+def _optuna(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
+    scorer, taken = _scorer(blend, given)
+    return weight_search.optuna(scorer, taken, blend.trials or 200, bool(blend.negative), budget)
 
 
-SEARCHES: dict[str, Callable[[Blend, Teaching, weight_search.Budget], Array]] = {
+SEARCHES: dict[str, Callable[[Blend, TrainingData, weight_search.Budget], Array]] = {
     "greedy": _greedy,
     "hill": _hill,
     "slsqp": _slsqp,
@@ -188,7 +188,7 @@ SEARCHES: dict[str, Callable[[Blend, Teaching, weight_search.Budget], Array]] = 
 COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc", "partial_auc")
 
 
-def _per_class(blend: Blend, given: Teaching, budget: weight_search.Budget) -> Array:
+def _per_class(blend: Blend, given: TrainingData, budget: weight_search.Budget) -> Array:
     """(members, outputs): each class against the rest, or each label by the rows where it is known, by its own AUC where the
     metric is one, else by log loss."""
     head = given.head
@@ -200,18 +200,18 @@ def _per_class(blend: Blend, given: Teaching, budget: weight_search.Budget) -> A
         raise Refused("per_class: ranks have one weight a member; take space: probability")
     columns = []
     for code, name in enumerate(head.outputs):
-        one = _one_against_the_rest(given, code, name)
+        one = _one_vs_rest(given, code, name)
         if len(one.truth):
             columns.append(_weights(blend, one, budget))
         else:  # a label that nobody gave: the first member that there is time for
             columns.append(
                 np.eye(len(given.parts))[budget.affordable(np.zeros(len(given.parts), bool)).argmax()]
             )
-        budget = budget.after(columns[-1] != 0)
+        budget = budget.remaining(columns[-1] != 0)
     return np.stack(columns, axis=1)
 
 
-def _one_against_the_rest(given: Teaching, code: int, name: str) -> Teaching:
+def _one_vs_rest(given: TrainingData, code: int, name: str) -> TrainingData:
     target = (given.truth == code).astype(np.float64) if given.head.exclusive else given.truth[:, code]
     known = np.flatnonzero(~np.isnan(target))
     told = bool(len(known)) and np.ptp(target[known]) > 0  # a label that all rows have, or none, has no area
@@ -225,11 +225,11 @@ def _one_against_the_rest(given: Teaching, code: int, name: str) -> Teaching:
 
     head = Head(name, "binary", (name,), (name,), ("0", "1"))
     few = given.frame.iloc[known]
-    return Teaching(
+    return TrainingData(
         head, metric, given.space, [column(p) for p in given.parts], target[known], few, given.fold[known]
     )
 
 
-def fits_rows(blend: Blend) -> bool:
+def uses_labels(blend: Blend) -> bool:
     """Whether a method learns from labels, so that its score has to be nested."""
     return blend.method in SEARCHES or blend.method in stack.FITS

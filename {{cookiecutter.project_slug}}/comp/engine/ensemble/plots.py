@@ -18,7 +18,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.ensemble import blend, blend_config, fit
-from comp.engine.ensemble.blend_config import Declared
+from comp.engine.ensemble.blend_config import BlendConfig
 from comp.engine.report import html, plots
 from comp.engine.run import tracking
 from comp.engine.store import store
@@ -35,7 +35,7 @@ def draw(name: str) -> list[Path]:
     rows = samples.load()
     split = folds.load(rows)
     record = store.read_json(store.verified(bank.folder(name) / "score.json", f"comp ensemble {name}"))
-    oof, test = (blend.sets(declared, kind, rows, split) for kind in bank.KINDS)
+    oof, test = (blend.member_predictions(declared, kind, rows, split) for kind in bank.KINDS)
     sign = 1 if record["direction"] == "max" else -1
     scores = [m["oof"] if m["oof"] is not None else -sign * np.inf for m in record["members"]]
     order = [int(i) for i in np.argsort([-sign * s for s in scores], kind="stable")]
@@ -48,14 +48,14 @@ def draw(name: str) -> list[Path]:
         heavy.sort(key=lambda i: -abs(record["members"][i]["weight"]))
     waterfall(cfg, rows, split, declared, record, heavy, oof, files["waterfall"])
     weights(record, order, files["weights"])
-    honest(cfg, rows, split, declared, order, oof, test, record, files["honest"])
-    told(name, cfg, files, record)
+    optimism_curve(cfg, rows, split, declared, order, oof, test, record, files["honest"])
+    log_to_wandb(name, cfg, files, record)
     report = html.write(
         bank.folder(name) / "report.html",
         name,
-        blend.said(name, record),
-        blend.heads(record),
-        blend.lines(name, record),
+        blend.summary_lines(name, record),
+        blend.table_header(record),
+        blend.table_lines(name, record),
         list(files.values()),
     )
     print(f"written: {store.shown(report)}, with the pictures of {store.shown(files['honest'].parent)}")
@@ -91,19 +91,19 @@ def correlation(sets: Sequence[PredictionSet], names: Sequence[str], rows: Sampl
 
 
 def waterfall(
-    cfg: Config, rows: Samples, split: Folds, declared: Declared, record: Any, order: list[int],
+    cfg: Config, rows: Samples, split: Folds, declared: BlendConfig, record: Any, order: list[int],
     oof: Sequence[PredictionSet], file: Path,
 ) -> None:  # fmt: skip
     """The score of the first member, then of the first two with their weights, and so on."""
     order, reached = order[:MOST], []
-    space = {"rank": "probability"}.get(declared.blend.merged_in, declared.blend.merged_in)
+    space = {"rank": "probability"}.get(declared.blend.merge_space, declared.blend.merge_space)
     for count in range(1, len(order) + 1):
         used = order[:count]
         share: list[float] | None = [record["members"][i]["weight"] for i in used]
         if share is None or None in share or abs(sum(share)) < 1e-9:
             share = None
         said = merge([oof[i] for i in used], rows, split, space, share)
-        reached.append(score.of(cfg, rows, split, said)["oof"] or np.nan)
+        reached.append(score.evaluate(cfg, rows, split, said)["oof"] or np.nan)
     figure, axes = plots.figure_of(max(5.0, 0.4 * len(order) + 3), 4.5)
     sign = 1 if record["direction"] == "max" else -1
     before = [reached[0], *reached[:-1]]
@@ -133,8 +133,8 @@ def weights(record: Any, order: list[int], file: Path) -> None:
     plots.save(figure, file)
 
 
-def honest(
-    cfg: Config, rows: Samples, split: Folds, declared: Declared, order: list[int], oof: Sequence[PredictionSet],
+def optimism_curve(
+    cfg: Config, rows: Samples, split: Folds, declared: BlendConfig, order: list[int], oof: Sequence[PredictionSet],
     test: Sequence[PredictionSet], record: Any, file: Path,
 ) -> None:  # fmt: skip
     """The ensemble made of the best few members, and of ever more."""
@@ -142,7 +142,7 @@ def honest(
 
     counts = sorted({min(n, len(order)) for n in STEPS if n <= len(order)} | {len(order)})
     lines: dict[str, list[float]] = {"honest": [], "in-sample": []}
-    recipes, refits = blend.recipes(declared), blend.refits(cfg, declared, rows, split)
+    recipes, refits = blend.member_recipes(declared), blend.member_refits(cfg, declared, rows, split)
     for count in tqdm(counts, desc="ever more members", delay=2, disable=None, leave=False):
         used = order[:count]
         change: dict[str, Any] = {"members": [declared.blend.members[i] for i in used]}
@@ -150,9 +150,9 @@ def honest(
             change["weights"] = [declared.blend.weights[i] for i in used]
         part = declared.blend.model_copy(update=change)
         own, unseen = [oof[i] for i in used], [test[i] for i in used]
-        made = fit.make(cfg, part, rows, split, own, unseen, recipes, refits)
-        lines["honest"].append(_scored(cfg, rows, split, oof[0], made.honest))
-        lines["in-sample"].append(_scored(cfg, rows, split, oof[0], made.in_sample or made.honest))
+        made = fit.fit_ensemble(cfg, part, rows, split, own, unseen, recipes, refits)
+        lines["honest"].append(_scored(cfg, rows, split, oof[0], made.nested))
+        lines["in-sample"].append(_scored(cfg, rows, split, oof[0], made.in_sample or made.nested))
     figure, axes = plots.figure_of(6, 4.5)
     for label, values in lines.items():
         axes.plot(counts, values, marker="o", label=label)
@@ -165,11 +165,11 @@ def honest(
 def _scored(
     cfg: Config, rows: Samples, split: Folds, like: PredictionSet, heads: dict[str, NDArray[Any]]
 ) -> float:
-    found = score.of(cfg, rows, split, PredictionSet(like.row, like.fold, heads, like.meta))["oof"]
+    found = score.evaluate(cfg, rows, split, PredictionSet(like.row, like.fold, heads, like.meta))["oof"]
     return np.nan if found is None else float(found)
 
 
-def told(name: str, cfg: Config, files: dict[str, Path], record: Any) -> None:
+def log_to_wandb(name: str, cfg: Config, files: dict[str, Path], record: Any) -> None:
     """The same in W&B, as a run of its own kind."""
     folder = bank.folder(name) / "pictures"
     run = tracking.open_run(

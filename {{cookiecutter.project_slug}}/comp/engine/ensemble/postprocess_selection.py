@@ -9,29 +9,29 @@ import numpy as np
 from comp.engine.bank import nested_cv, score
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.ensemble import calibration
-from comp.engine.ensemble.context import Ground, Positions
+from comp.engine.ensemble.context import Context, Positions
 from comp.engine.tasks.kinds import Array, Head
 
 
 class Gain(NamedTuple):
     before: float
-    now: float
-    kept: bool
+    with_step: float
+    improved: bool
     fold_gain: float
     error: float  # of the mean over folds
 
     def __str__(self) -> str:
-        return f"{self.before:.4f} before, {self.now:.4f} with it, {self.fold_gain:+.4f} ± {self.error:.4f} over folds, all honest"
+        return f"{self.before:.4f} before, {self.with_step:.4f} with it, {self.fold_gain:+.4f} ± {self.error:.4f} over folds, all honest"
 
 
-def fit(ground: Ground, head: Head, own: Array, at: Positions) -> tuple[list[dict[str, Any]], list[str]]:
+def select(context: Context, head: Head, own: Array, at: Positions) -> tuple[list[dict[str, Any]], list[str]]:
     """(what goes into apply.json, what is told). own: honest predictions of the rows `at`; nothing else is looked at."""
     steps: list[dict[str, Any]] = []
     notes = []
-    truth, metric = ground.samples.truth(head, ground.rows[at]), ground.metric(head)
-    frame = score.scored(ground.samples, ground.rows[at])
-    for name in ground.blend.after or ():
-        if why := calibration.unfit(name, head, metric, truth):
+    truth, metric = context.samples.truth(head, context.rows[at]), context.metric(head)
+    frame = score.metric_frame(context.samples, context.rows[at])
+    for name in context.blend.after or ():
+        if why := calibration.not_applicable(name, head, metric, truth):
             notes.append(f"{name}: has no effect, since {why}")
             continue
         base = own
@@ -43,25 +43,25 @@ def fit(ground: Ground, head: Head, own: Array, at: Positions) -> tuple[list[dic
             return calibration.apply(step, base[few], head)
 
         nothing = {"kind": "scaled", "slope": 1.0, "shift": [0.0] * len(head.outputs)}
-        found = ground.nested(at, taught, said, nothing)
+        found = context.nested_predict(at, taught, said, nothing)
         try:
-            gain = gained(ground, head, own, found.prediction, at)
+            gain = measure_gain(context, head, own, found.prediction, at)
         except MetricUndefined as fault:
             notes.append(f"{name}: left out: {fault}")
             continue
-        if gain.kept:
+        if gain.improved:
             steps.append(found.final)
             own = found.prediction
-        notes.append(f"{name}: {'kept' if gain.kept else 'left out'}, {metric.name} {gain}")
+        notes.append(f"{name}: {'kept' if gain.improved else 'left out'}, {metric.name} {gain}")
     return steps, notes
 
 
-def gained(ground: Ground, head: Head, before: Array, now: Array, at: Positions) -> Gain:
+def measure_gain(context: Context, head: Head, before: Array, now: Array, at: Positions) -> Gain:
     """More over all rows, and by more than one standard error over the folds."""
-    (old, here), (new, _) = (ground.asked(head, stored, at) for stored in (before, now))
-    whole = [ask.metric(ask.truth, ask.answer, ask.frame) for ask in (old, new)]
+    (old, here), (new, _) = (context.metric_input(head, stored, at) for stored in (before, now))
+    whole = [ask.metric(ask.truth, ask.prediction, ask.frame) for ask in (old, new)]
     by_fold = [
-        nested_cv.fold_table(a.metric, a.truth, a.answer, here.fold, a.frame).folds for a in (old, new)
+        nested_cv.fold_table(a.metric, a.truth, a.prediction, here.fold, a.frame).folds for a in (old, new)
     ]
     gains = [
         new.metric.sign * (b - a)

@@ -23,26 +23,26 @@ RESAMPLES = 500
 LEVEL = 0.9
 
 
-Scored = Callable[[NDArray[np.int64]], float]
+Scorer = Callable[[NDArray[np.int64]], float]
 
 
-def scorer(
+def mean_scorer(
     cfg: Config,
     samples: Samples,
     folds: Folds,
     said: PredictionSet,
     kept: NDArray[np.bool_],
-    here: score.Lines,
-) -> Scored:
+    here: score.ScoredRows,
+) -> Scorer:
     """times -> score, the mean over heads, of the rows drawn so often."""
     each = []
     for head in samples.heads:
-        ask = score.asked(cfg, head, said.probability(head)[kept], samples, folds, here)
-        each.append(nested_cv.scorer(ask.metric, ask.truth, ask.answer, ask.frame))
+        ask = score.metric_input(cfg, head, said.probability(head)[kept], samples, folds, here)
+        each.append(nested_cv.bootstrap_scorer(ask.metric, ask.truth, ask.prediction, ask.frame))
     return lambda times: float(np.mean([one(times) for one in each]))
 
 
-def beside(
+def compare(
     cfg: Config,
     samples: Samples,
     folds: Folds,
@@ -54,10 +54,10 @@ def beside(
     sign = metrics[0].sign
     kept = np.logical_and.reduce([said.predicted, *(each.predicted for each in others.values())])
     assert said.fold is not None
-    here = score.lines(samples, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
+    here = score.scored_rows(samples, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
     count = len(here.rows)
     try:
-        scorers = [scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
+        scorers = [mean_scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
         scores = _draws(scorers, score.groups_of(samples, here.rows), count)
         whole = [one(np.ones(count, np.int64)) for one in scorers]
     except MetricUndefined as fault:
@@ -77,9 +77,9 @@ def beside(
         )
         against[name] = {
             "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
-            "decided": pair.decided, "says": str(pair),
+            "significant": pair.significant, "text": str(pair),
         }  # fmt: skip
-    wide = wider(count, len(set(samples.frame["row"].to_numpy()[samples.positions("test")])))
+    wide = test_interval_factor(count, len(set(samples.frame["row"].to_numpy()[samples.positions("test")])))
     lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)
     on_test = {  # no further than a score can go
         "low": max(float(lowest), whole[0] - wide * (whole[0] - float(low))),
@@ -95,16 +95,16 @@ def beside(
     return {"interval": interval, "against": against}
 
 
-def wider(rows: int, test_rows: int) -> float:
+def test_interval_factor(rows: int, test_rows: int) -> float:
     """How much wider an interval must be to hold the score on a test set: that one is a draw of its own, of so many rows."""
     return float(np.sqrt(1 + rows / test_rows)) if test_rows else 1.0
 
 
-def _draws(scorers: Sequence[Scored], groups: Any, rows: int) -> NDArray[np.float64]:
+def _draws(scorers: Sequence[Scorer], groups: Any, rows: int) -> NDArray[np.float64]:
     from tqdm import tqdm
 
     found, why = [], ""
-    draws = nested_cv.resamples(rows, groups, RESAMPLES, seed=0)
+    draws = nested_cv.bootstrap_counts(rows, groups, RESAMPLES, seed=0)
     for times in tqdm(draws, total=RESAMPLES, desc="resampling", delay=2, disable=None, leave=False):
         try:
             found.append([one(times) for one in scorers])
@@ -115,10 +115,10 @@ def _draws(scorers: Sequence[Scored], groups: Any, rows: int) -> NDArray[np.floa
     return np.array(found).T
 
 
-def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
+def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
     """Honest beside in-sample, against the best member and the plain mean, and the simpler thing where it is as good."""
     if record["oof"] is None:
-        return [score.sentence(record)]
+        return [score.summary(record)]
     sign = 1 if record["direction"] == "max" else -1
     lines = []
     if record["in_sample"] is not None:
@@ -138,11 +138,11 @@ def verdict(name: str, record: Mapping[str, Any]) -> list[str]:
         lines.append(f"no interval and no comparison: {why}")
     for other, pair in record["against"].items():
         lines.append(f"against {other} ({pair['score']:.4f}): {pair['says']}")
-    lines.append(recommended(name, record))
+    lines.append(recommendation(name, record))
     return lines
 
 
-def recommended(name: str, record: Mapping[str, Any]) -> str:
+def recommendation(name: str, record: Mapping[str, Any]) -> str:
     """The ensemble, unless something simpler scores as well."""
     sign = 1 if record["direction"] == "max" else -1
     simpler = {other: pair["score"] for other, pair in record["against"].items()} or _simpler(record)
@@ -150,7 +150,7 @@ def recommended(name: str, record: Mapping[str, Any]) -> str:
 
     def as_good(other: str) -> bool:
         gain = sign * (record["oof"] - simpler[other])
-        return gain <= 0 or (other in pairs and not pairs[other]["decided"])
+        return gain <= 0 or (other in pairs and not pairs[other]["significant"])
 
     better = [other for other in simpler if as_good(other)]
     if not better:

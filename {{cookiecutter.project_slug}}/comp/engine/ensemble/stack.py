@@ -31,10 +31,10 @@ STRENGTHS = {
     "mlp": (1.0, 10.0, 100.0),
     "lightgbm": (1.0, 10.0, 100.0),
 }
-INNER = 5  # parts of the teaching rows that a strength is tried on, at most
+INNER_FOLDS = 5  # parts of the teaching rows that a strength is tried on, at most
 HIDDEN = 16
 TREES = 100
-ABSENT = -30.0  # the intercept of a class that no teaching row has
+ABSENT_CLASS_INTERCEPT = -30.0  # the intercept of a class that no teaching row has
 
 
 def fit(
@@ -53,24 +53,26 @@ def fit(
     """Numbers for apply.json. Every row given here teaches; fold tells whose target means a row must not see its own part of,
     and which rows a strength, where none is given, is tried on."""
 
-    def readied(at: NDArray[np.int64]) -> Readied:
+    def readied(at: NDArray[np.int64]) -> Inputs:
         few = [part[at] for part in parts]
-        return _readied(method, head, few, truth[at], frame.iloc[at], fold[at], space, metadata, encoded)
+        return _inputs(method, head, few, truth[at], frame.iloc[at], fold[at], space, metadata, encoded)
 
     if strength is None:
-        strength = _least_loss(method, head, parts, truth, frame, _inner(fold, frame), space, readied)
+        strength = _choose_strength(
+            method, head, parts, truth, frame, _inner_folds(fold, frame), space, readied
+        )
     given = readied(np.arange(len(truth)))
     found = FITS[method](given.x, truth, given.target, head, strength)
     return {"strength": strength} | given.inputs | found
 
 
-class Readied(NamedTuple):
+class Inputs(NamedTuple):
     x: Array  # (rows, features), as a model takes them
     target: Array
     inputs: dict[str, Any]  # how fitted.inputs makes x
 
 
-def _readied(
+def _inputs(
     method: str,
     head: Head,
     parts: Sequence[NDArray[Any]],
@@ -80,12 +82,15 @@ def _readied(
     space: str,
     metadata: Sequence[str],
     encoded: Sequence[str],
-) -> Readied:
-    columns = [_column(f"meta.{name}", frame) for name in metadata]
-    wide = [apply.stacked(parts, head, space), *(apply.column(c, frame[c["name"]]) for c in columns)]
-    target = shares(truth, head)
+) -> Inputs:
+    columns = [_column_spec(f"meta.{name}", frame) for name in metadata]
+    wide = [
+        apply.stacker_inputs(parts, head, space),
+        *(apply.metadata_features(c, frame[c["name"]]) for c in columns),
+    ]
+    target = class_shares(truth, head)
     for name in encoded:
-        spec, seen = _encoded(f"meta.{name}", frame, target, fold)
+        spec, seen = _target_encoding(f"meta.{name}", frame, target, fold)
         columns.append(spec)
         wide.append(seen)
     x = np.concatenate(wide, axis=1)
@@ -97,18 +102,18 @@ def _readied(
     spread = x[:, first:].std(axis=0)
     scale[first:] = np.where(spread > 0, spread, 1.0)
     inputs = {"space": space, "columns": columns, "mean": mean.tolist(), "scale": scale.tolist()}
-    return Readied((x - mean) / scale, target, inputs)
+    return Inputs((x - mean) / scale, target, inputs)
 
 
-def _inner(fold: NDArray[np.int64], frame: Any) -> NDArray[np.int64]:
+def _inner_folds(fold: NDArray[np.int64], frame: Any) -> NDArray[np.int64]:
     """Of every teaching row the part, INNER at most: folds; of a single fold its groups, or what makes one row."""
     codes = np.unique(fold, return_inverse=True)[1]
     if not codes.any():
-        codes = nested_cv.units(frame["group" if "group" in frame else "row"].to_numpy())
-    return np.asarray(codes % INNER, np.int64)
+        codes = nested_cv.group_codes(frame["group" if "group" in frame else "row"].to_numpy())
+    return np.asarray(codes % INNER_FOLDS, np.int64)
 
 
-def _least_loss(
+def _choose_strength(
     method: str,
     head: Head,
     parts: Sequence[NDArray[Any]],
@@ -116,11 +121,11 @@ def _least_loss(
     frame: Any,
     inner: NDArray[np.int64],
     space: str,
-    readied: Callable[[NDArray[np.int64]], Readied],
+    readied: Callable[[NDArray[np.int64]], Inputs],
 ) -> float:
     """The strength whose fits on all but one part lose least on that part: log loss where the model fits it, else squared error.
     Of equal ones the strongest, as where there is but one part."""
-    tried, target = STRENGTHS[method], shares(truth, head)
+    tried, target = STRENGTHS[method], class_shares(truth, head)
     lost = np.zeros(len(tried))
     for number in np.unique(inner):
         mine, others = np.flatnonzero(inner == number), np.flatnonzero(inner != number)
@@ -144,7 +149,7 @@ def _loss(stored: Array, target: Array, head: Head, link: str) -> float:
     return float(((np.logaddexp(0.0, stored) - target * stored) * known).sum())
 
 
-def shares(truth: NDArray[Any], head: Head) -> Array:
+def class_shares(truth: NDArray[Any], head: Head) -> Array:
     """(rows, outputs): labels one-hot, soft ones and values as they are."""
     if head.exclusive and truth.ndim == 1:
         return np.eye(len(head.outputs))[truth.astype(np.int64)]
@@ -154,7 +159,7 @@ def shares(truth: NDArray[Any], head: Head) -> Array:
 # --- metadata ------------------------------------------------------------------------------------------------------------
 
 
-def _column(name: str, frame: Any) -> dict[str, Any]:
+def _column_spec(name: str, frame: Any) -> dict[str, Any]:
     import pandas as pd
 
     if name not in frame:
@@ -173,9 +178,11 @@ def _text(values: Any) -> NDArray[Any]:
     return np.asarray(values.astype(object).where(values.notna(), "").astype(str).to_numpy(object))
 
 
-def _encoded(name: str, frame: Any, target: Array, fold: NDArray[np.int64]) -> tuple[dict[str, Any], Array]:
+def _target_encoding(
+    name: str, frame: Any, target: Array, fold: NDArray[np.int64]
+) -> tuple[dict[str, Any], Array]:
     """Target means of each value, and for the teaching rows those of the other folds: a row must not read its own label."""
-    _column(name, frame)
+    _column_spec(name, frame)
     text = _text(frame[name])
 
     def table(rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def _encoded(name: str, frame: Any, target: Array, fold: NDArray[np.int64]) -> t
     for number in np.unique(fold):
         others = np.flatnonzero(fold != number)
         mine = np.flatnonzero(fold == number)
-        seen[mine] = apply.column(table(others if len(others) else mine), frame[name].iloc[mine])
+        seen[mine] = apply.metadata_features(table(others if len(others) else mine), frame[name].iloc[mine])
     return table(np.arange(len(text))), seen
 
 
@@ -208,7 +215,7 @@ def _logistic(
         raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
 
     def one(x: Array, shares: Array) -> Any:
-        codes, weight, x = _hard(x, shares)
+        codes, weight, x = _class_codes(x, shares)
         return LogisticRegression(C=1 / strength, max_iter=5000, tol=tol).fit(x, codes, weight)
 
     if head.exclusive:
@@ -216,11 +223,11 @@ def _logistic(
         coef, intercept = model.coef_, model.intercept_
         if len(model.classes_) == 2:  # scikit-learn has one row for two classes
             coef, intercept = np.vstack([-coef / 2, coef / 2]), np.append(-intercept / 2, intercept / 2)
-        coef, intercept = _every_class(coef, intercept, model.classes_, len(head.outputs))
+        coef, intercept = _all_classes(coef, intercept, model.classes_, len(head.outputs))
     else:
         coef, intercept = np.zeros((target.shape[1], x.shape[1])), np.zeros(target.shape[1])
         for at, (known, label) in enumerate(_labels(target)):
-            if _told(label):
+            if _has_both_classes(label):
                 model = one(x[known], np.stack([1 - label, label], axis=1))
                 coef[at], intercept[at] = model.coef_[0], model.intercept_[0]
             else:
@@ -234,7 +241,7 @@ def _labels(target: Array) -> list[tuple[NDArray[np.bool_], Array]]:
     return [(known[:, at], target[known[:, at], at]) for at in range(target.shape[1])]
 
 
-def _told(label: Array) -> bool:
+def _has_both_classes(label: Array) -> bool:
     """Whether the rows know both sides of a label: a rare one may be absent from all that teach."""
     return bool(len(label)) and bool(np.ptp(label) > 0)
 
@@ -245,13 +252,13 @@ def _constant(label: Array) -> float:
     return float(np.log((yes + 0.5) / (len(label) - yes + 0.5)))
 
 
-def _every_class(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
-    whole, start = np.zeros((count, coef.shape[1])), np.full(count, ABSENT)
+def _all_classes(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
+    whole, start = np.zeros((count, coef.shape[1])), np.full(count, ABSENT_CLASS_INTERCEPT)
     whole[classes.astype(int)], start[classes.astype(int)] = coef, intercept
     return whole, start
 
 
-def _hard(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
+def _class_codes(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
     """Codes, and soft labels as every class with its share for a weight."""
     if np.isin(target, (0, 1)).all():
         return target.argmax(axis=1), None, x
@@ -259,7 +266,7 @@ def _hard(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Arr
     return codes, target[rows, codes], x[rows]
 
 
-def _plain(make: Callable[[], Any], x: Array, target: Array) -> dict[str, Any]:
+def _regressions(make: Callable[[], Any], x: Array, target: Array) -> dict[str, Any]:
     models = [make().fit(x[known], label) for known, label in _labels(target)]
     coef, intercept = (
         np.stack([model.coef_ for model in models]),
@@ -271,13 +278,13 @@ def _plain(make: Callable[[], Any], x: Array, target: Array) -> dict[str, Any]:
 def _ridge(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
     from sklearn.linear_model import Ridge
 
-    return _plain(lambda: Ridge(alpha=strength), x, target)
+    return _regressions(lambda: Ridge(alpha=strength), x, target)
 
 
 def _elastic_net(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
     from sklearn.linear_model import ElasticNet
 
-    return _plain(lambda: ElasticNet(alpha=strength, max_iter=20_000), x, target)
+    return _regressions(lambda: ElasticNet(alpha=strength, max_iter=20_000), x, target)
 
 
 def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: float) -> dict[str, Any]:
@@ -299,11 +306,11 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
         last, start = model.coefs_[-1].T, model.intercepts_[-1]
         if len(model.classes_) == 2:
             last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
-        last, start = _every_class(last, start, model.classes_, len(head.outputs))
+        last, start = _all_classes(last, start, model.classes_, len(head.outputs))
         return _layers("logistic", [*model.coefs_[:-1], last.T], [*model.intercepts_[:-1], start])
     coefs, intercepts = [], []  # of each label, side by side in one network afterwards
     for known, label in _labels(target.round()):
-        if _told(label):
+        if _has_both_classes(label):
             model = _converged(MLPClassifier(**options), x[known], label)
             coefs.append(model.coefs_)
             intercepts.append(model.intercepts_)
@@ -353,7 +360,9 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
         trees = grown(x, target.argmax(axis=1))
     else:
         woods = [
-            grown(x[known], label) if values or _told(label) else [_tree({"leaf_value": _constant(label)})]
+            grown(x[known], label)
+            if values or _has_both_classes(label)
+            else [_tree({"leaf_value": _constant(label)})]
             for known, label in _labels(target)
         ]
         rounds = max(len(wood) for wood in woods)  # one that found no more splits stopped before the others

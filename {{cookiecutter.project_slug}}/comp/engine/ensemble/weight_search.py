@@ -1,6 +1,6 @@
 """Weights found by search: greedy selection, hill climbing, SLSQP, Optuna. Of equals the member that is listed first wins.
 
-All work on what a lens of fast.py took from the members, so memory stays under twice the size of the predictions.
+All work on what a scorer of fast.py took from the members, so memory stays under twice the size of the predictions.
 A ceiling on inference time acts inside: a member that would not fit is no candidate.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.ensemble.fast_metrics import CHECKED
-from comp.engine.ensemble.weighted_sums import Lens
+from comp.engine.ensemble.fast_metrics import EXACT_CANDIDATES
+from comp.engine.ensemble.spaces import FastScorer
 from comp.engine.errors import Refused
 from comp.engine.tasks.kinds import Array
 
-EQUAL = 1e-12  # scores closer than this are equal: the order of additions moves the last digits
+TOLERANCE = 1e-12  # scores closer than this are equal: the order of additions moves the last digits
 Taken = Sequence[NDArray[np.float32]]
 
 
@@ -36,7 +36,7 @@ class Budget:
         spent = float(cost[chosen].sum())
         return chosen | (spent + cost <= self.ceiling + 1e-9)
 
-    def after(self, chosen: NDArray[np.bool_]) -> Budget:
+    def remaining(self, chosen: NDArray[np.bool_]) -> Budget:
         """What is left for the next class or target: the chosen members are there for all, and cost nothing more."""
         cost = np.asarray(self.seconds, np.float64)
         left = max(0.0, self.ceiling - float(cost[chosen].sum()))
@@ -51,20 +51,20 @@ class Budgets:
     whole: Budget
     left: dict[bytes, Budget]
 
-    def of(self, rows: NDArray[np.int64]) -> Budget:
-        return self.left.get(key(rows), self.whole)
+    def for_rows(self, rows: NDArray[np.int64]) -> Budget:
+        return self.left.get(rows_key(rows), self.whole)
 
 
-def key(rows: NDArray[np.int64]) -> bytes:
+def rows_key(rows: NDArray[np.int64]) -> bytes:
     """A set of rows by a few bytes."""
     return hashlib.blake2b(rows.tobytes(), digest_size=16).digest()
 
 
-def free(members: int) -> Budget:
+def unlimited(members: int) -> Budget:
     return Budget([0.0] * members)
 
 
-def greedy(lens: Lens, taken: Taken, rounds: int, budget: Budget) -> Array:
+def greedy(scorer: FastScorer, taken: Taken, rounds: int, budget: Budget) -> Array:
     """Caruana: in every round the member whose addition, with replacement, scores best; the best prefix stays."""
     best, weights = -np.inf, np.zeros(len(taken))
     total = np.zeros(taken[0].shape)
@@ -79,16 +79,16 @@ def greedy(lens: Lens, taken: Taken, rounds: int, budget: Budget) -> Array:
         def rough(i: int, base: Any = base, share: Any = share, buffer: Any = buffer) -> float:
             np.multiply(taken[i], share, out=buffer)
             np.add(buffer, base, out=buffer)
-            return lens.rough(buffer)
+            return scorer.approximate(buffer)
 
         def exact(place: int, size: int = size, total: Array = total, open_: list[int] = open_) -> float:
-            return lens.exact((total + taken[open_[place]]) / size)
+            return scorer.exact((total + taken[open_[place]]) / size)
 
-        place, reached = _best([rough(i) for i in open_], exact, lens.differ)
+        place, reached = _best([rough(i) for i in open_], exact, scorer.is_approximate)
         pick = open_[place]
         total += taken[pick]
         count[pick] += 1
-        if reached > best + EQUAL:
+        if reached > best + TOLERANCE:
             best, weights = reached, count / size
     return weights
 
@@ -97,21 +97,21 @@ def _best(rough: Sequence[float], exact: Callable[[int], float], differ: bool) -
     """Place and score of the best candidate, the first of equals."""
     scores = np.asarray(rough)
     if not differ:
-        place = int(np.flatnonzero(scores >= scores.max() - EQUAL)[0]) if np.isfinite(scores.max()) else 0
+        place = int(np.flatnonzero(scores >= scores.max() - TOLERANCE)[0]) if np.isfinite(scores.max()) else 0
         return place, float(scores[place])
     # The lowest rough score that is still among the best five, and all that equal it.
-    fifth = np.partition(scores, -min(CHECKED, len(scores)))[-min(CHECKED, len(scores))]
-    near = np.argsort(-scores, kind="stable")[: int((scores >= fifth).sum())][: 4 * CHECKED]
+    fifth = np.partition(scores, -min(EXACT_CANDIDATES, len(scores)))[-min(EXACT_CANDIDATES, len(scores))]
+    near = np.argsort(-scores, kind="stable")[: int((scores >= fifth).sum())][: 4 * EXACT_CANDIDATES]
     near.sort()
     found = np.array([exact(int(i)) for i in near])
-    first = int(np.flatnonzero(found >= found.max() - EQUAL)[0])
+    first = int(np.flatnonzero(found >= found.max() - TOLERANCE)[0])
     return int(near[first]), float(found[first])
 
 
-def hill(lens: Lens, taken: Taken, precision: float, negative: bool, budget: Budget) -> Array:
+def hill(scorer: FastScorer, taken: Taken, precision: float, negative: bool, budget: Budget) -> Array:
     """From the best member on: the one step (1 - w) x ensemble + w x member, over all members and all w on a grid, that gains
     most. Each member is taken once."""
-    solo = np.array([lens.exact(each.astype(np.float64)) for each in taken])
+    solo = np.array([scorer.exact(each.astype(np.float64)) for each in taken])
     solo[~budget.affordable(np.zeros(len(taken), bool))] = -np.inf
     order = [int(i) for i in np.argsort(-solo, kind="stable") if np.isfinite(solo[i])]
     if not order:
@@ -133,21 +133,21 @@ def hill(lens: Lens, taken: Taken, precision: float, negative: bool, budget: Bud
             for step in steps.astype(np.float32):
                 np.multiply(way, step, out=buffer)
                 np.add(buffer, near, out=buffer)
-                scores.append(lens.rough(buffer))
+                scores.append(scorer.approximate(buffer))
 
         def exact(k: int, tried: list[int] = tried, total: Array = total) -> float:
             i, step = tried[k // len(steps)], steps[k % len(steps)]
-            return lens.exact((1 - step) * total + step * taken[i])
+            return scorer.exact((1 - step) * total + step * taken[i])
 
-        place, best = _best(scores, exact, lens.differ)
-        if not best > reached + EQUAL:
+        place, best = _best(scores, exact, scorer.is_approximate)
+        if not best > reached + TOLERANCE:
             break
         pick, step = tried[place // len(steps)], steps[place % len(steps)]
         total, reached = (1 - step) * total + step * taken[pick], best
         weights *= 1 - step
         weights[pick] += step
         left.remove(pick)
-    return np.where(np.abs(weights) < EQUAL, 0.0, weights)
+    return np.where(np.abs(weights) < TOLERANCE, 0.0, weights)
 
 
 def bagged(
@@ -194,7 +194,7 @@ def slsqp(loss: Callable[[Array], tuple[float, Array]], members: int, negative: 
     return np.asarray(weights / weights.sum())
 
 
-def optuna(lens: Lens, taken: Taken, trials: int, negative: bool, budget: Budget) -> Array:
+def optuna(scorer: FastScorer, taken: Taken, trials: int, negative: bool, budget: Budget) -> Array:
     """Continuous weights by the metric itself; it starts from the plain mean and from the best member."""
     import optuna as package
 
@@ -216,19 +216,19 @@ def optuna(lens: Lens, taken: Taken, trials: int, negative: bool, budget: Budget
         chosen = weights != 0
         if not chosen.any() or np.asarray(budget.seconds)[chosen].sum() > budget.ceiling:
             return -1e9
-        return max(lens.exact(_sum(taken, weights)), -1e9)
+        return max(scorer.exact(weighted_sum(taken, weights)), -1e9)
 
     study = package.create_study(
         direction="maximize", sampler=package.samplers.TPESampler(seed=0, n_startup_trials=20)
     )
-    solo = [lens.exact(taken[i].astype(np.float64)) for i in fits]
+    solo = [scorer.exact(taken[i].astype(np.float64)) for i in fits]
     study.enqueue_trial(dict.fromkeys(names, 1.0))
     study.enqueue_trial({name: float(i == int(np.argmax(solo))) for i, name in enumerate(names)})
     study.optimize(objective, n_trials=trials)
     return weights_of(study.best_trial.params)
 
 
-def _sum(taken: Taken, weights: Array) -> Array:
+def weighted_sum(taken: Taken, weights: Array) -> Array:
     total = np.zeros(taken[0].shape)
     for each, weight in zip(taken, weights, strict=True):
         if weight:

@@ -100,7 +100,9 @@ def of_log(place: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     if len(by_epoch) < 2:
         return []
     said = bank.read(place / "oof.arrow", rows, split)
-    now = score.glance(cfg, rows.heads[0], said.heads[rows.heads[0].name], rows, said.row.astype(np.int64))
+    now = score.validation_score(
+        cfg, rows.heads[0], said.heads[rows.heads[0].name], rows, said.row.astype(np.int64)
+    )
     *before, last = sorted(by_epoch)
     metric = score.metric_of(cfg)
     best = max(by_epoch, key=lambda e: metric.sign * by_epoch[e])

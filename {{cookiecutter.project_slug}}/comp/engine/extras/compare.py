@@ -95,12 +95,12 @@ def scored(experiment: str, seeds: int) -> Seeded:
         for number in range(split.count):
             said = bank.read(store.fold_folder(name, seed, number) / "oof.arrow", rows, split)
             at = said.row.astype(np.int64)
-            each = [score.glance(cfg, head, said.heads[head.name], rows, at) for head in rows.heads]
+            each = [score.validation_score(cfg, head, said.heads[head.name], rows, at) for head in rows.heads]
             table_[seed, number] = float(np.mean(each))
         address = f"{name}:seed{seed}" if seeds > 1 else name
-        record = score.of(cfg, rows, split, bank.load(address, "oof", rows, split))
+        record = score.evaluate(cfg, rows, split, bank.load(address, "oof", rows, split))
         if record["oof"] is None:
-            raise Refused(f"{address}: {score.sentence(record)}")
+            raise Refused(f"{address}: {score.summary(record)}")
         whole.append(record["oof"])
     return Seeded(experiment, np.array(whole), table_)
 
@@ -158,9 +158,9 @@ def difference(gains: NDArray[np.float64]) -> dict[str, Any]:
     low, high = mean - reach, mean + reach
     pair = nested_cv.Paired(mean, error, share, low, high, gains.size)
     return {
-        "difference": mean, "error": error, "low": low, "high": high, "share": share, "decided": pair.decided,
+        "difference": mean, "error": error, "low": low, "high": high, "share": share, "significant": pair.significant,
         "wins": int((gains > 0).sum()), "pairs": gains.size,
-        "says": f"{pair}, 90 % interval {low:+.4f} to {high:+.4f}, better in {int((gains > 0).sum())} of {gains.size} pairs",
+        "text": f"{pair}, 90 % interval {low:+.4f} to {high:+.4f}, better in {int((gains > 0).sum())} of {gains.size} pairs",
     }  # fmt: skip
 
 

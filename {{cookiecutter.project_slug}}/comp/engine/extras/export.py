@@ -253,7 +253,7 @@ def _tried(
     return {
         "name": name,
         "file": store.shown(file),
-        "score": score.glance(cfg, head, stored, context.samples, rows),
+        "score": score.validation_score(cfg, head, stored, context.samples, rows),
         "ms": 1000 * measure.seconds(lambda: run(one), CPU) / len(one),
         "bytes": size,
         "exact": exact,

@@ -68,7 +68,7 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     for name in names:
         began = time.perf_counter()
         record = member(context, run, name, seen)
-        print(f"{run}:{name}: {score.sentence(record)}, {time.perf_counter() - began:.1f} s")
+        print(f"{run}:{name}: {score.summary(record)}, {time.perf_counter() - began:.1f} s")
     print(f"written: {store.shown(store.run_folder(run))}/members/{{{','.join(names)}}}")
     print(f"next: comp bank, or blend them: {', '.join(f'{run}:{name}' for name in names)}")
 
@@ -207,7 +207,7 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
             }
             fold = np.full(len(rows), number, np.int16) if kind == "oof" else None
             own = facts | {"seed": seed, "weights": bank.weights_of(place), "damaged": 0}
-            meta = predictions.meta(kind, table, folds, own)
+            meta = predictions.build_meta(kind, table, folds, own)
             part = predictions.PredictionSet(rows.astype(np.int32), fold, said, meta)
             sets[kind].append(bank.read(bank.write(place / f"{kind}.arrow", part), table, folds))
         answered = (time.perf_counter() - began) / max(1, len(scored) + len(test))

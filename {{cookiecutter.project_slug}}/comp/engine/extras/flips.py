@@ -114,7 +114,7 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         def said(later: _Later, at: NDArray[np.int64]) -> Array:
             return apply(later.params, at) if np.isin(at, wanted).any() else np.zeros((len(at), 1))
 
-        out = score.nested(
+        out = score.nested_predict(
             w.samples, w.folds, rows, w.fold, partial(_Later, fit), said, _Later(lambda _: first, rows)
         )
         return out.prediction, apply(out.final.params, rows) if len(wanted) == len(rows) else None
@@ -123,21 +123,24 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         if method == "weighted":
             options = {"weights": [1.0 + i for i in range(len(names))]}
         blend = Blend.model_validate({"members": names, "method": method, **options})
-        space = blend.merged_in
+        space = blend.merge_space
         maps = [average.quantiles(part) for part in parts] if space == "rank" else None
         spoken = parts if maps is None else [average.ranks(p, m) for p, m in zip(parts, maps, strict=True)]
 
         def run(y: Array, wanted: NDArray[np.int64]) -> tuple[Array, Array | None]:
-            given = methods.Teaching(HEAD, auc, space, spoken, y, w.samples.frame, w.fold)
+            given = methods.TrainingData(HEAD, auc, space, spoken, y, w.samples.frame, w.fold)
 
             def apply(params: Any, at: NDArray[np.int64]) -> Array:
-                return average.combined(params, [part[at] for part in parts], maps, HEAD, space, None)
+                return average.combine(params, [part[at] for part in parts], maps, HEAD, space, None)
 
-            if not methods.fits_rows(blend):
+            if not methods.uses_labels(blend):
                 own = apply(methods.fit(blend, given), rows)
                 return own, own
             return asked(
-                lambda at: methods.fit(blend, given.at(at)), apply, methods.even(blend, len(parts)), wanted
+                lambda at: methods.fit(blend, given.at(at)),
+                apply,
+                methods.equal_weights(blend, len(parts)),
+                wanted,
             )
 
         return run
@@ -168,7 +171,7 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         told = samples.Samples(table, (GRADES,), w.samples.hash)
         split = folds.Folds(w.folds.frame, w.folds.meta, told)
         value = 1.5 + parts[-1] / parts[-1].std()
-        own, _ = score.answers(qwk, GRADES, value, told, split, rows, w.fold)
+        own, _ = score.metric_predictions(qwk, GRADES, value, told, split, rows, w.fold)
         taught = thresholds.apply_cuts(
             value[:, 0], thresholds.fit_cuts(value[:, 0], truth, len(GRADES.classes), qwk)
         )
@@ -184,12 +187,12 @@ def methods_of(w: World, found: dict[str, Array], seen: dict[str, Array]) -> dic
         for i in range(LOWER):
             own = [as_set(found[name]) for name in names[i::LOWER]]
             blend = Blend.model_validate({"members": names[i::LOWER], "method": "ridge"})
-            below.append(as_set(fit.make(CFG, blend, told, split, own, (), {}, {}).honest["label"]))
+            below.append(as_set(fit.fit_ensemble(CFG, blend, told, split, own, (), {}, {}).nested["label"]))
             refits[f"level1-{i}"] = partial(fit.refit, CFG, blend, told, split, own, {})
         blend = Blend.model_validate({"members": list(refits), "method": "ridge"})
-        made = fit.make(CFG, blend, told, split, below, (), {}, refits)
+        made = fit.fit_ensemble(CFG, blend, told, split, below, (), {}, refits)
         assert made.in_sample is not None
-        return made.honest["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
+        return made.nested["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
 
     def as_set(stored: NDArray[Any]) -> PredictionSet:
         return PredictionSet(rows.astype(np.int32), w.fold.astype(np.int16), {"label": stored}, {})

@@ -199,12 +199,12 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
     """Fitted again: what lies there must be what each fold gets from the others."""
     try:
         declared = blend_config.read(name)
-        oof, test = (blend.sets(declared, kind, rows, split) for kind in bank.KINDS)
+        oof, test = (blend.member_predictions(declared, kind, rows, split) for kind in bank.KINDS)
         said = bank.load(name, "oof", rows, split)
-        nested, refits = blend.recipes(declared), blend.refits(cfg, declared, rows, split)
+        nested, refits = blend.member_recipes(declared), blend.member_refits(cfg, declared, rows, split)
     except UserError as refused:
         return [NotChecked(name, refused.lines[0])]
-    made = fit.make(cfg, declared.blend, rows, split, oof, test, nested, refits)
+    made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits)
     where = f"{store.shown(bank.folder(name))}/oof.arrow"
 
     def equal(values: fit.Stored | None) -> bool:
@@ -212,7 +212,7 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
             np.allclose(said.heads[h.name], values[h.name], atol=1e-5, equal_nan=True) for h in rows.heads
         )
 
-    if equal(made.honest):
+    if equal(made.nested):
         return []
     if equal(made.in_sample):
         return [

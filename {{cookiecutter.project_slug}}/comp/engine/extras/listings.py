@@ -60,7 +60,7 @@ def runs() -> None:
     scored = [(name, record) for name, record in scored if record["metric"] == metric.name]
     if scored:
         name, record = max(scored, key=lambda each: metric.sign * each[1]["oof"])
-        print(f"best: {name}, {score.sentence(record)}")
+        print(f"best: {name}, {score.summary(record)}")
         print(*compare.by_yardstick(metric, scored), sep="\n")
         print(f"next: comp submit {name} --dry-run")
     else:
@@ -160,7 +160,7 @@ def _record(folder: Path) -> Record | None:
 
 
 def _scores(record: Record | None) -> list[str]:
-    return ["-", "-"] if record is None else [score.spread(record), number(record["oof"])]
+    return ["-", "-"] if record is None else [score.mean_std(record), number(record["oof"])]
 
 
 def _marks(record: Record | None) -> list[str]:

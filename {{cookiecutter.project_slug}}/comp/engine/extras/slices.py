@@ -92,7 +92,7 @@ class Scored:
         """0 or 1 of every row, where the score is a share of right rows."""
         if self.metric.kind != "row" or self.metric.name.partition("@")[0] != "accuracy":
             return None
-        values: Array = self.metric.function(*self.metric.checked(self.truth, self.answer))
+        values: Array = self.metric.function(*self.metric.validate(self.truth, self.answer))
         return values
 
     def units(self, at: Positions) -> NDArray[np.int64] | None:
@@ -105,11 +105,11 @@ def _of(cfg: Config, rows: Samples, split: Folds, name: str, head: Head) -> list
     said = bank.load(name, "oof", rows, split)
     assert said.fold is not None
     kept = said.predicted
-    here = score.lines(rows, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
-    ask = score.asked(cfg, head, said.probability(head)[kept], rows, split, here)
+    here = score.scored_rows(rows, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
+    ask = score.metric_input(cfg, head, said.probability(head)[kept], rows, split, here)
     groups = score.groups_of(rows, here.rows)
-    groups = None if groups is None else nested_cv.units(groups)
-    own = Scored(ask.metric, ask.truth, ask.answer, ask.frame, groups)
+    groups = None if groups is None else nested_cv.group_codes(groups)
+    own = Scored(ask.metric, ask.truth, ask.prediction, ask.frame, groups)
     probability = aggregate_rows(here.keys, said.probability(head)[kept], here.order, cfg.competition.merge)
     parts = [
         *_by_class(own, head, probability),
@@ -152,7 +152,11 @@ def _by_class(own: Scored, head: Head, probability: Array) -> Iterator[tuple[str
     scored, single = own, own.truth.ndim == 1
     if own.metric.kind != "row":
         accuracy = metrics.METRICS["accuracy"]
-        label = own.answer if own.metric.needs == "label" else score.plain(accuracy, head, probability)
+        label = (
+            own.answer
+            if own.metric.needs == "label"
+            else score.default_predictions(accuracy, head, probability)
+        )
         truth = own.truth.argmax(axis=1) if head.exclusive and not single else own.truth
         truth = np.where(np.isnan(truth), label, truth)  # a label that nobody gave
         scored = Scored(accuracy, truth, label, own.frame, own.groups)

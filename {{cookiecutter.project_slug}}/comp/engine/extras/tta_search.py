@@ -53,9 +53,9 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
     spaces = [space for space in SPACES if all(space in head.row.spaces for head in heads)]
     truths = [rows.truth(head, at) for head in heads]
     question = view_search.Question(
-        values, truths, heads, metrics, spaces, cost, ceiling, score.scored(rows, at)
+        values, truths, heads, metrics, spaces, cost, ceiling, score.metric_frame(rows, at)
     )
-    here = score.lines(rows, at, fold)
+    here = score.scored_rows(rows, at, fold)
 
     def as_set(stored: Any) -> predictions.PredictionSet:
         parts = view_search.by_head(heads, np.asarray(stored, np.float64))
@@ -66,8 +66,8 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
         """The mean over heads, with cut points of other folds where the metric wants them."""
         found, every = [], as_set(stored)
         for head in heads:
-            ask = score.asked(now, head, every.probability(head), rows, split, here)
-            found.append(ask.metric(ask.truth, ask.answer, ask.frame))
+            ask = score.metric_input(now, head, every.probability(head), rows, split, here)
+            found.append(ask.metric(ask.truth, ask.prediction, ask.frame))
         return float(np.mean(found))
 
     alone = {name: scored(each) for name, each in values.items()}
@@ -82,15 +82,17 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
         print(
             f"{space}: {', '.join(chosen.views)}: {in_sample:.4f} on the rows that chose them, {ms:.2f} ms an image"
         )
-    found = score.nested(rows, split, at, fold, question.choose, question.said, view_search.PLAIN_CHOICE)
+    found = score.nested_predict(
+        rows, split, at, fold, question.choose, question.said, view_search.PLAIN_CHOICE
+    )
     best: view_search.Choice = found.final
     reached = scored(found.prediction)
     ms = sum(cost[name] for name in best.views)
-    compared = report.beside(
+    compared = report.compare(
         now, rows, split, as_set(found.prediction), {view_search.PLAIN: as_set(values[view_search.PLAIN])}
     )
     says = (
-        compared["against"][view_search.PLAIN]["says"]
+        compared["against"][view_search.PLAIN]["text"]
         if compared["against"]
         else f"no comparison: {compared['undefined_interval']}"
     )
@@ -105,7 +107,7 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
         "space": best.space,
         "honest": reached,
         "in_sample": in_sample,
-        "says": says,
+        "text": says,
     }
     record = {"plain": base, "alone": alone, "options": options, "chosen": chosen_ if worthwhile else None}
     store.write_json(store.run_folder(run) / "tta.json", record)

@@ -77,7 +77,7 @@ class Question:
         said = by_head(self.heads, self.said(choice, at))
         try:
             return float(np.mean([
-                metric.sign * metric(score.graded_only(head, truth[at]), score.plain(metric, head, head.row.probability(one)), frame)
+                metric.sign * metric(score.scored_columns(head, truth[at]), score.default_predictions(metric, head, head.row.probability(one)), frame)
                 for head, metric, truth, one in zip(self.heads, self.metrics, self.truths, said, strict=True)
             ]))  # fmt: skip
         except MetricUndefined:

@@ -35,7 +35,7 @@ def look(context: Context, run: str) -> str:
     metric = score.metric_of(cfg)
     for head in samples.heads:
         stored = predictions.average([each[head.name] for each in said], head, cfg.predict.space)
-        value = score.glance(cfg, head, np.asarray(stored), samples, rows)
+        value = score.validation_score(cfg, head, np.asarray(stored), samples, rows)
         lines.append(f"{head.name}: {metric.name} {value:.4f}")
     looks = store.run_folder(run) / "last_looks.txt"
     count = 1 + (len(looks.read_text().splitlines()) if looks.exists() else 0)

@@ -98,7 +98,7 @@ class Bench:
         def of(part: NDArray[np.bool_]) -> float:
             each = [
                 score.metric_of(self.cfg, head).sign
-                * score.glance(self.cfg, head, values[part], self.samples, self.rows[part])
+                * score.validation_score(self.cfg, head, values[part], self.samples, self.rows[part])
                 for head, values in zip(heads, stored, strict=True)
                 if part.any()
             ]

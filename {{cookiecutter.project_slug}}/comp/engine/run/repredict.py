@@ -47,7 +47,7 @@ def _member(
             infer.write_fold(context, run, seed, number, kind, inside, stop=stop)
             if stop.asked:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
-    merge.member(run, name, context.cfg, samples, folds, parts, inside=[inside])
+    merge.merge_member(run, name, context.cfg, samples, folds, parts, inside=[inside])
 
 
 def _kinds(name: str) -> tuple[str, ...]:
@@ -58,4 +58,4 @@ def _size(context: Context, name: str, parts: list[merge.Part]) -> int:
     """Bytes: each fold by itself, then the mean of them."""
     samples = context.samples
     rows = sum(len(predictions.rows_of(kind, samples, context.folds)) for kind in _kinds(name))
-    return bank.size(samples, (1 + len(parts)) * rows)
+    return bank.nbytes(samples, (1 + len(parts)) * rows)

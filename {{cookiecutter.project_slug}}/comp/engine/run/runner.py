@@ -299,7 +299,7 @@ def predict(
     for made in repredict.predict(
         gather(cfg), name, views, space or cfg.predict.space, refit_only=bool(member)
     ):
-        merge.tell(name, made)
+        merge.print_result(name, made)
 
 
 def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
@@ -366,7 +366,7 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
     kept = len(todo) * (1 + len(run_members.kept(context.cfg)))
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
-    size = kept * (weights + bank.size(context.samples, rows)) + 8 * weights
+    size = kept * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )
@@ -396,11 +396,11 @@ def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
     table = samples.load()
     split = folds.load(table)
     with store.lock(store.run_folder(name), "merging", wait=True):
-        score = merge.run(name, cfg, table, split)
+        score = merge.merge_run(name, cfg, table, split)
     if asked and not experiments.refitted(name):  # a time limit ended it before
         print(f"{name}: fold {asked} to go\nnext: {fingerprint.command(name)} --fold {asked}")
     elif asked or score is not None:
-        merge.tell(name, asked)
+        merge.print_result(name, asked)
     else:
         missing = experiments.missing(name, cfg, split.count) or "another seed"
         print(f"{name}: {missing} to go before it has a score\nnext: {fingerprint.command(name)}")

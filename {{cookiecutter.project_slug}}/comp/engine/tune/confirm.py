@@ -63,8 +63,8 @@ def _score(joined: Joined, context: Any, name: str, seed: int) -> float:
     sets = [
         bank.read(store.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
     ]
-    record = score.of(context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.space))
+    record = score.evaluate(context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.space))
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
-        raise Refused(score.sentence(record))
+        raise Refused(score.summary(record))
     return float(value)

@@ -234,12 +234,12 @@ def scored(joined: Joined, name: str, context: Context) -> dict[str, Any]:
         for number in range(count_of(joined))
     ]
     whole = predictions.merge(sets, *facts, context.cfg.predict.space)
-    record = score.of(context.cfg, *facts, whole)
+    record = score.evaluate(context.cfg, *facts, whole)
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
-        raise Refused(score.sentence(record))
+        raise Refused(score.summary(record))
     kept = {key: record[key] for key in ("mean", "std", "n", "folds")}
-    return {"value": value, **kept, "text": score.sentence(record)}
+    return {"value": value, **kept, "text": score.summary(record)}
 
 
 def milliseconds(context: Context) -> float:

@@ -15,14 +15,14 @@ Sum = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Lens:
-    take: Callable[[NDArray[Any]], NDArray[np.float32]]  # stored (rows, outputs) -> what is summed
-    rough: Callable[[Sum], float]  # of a sum whose weights add up to 1
+class FastScorer:
+    extract: Callable[[NDArray[Any]], NDArray[np.float32]]  # stored (rows, outputs) -> what is summed
+    approximate: Callable[[Sum], float]  # of a sum whose weights add up to 1
     exact: Callable[[Sum], float]
-    differ: bool  # rough may order two near sums otherwise than exact
+    is_approximate: bool  # approximate may order two close sums differently from exact
 
 
-def moved(stored: NDArray[Any], head: Head, space: str) -> Array:
+def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
     """(rows, outputs), where sums are taken. Ranks come as ranks already."""
     values = np.asarray(stored, np.float64)
     if space == "rank" or head.row.space == "value":
@@ -32,7 +32,7 @@ def moved(stored: NDArray[Any], head: Head, space: str) -> Array:
     return softmax(values) if space == "probability" else values
 
 
-def shown(total: Sum, head: Head, space: str) -> Array:
+def to_prediction(total: Sum, head: Head, space: str) -> Array:
     """A sum as the metric takes it: a probability, a value, or a rank where only order counts."""
     if space == "rank" or head.row.space == "value":
         return np.asarray(total, np.float64)
