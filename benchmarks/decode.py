@@ -60,17 +60,17 @@ def decoding(files: list[bytes]) -> dict[str, Any]:
 def building(root: Path, names: list[str]) -> dict[str, Any]:
     from comp.engine import hardware
     from comp.engine.config import resolve
-    from comp.engine.data import cache, image_loader
+    from comp.engine.data import cache, image_reader
     from comp.engine.store import store
 
     os.environ["COMP_ROOT"] = str(root)
     shutil.copytree(PROJECT / "configs", root / "configs")
     cfg = resolve.load(root, "exp001", [f"data.size={SIZE}", "data.channels=3", "competition.raw=raw"]).config
-    how = image_loader.of(cfg)
+    reader = image_reader.from_config(cfg)
 
     def bare(_: object) -> None:
         with ThreadPoolExecutor(hardware.cores()) as pool:
-            list(pool.map(how.image, names, chunksize=8))
+            list(pool.map(reader.image, names, chunksize=8))
 
     def build(_: object) -> None:
         shutil.rmtree(store.path("data"), ignore_errors=True)

@@ -37,10 +37,10 @@ def loader(said: list[str], batch: int, side: int) -> dict[str, float]:
         table = project(root, [files[i % len(files)] for i in range(count)], CLASSES)
         cfg = resolve.load(root, "exp001", said).config
         device = hardware.device(cfg.machine.device)
-        feed = data.Feed(cfg, table, device)
+        loader = data.Loader(cfg, table, device)
         rates, began = [], time.perf_counter()
         plan = data.training_batches(table.positions("train"), batch, 0, 0, 0)
-        for number, _ in enumerate(feed.batches(plan), 1):
+        for number, _ in enumerate(loader.batches(plan), 1):
             if number % 20 == 0:
                 torch.cuda.synchronize(device)
                 rates.append(20 * batch / (time.perf_counter() - began))

@@ -58,7 +58,7 @@ def main() -> None:
     from comp.engine.config import resolve
     from comp.engine.run import normalize
     from comp.engine.run import views as tta
-    from comp.engine.run.evaluate import outputs_of
+    from comp.engine.run.evaluate import forward_rows
 
     torch.set_num_threads(1)
     views = tta.views(["identity", "hflip", "vflip", "rot180"])
@@ -68,17 +68,17 @@ def main() -> None:
         overrides = ["competition.raw=raw", "data.size=224", "data.channels=3", "augment=none"]
         overrides += ["data.cache=false", "machine.gpu_cache_mb=0", "machine.num_workers=1"]
         cfg = resolve.load(root, "exp001", overrides).config
-        feed = data.Feed(cfg, table, torch.device("cpu"))
+        loader = data.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
-        seen = transforms.Seen(normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+        seen = transforms.Seen(normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
         rows = table.positions("train")
         said: dict[str, Any] = {}
 
         def once(_: object) -> None:
-            said["once"] = outputs_of(module, feed, rows, 32, seen, "fp32", views)[0]
+            said["once"] = forward_rows(module, loader, rows, 32, seen, "fp32", views)[0]
 
         def four(_: object) -> None:
-            passes = [outputs_of(module, feed, rows, 32, seen, "fp32", [view])[0] for view in views]
+            passes = [forward_rows(module, loader, rows, 32, seen, "fp32", [view])[0] for view in views]
             said["four"] = np.concatenate(passes)
 
         files = [str(root / "raw" / images[0]) for images in table.frame["images"]]

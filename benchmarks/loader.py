@@ -77,14 +77,14 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     ]
     cfg = resolve.load(store.root(), "exp001", overrides).config
     began = time.perf_counter()
-    feed = data.Feed(cfg, table, torch.device("cpu"))
+    loader = data.Loader(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0
-    seen = transforms.Seen(normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+    seen = transforms.Seen(normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
 
     def read(_: object, count: int = epochs) -> None:
         nonlocal epoch
         for _ in range(count):
-            for batch in feed.batches(data.training_batches(rows, BATCH, 0, epoch, 0)):
+            for batch in loader.batches(data.training_batches(rows, BATCH, 0, epoch, 0)):
                 if normalise:
                     seen(batch.images.permute(0, 3, 1, 2))
             epoch += 1
@@ -114,7 +114,9 @@ def at(side: int) -> dict[str, Any]:
         )
         fast, fast_first = ours(
             table,
-            lambda size: Recipe([cv2_ops.crop(size, (0.08, 1.0), (0.75, 1.33)), cv2_ops.mirror()]),
+            lambda size: Recipe(
+                [cv2_ops.random_resized_crop(size, (0.08, 1.0), (0.75, 1.33)), cv2_ops.horizontal_flip()]
+            ),
             FAST_EPOCHS,
             False,
         )

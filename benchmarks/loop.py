@@ -80,7 +80,7 @@ def compared(
                 scaler.update()
                 optimizer.zero_grad()
 
-        class Paused(data.Feed):
+        class Paused(data.Loader):
             """A bare block stands before every block of the loop. The first of each warms up."""
 
             def batches(self, plan: Any, *more: Any) -> Iterator[Any]:

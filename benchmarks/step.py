@@ -48,17 +48,18 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
         root = Path(folder)
         table = project(root, jpegs(root / "raw", 64, 10, side=256))
         cfg = config(root, "fast", SIZE, 1)
-        feed = data.Feed(cfg, table, torch.device("cpu"))
+        loader = data.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
         seen = transforms.Seen(
-            normalize.Normal(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)), transforms.Recipe([])
+            normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)),
+            transforms.Recipe([]),
         )
 
         def endless() -> Iterator[data.Batch]:
             epoch = 0
             while True:
-                yield from feed.batches(data.training_batches(table.positions("train"), BATCH, 0, epoch, 0))
+                yield from loader.batches(data.training_batches(table.positions("train"), BATCH, 0, epoch, 0))
                 epoch += 1
 
         def train(batch: data.Batch) -> None:
@@ -114,9 +115,9 @@ def measure(rows: int) -> None:
         table = project(root, [files[i % len(files)] for i in range(max(rows, BATCH))])
         cfg = config(root, "medium", 224, WORKERS)
         began = time.perf_counter()
-        feed = data.Feed(cfg, table, torch.device("cpu"))
+        loader = data.Loader(cfg, table, torch.device("cpu"))
         positions = table.positions("train")
-        batches = feed.batches(data.training_batches(positions, BATCH, 0, 0, 0))
+        batches = loader.batches(data.training_batches(positions, BATCH, 0, 0, 0))
         next(batches)
         start = time.perf_counter() - began
         if rows:

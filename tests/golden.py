@@ -242,7 +242,7 @@ import hashlib, json, sys
 from comp.engine.data import folds, samples
 from comp.engine.run import runner
 from comp.engine.data import class_balance
-from comp.data import epoch_list
+from comp.data import epoch_rows
 table = samples.load()
 split = folds.load(table)
 found = {}
@@ -251,7 +251,7 @@ for run in sys.argv[1:]:
     rows = split.split(0)[0]
     draw = class_balance.make_sampler(cfg, table, rows)
     for epoch in (0, 1):
-        drawn = epoch_list(rows, 0, epoch, draw)
+        drawn = epoch_rows(rows, 0, epoch, draw)
         found[f"{run}: rows drawn in epoch {epoch}"] = hashlib.sha256(drawn.astype("int64").tobytes()).hexdigest()[:16]
 print(json.dumps(found))
 """

@@ -275,10 +275,12 @@ def test_statistics_of_a_real_run_that_saw_its_validation_rows(
 ) -> None:
     from comp.engine.run import pixel_stats
 
-    honest_fit, everyone = pixel_stats.fit, samples.load().positions("train")
+    honest_fit, everyone = pixel_stats.fit_pixel_stats, samples.load().positions("train")
     with monkeypatch.context() as patch:
         patch.setattr(
-            pixel_stats, "fit", lambda cfg, module, feed, taught: honest_fit(cfg, module, feed, everyone)
+            pixel_stats,
+            "fit_pixel_stats",
+            lambda cfg, module, loader, taught: honest_fit(cfg, module, loader, everyone),
         )
         runner.train("exp001", RECIPE, name="leaky", fold="0")
     (leak,) = leaks_of_run("leaky")

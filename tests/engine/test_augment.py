@@ -64,7 +64,7 @@ def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: i
 def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
     name: str, channels: int
 ) -> None:
-    policy = policies.named(name, channels)
+    policy = policies.create(name, channels)
     image = np.random.default_rng(0).integers(0, 256, (24, 24, channels)).astype(np.uint8)
     before = random.random(), torch.rand(1)
     random.seed(5)
@@ -91,7 +91,7 @@ def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
 )
 def test_a_policy_that_timm_would_pass_over_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        policies.named(name, 3)
+        policies.create(name, 3)
 
 
 def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project: Path) -> None:
@@ -105,11 +105,13 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
             "augment.disable_last_epochs=1",
             *overrides,
         )
-        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
         return [
             p.numpy().tobytes()
             for epoch in (1, 2)
-            for batch in feed.batches(data.training_batches(rows, 8, 7, epoch, 0), transforms.day(cfg, epoch))
+            for batch in loader.batches(
+                data.training_batches(rows, 8, 7, epoch, 0), transforms.day(cfg, epoch)
+            )
             for p in batch.images
         ]
 
@@ -124,7 +126,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 
 
 def test_erasing_takes_its_share_and_does_not_mind_how_batches_are_cut() -> None:
-    op = gpu_augment.erase(0.3)
+    op = gpu_augment.random_erasing(0.3)
     whole = torch.full((400, 1, 20, 20), 9.0)
     out = op(whole, SEEDS)
     changed = (out != 9).flatten(1).float().mean(1).numpy()
@@ -280,15 +282,17 @@ def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) ->
     cfg = config(*TINY, "augment.recipe=light", "augment.progressive_sizes=[16,24,32]", "train.epochs=7")
     assert [transforms.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
-    feed = data.Feed(cfg, table, torch.device("cpu"))
+    loader = data.Loader(cfg, table, torch.device("cpu"))
     rows = table.positions("train")[:64]
     ink = []
     for epoch in (0, 4, 6):
-        batches = list(feed.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.day(cfg, epoch)))
+        batches = list(
+            loader.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.day(cfg, epoch))
+        )
         assert {b.images.shape[1:3] for b in batches} == {(transforms.day(cfg, epoch).size,) * 2}
         ink.append(float(torch.cat([b.images for b in batches]).float().mean()))
     assert max(ink) < 1.1 * min(ink), "shrunk, not cut out"
-    assert next(iter(feed.batches(data.plain_batches(rows, 8)))).images.shape[1] == 32
+    assert next(iter(loader.batches(data.sequential_batches(rows, 8)))).images.shape[1] == 32
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def folder(project: Path) -> Path:
     module = timm.create_model(VIT, depth=2, num_classes=5)
     place = project / "weights" / "mine"
     place.mkdir(parents=True)
-    about = dict(backbone.weights_of(VIT), mean=[0.1, 0.2, 0.3], num_classes=5, license="mit", custom_load=False)  # fmt: skip
+    about = dict(backbone.pretrained_cfg(VIT), mean=[0.1, 0.2, 0.3], num_classes=5, license="mit", custom_load=False)  # fmt: skip
     said = {"architecture": VIT, "pretrained_cfg": about, "model_args": {"depth": 2}}
     (place / "config.json").write_text(json.dumps(said))
     save_file(module.state_dict(), place / "model.safetensors")
@@ -189,7 +189,7 @@ def test_a_folder_is_a_network(folder: Path) -> None:
         module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"]
     )
     assert module.pos_embed.shape == (1, 37, 192) and module.head.out_features == 3
-    assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and "licence mit" in backbone.about(cfg)
+    assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and "licence mit" in backbone.describe(cfg)
 
 
 def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(

@@ -19,10 +19,10 @@ from PIL import Image
 
 from comp import competition
 from comp.engine import pages
-from comp.engine.data import cache, image_loader
+from comp.engine.data import cache, image_reader
 from comp.engine.errors import UserError
 from comp.engine.readers import decode as images
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.store import store
 
 COUNT, CUT, COPY, GONE = (
@@ -60,9 +60,9 @@ def opened(names: list[str], *overrides: str, **more: Any) -> cache.Images:
     return cache.open_images(config(*overrides), names, progress=False, **more)
 
 
-def cached(names: list[str], *overrides: str) -> cache.Cached:
+def cached(names: list[str], *overrides: str) -> cache.CachedImages:
     pictures = opened(names, *overrides)
-    assert isinstance(pictures, cache.Cached)
+    assert isinstance(pictures, cache.CachedImages)
     return pictures
 
 
@@ -72,7 +72,7 @@ def seen(pictures: cache.Images) -> list[bytes | str]:
     for i in range(len(pictures)):
         try:
             out.append(pictures[i].tobytes())
-        except Damaged as damaged:
+        except DamagedImage as damaged:
             out.append(str(damaged))
     return out
 
@@ -110,7 +110,7 @@ def test_the_same_pixels_with_and_without_a_cache(names: list[str], fit: str, ch
     knobs = [f"data.resize={fit}", f"data.channels={channels}"]
     direct = opened(names, *knobs, "data.cache=false")
     pictures = cached(names, *knobs)
-    assert isinstance(direct, cache.Direct) and len(pictures) == len(direct) == COUNT
+    assert isinstance(direct, cache.UncachedImages) and len(pictures) == len(direct) == COUNT
     assert seen(pictures) == seen(direct) == seen(cached(names, *knobs))
     reasons = {i: text for i, text in enumerate(seen(pictures)) if isinstance(text, str)}
     assert reasons.keys() == {CUT, GONE}
@@ -158,7 +158,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     decode = images.decode
 
     def counting(
-        data: bytes, size: int | None, fit: images.Fit, channels: int, name: str, *numbers: Any
+        data: bytes, size: int | None, fit: images.Resize, channels: int, name: str, *numbers: Any
     ) -> images.Pixels:
         decoded.append(name)
         return decode(data, size, fit, channels, name, *numbers)
@@ -194,7 +194,7 @@ def test_only_what_is_new_or_has_changed_is_decoded(
 def test_a_cut_file_is_noted_and_not_decoded_again(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cached(names)
     decoded = counted(monkeypatch)
-    with pytest.raises(Damaged, match=names[CUT]):
+    with pytest.raises(DamagedImage, match=names[CUT]):
         cached(names)[CUT]
     assert decoded == []
 
@@ -203,7 +203,7 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(*overrides: str) -> str:
-        return image_loader.of(config(*overrides)).key
+        return image_reader.from_config(config(*overrides)).key
 
     keys = {
         key(),

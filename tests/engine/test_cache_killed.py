@@ -222,7 +222,7 @@ def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
     with pytest.raises(UserError, match=r"39 pictures of 32 px will write 40 KB, and only"):
         opened(names, must_fit=True)
     images = opened(names)
-    assert isinstance(images, cache.Direct) and "decoded on the fly" in capsys.readouterr().out
+    assert isinstance(images, cache.UncachedImages) and "decoded on the fly" in capsys.readouterr().out
     without = seen(images)
     monkeypatch.undo()
     os.environ["COMP_ROOT"] = str(raw("").parents[1])
@@ -236,7 +236,7 @@ def test_where_nothing_can_be_written_decoding_goes_on(
         "a file, where the folder should be: root may write into any folder"
     )
     images = opened(names)
-    assert isinstance(images, cache.Direct) and images[0].shape == (32, 32, 1)
+    assert isinstance(images, cache.UncachedImages) and images[0].shape == (32, 32, 1)
     assert "cannot be made" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be made"):
         opened(names, must_fit=True)

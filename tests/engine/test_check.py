@@ -21,11 +21,11 @@ from test_submission import scored
 from comp import competition
 from comp.engine import cli
 from comp.engine.bank import bank
-from comp.engine.data import check, image_loader, make_folds, prepare, samples
+from comp.engine.data import check, image_reader, make_folds, prepare, samples
 from comp.engine.deliver import dummy
 from comp.engine.deliver.submission_format import FITTING_TASKS
 from comp.engine.errors import UserError
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.tasks.kinds import TASKS
 
 # --- comp check ----------------------------------------------------------------------------------------------------------
@@ -93,13 +93,13 @@ def test_images_are_opened_once(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    image = image_loader.Making.image
+    image = image_reader.ImageReader.image
 
-    def counting(self: image_loader.Making, name: str, data: bytes | None = None) -> Any:
+    def counting(self: image_reader.ImageReader, name: str, data: bytes | None = None) -> Any:
         opened.append(name)
         return image(self, name, data)
 
-    monkeypatch.setattr(image_loader.Making, "picture", counting)
+    monkeypatch.setattr(image_reader.ImageReader, "picture", counting)
     assert checked(capsys)[0] == [] and len(opened) == 1797
     assert checked(capsys)[0] == [] and len(opened) == 1797
 
@@ -133,12 +133,12 @@ def test_check_lists_what_is_in_force(
 ) -> None:
     def load_image(row: dict[str, Any], decode: Callable[..., Any]) -> Any:
         if row["image"] == "train/00003.png":
-            raise Damaged(row["image"], "nobody likes it")
+            raise DamagedImage(row["image"], "nobody likes it")
         return decode(row["image"])
 
     monkeypatch.setattr(competition, "load_image", load_image, raising=False)
     monkeypatch.setattr(
-        image_loader.Making, "key", "test"
+        image_reader.ImageReader, "key", "test"
     )  # the source of a hook within a test is not the module's
     faults, printed = checked(capsys)
     assert "comp/competition.py: load_image in force" in printed

@@ -95,7 +95,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
 
 def test_every_kind_of_view_is_tried(project: Path) -> None:
     every = tta_search.tried(resolve.load(project, "exp001").config, None)
-    assert set(every) == {*tta.VIEWS, *tta.CLOSER, "light", "light2", "light3"} and every[0] == "identity"
+    assert set(every) == {*tta.VIEWS, *tta.CROPS, "light", "light2", "light3"} and every[0] == "identity"
     assert tta_search.tried(resolve.load(project, "exp001").config, "zoom110, heavy2") == [
         "identity",
         "zoom110",

@@ -17,12 +17,12 @@ from test_images import encoded, photograph
 from comp.engine.data import cache, check
 from comp.engine.deliver import kernel_predict
 from comp.engine.readers import arrays, decode
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.store import store
 
 PICTURE = photograph(240, 320)
 COLOUR = Image.fromarray(PICTURE)
-LENIENT = arrays.Numbers(lenient=True)
+LENIENT = arrays.PixelFormat(lenient=True)
 END = b"\xff\xd9"
 
 
@@ -63,7 +63,7 @@ BROKEN = {f"{kind}, {how}": damage(data) for kind, data in WHOLE.items() for how
 def outcome(data: bytes, *given: Any) -> str | tuple[int, ...]:
     try:
         return decode.decode(data, *given).shape
-    except Damaged as damaged:
+    except DamagedImage as damaged:
         return damaged.reason
 
 
@@ -165,7 +165,7 @@ def reasons(images: cache.Images) -> list[str]:
         try:
             images[i]
             said.append("")
-        except Damaged as damaged:
+        except DamagedImage as damaged:
             said.append(damaged.reason)
     return said
 

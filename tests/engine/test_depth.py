@@ -15,25 +15,25 @@ from conftest import config
 from PIL import Image
 
 from comp import models, transforms
-from comp.data import Draw, Feed, plain_batches
+from comp.data import Index, Loader, sequential_batches
 from comp.engine import cli
-from comp.engine.data import cache, image_loader, make_folds, prepare, samples
+from comp.engine.data import cache, image_reader, make_folds, prepare, samples
 from comp.engine.data.samples import Samples
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import UserError
 from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
 from comp.engine.run import augment_grid, normalize, views
-from comp.engine.run.normalize import Normal
+from comp.engine.run.normalize import Normalize
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (24, 24, 3), np.uint16)
-UNITS = Normal(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+UNITS = Normalize(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
 
 
-def numbers(depth: int, low: float | None = None, high: float | None = None) -> arrays.Numbers:
-    return arrays.Numbers(low, high, (), depth)
+def numbers(depth: int, low: float | None = None, high: float | None = None) -> arrays.PixelFormat:
+    return arrays.PixelFormat(low, high, (), depth)
 
 
 def encoded(suffix: str, image: Any) -> bytes:
@@ -73,9 +73,9 @@ def test_bands_of_a_tiff_are_channels() -> None:
         data = file.getvalue()
         assert np.array_equal(decode.decode(data, None, "stretch", 13, "x", numbers(16)), many)
         assert np.array_equal(decode.decode(data, None, "stretch", 13, "x"), many >> 8)
-    with pytest.raises(decode.Damaged, match=r"has 13 bands, and data\.channels wants 5"):
+    with pytest.raises(arrays.DamagedImage, match=r"has 13 bands, and data\.channels wants 5"):
         decode.decode(data, None, "stretch", 5, "x")
-    with pytest.raises(decode.Damaged, match="broken"):
+    with pytest.raises(arrays.DamagedImage, match="broken"):
         decode.decode(data[: len(data) // 2], None, "stretch", 13, "x")
 
 
@@ -87,7 +87,7 @@ def test_arrays_stay_whole() -> None:
     ranged = decode.decode(saved(values), None, "stretch", 3, "x", numbers(32, -1.0, 1.0))
     assert np.allclose(ranged, (values + 1) / 2 * 255, atol=1e-3), "beyond the range nothing is cut off"
     values[0, 0, 0] = np.nan
-    with pytest.raises(decode.Damaged, match="holds NaN"):
+    with pytest.raises(arrays.DamagedImage, match="holds NaN"):
         decode.decode(saved(values), None, "stretch", 3, "x", numbers(32))
 
 
@@ -117,33 +117,33 @@ def test_cached_and_direct_are_the_same(empty: Path) -> None:
     for depth in (8, 16, 32):
         cfg, names = deep_project(empty, depth)
         cached = cache.open_images(cfg, names, progress=False)
-        assert isinstance(cached, cache.Cached)
-        direct = cache.Direct(image_loader.of(cfg), cached.pages.table["name"])
+        assert isinstance(cached, cache.CachedImages)
+        direct = cache.UncachedImages(image_reader.from_config(cfg), cached.pages.table["name"])
         for i in range(len(names)):
-            assert cached[i].dtype == arrays.KINDS[depth] and np.array_equal(cached[i], direct[i])
+            assert cached[i].dtype == arrays.DTYPES[depth] and np.array_equal(cached[i], direct[i])
         size = (cached.pages.folder / "pixels.bin").stat().st_size
         assert size == len(names) * 24 * 24 * 3 * depth // 8
     cfg, names = deep_project(empty, 16, count=7)  # grows behind what is there
     assert np.array_equal(
-        cache.open_images(cfg, names, progress=False)[6], image_loader.of(cfg).image("6.png")
+        cache.open_images(cfg, names, progress=False)[6], image_reader.from_config(cfg).image("6.png")
     )
 
 
 def test_the_network_sees_both_bytes(empty: Path) -> None:
     cfg, names = deep_project(empty, 16)
-    image = image_loader.of(cfg).image(names[0])
+    image = image_reader.from_config(cfg).image(names[0])
     seen = transforms.Seen(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
     assert torch.allclose(seen[0], torch.from_numpy(image.astype(np.float32) / 257).permute(2, 0, 1))
-    drawn = transforms.Augment(transforms.named(cfg), 24)(image, mixed(1, 2))
+    drawn = transforms.Augment(transforms.from_config(cfg), 24)(image, mixed(1, 2))
     assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
     turned = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    for view in views.views(list(views.VIEWS | views.CLOSER)):
+    for view in views.views(list(views.VIEWS | views.CROPS)):
         assert view(turned).dtype == torch.uint16
 
 
 def test_people_see_8_bits() -> None:
-    assert np.array_equal(arrays.shown(DEEP), np.rint(DEEP / 257).astype(np.uint8))
-    assert arrays.shown(np.array([-3.0, 7.4, 300.0], np.float32)).tolist() == [0, 7, 255]
+    assert np.array_equal(arrays.to_uint8(DEEP), np.rint(DEEP / 257).astype(np.uint8))
+    assert arrays.to_uint8(np.array([-3.0, 7.4, 300.0], np.float32)).tolist() == [0, 7, 255]
 
 
 def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
@@ -171,12 +171,12 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
         }
     )
     cpu = torch.device("cpu")
-    feed = Feed(cfg, Samples(frame, (head,), "x"), cpu)
-    (batch,) = feed.batches(plain_batches(np.arange(3), 4))
+    loader = Loader(cfg, Samples(frame, (head,), "x"), cpu)
+    (batch,) = loader.batches(sequential_batches(np.arange(3), 4))
     assert np.array_equal(batch.images.numpy(), images)
-    assert feed.images[Draw(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
-    module = models.build(cfg, (head,), pretrained=False, feed=feed).eval()
-    seen = transforms.Seen(normalize.of(cfg, module, cpu))
+    assert loader.images[Index(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
+    module = models.build(cfg, (head,), pretrained=False, loader=loader).eval()
+    seen = transforms.Seen(normalize.build(cfg, module, cpu))
 
     def out(values: np.ndarray) -> torch.Tensor:
         return module(seen(torch.from_numpy(values).permute(0, 3, 1, 2)))
@@ -217,6 +217,6 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
 
 def test_channels_in_colour() -> None:
     seven = np.arange(2 * 2 * 7, dtype=np.uint8).reshape(2, 2, 7)
-    assert np.array_equal(drawings.in_colour(seven), seven[:, :, :3])
+    assert np.array_equal(drawings.to_rgb(seven), seven[:, :, :3])
     for few in (1, 2):
-        assert np.array_equal(drawings.in_colour(seven[:, :, :few]), np.repeat(seven[:, :, :1], 3, 2))
+        assert np.array_equal(drawings.to_rgb(seven[:, :, :few]), np.repeat(seven[:, :, :1], 3, 2))

@@ -23,7 +23,7 @@ from conftest import config
 from forked import all_forked
 from safetensors.torch import load_file
 
-from comp.data import Draw
+from comp.data import Index
 from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
@@ -163,7 +163,7 @@ def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_draw_of_a_step_is_somebodys_once(
     monkeypatch: pytest.MonkeyPatch, accumulate: int, passes: int
 ) -> None:
-    plan = [[Draw(8 * number + i, i) for i in range(8)] for number in range(2 * accumulate)]
+    plan = [[Index(8 * number + i, i) for i in range(8)] for number in range(2 * accumulate)]
     shares = []
     for rank in range(2):
         as_one_of(2, rank, monkeypatch)

@@ -107,7 +107,7 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner.gather(config())  # torch and all that stands on it, so that no child has to import it
-    pictures_.figure_of(2, 2)
+    pictures_.new_figure(2, 2)
     monkeypatch.setattr(views, "VIEWS", {name: views.VIEWS[name] for name in ("identity", "hflip")})
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)

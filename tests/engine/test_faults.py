@@ -157,12 +157,12 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
 
     def drawn(workers: int, victim: int | None = None) -> list[bytes]:
         cfg = config(f"machine.num_workers={workers}", "machine.progress=false", "augment=heavy")
-        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
         out = []
-        for number, batch in enumerate(feed.batches(data.training_batches(rows, 2, 7, 0, 0))):
+        for number, batch in enumerate(loader.batches(data.training_batches(rows, 2, 7, 0, 0))):
             out.append(batch.images.numpy().tobytes())
             if number == victim:
-                for worker in feed.processes.loader._iterator._workers:  # type: ignore[union-attr]
+                for worker in loader.processes.loader._iterator._workers:  # type: ignore[union-attr]
                     os.kill(worker.pid, signal.SIGKILL)
         return out
 
@@ -172,20 +172,20 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
 
 def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
     table = samples.load()
-    feed = data.Feed(
+    loader = data.Loader(
         config("machine.num_workers=1", "machine.progress=false", "augment=heavy"), table, torch.device("cpu")
     )
     seen = set()
     for number in range(3):
         rows = folds.load(table).split(number)[0][:16]
-        assert len(list(feed.batches(data.training_batches(rows, 4, 0, 0, 0)))) == 4
-        seen |= {worker.pid for worker in feed.processes.loader._iterator._workers}  # type: ignore[union-attr]
+        assert len(list(loader.batches(data.training_batches(rows, 4, 0, 0, 0)))) == 4
+        seen |= {worker.pid for worker in loader.processes.loader._iterator._workers}  # type: ignore[union-attr]
     assert len(seen) == 1
 
 
 def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what a worker raises is no death."""
-    feed = data.Feed(
+    loader = data.Loader(
         config("machine.num_workers=2", "machine.progress=false"), samples.load(), torch.device("cpu")
     )
 
@@ -194,7 +194,7 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(workers, "undisturbed", dying)
     plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)
-    assert "machine.num_workers=0" in refusal(lambda: list(feed.batches(plan)))
+    assert "machine.num_workers=0" in refusal(lambda: list(loader.batches(plan)))
 
 
 # --- no time -------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,9 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused(
 ) -> None:
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    loader = workers.Processes[list[int], list[int]](data.Pictures.__new__(data.Pictures), list, 1, False)
+    loader = workers.WorkerPool[list[int], list[int]](
+        data.ImageDataset.__new__(data.ImageDataset), list, 1, False
+    )
     with pytest.raises(UserError, match=r"TMPDIR: .* is too long for the sockets"):
         next(loader.batches([[0]]))
 

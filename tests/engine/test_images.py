@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from comp.engine.readers import decode
-from comp.engine.readers.arrays import Damaged
-from comp.engine.readers.decode import Fit
+from comp.engine.readers.arrays import DamagedImage
+from comp.engine.readers.decode import Resize
 
 Pixels = NDArray[np.uint8]
 pytestmark = pytest.mark.filterwarnings(
@@ -43,7 +43,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-LENIENT = decode.arrays.Numbers(lenient=True)
+LENIENT = decode.arrays.PixelFormat(lenient=True)
 PICTURE = photograph(90, 120)
 COLOUR = Image.fromarray(PICTURE)
 GREY = COLOUR.convert("L")
@@ -115,7 +115,7 @@ def test_a_cut_file_is_damaged_wherever_it_is_cut(kind: str) -> None:
     cuts = {*random.integers(1, last, 60).tolist(), 1, 2, 3, 8, last - 3, last - 2, last - 1}
     for cut in sorted(cuts):
         for size in (None, 32):
-            with pytest.raises(Damaged, match=r"^some/file.jpg: "):
+            with pytest.raises(DamagedImage, match=r"^some/file.jpg: "):
                 decode.decode(data[:cut], size, "stretch", 3, "some/file.jpg")
                 pytest.fail(f"{kind} cut after {cut} of {len(data)} bytes gave a picture at size {size}")
     assert whole(data + b"\0" * 20).shape == (90, 120, 3), "what follows the end of a file is no damage"
@@ -127,7 +127,7 @@ def test_a_broken_download_with_zeros_for_the_rest_is_damaged(kind: str) -> None
     for share in (0.2, 0.5, 0.9, 0.99):
         cut = data[: int(len(data) * share)]
         for size in (None, 32):
-            with pytest.raises(Damaged):
+            with pytest.raises(DamagedImage):
                 decode.decode(cut + bytes(len(data) - len(cut)), size, "stretch", 3, "x")
                 pytest.fail(f"{share} of a {kind} gave a picture at size {size}")
 
@@ -141,7 +141,7 @@ def test_a_flipped_bit_of_a_png_is_noticed_by_its_checksum() -> None:
     ]:
         flipped = data.copy()
         flipped[position] ^= 1 << position % 8
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedImage):
             whole(bytes(flipped))
 
 
@@ -175,7 +175,7 @@ NO_PICTURE = {
 @pytest.mark.parametrize("what", NO_PICTURE)
 def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
     data, reason = NO_PICTURE[what]
-    with pytest.raises(Damaged, match=f"^train/7.jpg: .*{reason}") as caught:
+    with pytest.raises(DamagedImage, match=f"^train/7.jpg: .*{reason}") as caught:
         decode.decode(data, 224, "cover", 3, "train/7.jpg")
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.name, again.reason, str(again)) == (
@@ -188,14 +188,14 @@ def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_is_decoded_beyond_the_largest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LARGEST", 90 * 120 - 1)
-    with pytest.raises(Damaged, match="120 x 90 px are absurdly many"):
+    with pytest.raises(DamagedImage, match="120 x 90 px are absurdly many"):
         decode.decode(KINDS[kind][0], 8, "stretch", 3, "x")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
-    with pytest.raises(Damaged, match=r"^train/7.jpg: no such file"):
+    with pytest.raises(DamagedImage, match=r"^train/7.jpg: no such file"):
         decode.read(tmp_path / "7.jpg", "train/7.jpg")
-    with pytest.raises(Damaged, match=r"^train: is a directory"):
+    with pytest.raises(DamagedImage, match=r"^train: is a directory"):
         decode.read(tmp_path, "train")
 
 
@@ -224,7 +224,7 @@ def test_exif_turns_every_kind_by_the_same_rule(
     straight, turned = encoded(COLOUR, kind, **options), encoded(COLOUR, kind, exif=exif, **options)
     expected = TURNS[orientation](whole(straight))
     assert np.array_equal(whole(turned), expected) and whole(turned).flags.c_contiguous
-    for fit in get_args(Fit):
+    for fit in get_args(Resize):
         small = decode.decode(turned, 24, fit, 3, "x")
         assert away(small, TURNS[orientation](decode.decode(straight, 24, fit, 3, "x"))) < 0.5
     monkeypatch.setattr(decode, "simplejpeg", None)
@@ -261,7 +261,7 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
         {"keep_rgb": True},
     )
     files = [encoded(image, "JPEG", **each) for each in options] + [encoded(image.convert("L"), "JPEG")]
-    cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Fit)]
+    cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Resize)]
     fast = [decode.decode(data, size, fit, channels, "x") for data, size, fit in cases]
     monkeypatch.setattr(decode, "simplejpeg", None)
     for case, picture_with in zip(cases, fast, strict=True):
@@ -274,7 +274,7 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
 def test_fits(kind: str, channels: int) -> None:
     data = KINDS[kind][0]  # 90 x 120
     for size in (8, 30, 45, 90, 200):
-        shapes = {fit: decode.decode(data, size, fit, channels, "x").shape for fit in get_args(Fit)}
+        shapes = {fit: decode.decode(data, size, fit, channels, "x").shape for fit in get_args(Resize)}
         assert shapes == {
             "stretch": (size, size, channels),
             "cover": (size, round(size * 120 / 90), channels),
@@ -290,7 +290,10 @@ def test_growing_is_smooth_and_keeps_what_was_there() -> None:
     data = encoded(Image.fromarray(ramp), "PNG")
     large = decode.decode(data, 128, "stretch", 1, "x")[:, :, 0].astype(int)
     assert (np.diff(large[0]) >= 0).all() and np.diff(large[0]).max() <= 6 and (large == large[0]).all()
-    assert away(decode.fitted(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0]) < 2
+    assert (
+        away(decode.resize_image(large[:, :, None].astype(np.uint8), 32, "stretch", "x")[0, :, 0], ramp[0])
+        < 2
+    )
 
 
 def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
@@ -301,7 +304,7 @@ def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(odd)
     for size in (None, 20):
-        with pytest.raises(Damaged, match="extraneous"):
+        with pytest.raises(DamagedImage, match="extraneous"):
             decode.decode(odd, size, "stretch", 3, "x")
         assert np.array_equal(
             decode.decode(odd, size, "stretch", 3, "x", LENIENT), decode.decode(data, size, "stretch", 3, "x")
@@ -324,7 +327,7 @@ def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
                 mutated[start : start + 50] = random.bytes(int(random.integers(100)))
             try:
                 image = decode.decode(bytes(mutated), 24, "stretch", 3, kind)
-            except Damaged as damaged:
+            except DamagedImage as damaged:
                 assert damaged.name == kind and damaged.reason and "\n" not in str(damaged)
             else:
                 assert image.shape == (24, 24, 3) and image.dtype == np.uint8

@@ -21,10 +21,10 @@ from conftest import config
 from PIL import Image
 
 from comp.engine.bank import bank
-from comp.engine.data import cache, check, folds, image_loader, make_folds, prepare, samples
+from comp.engine.data import cache, check, folds, image_reader, make_folds, prepare, samples
 from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers, decode
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 
 TINY = (
     "base: base\ndata: {size: 16}\naugment: {recipe: none}\nmodel: {name: test_resnet, pretrained: false}\n"
@@ -206,17 +206,17 @@ def test_a_table_inside_an_archive(empty: Path) -> None:
 
 
 def made(name: str, **changes: Any) -> decode.Pixels:
-    how = image_loader.of(config("data.channels=1", "data.size=16", experiment="base"))
-    return replace(how, **changes).image(name)
+    reader = image_reader.from_config(config("data.channels=1", "data.size=16", experiment="base"))
+    return replace(reader, **changes).image(name)
 
 
 def test_arrays_by_their_declared_range(empty: Path) -> None:
     ramp = np.linspace(-1, 1, 256).reshape(16, 16)
     np.save(empty / "data.npy", ramp)
     put(empty, "a.npy", (empty / "data.npy").read_bytes())
-    with pytest.raises(Damaged, match=r"numbers from -1 to 1: say competition\.pixels\.range"):
+    with pytest.raises(DamagedImage, match=r"numbers from -1 to 1: say competition\.pixels\.range"):
         made("a.npy")
-    whole = made("a.npy", numbers=decode.arrays.Numbers(-1.0, 1.0))[:, :, 0]
+    whole = made("a.npy", pixel_format=decode.arrays.PixelFormat(-1.0, 1.0))[:, :, 0]
     assert np.array_equal(whole, np.rint((ramp + 1) / 2 * 255))
     out = io.BytesIO()
     np.savez(out, images=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
@@ -242,7 +242,7 @@ def test_stacks_of_pages_and_of_files_become_channels(empty: Path) -> None:
         Image.new("L", (16, 16), 100 * i).save(grey, "PNG")
         put(empty, f"a_{colour}.png", grey.getvalue())
     assert made("a_red.png//a_green.png", channels=2)[0, 0].tolist() == [0, 100]
-    with pytest.raises(Damaged, match=r"a_blue\.png: no such file"):
+    with pytest.raises(DamagedImage, match=r"a_blue\.png: no such file"):
         made("a_red.png//a_blue.png", channels=2)
 
 
@@ -270,7 +270,7 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
         pixels = made("x.dcm").ravel()
         assert [pixels[0], pixels[-1]] == [first, 255 - first]
     put(empty, "x.dcm", out.getvalue()[:-200])
-    with pytest.raises(Damaged, match="broken DICOM"):
+    with pytest.raises(DamagedImage, match="broken DICOM"):
         made("x.dcm")
     gdcm = pytest.importorskip("gdcm")  # JPEG Lossless, as most hospitals pack them
     put(empty, "x.dcm", out.getvalue())
@@ -292,7 +292,7 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
 
 def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
     from comp import models
-    from comp.data import Feed, plain_batches
+    from comp.data import Loader, sequential_batches
     from comp.engine.run import runner
 
     for i in range(8):
@@ -312,13 +312,13 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     table = prepared()
     make_folds.make(config(), table)
     context = runner.gather(config("model.metadata=true"))
-    batch = next(iter(context.feed.batches(plain_batches(np.arange(4), 4))))
+    batch = next(iter(context.loader.batches(sequential_batches(np.arange(4), 4))))
     assert batch.images.shape[0] == 6 and batch.owner is not None
     assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
-    extras = context.feed.extras(batch)
-    assert context.feed.metadata is not None
+    extras = context.loader.extras(batch)
+    assert context.loader.metadata is not None
     assert extras["metadata"].shape == (4, 4)  # age, whether it is missing, u, v
-    assert extras["metadata"][3, 1] == 1 and not context.feed.metadata[-1, 2:].any(), (
+    assert extras["metadata"][3, 1] == 1 and not context.loader.metadata[-1, 2:].any(), (
         "w is a place never seen"
     )
     runner.train("exp001", ["model.metadata=true"], name="both")
@@ -327,12 +327,14 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
 
     # A hidden test set may happen to have one image a sample: the network stays the one that was trained.
     single = replace(table, frame=table.frame.assign(images=[images[:1] for images in table.frame["images"]]))
-    feed = Feed(config("model.metadata=true"), single, context.device)
-    assert single.multi_image and models.build(context.cfg, table.heads, False, feed).state_dict().keys() == (
-        models.build(context.cfg, table.heads, False, context.feed).state_dict().keys()
+    loader = Loader(config("model.metadata=true"), single, context.device)
+    assert single.multi_image and models.build(
+        context.cfg, table.heads, False, loader
+    ).state_dict().keys() == (
+        models.build(context.cfg, table.heads, False, context.loader).state_dict().keys()
     )
     with pytest.raises(UserError, match="trained on one each"):
-        Feed(config(), replace(table, multi_image=False), context.device)
+        Loader(config(), replace(table, multi_image=False), context.device)
     with pytest.raises(UserError, match=r"model.pool: max has no effect"):
         runner.gather(config("model.pool=max", "data.images=1"))
 

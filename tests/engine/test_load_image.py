@@ -16,7 +16,7 @@ from test_layouts import declare, opened, prepared, put, refused
 
 from comp import competition
 from comp.engine.bank import bank
-from comp.engine.data import cache, check, folds, image_key, image_loader, make_folds, raw_tables
+from comp.engine.data import cache, check, folds, image_key, image_reader, make_folds, raw_tables
 from comp.engine.errors import UserError
 from comp.engine.store import store
 
@@ -87,8 +87,12 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
         f"slides/{i}.png" for i in range(6)
     }
     read = opened(table)
-    assert isinstance(read, cache.Cached) and len(set(read.where.tolist())) == 12 and (read.where >= 0).all()
-    direct = image_loader.of(config())
+    assert (
+        isinstance(read, cache.CachedImages)
+        and len(set(read.where.tolist())) == 12
+        and (read.where >= 0).all()
+    )
+    direct = image_reader.from_config(config())
     for at, key in enumerate(keys):
         left = at % 2 == 0
         assert (
@@ -242,8 +246,8 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     both = "train/{id}_r.png+train/{id}_g.png"
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     table = prepared()
-    how = image_loader.of(config("data.channels=2"))
-    assert how.image(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
+    reader = image_reader.from_config(config("data.channels=2"))
+    assert reader.image(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
     assert image_key.files(table.frame["images"].iloc[0][0]) == ["train/x+1_r.png", "train/x+1_g.png"]
     (empty / "data/raw/train/y_g.png").unlink()
     faults = check.check(config(experiment="base"))
@@ -268,4 +272,4 @@ def test_several_pictures_of_an_archive_are_channels_too(empty: Path) -> None:
     both = "train.zip/{id}_r.png+train.zip/{id}_g.png"
     declare(empty, train={"table": "train.csv", "image": both}, test={"table": "sample.csv", "image": both})
     key = prepared().frame["images"].iloc[0][0]
-    assert image_loader.of(config("data.channels=2")).image(key)[0, 0].tolist() == [0, 100]
+    assert image_reader.from_config(config("data.channels=2")).image(key)[0, 0].tolist() == [0, 100]

@@ -20,7 +20,7 @@ from comp.engine.deliver import kernel, verify
 from comp.engine.errors import UserError
 from comp.engine.extras import explain, export, features, measure
 from comp.engine.run import frozen_heads, runner
-from comp.engine.run.normalize import Normal
+from comp.engine.run.normalize import Normalize
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
@@ -127,7 +127,7 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
 def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
-    whole = export.Whole(module, Normal(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))
+    whole = export.Whole(module, Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))
     before = torch.cat([module[0].weight.flatten(), module[2].weight.flatten()]).detach().clone()  # type: ignore[operator]
     cut: Any = export.pruned(whole, 0.3).module
     after = torch.cat([cut[0].weight.flatten(), cut[2].weight.flatten()]).detach()

@@ -12,7 +12,7 @@ from conftest import config
 
 from comp.engine.data import check
 from comp.engine.readers import decode
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 
 
 def independent(data: bytes) -> np.ndarray | None:
@@ -74,7 +74,7 @@ def through_check(project: Path, count: int) -> None:
             continue
         assert other is not None and far(pixels, other) < 2.0, f"{name}: other pixels than OpenCV's"
     for name in named:
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedImage):
             decode.decode(files[name].data, 32, "cover", 1, name)
 
 

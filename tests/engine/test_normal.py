@@ -27,11 +27,13 @@ CPU = torch.device("cpu")
 def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     """The training part as the network gets it."""
     table = samples.load()
-    feed = data.Feed(cfg, table, CPU)
+    loader = data.Loader(cfg, table, CPU)
     module = models.build(cfg, table.heads, pretrained=False)
-    pixel_stats.fit(cfg, module, feed, rows)
-    seen = transforms.Seen(normalize.of(cfg, module, CPU))
-    return torch.cat([seen(b.images.permute(0, 3, 1, 2)) for b in feed.batches(data.plain_batches(rows, 64))])
+    pixel_stats.fit_pixel_stats(cfg, module, loader, rows)
+    seen = transforms.Seen(normalize.build(cfg, module, CPU))
+    return torch.cat(
+        [seen(b.images.permute(0, 3, 1, 2)) for b in loader.batches(data.sequential_batches(rows, 64))]
+    )
 
 
 def noisy(project: Path) -> Positions:
@@ -124,8 +126,8 @@ def test_rows_of_pixels_give_what_single_pixels_give() -> None:
     for x in (inner, inner.contiguous(), inner.flip(3), inner.transpose(2, 3), inner[:, :1]):
         kept = x.clone()
         channels = x.shape[1]
-        made = normalize.Normal(mean[:channels], std[:channels])(x)
+        made = normalize.Normalize(mean[:channels], std[:channels])(x)
         assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, kept)
-        assert torch.equal(normalize.Normal(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
+        assert torch.equal(normalize.Normalize(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
             "one for all channels"
         )

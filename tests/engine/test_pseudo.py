@@ -296,8 +296,8 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         (context.folds.split(1)[0], "statistics that the training part does not repeat"),
         (np.union1d(own, scored), "statistics fitted on validation rows"),
     ):
-        module = models.build(context.cfg, context.samples.heads, pretrained=False, feed=context.feed)
-        pixel_stats.fit(context.cfg, module, context.feed, rows)
+        module = models.build(context.cfg, context.samples.heads, pretrained=False, loader=context.loader)
+        pixel_stats.fit_pixel_stats(context.cfg, module, context.loader, rows)
         target_scaler.fit(context.cfg, module, joined.samples, rows)
         measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
         save_file(right | measured, file)

@@ -152,7 +152,9 @@ def test_views_are_averaged_on_the_sphere() -> None:
     views = np.stack([np.eye(2, 5), np.eye(2, 5, k=1)]).astype(
         np.float32
     )  # outputs beyond the embedding are left out
-    assert knn.averaged(views, 3) == pytest.approx(np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2), abs=1e-6)
+    assert knn.mean_embedding(views, 3) == pytest.approx(
+        np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2), abs=1e-6
+    )
 
 
 def test_where_the_unknown_class_comes_is_fitted_exactly() -> None:
@@ -262,7 +264,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     unknown = head.classes.index("new")
     for number in range(2):
         weights = store.fold_folder("x", 0, number) / "weights.safetensors"
-        held, codes = knn.read(knn.beside(weights))
+        held, codes = knn.read(knn.gallery_file(weights))
         taught, scored = split.split(number)
         own = table.truth(head, taught)
         assert codes.tolist() == own[own != unknown].tolist() and not set(taught) & set(scored)
@@ -280,7 +282,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     ]
     assert all(np.linalg.norm(each, axis=1) == pytest.approx(np.ones(len(scored)), abs=1e-4) for each in seen)
     mean = (seen[0] + seen[1]) / np.linalg.norm(seen[0] + seen[1], axis=1, keepdims=True)
-    gallery = knn.read(knn.beside(weights))
+    gallery = knn.read(knn.gallery_file(weights))
     by_hand = knn.class_scores(mean, *gallery, head, loss_knobs.NEIGHBOURS, torch.device("cpu"))
     assert under_two.heads["Id"][np.isin(under_two.row, scored)] == pytest.approx(by_hand, abs=1e-3)
     alone = bank.load("x", "oof", table, split).heads["Id"][np.isin(under_two.row, scored)]

@@ -98,9 +98,9 @@ def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
     name, knobs = AROUND[kind]
     torch.manual_seed(0)
     several, metadata = "several" in kind, torch.randn(2 if "several" in kind else 4, 5)
-    feed: Any = SimpleNamespace(multi_image=several, metadata=metadata if "metadata" in kind else None)
+    loader: Any = SimpleNamespace(multi_image=several, metadata=metadata if "metadata" in kind else None)
     head = Head("label", "retrieval" if kind == "embeddings" else "multiclass", ("a", "b", "c"), ("t.label",), ("a", "b", "c"))  # fmt: skip
-    module = models.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, feed=feed)
+    module = models.build(config(f"model.name={name}", *knobs), (head,), pretrained=False, loader=loader)
     extras = {"owner": torch.tensor([0, 0, 1, 1])} if several else {}
     return module, name, extras | ({"metadata": metadata} if "metadata" in kind else {})
 
@@ -162,7 +162,7 @@ def test_pooling_by_gem_can_be_trained_in_stages_and_begin_with_a_file(empty: Pa
 
     module, name, _ = joined("gem")
     given = timm.create_model(name, num_classes=5, in_chans=1).state_dict()
-    fits = pretrained.filling(module, given, "x")
+    fits = pretrained.matching_tensors(module, given, "x")
     missing = set(module.state_dict()) - set(fits)
     assert missing == {"backbone.p", "last.weight", "last.bias"}
     names = freezing.trained(module, "last 1 block", name)

@@ -74,9 +74,9 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
 
     def drawn(workers: int, first: int = 0) -> list[bytes]:
         cfg = config(*TINY[2:], f"machine.num_workers={workers}", "augment=heavy")
-        feed = data.Feed(cfg, samples.load(), torch.device("cpu"))
+        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
         plans = [data.training_batches(rows, 8, 7, epoch, first) for epoch in range(2)]
-        return [p.numpy().tobytes() for plan in plans for batch in feed.batches(plan) for p in batch.images]
+        return [p.numpy().tobytes() for plan in plans for batch in loader.batches(plan) for p in batch.images]
 
     alone = drawn(0)
     assert len(alone) == 128 and len(set(alone)) == 128
@@ -90,7 +90,7 @@ def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: p
     monkeypatch.setattr(
         pages.competition, "recipe", lambda size: transforms.Recipe([A.HorizontalFlip(prob=1)]), raising=False
     )
-    assert "prob" in refusal(lambda: transforms.named(config("augment=recipe")))
+    assert "prob" in refusal(lambda: transforms.from_config(config("augment=recipe")))
 
 
 # --- the parts against what they promise ---------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
                 raise torch.OutOfMemoryError("no room")
             return x * 2
 
-    fitting = evaluate.Fitting(Small(), 10)
+    fitting = evaluate.AutoBatch(Small(), 10)
     x = torch.arange(10.0)[:, None]
     assert torch.equal(fitting(x), x * 2) and torch.equal(fitting(x), x * 2)
     assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"
@@ -281,10 +281,10 @@ def test_a_cpu_takes_large_batches_in_pieces() -> None:
             return x.flatten(1)[:, :1]
 
     x = torch.arange(40.0)[:, None, None, None].expand(40, 3, 224, 224)
-    assert torch.equal(evaluate.Fitting(Counting(), 64)(x).flatten(), torch.arange(40.0))
+    assert torch.equal(evaluate.AutoBatch(Counting(), 64)(x).flatten(), torch.arange(40.0))
     assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.ON_A_CPU
     sizes.clear()
-    assert len(evaluate.Fitting(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
+    assert len(evaluate.AutoBatch(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
         "small ones as asked"
     )
 

@@ -87,11 +87,11 @@ def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
 def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
     given = timm.create_model("test_resnet", num_classes=5).state_dict()
     module = timm.create_model("test_resnet", num_classes=7)
-    fits = pretrained.filling(module, given, "x")
+    fits = pretrained.matching_tensors(module, given, "x")
     assert [k for k in given if k not in fits] == ["fc.weight", "fc.bias"]
     assert all(torch.equal(fits[k], given[k]) for k in module.state_dict() if not k.startswith("fc."))
     with pytest.raises(UserError, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
-        pretrained.filling(timm.create_model("test_resnet", in_chans=4), given, "x")
+        pretrained.matching_tensors(timm.create_model("test_resnet", in_chans=4), given, "x")
 
 
 def test_another_run_of_the_same_fold(project: Path) -> None:

@@ -207,7 +207,7 @@ def test_hostile(empty: Path, build: Build) -> None:
     archive = build(made)
     target = empty / "place" / "raw"
     before, marks = everything(empty), [Path("/tmp/evil").exists(), os.listdir("/")]
-    with pytest.raises((Refused, unpack.Damaged)) as refused:
+    with pytest.raises((Refused, unpack.DamagedArchive)) as refused:
         unpack.unpack(archive, target, 1_000_000, lambda size: False)
     assert len(str(refused.value).splitlines()) == 1
     outside = {
@@ -226,7 +226,7 @@ def test_hostile(empty: Path, build: Build) -> None:
 def test_broken_bytes_are_told_from_evil_ones(empty: Path, build: Build) -> None:
     made = empty / "made"
     made.mkdir()
-    with pytest.raises(unpack.Damaged):
+    with pytest.raises(unpack.DamagedArchive):
         unpack.unpack(build(made), empty / "raw", 1_000_000, lambda size: False)
 
 

@@ -48,7 +48,7 @@ def test_views_that_are_none_are_refused() -> None:
 
 
 def test_a_recipe_of_ones_own_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = lambda size: transforms.Recipe([cv2_ops.quarter_turns()])  # noqa: E731
+    turns = lambda size: transforms.Recipe([cv2_ops.random_rotate90()])  # noqa: E731
     monkeypatch.setattr(competition, "recipe", turns, raising=False)
     x = images(1)
     turned = {views.views([f"recipe{n}"])[0](x).numpy().tobytes() for n in range(1, 20)}
@@ -81,7 +81,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
         context = runner.gather(cfg)
         weights = store.path("weights.safetensors")
         if not weights.exists():
-            models.save_weights(models.build(cfg, context.samples.heads, False, context.feed), weights)
+            models.save_weights(models.build(cfg, context.samples.heads, False, context.loader), weights)
         head = context.samples.heads[0]
         stored, _ = predict.predict(context, weights, context.samples.positions("test")[:7])
         said[",".join(names)] = head.row.probability(stored[head.name].astype(np.float64))

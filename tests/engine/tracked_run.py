@@ -88,7 +88,7 @@ def finish(log: tracking.Track, folder: Path) -> None:
     classes = ["ant", "bee", "cat"]
     plots.confusion(truth, probability.argmax(1), classes, folder / "confusion.png")
     log.sheet("confusion", folder / "confusion.png")
-    worst = plots.worst(truth, probability, ["00a", "00b", "00c", "00d"], classes, count=2)
+    worst = plots.worst_rows(truth, probability, ["00a", "00b", "00c", "00d"], classes, count=2)
     log.table("worst", worst, [np.full((400, 300, 3), 40 * i, np.uint8) for i in range(len(worst))])
     log.artifact(folder / "oof.arrow", "exp001-seed0-fold1-oof", "oof")
     log.artifact(folder / "weights.safetensors", "exp001-seed0-fold1-weights", "model")

@@ -29,14 +29,14 @@ from comp.engine.config.schema import Config
 from comp.engine.data import cache, class_balance
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.data.seeding import mixed
-from comp.engine.data.workers import AHEAD, Processes
+from comp.engine.data.workers import AHEAD, WorkerPool
 from comp.engine.errors import Refused
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage, Pixels
 from comp.engine.run import tabular
-from comp.engine.run.gpu_augment import onto
+from comp.engine.run.gpu_augment import to_device
 
 
-class Draw(NamedTuple):
+class Index(NamedTuple):
     """One sample of one batch. seed None: as it is, not augmented."""
 
     sample: int
@@ -82,10 +82,10 @@ class Batch:
             )
 
 
-Plan = Iterable[list[Draw]]
+Batches = Iterable[list[Index]]
 
 
-def epoch_list(
+def epoch_rows(
     rows: Positions, seed: int, epoch: int, draw: class_balance.Sampler = class_balance.shuffle
 ) -> Positions:
     """Which samples an epoch draws, in which order. An oversampled one may stand in it several times."""
@@ -99,27 +99,27 @@ def training_batches(
     epoch: int,
     first: int,
     draw: class_balance.Sampler = class_balance.shuffle,
-) -> Iterator[list[Draw]]:
+) -> Iterator[list[Index]]:
     """The epoch's micro-batches from number `first` on; a remainder smaller than a batch is left out."""
-    drawn = epoch_list(rows, seed, epoch, draw)
+    drawn = epoch_rows(rows, seed, epoch, draw)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
         seeds = mixed(seed, epoch, 2, spread=np.arange(start, start + size))
         yield [
-            Draw(sample, own)
+            Index(sample, own)
             for sample, own in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)
         ]
 
 
-def plain_batches(rows: Positions, size: int) -> Iterator[list[Draw]]:
+def sequential_batches(rows: Positions, size: int) -> Iterator[list[Index]]:
     for start in range(0, len(rows), size):
-        yield [Draw(row, None) for row in rows[start : start + size].tolist()]
+        yield [Index(row, None) for row in rows[start : start + size].tolist()]
 
 
-Loaded = tuple[Draw, list[transforms.Picture], str]
+Loaded = tuple[Index, list[Pixels], str]
 
 
-class Pictures(Dataset[Any]):
+class ImageDataset(Dataset[Any]):
     """Every sample's pictures, decoded to size by the cache or on the fly: the same pixels either way."""
 
     def __init__(
@@ -137,29 +137,29 @@ class Pictures(Dataset[Any]):
         }
         self.last = kinds[-1]
 
-    def __getitem__(self, draw: Draw) -> Loaded:
-        seen: list[transforms.Picture] = []
+    def __getitem__(self, draw: Index) -> Loaded:
+        seen: list[Pixels] = []
         reason = ""
         for number, index in enumerate(
             self.listed[self.start[draw.sample] : self.start[draw.sample + 1]].tolist()
         ):
             try:
                 image = self.images[index]
-            except Damaged as damaged:
+            except DamagedImage as damaged:
                 # An exception would lose its type on the way out of a loader process; the reader decides what it means.
                 reason = str(damaged)
                 side = (draw.day or self.last).size if draw.seed is not None else self.size
-                seen.append(np.zeros((side, side, self.channels), self.images.how.kind))
+                seen.append(np.zeros((side, side, self.channels), self.images.reader.dtype))
                 continue
             seed = image_seed(draw.seed, number)
             if seed is None:
-                seen.append(transforms.centred(image, self.size))
+                seen.append(transforms.center_crop(image, self.size))
             else:
                 seen.append(self.augment[draw.day or self.last](image, seed))
         return draw, seen, reason
 
-    def batch(self, draws: list[Draw]) -> Batch:
-        return stacked([self[draw] for draw in draws])
+    def batch(self, draws: list[Index]) -> Batch:
+        return collate([self[draw] for draw in draws])
 
 
 def image_seed(seed: int | None, number: int) -> int | None:
@@ -167,7 +167,7 @@ def image_seed(seed: int | None, number: int) -> int | None:
     return seed if seed is None or number == 0 else mixed(seed, number)
 
 
-def stacked(items: Sequence[Loaded]) -> Batch:
+def collate(items: Sequence[Loaded]) -> Batch:
     seen = [
         (place, number, image)
         for place, (_, images, _) in enumerate(items)
@@ -187,7 +187,7 @@ def stacked(items: Sequence[Loaded]) -> Batch:
     )
 
 
-class Feed:
+class Loader:
     """The loader of a process. Workers stay alive over epochs and folds; the plan says what they read next."""
 
     def __init__(self, cfg: Config, samples: Samples, device: torch.device):
@@ -195,42 +195,42 @@ class Feed:
         start = np.concatenate([[0], np.cumsum(paths.map(len).to_numpy())]).astype(np.int64)
         codes, unique = paths.explode().factorize()
         opened = cache.open_images(cfg, list(unique), cfg.machine.progress)
-        self.images = Pictures(cfg, opened, codes.astype(np.int64), start)
+        self.images = ImageDataset(cfg, opened, codes.astype(np.int64), start)
         self.multi_image = samples.multi_image and cfg.data.images > 1
         if len(codes) > len(paths) and not self.multi_image:
             raise Refused(
                 "some samples have several images, and the networks were trained on one each; data.images=1 takes the first"
             )
-        self.metadata = tabular.encoded(samples, device) if cfg.model.metadata else None
+        self.metadata = tabular.encode_metadata(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
-        self.resident = _Resident(self.images, device, cfg.machine.gpu_cache_mb * 10**6)
+        self.resident = GpuCache(self.images, device, cfg.machine.gpu_cache_mb * 10**6)
 
     def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the network takes beside the pictures: whose they are, and the metadata of the samples."""
         out = {} if batch.owner is None else {"owner": batch.owner.to(self.device, non_blocking=True)}
         if self.metadata is not None:
-            out["metadata"] = self.metadata[onto(batch.samples, self.device)]
+            out["metadata"] = self.metadata[to_device(batch.samples, self.device)]
         return out
 
-    def batches(self, plan: Plan, day: transforms.Day | None = None) -> Iterator[Batch]:
+    def batches(self, plan: Batches, day: transforms.Day | None = None) -> Iterator[Batch]:
         """Batches on their way to the device, one copied ahead of the one in use. `day`: what augments those with a seed."""
         if day is not None:
             plan = ([draw._replace(day=day) for draw in draws] for draws in plan)
         if self.resident.possible:
             return self.resident.batches(plan)
-        return ahead(self._loaded(plan), self.device)
+        return prefetched(self._loaded(plan), self.device)
 
-    def _loaded(self, plan: Plan) -> Iterator[Batch]:
+    def _loaded(self, plan: Batches) -> Iterator[Batch]:
         if self.cfg.machine.num_workers == 0:
             return map(self.images.batch, plan)
         if all(change.threads for change in self.images.augment.values()):
             return self._by_threads(plan)
         return self.processes.batches(plan)
 
-    def _by_threads(self, plan: Plan) -> Iterator[Batch]:
+    def _by_threads(self, plan: Batches) -> Iterator[Batch]:
         pinned = self.device.type == "cuda"
 
-        def load(draws: list[Draw]) -> Batch:
+        def load(draws: list[Index]) -> Batch:
             batch = self.images.batch(draws)
             return batch.pin_memory() if pinned else batch
 
@@ -248,11 +248,11 @@ class Feed:
         return ThreadPoolExecutor(self.cfg.machine.num_workers, "pictures")
 
     @cached_property
-    def processes(self) -> Processes[list[Draw], Batch]:
-        return Processes(self.images, stacked, self.cfg.machine.num_workers, self.device.type == "cuda")
+    def processes(self) -> WorkerPool[list[Index], Batch]:
+        return WorkerPool(self.images, collate, self.cfg.machine.num_workers, self.device.type == "cuda")
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """On a GPU, the next batch is copied on a stream of its own while this one is computed on."""
     if device.type != "cuda":
         yield from batches
@@ -271,12 +271,14 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         yield ready
 
 
-class _Resident:
+class GpuCache:
     """The whole set on the device. Read there once, at first use; a batch is then one gather."""
 
-    def __init__(self, images: Pictures, device: torch.device, room: int):
+    def __init__(self, images: ImageDataset, device: torch.device, room: int):
         side = images.size
-        size = len(images.images) * side * side * images.channels * np.dtype(images.images.how.kind).itemsize
+        size = (
+            len(images.images) * side * side * images.channels * np.dtype(images.images.reader.dtype).itemsize
+        )
         self.possible = (
             not any(change.steps or change.size != side for change in images.augment.values())
             and size <= room
@@ -294,7 +296,7 @@ class _Resident:
         parts = []
         for start in range(0, len(first), 1024):
             part = self.images.batch(
-                [Draw(first[i], None) for i in range(start, min(start + 1024, len(first)))]
+                [Index(first[i], None) for i in range(start, min(start + 1024, len(first)))]
             )
             self.damaged |= {
                 int(self.images.image_of_sample[s]): reason for s, reason in part.damaged.items()
@@ -302,11 +304,11 @@ class _Resident:
             parts.append(part.images)
         return torch.cat(parts).to(self.device)
 
-    def batches(self, plan: Plan) -> Iterator[Batch]:
+    def batches(self, plan: Batches) -> Iterator[Batch]:
         for draws in plan:
             rows = np.array([draw.sample for draw in draws], np.int64)
             index = self.images.image_of_sample[rows]
-            images = self.tensor[onto(index, self.device)]
+            images = self.tensor[to_device(index, self.device)]
             seeds = None if draws[0].seed is None else np.array([draw.seed for draw in draws], np.int64)
             broken = {
                 int(r): self.damaged[int(i)]

@@ -24,7 +24,7 @@ from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
-    from comp.data import Feed
+    from comp.data import Loader
 
 Last = Callable[[int], nn.Module]  # features -> the last layer
 BESIDE = 32  # what the metadata is brought to before it joins the image
@@ -43,19 +43,19 @@ def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> l
     return [h.row.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
 
 
-def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None = None) -> nn.Module:
+def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None = None) -> nn.Module:
     """Inference passes pretrained=False: there may be no internet, and our own weights follow. A feed whose samples have
     several images, or metadata beside them, wants them joined before the last layer."""
-    module = _network(cfg, heads, pretrained, feed)
+    module = _network(cfg, heads, pretrained, loader)
     normalize.register(cfg, module)
     target_scaler.register(cfg, heads, module)
     return module
 
 
-def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed | None) -> nn.Module:
+def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None) -> nn.Module:
     total = sum(outputs(cfg, heads))
-    width = 0 if feed is None or feed.metadata is None else int(feed.metadata.shape[1])
-    several = feed is not None and feed.multi_image
+    width = 0 if loader is None or loader.metadata is None else int(loader.metadata.shape[1])
+    several = loader is not None and loader.multi_image
     embeds = loss_knobs.embedding(cfg, heads)
     last: Last | None = None
     if embeds is not None:  # its centres are no outputs of a last layer but points of their own
@@ -88,10 +88,10 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, feed: Feed 
     return Joined(inside, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
 
 
-def headless(cfg: Config, pretrained: bool, feed: Feed) -> nn.Module:
+def headless(cfg: Config, pretrained: bool, loader: Loader) -> nn.Module:
     """The network without its last layer; several images of a sample become one."""
     module = backbone.create(cfg, 0, pretrained)
-    return Joined(module, cfg.model.pool, _width(module)) if feed.multi_image else module
+    return Joined(module, cfg.model.pool, _width(module)) if loader.multi_image else module
 
 
 def check(cfg: Config) -> None:
@@ -103,7 +103,7 @@ def check(cfg: Config) -> None:
         if cfg.model.global_pool == "gem":
             as_map(output, _width(module), cfg.model.name)
 
-    backbone.check(cfg, asks)
+    backbone.validate(cfg, asks)
 
 
 def told(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
@@ -112,7 +112,7 @@ def told(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
         check(cfg)
     except UserError as refused:
         return refused.lines, []
-    return [], [] if pages.get("model") is not None else [backbone.about(cfg)]
+    return [], [] if pages.get("model") is not None else [backbone.describe(cfg)]
 
 
 def _width(module: nn.Module) -> int:

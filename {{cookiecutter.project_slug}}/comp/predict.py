@@ -21,7 +21,7 @@ from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import frozen_heads, knn, metric_learning, normalize
 from comp.engine.run import views as tta
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import outputs_of
+from comp.engine.run.evaluate import forward_rows
 from comp.engine.store import store
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
@@ -88,7 +88,7 @@ def predict(
     """`fallback`: what a damaged picture gets where there are no training labels to take their mean."""
     cfg, heads = context.cfg, context.samples.heads
     if frozen_heads.is_head(weights):
-        answers, damaged = frozen_heads.said(context, weights, rows)
+        answers, damaged = frozen_heads.predict_rows(context, weights, rows)
         return _stored(context, rows, answers, damaged, fallback), damaged
     raw, damaged = _said(context, weights, rows, doing, stop)
     if embeds := loss_knobs.embedding(cfg, heads):
@@ -123,10 +123,10 @@ def _said(
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """(views, rows, network outputs), and for each row whose picture is damaged the reason."""
     cfg, heads = context.cfg, context.samples.heads
-    module = models.load_weights(models.build(cfg, heads, pretrained=False, feed=context.feed), weights).to(
-        context.device
-    )
-    seen = transforms.Seen(normalize.of(cfg, module, context.device))
+    module = models.load_weights(
+        models.build(cfg, heads, pretrained=False, loader=context.loader), weights
+    ).to(context.device)
+    seen = transforms.Seen(normalize.build(cfg, module, context.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(
         total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
@@ -139,9 +139,9 @@ def _said(
             ):  # its weights are sealed, so a later start begins with the predictions
                 raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
 
-        raw, damaged = outputs_of(
+        raw, damaged = forward_rows(
             module,
-            context.feed,
+            context.loader,
             rows,
             cfg.predict.batch_size,
             seen,
@@ -158,14 +158,14 @@ def _said(
 
 def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | None) -> None:
     """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
-    file, cfg = knn.beside(weights), context.cfg
+    file, cfg = knn.gallery_file(weights), context.cfg
     if store.sealed(file):
         return
     (head,) = context.samples.heads
     rows = metric_learning.known_rows(cfg, context.samples, taught[: cfg.train.limit])
     raw, damaged = _said(context, weights, rows, "gallery", stop)
     whole = ~np.isin(rows, list(damaged))
-    seen = knn.averaged(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
+    seen = knn.mean_embedding(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
     knn.write(file, seen, class_balance.class_codes(head, context.samples, rows[whole]))
 
 
@@ -174,8 +174,8 @@ def _by_neighbours(
 ) -> list[NDArray[np.float64]]:
     (head,) = context.samples.heads
     k = context.cfg.predict.neighbours or loss_knobs.NEIGHBOURS
-    asked = knn.averaged(raw, size)
-    return [knn.class_scores(asked, *knn.read(knn.beside(weights)), head, k, context.device)]
+    asked = knn.mean_embedding(raw, size)
+    return [knn.class_scores(asked, *knn.read(knn.gallery_file(weights)), head, k, context.device)]
 
 
 def _tell(context: Context, damaged: dict[int, str], file: Path) -> None:

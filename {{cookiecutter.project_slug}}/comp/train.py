@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from comp import losses, models, optim, transforms
-from comp.data import Batch, epoch_list, training_batches
+from comp.data import Batch, epoch_rows, training_batches
 from comp.engine.bank import score
 from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
@@ -41,9 +41,9 @@ from comp.engine.run import (  # fmt: skip
 )
 from comp.engine.run.averaging import Kept, renewal
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import HALF, outputs_of, refuse
+from comp.engine.run.evaluate import HALF, forward_rows, raise_damaged
 from comp.engine.run.freezing import Stages
-from comp.engine.run.gpu_augment import onto
+from comp.engine.run.gpu_augment import to_device
 from comp.engine.run.microbatch import Room
 from comp.engine.run.nan_guard import REMEDY, Looks, named
 from comp.engine.run.profiler import Profiler
@@ -76,7 +76,7 @@ def fold(
     # --- data ----------------------------------------------------------------------------------------------------------
     taught, watched, judged = _rows(context, number)
     draw = class_balance.make_sampler(cfg, context.samples, taught)
-    span = schedule.span(cfg, len(epoch_list(taught, seed, 0, draw)))
+    span = schedule.span(cfg, len(epoch_rows(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
     curve = schedule.curve(cfg, span)
     truths = [pseudo_rows.target(context.samples, head) for head in heads]
@@ -87,11 +87,11 @@ def fold(
     weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
-    module = models.build(cfg, heads, cfg.model.pretrained is True, context.feed).to(device)
+    module = models.build(cfg, heads, cfg.model.pretrained is True, context.loader).to(device)
     if checkpoint.log_offset(folder) is None:
         pretrained.begin(module, cfg, seed, number)
     stages = Stages(cfg, module)
-    pixel_stats.fit(cfg, module, context.feed, taught)
+    pixel_stats.fit_pixel_stats(cfg, module, context.loader, taught)
     target_scaler.fit(cfg, module, context.samples, taught)
     network = torch_compile.prepared(cfg, module)
     criterion = losses.total(cfg, context.samples, taught)
@@ -102,7 +102,7 @@ def fold(
     apart = consistency.between_views(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
     kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
-    judge = model_selection.judge(context, judged, transforms.Seen(normalize.of(cfg, module, device)))
+    judge = model_selection.judge(context, judged, transforms.Seen(normalize.build(cfg, module, device)))
     renew = renewal(
         context, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
     )
@@ -154,10 +154,10 @@ def fold(
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
         today = transforms.day(cfg, epoch)  # the size of its pictures, and whether the strong ops are on
-        seen = transforms.Seen(normalize.of(cfg, module, device), transforms.of_day(cfg, today))
+        seen = transforms.Seen(normalize.build(cfg, module, device), transforms.of_day(cfg, today))
         mix = mixup.of_day(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = context.feed.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
+        batches = context.loader.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
         while step < (epoch + 1) * steps_per_epoch:
             optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
             looks.begin(step + 1, curve.rate(step))
@@ -173,10 +173,10 @@ def fold(
                     images = seen(batch.images.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
                     images, parts = mix(images, batch.seeds)  # parts: whose targets, with which share
                     profiler.lap("colour and normalising")
-                    rows = onto(batch.samples, device)
+                    rows = to_device(batch.samples, device)
                     truth = [target[rows] for target in (*targets, *lessons)]
                     with torch.autocast(device.type, half, enabled=half is not None):
-                        output = network(images, **context.feed.extras(batch))  # (batch, all outputs)
+                        output = network(images, **context.loader.extras(batch))  # (batch, all outputs)
                     each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
                     share = len(batch.samples) / span.effective
                     loss = losses.reduced(each, cfg.loss.ohem) * share
@@ -246,7 +246,7 @@ def planned(context: Context, seed: int, number: int | str) -> schedule.Curve | 
     """The schedule of a fold, before it runs. `context`: that of the fold."""
     taught, _, _ = _rows(context, number)
     draw = class_balance.make_sampler(context.cfg, context.samples, taught)
-    span = schedule.span(context.cfg, len(epoch_list(taught, seed, 0, draw)))
+    span = schedule.span(context.cfg, len(epoch_rows(taught, seed, 0, draw)))
     return schedule.curve(context.cfg, span)
 
 
@@ -275,8 +275,8 @@ def validate(
         return {}
     cfg = context.cfg
     distributed.same_statistics(module)
-    raw, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
-    refuse(damaged, context.samples)
+    raw, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+    raise_damaged(damaged, context.samples)
     truth = [target[rows].cpu() for target in targets]
     loss = criterion(torch.from_numpy(target_scaler.of_loss(cfg, module, raw[0])), truth).numpy()
     if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
@@ -300,7 +300,7 @@ def _target(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _whole(batch: Batch, context: Context) -> Batch:
-    refuse(batch.damaged, context.samples)
+    raise_damaged(batch.damaged, context.samples)
     return batch
 
 

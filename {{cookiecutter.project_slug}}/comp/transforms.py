@@ -34,26 +34,25 @@ from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
-from comp.engine.readers.arrays import KINDS
+from comp.engine.readers.arrays import DTYPES, Pixels
 from comp.engine.run import cv2_ops, gpu_augment, policies
-from comp.engine.run.cv2_ops import Picture
-from comp.engine.run.gpu_augment import OnBatch, Seeds
-from comp.engine.run.normalize import Normal
+from comp.engine.run.gpu_augment import BatchOp, Seeds
+from comp.engine.run.normalize import Normalize
 
 
 @dataclass(frozen=True)
 class Recipe:
     geometry: list[Any]
     colour: list[Any] = field(default_factory=list)
-    batch: list[OnBatch] = field(default_factory=list)
+    batch: list[BatchOp] = field(default_factory=list)
 
     @property
     def on_sample(self) -> list[Any]:
-        return [op for op in [*self.geometry, *self.colour] if not isinstance(op, OnBatch)]
+        return [op for op in [*self.geometry, *self.colour] if not isinstance(op, BatchOp)]
 
     @property
-    def on_batch(self) -> list[OnBatch]:
-        return [op for op in [*self.geometry, *self.colour] if isinstance(op, OnBatch)]
+    def on_batch(self) -> list[BatchOp]:
+        return [op for op in [*self.geometry, *self.colour] if isinstance(op, BatchOp)]
 
 
 def none(size: int) -> Recipe:
@@ -107,12 +106,14 @@ def heavy(size: int) -> Recipe:
 
 def fast(size: int) -> Recipe:
     """Like medium, with crops in threads and colour on the device: for when the loader is what the GPU waits for."""
-    return Recipe([cv2_ops.crop(size), cv2_ops.mirror()], [gpu_augment.jitter()])
+    return Recipe(
+        [cv2_ops.random_resized_crop(size), cv2_ops.horizontal_flip()], [gpu_augment.color_jitter()]
+    )
 
 
 def resident(size: int) -> Recipe:
     """Like light, all of it on the device: a small set then lives there altogether and nothing is loaded at all."""
-    return Recipe([gpu_augment.affine()])
+    return Recipe([gpu_augment.random_affine()])
 
 
 RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy, fast, resident)}
@@ -138,14 +139,14 @@ def days(cfg: Config) -> list[Day]:
 
 def of_day(cfg: Config, today: Day) -> Recipe:
     """The recipe with what the knobs beside it add."""
-    recipe, knobs = named(cfg, today.size), cfg.augment
+    recipe, knobs = from_config(cfg, today.size), cfg.augment
     colour, batch = list(recipe.colour), list(recipe.batch)
     if today.strong and knobs.policy is not None:
-        colour.append(policies.named(knobs.policy, cfg.data.channels))
+        colour.append(policies.create(knobs.policy, cfg.data.channels))
     if today.strong and knobs.random_erasing:
-        batch.append(gpu_augment.erase(knobs.random_erasing))
+        batch.append(gpu_augment.random_erasing(knobs.random_erasing))
     made = Recipe(recipe.geometry, colour, batch)
-    if cfg.data.depth > 8 and (coarse := [op for op in made.on_sample if kind(op) != "native"]):
+    if cfg.data.depth > 8 and (coarse := [op for op in made.on_sample if op_type(op) != "native"]):
         raise Refused(
             f"data.depth: {cfg.data.depth} bits, and {type(coarse[0]).__name__} of augment.recipe {knobs.recipe} works on 8; "
             "take none, fast, resident, or your own recipe of comp/engine/run/cv2_ops.py and device.py"
@@ -153,7 +154,7 @@ def of_day(cfg: Config, today: Day) -> Recipe:
     return made
 
 
-def named(cfg: Config, size: int | None = None) -> Recipe:
+def from_config(cfg: Config, size: int | None = None) -> Recipe:
     return by_name(cfg.augment.recipe, size or cfg.data.size)
 
 
@@ -183,12 +184,12 @@ class Augment:
 
     def __init__(self, recipe: Recipe, size: int, shrink: float = 1.0):
         self.size, self.shrink = size, shrink
-        self.steps = [_step(what, list(ops)) for what, ops in groupby(recipe.on_sample, kind)]
-        self.threads = all(kind(op) == "native" for op in recipe.on_sample)
+        self.steps = [_step(what, list(ops)) for what, ops in groupby(recipe.on_sample, op_type)]
+        self.threads = all(op_type(op) == "native" for op in recipe.on_sample)
 
-    def __call__(self, picture: Picture, seed: int) -> Picture:
+    def __call__(self, picture: Pixels, seed: int) -> Pixels:
         if not self.steps:
-            return centred(picture, self.size)
+            return center_crop(picture, self.size)
         if self.shrink != 1:
             height, width = picture.shape[:2]
             picture = _resized(
@@ -196,7 +197,7 @@ class Augment:
             )
         for number, step in enumerate(self.steps):
             picture = step(picture, mixed(seed, number))
-        assert picture.dtype in KINDS.values(), (
+        assert picture.dtype in DTYPES.values(), (
             "a recipe must hand over pixels as it got them; normalising is the first line of the step"
         )
         if picture.shape[:2] != (self.size, self.size):
@@ -206,18 +207,18 @@ class Augment:
         return picture.reshape(self.size, self.size, -1)
 
 
-def kind(op: Any) -> str:
+def op_type(op: Any) -> str:
     """Whose an op on a sample is, which decides where it runs."""
     if isinstance(op, policies.Policy):
         return "policy"
     return "albumentations" if isinstance(op, A.BasicTransform | A.BaseCompose) else "native"
 
 
-def _step(what: str, ops: list[Any]) -> Callable[[Picture, int], Picture]:
+def _step(what: str, ops: list[Any]) -> Callable[[Pixels, int], Pixels]:
     if what == "albumentations":
         chain = A.Compose(ops)
 
-        def theirs(picture: Picture, seed: int) -> Picture:
+        def theirs(picture: Pixels, seed: int) -> Pixels:
             chain.set_random_seed(
                 seed % 2**32
             )  # inside loader processes it repeats its draws unless seeded before each call
@@ -228,7 +229,7 @@ def _step(what: str, ops: list[Any]) -> Callable[[Picture, int], Picture]:
         (policy,) = ops
         return policy
 
-    def ours(picture: Picture, seed: int) -> Picture:
+    def ours(picture: Pixels, seed: int) -> Pixels:
         random = Random(seed)
         for op in ops:
             picture = op(picture, random)
@@ -237,7 +238,7 @@ def _step(what: str, ops: list[Any]) -> Callable[[Picture, int], Picture]:
     return ours
 
 
-def centred(picture: Picture, size: int) -> Picture:
+def center_crop(picture: Pixels, size: int) -> Pixels:
     """What validation and inference see: the middle square of `size`, with all of the picture that fits."""
     height, width = picture.shape[:2]
     if (height, width) == (size, size):
@@ -250,7 +251,7 @@ def centred(picture: Picture, size: int) -> Picture:
     return picture[top : top + size, left : left + size].reshape(size, size, -1)
 
 
-def _resized(picture: Picture, height: int, width: int) -> Picture:
+def _resized(picture: Pixels, height: int, width: int) -> Pixels:
     how = cv2.INTER_AREA if height < picture.shape[0] else cv2.INTER_CUBIC
     flat = picture.reshape(*picture.shape[:2], -1)
     parts = [
@@ -263,7 +264,7 @@ def _resized(picture: Picture, height: int, width: int) -> Picture:
 class Seen:
     """From a uint8 batch to what the network sees: the device's share of the recipe around normalising."""
 
-    def __init__(self, normal: Normal, recipe: Recipe | None = None):
+    def __init__(self, normal: Normalize, recipe: Recipe | None = None):
         self.normal = normal
         self.before = recipe.on_batch if recipe else []
         self.after = recipe.batch if recipe else []

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from comp.engine import hardware
 from comp.engine.data import cache_index
-from comp.engine.data.image_loader import Making, content_hash
+from comp.engine.data.image_reader import ImageReader, content_hash
 from comp.engine.errors import Refused, UserError
 from comp.engine.readers import decode
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.readers.decode import Pixels
 from comp.engine.store import store
 
@@ -54,22 +54,24 @@ class Line(NamedTuple):
 Made = tuple[Line, Pixels | None]
 
 
-class NoRoom(Refused):
+class CacheSpaceError(Refused):
     """The disk has no place for this cache."""
 
 
-def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], progress: bool) -> Path:
+def build(
+    folder: Path, reader: ImageReader, names: pa.Array, found: NDArray[np.int64], progress: bool
+) -> Path:
     """Adds to the cache what it lacks of these files. Called under the folder's lock; returns the index that counts."""
     before = cache_index.current(folder)
-    lines = _resumed(folder, how, before)
+    lines = _resumed(folder, reader, before)
     known = _merged(before, lines)
-    stale = np.flatnonzero(cache_index.where(names, found, known) == cache_index.STALE)
+    stale = np.flatnonzero(cache_index.locate(names, found, known) == cache_index.STALE)
     if before is not None and not len(stale) and not lines:
         (folder / "journal.jsonl").unlink()
         return before  # another process has just done it
     todo = list(dict.fromkeys(names.take(pa.array(stale)).to_pylist()))
-    _announce(folder, how, todo)
-    twins = {} if how.by_hook else _twins(known)
+    _announce(folder, reader, todo)
+    twins = {} if reader.uses_hook else _twins(known)
     try:
         # Syncing has a thread of its own, or decoding would wait for the disk.
         with (
@@ -80,7 +82,7 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
             end = pixels.tell()
             fresh: list[Line] = []
             commit: Future[None] | None = None
-            made = _decoded(how, todo, twins)
+            made = _decoded(reader, todo, twins)
             for line, image in tqdm(
                 made, "cache", len(todo), unit=" images", disable=None if progress else True
             ):
@@ -91,7 +93,7 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
                     line = line._replace(offset=end)
                     pixels.write(image.data)
                     end += image.nbytes
-                if not how.by_hook:  # which may make different pictures of the same bytes
+                if not reader.uses_hook:  # which may make different pictures of the same bytes
                     twins[line.hash] = line
                 lines.append(line)
                 fresh.append(line)
@@ -105,17 +107,17 @@ def fill(folder: Path, how: Making, names: pa.Array, found: NDArray[np.int64], p
     except OSError as error:
         what = f"{store.shown(folder)}: could not be written ({error.strerror})"
         raise Refused(f"{what}; what is there stays, and the next start goes on from it") from error
-    return _published(folder, how, before, lines)
+    return _published(folder, reader, before, lines)
 
 
-def _decoded(how: Making, names: list[str], known: dict[str, Line]) -> Iterator[Made]:
+def _decoded(reader: ImageReader, names: list[str], known: dict[str, Line]) -> Iterator[Made]:
     """In the order of `names`, by as many threads as there are cores: decoders release Python's lock."""
     threads = hardware.cores()
     chunks = iter([names[start : start + CHUNK] for start in range(0, len(names), CHUNK)])
     with ThreadPoolExecutor(threads) as pool:
 
         def started(number: int) -> list[Future[list[Made]]]:
-            return [pool.submit(_made, how, chunk, known) for chunk in islice(chunks, number)]
+            return [pool.submit(_made, reader, chunk, known) for chunk in islice(chunks, number)]
 
         running = deque(started(4 * threads))
         try:
@@ -126,25 +128,27 @@ def _decoded(how: Making, names: list[str], known: dict[str, Line]) -> Iterator[
             pool.shutdown(cancel_futures=True)
 
 
-def _made(how: Making, names: list[str], known: dict[str, Line]) -> list[Made]:
+def _made(reader: ImageReader, names: list[str], known: dict[str, Line]) -> list[Made]:
     """Lines and pixels of files; nothing for one that cannot be read now: that may pass, damage does not."""
     made: list[Made] = []
     for name in names:
-        size, mtime = how.stamp(name)  # before the bytes: a file that changes in between is noticed next time
+        size, mtime = reader.stamp(
+            name
+        )  # before the bytes: a file that changes in between is noticed next time
         try:
-            data = how.read(name)
-        except Damaged:
+            data = reader.read(name)
+        except DamagedImage:
             continue
         line = Line(name, size, mtime, content_hash(data))
         image = None
         if line.hash not in known:
             try:
-                image = how.image(name, data)
+                image = reader.image(name, data)
                 height, width, channels = image.shape
                 line = line._replace(
                     height=height, width=width, channels=channels, crc=zlib.crc32(image.data)
                 )
-            except Damaged as damaged:
+            except DamagedImage as damaged:
                 line = line._replace(reason=damaged.reason)
         made.append((line, image))
     return made
@@ -158,7 +162,7 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Line]) -> None:
     journal.flush()
 
 
-def _resumed(folder: Path, how: Making, before: Path | None) -> list[Line]:
+def _resumed(folder: Path, reader: ImageReader, before: Path | None) -> list[Line]:
     """What a killed build had finished; pixels.bin and journal end there. Lines that have come to count do no harm again."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
     journal.touch()
@@ -167,10 +171,10 @@ def _resumed(folder: Path, how: Making, before: Path | None) -> list[Line]:
     text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
     lines = [Line(*values) for part in text.splitlines() for values in json.loads(part)]
     counted = store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0
-    each = np.dtype(how.kind).itemsize
+    each = np.dtype(reader.dtype).itemsize
     end = max([counted] + [line.offset + line.height * line.width * line.channels * each for line in lines])
     if pixels.stat().st_size < end:
-        raise cache_index.broken(
+        raise cache_index.cache_damaged(
             folder, f"{store.shown(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
         )
     os.truncate(journal, len(text))
@@ -178,16 +182,16 @@ def _resumed(folder: Path, how: Making, before: Path | None) -> list[Line]:
     return lines
 
 
-def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]) -> Path:
+def _published(folder: Path, reader: ImageReader, before: Path | None, lines: list[Line]) -> Path:
     table = _merged(before, lines)
     damaged = int((table["height"].to_numpy() == 0).sum())
     size = (folder / "pixels.bin").stat().st_size
     made_with = {
-        "raw": how.raw,
-        "px": how.size,
-        "fit": how.fit,
-        "channels": how.channels,
-        "depth": how.numbers.depth,
+        "raw": reader.raw,
+        "px": reader.size,
+        "resize": reader.resize,
+        "channels": reader.channels,
+        "depth": reader.pixel_format.depth,
         "decoder": decode.DECODER,
     }
     facts = {"images": len(table), "damaged": damaged, "pixels": size}
@@ -198,21 +202,21 @@ def _published(folder: Path, how: Making, before: Path | None, lines: list[Line]
     return file
 
 
-def _announce(folder: Path, how: Making, todo: list[str]) -> None:
-    size = len(todo) * _bytes_each(how, todo)
-    what = f"{store.shown(folder)}: {len(todo):,} pictures of {how.size} px"
+def _announce(folder: Path, reader: ImageReader, todo: list[str]) -> None:
+    size = len(todo) * _bytes_each(reader, todo)
+    what = f"{store.shown(folder)}: {len(todo):,} pictures of {reader.size} px"
     try:
         store.need_space(size, what)
     except UserError as refusal:
-        raise NoRoom(*refusal.lines) from None
+        raise CacheSpaceError(*refusal.lines) from None
     print(f"{what}, about {store.readable(size)}", flush=True)
 
 
-def _bytes_each(how: Making, names: list[str]) -> int:
-    square = how.size * how.size * how.channels * np.dtype(how.kind).itemsize
-    if how.fit != "cover":
+def _bytes_each(reader: ImageReader, names: list[str]) -> int:
+    square = reader.size * reader.size * reader.channels * np.dtype(reader.dtype).itemsize
+    if reader.resize != "cover":
         return square
-    shapes = [decode.shape(how.file(name)) for name in names[:: max(1, len(names) // 64)]]
+    shapes = [decode.shape(reader.file(name)) for name in names[:: max(1, len(names) // 64)]]
     ratios = [max(shape) / min(shape) for shape in shapes if shape and min(shape)]
     return int(square * sum(ratios) / len(ratios)) if ratios else square
 

@@ -23,31 +23,33 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
-from comp.engine.data import build_cache, cache_index, image_loader
-from comp.engine.readers.arrays import Damaged
+from comp.engine.data import build_cache, cache_index, image_reader
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.readers.decode import Pixels
 from comp.engine.store import store
 
 
-class Direct:
+class UncachedImages:
     """Decoding on the fly: for sets that do not fit on the disk."""
 
-    def __init__(self, how: image_loader.Making, names: pa.Array):
-        self.how = how
+    def __init__(self, reader: image_reader.ImageReader, names: pa.Array):
+        self.reader = reader
         self.names = names  # not a list: loader processes would copy a million Python strings
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Pixels:
-        return self.how.image(self.names[i].as_py())
+        return self.reader.image(self.names[i].as_py())
 
 
-class Cached:
+class CachedImages:
     """The same pictures out of the cache: read-only views of one mapped file."""
 
-    def __init__(self, how: image_loader.Making, names: pa.Array, index_file: Path, where: NDArray[np.int32]):
-        self.how = how
+    def __init__(
+        self, reader: image_reader.ImageReader, names: pa.Array, index_file: Path, where: NDArray[np.int32]
+    ):
+        self.reader = reader
         self.index_file = index_file
         self.where = where  # the picture's line in the index, or negative
         # Decoded on the fly, which says what is wrong with them.
@@ -60,19 +62,19 @@ class Cached:
 
     def __getitem__(self, i: int) -> Pixels:
         at = int(self.where[i])
-        return self.pages.image(at) if at >= 0 else self.how.image(self.absent[i])
+        return self.pages.image(at) if at >= 0 else self.reader.image(self.absent[i])
 
     @cached_property
     def pages(self) -> _Pages:
-        return _Pages(self.index_file, np.dtype(self.how.kind))
+        return _Pages(self.index_file, np.dtype(self.reader.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         """Mappings do not travel to another process."""
         return {key: value for key, value in self.__dict__.items() if key != "pages"}
 
 
-# images[i]: (height, width, channels) of data.depth; raises Damaged, whose text names file and reason.
-Images = Direct | Cached
+# images[i]: (height, width, channels) of data.depth; raises DamagedImage, whose text names file and reason.
+Images = UncachedImages | CachedImages
 
 
 class _Pages:
@@ -91,7 +93,7 @@ class _Pages:
         self.touched = 0
         file, end = self.folder / "pixels.bin", cache_index.end(self.table, kind.itemsize)
         if file.stat().st_size < end:
-            raise cache_index.broken(
+            raise cache_index.cache_damaged(
                 self.folder, f"{store.shown(file)}: {end - file.stat().st_size} bytes are missing at its end"
             )
         with file.open("rb") as opened:
@@ -102,7 +104,7 @@ class _Pages:
         count = height * width * channels
         size = count * self.kind.itemsize
         if self.map is None or not size:
-            raise Damaged(self.table["name"][at].as_py(), self.table["reason"][at].as_py())
+            raise DamagedImage(self.table["name"][at].as_py(), self.table["reason"][at].as_py())
         self.touched += size
         if self.touched > self.KEEP and hasattr(mmap, "MADV_DONTNEED"):
             # Views handed out stay valid: their pages come again, from the page cache.
@@ -113,7 +115,7 @@ class _Pages:
             if zlib.crc32(pixels.data) != self.crc[at]:
                 name = self.table["name"][at].as_py()
                 what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {name} is damaged (its crc32 differs)"
-                raise cache_index.broken(self.folder, what)
+                raise cache_index.cache_damaged(self.folder, what)
             self.checked[at] = True
         return pixels.reshape(height, width, channels)
 
@@ -122,30 +124,32 @@ def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: boo
     """The pictures of these files under raw, in this order; what the cache lacks is decoded into it first.
 
     On a disk that is too small or read-only they are decoded on the fly, which is said in a line; with must_fit that is refused."""
-    how = image_loader.of(cfg)
+    reader = image_reader.from_config(cfg)
     names = pa.array(paths, pa.string())
     if not cfg.data.cache:
-        return Direct(how, names)
-    folder = store.path("data", "cache", how.key)
-    found = how.stamps(paths)  # most of the start
+        return UncachedImages(reader, names)
+    folder = store.path("data", "cache", reader.key)
+    found = reader.stamps(paths)  # most of the start
     file = cache_index.current(folder)
-    where = cache_index.where(names, found, cache_index.mapped(file))
+    where = cache_index.locate(names, found, cache_index.mapped(file))
     if file is None or (where == cache_index.STALE).any():
         try:
             _make(folder)
             with store.lock(folder, "filling the image cache", wait=True):
-                file = build_cache.fill(folder, how, names, found, progress)
-        except build_cache.NoRoom as refusal:
+                file = build_cache.build(folder, reader, names, found, progress)
+        except build_cache.CacheSpaceError as refusal:
             if must_fit:
                 raise
             print(f"{refusal}\nso pictures are decoded on the fly: the same pixels, more work", flush=True)
-            return Direct(how, names)
-        where = cache_index.where(names, found, cache_index.mapped(file))
-    return Cached(how, names, file, where.astype(np.int32))
+            return UncachedImages(reader, names)
+        where = cache_index.locate(names, found, cache_index.mapped(file))
+    return CachedImages(reader, names, file, where.astype(np.int32))
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise build_cache.NoRoom(f"{store.shown(folder)}: cannot be made ({error.strerror})") from None
+        raise build_cache.CacheSpaceError(
+            f"{store.shown(folder)}: cannot be made ({error.strerror})"
+        ) from None

@@ -35,8 +35,10 @@ def current(folder: Path) -> Path | None:
             continue
         if good:
             return folder / name
-        raise broken(folder, f"{store.shown(folder / name)}: damaged (sha256 differs from {store.MANIFEST})")
-    raise broken(folder, f"{store.shown(folder)}: {store.MANIFEST} names an index that is not there")
+        raise cache_damaged(
+            folder, f"{store.shown(folder / name)}: damaged (sha256 differs from {store.MANIFEST})"
+        )
+    raise cache_damaged(folder, f"{store.shown(folder)}: {store.MANIFEST} names an index that is not there")
 
 
 def publish(folder: Path, table: pa.Table, facts: dict[str, Any]) -> Path:
@@ -75,7 +77,7 @@ def end(table: pa.Table, each: int) -> int:
     return int((column(table, "offset") + height * width * channels * each).max(initial=0))
 
 
-def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray[np.int64]:
+def locate(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray[np.int64]:
     """The line of each name, or ABSENT, or STALE. `found` is (size, mtime) of the files as they are now, -1 without one."""
     at = pc.index_in(names, table["name"]).fill_null(STALE).to_numpy().astype(np.int64)
     made_from = np.stack([column(table, "bytes"), column(table, "mtime")], 1)
@@ -85,7 +87,7 @@ def where(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArray
     return at
 
 
-def known(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray[Any]:
+def known_hashes(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray[Any]:
     """The hash of each file by any cache of this raw folder; empty where none has seen it as it is now (size and mtime)."""
     hashed = np.full(len(names), "", object)
     for manifest in sorted(store.path("data", "cache").glob(f"*/{store.MANIFEST}")):
@@ -93,11 +95,11 @@ def known(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray[Any]:
         if file is None or store.read_json(manifest).get(file.name, {}).get("raw") != raw:
             continue
         table = mapped(file)
-        at = where(names, found, table)
+        at = locate(names, found, table)
         here = np.flatnonzero((at >= 0) & (hashed == ""))
         hashed[here] = table["hash"].take(pa.array(at[here])).to_numpy(zero_copy_only=False)
     return hashed
 
 
-def broken(folder: Path, what: str) -> Refused:
+def cache_damaged(folder: Path, what: str) -> Refused:
     return Refused(f"{what}; delete {store.shown(folder)}, it is made again by itself")

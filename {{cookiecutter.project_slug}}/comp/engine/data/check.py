@@ -18,7 +18,7 @@ from comp.engine import hardware, pages
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data import exact_duplicates, image_key, image_loader, prepare, sample_submission, samples
+from comp.engine.data import exact_duplicates, image_key, image_reader, prepare, sample_submission, samples
 from comp.engine.data.prepare import Prepared
 from comp.engine.data.sample_submission import SampleSubmission, load_sample
 from comp.engine.errors import UserError
@@ -63,7 +63,11 @@ def check(
         faults += refused.lines
     else:
         faults += reading.faults
-        maker = image_loader.of(cfg) if exact else replace(image_loader.of(cfg), size=32, fit="stretch")
+        maker = (
+            image_reader.from_config(cfg)
+            if exact
+            else replace(image_reader.from_config(cfg), size=32, resize="stretch")
+        )
         notes += reading.notes + _copies(cfg, reading) + _stale(reading)
         assignment, about = _against_sample(cfg, reading)
         faults += assignment
@@ -179,7 +183,7 @@ def _asked(head: Head, answers: Sequence[str]) -> tuple[str, ...]:
     return head.classes if both else head.outputs
 
 
-def _images(cfg: Config, reading: Prepared, maker: image_loader.Making) -> tuple[list[str], list[str]]:
+def _images(cfg: Config, reading: Prepared, maker: image_reader.ImageReader) -> tuple[list[str], list[str]]:
     """Every listed image exists and decodes; faults, and what is only worth knowing."""
     raw = store.path(cfg.competition.raw)
     rows = {
@@ -212,7 +216,7 @@ def _images(cfg: Config, reading: Prepared, maker: image_loader.Making) -> tuple
             ]
     looks = _looked(maker, [name for name in rows if name in on_disk])
     warned = [look for look in looks if look.fault.startswith(decode.WARNED)]
-    taken = warned if maker.numbers.lenient else []
+    taken = warned if maker.pixel_format.lenient else []
     damaged = [look for look in looks if look.fault and look not in taken]
     faults += [
         f"{reading.where(rows[look.name])}: image {image_key.shown(look.name)}: {look.fault}"
@@ -226,7 +230,7 @@ def _images(cfg: Config, reading: Prepared, maker: image_loader.Making) -> tuple
             f"hint: half of the images are {int(np.median(sides))} px or smaller; ImageNet stems shrink them by 4 before they "
             f"look: model.stem=small with data.size={int(np.median(sides))}, or a larger data.size than the pictures have"
         )
-    notes += _warned(warned, reading, rows, maker.numbers.lenient)
+    notes += _warned(warned, reading, rows, maker.pixel_format.lenient)
     return faults, notes
 
 
@@ -311,7 +315,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _looked(maker: image_loader.Making, names: Sequence[str]) -> list[Look]:
+def _looked(maker: image_reader.ImageReader, names: Sequence[str]) -> list[Look]:
     """Decoded in parallel. What is as it was last time (size, mtime, decoder) is not opened again."""
     from tqdm import tqdm
 
@@ -343,15 +347,15 @@ def _looked(maker: image_loader.Making, names: Sequence[str]) -> list[Look]:
     return [done[name] for name in names]
 
 
-def _look(maker: image_loader.Making, name: str) -> Look:
+def _look(maker: image_reader.ImageReader, name: str) -> Look:
     size, mtime = maker.stamp(name)
     side, fault = 0, ""
-    strict = replace(maker, numbers=maker.numbers._replace(lenient=False))
+    strict = replace(maker, pixel_format=maker.pixel_format._replace(lenient=False))
     try:
         data = maker.read(name)
         strict.image(name, data)
         side = _shorter_side(data)
-    except decode.Damaged as damaged:
+    except decode.DamagedImage as damaged:
         fault = damaged.reason
     return Look(name, size, mtime, side, fault)
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from comp.engine import text_table
 from comp.engine.config.schema import Config
-from comp.engine.data import cache, folds, image_loader, phash
+from comp.engine.data import cache, folds, image_reader, phash
 from comp.engine.data.samples import Samples
 from comp.engine.readers import arrays
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.store import store
 
@@ -94,16 +94,16 @@ def _looked(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
     images = cache.open_images(cfg.model_copy(update={"data": small}), names, cfg.machine.progress)
     grey = np.zeros((len(names), phash.SIDE, phash.SIDE), np.float32)
     hashed = [""] * len(names)
-    listed = images.pages.table["hash"] if isinstance(images, cache.Cached) else None
+    listed = images.pages.table["hash"] if isinstance(images, cache.CachedImages) else None
     for at, name in enumerate(names):
         try:
-            grey[at] = images[at].mean(axis=2) / (arrays.BRIGHTEST[cfg.data.depth] // 255)
-        except Damaged:
+            grey[at] = images[at].mean(axis=2) / (arrays.MAX_VALUE[cfg.data.depth] // 255)
+        except DamagedImage:
             continue
-        if listed is not None and isinstance(images, cache.Cached) and images.where[at] >= 0:
+        if listed is not None and isinstance(images, cache.CachedImages) and images.where[at] >= 0:
             hashed[at] = listed[int(images.where[at])].as_py()
         else:
-            hashed[at] = store.digest(image_loader.of(cfg).read(name).hex())
+            hashed[at] = store.digest(image_reader.from_config(cfg).read(name).hex())
     return grey, hashed
 
 
@@ -221,10 +221,10 @@ def _frame(samples: Samples, copies: Duplicates) -> pd.DataFrame:
 
 
 def _drawn(cfg: Config, frame: pd.DataFrame, file: Any) -> None:
-    how = replace(image_loader.of(cfg), size=plots.TILE, fit="contain")
+    reader = replace(image_reader.from_config(cfg), size=plots.TILE, resize="contain")
     tiles = []
     for row in frame.head(DRAWN).itertuples():
         for side in "ab":
             said = [str(getattr(row, f"{name}_{side}")) for name in ("source", "id", "label")]
-            tiles.append((arrays.shown(how.image(getattr(row, f"image_{side}"))), " ".join(said)))
-    plots.sheet(tiles, file, columns=8, title="copies, in pairs; train and test first", pairs=True)
+            tiles.append((arrays.to_uint8(reader.image(getattr(row, f"image_{side}"))), " ".join(said)))
+    plots.image_grid(tiles, file, columns=8, title="copies, in pairs; train and test first", pairs=True)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from comp.engine import hardware
 from comp.engine.config.schema import Config
-from comp.engine.data import cache_index, image_key, image_loader
+from comp.engine.data import cache_index, image_key, image_reader
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 
 MIDDLE = 4096  # bytes: heads are alike within a format, and ends within a border of one colour
 CHUNK = 64  # files a task of the pool
@@ -75,12 +75,12 @@ def _normal(key: str) -> str:
 
 
 def find_by_bytes(cfg: Config, samples: Samples) -> ImageFiles:
-    images, how = find_by_path(samples), image_loader.of(cfg)
+    images, reader = find_by_path(samples), image_reader.from_config(cfg)
     unread: dict[str, str] = {}
 
     def stamp(name: str) -> tuple[int, int]:
         try:
-            found = how.stamp(name)
+            found = reader.stamp(name)
         except UserError as refused:  # an archive that cannot be opened
             unread[name] = refused.lines[0]
             return -1, -1
@@ -89,11 +89,13 @@ def find_by_bytes(cfg: Config, samples: Samples) -> ImageFiles:
         return found
 
     found = np.array([stamp(name) for name in images.names], np.int64).reshape(-1, 2)
-    content = _content(how, images.names, found, unread)
+    content = _content(reader, images.names, found, unread)
     return images._replace(content=content, unread=unread)
 
 
-def _content(how: image_loader.Making, names: list[str], found: NDArray[Any], unread: dict[str, str]) -> Ints:
+def _content(
+    reader: image_reader.ImageReader, names: list[str], found: NDArray[Any], unread: dict[str, str]
+) -> Ints:
     """A number for each file: equal ones for equal bytes."""
     size = found[:, 0]
     content = np.arange(len(names))
@@ -101,17 +103,19 @@ def _content(how: image_loader.Making, names: list[str], found: NDArray[Any], un
     if not len(asked):
         return content
     chosen = [names[at] for at in asked]
-    hashed = cache_index.known(how.raw, pa.array(chosen, pa.string()), found[asked])
+    hashed = cache_index.known_hashes(reader.raw, pa.array(chosen, pa.string()), found[asked])
     new = hashed == ""
     # Of a size that no cache holds the middle of a file tells most apart; beside a known hash only a hash helps.
     mixed = np.isin(size[asked], size[asked][~new])
     told = np.flatnonzero(new & ~mixed)
     middle = np.full(len(asked), "", object)
-    middle[told] = map_files(lambda name: _middle(how, name), [chosen[at] for at in told], "comparing images")
+    middle[told] = map_files(
+        lambda name: _middle(reader, name), [chosen[at] for at in told], "comparing images"
+    )
     pair = np.array([f"{n} {m}" for n, m in zip(size[asked][told], middle[told], strict=True)], object)
     whole = np.union1d(told[_shared(pair)], np.flatnonzero(new & mixed))
     hashed[whole] = map_files(
-        lambda name: file_hash(how, name, unread), [chosen[at] for at in whole], "hashing images"
+        lambda name: file_hash(reader, name, unread), [chosen[at] for at in whole], "hashing images"
     )
     same = np.flatnonzero(hashed != "")
     _, first, place = np.unique(hashed[same].astype(str), return_index=True, return_inverse=True)
@@ -128,21 +132,21 @@ def _shared(values: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(count[place] > 1)
 
 
-def _middle(how: image_loader.Making, name: str) -> str:
+def _middle(reader: image_reader.ImageReader, name: str) -> str:
     """Empty for a member of an archive, of which nothing is gained by reading a part."""
     try:
-        with how.file(name).open("rb") as opened:
+        with reader.file(name).open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - MIDDLE) // 2)
             return hashlib.blake2b(opened.read(MIDDLE), digest_size=16).hexdigest()
     except OSError:
         return ""
 
 
-def file_hash(how: image_loader.Making, name: str, unread: dict[str, str]) -> str:
+def file_hash(reader: image_reader.ImageReader, name: str, unread: dict[str, str]) -> str:
     """As an image cache has it; empty for what cannot be read, whose reason goes into `unread`."""
     try:
-        return image_loader.content_hash(how.read(name))
-    except (Damaged, UserError) as fault:
+        return image_reader.content_hash(reader.read(name))
+    except (DamagedImage, UserError) as fault:
         unread[name] = str(fault)
         return ""
 

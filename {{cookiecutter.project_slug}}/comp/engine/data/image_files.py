@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
-from comp.engine.data import cache_index, exact_duplicates, image_key, image_loader, samples
+from comp.engine.data import cache_index, exact_duplicates, image_key, image_reader, samples
 from comp.engine.errors import Refused
 from comp.engine.readers import containers
 from comp.engine.store import store
@@ -46,8 +46,8 @@ def compare(cfg: Config, digest: str) -> Compared:
     old = _read(cfg, digest)
     names, hashed = old["name"].to_pylist(), old["hash"].to_numpy(zero_copy_only=False)
     then = np.stack([cache_index.column(old, name) for name in ("bytes", "mtime")], 1)
-    how = image_loader.of(cfg)
-    now = how.stamps(names)
+    reader = image_reader.from_config(cfg)
+    now = reader.stamps(names)
     missing = (now[:, 0] < 0) & (then[:, 0] >= 0)
     changed = (now[:, 0] != then[:, 0]) & ~missing
     moved = (now[:, 1] != then[:, 1]) & ~missing & ~changed
@@ -55,7 +55,7 @@ def compare(cfg: Config, digest: str) -> Compared:
     if len(read):
         images = _files(cfg)
         files = {names[at]: images.get(names[at], [names[at]]) for at in read}
-        again = np.array(_hashes(how, files, now[read], "all"), object)
+        again = np.array(_hashes(reader, files, now[read], "all"), object)
         changed[read[again != hashed[read]]] = True
         same = read[again == hashed[read]]
         then[same] = now[same]
@@ -114,16 +114,16 @@ def _read(cfg: Config, digest: str) -> pa.Table:
 
 
 def _table(cfg: Config, hashes: Hashes) -> pa.Table:
-    how, files = image_loader.of(cfg), _files(cfg)
-    found = how.stamps(list(files))
-    hashed = _hashes(how, files, found, hashes)
+    reader, files = image_reader.from_config(cfg), _files(cfg)
+    found = reader.stamps(list(files))
+    hashed = _hashes(reader, files, found, hashes)
     return pa.table([list(files), found[:, 0], found[:, 1], hashed], schema=SCHEMA)
 
 
 def _files(cfg: Config) -> dict[str, list[str]]:
     """file -> the images in it: of an archive its members, of any other file one of the images that are made from it. Files that
     are channels of one image are one, as making.stamp takes them."""
-    how = image_loader.of(cfg)
+    reader = image_reader.from_config(cfg)
     listed = samples.load().frame["images"]
     keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.images]}
     archives: dict[str, str] = {}  # by folder; empty for a real folder
@@ -131,8 +131,8 @@ def _files(cfg: Config) -> dict[str, list[str]]:
     for paths, key in sorted(keys.items()):
         parts = image_key.files(paths)
         for folder in {os.path.dirname(part) for part in parts} - archives.keys():
-            inside = containers.split(Path(how.folder, folder, "x"))
-            archives[folder] = os.path.relpath(inside[0], how.folder) if inside else ""
+            inside = containers.split(Path(reader.folder, folder, "x"))
+            archives[folder] = os.path.relpath(inside[0], reader.folder) if inside else ""
         places = [archives[os.path.dirname(part)] or part for part in parts]
         for place in dict.fromkeys(places) if places != parts else [paths]:
             files.setdefault(place, []).append(key)
@@ -140,7 +140,7 @@ def _files(cfg: Config) -> dict[str, list[str]]:
 
 
 def _hashes(
-    how: image_loader.Making, files: dict[str, list[str]], found: Stamps, hashes: Hashes
+    reader: image_reader.ImageReader, files: dict[str, list[str]], found: Stamps, hashes: Hashes
 ) -> list[str]:
     """Of each file; of an archive one over its members."""
     if hashes == "none":
@@ -151,23 +151,23 @@ def _hashes(
     )
     hashed = [""] * len(names)
     for at, each in zip(
-        single, _of(how, [files[names[at]][0] for at in single], found[single], hashes), strict=True
+        single, _of(reader, [files[names[at]][0] for at in single], found[single], hashes), strict=True
     ):
         hashed[at] = each
     for at in np.setdiff1d(np.arange(len(names)), single):
         members = files[names[at]]
-        inside = _of(how, members, how.stamps(members), hashes)
+        inside = _of(reader, members, reader.stamps(members), hashes)
         hashed[at] = store.digest([*zip(members, inside, strict=True)]) if all(inside) else ""
     return hashed
 
 
-def _of(how: image_loader.Making, names: list[str], found: Stamps, hashes: Hashes) -> list[str]:
-    known = cache_index.known(how.raw, pa.array(names, pa.string()), found)
+def _of(reader: image_reader.ImageReader, names: list[str], found: Stamps, hashes: Hashes) -> list[str]:
+    known = cache_index.known_hashes(reader.raw, pa.array(names, pa.string()), found)
     if hashes == "all":
         new = np.flatnonzero(known == "")
         unread: dict[str, str] = {}
         known[new] = exact_duplicates.map_files(
-            lambda name: exact_duplicates.file_hash(how, name, unread),
+            lambda name: exact_duplicates.file_hash(reader, name, unread),
             [names[at] for at in new],
             "hashing images",
         )

@@ -78,7 +78,7 @@ def load_test(competition: Competition) -> RawRows:
 
 def _source(name: str, raw: Path, table: Table, competition: Competition) -> RawTable:
     if table.files is not None:
-        found = RawTable(raw / layouts.fixed(table.files), layouts.files_frame(raw, table.files))
+        found = RawTable(raw / layouts.pattern_folder(table.files), layouts.files_frame(raw, table.files))
     else:
         assert table.table is not None
         found = read(raw / table.table)
@@ -131,7 +131,7 @@ def _images(
     table: Table, source: RawTable, competition: Competition, globs: layouts.Globs
 ) -> list[list[str]]:
     """The keys of a row's images (image_key.py), one list a row."""
-    images = [[path] for path in source.frame[layouts.FILE]] if table.image is None else []
+    images = [[path] for path in source.frame[layouts.FILE_COLUMN]] if table.image is None else []
     for template in table.image or []:
         parts = [
             [unicode_names.on_disk(globs.raw, path) for path in expand_template(source, part)]
@@ -203,7 +203,7 @@ def read(file: Path) -> RawTable:
 def unpacked(file: Path) -> Path:
     """`train.zip/train.csv`, or `train.csv.zip` with one table in it: unpacked once, read like any other."""
     file = file.parent / unicode_names.on_disk(file.parent, file.name)
-    if file.is_file() and file.suffix not in READERS and containers.holds(file):
+    if file.is_file() and file.suffix not in READERS and containers.is_container(file):
         inside = [name for name in containers.members(file) if Path(name).suffix in READERS]
         if len(inside) != 1:
             raise Refused(

@@ -41,8 +41,8 @@ class RawTable:
     def where(self, position: int) -> str:
         if self.rows is not None:
             position = self.rows[position]
-        if layouts.FILE in self.frame:
-            return str(self.frame[layouts.FILE].iloc[position])
+        if layouts.FILE_COLUMN in self.frame:
+            return str(self.frame[layouts.FILE_COLUMN].iloc[position])
         if self.file.suffix in (".csv", ".tsv"):
             return f"{store.shown(self.file)}:{self._lines[position]}"
         return f"{store.shown(self.file)}: row {position}"
@@ -117,7 +117,7 @@ def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawT
     names = sorted(competition.targets, key=len, reverse=True)
     kinds = "|".join(map(re.escape, names))
     parts = cells.str.extract(
-        f"^(?:{layouts.expression(long.like.replace('{class}', '{class:' + kinds + '}'))})$"
+        f"^(?:{layouts.pattern_regex(long.like.replace('{class}', '{class:' + kinds + '}'))})$"
     )
     wrong = np.flatnonzero(parts["class"].isna().to_numpy())
     if len(wrong):

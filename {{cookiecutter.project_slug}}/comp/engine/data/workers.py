@@ -28,7 +28,7 @@ Asked = TypeVar("Asked", bound=list[Any])
 Made = TypeVar("Made")
 
 
-class Processes(Generic[Asked, Made]):
+class WorkerPool(Generic[Asked, Made]):
     def __init__(
         self, items: Dataset[Any], together: Callable[[list[Any]], Made], workers: int, pinned: bool
     ):

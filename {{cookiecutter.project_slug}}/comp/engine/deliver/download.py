@@ -43,13 +43,13 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
         limit = (ceiling or CEILING) * 10**9
         try:
             size = _unpacked(archive, beside, limit, cfg.machine.progress)
-        except unpack.Damaged as damage:
+        except unpack.DamagedArchive as damage:
             print(f"{damage}; fetched once more", flush=True)
             _forget(archive)
             archive = _fetched(slug, folder, cfg.machine.progress)
             try:
                 size = _unpacked(archive, beside, limit, cfg.machine.progress)
-            except unpack.Damaged as again:
+            except unpack.DamagedArchive as again:
                 _forget(archive)
                 raise Refused(
                     f"{again}, twice; the host's file may be broken: {kaggle.SITE}/competitions/{slug}/data"

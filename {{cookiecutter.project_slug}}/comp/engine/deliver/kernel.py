@@ -169,9 +169,12 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
     """Everything lies where it lies in the project, with its manifest, so that the same code reads it the same way."""
     wanted = [file for leaf in leaves for file in weights_of(leaf)]
     wanted += [
-        file for weights in wanted if frozen_heads.is_head(weights) for file in frozen_heads.beside(weights)
+        file
+        for weights in wanted
+        if frozen_heads.is_head(weights)
+        for file in frozen_heads.required_files(weights)
     ]
-    wanted += [file for file in map(knn.beside, wanted) if file.exists()]
+    wanted += [file for file in map(knn.gallery_file, wanted) if file.exists()]
     wanted += [store.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
     homes = {bank.folder(name), bank.folder(run_members.of_cv(name))}
     wanted += [
@@ -198,7 +201,7 @@ def _backbones(bundle: Path, runs: set[str]) -> None:
 
     for run in sorted(runs):
         name = resolve.from_yaml(store.run_folder(run) / "config.yaml").model.name
-        if said := backbone.description(name):
+        if said := backbone.hub_config(name):
             store.write_json(bundle / kernel_predict.BACKBONES / run / "config.json", said)
 
 
@@ -302,7 +305,7 @@ def readers(table: Samples, raw: Path) -> list[str]:
     for suffix, name in of_suffix.items():
         try:
             start = decode.read(raw / name, name)[:132]
-        except decode.Damaged:  # the raw files need not be here any more
+        except decode.DamagedImage:  # the raw files need not be here any more
             start = b""
         if suffix in (".dcm", ".dicom") or start[128:] == b"DICM":
             found.add("pydicom")

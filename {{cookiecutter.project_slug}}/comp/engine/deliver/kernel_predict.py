@@ -272,13 +272,13 @@ def spoken(
 
 
 def context(cfg: Config, table: Samples) -> Context:
-    from comp.data import Feed
+    from comp.data import Loader
     from comp.engine.run.context import Context
 
     device = hardware.device(cfg.machine.device)
-    feed = Feed(cfg, table, device)
+    loader = Loader(cfg, table, device)
     no_folds: Any = None  # nothing is scored
-    return Context(cfg, table, no_folds, feed, device)
+    return Context(cfg, table, no_folds, loader, device)
 
 
 def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values:

@@ -70,7 +70,7 @@ def correlation(sets: Sequence[PredictionSet], names: Sequence[str], rows: Sampl
     with np.errstate(invalid="ignore", divide="ignore"):
         table = np.nan_to_num(np.atleast_2d(np.corrcoef(flat)))
     size = max(4.0, 0.35 * len(names) + 2)
-    figure, axes = plots.figure_of(size, size)
+    figure, axes = plots.new_figure(size, size)
     drawn = axes.imshow(table, cmap="viridis", vmin=float(table.min()), vmax=1)
     if len(names) <= 15:
         for i, j in np.ndindex(*table.shape):
@@ -104,7 +104,7 @@ def waterfall(
             share = None
         said = merge([oof[i] for i in used], rows, split, space, share)
         reached.append(score.evaluate(cfg, rows, split, said)["oof"] or np.nan)
-    figure, axes = plots.figure_of(max(5.0, 0.4 * len(order) + 3), 4.5)
+    figure, axes = plots.new_figure(max(5.0, 0.4 * len(order) + 3), 4.5)
     sign = 1 if record["direction"] == "max" else -1
     before = [reached[0], *reached[:-1]]
     colours = [
@@ -121,7 +121,7 @@ def waterfall(
 
 def weights(record: Any, order: list[int], file: Path) -> None:
     shown = [record["members"][i] for i in order][:MOST]
-    figure, axes = plots.figure_of(6, max(2.5, 0.3 * len(shown) + 1.2))
+    figure, axes = plots.new_figure(6, max(2.5, 0.3 * len(shown) + 1.2))
     values = [m["weight"] if m["weight"] is not None else 0.0 for m in shown]
     axes.barh(range(len(shown)), values, color="tab:blue")
     axes.set_yticks(range(len(shown)), [m["address"] for m in shown])
@@ -153,7 +153,7 @@ def optimism_curve(
         made = fit.fit_ensemble(cfg, part, rows, split, own, unseen, recipes, refits)
         lines["honest"].append(_scored(cfg, rows, split, oof[0], made.nested))
         lines["in-sample"].append(_scored(cfg, rows, split, oof[0], made.in_sample or made.nested))
-    figure, axes = plots.figure_of(6, 4.5)
+    figure, axes = plots.new_figure(6, 4.5)
     for label, values in lines.items():
         axes.plot(counts, values, marker="o", label=label)
     axes.legend()

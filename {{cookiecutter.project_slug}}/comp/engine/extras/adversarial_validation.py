@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from comp.engine import hardware, text_table
 from comp.engine.config import experiments
-from comp.engine.data import folds, image_loader, samples
+from comp.engine.data import folds, image_reader, samples
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.readers import arrays
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.run import runner
 from comp.engine.store import store
@@ -74,10 +74,10 @@ def _features(context: Context, run: str, seed: int, number: int, rows: Position
 
     from comp import models, transforms
     from comp.engine.run import normalize
-    from comp.engine.run.evaluate import outputs_of
+    from comp.engine.run.evaluate import forward_rows
 
     cfg = context.cfg
-    module = models.build(cfg, context.samples.heads, pretrained=False, feed=context.feed)
+    module = models.build(cfg, context.samples.heads, pretrained=False, loader=context.loader)
     module = models.load_weights(module, store.fold_folder(run, seed, number) / "weights.safetensors").to(
         context.device
     )
@@ -86,9 +86,9 @@ def _features(context: Context, run: str, seed: int, number: int, rows: Position
         raise Refused(f"{run}: its network ends in no linear layer, so there are no features to look at")
     seen: list[torch.Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
-    look = transforms.Seen(normalize.of(cfg, module, context.device))
+    look = transforms.Seen(normalize.build(cfg, module, context.device))
     # One batch at a time, or the hook would meet them out of order.
-    outputs_of(module, context.feed, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
+    forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
     hook.remove()
     return np.asarray(torch.cat(seen).flatten(1).numpy())
 
@@ -161,18 +161,18 @@ def _tell(context: Context, frame: pd.DataFrame, record: dict[str, Any]) -> None
     for kind, some in telling.items():
         cells = [[str(row.id), f"{row.like_test:.3f}"] for row in some.itertuples()]
         print(f"\n{kind}\n" + text_table.text(["id", "like test"], cells, ["like test"]))
-    how = replace(image_loader.of(context.cfg), size=plots.TILE, fit="contain")
+    reader = replace(image_reader.from_config(context.cfg), size=plots.TILE, resize="contain")
     tiles = []
     for some in telling.values():
         for row in some.itertuples():
             try:
-                image = arrays.shown(how.image(str(row.image)))
-            except Damaged:
+                image = arrays.to_uint8(reader.image(str(row.image)))
+            except DamagedImage:
                 image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
             tiles.append((image, f"{row.source} {row.like_test:.2f} {row.id}"))
         tiles += [(np.full((plots.TILE, plots.TILE, 3), 255, np.uint8), "")] * (SHOWN - len(some))
     sheet = store.path("data", "drift.png")
-    plots.sheet(tiles, sheet, columns=SHOWN, title="; ".join(telling))
+    plots.image_grid(tiles, sheet, columns=SHOWN, title="; ".join(telling))
     print(f"\n{store.shown(store.path('data', 'drift.csv'))}: every row\n{store.shown(sheet)}: these")
     if verdict == "no drift to speak of":
         print("next: comp runs")

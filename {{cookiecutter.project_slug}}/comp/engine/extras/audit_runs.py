@@ -181,14 +181,14 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
     from comp import models
     from comp.engine.run import metric_learning, model_selection, pixel_stats, pseudo_rows, target_scaler
 
-    cfg, heads, feed = context.cfg, context.samples.heads, context.feed
+    cfg, heads, loader = context.cfg, context.samples.heads, context.loader
     found: list[Finding] = []
-    if not _measured(models.build(cfg, heads, pretrained=False, feed=feed)):
+    if not _measured(models.build(cfg, heads, pretrained=False, loader=loader)):
         return []
 
     def fitted(rows: Positions, samples: Samples) -> dict[str, Array]:
-        module = models.build(cfg, heads, pretrained=False, feed=feed)
-        pixel_stats.fit(cfg, module, feed, rows)
+        module = models.build(cfg, heads, pretrained=False, loader=loader)
+        pixel_stats.fit_pixel_stats(cfg, module, loader, rows)
         target_scaler.fit(cfg, module, samples, rows)
         return _measured(module)
 
@@ -207,7 +207,7 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
         known[number] = known.get(number) or fitted(own, joined.samples)
         kept = _measured(
             models.load_weights(
-                models.build(cfg, heads, pretrained=False, feed=feed), store.verified(weights)
+                models.build(cfg, heads, pretrained=False, loader=loader), store.verified(weights)
             )
         )
         if _alike(kept, known[number]):

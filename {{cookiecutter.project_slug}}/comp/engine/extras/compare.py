@@ -168,7 +168,7 @@ def plot(said: list[Seeded], metric: Metric, file: Path) -> None:
     """A line for every (seed, fold): what recipes share rises and falls together."""
     from comp.engine.report import plots
 
-    figure, axes = plots.figure_of(1.6 * len(said) + 3, 4.5)
+    figure, axes = plots.new_figure(1.6 * len(said) + 3, 4.5)
     values = np.stack([s.folds.ravel() for s in said])  # (experiments, pairs)
     axes.plot(range(len(said)), values, color="grey", linewidth=0.6, alpha=0.6, marker="o", markersize=3)
     axes.plot(range(len(said)), values.mean(axis=1), color="black", linewidth=2, marker="o")

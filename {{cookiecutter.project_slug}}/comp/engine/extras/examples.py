@@ -56,8 +56,8 @@ def _labels(frame: pd.DataFrame, names: list[str]) -> pd.Series:
 
 
 def _paths(found: Found, raw: Path, kind: str, some: pd.DataFrame) -> list[str]:
-    if layouts.FILE in some:
-        return some[layouts.FILE].tolist()
+    if layouts.FILE_COLUMN in some:
+        return some[layouts.FILE_COLUMN].tolist()
     template = found.says[f"{kind}.image"]
     try:
         paths = raw_tables.expand_template(tables.RawTable(raw, some), template)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from comp import models, transforms
-from comp.data import Draw
+from comp.data import Index
 from comp.engine import hardware
 from comp.engine.bank import bank, predictions
 from comp.engine.bank.predictions import PredictionSet
@@ -81,7 +81,7 @@ def _chosen(context: Context, run: str, ids: list[str], count: int) -> tuple[NDA
     truth = context.samples.truth(head, rows)
     names = context.samples.frame["id"].to_numpy()[rows].tolist()
     classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
-    table = plots.worst(truth, said, names, classes, len(rows) if ids else count)
+    table = plots.worst_rows(truth, said, names, classes, len(rows) if ids else count)
     if ids:
         unknown = [name for name in ids if name not in set(names)]
         if unknown:
@@ -115,7 +115,7 @@ def _weights(run: str, fold: int) -> Path:
 
 
 def network(context: Context, weights: Path) -> nn.Module:
-    module = models.build(context.cfg, context.samples.heads, pretrained=False, feed=context.feed)
+    module = models.build(context.cfg, context.samples.heads, pretrained=False, loader=context.loader)
     return models.load_weights(module, weights).to(context.device).eval()
 
 
@@ -123,9 +123,9 @@ def maps(
     context: Context, module: nn.Module, row: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """(height, width, channels) of the sample's first picture, and two maps of (height, width) from 0 to 1."""
-    batch = context.feed.images.batch([Draw(row, None)])
-    extras = context.feed.extras(batch)
-    seen = transforms.Seen(normalize.of(context.cfg, module, context.device))
+    batch = context.loader.images.batch([Index(row, None)])
+    extras = context.loader.extras(batch)
+    seen = transforms.Seen(normalize.build(context.cfg, module, context.device))
     x = seen(batch.images.permute(0, 3, 1, 2))
     with kept(module) as layers:
         output = module(x, **extras)
@@ -142,7 +142,7 @@ def maps(
         (slope,) = torch.autograd.grad(sign * module(noisy, **extras)[0, place], noisy)
         total += slope[0].abs().sum(0)
     smooth = total / total.max().clamp(min=1e-12)
-    return arrays.shown(batch.images[0].numpy()), cam[0].cpu().numpy(), smooth.cpu().numpy()
+    return arrays.to_uint8(batch.images[0].numpy()), cam[0].cpu().numpy(), smooth.cpu().numpy()
 
 
 def _answer(context: Context, output: Tensor) -> tuple[int, int]:
@@ -229,7 +229,7 @@ def grad_cam(feature: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
 
 
 def _plain(image: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(plots.in_colour(image))
+    return Image.fromarray(plots.to_rgb(image))
 
 
 def _heat(values: NDArray[np.float32]) -> Image.Image:

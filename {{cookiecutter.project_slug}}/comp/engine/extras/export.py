@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from comp import models
-from comp.data import plain_batches
+from comp.data import sequential_batches
 from comp.engine import hardware, text_table
 from comp.engine.bank import score
 from comp.engine.config.schema import Config
@@ -45,7 +45,7 @@ Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 class Whole(nn.Module):
     """The network with its normalising: grey levels in."""
 
-    def __init__(self, module: nn.Module, normal: normalize.Normal):
+    def __init__(self, module: nn.Module, normal: normalize.Normalize):
         super().__init__()
         self.module, self.normal = module, normal
 
@@ -68,13 +68,13 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
     _needs_onnx()
     context = runner.gather(cfg)
-    if context.feed.multi_image or context.feed.metadata is not None:
+    if context.loader.multi_image or context.loader.metadata is not None:
         raise Refused(
             f"{run}: looks at several images or at metadata, and an exported network takes one picture"
         )
     heads = context.samples.heads
     module = models.load_weights(models.build(cfg, heads, pretrained=False), weights).eval()
-    whole = Whole(module, normalize.of(cfg, module, CPU)).eval()
+    whole = Whole(module, normalize.build(cfg, module, CPU)).eval()
     taught, scored = context.folds.split(fold)
     scored = scored[:rows]
     images = _pictures(context, scored)
@@ -237,7 +237,7 @@ def pruned(whole: Whole, share: float) -> Whole:
 
 def _pictures(context: Context, rows: Positions) -> NDArray[np.uint8]:
     """(rows, channels, size, size)"""
-    batches = context.feed.batches(plain_batches(rows, context.cfg.predict.batch_size))
+    batches = context.loader.batches(sequential_batches(rows, context.cfg.predict.batch_size))
     return np.concatenate([np.ascontiguousarray(b.images.numpy().transpose(0, 3, 1, 2)) for b in batches])
 
 

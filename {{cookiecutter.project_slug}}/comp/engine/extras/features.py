@@ -28,13 +28,13 @@ from comp.engine.bank import bank, predictions, score
 from comp.engine.config import experiments, resolve
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data import image_loader
+from comp.engine.data import image_reader
 from comp.engine.data.samples import Samples
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, frozen_heads, normalize, pretrained, runner
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import outputs_of
+from comp.engine.run.evaluate import forward_rows
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
@@ -83,7 +83,7 @@ def _refuse(cfg: Config) -> None:
         ("data.pseudo", cfg.data.pseudo is not None, "null"),
         ("distill.teacher", cfg.distill.teacher is not None, "null"),
         ("data.whiten", cfg.data.whiten != "none", "none"),
-        ("model.pretrained", bool(pretrained.run_of(cfg)), "true, false or a file"),
+        ("model.pretrained", bool(pretrained.source_run(cfg)), "true, false or a file"),
         ("model.metadata", cfg.model.metadata, "false"),
         ("model.pool", cfg.model.pool == "attention", "mean"),
         ("model.global_pool", cfg.model.global_pool == "gem", "default"),
@@ -98,7 +98,7 @@ def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
     cfg, file = context.cfg, store.run_folder(run) / FILE
     torch.manual_seed(mixed(cfg.train.seeds[0], 3))
-    backbone = models.headless(cfg, cfg.model.pretrained is True, context.feed).to(context.device)
+    backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
     pretrained.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
     now = made_of(cfg, context.samples, backbone)
     if not fresh and (entry := store.sealed(file)):
@@ -111,7 +111,7 @@ def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
         print(f"{store.shown(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
         return kept
     rows = np.arange(len(context.samples.frame))
-    seen = transforms.Seen(normalize.of(cfg, backbone, context.device))
+    seen = transforms.Seen(normalize.build(cfg, backbone, context.device))
     began = time.perf_counter()
     with tqdm(
         total=len(rows),
@@ -120,8 +120,8 @@ def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
         leave=False,
         disable=None if cfg.machine.progress else True,
     ) as bar:
-        raw, damaged = outputs_of(
-            backbone, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp, on_batch=bar.update
+        raw, damaged = forward_rows(
+            backbone, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp, on_batch=bar.update
         )
     if damaged:
         names = context.samples.frame["id"]
@@ -150,12 +150,12 @@ def made_of(cfg: Config, samples: Samples, backbone: torch.nn.Module) -> dict[st
     for name, value in sorted(backbone.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().numpy().tobytes())
-    how = image_loader.of(cfg)
+    reader = image_reader.from_config(cfg)
     files = sorted({image for images in samples.frame["images"] for image in images[: cfg.data.images]})
     return {
         "weights": weights.hexdigest()[:16],
-        "sizes or decoding": how.key,
-        "pictures": store.digest([[name, *how.stamp(name)] for name in files]),
+        "sizes or decoding": reader.key,
+        "pictures": store.digest([[name, *reader.stamp(name)] for name in files]),
         "samples": samples.hash,
         "knobs": store.digest(
             [
@@ -193,7 +193,7 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
             "middle": seen[taught].mean(0),
             "spread": seen[taught].std(0) + 1e-6,
         }
-        x = frozen_heads.scaled(numbers, seen[taught])
+        x = frozen_heads.standardized(numbers, seen[taught])
         for head in table.heads:
             numbers |= fit(name, head, x, table.targets(head)[taught])
         near = {"rows": taught.astype(np.int64)} if name == "knn" else {}
@@ -202,7 +202,7 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
         numbers |= {"near": seen[taught]} if near else {}
         for kind, rows in (("oof", scored), ("test", test)):
             said = {
-                head.name: head.row.store(frozen_heads.asked(head, numbers, seen[rows])).astype(np.float32)
+                head.name: head.row.store(frozen_heads.outputs(head, numbers, seen[rows])).astype(np.float32)
                 for head in table.heads
             }
             fold = np.full(len(rows), number, np.int16) if kind == "oof" else None
@@ -229,7 +229,7 @@ def fitted(name: str, head: Head, x: Array, target: Array) -> Callable[[Array], 
     """(rows, features) -> (rows, outputs): what the task's `store` takes."""
     numbers = fit(name, head, x, target) | {"middle": np.zeros(1), "spread": np.ones(1)}
     numbers |= {"near": x} if name == "knn" else {}
-    return lambda rows: frozen_heads.asked(head, numbers, rows)
+    return lambda rows: frozen_heads.outputs(head, numbers, rows)
 
 
 def fit(name: str, head: Head, x: Array, target: Array) -> dict[str, NDArray[Any]]:

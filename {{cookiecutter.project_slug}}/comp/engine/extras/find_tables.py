@@ -57,7 +57,7 @@ class Found:
 
 def files(raw: Path) -> tuple[list[str], list[str]]:
     tables, pictures, archives = [], [], []
-    for number, name in enumerate(layouts.listing(raw, "")):
+    for number, name in enumerate(layouts.list_files(raw, "")):
         if number > MOST:
             break
         suffix = os.path.splitext(name)[1].lower()
@@ -68,7 +68,7 @@ def files(raw: Path) -> tuple[list[str], list[str]]:
         elif suffix in ARCHIVES:
             archives.append(name)
     for name in archives:
-        if containers.holds(raw / name):
+        if containers.is_container(raw / name):
             inside = [f"{name}/{member}" for member in containers.members(raw / name)]
             plain = {os.path.basename(path) for path in pictures}
             # Beside its own unpacked folder an archive says nothing new.

@@ -15,7 +15,7 @@ from comp.engine.errors import Refused
 from comp.engine.extras import infer_schema
 from comp.engine.extras.find_tables import Found
 from comp.engine.readers import arrays, decode
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.store import store
 
@@ -118,7 +118,7 @@ def _look(raw: Path, name: str) -> Look:
         data = decode.read(raw / name, name)
         with Image.open(io.BytesIO(data)) as image:
             return Look(f"{image.format} {image.mode}", image.size)
-    except Damaged as damaged:
+    except DamagedImage as damaged:
         return Look(f"no picture ({damaged.reason})")
     except (OSError, Image.UnidentifiedImageError):
         pass
@@ -126,7 +126,7 @@ def _look(raw: Path, name: str) -> Look:
         return dicom
     try:
         height, width, _ = decode.decode(data, None, "stretch", 1, name).shape
-    except Damaged as damaged:
+    except DamagedImage as damaged:
         return Look(f"no ordinary picture ({damaged.reason})")
     return Look(name.rpartition(".")[2], (width, height))
 
@@ -152,9 +152,9 @@ def _contact_sheet(found: Found, raw: Path, file: Path) -> None:
     for name, caption in zip([*train, *test], captions, strict=True):
         try:
             data = decode.read(raw / name, name)
-            channels = 1 if arrays.planes(data, 1, decode.NO_NUMBERS, name) else 3
+            channels = 1 if arrays.decode_numeric(data, 1, decode.DEFAULT_FORMAT, name) else 3
             tiles.append((decode.decode(data, plots.TILE, "contain", channels, name), caption))
-        except Damaged:
+        except DamagedImage:
             continue  # said above, by kind
-    plots.sheet(tiles, file, title="training pictures with their labels, then test")
+    plots.image_grid(tiles, file, title="training pictures with their labels, then test")
     print(f"{store.shown(file)}: a contact sheet")

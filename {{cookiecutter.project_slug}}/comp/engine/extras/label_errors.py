@@ -17,12 +17,12 @@ from comp.engine.bank import bank
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import resolve
 from comp.engine.config.schema import Config
-from comp.engine.data import folds, image_loader, samples
+from comp.engine.data import folds, image_reader, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
 from comp.engine.readers import arrays
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
@@ -150,12 +150,12 @@ def _values(head: Head, target: NDArray[Any], said: list[NDArray[Any]]) -> Denie
 
 
 def _drawn(cfg: Config, lines: list[dict[str, Any]], file: Any) -> None:
-    how = replace(image_loader.of(cfg), size=plots.TILE, fit="contain")
+    reader = replace(image_reader.from_config(cfg), size=plots.TILE, resize="contain")
     tiles = []
     for line in lines:
         try:
-            image = arrays.shown(how.image(line["image"]))
-        except Damaged:
+            image = arrays.to_uint8(reader.image(line["image"]))
+        except DamagedImage:
             image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
         tiles.append((image, f"{line['given']}? {line['models say']}!"))
-    plots.sheet(tiles, file, title="given? what the models say!  the most denied first")
+    plots.image_grid(tiles, file, title="given? what the models say!  the most denied first")

@@ -74,7 +74,7 @@ def measure(experiment: str, overrides: list[str]) -> None:
     )
     print(text_table.text(["what", "", ""], lines, [""]))
     if pages.get("model") is None:
-        print(backbone.about(cfg))
+        print(backbone.describe(cfg))
     print(f"next: comp train {experiment}")
 
 

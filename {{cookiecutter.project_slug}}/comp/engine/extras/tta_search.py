@@ -125,13 +125,13 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
 
 def tried(cfg: Config, names: str | None) -> list[str]:
     """Flips, zooms, crops, as many draws of the run's own recipe as DRAWS, and what the run predicts with already."""
-    from comp.engine.run.views import CLOSER, VIEWS
+    from comp.engine.run.views import CROPS, VIEWS
 
     recipe = cfg.augment.recipe
     drawn = (
         [f"{recipe}{draw if draw > 1 else ''}" for draw in range(1, DRAWS + 1)] if recipe != "none" else []
     )
-    given = [*VIEWS, *CLOSER, *drawn, *cfg.predict.tta]
+    given = [*VIEWS, *CROPS, *drawn, *cfg.predict.tta]
     if names is not None:
         given = [view_search.PLAIN, *(name.strip() for name in names.split(","))]
     return list(dict.fromkeys(given))

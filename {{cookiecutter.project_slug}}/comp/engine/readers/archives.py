@@ -36,7 +36,7 @@ WINDOWS = re.compile(r"^[a-zA-Z]:")
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
 
 
-class Damaged(Exception):
+class DamagedArchive(Exception):
     """The bytes are broken: fetching them again may help. A hostile archive is Refused: it would not."""
 
 
@@ -70,7 +70,7 @@ def stem(file: Path) -> str:
     return re.sub(r"(\.tar)?\.(gz|bz2|xz|zip|7z|tgz|tar)$", "", file.name, flags=re.IGNORECASE)
 
 
-def parts(archive: Path, name: str) -> list[str]:
+def path_parts(archive: Path, name: str) -> list[str]:
     plain = name.replace("\\", "/")
     found = [part for part in plain.split("/") if part not in ("", ".")]
     wrong = ""
@@ -95,7 +95,7 @@ def parts(archive: Path, name: str) -> list[str]:
 
 
 @contextmanager
-def opened(archive: Path) -> Iterator[list[Member]]:
+def open_archive(archive: Path) -> Iterator[list[Member]]:
     """The files in it, names as they stand there. Refuses what is no file and no folder."""
     try:
         with OPENERS[str(kind(archive))](archive) as members:
@@ -109,7 +109,7 @@ def opened(archive: Path) -> Iterator[list[Member]]:
         gzip.BadGzipFile,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Damaged(f"{store.shown(archive)}: is damaged ({reason})") from None
+        raise DamagedArchive(f"{store.shown(archive)}: is damaged ({reason})") from None
     except NotImplementedError as error:
         raise Refused(
             f"{store.shown(archive)}: packed in a way that Python cannot read ({error}); unpack it by hand"
@@ -130,7 +130,7 @@ def _zip(archive: Path) -> Iterator[list[Member]]:
                 raise Refused(f"{store.shown(archive)}: members overlap, it is not to be trusted")
             end = info.header_offset + 30 + info.compress_size
             if info.is_dir():
-                parts(archive, info.filename)
+                path_parts(archive, info.filename)
                 continue
             found.append(Member(_name(info), info.file_size, partial(opened.open, info)))
         yield found
@@ -147,7 +147,7 @@ def _tar(archive: Path) -> Iterator[list[Member]]:
         found = []
         for info in opened:
             if info.isdir():
-                parts(archive, info.name)
+                path_parts(archive, info.name)
                 continue
             if not info.isfile() or info.issparse():
                 raise Refused(f"{store.shown(archive)}: {info.name!r} is a link or a device, not a file")
@@ -180,7 +180,7 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
                     raise Refused(
                         f"{store.shown(archive)}: {info.filename!r} is a link or a device, not a file"
                     )
-                parts(archive, info.filename)
+                path_parts(archive, info.filename)
                 if not info.is_directory:
                     if info.filename in sizes:
                         raise Refused(
@@ -194,7 +194,7 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
             finally:
                 solid.close()
     except (ArchiveError, OSError, EOFError, lzma.LZMAError) as error:
-        raise Damaged(f"{store.shown(archive)}: is damaged ({error})") from None
+        raise DamagedArchive(f"{store.shown(archive)}: is damaged ({error})") from None
 
 
 class _Solid:

@@ -1,4 +1,4 @@
-"""Pictures that are numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels, to grey levels by a rule that one declares.
+"""Pictures that are pixel_format: .npy bytes, DICOM, and TIFF whose pages or bands are channels, to grey levels by a rule that one declares.
 
 `competition.pixels.range: [low, high]` says which numbers become 0 and the brightest level. Without it: uint8 as it is, uint16 its
 high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
@@ -22,12 +22,12 @@ from PIL import Image, TiffImagePlugin
 from comp.engine.readers import records
 
 Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
-KINDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
+DTYPES: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
 PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
-BRIGHTEST = {8: 255, 16: 65535, 32: 255}
+MAX_VALUE = {8: 255, 16: 65535, 32: 255}
 
 
-class Damaged(Exception):
+class DamagedImage(Exception):
     """An image file that gives no whole picture: truncated, empty, foreign or absurdly large."""
 
     def __init__(self, name: str, reason: str):
@@ -35,11 +35,11 @@ class Damaged(Exception):
         self.name = name
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[Damaged], tuple[str, str]]:
-        return Damaged, (self.name, self.reason)
+    def __reduce__(self) -> tuple[type[DamagedImage], tuple[str, str]]:
+        return DamagedImage, (self.name, self.reason)
 
 
-class Numbers(NamedTuple):
+class PixelFormat(NamedTuple):
     """What competition.pixels says, and data.depth."""
 
     low: float | None = None
@@ -49,39 +49,39 @@ class Numbers(NamedTuple):
     lenient: bool = False  # JPEGs that libjpeg warns about are taken as far as they decode
 
 
-def planes(data: bytes, channels: int, numbers: Numbers, name: str) -> list[Pixels]:
+def decode_numeric(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> list[Pixels]:
     """One picture (height, width, channels), or nothing where these bytes are an ordinary image."""
     if data.startswith(b"\x93NUMPY"):
-        return [_npy(data, channels, numbers, name)]
+        return [_npy(data, channels, pixel_format, name)]
     if data[128:132] == b"DICM":
-        return [_dicom(data, channels, numbers, name)]
+        return [_dicom(data, channels, pixel_format, name)]
     if channels > 1 and data[:4] in (b"II*\0", b"MM\0*"):
-        made = _bands(data, channels, numbers, name)
-        made = _stack(data, channels, numbers, name) if made is None else made
+        made = _bands(data, channels, pixel_format, name)
+        made = _stack(data, channels, pixel_format, name) if made is None else made
         return [] if made is None else [made]
     return []
 
 
-def _npy(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
+def _npy(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels:
     try:
         array = records.from_npy(data)
     except ValueError as error:
-        raise Damaged(name, f"no whole array ({str(error).splitlines()[0]})") from None
+        raise DamagedImage(name, f"no whole array ({str(error).splitlines()[0]})") from None
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if not np.issubdtype(array.dtype, np.number) or not array.size:
-        raise Damaged(name, f"holds no numbers but {array.dtype} of shape {array.shape}")
-    return levels(_layout(array, channels, numbers, name), numbers, name)
+        raise DamagedImage(name, f"holds no numbers but {array.dtype} of shape {array.shape}")
+    return levels(_layout(array, channels, pixel_format, name), pixel_format, name)
 
 
-def _layout(array: NDArray[Any], channels: int, numbers: Numbers, name: str) -> NDArray[Any]:
+def _layout(array: NDArray[Any], channels: int, pixel_format: PixelFormat, name: str) -> NDArray[Any]:
     """(height, width, channels), whichever way round it is stored; one channel is repeated where more are wanted."""
     if array.ndim == 1:
         side = math.isqrt(array.size // channels)
         square = (side, side) if side * side == array.size else (side, side, channels)
-        shape = numbers.shape or square
+        shape = pixel_format.shape or square
         if math.prod(shape) != array.size:
-            raise Damaged(
+            raise DamagedImage(
                 name, f"{array.size} numbers are no picture of {shape}; competition.pixels.shape says which"
             )
         array = array.reshape(shape)
@@ -89,7 +89,7 @@ def _layout(array: NDArray[Any], channels: int, numbers: Numbers, name: str) -> 
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
-        raise Damaged(name, f"an array of shape {array.shape} is no picture")
+        raise DamagedImage(name, f"an array of shape {array.shape} is no picture")
     if array.shape[2] not in (1, channels) and (
         array.shape[0] in (1, channels) or array.shape[0] < min(array.shape[1:])
     ):
@@ -104,37 +104,37 @@ def _wanted(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
         return np.repeat(array, channels, axis=2)
     if channels == 1 and array.shape[2] == 3:
         return array @ np.array([[0.299], [0.587], [0.114]])
-    raise Damaged(name, f"has {array.shape[2]} channels, and data.channels wants {channels}")
+    raise DamagedImage(name, f"has {array.shape[2]} channels, and data.channels wants {channels}")
 
 
-def levels(array: NDArray[Any], numbers: Numbers, name: str) -> Pixels:
-    if numbers.low is not None and numbers.high is not None:
-        return _between(array, numbers.low, numbers.high, numbers.depth)
+def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
+    if pixel_format.low is not None and pixel_format.high is not None:
+        return _between(array, pixel_format.low, pixel_format.high, pixel_format.depth)
     if array.dtype == np.uint8:
-        return deepened(array, numbers.depth)
-    if array.dtype == np.uint16 and numbers.depth < 32:
-        return np.ascontiguousarray(array) if numbers.depth == 16 else (array >> 8).astype(np.uint8)
-    if numbers.depth == 32:
+        return to_depth(array, pixel_format.depth)
+    if array.dtype == np.uint16 and pixel_format.depth < 32:
+        return np.ascontiguousarray(array) if pixel_format.depth == 16 else (array >> 8).astype(np.uint8)
+    if pixel_format.depth == 32:
         if not np.isfinite(array).all():
-            raise Damaged(
+            raise DamagedImage(
                 name, "holds NaN or infinity; say competition.pixels.range, or mend it in load_image"
             )
         return np.ascontiguousarray(array, np.float32)
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
         # grey levels that a table or json carries as other numbers
-        return deepened(array.astype(np.uint8), numbers.depth)
-    raise Damaged(
+        return to_depth(array.astype(np.uint8), pixel_format.depth)
+    raise DamagedImage(
         name, f"numbers from {low:g} to {high:g}: say competition.pixels.range, what becomes 0 and 255"
     )
 
 
-def deepened(picture: NDArray[np.uint8], depth: int) -> Pixels:
+def to_depth(picture: NDArray[np.uint8], depth: int) -> Pixels:
     """8 bits in another depth: 255 stays the brightest."""
-    return np.ascontiguousarray(picture, KINDS[depth]) * KINDS[depth](BRIGHTEST[depth] // 255)
+    return np.ascontiguousarray(picture, DTYPES[depth]) * DTYPES[depth](MAX_VALUE[depth] // 255)
 
 
-def shown(picture: Pixels) -> NDArray[np.uint8]:
+def to_uint8(picture: Pixels) -> NDArray[np.uint8]:
     """8 bits of any depth, for a person to look at."""
     if picture.dtype == np.uint8:
         return picture
@@ -146,15 +146,17 @@ def _between(array: NDArray[Any], low: float, high: float, depth: int) -> Pixels
     share = (np.nan_to_num(array.astype(np.float64), nan=low) - low) / max(high - low, 1e-12)
     if depth == 32:
         return (share * 255).astype(np.float32)
-    return np.rint(np.clip(share, 0, 1) * BRIGHTEST[depth]).astype(KINDS[depth])
+    return np.rint(np.clip(share, 0, 1) * MAX_VALUE[depth]).astype(DTYPES[depth])
 
 
-def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
+def _dicom(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels:
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, convert_color_space
     except ImportError:
-        raise Damaged(name, "is DICOM; pip install pydicom (the extra `dicom` of pyproject.toml)") from None
+        raise DamagedImage(
+            name, "is DICOM; pip install pydicom (the extra `dicom` of pyproject.toml)"
+        ) from None
     try:
         file = pydicom.dcmread(io.BytesIO(data))
         meaning = str(file.PhotometricInterpretation)
@@ -167,29 +169,29 @@ def _dicom(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels:
     except Exception as error:  # pydicom and its decoders raise whatever they meet
         if "missing dependencies" in str(error):
             kind = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
-            raise Damaged(
+            raise DamagedImage(
                 name,
                 f"is DICOM compressed as {kind}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
             ) from None
-        raise Damaged(
+        raise DamagedImage(
             name, f"broken DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
         ) from None
     if array.ndim == (4 if colour else 3):  # frames: channels where their number fits, else the first
         array = np.moveaxis(array, 0, -1) if not colour and len(array) == channels else array[0]
     if not colour:
-        low, high = _window(file, array, numbers)
-        array = _between(array, low, high, numbers.depth)
+        low, high = _window(file, array, pixel_format)
+        array = _between(array, low, high, pixel_format.depth)
         if meaning == "MONOCHROME1":  # the lowest number is the brightest
-            array = KINDS[numbers.depth](BRIGHTEST[numbers.depth]) - array
+            array = DTYPES[pixel_format.depth](MAX_VALUE[pixel_format.depth]) - array
     elif array.dtype == np.uint8:
-        array = deepened(array, numbers.depth)
+        array = to_depth(array, pixel_format.depth)
     wanted = _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name)
-    return wanted.astype(KINDS[numbers.depth])
+    return wanted.astype(DTYPES[pixel_format.depth])
 
 
-def _window(file: Any, array: NDArray[Any], numbers: Numbers) -> tuple[float, float]:
-    if numbers.low is not None and numbers.high is not None:
-        return numbers.low, numbers.high
+def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[float, float]:
+    if pixel_format.low is not None and pixel_format.high is not None:
+        return pixel_format.low, pixel_format.high
     centre, width = file.get("WindowCenter"), file.get("WindowWidth")
     if centre is None or width is None or file.get("VOILUTFunction", "LINEAR") == "SIGMOID":
         return float(array.min()), float(array.max())
@@ -197,7 +199,7 @@ def _window(file: Any, array: NDArray[Any], numbers: Numbers) -> tuple[float, fl
     return first[0] - first[1] / 2, first[0] + first[1] / 2
 
 
-def _bands(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:
+def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
     """A TIFF with other bands than grey, RGB and RGBA in each pixel, like near infrared: Pillow drops those, or takes none."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
@@ -211,27 +213,29 @@ def _bands(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | 
     if usual or (bands < 5 and bands != channels):
         return None  # grey, RGB, RGBA, CMYK, or a fourth band that is not wanted
     if bands != channels:
-        raise Damaged(name, f"has {bands} bands, and data.channels wants {channels}")
+        raise DamagedImage(name, f"has {bands} bands, and data.channels wants {channels}")
     if bands == 4:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if array is None or array.ndim != 3:
-            raise Damaged(name, "broken, its four bands cannot be decoded")
-        return levels(cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA), numbers, name)
+            raise DamagedImage(name, "broken, its four bands cannot be decoded")
+        return levels(cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA), pixel_format, name)
     try:
         import tifffile
     except ImportError:
-        raise Damaged(
+        raise DamagedImage(
             name, f"is TIFF of {bands} bands; pip install tifffile (the extra `tiff` of pyproject.toml)"
         ) from None
     try:
         array = tifffile.imread(io.BytesIO(data), key=0)
     except Exception as error:  # as of every decoder here
-        raise Damaged(name, f"broken, {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+        raise DamagedImage(
+            name, f"broken, {str(error).splitlines()[0][:200] or type(error).__name__}"
+        ) from None
     planar = array.ndim == 3 and array.shape[2] != bands
-    return levels(np.moveaxis(array, 0, -1) if planar else array, numbers, name)
+    return levels(np.moveaxis(array, 0, -1) if planar else array, pixel_format, name)
 
 
-def _stack(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | None:
+def _stack(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
     """Pages of one grey band each, as many as channels are wanted; any other TIFF is an ordinary picture."""
     try:
         with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
@@ -242,7 +246,7 @@ def _stack(data: bytes, channels: int, numbers: Numbers, name: str) -> Pixels | 
                 image.seek(number)
                 pages.append(np.asarray(image))
     except Exception as error:  # as for every other picture: Pillow meets broken files with any exception
-        raise Damaged(name, f"broken, {str(error) or type(error).__name__}") from None
+        raise DamagedImage(name, f"broken, {str(error) or type(error).__name__}") from None
     if len({page.shape for page in pages}) > 1:
-        raise Damaged(name, "its pages differ in size, so they cannot be channels")
-    return levels(np.stack(pages, -1), numbers, name)
+        raise DamagedImage(name, "its pages differ in size, so they cannot be channels")
+    return levels(np.stack(pages, -1), pixel_format, name)

@@ -72,20 +72,20 @@ def stat(path: str | Path) -> tuple[int, int] | None:
         return None
     if found is None:
         return None
-    container = opened(found[0])
+    container = open_container(found[0])
     name = _named(container, found[1])
     return None if name is None else (container.size(name), os.stat(found[0]).st_mtime_ns)
 
 
 def members(file: Path) -> list[str]:
-    return opened(file).names
+    return open_container(file).names
 
 
-def holds(file: Path) -> bool:
+def is_container(file: Path) -> bool:
     return _kind(file) is not None
 
 
-def opened(file: Path) -> Container:
+def open_container(file: Path) -> Container:
     """Once a process: a forked loader must not share the place in an open file with its parent."""
     return _opened(str(file), os.stat(file).st_mtime_ns, os.getpid())
 
@@ -111,7 +111,7 @@ def _opened(file: str, mtime: int, process: int) -> Container:
 
 
 def _read(file: Path, name: str) -> bytes:
-    container = opened(file)
+    container = open_container(file)
     known = _named(container, name)
     if known is None:
         raise FileNotFoundError(2, f"no such member of {file.name}", name)

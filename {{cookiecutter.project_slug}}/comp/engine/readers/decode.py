@@ -36,7 +36,7 @@ from PIL import (
 )
 
 from comp.engine.readers import arrays, containers, formats
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 
 try:
     import simplejpeg
@@ -44,7 +44,7 @@ except ImportError:  # Kaggle's image lacks it: comp kernel packs it
     simplejpeg = None
 
 Pixels = arrays.Pixels
-Fit = Literal["stretch", "cover", "contain"]
+Resize = Literal["stretch", "cover", "contain"]
 
 DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
 LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
@@ -63,7 +63,7 @@ KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 # The smallest first. A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times
 # that. With less to spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, not 0.3.
 SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
-NO_NUMBERS = arrays.Numbers()
+DEFAULT_FORMAT = arrays.PixelFormat()
 WARNED = "libjpeg warns: "  # begins the reason where a lenient decoder makes a picture
 ABSENT = (
     "is a JPEG, and without simplejpeg a damaged one cannot be told from a whole one: pip install simplejpeg, "
@@ -96,11 +96,11 @@ def read(file: Path | str, name: str) -> bytes:
     except NotADirectoryError:  # a member of an archive
         pass
     except OSError as error:
-        raise Damaged(name, (error.strerror or str(error)).lower()) from None
+        raise DamagedImage(name, (error.strerror or str(error)).lower()) from None
     try:
         return containers.read(Path(file))
     except OSError as error:
-        raise Damaged(name, (error.strerror or str(error)).lower()) from None
+        raise DamagedImage(name, (error.strerror or str(error)).lower()) from None
 
 
 def shape(file: Path) -> tuple[int, int] | None:
@@ -115,42 +115,42 @@ def shape(file: Path) -> tuple[int, int] | None:
 def decode(
     data: bytes,
     size: int | None,
-    fit: Fit,
+    resize: Resize,
     channels: int,
     name: str,
-    numbers: arrays.Numbers = NO_NUMBERS,
+    pixel_format: arrays.PixelFormat = DEFAULT_FORMAT,
 ) -> Pixels:
     """(height, width, channels). size None is the full picture; stretch: (size, size); cover: the shorter side is size;
     contain: the longer side is size, and black around it makes a square."""
     if not data:
-        raise Damaged(name, "empty, no bytes")
-    if numeric := arrays.planes(data, channels, numbers, name):
+        raise DamagedImage(name, "empty, no bytes")
+    if numeric := arrays.decode_numeric(data, channels, pixel_format, name):
         made = _Decoded(numeric[0], *numeric[0].shape[:2])
     elif data.startswith(b"\xff\xd8\xff"):
-        made = _jpeg(data, size, fit, channels, name, numbers.lenient)
+        made = _jpeg(data, size, resize, channels, name, pixel_format.lenient)
     elif reason := formats.cut(data):
-        raise Damaged(name, reason)
-    elif numbers.depth > 8 and (deep := _deep(data, channels, numbers, name)) is not None:
+        raise DamagedImage(name, reason)
+    elif pixel_format.depth > 8 and (deep := _deep(data, channels, pixel_format, name)) is not None:
         made = _Decoded(deep, *deep.shape[:2])
     else:
         made = _pillow(data, channels, name)
-    if made.pixels.dtype != arrays.KINDS[numbers.depth]:
-        made = made._replace(pixels=arrays.deepened(made.pixels, numbers.depth))
-    return _fitted(made, size, fit, name)
+    if made.pixels.dtype != arrays.DTYPES[pixel_format.depth]:
+        made = made._replace(pixels=arrays.to_depth(made.pixels, pixel_format.depth))
+    return _resized_made(made, size, resize, name)
 
 
-def fitted(picture: Pixels, size: int, fit: Fit, name: str) -> Pixels:
+def resize_image(picture: Pixels, size: int, resize: Resize, name: str) -> Pixels:
     """Any picture brought to size by the rule of decode."""
-    return _fitted(_Decoded(picture, picture.shape[0], picture.shape[1]), size, fit, name)
+    return _resized_made(_Decoded(picture, picture.shape[0], picture.shape[1]), size, resize, name)
 
 
-def _fitted(made: _Decoded, size: int | None, fit: Fit, name: str) -> Pixels:
+def _resized_made(made: _Decoded, size: int | None, resize: Resize, name: str) -> Pixels:
     if size is None:
         return _turned(made.pixels, made.orientation)
-    height, width = _wanted(made.height, made.width, size, fit)
+    height, width = _wanted(made.height, made.width, size, resize)
     _refuse_size(height, width, name)  # a line of pixels, covering
     picture = _turned(_resized(made, height, width), made.orientation)
-    if fit != "contain" or height == width:
+    if resize != "contain" or height == width:
         return picture
     high, wide, channels = picture.shape
     square = np.zeros((size, size, channels), picture.dtype)
@@ -159,11 +159,11 @@ def _fitted(made: _Decoded, size: int | None, fit: Fit, name: str) -> Pixels:
     return square
 
 
-def _wanted(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]:
+def _wanted(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
     """Height and width to resize to. Turned or not yet: all three fits treat both sides alike."""
-    if fit == "stretch":
+    if resize == "stretch":
         return size, size
-    scale = size / (min if fit == "cover" else max)(height, width)
+    scale = size / (min if resize == "cover" else max)(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -205,21 +205,21 @@ def _turned(picture: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(picture)
 
 
-def _jpeg(data: bytes, size: int | None, fit: Fit, channels: int, name: str, lenient: bool) -> _Decoded:
+def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: str, lenient: bool) -> _Decoded:
     """At the smallest scale that covers the wanted size. libjpeg reads all of the file at every scale, so its warnings are the same."""
     header = formats.jpeg(data)
     if header is None:
         made = _pillow(data, channels, name)
         if lenient:
             return made
-        raise Damaged(name, f"{WARNED}its header makes no sense")
+        raise DamagedImage(name, f"{WARNED}its header makes no sense")
     if header.cut:
-        raise Damaged(name, header.cut)
+        raise DamagedImage(name, header.cut)
     height, width = header.height, header.width
     _refuse_size(height, width, name)
     scale = 1
     if size is not None:
-        high, wide = _wanted(height, width, size, fit)
+        high, wide = _wanted(height, width, size, resize)
         scale = next(
             s
             for s, spare in SCALES.items()
@@ -240,7 +240,7 @@ def _jpeg(data: bytes, size: int | None, fit: Fit, channels: int, name: str, len
         data, channels, name, scale
     ).pixels  # has the better reason where there is no picture at all
     if not lenient:
-        raise Damaged(name, reason)
+        raise DamagedImage(name, reason)
     return _Decoded(pixels, height, width, header.orientation, scale)
 
 
@@ -265,15 +265,15 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
             orientation = 1 if image.format == "TIFF" else formats.exif_orientation(_exif(image))
             pixels = _uint8(image, channels, name)
             return _Decoded(pixels, pixels.shape[0], pixels.shape[1], orientation)
-    except Damaged:
+    except DamagedImage:
         raise
     except Image.UnidentifiedImageError:
-        raise Damaged(name, f"no image: it begins with {data[:8]!r}") from None
+        raise DamagedImage(name, f"no image: it begins with {data[:8]!r}") from None
     except Exception as error:  # Pillow meets broken files with any exception there is
-        raise Damaged(name, f"broken, {str(error) or type(error).__name__}") from None
+        raise DamagedImage(name, f"broken, {str(error) or type(error).__name__}") from None
 
 
-def _deep(data: bytes, channels: int, numbers: arrays.Numbers, name: str) -> Pixels | None:
+def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: str) -> Pixels | None:
     """More than 8 bits of PNG and TIFF: Pillow halves them, or does not know them. None: an ordinary picture."""
     if not (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16) and data[:4] not in (b"II*\0", b"MM\0*"):
         return None
@@ -285,8 +285,8 @@ def _deep(data: bytes, channels: int, numbers: arrays.Numbers, name: str) -> Pix
     if made.ndim == 3:
         made = cv2.cvtColor(made, cv2.COLOR_BGRA2RGBA if made.shape[2] == 4 else cv2.COLOR_BGR2RGB)
         made = made[:, :, :3] if channels != 4 else made
-    if numbers.depth < 32 and made.dtype != np.uint16 and numbers.low is None:
-        raise Damaged(
+    if pixel_format.depth < 32 and made.dtype != np.uint16 and pixel_format.low is None:
+        raise DamagedImage(
             name, f"pixels of {made.dtype} have no one way to 16 bit; take data.depth: 32, or {HOOK}"
         )
     grey = made.reshape(height, width, -1).astype(np.float64) if channels == 1 and made.ndim == 3 else None
@@ -297,8 +297,8 @@ def _deep(data: bytes, channels: int, numbers: arrays.Numbers, name: str) -> Pix
     if made.shape[2] == 1 and channels > 1:
         made = np.repeat(made, channels, axis=2)
     if made.shape[2] != channels:
-        raise Damaged(name, f"has {made.shape[2]} channels, and data.channels wants {channels}")
-    return arrays.levels(made, numbers, name)
+        raise DamagedImage(name, f"has {made.shape[2]} channels, and data.channels wants {channels}")
+    return arrays.levels(made, pixel_format, name)
 
 
 def _exif(image: Image.Image) -> bytes:
@@ -308,22 +308,22 @@ def _exif(image: Image.Image) -> bytes:
 
 def _uint8(image: Image.Image, channels: int, name: str) -> Pixels:
     if image.mode == "F":
-        raise Damaged(name, f"floating point pixels have no one way to uint8; {HOOK}")
+        raise DamagedImage(name, f"floating point pixels have no one way to uint8; {HOOK}")
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
-            raise Damaged(name, f"32 bit pixels have no one way to uint8; {HOOK}")
+            raise DamagedImage(name, f"32 bit pixels have no one way to uint8; {HOOK}")
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     if channels == 3:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if channels == 4:
         return np.asarray(image.convert("RGBA"))
     if channels != 1:
-        raise Damaged(name, f"has {len(image.getbands())} channels, and data.channels wants {channels}")
+        raise DamagedImage(name, f"has {len(image.getbands())} channels, and data.channels wants {channels}")
     grey = image if image.mode in ("1", "L", "LA", "La") else image.convert("RGB")
     return np.asarray(grey.convert("L"))[:, :, None]
 
 
 def _refuse_size(height: int, width: int, name: str) -> None:
     if height * width > LARGEST:
-        raise Damaged(name, f"{width} x {height} px are absurdly many; {HOOK}")
+        raise DamagedImage(name, f"{width} x {height} px are absurdly many; {HOOK}")

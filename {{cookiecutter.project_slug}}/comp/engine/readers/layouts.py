@@ -22,7 +22,9 @@ from comp.engine.store import store
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "path of the file"  # the column of it, where the files are the rows; no table has one of that name
+FILE_COLUMN = (
+    "path of the file"  # the column of it, where the files are the rows; no table has one of that name
+)
 
 
 def json_frame(file: Path) -> pd.DataFrame:
@@ -149,27 +151,27 @@ def files_frame(raw: Path, pattern: str) -> pd.DataFrame:
 
     where = f"files: {pattern}"
     try:
-        wanted = re.compile(expression(unicode_names.nfc(pattern)))
+        wanted = re.compile(pattern_regex(unicode_names.nfc(pattern)))
     except re.error as error:
         raise Refused(f"configs/competition.yaml: {where}: {error}") from None
-    under = unicode_names.on_disk(raw, fixed(pattern))
+    under = unicode_names.on_disk(raw, pattern_folder(pattern))
     rows = [
-        {FILE: name, **found.groupdict()}
-        for name in sorted(listing(raw, under))
+        {FILE_COLUMN: name, **found.groupdict()}
+        for name in sorted(list_files(raw, under))
         if (found := wanted.fullmatch(unicode_names.nfc(name)))
     ]
     if not rows:
-        there = sorted(listing(raw, under))[:2000] or sorted(p.name for p in raw.iterdir())
+        there = sorted(list_files(raw, under))[:2000] or sorted(p.name for p in raw.iterdir())
         raise Refused(
             f"configs/competition.yaml: {where} matches no file; the nearest there is {nearest(pattern, there)[0]}"
         )
     frame = pd.DataFrame(rows, dtype=object)
     if "id" not in frame:
-        frame["id"] = frame[FILE].map(lambda name: os.path.splitext(name)[0])
+        frame["id"] = frame[FILE_COLUMN].map(lambda name: os.path.splitext(name)[0])
     return frame
 
 
-def expression(pattern: str) -> str:
+def pattern_regex(pattern: str) -> str:
     """`train/{label}/{id}.jpg` as a regular expression; `{label:cat|dog}` brings its own."""
     out, last = "", 0
     for found in re.finditer(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}", pattern):
@@ -180,12 +182,12 @@ def expression(pattern: str) -> str:
     return out + re.escape(pattern[last:])
 
 
-def fixed(pattern: str) -> str:
+def pattern_folder(pattern: str) -> str:
     """The folder (or archive) that a pattern begins with."""
     return pattern.partition("{")[0].rpartition("/")[0]
 
 
-def listing(raw: Path, under: str) -> Iterator[str]:
+def list_files(raw: Path, under: str) -> Iterator[str]:
     """Every file below a folder or in an archive, as paths under raw."""
     start = raw / under
     if start.is_file():
@@ -227,7 +229,7 @@ class Globs:
         container = containers.split(self.raw / folder / "x")
         top = container[0].relative_to(self.raw).as_posix() if container else folder
         if top not in self.by_folder:
-            self.by_folder[top] = _grouped(sorted(listing(self.raw, top), key=_natural))
+            self.by_folder[top] = _grouped(sorted(list_files(self.raw, top), key=_natural))
         wanted = re.compile(re.escape(unicode_names.nfc(path)).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
         inside = self.by_folder[top]
         deeper = "/" in path[len(folder) + 1 :]

@@ -14,7 +14,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from comp.engine.errors import Refused
-from comp.engine.readers.archives import BROKEN, MEMBERS, Damaged, Member, kind, opened, parts, stem
+from comp.engine.readers.archives import (
+    BROKEN,
+    MEMBERS,
+    DamagedArchive,
+    Member,
+    kind,
+    open_archive,
+    path_parts,
+    stem,
+)
 from comp.engine.store import store
 
 CHUNK = 2**20
@@ -63,7 +72,7 @@ def _level(archive: Path, folder: Path, budget: _Budget, progress: bool, depth: 
             f"{store.shown(archive)}: archives are nested more than {DEPTH} deep; unpack it by hand"
         )
     written: list[Path] = []
-    with opened(archive) as members:
+    with open_archive(archive) as members:
         places = _places(archive, members, folder)
         budget.announce(sum(member.size for member in members), archive)
         bar = tqdm(total=sum(m.size for m in members), desc=f"unpacking {archive.name}", unit="B", unit_scale=True, leave=False, disable=None if progress else True)  # fmt: skip
@@ -80,7 +89,7 @@ def _level(archive: Path, folder: Path, budget: _Budget, progress: bool, depth: 
 def _home(archive: Path) -> Path:
     if kind(archive) == "gz":
         return archive.parent
-    with opened(archive) as members:
+    with open_archive(archive) as members:
         tops = {member.name.replace("\\", "/").split("/")[0] for member in members}
         alone = len(members) == 1 and tops == {stem(archive)}
     return archive.parent if alone or tops == {stem(archive)} else archive.parent / stem(archive)
@@ -100,7 +109,9 @@ def _write(
             try:
                 chunk = source.read(CHUNK)
             except (*BROKEN, OSError) as error:
-                raise Damaged(f"{store.shown(archive)}: {member.name!r} is damaged ({error})") from None
+                raise DamagedArchive(
+                    f"{store.shown(archive)}: {member.name!r} is damaged ({error})"
+                ) from None
             if not chunk:
                 break
             written += len(chunk)
@@ -113,7 +124,7 @@ def _write(
                 ) from None
             tell(len(chunk))
     if member.size >= 0 and written != member.size and kind(archive) != "gz":
-        raise Damaged(
+        raise DamagedArchive(
             f"{store.shown(archive)}: {member.name!r} has {written} bytes, {member.size} were promised"
         )
 
@@ -131,7 +142,7 @@ def _places(archive: Path, members: list[Member], folder: Path) -> list[Path]:
     folders: set[str] = set()
     places = []
     for member in members:
-        names = parts(archive, member.name)
+        names = path_parts(archive, member.name)
         same = unicodedata.normalize("NFC", "/".join(names))
         if same in files:
             raise Refused(f"{store.shown(archive)}: holds {member.name!r} twice; one of them would be lost")

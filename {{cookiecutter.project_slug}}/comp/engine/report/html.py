@@ -18,12 +18,12 @@ LAYOUT = """<!doctype html>
   img { max-width: 100% }
 </style>
 <h1>[[ title ]]</h1>
-<p>[% for line in said %][[ line ]]<br>[% endfor %]</p>
+<p>[% for line in lines %][[ line ]]<br>[% endfor %]</p>
 <table>
-  <tr>[% for name in heads %]<th>[[ name ]]</th>[% endfor %]</tr>
+  <tr>[% for name in columns %]<th>[[ name ]]</th>[% endfor %]</tr>
 [% for row in rows %]  <tr>[% for cell in row %]<td>[[ cell ]]</td>[% endfor %]</tr>
 [% endfor %]</table>
-[% for name, bytes in pictures %]<h2>[[ name ]]</h2>
+[% for name, bytes in images %]<h2>[[ name ]]</h2>
 <img alt="[[ name ]]" src="data:image/png;base64,[[ bytes ]]">
 [% endfor %]"""
 
@@ -31,8 +31,8 @@ LAYOUT = """<!doctype html>
 def write(
     file: Path,
     title: str,
-    said: Sequence[str],
-    heads: Sequence[str],
+    lines: Sequence[str],
+    columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     images: Sequence[Path],
 ) -> Path:
@@ -46,6 +46,8 @@ def write(
         block_start_string="[%",
         block_end_string="%]",
     ).from_string(LAYOUT)
-    seen = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
-    store.write_text(file, layout.render(title=title, said=said, heads=heads, rows=rows, images=seen))
+    embedded = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
+    store.write_text(
+        file, layout.render(title=title, lines=lines, columns=columns, rows=rows, images=embedded)
+    )
     return file

@@ -43,7 +43,7 @@ def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path
             [names[i] for i in shown],
         )
     size = max(4.5, 0.42 * len(names) + 2)
-    figure, axes = figure_of(size, size)
+    figure, axes = new_figure(size, size)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(counts):
         dark = share[i, j] > 0.5
@@ -62,7 +62,7 @@ def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> No
     """Left: prediction over truth, the line is perfect. Right: how far off, and which way."""
     truth, predicted = np.asarray(truth, float).ravel(), np.asarray(predicted, float).ravel()
     error = predicted - truth
-    figure, left = figure_of(10, 4.5, panels=2)
+    figure, left = new_figure(10, 4.5, panels=2)
     right = figure.axes[1]
     if len(truth) > MOST_POINTS:
         left.hexbin(truth, predicted, gridsize=60, bins="log", cmap="Blues", mincnt=1)
@@ -81,7 +81,7 @@ def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> No
     save(figure, file)
 
 
-def worst(
+def worst_rows(
     truth: Array, prediction: Array, ids: Sequence[str], classes: Sequence[str] = (), count: int = 16
 ) -> pd.DataFrame:
     """The rows that cost most, the worst first: id, true, predicted, error, and `position` to find the picture by.
@@ -126,7 +126,7 @@ def _numbers(row: Array) -> str:
     return ", ".join(f"{value:.5g}" for value in row)
 
 
-def figure_of(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
     """Without pyplot: no window system is looked for, and no figure stays in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,7 +145,7 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def sheet(
+def image_grid(
     tiles: Sequence[tuple[Array, str]], file: Path, columns: int = 8, title: str = "", pairs: bool = False
 ) -> None:
     """Small pictures with a caption each, row by row; with pairs every second gap is wide. Any number of channels."""
@@ -159,13 +159,13 @@ def sheet(
     pen.text((gap, 2), title, "black")
     for number, (image, caption) in enumerate(tiles):
         x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
-        drawn.paste(Image.fromarray(in_colour(image)).resize((TILE, TILE)), (x, y))
+        drawn.paste(Image.fromarray(to_rgb(image)).resize((TILE, TILE)), (x, y))
         pen.text((x, y + TILE + 2), _fitting(caption), "black")
     with store.writing(file) as temporary:
         drawn.save(temporary, "PNG")
 
 
-def in_colour(image: Array) -> Array:
+def to_rgb(image: Array) -> Array:
     """(height, width, 3) of any number of channels: the first three as red, green and blue, of one or two the first as grey."""
     return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 

@@ -10,17 +10,17 @@ import torch
 from PIL import Image, ImageDraw
 
 from comp import transforms
-from comp.data import epoch_list
+from comp.data import epoch_rows
 from comp.engine.config.schema import Config
-from comp.engine.data import image_loader
+from comp.engine.data import image_reader
 from comp.engine.data.samples import Samples
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
-from comp.engine.readers.arrays import Damaged
+from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.run import mixup, policies
-from comp.engine.run.gpu_augment import OnBatch
-from comp.engine.run.normalize import Normal
+from comp.engine.run.gpu_augment import BatchOp
+from comp.engine.run.normalize import Normalize
 from comp.engine.store import store
 
 ROWS, DRAWS = 8, 7
@@ -33,12 +33,12 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     today = transforms.days(cfg)[0]
     recipe = transforms.of_day(cfg, today)
     change = transforms.Augment(recipe, today.size, today.size / cfg.data.size)
-    grey = Normal(
+    grey = Normalize(
         torch.full((1, 1, 1), 128.0), torch.full((1, 1, 1), 64.0)
     )  # so that erasing's noise shows as noise
     seen, mix = transforms.Seen(grey, recipe), mixup.of_day(cfg, today)
-    how = image_loader.of(cfg)
-    chosen = epoch_list(samples.positions("train"), 0, 0)[:ROWS]
+    reader = image_reader.from_config(cfg)
+    chosen = epoch_rows(samples.positions("train"), 0, 0)[:ROWS]
     side = max(96, today.size) if today.size < 192 else 192
     sheet = Image.new(
         "RGB", (GAP + (DRAWS + 1) * (side + GAP), TITLE + len(chosen) * (side + TITLE)), "white"
@@ -46,10 +46,10 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{heading(cfg)}, {today.size} px: as it is, then {DRAWS} draws", "black")
     try:
-        loaded = [how.image(samples.frame["images"].iloc[sample][0]) for sample in chosen]
-    except Damaged as damaged:
+        loaded = [reader.image(samples.frame["images"].iloc[sample][0]) for sample in chosen]
+    except DamagedImage as damaged:
         raise Refused(f"{damaged}; comp check lists every such file") from None
-    plain = np.stack([transforms.centred(image, today.size) for image in loaded])
+    plain = np.stack([transforms.center_crop(image, today.size) for image in loaded])
     columns = [_shown(transforms.Seen(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
         seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
@@ -60,7 +60,7 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
         top = TITLE + row * (side + TITLE)
         pen.text((GAP, top), f"{samples.frame['id'].iloc[sample]}: {samples.label(int(sample))}", "black")
         for place, column in enumerate(columns):
-            scaled = Image.fromarray(plots.in_colour(column[row]))
+            scaled = Image.fromarray(plots.to_rgb(column[row]))
             scaled = scaled.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GAP + place * (side + GAP), top + TITLE - GAP))
     with store.writing(file) as temporary:
@@ -101,8 +101,8 @@ def _of_recipe(recipe: transforms.Recipe) -> Iterator[str]:
         for op in getattr(recipe, name):
             if isinstance(op, policies.Policy):
                 yield f"{name:9} processes  {op.name}, out of: {', '.join(policies.ops(op))}"
-            elif isinstance(op, OnBatch):
+            elif isinstance(op, BatchOp):
                 yield f"{name:9} device     {op.name}"
             else:
-                native = transforms.kind(op) == "native"
+                native = transforms.op_type(op) == "native"
                 yield f"{name:9} {'threads   ' if native else 'processes '} {op.__qualname__.split('.')[0] if native else op}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from comp import models, transforms
-from comp.data import Plan
+from comp.data import Batches
 from comp.engine.config import run_members
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import mixed
@@ -261,17 +261,17 @@ def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
     return (load_file(store.verified(file)) for file in files)
 
 
-def renewal(context: Context, stages: Stages, seed: int, plan: Callable[[], Plan]) -> Renew:
+def renewal(context: Context, stages: Stages, seed: int, plan: Callable[[], Batches]) -> Renew:
     """One pass over training pictures as the last epoch saw them, under draws that never taught."""
 
     def renew(module: nn.Module) -> None:
-        cfg, feed = context.cfg, context.feed
+        cfg, loader = context.cfg, context.loader
         today = transforms.day(cfg, cfg.train.epochs - 1)
-        seen = transforms.Seen(normalize.of(cfg, module, context.device), transforms.of_day(cfg, today))
+        seen = transforms.Seen(normalize.build(cfg, module, context.device), transforms.of_day(cfg, today))
         stages.enter(cfg.train.epochs - 1, module)
         torch.manual_seed(mixed(seed, 5))
-        batches = feed.batches(plan(), today)
-        renewed(module, ((seen(b.images.permute(0, 3, 1, 2), b.seeds), feed.extras(b)) for b in batches))
+        batches = loader.batches(plan(), today)
+        renewed(module, ((seen(b.images.permute(0, 3, 1, 2), b.seeds), loader.extras(b)) for b in batches))
 
     return renew
 

@@ -81,10 +81,10 @@ def create(cfg: Config, outputs: int, pretrained: bool = False) -> nn.Module:
     """`outputs` 0: without its last layer. With model.global_pool: gem it ends in a map of features."""
     import timm
 
-    known(cfg)
+    validate_name(cfg)
     wanted = request(cfg)
     try:
-        module = timm.create_model(wanted.name, pretrained, num_classes=outputs, **arguments(wanted))
+        module = timm.create_model(wanted.name, pretrained, num_classes=outputs, **model_kwargs(wanted))
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -96,7 +96,7 @@ def create(cfg: Config, outputs: int, pretrained: bool = False) -> nn.Module:
     return small_stem.small(module, wanted.name) if wanted.stem == "small" else module
 
 
-def known(cfg: Config) -> None:
+def validate_name(cfg: Config) -> None:
     """Whether timm, the hub or the folder has a network of this name."""
     import timm
 
@@ -149,7 +149,7 @@ def _described(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     return weights, architecture, options
 
 
-def description(name: str) -> dict[str, Any] | None:
+def hub_config(name: str) -> dict[str, Any] | None:
     """What config.json has to say, so that a network of the hub or of a folder can be made where neither is; None for timm's."""
     if split(name)[0] is None:
         return None
@@ -168,7 +168,7 @@ def _at_home(name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def arguments(wanted: Request) -> dict[str, Any]:
+def model_kwargs(wanted: Request) -> dict[str, Any]:
     """Those of create_model, beside name and outputs. Also for the sizes of augment.progressive_sizes."""
     if not _takes_size(wanted):
         return wanted.base
@@ -179,7 +179,9 @@ def arguments(wanted: Request) -> dict[str, Any]:
         raise _no_such_size(wanted, wanted.size, "data.size", error) from error
     for more in FLEXIBLE if wanted.sizes else ():
         module = _flexible(wanted, sized, more)
-        if module is not None and not any(fault(module, wanted.channels, size) for size in wanted.sizes):
+        if module is not None and not any(
+            forward_error(module, wanted.channels, size) for size in wanted.sizes
+        ):
             return {**sized, **more}
     return sized  # `check` says which size does not work
 
@@ -187,7 +189,7 @@ def arguments(wanted: Request) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _takes_size(wanted: Request) -> bool:
     """Whether the network is built for one size of picture: transformers are, most convolutional ones are not."""
-    own = weights_of(wanted.name).get("input_size", (3, wanted.size, wanted.size))[1]
+    own = pretrained_cfg(wanted.name).get("input_size", (3, wanted.size, wanted.size))[1]
     try:
         _on_meta(wanted, _sized(wanted, own))
     except FAULTS as error:
@@ -245,13 +247,13 @@ def _refuse_options(wanted: Request) -> None:
 # --- what sizes it takes -------------------------------------------------------------------------------------------------
 
 
-def check(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
+def validate(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
     """A forward pass of every size, and one of a training batch, on the meta device. `asks` looks at network and output for what
     stands behind it."""
     for key in cfg.model.options:
         if key in TAKEN:
             raise Refused(f"model.options.{key}: is said by {TAKEN[key]}")
-    known(cfg)
+    validate_name(cfg)
     wanted = request(cfg)
     module = _whole(wanted)
     module.register_forward_hook(lambda module, _given, output: _answered(wanted, module, output, asks))
@@ -259,7 +261,7 @@ def check(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
         (cfg.data.size, "data.size"),
         *((each, "augment.progressive_sizes") for each in wanted.sizes),
     ):
-        if error := fault(module, wanted.channels, size):
+        if error := forward_error(module, wanted.channels, size):
             raise _no_such_size(wanted, size, key, error) from error
         _refuse_batch(cfg, module, size)
 
@@ -275,14 +277,14 @@ def _answered(
 
 
 def _whole(wanted: Request) -> nn.Module:
-    module = _on_meta(wanted, arguments(wanted))
+    module = _on_meta(wanted, model_kwargs(wanted))
     if wanted.stem == "small":
         with torch.device("meta"):
             small_stem.small(module, wanted.name)
     return module
 
 
-def fault(module: nn.Module, channels: int, size: int) -> Exception | None:
+def forward_error(module: nn.Module, channels: int, size: int) -> Exception | None:
     """Why a picture of this size does not go through the network; None where it does."""
     try:
         with torch.no_grad():
@@ -324,7 +326,11 @@ def _no_such_size(wanted: Request, size: int, key: str, error: Exception) -> Ref
     for each in sorted(grid, key=lambda other: abs(other - size))[:TRIED]:
         if (each > size) not in found and works(each):
             found[each > size] = each
-    own = wanted.size if key == "augment.progressive_sizes" else int(weights_of(wanted.name)["input_size"][1])
+    own = (
+        wanted.size
+        if key == "augment.progressive_sizes"
+        else int(pretrained_cfg(wanted.name)["input_size"][1])
+    )
     if not found and not works(own):
         return Refused(
             f"model.name: {wanted.name} takes no pictures, of {size} px or of its own {own} px: {_line(error)}"
@@ -344,7 +350,7 @@ def _works_alone(wanted: Request) -> Callable[[int], bool]:
             module = any_size or _on_meta(wanted, _sized(wanted, size))
         except FAULTS:
             return False
-        return fault(module, wanted.channels, size) is None
+        return forward_error(module, wanted.channels, size) is None
 
     return works
 
@@ -355,7 +361,7 @@ def _works_beside(wanted: Request) -> Callable[[int], bool]:
         return _works_alone(wanted)
     built = _sized(wanted, wanted.size)
     modules = [each for more in FLEXIBLE if (each := _flexible(wanted, built, more)) is not None]
-    return lambda size: any(fault(module, wanted.channels, size) is None for module in modules)
+    return lambda size: any(forward_error(module, wanted.channels, size) is None for module in modules)
 
 
 def _line(error: Exception) -> str:
@@ -365,7 +371,7 @@ def _line(error: Exception) -> str:
 # --- weights -------------------------------------------------------------------------------------------------------------
 
 
-def weights_of(name: str) -> dict[str, Any]:
+def pretrained_cfg(name: str) -> dict[str, Any]:
     """timm's pretrained_cfg: what the weights of this name were trained on and how."""
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
@@ -375,9 +381,9 @@ def weights_of(name: str) -> dict[str, Any]:
     return {} if found is None else found.to_dict()
 
 
-def about(cfg: Config) -> str:
+def describe(cfg: Config) -> str:
     """What the weights want to see, and under which licence they are, in one line."""
-    made = weights_of(cfg.model.name)
+    made = pretrained_cfg(cfg.model.name)
     if not made:
         return f"{cfg.model.name}: has no pretrained weights"
     size, patch = made["input_size"][1], _patch(request(cfg))
@@ -399,14 +405,14 @@ def _patch(wanted: Request) -> int:
     return int(found[0] if isinstance(found, tuple) else found)
 
 
-def loaded(cfg: Config, given: dict[str, Tensor], name: str) -> nn.Module:
+def create_from_weights(cfg: Config, given: dict[str, Tensor], name: str) -> nn.Module:
     """The network with weights that are not named or shaped like its own: timm maps their names, resizes position embeddings and
     adapts the first convolution to data.channels. As many classes as the weights have. Everything must be in them: timm loads
     strictly where the classes are the same."""
     import timm
 
     wanted = request(cfg)
-    made = weights_of(cfg.model.name)
+    made = pretrained_cfg(cfg.model.name)
     said = made.get("classifier") or ()
     last = [*([said] if isinstance(said, str) else said), *HEADS]
     classes = next((len(given[f"{each}.weight"]) for each in last if f"{each}.weight" in given), 0)
@@ -414,7 +420,7 @@ def loaded(cfg: Config, given: dict[str, Tensor], name: str) -> nn.Module:
         overlay = {"state_dict": dict(given), "source": "", "num_classes": classes, "label_offset": 0}
         try:
             module = timm.create_model(
-                wanted.name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **arguments(wanted)
+                wanted.name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **model_kwargs(wanted)
             )
             break
         except (RuntimeError, KeyError, ValueError) as error:

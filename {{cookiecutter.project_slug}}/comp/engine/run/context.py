@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comp.data import Feed
+from comp.data import Loader
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
@@ -17,5 +17,5 @@ class Context:
     cfg: Config
     samples: Samples
     folds: Folds
-    feed: Feed
+    loader: Loader
     device: torch.device

@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Picture = NDArray[Any]
-Op = Callable[[Picture, Random], Picture]
+from comp.engine.readers.arrays import Pixels
+
+Op = Callable[[Pixels, Random], Pixels]
 
 
-def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (0.8, 1.25)) -> Op:
+def random_resized_crop(
+    size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (0.8, 1.25)
+) -> Op:
     """A random part of the picture, by share of its area and by aspect, resized to a square."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
 
-    def crop(image: Picture, random: Random) -> Picture:
+    def crop(image: Pixels, random: Random) -> Pixels:
         rows, columns = image.shape[:2]
         area, aspect = rows * columns * random.uniform(*scale), math.exp(random.uniform(low, high))
         height = max(1, min(rows, round(math.sqrt(area / aspect))))
@@ -38,19 +39,19 @@ def crop(size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float,
     return crop
 
 
-def mirror(p: float = 0.5) -> Op:
+def horizontal_flip(p: float = 0.5) -> Op:
     """Left and right change sides."""
 
-    def mirror(image: Picture, random: Random) -> Picture:
+    def mirror(image: Pixels, random: Random) -> Pixels:
         return cv2.flip(image, 1).astype(image.dtype, copy=False) if random.random() < p else image
 
     return mirror
 
 
-def quarter_turns() -> Op:
+def random_rotate90() -> Op:
     """Any of the four orientations: for pictures without an up, as from microscopes and satellites."""
 
-    def quarter_turns(image: Picture, random: Random) -> Picture:
+    def quarter_turns(image: Pixels, random: Random) -> Pixels:
         return np.ascontiguousarray(np.rot90(image, random.randrange(4)))
 
     return quarter_turns

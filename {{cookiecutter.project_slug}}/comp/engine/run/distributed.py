@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from comp.data import Draw, Plan
+from comp.data import Batches, Index
 from comp.engine import hardware
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
@@ -156,7 +156,7 @@ def passes(accumulate: int) -> int:
     return accumulate // count() if accumulate % count() == 0 else accumulate
 
 
-def share(plan: Plan, accumulate: int, whole: int = 1) -> Iterator[list[Draw]]:
+def share(plan: Batches, accumulate: int, whole: int = 1) -> Iterator[list[Index]]:
     """This process's part of the passes of an epoch. `whole` neighbours belong together."""
     for number, draws in enumerate(plan):
         if accumulate % count() == 0:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from comp.data import Feed, plain_batches
+from comp.data import Loader, sequential_batches
 from comp.engine import hardware
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
@@ -32,9 +32,9 @@ def plain(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def outputs_of(
+def forward_rows(
     module: nn.Module,
-    feed: Feed,
+    loader: Loader,
     rows: Positions,
     batch_size: int,
     seen: Seen,
@@ -53,9 +53,9 @@ def outputs_of(
     if at_once is None:
         alone = device.type == "cpu" and not shared
         at_once = max(1, hardware.cores() // torch.get_num_threads()) if alone else 1
-    networks = SimpleQueue[Fitting]()
+    networks = SimpleQueue[AutoBatch]()
     for one in _side_by_side(module, at_once):
-        networks.put(Fitting(one, batch_size))
+        networks.put(AutoBatch(one, batch_size))
     damaged: dict[int, str] = {}
 
     @torch.inference_mode()
@@ -68,10 +68,10 @@ def outputs_of(
             networks.put(network)
 
     def calls() -> Iterator[Callable[[], tuple[int, Tensor]]]:
-        for batch in feed.batches(plain_batches(mine, batch_size)):
+        for batch in loader.batches(sequential_batches(mine, batch_size)):
             damaged.update(batch.damaged)
             images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-            extras = feed.extras(batch)
+            extras = loader.extras(batch)
             for number, view in enumerate(views, 1):
                 # Decoded once: the views turn the uint8 batch. In this thread, since a recipe draws for one at a time.
                 look, done = view(images), len(batch.samples) if number == len(views) else 0
@@ -134,7 +134,7 @@ def _joined(
     return whole, {row: reason for _, damaged in parts for row, reason in damaged.items()}
 
 
-class Fitting:
+class AutoBatch:
     """A network in batches as large as fit: out of memory halves them for the rest of the pass, down to single pictures. On a CPU
     what fits is a piece whose layers stay below the 32 MB from which C's library asks the system for every block anew: the
     pages of those, all of them to be filled with zeros first, cost mobilenetv3 a fourth of its speed and efficientnet a fifth."""
@@ -159,7 +159,7 @@ class Fitting:
             torch.cuda.empty_cache()
 
 
-def refuse(damaged: Mapping[int, str], samples: Samples) -> None:
+def raise_damaged(damaged: Mapping[int, str], samples: Samples) -> None:
     """Half an image never teaches: training stops at the first damaged file and names it."""
     if damaged:
         ids = samples.frame["id"]

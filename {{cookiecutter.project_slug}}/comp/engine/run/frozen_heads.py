@@ -43,7 +43,7 @@ def is_head(weights: Path) -> bool:
     return "fitted" in (store.sealed(weights) or {})
 
 
-def beside(weights: Path) -> list[Path]:
+def required_files(weights: Path) -> list[Path]:
     """What a head needs beside its own file."""
     run = weights.parents[3].name
     entry = store.sealed(weights) or {}
@@ -75,14 +75,14 @@ def read(weights: Path) -> dict[str, NDArray[Any]]:
     return numbers
 
 
-def scaled(numbers: Numbers, seen: NDArray[np.floating]) -> Array:
+def standardized(numbers: Numbers, seen: NDArray[np.floating]) -> Array:
     return ((seen - numbers["middle"]) / numbers["spread"]).astype(np.float64)
 
 
-def asked(head: Head, numbers: Numbers, seen: NDArray[np.floating]) -> Array:
+def outputs(head: Head, numbers: Numbers, seen: NDArray[np.floating]) -> Array:
     """(rows, features) -> (rows, outputs): what the task's `store` takes."""
-    x = scaled(numbers, seen)
-    near = scaled(numbers, numbers["near"]) if "near" in numbers else None
+    x = standardized(numbers, seen)
+    near = standardized(numbers, numbers["near"]) if "near" in numbers else None
 
     def of(prefix: str) -> Array:
         mine = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
@@ -139,21 +139,21 @@ def headless(cfg: Config, run: str, context: Context) -> nn.Module:
     from comp import models
 
     file = backbone_of(run)
-    return models.load_weights(models.headless(cfg, False, context.feed), file).to(context.device)
+    return models.load_weights(models.headless(cfg, False, context.loader), file).to(context.device)
 
 
-def said(context: Context, weights: Path, rows: Positions) -> tuple[list[Array], dict[int, str]]:
+def predict_rows(context: Context, weights: Path, rows: Positions) -> tuple[list[Array], dict[int, str]]:
     """Of each head (rows, outputs) as they are stored, and for each row whose picture is damaged the reason."""
     from comp import transforms
     from comp.engine.run import normalize
-    from comp.engine.run.evaluate import outputs_of
+    from comp.engine.run.evaluate import forward_rows
 
     cfg, run = context.cfg, weights.parents[3].name
     module = headless(cfg, run, context)
-    look = transforms.Seen(normalize.of(cfg, module, context.device))
-    seen, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, look, cfg.train.amp)
+    look = transforms.Seen(normalize.build(cfg, module, context.device))
+    seen, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp)
     numbers = read(weights)
     heads = context.samples.heads
     if not len(rows):
         return [np.empty((0, len(head.outputs))) for head in heads], damaged
-    return [np.asarray(head.row.store(asked(head, numbers, seen[0]))) for head in heads], damaged
+    return [np.asarray(head.row.store(outputs(head, numbers, seen[0]))) for head in heads], damaged

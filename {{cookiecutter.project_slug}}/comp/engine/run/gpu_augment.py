@@ -24,7 +24,7 @@ Seeds = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class OnBatch:
+class BatchOp:
     """An op of a recipe that runs on the device, on a batch at a time."""
 
     name: str
@@ -34,15 +34,15 @@ class OnBatch:
         return self.function(images, seeds)
 
 
-def onto(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of a batch on their way to the device. Only asked like this, the processor does not wait until the GPU is
     through with all that came before."""
     return torch.from_numpy(values).to(device, dtype, non_blocking=True)
 
 
-def _numbers(seeds: Seeds, salt: int, count: int, like: Tensor) -> Tensor:
+def _uniform(seeds: Seeds, salt: int, count: int, like: Tensor) -> Tensor:
     """(batch, count), uniform from -1 to 1."""
-    return onto(2 * uniform(seeds, salt, count) - 1, like.device, like.dtype)
+    return to_device(2 * uniform(seeds, salt, count) - 1, like.device, like.dtype)
 
 
 # Rows: grey, and the two axes of colour (YIQ), where a turn changes the hue and a stretch the saturation.
@@ -50,13 +50,13 @@ _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115,
 _BACK = torch.linalg.inv(_YIQ)
 
 
-def jitter(
+def color_jitter(
     brightness: float = 0.2, contrast: float = 0.2, saturation: float = 0.2, hue: float = 0.02
-) -> OnBatch:
+) -> BatchOp:
     """Brightness, contrast, saturation (shares) and hue (share of the circle), one matrix a sample."""
 
     def apply(images: Tensor, seeds: Seeds) -> Tensor:
-        bright, contr, satur, turn = _numbers(seeds, 1, 4, images).unbind(1)
+        bright, contr, satur, turn = _uniform(seeds, 1, 4, images).unbind(1)
         bright, contr = 1 + brightness * bright, 1 + contrast * contr
         mean = images.mean((1, 2, 3))
         shift = (mean * (1 - contr) * bright).view(-1, 1, 1)
@@ -72,34 +72,34 @@ def jitter(
         flat = torch.baddbmm(shift, matrix, images.flatten(2))
         return flat.clamp_(0, 1).view_as(images)
 
-    return OnBatch(f"jitter({brightness}, {contrast}, {saturation}, {hue})", apply)
+    return BatchOp(f"jitter({brightness}, {contrast}, {saturation}, {hue})", apply)
 
 
-def affine(shift: float = 0.08, turn: float = 12.0, scale: float = 0.1) -> OnBatch:
+def random_affine(shift: float = 0.08, turn: float = 12.0, scale: float = 0.1) -> BatchOp:
     """Moved by a share of the side, turned by degrees, scaled by a share; what comes in from outside is black."""
 
     def apply(images: Tensor, seeds: Seeds) -> Tensor:
-        x, y, angle, size = _numbers(seeds, 2, 4, images).unbind(1)
+        x, y, angle, size = _uniform(seeds, 2, 4, images).unbind(1)
         angle, size = angle * math.radians(turn), 1 + scale * size
         cos, sin = angle.cos() / size, angle.sin() / size
         matrix = torch.stack([cos, -sin, 2 * shift * x, sin, cos, 2 * shift * y], 1).view(-1, 2, 3)
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
-    return OnBatch(f"affine({shift}, {turn}, {scale})", apply)
+    return BatchOp(f"affine({shift}, {turn}, {scale})", apply)
 
 
-def mirror(p: float = 0.5) -> OnBatch:
+def horizontal_flip(p: float = 0.5) -> BatchOp:
     def apply(images: Tensor, seeds: Seeds) -> Tensor:
-        turned = (_numbers(seeds, 3, 1, images) < 2 * p - 1).view(-1, 1, 1, 1)
+        turned = (_uniform(seeds, 3, 1, images) < 2 * p - 1).view(-1, 1, 1, 1)
         return torch.where(turned, images.flip(3), images)
 
-    return OnBatch(f"mirror({p})", apply)
+    return BatchOp(f"mirror({p})", apply)
 
 
-def erase(
+def random_erasing(
     p: float, area: tuple[float, float] = (0.02, 0.33), aspect: tuple[float, float] = (0.3, 3.3)
-) -> OnBatch:
+) -> BatchOp:
     """A rectangle of noise in a share p of the pictures, by share of their area; noise like normalised pixels, so it comes
     after normalising. Which pictures, and where, is known without asking the device, so nothing waits for it."""
 
@@ -118,4 +118,4 @@ def erase(
             part.normal_(generator=own)
         return out
 
-    return OnBatch(f"erase({p})", apply)
+    return BatchOp(f"erase({p})", apply)

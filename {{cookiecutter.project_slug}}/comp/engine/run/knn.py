@@ -27,11 +27,11 @@ CHUNK = 512  # rows at once; memory is CHUNK x gallery
 Values = NDArray[np.float32]
 
 
-def beside(weights: Path) -> Path:
+def gallery_file(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}-gallery.safetensors")
 
 
-def size(cfg: Config, samples: Samples) -> int:
+def gallery_bytes(cfg: Config, samples: Samples) -> int:
     """Bytes of a fold's gallery, at most."""
     embeds = loss_knobs.embedding(cfg, samples.heads)
     return 0 if embeds is None else len(samples.labeled) * (4 * int(embeds.knobs["embedding"]) + 4)
@@ -52,7 +52,7 @@ def read(file: Path) -> tuple[Values, NDArray[np.int64]]:
     return held["embedding"], held["class"].astype(np.int64)
 
 
-def averaged(views: NDArray[np.float32], size: int) -> Values:
+def mean_embedding(views: NDArray[np.float32], size: int) -> Values:
     """(views, rows, outputs) -> (rows, size): what all views of a picture say together, on the sphere again."""
     mean = views[:, :, :size].astype(np.float64).mean(axis=0)
     length = np.linalg.norm(mean, axis=1, keepdims=True)

@@ -123,7 +123,7 @@ def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) 
         for step, (point, mean) in enumerate(zip(points, smooth, strict=True))
     ]
     store.write_text(csv, "\n".join(["step,rate,loss,smooth", *lines]) + "\n")
-    figure, axes = plots.figure_of(8, 4.5)
+    figure, axes = plots.new_figure(8, 4.5)
     rates = [point.rate for point in points]
     axes.plot(
         rates,
@@ -187,7 +187,7 @@ class _Unscored(Folds):
 def _span(context: Context) -> schedule.Span:
     cfg = context.cfg
     taught = context.folds.split(0)[0][: cfg.train.limit]
-    drawn = data.epoch_list(taught, 0, 0, class_balance.make_sampler(cfg, context.samples, taught))
+    drawn = data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, context.samples, taught))
     return schedule.span(cfg, len(drawn))
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import uniform
 from comp.engine.errors import Refused
-from comp.engine.run.gpu_augment import Seeds, onto
+from comp.engine.run.gpu_augment import Seeds, to_device
 from comp.engine.tasks.kinds import Head
 from comp.transforms import Day
 
@@ -103,7 +103,7 @@ def mixed(
         inside = (
             _between(top, rows, height, images)[:, :, None] & _between(left, columns, width, images)[:, None]
         )
-        inside &= onto(cut, images.device)[:, None, None]
+        inside &= to_device(cut, images.device)[:, None, None]
         out = torch.where(inside[:, None], images[_at(mates[1], images)], out)
         area = rows * columns / (height * width)
         shares[cut, 0], shares[cut, 1] = 1 - area[cut], area[cut]
@@ -162,12 +162,12 @@ def _shares(target: Tensor, head: Head) -> Tensor:
 def _between(start: np.ndarray, length: np.ndarray, side: int, like: Tensor) -> Tensor:
     """(batch, side): from start, so many."""
     places = np.arange(side)[None]
-    return onto((places >= start[:, None]) & (places < (start + length)[:, None]), like.device)
+    return to_device((places >= start[:, None]) & (places < (start + length)[:, None]), like.device)
 
 
 def _at(places: np.ndarray, like: Tensor) -> Tensor:
-    return onto(places, like.device)
+    return to_device(places, like.device)
 
 
 def _like(values: np.ndarray, like: Tensor) -> Tensor:
-    return onto(values, like.device, like.dtype)
+    return to_device(values, like.device, like.dtype)

@@ -21,7 +21,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
-from comp.engine.run.evaluate import outputs_of, refuse
+from comp.engine.run.evaluate import forward_rows, raise_damaged
 from comp.transforms import Seen
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def judge(context: Context, rows: Positions, seen: Seen) -> Callable[[nn.Module]
     bench = Bench(cfg, context.samples, context.folds, rows)
 
     def scored(module: nn.Module) -> Scores:
-        raw, damaged = outputs_of(module, context.feed, rows, cfg.predict.batch_size, seen, cfg.train.amp)
-        refuse(damaged, context.samples)
+        raw, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+        raise_damaged(damaged, context.samples)
         return bench(raw[0])
 
     return scored

@@ -15,7 +15,7 @@ from comp.engine.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normalize:
     """Pictures in grey levels, float (batch, channels, height, width), as the network wants them."""
 
     mean: Tensor  # (channels, 1, 1)
@@ -64,7 +64,7 @@ def register(cfg: Config, module: nn.Module) -> None:
         module.register_buffer("white", torch.zeros(features, features))
 
 
-def of(cfg: Config, module: nn.Module, device: torch.device) -> Normal:
+def build(cfg: Config, module: nn.Module, device: torch.device) -> Normalize:
     """In units of uint8. `model`: mean and deviation that the network was made for."""
     channels = cfg.data.channels
     kind = cfg.data.normalize
@@ -81,4 +81,4 @@ def of(cfg: Config, module: nn.Module, device: torch.device) -> Normal:
             mean, std = (value.mean(0, keepdim=True).repeat(channels) for value in (mean, std))
     else:
         mean, std = torch.zeros(channels, device=device), torch.full((channels,), 255.0, device=device)
-    return Normal(mean[:, None, None], std[:, None, None], kind == "minmax", whiten)
+    return Normalize(mean[:, None, None], std[:, None, None], kind == "minmax", whiten)

@@ -32,7 +32,7 @@ def draw(loaded: Loaded, experiment: str) -> None:
         from comp import data
         from comp.engine.data import class_balance
 
-        drawn = len(data.epoch_list(taught, 0, 0, class_balance.make_sampler(cfg, table, taught)))
+        drawn = len(data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, table, taught)))
     span = schedule.span(cfg, drawn)
     curve = schedule.curve(cfg, span)
     file = store.path("runs", f"{experiment}-schedule.png")
@@ -74,7 +74,7 @@ def _picture(cfg: Config, curve: Curve | Staged, span: Span, file: Path) -> None
     first, *later = schedule.parts_of(curve)
     steps = range(0, span.steps, max(1, span.steps // MOST_POINTS))
     at = [step / span.steps_per_epoch for step in steps]
-    figure, axes = plots.figure_of(9, 4)
+    figure, axes = plots.new_figure(9, 4)
     axes.plot(at, [curve.rate(step) for step in steps], color="tab:blue", drawstyle="steps-post")
     axes.set(xlabel=f"epoch of {span.steps_per_epoch:,} steps", ylabel="rate", xlim=(0, cfg.train.epochs))
     axes.set_ylim(bottom=0)

@@ -19,9 +19,9 @@ from PIL import Image
 
 from comp.engine.config.resolve import nearest
 from comp.engine.errors import Refused
-from comp.engine.run.cv2_ops import Picture
+from comp.engine.readers.arrays import Pixels
 
-LIKE = {
+EXAMPLES = {
     "rand": "rand-m9-n2-mstd0.5",
     "augmix": "augmix-m3-w3",
     "trivial": "trivial",
@@ -37,16 +37,16 @@ class Policy:
     name: str
     change: Callable[[Any], Any]
 
-    def __call__(self, picture: Picture, seed: int) -> Picture:
+    def __call__(self, picture: Pixels, seed: int) -> Pixels:
         grey = picture.ndim == 2 or picture.shape[2] == 1
         image = Image.fromarray(picture.squeeze() if grey else np.ascontiguousarray(picture)).convert("RGB")
-        with seeded(seed):
+        with global_seed(seed):
             image = self.change(image)
         return np.asarray(image.convert("L") if grey else image).reshape(*picture.shape[:2], -1)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def global_seed(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's generators begin at `seed` and are found as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
@@ -60,7 +60,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def named(name: str, channels: int) -> Policy:
+def create(name: str, channels: int) -> Policy:
     from timm.data import auto_augment as timm
     from torchvision.transforms import TrivialAugmentWide
 
@@ -81,7 +81,7 @@ def named(name: str, channels: int) -> Policy:
         makers = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
         change = makers.get(kind, timm.auto_augment_transform)(name, hparams)
     except (AssertionError, ValueError, IndexError, KeyError) as error:
-        close = LIKE[(nearest(kind, LIKE) or ["rand"])[0]]
+        close = EXAMPLES[(nearest(kind, EXAMPLES) or ["rand"])[0]]
         reason = f" ({error})" if str(error) else ""
         raise Refused(f"augment.policy: {name!r} is no policy{reason}; write it like {close}") from None
     for op in _held(change):

@@ -28,33 +28,33 @@ MEASURED = (  # of each fold: normal.py, target_scaler.py
 )  # fmt: skip
 
 
-def run_of(cfg: Config) -> str:
+def source_run(cfg: Config) -> str:
     """The run that weights are taken from; empty for none."""
     said = cfg.model.pretrained
     return said.removeprefix(RUN) if isinstance(said, str) and said.startswith(RUN) else ""
 
 
-def file_of(cfg: Config) -> Path | None:
+def weights_file(cfg: Config) -> Path | None:
     """The file that weights are taken from."""
     said = cfg.model.pretrained
-    return store.path(said) if isinstance(said, str) and not run_of(cfg) else None
+    return store.path(said) if isinstance(said, str) and not source_run(cfg) else None
 
 
-def check(cfg: Config, folds: Folds) -> None:
+def validate(cfg: Config, folds: Folds) -> None:
     """Before anything is spent: is there such a file or run, and does it share the folds?"""
-    if run := run_of(cfg):
+    if run := source_run(cfg):
         _of_same_folds(run, folds)
-    elif file := file_of(cfg):
+    elif file := weights_file(cfg):
         if not file.is_file():
             raise Refused(
                 f"model.pretrained: {cfg.model.pretrained}: no such file; true, false, a file of weights (.safetensors, .pth, .pt, "
                 ".bin) or run:exp001 is wanted"
             )
         if file.suffix == ".safetensors":
-            refuse_foreign(file, "model.pretrained")
+            validate_safetensors(file, "model.pretrained")
 
 
-def refuse_foreign(file: Path, key: str) -> None:
+def validate_safetensors(file: Path, key: str) -> None:
     """Not a safetensors file, whatever its name: the header is parsed and every length in it held against the file's size.
     Nothing of it is executed, and torch is not imported."""
     from safetensors import SafetensorError, safe_open
@@ -92,8 +92,8 @@ def begin(module: nn.Module, cfg: Config, seed: int, fold: int | str) -> None:
     """Load what `fitting` finds; only the head may differ, and what it lacks is said."""
     if not isinstance(cfg.model.pretrained, str):
         return
-    file = file_of(cfg)
-    if run := run_of(cfg):
+    file = weights_file(cfg)
+    if run := source_run(cfg):
         file = store.fold_folder(run, seed, fold) / "weights.safetensors"
         if not store.sealed(file):
             raise Refused(
@@ -102,13 +102,13 @@ def begin(module: nn.Module, cfg: Config, seed: int, fold: int | str) -> None:
             )
         store.verified(file)
     assert file is not None
-    fits = fitting(module, cfg, file)
+    fits = matching_weights(module, cfg, file)
     module.load_state_dict(fits, strict=False)
     new = [name for name in module.state_dict() if name not in fits and name not in MEASURED]
     print(f"begins with {store.shown(file)}; new: {', '.join(new) or 'nothing'}")
 
 
-def fitting(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
+def matching_weights(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
     """What of a file goes into the network, by the names that it has there. Three cases, in this order:
 
     1. names and shapes are those of this network: a run of this project, or timm's own at the same size. As they are.
@@ -120,10 +120,10 @@ def fitting(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
     from comp.engine.run import backbone
 
     given = read(file)
-    if misfits(module, given) and pages.get("model") is None:
+    if mismatches(module, given) and pages.get("model") is None:
         with torch.random.fork_rng():
-            given = backbone.loaded(cfg, _bare(given), store.shown(file)).state_dict()
-    return filling(module, given, store.shown(file))
+            given = backbone.create_from_weights(cfg, _bare(given), store.shown(file)).state_dict()
+    return matching_tensors(module, given, store.shown(file))
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def _here(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in named.items() if k not in MEASURED}
 
 
-def misfits(module: nn.Module, given: dict[str, Tensor]) -> list[str]:
+def mismatches(module: nn.Module, given: dict[str, Tensor]) -> list[str]:
     """Tensors below the head that are not there, or of another shape."""
     there = _here(module, given)
     return [
@@ -179,10 +179,10 @@ def misfits(module: nn.Module, given: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def filling(module: nn.Module, given: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def matching_tensors(module: nn.Module, given: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """What fits by name and shape; all but the head has to."""
     own, there = module.state_dict(), _here(module, given)
-    if strange := misfits(module, given):
+    if strange := mismatches(module, given):
         k = strange[0]
         what = (
             f"is {tuple(there[k].shape)} there, {tuple(own[k].shape)} here" if k in there else "is not in it"

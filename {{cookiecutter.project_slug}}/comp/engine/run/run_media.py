@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from comp.data import Draw
+from comp.data import Index
 from comp.engine.bank import bank, predictions
 from comp.engine.data import fold_audit
 from comp.engine.data.samples import Positions
@@ -56,7 +56,7 @@ def mistakes(
         plots.residuals(truth, said.reshape(truth.shape), file, f"{head.name}, out of fold")
     log.sheet(file.stem, file)
     classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
-    table = plots.worst(truth, said, context.samples.frame["id"].to_numpy()[rows].tolist(), classes)
+    table = plots.worst_rows(truth, said, context.samples.frame["id"].to_numpy()[rows].tolist(), classes)
     log.table(
         f"worst{name}",
         table.drop(columns="position"),
@@ -66,13 +66,13 @@ def mistakes(
 
 def shown(context: Context, rows: Positions) -> list[Any]:
     """The pictures of some rows as the network gets them, for people; black where a file broke since."""
-    drawn = context.feed.images.batch([Draw(int(row), None) for row in rows])
+    drawn = context.loader.images.batch([Index(int(row), None) for row in rows])
     first = (
         np.searchsorted(drawn.owner, np.arange(len(rows)))
         if drawn.owner is not None
         else np.arange(len(rows))
     )
-    return [plots.in_colour(arrays.shown(image)) for image in drawn.images.numpy()[first]]
+    return [plots.to_rgb(arrays.to_uint8(image)) for image in drawn.images.numpy()[first]]
 
 
 def last(folder: Path) -> str:

@@ -154,13 +154,13 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     split = folds.load(table)
     if loaded is not None:
         folds.validate_plan(split, loaded)
-    pretrained.check(cfg, split)
+    pretrained.validate(cfg, split)
     score.metric_of(cfg)
     loss_knobs.of(cfg, table.heads)
     import torch
 
     from comp import models, optim
-    from comp.data import Feed
+    from comp.data import Loader
     from comp.engine.run import consistency, distillation, distributed, mixup, views
     from comp.engine.run.context import Context
 
@@ -171,21 +171,21 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     optim.refuse(cfg)
     with torch.device("meta"):  # what this network does not take is refused before pictures are decoded
         network = models.build(cfg, table.heads, pretrained=False)
-    if file := pretrained.file_of(cfg):
-        pretrained.fitting(network, cfg, file)
+    if file := pretrained.weights_file(cfg):
+        pretrained.matching_weights(network, cfg, file)
     device = hardware.device(cfg.machine.device)
     torch.backends.cudnn.allow_tf32 = (
         cfg.train.amp != "fp32"
     )  # fp32 means it: predictions are compared to 1e-5
-    feed = Feed(cfg, table, device)
+    loader = Loader(cfg, table, device)
     distillation.refuse(cfg, table.heads)
     consistency.refuse(cfg, table.heads)
-    mixup.refuse(cfg, table.heads, feed.multi_image)
-    if cfg.model.pool != "mean" and not feed.multi_image:
+    mixup.refuse(cfg, table.heads, loader.multi_image)
+    if cfg.model.pool != "mean" and not loader.multi_image:
         raise Refused(
             f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
         )
-    return Context(cfg, table, split, feed, device)
+    return Context(cfg, table, split, loader, device)
 
 
 def one_fold(
@@ -216,7 +216,7 @@ def one_fold(
     if done():
         return
     cfg = context.cfg
-    if isinstance(context.feed.images.images, cache.Direct):
+    if isinstance(context.loader.images.images, cache.UncachedImages):
         fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
     with store.lock(folder, doing, wait=wait, job=job), stop.listening():
@@ -362,7 +362,7 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     if not todo:
         return
     weights = models.size(context.cfg, context.samples.heads)
-    weights += knn.size(context.cfg, context.samples)
+    weights += knn.gallery_bytes(context.cfg, context.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
     kept = len(todo) * (1 + len(run_members.kept(context.cfg)))
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LEVELS = 64  # of a text column; rarer ones are all one
 
 
-def encoded(samples: Samples, device: torch.device) -> torch.Tensor:
+def encode_metadata(samples: Samples, device: torch.device) -> torch.Tensor:
     """(samples, features). Means, deviations and levels come from the training rows; no label is looked at."""
     names = [str(name) for name in samples.frame.columns if str(name).startswith("meta.")]
     if not names:

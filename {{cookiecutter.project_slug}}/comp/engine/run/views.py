@@ -21,6 +21,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.data.seeding import mixed
 from comp.engine.errors import Refused
 from comp.engine.run.evaluate import View
+from comp.engine.run.gpu_augment import BatchOp
 
 
 def identity(x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ VIEWS: dict[str, View] = {
 }
 
 
-def part(x: Tensor, share: float, down: float, across: float) -> Tensor:
+def resized_crop(x: Tensor, share: float, down: float, across: float) -> Tensor:
     """A square of `share` of the side, brought back to size: 0, 0 is the top left one and 0.5, 0.5 the middle."""
     side = x.shape[2]
     kept = max(1, round(side * share))
@@ -71,26 +72,26 @@ def part(x: Tensor, share: float, down: float, across: float) -> Tensor:
 
 
 # Closer looks: three scales, and the corners that with crop_middle are the five crops. They lose the rim, so they are no symmetries.
-CLOSER: dict[str, View] = {
-    "zoom110": partial(part, share=1 / 1.10, down=0.5, across=0.5),
-    "zoom125": partial(part, share=1 / 1.25, down=0.5, across=0.5),
-    "zoom150": partial(part, share=1 / 1.50, down=0.5, across=0.5),
-    "crop_top_left": partial(part, share=0.875, down=0.0, across=0.0),
-    "crop_top_right": partial(part, share=0.875, down=0.0, across=1.0),
-    "crop_bottom_left": partial(part, share=0.875, down=1.0, across=0.0),
-    "crop_bottom_right": partial(part, share=0.875, down=1.0, across=1.0),
-    "crop_middle": partial(part, share=0.875, down=0.5, across=0.5),
+CROPS: dict[str, View] = {
+    "zoom110": partial(resized_crop, share=1 / 1.10, down=0.5, across=0.5),
+    "zoom125": partial(resized_crop, share=1 / 1.25, down=0.5, across=0.5),
+    "zoom150": partial(resized_crop, share=1 / 1.50, down=0.5, across=0.5),
+    "crop_top_left": partial(resized_crop, share=0.875, down=0.0, across=0.0),
+    "crop_top_right": partial(resized_crop, share=0.875, down=0.0, across=1.0),
+    "crop_bottom_left": partial(resized_crop, share=0.875, down=1.0, across=0.0),
+    "crop_bottom_right": partial(resized_crop, share=0.875, down=1.0, across=1.0),
+    "crop_middle": partial(resized_crop, share=0.875, down=0.5, across=0.5),
 }
 
 
-class Recipe:
+class RecipeView:
     """One draw of an augmentation recipe: `light2` is the second of `light`. What a picture gets follows from its own pixels, so it
     is the same in any batch, in any process and on Kaggle. Costs what augmenting costs, picture by picture in this process; what
     a recipe does after normalising (mixing, erasing) is left out."""
 
     def __init__(self, name: str, draw: int):
         self.name, self.draw = name, draw
-        self.made: dict[int, tuple[transforms.Augment, list[transforms.OnBatch]]] = {}
+        self.made: dict[int, tuple[transforms.Augment, list[BatchOp]]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         side = x.shape[2]
@@ -111,7 +112,7 @@ class Recipe:
 
 
 def views(names: list[str]) -> list[View]:
-    known = VIEWS | CLOSER
+    known = VIEWS | CROPS
     if len(set(names)) < len(names):
         raise Refused(f"predict.tta: {', '.join(names)} names a view twice")
     return [known[name] if name in known else _of_recipe(name) for name in names]
@@ -123,8 +124,8 @@ def _of_recipe(name: str) -> View:
         pages.get("recipe") is not None
     )
     if found is None or found[1] not in recipes:
-        known = [*VIEWS, *CLOSER, *recipes]
+        known = [*VIEWS, *CROPS, *recipes]
         raise Refused(
             f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, known)[0]}, there are {', '.join(known)}"
         )
-    return Recipe(found[1], int(found[2] or 1))
+    return RecipeView(found[1], int(found[2] or 1))

@@ -21,8 +21,8 @@ from comp.engine.data import image_key
 from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers
 from comp.engine.readers import decode as images
-from comp.engine.readers.arrays import KINDS, Damaged, Numbers
-from comp.engine.readers.decode import Fit, Pixels
+from comp.engine.readers.arrays import DTYPES, DamagedImage, PixelFormat
+from comp.engine.readers.decode import Pixels, Resize
 from comp.engine.store import store
 
 
@@ -32,14 +32,14 @@ def content_hash(data: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Making:
+class ImageReader:
     """All that decides the pixels of a picture, except the bytes of its file."""
 
     raw: str
     size: int
-    fit: Fit
+    resize: Resize
     channels: int
-    numbers: Numbers = images.NO_NUMBERS
+    pixel_format: PixelFormat = images.DEFAULT_FORMAT
 
     @cached_property
     def key(self) -> str:
@@ -49,21 +49,21 @@ class Making:
             [
                 self.raw,
                 self.size,
-                self.fit,
+                self.resize,
                 self.channels,
-                list(self.numbers),
+                list(self.pixel_format),
                 images.DECODER,
                 _source(hook) if hook else None,
             ]
         )
 
     @property
-    def kind(self) -> Any:
+    def dtype(self) -> Any:
         """Of a pixel, by data.depth."""
-        return KINDS[self.numbers.depth]
+        return DTYPES[self.pixel_format.depth]
 
     @property
-    def by_hook(self) -> bool:
+    def uses_hook(self) -> bool:
         return pages.get("load_image") is not None
 
     @cached_property
@@ -108,7 +108,7 @@ class Making:
         row = self._row(name)
         try:
             made = hook(dict(row), self.decode)
-        except (Damaged, UserError):
+        except (DamagedImage, UserError):
             raise
         except Exception as error:
             unknown = isinstance(error, KeyError) and error.args and error.args[0] not in row
@@ -122,18 +122,18 @@ class Making:
             ) from error
         if not (
             isinstance(made, np.ndarray)
-            and made.dtype == self.kind
+            and made.dtype == self.dtype
             and made.ndim == 3
             and made.shape[2] == self.channels
         ):
             got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
-            wanted = f"a {np.dtype(self.kind)} array (height, width, {self.channels})"
+            wanted = f"a {np.dtype(self.dtype)} array (height, width, {self.channels})"
             raise Refused(
                 f"comp/competition.py: load_image gave {got} for {image_key.shown(name)}; {wanted} is wanted"
             )
         if not made.size:
-            raise Damaged(image_key.shown(name), f"load_image gave no pixels, {made.shape}")
-        return images.fitted(made, self.size, self.fit, image_key.shown(name))
+            raise DamagedImage(image_key.shown(name), f"load_image gave no pixels, {made.shape}")
+        return images.resize_image(made, self.size, self.resize, image_key.shown(name))
 
     def _row(self, name: str) -> dict[str, Any]:
         """What load_image is handed of its row."""
@@ -148,31 +148,33 @@ class Making:
         parts = image_key.files(name)
         if len(parts) == 1:
             data = self.read(name) if data is None else data
-            return images.decode(data, size, self.fit, self.channels, parts[0], self.numbers)
+            return images.decode(data, size, self.resize, self.channels, parts[0], self.pixel_format)
         each, rest = divmod(self.channels, len(parts))
         if rest or not each:
-            raise Damaged(
+            raise DamagedImage(
                 image_key.shown(name),
                 f"{len(parts)} files cannot be {self.channels} channels (data.channels)",
             )
         planes = [
-            images.decode(images.read(self.file(part), part), size, self.fit, each, part, self.numbers)
+            images.decode(
+                images.read(self.file(part), part), size, self.resize, each, part, self.pixel_format
+            )
             for part in parts
         ]
         if len({plane.shape for plane in planes}) > 1:
-            raise Damaged(
+            raise DamagedImage(
                 image_key.shown(name), "its files differ in size, so they cannot be channels of one picture"
             )
         return np.concatenate(planes, axis=2)
 
 
-def of(cfg: Config) -> Making:
+def from_config(cfg: Config) -> ImageReader:
     pixels = cfg.competition.pixels
     low, high = (pixels.range if pixels else None) or (None, None)
     shape = tuple((pixels.shape if pixels else None) or ())
-    numbers = Numbers(low, high, shape, cfg.data.depth, bool(pixels and pixels.lenient))
+    pixel_format = PixelFormat(low, high, shape, cfg.data.depth, bool(pixels and pixels.lenient))
     size = round(cfg.data.size * cfg.data.cache_scale)
-    return Making(cfg.competition.raw, size, cfg.data.resize, cfg.data.channels, numbers)
+    return ImageReader(cfg.competition.raw, size, cfg.data.resize, cfg.data.channels, pixel_format)
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:
