@@ -41,14 +41,14 @@ def after(module, name, number, half=False):
 """
 EVENTS = {
     "pixels written, their line not yet": "after(os, 'fsync', 5)",
-    "before the index": "after(filling, '_published', 1, half=True)",
+    "before the index": "after(build_cache, '_published', 1, half=True)",
     "after the index, before the manifest": "after(store, 'write_json', 1, half=True)",
 }
 MORE_EVENTS = {
-    "after the first line of the journal": "after(filling, '_commit', 1)",
-    "before the first line of the journal": "after(filling, '_commit', 1, half=True)",
-    "after the fifth line of the journal": "after(filling, '_commit', 5)",
-    "before the last line of the journal": "after(filling, '_commit', 10, half=True)",
+    "after the first line of the journal": "after(build_cache, '_commit', 1)",
+    "before the first line of the journal": "after(build_cache, '_commit', 1, half=True)",
+    "after the fifth line of the journal": "after(build_cache, '_commit', 5)",
+    "before the last line of the journal": "after(build_cache, '_commit', 10, half=True)",
     "after the manifest": "after(store, 'write_json', 1)",
 }
 

@@ -303,25 +303,25 @@ def test_a_study_takes_up_trials_of_the_dead_alone(
 
 # The modules that take a lock or refuse because of one -> the verbs that come to it.
 LOCKING = {
-    "clean.py": ["clean"],
-    "deliver/download.py": ["download"],
-    "deliver/kernel.py": ["kernel"],
-    "deliver/push.py": ["kernel"],
-    "deliver/rehearse.py": ["kernel"],
-    "deliver/send.py": ["submit"],
-    "ensemble/augmented.py": ["tta"],
-    "ensemble/blend.py": ["ensemble"],
-    "identity.py": ["train", "tune", "noise", "compare"],
-    "jobs.py": ["train", "tune", "noise", "compare", "predict"],
-    "models/export.py": ["export"],
-    "models/features.py": ["features"],
-    "overview.py": [],  # comp runs only says so
-    "predict/again.py": ["predict"],
-    "predict/labels.py": ["pseudo"],
+    "engine/extras/clean.py": ["clean"],
+    "engine/deliver/download.py": ["download"],
+    "engine/deliver/kernel.py": ["kernel"],
+    "engine/deliver/push.py": ["kernel"],
+    "engine/deliver/rehearse.py": ["kernel"],
+    "engine/deliver/submit.py": ["submit"],
+    "engine/extras/tta_search.py": ["tta"],
+    "engine/ensemble/blend.py": ["ensemble"],
+    "engine/run/fingerprint.py": ["train", "tune", "seed-noise", "compare"],
+    "engine/run/runner.py": ["train", "tune", "seed-noise", "compare", "predict"],
+    "engine/extras/export.py": ["export"],
+    "engine/extras/features.py": ["features"],
+    "engine/extras/listings.py": [],  # comp runs only says so
+    "engine/run/repredict.py": ["predict"],
+    "engine/extras/pseudo_labels.py": ["pseudo"],
     # whatever looks at a picture, or into an archive
-    "prepare/cache.py": ["cache", "lr-range", "model", "explain", "submit", "audit"],
-    "prepare/containers.py": ["inspect", "prepare", "check", "folds", "augment", "contradicted"],
-    "tune/report.py": ["tune"],
+    "engine/data/cache.py": ["cache", "lr-range", "model", "explain", "submit", "audit"],
+    "engine/readers/containers.py": ["inspect", "prepare", "check", "folds", "augment", "label-errors"],
+    "engine/tune/report.py": ["tune"],
 }
 
 

@@ -39,7 +39,7 @@ def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.Captur
         name for data in files if data[:2] == b"PK" for name in zipfile.ZipFile(io.BytesIO(data)).namelist()
     ]
     assert any(name.endswith("weights.safetensors") for name in names) and any(
-        name.endswith("inside.py") for name in names
+        name.endswith("kernel_predict.py") for name in names
     )
     (version,) = server.kernels[slug]["versions"]
     assert (

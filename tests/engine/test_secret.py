@@ -251,7 +251,7 @@ def test_no_key_gets_into_a_commit(tmp_path: Path) -> None:
 
 
 def test_the_hook_is_there_and_runs(tmp_path: Path) -> None:
-    here = Path(secrets.__file__).resolve().parents[1]
+    here = Path(secrets.__file__).resolve().parents[3]
     hook = here / ".githooks" / "pre-commit"
     assert os.access(hook, os.X_OK)
     assert "core.hooksPath .githooks" in (here / "Makefile").read_text()
