@@ -58,22 +58,22 @@ def half_wave(done: float) -> float:
 
 CLOSED = {
     "constant": ([], lambda s: 1.0),
-    "linear": (["final=0.1"], lambda s: 1 - 0.9 * s / STEPS),
-    "cosine": (["final=0.1"], lambda s: 0.1 + 0.9 * half_wave(s / STEPS)),
+    "linear": (["min_lr_ratio=0.1"], lambda s: 1 - 0.9 * s / STEPS),
+    "cosine": (["min_lr_ratio=0.1"], lambda s: 0.1 + 0.9 * half_wave(s / STEPS)),
     "step": (["every=3 epochs", "factor=0.5"], lambda s: 0.5 ** (s // 30)),
     "cosine_restarts": (
-        ["cycles=3", "final=0", "decay=0.5"],
+        ["cycles=3", "min_lr_ratio=0", "decay=0.5"],
         lambda s: 0.5 ** (s // 40) * half_wave(s % 40 / 40),
     ),
     "triangular": (
-        ["cycles=3", "final=0.2", "rise=0.5", "decay=0.5"],
+        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.5", "decay=0.5"],
         lambda s: 0.2 + 0.8 * 0.5 ** (s // 40) * (1 - abs(s % 40 / 20 - 1)),
     ),
     "exponential": (
-        ["cycles=3", "final=0.2", "rise=0.25", "decay=0.5"],
+        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.25", "decay=0.5"],
         lambda s: 0.2 + 0.8 * 0.5 ** (s / 40) * min(s % 40 / 10, (40 - s % 40) / 30),
     ),
-    "wsd": (["cooldown=25%", "anneal=linear", "final=0"], lambda s: min(1.0, (STEPS - s) / 30)),
+    "wsd": (["cooldown=25%", "anneal=linear", "min_lr_ratio=0"], lambda s: min(1.0, (STEPS - s) / 30)),
 }
 
 
@@ -86,7 +86,7 @@ def test_a_curve_equals_its_closed_form(name: str) -> None:
 def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
     dropped = rates("name=step", "every=[50%, 9 epochs, 110 steps]")
     assert [step for step in range(1, STEPS) if dropped[step] < dropped[step - 1]] == [60, 90, 110]
-    assert rates("name=wsd", "cooldown=60 steps", "final=0") == pytest.approx(
+    assert rates("name=wsd", "cooldown=60 steps", "min_lr_ratio=0") == pytest.approx(
         [half_wave(max(0, step - 60) / 60) for step in range(STEPS)]
     )
 
@@ -95,7 +95,7 @@ def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
 def test_restarts_are_those_of_torch(times: int) -> None:
     first, cycles = (30, 4) if times == 1 else (8, 4)
     whole = first * (cycles if times == 1 else 2**cycles - 1)
-    said = ["name=cosine_restarts", f"cycles={cycles}", f"multiplier={times}", "final=0.1"]
+    said = ["name=cosine_restarts", f"cycles={cycles}", f"multiplier={times}", "min_lr_ratio=0.1"]
     make = lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, first, times, eta_min=0.1)  # noqa: E731
     assert rates(*said, steps=whole) == pytest.approx(of_torch(make, whole)[0])
     ends = [sum(first * times**i for i in range(k + 1)) for k in range(cycles)]
@@ -111,7 +111,7 @@ def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
             o, 1.0, STEPS + 1, pct_start=share, anneal_strategy=torchs, div_factor=25, final_div_factor=4, base_momentum=0.8,
             max_momentum=0.95), STEPS,
     )  # fmt: skip
-    drawn = curve("name=one_cycle", f"anneal={anneal}", "final=0.01", "momentum=[0.8, 0.95]")
+    drawn = curve("name=one_cycle", f"anneal={anneal}", "min_lr_ratio=0.01", "momentum=[0.8, 0.95]")
     assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
 
@@ -121,7 +121,7 @@ def test_triangles_and_their_momentum_are_those_of_torch() -> None:
         lambda o: torch.optim.lr_scheduler.CyclicLR(
             o, 0.2, 1.0, step_size_up=12, step_size_down=28, base_momentum=0.85, max_momentum=0.95), STEPS,
     )  # fmt: skip
-    drawn = curve("name=triangular", "cycles=3", "final=0.2", "rise=0.3")
+    drawn = curve("name=triangular", "cycles=3", "min_lr_ratio=0.2", "pct_start=0.3")
     assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
     assert curve("name=triangular", "momentum=null").momentum(3) is None
@@ -132,7 +132,7 @@ def test_plateau_is_that_of_torch() -> None:
     losses = [3.0, 2.0, 2.0, 1.9999, 2.1, 1.5, 1.6, 1.7, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, min_lr=0.02)
-    drawn = curve("name=plateau", "factor=0.3", "patience=1", "final=0.02")
+    drawn = curve("name=plateau", "factor=0.3", "patience=1", "min_lr_ratio=0.02")
     seen = []
     for loss in losses:
         theirs.step(loss)
@@ -158,7 +158,7 @@ def test_warmup_leads_up_to_every_schedule(name: str) -> None:
     ("said", "asked"), [("12", 120), ("61 steps", 61), ("100%", 120), ("500 steps", 500)]
 )
 def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
-    drawn = curve("name=cosine", f"warmup={said}", "final=0")
+    drawn = curve("name=cosine", f"warmup={said}", "min_lr_ratio=0")
     assert drawn.warmup == 60
     assert max(range(STEPS), key=drawn.rate) == 60 and drawn.rate(STEPS - 1) < 0.001
     (line,) = schedule.shortened(drawn)
