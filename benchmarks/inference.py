@@ -70,7 +70,9 @@ def main() -> None:
         cfg = resolve.load(root, "exp001", overrides).config
         loader = data.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
-        seen = transforms.Seen(normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+        seen = transforms.Preprocess(
+            normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0))
+        )
         rows = table.positions("train")
         said: dict[str, Any] = {}
 

@@ -79,7 +79,9 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     began = time.perf_counter()
     loader = data.Loader(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0
-    seen = transforms.Seen(normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)))
+    seen = transforms.Preprocess(
+        normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0))
+    )
 
     def read(_: object, count: int = epochs) -> None:
         nonlocal epoch

@@ -63,7 +63,7 @@ def compared(
             return time.perf_counter()
 
         module = timm.create_model(cfg.model.name, num_classes=CLASSES).train().to(device)
-        network, optimizer = torch_compile.prepared(cfg, module), optim.optimizer(cfg, module)
+        network, optimizer = torch_compile.prepare(cfg, module), optim.optimizer(cfg, module)
         half = evaluate.HALF[cfg.train.amp]
         scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
         images = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)

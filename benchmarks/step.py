@@ -51,7 +51,7 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
         loader = data.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
-        seen = transforms.Seen(
+        seen = transforms.Preprocess(
             normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0)),
             transforms.Recipe([]),
         )

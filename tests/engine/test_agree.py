@@ -28,20 +28,20 @@ def test_the_divergence_is_that_of_timm(empty: Path) -> None:
     head = banked.HEADS["multiclass"]
     torch.manual_seed(0)
     output, target = torch.randn(30, 3), torch.randint(3, (10,))
-    each = consistency.between_views(config(*VIEWS, experiment="base"), (head,))(output)
+    each = consistency.consistency_loss(config(*VIEWS, experiment="base"), (head,))(output)
     by_view = output.unflatten(0, (10, 3)).transpose(0, 1).flatten(0, 1)  # timm has all first views first
     theirs = JsdCrossEntropy(3, consistency.WEIGHT, smoothing=0.0)(
         by_view, target.repeat(3)
     ) - F.cross_entropy(by_view[:10], target)
     assert each.shape == (30,) and each.mean() == pytest.approx(theirs.item(), rel=1e-4)
     same = output[::3].repeat_interleave(3, 0)
-    assert consistency.between_views(config(*VIEWS, experiment="base"), (head,))(same).abs().max() < 1e-5
-    assert consistency.between_views(config(experiment="base"), (head,))(output) == 0
+    assert consistency.consistency_loss(config(*VIEWS, experiment="base"), (head,))(same).abs().max() < 1e-5
+    assert consistency.consistency_loss(config(experiment="base"), (head,))(output) == 0
 
 
 def test_of_labels_each_by_itself(empty: Path) -> None:
     head, output = banked.HEADS["multilabel"], torch.randn(4, 3)
-    each = consistency.between_views(config("augment.views=2", experiment="base"), (head,))(output)
+    each = consistency.consistency_loss(config("augment.views=2", experiment="base"), (head,))(output)
     p = output.sigmoid().unflatten(0, (2, 2))
     both = torch.stack([p, 1 - p], -1)
     middle = both.mean(1, keepdim=True)
@@ -66,7 +66,7 @@ def test_what_does_not_go_together(empty: Path) -> None:
     with pytest.raises(UserError, match=r"augment.views: 2 of a picture stand side by side, so mixup"):
         config("augment.views=2", "augment.mixup=0.2", experiment="base")
     with pytest.raises(UserError, match=r"augment.views: label is a value"):
-        consistency.refuse(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
+        consistency.validate(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from conftest import config
 
 from comp import data, losses, transforms
 from comp.engine.data import samples
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import UserError
 from comp.engine.run import augment_grid, gpu_augment, policies, runner
 from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
-SEEDS = mixed(1, spread=np.arange(400))
+SEEDS = fold_in(1, spread=np.arange(400))
 TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=48"]
 
 
@@ -44,7 +44,7 @@ def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: i
     noisy = 0
     for name in transforms.RECIPES:
         change = transforms.Augment(transforms.by_name(name, size), size)
-        for seed in mixed(3, spread=np.arange(150)).tolist():
+        for seed in fold_in(3, spread=np.arange(150)).tolist():
             drawn = change(grey, int(seed)).astype(float)[:, :, 0]
             steps = np.abs(np.diff(drawn, axis=1))
             deviation = 1.4826 * np.median(steps) / np.sqrt(2)  # holes are a small part of it
@@ -110,7 +110,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
             p.numpy().tobytes()
             for epoch in (1, 2)
             for batch in loader.batches(
-                data.training_batches(rows, 8, 7, epoch, 0), transforms.day(cfg, epoch)
+                data.training_batches(rows, 8, 7, epoch, 0), transforms.epoch_augment(cfg, epoch)
             )
             for p in batch.images
         ]
@@ -142,7 +142,7 @@ def test_erasing_takes_its_share_and_does_not_mind_how_batches_are_cut() -> None
 
 
 def mix(x: torch.Tensor, mixup: float = 0, cutmix: float = 0, share: float = 1, mosaic: float = 0) -> Any:
-    return mixing.mixed(x, SEEDS[: len(x)], mixup, cutmix, share, mosaic)
+    return mixing.mix_images(x, SEEDS[: len(x)], mixup, cutmix, share, mosaic)
 
 
 def test_mixup_blends_neighbours_by_the_share_that_their_targets_get() -> None:
@@ -199,7 +199,7 @@ def test_micro_batches_of_whole_pairs_are_mixed_like_the_batch(kind: dict[str, f
     whole, parts = mix(x, **kind)
     for start in range(0, 32, 8):
         part = slice(start, start + 8)
-        out, mine = mixing.mixed(
+        out, mine = mixing.mix_images(
             x[part],
             SEEDS[part],
             kind.get("mixup", 0),
@@ -221,7 +221,7 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
     assert isinstance(soft, torch.Tensor)
 
     def by(cfg: Any, function: Any, *knobs: Any) -> Any:
-        return mixing.loss(
+        return mixing.mixed_loss(
             cfg, heads, lambda out, truth: function(out, truth[0], *knobs).view(16, -1).mean(1)
         )
 
@@ -230,8 +230,8 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
         criterion(output, [codes], weight, parts), losses.cross_entropy(output, soft, 0.1), atol=1e-6
     )
     # a threshold looks at the mixture, as in timm: whatever has a fifth of it is a yes
-    firm = by(config("loss.name=bce", "loss.threshold=0.2"), losses.bce_of_classes, 0.0, 0.2)
-    wanted = losses.bce_of_classes(output, (soft > 0.2).float(), 0.0, None)
+    firm = by(config("loss.name=bce", "loss.threshold=0.2"), losses.bce_multiclass, 0.0, 0.2)
+    wanted = losses.bce_multiclass(output, (soft > 0.2).float(), 0.0, None)
     assert torch.allclose(firm(output, [codes], weight, parts), wanted, atol=1e-6)
     # squared errors: the same gradient as against the mixed value
     value, out = torch.rand(16), torch.rand(16, 1, requires_grad=True)
@@ -254,9 +254,9 @@ def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> N
         (samples.load().heads, True, "several"),
     ):
         with pytest.raises(UserError, match=f"augment.mosaic.*{words}"):
-            mixing.refuse(cfg, heads, several)
+            mixing.validate(cfg, heads, several)
     with pytest.raises(UserError, match="metadata"):
-        mixing.refuse(config("augment.mixup=0.2", "model.metadata=true"), samples.load().heads, False)
+        mixing.validate(config("augment.mixup=0.2", "model.metadata=true"), samples.load().heads, False)
     assert "train.batch_size" in refusal("augment.mosaic=0.5", "train.batch_size=6")
     assert "train.batch_size" in refusal("augment.cutmix=1.0", "train.batch_size=7")
 
@@ -280,16 +280,16 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
 
 def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) -> None:
     cfg = config(*TINY, "augment.recipe=light", "augment.progressive_sizes=[16,24,32]", "train.epochs=7")
-    assert [transforms.day(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    assert [transforms.epoch_augment(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
     loader = data.Loader(cfg, table, torch.device("cpu"))
     rows = table.positions("train")[:64]
     ink = []
     for epoch in (0, 4, 6):
         batches = list(
-            loader.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.day(cfg, epoch))
+            loader.batches(data.training_batches(rows, 32, 0, epoch, 0), transforms.epoch_augment(cfg, epoch))
         )
-        assert {b.images.shape[1:3] for b in batches} == {(transforms.day(cfg, epoch).size,) * 2}
+        assert {b.images.shape[1:3] for b in batches} == {(transforms.epoch_augment(cfg, epoch).size,) * 2}
         ink.append(float(torch.cat([b.images for b in batches]).float().mean()))
     assert max(ink) < 1.1 * min(ink), "shrunk, not cut out"
     assert next(iter(loader.batches(data.sequential_batches(rows, 8)))).images.shape[1] == 32

@@ -43,12 +43,12 @@ FAMILIES = {
 
 
 def checked(name: str, size: int, *more: str) -> None:
-    models.check(config(f"model.name={name}", "data.channels=3", f"data.size={size}", *more))
+    models.validate(config(f"model.name={name}", "data.channels=3", f"data.size={size}", *more))
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(UserError) as refused:
-        models.check(config(*overrides))
+        models.validate(config(*overrides))
     (line,) = refused.value.lines
     return line
 
@@ -130,7 +130,7 @@ def test_one_picture_is_too_few_for_batch_norm_of_a_single_pixel(
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "train.batch_size: 1" in said and "16 px" in said and "freeze_norm" in said
     for works in (["train.batch_size=2"], ["model.freeze_norm=true"], ["data.size=96"]):
-        models.check(config("data.size=16", "train.batch_size=1", *works))
+        models.validate(config("data.size=16", "train.batch_size=1", *works))
 
 
 def test_what_is_no_classifier_is_refused(empty: Path) -> None:
@@ -182,7 +182,7 @@ def folder(project: Path) -> Path:
 
 def test_a_folder_is_a_network(folder: Path) -> None:
     cfg = config("model.name=local-dir:weights/mine", "data.size=96", "data.channels=3")
-    models.check(cfg)
+    models.validate(cfg)
     module: Any = models.build(cfg, (HEAD,), pretrained=True)
     given = pretrained.read(folder / "model.safetensors")
     assert len(module.blocks) == 2 and torch.equal(

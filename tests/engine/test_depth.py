@@ -19,7 +19,7 @@ from comp.data import Index, Loader, sequential_batches
 from comp.engine import cli
 from comp.engine.data import cache, image_reader, make_folds, prepare, samples
 from comp.engine.data.samples import Samples
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import UserError
 from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
@@ -132,9 +132,9 @@ def test_cached_and_direct_are_the_same(empty: Path) -> None:
 def test_the_network_sees_both_bytes(empty: Path) -> None:
     cfg, names = deep_project(empty, 16)
     image = image_reader.from_config(cfg).image(names[0])
-    seen = transforms.Seen(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
+    seen = transforms.Preprocess(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
     assert torch.allclose(seen[0], torch.from_numpy(image.astype(np.float32) / 257).permute(2, 0, 1))
-    drawn = transforms.Augment(transforms.from_config(cfg), 24)(image, mixed(1, 2))
+    drawn = transforms.Augment(transforms.from_config(cfg), 24)(image, fold_in(1, 2))
     assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
     turned = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     for view in views.views(list(views.VIEWS | views.CROPS)):
@@ -151,7 +151,7 @@ def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
     with pytest.raises(
         UserError, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
     ):
-        transforms.of_day(cfg, transforms.days(cfg)[0])
+        transforms.epoch_recipe(cfg, transforms.epoch_augments(cfg)[0])
 
 
 def test_five_channels_go_from_file_to_output(empty: Path) -> None:
@@ -176,7 +176,7 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     assert np.array_equal(batch.images.numpy(), images)
     assert loader.images[Index(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
     module = models.build(cfg, (head,), pretrained=False, loader=loader).eval()
-    seen = transforms.Seen(normalize.build(cfg, module, cpu))
+    seen = transforms.Preprocess(normalize.build(cfg, module, cpu))
 
     def out(values: np.ndarray) -> torch.Tensor:
         return module(seen(torch.from_numpy(values).permute(0, 3, 1, 2)))

@@ -45,7 +45,7 @@ class Lesson(NamedTuple):
     @property
     def told(self) -> Tensor:
         return torch.from_numpy(
-            distillation.as_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T)
+            distillation.to_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T)
         )
 
 
@@ -60,8 +60,8 @@ def lesson(task: str, *overrides: str) -> Lesson:
     truth = torch.tensor(head.row.target(table.targets(head)))
     torch.manual_seed(0)
     output, stored = torch.randn(2, BATCH, len(head.outputs))
-    own = losses.total(cfg, table, ROWS)
-    loss = distillation.beside(cfg, table, ROWS, own)
+    own = losses.build_loss(cfg, table, ROWS)
+    loss = distillation.distillation_loss(cfg, table, ROWS, own)
     return Lesson(
         cfg, head, own, loss, output, truth if truth.dtype == torch.int64 else truth.float(), stored
     )
@@ -85,12 +85,12 @@ def test_each_label_by_itself(empty: Path) -> None:
         assert torch.allclose(a.loss(a.output, [a.truth, a.told]), T**2 * apart, atol=1e-5)
 
 
-def test_bce_of_classes_is_read_as_its_predictions_are(empty: Path) -> None:
+def test_bce_multiclass_is_read_as_its_predictions_are(empty: Path) -> None:
     a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
     p = torch.from_numpy(
         a.head.row.decode(a.output.double().numpy(), losses.loss_knobs.of(a.cfg, [a.head])[0])
     )
-    told = torch.from_numpy(distillation.as_target(a.head, p.numpy(), "soft", 1.0))
+    told = torch.from_numpy(distillation.to_target(a.head, p.numpy(), "soft", 1.0))
     assert a.loss(a.output, [a.truth, told]).abs().max() < 1e-5
 
 
@@ -113,7 +113,7 @@ def test_of_values_there_is_only_the_answer(empty: Path) -> None:
 @pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.threshold=0.2", "distill.kind=hard"]])
 def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[str]) -> None:
     a = lesson("multiclass", *more)
-    mixture = mixup.loss(a.cfg, (a.head,), a.loss)
+    mixture = mixup.mixed_loss(a.cfg, (a.head,), a.loss)
     mate, share = torch.tensor([1, 0, 3, 2, 5, 4]), torch.rand(BATCH)
     parts = [(torch.arange(BATCH), share), (mate, 1 - share)]
     targets = [a.truth, a.told]
@@ -184,4 +184,4 @@ def test_where_it_has_no_effect(empty: Path) -> None:
     with pytest.raises(
         UserError, match="loss arcface puts pictures near each other, and a teacher speaks of classes"
     ):
-        distillation.refuse(config("distill.teacher=exp001", experiment="base"), (head,))
+        distillation.validate(config("distill.teacher=exp001", experiment="base"), (head,))

@@ -80,7 +80,7 @@ def away(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def test_two_processes_are_one(project: Path) -> None:
     """Weights to 1e-5, losses and validation too; every row is predicted once; nothing is left by the second process."""
-    assert distributed.count() == 1
+    assert distributed.world_size() == 1
     banked.teacher(project)
     runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
     runner.train("exp001", [*TAUGHT, "train.batch_size=8", "train.grad_accum_steps=4"], fold="1", name="cut")
@@ -155,7 +155,7 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
 
 
 def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
 
 
@@ -167,8 +167,8 @@ def test_each_draw_of_a_step_is_somebodys_once(
     shares = []
     for rank in range(2):
         as_one_of(2, rank, monkeypatch)
-        assert distributed.passes(accumulate) == passes
-        shares.append(list(distributed.share(plan, accumulate, 4)))
+        assert distributed.local_passes(accumulate) == passes
+        shares.append(list(distributed.shard(plan, accumulate, 4)))
         assert all(part[0].sample % 4 == 0 and len(part) % 4 == 0 for part in shares[-1]), (
             "fours stay together"
         )
@@ -188,15 +188,15 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
     as_one_of(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     with pytest.raises(UserError, match="2 pictures a pass cannot be shared by 4 processes"):
-        distributed.suits(config(), 2, 1, network)
-    distributed.suits(config("loss.ohem=0.5"), 32, 1, network)
+        distributed.validate(config(), 2, 1, network)
+    distributed.validate(config("loss.ohem=0.5"), 32, 1, network)
     said = capsys.readouterr().err
     assert "batch norm (1) normalises over 8 pictures" in said and "among 8 pictures, not 32" in said
     assert "train.grad_accum_steps=4" in said
-    distributed.suits(config("loss.ohem=0.5"), 32, 4, network)
+    distributed.validate(config("loss.ohem=0.5"), 32, 4, network)
     said = capsys.readouterr().err
     assert "over 32 pictures" in said and "ohem" not in said and "train.grad_accum_steps" not in said
-    distributed.suits(config(), 32, 1, network[:1])
+    distributed.validate(config(), 32, 1, network[:1])
     assert not capsys.readouterr().err
 
 

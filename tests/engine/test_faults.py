@@ -27,7 +27,7 @@ from comp.engine.store import store
 def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the step on (counted in passes) a loss, or only its gradient, is not finite for the second sample of the batch."""
     passes = 0
-    whole = losses.total
+    whole = losses.build_loss
 
     def total(*args: Any) -> Any:
         right = whole(*args)
@@ -48,7 +48,7 @@ def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) 
 
         return wrong
 
-    monkeypatch.setattr(losses, "total", total)
+    monkeypatch.setattr(losses, "build_loss", total)
 
 
 @pytest.mark.parametrize(("part", "clip"), [("loss", "1.0"), ("gradient", "1.0"), ("gradient", "null")])
@@ -121,7 +121,7 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
 
 def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
     network = torch.nn.BatchNorm1d(3)
-    place = microbatch.Room(network, 4)
+    place = microbatch.MicroBatches(network, 4)
     batch = Batch(torch.arange(4).numpy(), torch.randn(4, 3), None, {})
     place.begin([batch], seed=1)
     again: list[int] = []

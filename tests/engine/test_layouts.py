@@ -342,11 +342,11 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
 def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
     import torch
 
-    from comp.models import Joined
+    from comp.models import MultiInputModel
 
     features = torch.tensor([[1.0, 4.0], [3.0, 0.0], [7.0, 7.0]])
     for pool, first in (("mean", [2.0, 2.0]), ("max", [3.0, 4.0])):
-        joined = Joined(torch.nn.Identity(), pool, 2)
+        joined = MultiInputModel(torch.nn.Identity(), pool, 2)
         assert joined(features, owner=torch.tensor([0, 0, 1])).tolist() == [first, [7.0, 7.0]]
 
 

@@ -43,7 +43,7 @@ def knobs(name: str, **given: Any) -> dict[str, Any]:
 
 
 def said(name: str, output: Tensor, target: Tensor, **given: Any) -> Tensor:
-    return losses.LOSSES[name](output, target, **knobs(name.removesuffix("_of_classes"), **given))
+    return losses.LOSSES[name](output, target, **knobs(name.removesuffix("_multiclass"), **given))
 
 
 def one_column(output: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.BinaryCrossEntropy(smoothing=0, target_threshold=0.3, reduction="none")(OUTPUT, SHARES),
     ),
     "bce of classes": (
-        said("bce_of_classes", OUTPUT, CODES, label_smoothing=0.1),
+        said("bce_multiclass", OUTPUT, CODES, label_smoothing=0.1),
         timm.loss.BinaryCrossEntropy(smoothing=0.1, reduction="none")(OUTPUT, CODES).mean(1),
     ),
     "focal": (
@@ -83,7 +83,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.PolyBinaryCrossEntropy(epsilon=0, gamma=1.5, smoothing=0.1, reduction="none")(OUTPUT, SHARES),
     ),
     "focal of classes": (
-        said("focal_of_classes", OUTPUT, CODES, gamma=2.0),
+        said("focal_multiclass", OUTPUT, CODES, gamma=2.0),
         -((1 - OUTPUT.softmax(1)) ** 2 * OUTPUT.log_softmax(1)).gather(1, CODES[:, None])[:, 0],
     ),
     "poly": (
@@ -91,7 +91,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.PolyBinaryCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "poly of classes": (
-        said("poly_of_classes", OUTPUT, CODES, epsilon=2.0, label_smoothing=0.1),
+        said("poly_multiclass", OUTPUT, CODES, epsilon=2.0, label_smoothing=0.1),
         timm.loss.PolyCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, CODES),
     ),
     "asymmetric": (
@@ -178,7 +178,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
         table = samples_of(task, target if target.ndim == 1 else LABELS)
         head = table.heads[0]
         (chosen,) = loss_knobs.of(cfg, table.heads)
-        total = losses.total(cfg, table, np.arange(BATCH))
+        total = losses.build_loss(cfg, table, np.arange(BATCH))
         width = head.row.raw_outputs(head, chosen)
         for output in (
             torch.randn(BATCH, width),
@@ -188,7 +188,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
             output = output.clone().requires_grad_()
             each = total(output, [target.long() if target is CODES else target])
             assert each.shape == (BATCH,)
-            losses.reduced(each, 1.0).backward()
+            losses.reduce(each, 1.0).backward()
             assert (
                 output.grad is not None and torch.isfinite(output.grad).all() and torch.isfinite(each).all()
             )
@@ -220,10 +220,10 @@ def test_the_hardest_samples_alone_teach() -> None:
     each = torch.tensor([0.1, 3.0, 0.2, 2.0, 0.3, 0.4, 9.0, 0.5], requires_grad=True)
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1])
     for share, kept in ((0.25, {1, 3}), (0.5, {1, 3, 5, 7}), (0.01, {1})):
-        (slope,) = torch.autograd.grad(losses.reduced(each * weight, share), each)
+        (slope,) = torch.autograd.grad(losses.reduce(each * weight, share), each)
         assert set(slope.nonzero().flatten().tolist()) == kept
         assert slope[sorted(kept)].tolist() == pytest.approx([1 / len(kept)] * len(kept))
-    assert float(losses.reduced(each * weight, 1.0)) == pytest.approx(float((each * weight).mean()))
+    assert float(losses.reduce(each * weight, 1.0)) == pytest.approx(float((each * weight).mean()))
 
 
 # --- rare classes --------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_several_labels_weigh_yes_and_no_of_each_label(empty: Path) -> None:
     assert weigh is not None and weigh(torch.ones(1, 5))[0, :2].tolist() == pytest.approx([100 / 40, 1])
     assert weigh(torch.zeros(1, 5))[0, :2].tolist() == pytest.approx([100 / 160, 1])
     plain, output = cfg_of(empty), torch.randn(100, 5)
-    each = [losses.total(c, table, np.arange(100))(output, [labels]) for c in (cfg, plain)]
+    each = [losses.build_loss(c, table, np.arange(100))(output, [labels]) for c in (cfg, plain)]
     element = F.binary_cross_entropy_with_logits(output, labels, reduction="none")
     assert each[0].numpy() == pytest.approx((element * weigh(labels)).mean(1).numpy(), rel=1e-5)
     assert each[1].numpy() == pytest.approx(element.mean(1).numpy(), rel=1e-5)
@@ -371,7 +371,7 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
                 (chosen,) = loss_knobs.of(cfg, table.heads)
                 torch.manual_seed(0)
                 output = torch.randn(BATCH, table.heads[0].row.raw_outputs(table.heads[0], chosen))
-                heard.append(losses.total(cfg, table, np.arange(BATCH))(output, [target]))
+                heard.append(losses.build_loss(cfg, table, np.arange(BATCH))(output, [target]))
             assert not torch.allclose(heard[0], heard[1]), (task, name, knob)
             seen += 1
     assert seen > 15

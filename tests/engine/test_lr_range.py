@@ -75,7 +75,7 @@ def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     context = runner.gather(cfg)
     points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
     assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
-    assert lr_range.knob(context, 1e-3) == pytest.approx(4e-3), (
+    assert lr_range.to_base_lr(context, 1e-3) == pytest.approx(4e-3), (
         "a quarter of the images, a quarter of what the knob says"
     )
 
@@ -85,9 +85,9 @@ def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
     place = np.log10(rates)
     losses = 2 - 1.5 / (1 + np.exp(-4 * (place + 3))) + np.exp(3 * (place + 0.5))
     points = [Point(float(r), float(v)) for r, v in zip(rates, losses, strict=True)]
-    assert lr_range.suggested(points) == pytest.approx(1e-3, rel=0.2)
+    assert lr_range.suggest(points) == pytest.approx(1e-3, rel=0.2)
     with pytest.raises(UserError, match="begin lower"):
-        lr_range.suggested([Point(float(r), float(r)) for r in rates])
+        lr_range.suggest([Point(float(r), float(r)) for r in rates])
 
 
 @pytest.mark.parametrize("said", [["--low", "1", "--high", "0.1"], ["--steps", "3"]])

@@ -30,7 +30,7 @@ def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     loader = data.Loader(cfg, table, CPU)
     module = models.build(cfg, table.heads, pretrained=False)
     pixel_stats.fit_pixel_stats(cfg, module, loader, rows)
-    seen = transforms.Seen(normalize.build(cfg, module, CPU))
+    seen = transforms.Preprocess(normalize.build(cfg, module, CPU))
     return torch.cat(
         [seen(b.images.permute(0, 3, 1, 2)) for b in loader.batches(data.sequential_batches(rows, 64))]
     )

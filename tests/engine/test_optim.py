@@ -55,10 +55,10 @@ def taught(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, ste
     """As in the loop: rate set, gradients, clipped, stepped, dropped."""
     for step in steps:
         torch.manual_seed(step)
-        optim.set_rate(optimizer, cfg.optim.lr * (1 + step / 10), None)
+        optim.set_lr(optimizer, cfg.optim.lr * (1 + step / 10), None)
         loss = nn.functional.cross_entropy(module(torch.randn(6, 1, 8, 8)), torch.arange(6) % 3)
         loss.backward(create_graph=optim.second_order(optimizer))
-        optim.clip(cfg, module)
+        optim.clip_gradients(cfg, module)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -167,7 +167,7 @@ def test_a_head_without_a_number_of_its_own_has_the_backbones() -> None:
         "conv.weight": round(shrunk, 6),
         "head.weight": round(shrunk, 6),
     }
-    groups = optim.groups(config("optim.weight_decay=0.5", "optim.l1=0.2"), network())
+    groups = optim.parameter_groups(config("optim.weight_decay=0.5", "optim.l1=0.2"), network())
     assert len(groups) == 2, "alike is one group: each more costs time"
 
 
@@ -188,7 +188,7 @@ def test_l1_stops_at_zero() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_the_head_of_a_timm_model_is_its_classifier(name: str) -> None:
     module: Any = timm.create_model(name, num_classes=3)
-    assert {id(weight) for weight in optim.head(module)} == {
+    assert {id(weight) for weight in optim.head_parameters(module)} == {
         id(weight) for weight in module.get_classifier().parameters()
     }
     spared = {
@@ -196,7 +196,7 @@ def test_the_head_of_a_timm_model_is_its_classifier(name: str) -> None:
         for name, weight in module.named_parameters()
         if weight.ndim < 2 or name in getattr(module, "no_weight_decay", set)()
     }
-    for group in optim.groups(config(), module):
+    for group in optim.parameter_groups(config(), module):
         assert all((id(weight) in spared) == (group["weight_decay"] == 0) for weight in group["params"])
 
 
@@ -204,7 +204,7 @@ def test_layer_decay_is_a_power_of_the_depth() -> None:
     module: Any = timm.create_model("test_vit", num_classes=3)
     cfg = config("optim.layer_decay=0.5", "optim.lr=0.1", "optim.weight_decay_head=0.7")
     optimizer = optim.optimizer(cfg, module)
-    optim.set_rate(optimizer, 0.1, None)
+    optim.set_lr(optimizer, 0.1, None)
     of = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
     rates = {name: of[id(weight)]["lr"] for name, weight in module.named_parameters()}
     depth = len(module.blocks) + 1
@@ -233,7 +233,7 @@ def clipped(mode: str, limit: float, gradient: float = 3.0) -> dict[str, Tensor]
     module = network()
     for weight in module.parameters():
         weight.grad = torch.full_like(weight, gradient)
-    optim.clip(config(f"optim.clip_grad={limit}", f"optim.clip_mode={mode}"), module)
+    optim.clip_gradients(config(f"optim.clip_grad={limit}", f"optim.clip_mode={mode}"), module)
     return {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
 
 
@@ -260,7 +260,7 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
     optimizer = optim.optimizer(config(f"optim.name={name}", "optim.momentum=0.7"), network())
     rest = [g.get("betas", (0,))[1:] for g in optimizer.param_groups]
     assert [read(g) for g in optimizer.param_groups] == [0.7] * len(own) != own
-    optim.set_rate(optimizer, 0.1, 0.85)
+    optim.set_lr(optimizer, 0.1, 0.85)
     assert [read(g) for g in optimizer.param_groups] == [0.85] * len(own)
     assert [g.get("betas", (0,))[1:] for g in optimizer.param_groups] == rest
 
@@ -269,8 +269,8 @@ def test_kron_without_what_orders_its_sums_is_refused(monkeypatch: pytest.Monkey
     """Left to right, the matrices of a convolution are multiplied out: gigabytes, and minutes a step."""
     monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"optim.name: kron: needs opt_einsum"):
-        optim.refuse(config("optim.name=kron"))
-    optim.refuse(config("optim.name=adamw"))
+        optim.validate(config("optim.name=kron"))
+    optim.validate(config("optim.name=adamw"))
 
 
 def test_options_reach_the_optimizer() -> None:

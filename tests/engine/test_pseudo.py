@@ -64,7 +64,7 @@ def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -
     run(project, "exp001")
     lines = written(wish=Wish(0.6, None, False, 0.5))
     for number in (*range(5), "full"):
-        more = pseudo_rows.with_lines(project.samples, lines, "exp001", number)
+        more = pseudo_rows.add_rows(project.samples, lines, "exp001", number)
         split = folds.Folds(project.folds.frame, project.folds.meta, more)
         (before, scored), (after, still) = project.folds.split(number), split.split(number)
         new = np.setdiff1d(after, before)
@@ -112,8 +112,8 @@ def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     lines = written(wish=Wish(0.6, None, True, 1.0))
-    more = pseudo_rows.with_lines(project.samples, lines, "exp001", 1)
-    target = pseudo_rows.target(more, project.head)
+    more = pseudo_rows.add_rows(project.samples, lines, "exp001", 1)
+    target = pseudo_rows.training_target(more, project.head)
     mine = lines[lines["fold"] == 1].set_index("id")
     at = np.flatnonzero(more.frame["id"].isin(mine.index))
     own = project.folds.split(1)[0]
@@ -121,7 +121,7 @@ def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
     assert np.array_equal(target[own], np.eye(3)[project.samples.truth(project.head, own)])
     assert target[at].max(1) == pytest.approx(mine["confidence"].to_numpy()) and target[at].max() < 1
     assert target[at].sum(1) == pytest.approx(1.0)
-    hard = pseudo_rows.target(project.samples, project.head)
+    hard = pseudo_rows.training_target(project.samples, project.head)
     assert hard.ndim == 1, "without soft labels the loss takes codes, as ever"
 
 
@@ -145,7 +145,7 @@ def test_other_tasks(empty: Path, task: str) -> None:
     else:
         values = lines[columns].to_numpy()
         assert np.array_equal(values, np.rint(values)) and values.min() >= 0
-    more = pseudo_rows.with_lines(project.samples, lines, "exp001", 0)
+    more = pseudo_rows.add_rows(project.samples, lines, "exp001", 0)
     assert not np.isnan(
         more.targets(project.head)[folds.Folds(project.folds.frame, project.folds.meta, more).split(0)[0]]
     ).any()
@@ -201,7 +201,9 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
         for n in ("exp002", "exp003")
     ]
     mine = lines[lines["fold"] == 1].set_index("id").sort_index()
-    assert mine[pseudo_rows.soft(project.head)].to_numpy() == pytest.approx((p[0] + p[1]) / 2, abs=1e-6)
+    assert mine[pseudo_rows.soft_columns(project.head)].to_numpy() == pytest.approx(
+        (p[0] + p[1]) / 2, abs=1e-6
+    )
 
 
 def resealed(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -291,7 +293,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
     _, scored = context.folds.split(1)
     joined = pseudo_rows.fold_context(context, 1)
-    own = model_selection.rows(joined, 1)[0]
+    own = model_selection.fold_rows(joined, 1)[0]
     for rows, what in (
         (context.folds.split(1)[0], "statistics that the training part does not repeat"),
         (np.union1d(own, scored), "statistics fitted on validation rows"),
@@ -333,17 +335,17 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 def test_a_short_run_tries_them_too(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    more = pseudo_rows.with_lines(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
+    more = pseudo_rows.add_rows(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
     taught_ = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
-    few = model_selection.limited(taught_, more, 40)
+    few = model_selection.limit_rows(taught_, more, 40)
     assert (
         (more.frame["source"].iloc[few] == "train").sum() == 30
         and len(few) == 40
         and (np.diff(few) > 0).all()
     )
-    assert np.array_equal(model_selection.limited(taught_, more, None), taught_)
+    assert np.array_equal(model_selection.limit_rows(taught_, more, None), taught_)
     own = project.folds.split(2)[0]
-    assert np.array_equal(model_selection.limited(own, project.samples, 40), own[:40])
+    assert np.array_equal(model_selection.limit_rows(own, project.samples, 40), own[:40])
 
 
 def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:

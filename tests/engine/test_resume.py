@@ -127,7 +127,7 @@ def test_the_same_bytes_without_the_cache(fresh: dict[str, str], monkeypatch: py
 
 def forget(part: str) -> Callable[..., Any]:
     """A checkpoint that leaves one part out, as a careless one would."""
-    original = checkpoint.newest
+    original = checkpoint.load_latest
 
     def newest(folder: Path, device: Any) -> Any:
         state = original(folder, device)
@@ -148,7 +148,7 @@ def forget(part: str) -> Callable[..., Any]:
 
 def careless(part: str) -> None:
     if part == "random":
-        loop.mixed = lambda *numbers: random.SystemRandom().getrandbits(62)
+        loop.fold_in = lambda *numbers: random.SystemRandom().getrandbits(62)
     elif part == "sampler":
         whole_epoch = data.training_batches
 
@@ -157,7 +157,7 @@ def careless(part: str) -> None:
 
         vars(loop)["training_batches"] = from_its_start
     else:
-        checkpoint.newest = forget(part)
+        checkpoint.load_latest = forget(part)
     train()
 
 

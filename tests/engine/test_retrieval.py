@@ -52,12 +52,10 @@ def test_arcface_is_cross_entropy_of_pushed_angles() -> None:
 
 
 def test_the_rarest_class_has_the_widest_margin() -> None:
-    found = metric_learning.margin_of_class(np.array([16.0, 1, 256, 0]), 0.2, 0.8)
+    found = metric_learning.class_margins(np.array([16.0, 1, 256, 0]), 0.2, 0.8)
     inner = (16**-0.25 - 256**-0.25) / (1 - 256**-0.25)
     assert found[:3].tolist() == pytest.approx([0.2 + 0.6 * inner, 0.8, 0.2])
-    assert metric_learning.margin_of_class(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx(
-        [0.3, 0.3]
-    )
+    assert metric_learning.class_margins(np.array([3.0, 1]), 0.3, None).tolist() == pytest.approx([0.3, 0.3])
 
 
 def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +84,7 @@ def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_has_the_nearest_of_its_centres() -> None:
-    last = metric_learning.Embedded(5, 4, classes=3, per_class=2)
+    last = metric_learning.EmbeddingLayer(5, 4, classes=3, per_class=2)
     out = last(torch.randn(7, 5))
     assert out.shape == (7, 4 + 3) and out[:, :4].norm(dim=1).tolist() == pytest.approx([1.0] * 7)
     assert last.centres is not None
@@ -125,7 +123,7 @@ def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
 
 def test_attention_is_a_weighted_mean_of_the_images_of_a_sample() -> None:
     heard, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
-    out = models.attended(x, torch.tensor([0, 0, 1, 2, 2]), heard)
+    out = models.attention_pool(x, torch.tensor([0, 0, 1, 2, 2]), heard)
     wanted = [
         (heard(x[part]).softmax(0) * x[part]).sum(0) for part in (slice(0, 2), slice(2, 3), slice(3, 5))
     ]
@@ -319,6 +317,8 @@ def test_the_whole_road_from_training_to_the_kernel(
 def test_rows_of_the_unknown_class_do_not_teach(tails: tuple[Path, dict[str, str]]) -> None:
     table = samples.load()
     rows = table.positions("train")
-    kept = metric_learning.known_rows(config(*TINY), table, rows)
+    kept = metric_learning.drop_unknown_class(config(*TINY), table, rows)
     assert len(rows) - len(kept) == 16
-    assert len(metric_learning.known_rows(config(*TINY[:-1], "loss=cross_entropy"), table, rows)) == len(rows)
+    assert len(
+        metric_learning.drop_unknown_class(config(*TINY[:-1], "loss=cross_entropy"), table, rows)
+    ) == len(rows)

@@ -15,7 +15,7 @@ from comp.engine.config import duration, schema
 from comp.engine.config import resolve as configs
 from comp.engine.errors import UserError
 from comp.engine.run import schedule, unused_knobs
-from comp.engine.run.schedule import Curve
+from comp.engine.run.schedule import LRSchedule
 from comp.engine.store import store
 
 STEPS, EPOCH = 120, 10  # a run of 12 epochs
@@ -29,9 +29,9 @@ def _somewhere(empty: Path) -> None:
     """Knobs come from configs/base.yaml."""
 
 
-def curve(*said: str, steps: int = STEPS) -> Curve:
+def curve(*said: str, steps: int = STEPS) -> LRSchedule:
     cfg = config("schedule.warmup=0", *(f"schedule.{text}" for text in said))
-    return Curve(cfg.schedule, 1.0, steps, EPOCH)
+    return LRSchedule(cfg.schedule, 1.0, steps, EPOCH)
 
 
 def rates(*said: str, steps: int = STEPS) -> list[float]:
@@ -161,9 +161,9 @@ def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
     drawn = curve("name=cosine", f"warmup={said}", "min_lr_ratio=0")
     assert drawn.warmup == 60
     assert max(range(STEPS), key=drawn.rate) == 60 and drawn.rate(STEPS - 1) < 0.001
-    (line,) = schedule.shortened(drawn)
+    (line,) = schedule.shortened_warmups(drawn)
     assert re.findall(r"\d+", line) == [str(asked), "120", "60"] and line.startswith("schedule.warmup:")
-    assert curve("warmup=50%").warmup == 60 and not schedule.shortened(curve("warmup=50%"))
+    assert curve("warmup=50%").warmup == 60 and not schedule.shortened_warmups(curve("warmup=50%"))
 
 
 def test_each_stage_has_a_warmup_of_its_own() -> None:
@@ -171,7 +171,7 @@ def test_each_stage_has_a_warmup_of_its_own() -> None:
         "train.epochs=3",
         "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: everything, epochs: 2, lr: 1e-3}]",
     )
-    lines = schedule.shortened(schedule.curve(staged, schedule.span(staged, 320)))
+    lines = schedule.shortened_warmups(schedule.lr_schedule(staged, schedule.train_length(staged, 320)))
     assert [re.findall(r"\d+", each) for each in lines] == [["10", "10", "1", "5"]]
 
 
@@ -205,14 +205,14 @@ def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
 
 def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
     cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.base_batch=256")
-    span = schedule.span(cfg, 1000)
+    span = schedule.train_length(cfg, 1000)
     assert (span.effective, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
-    assert schedule.curve(cfg, span).rate(10**3) != 0
-    assert schedule.peak(cfg, span.effective) == pytest.approx(0.1 / 8)
+    assert schedule.lr_schedule(cfg, span).rate(10**3) != 0
+    assert schedule.peak_lr(cfg, span.effective) == pytest.approx(0.1 / 8)
     root = config("optim.lr=0.1", "optim.base_batch=256", "optim.scaling=root")
-    assert schedule.peak(root, 64) == pytest.approx(0.1 / 2)
-    assert schedule.peak(config("optim.lr=0.1"), 64) == 0.1
-    assert schedule.span(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
+    assert schedule.peak_lr(root, 64) == pytest.approx(0.1 / 2)
+    assert schedule.peak_lr(config("optim.lr=0.1"), 64) == 0.1
+    assert schedule.train_length(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
 
 
 def idle_lines(*said: str) -> list[str]:

@@ -47,7 +47,7 @@ def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, 
 def test_gradients_stay_the_same(empty: Path, knob: str) -> None:
     name = "model.name=test_convnext"
     plain, other = network(name), network(name)
-    prepared = torch_compile.prepared(config(name, f"train.{knob}=true"), other)
+    prepared = torch_compile.prepare(config(name, f"train.{knob}=true"), other)
     want, kept = gradients(plain, plain)
     got, kept_now = gradients(prepared, other)
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
@@ -70,7 +70,7 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
     monkeypatch.setattr(torch, "compile", compile)
     module = network()
     names = list(module.state_dict())
-    prepared = torch_compile.prepared(config("train.compile=true"), module)
+    prepared = torch_compile.prepare(config("train.compile=true"), module)
     assert asked == [module] and list(module.state_dict()) == names
     assert prepared(torch.zeros(2, 1, 32, 32)).shape == (2, 2)
 
@@ -78,7 +78,7 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
 @pytest.mark.parametrize("knob", ["grad_checkpointing", "channels_last"])
 def test_a_network_that_cannot_says_so(empty: Path, knob: str) -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-    assert f"train.{knob}" in refusal(lambda: torch_compile.prepared(config(f"train.{knob}=true"), plain))
+    assert f"train.{knob}" in refusal(lambda: torch_compile.prepare(config(f"train.{knob}=true"), plain))
 
 
 # --- networks with something around them ---------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> N
     }
     found = {
         id(weight): (group["lr_scale"], bool(group["weight_decay"]))
-        for group in optim.groups(config("optim.layer_decay=0.5", "optim.weight_decay=0.1"), module)
+        for group in optim.parameter_groups(config("optim.layer_decay=0.5", "optim.weight_decay=0.1"), module)
         for weight in group["params"]
     }
     inside, prefix = inner(module)
@@ -135,7 +135,7 @@ def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> N
 def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: str) -> None:
     def of(*knobs: str) -> tuple[dict[str, torch.Tensor], int]:
         module, name, extras = joined(kind)
-        prepared = torch_compile.prepared(config(f"model.name={name}", *knobs), module.train())
+        prepared = torch_compile.prepare(config(f"model.name={name}", *knobs), module.train())
         kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,5 +165,5 @@ def test_pooling_by_gem_can_be_trained_in_stages_and_begin_with_a_file(empty: Pa
     fits = pretrained.matching_tensors(module, given, "x")
     missing = set(module.state_dict()) - set(fits)
     assert missing == {"backbone.p", "last.weight", "last.bias"}
-    names = freezing.trained(module, "last 1 block", name)
+    names = freezing.trained_parameters(module, "last 1 block", name)
     assert {"last.weight", "backbone.p"} < names < {key for key, _ in module.named_parameters()}

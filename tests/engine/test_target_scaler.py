@@ -107,7 +107,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", table, split)}
     assert audit_runs._statistics(context, sets) == []
     taught, scored = (rows[:48] for rows in split.split(0))
-    numbers = target_scaler.measured(table.heads[0], table, np.union1d(taught, scored))
+    numbers = target_scaler.mean_and_std(table.heads[0], table, np.union1d(taught, scored))
     mean, deviation = (torch.tensor(each).float() for each in numbers)
     file = place / "weights.safetensors"
     save_file(load_file(file) | {"target_mean": mean, "target_std": deviation}, file)
@@ -147,7 +147,7 @@ def test_missing_values_do_not_count_and_a_constant_has_deviation_1() -> None:
         [[1.0, 7.0, nan, 1e8], [3.0, 7.0, nan, 1e8], [nan, 7.0, nan, 1e8], [9e9, 9e9, 9e9, 9e9]]
     )
     table = samples_of("regression", columns)
-    mean, deviation = target_scaler.measured(table.heads[0], table, np.array([0, 1, 1, 2]))
+    mean, deviation = target_scaler.mean_and_std(table.heads[0], table, np.array([0, 1, 1, 2]))
     assert mean.tolist() == [2, 7, 0, 1e8] and deviation.tolist() == [1, 1, 1, 1]
 
 
@@ -163,11 +163,11 @@ def test_neither_gradients_nor_the_share_of_a_column_depend_on_the_unit(empty: P
         values, rows = plain * [1.0, unit] + [0.0, 5 * unit], np.arange(50)
         table, cfg = samples_of("regression", torch.tensor(values)), config(f"loss.name={name}", *knobs)
         table = replace(table, heads=(replace(table.heads[0], outputs=("a", "b")),))
-        mean, deviation = target_scaler.measured(table.heads[0], table, rows)
-        target = torch.tensor(target_scaler.standardised(cfg, table, rows, [values])[0]).float()
+        mean, deviation = target_scaler.mean_and_std(table.heads[0], table, rows)
+        target = torch.tensor(target_scaler.standardize(cfg, table, rows, [values])[0]).float()
         x = output.clone().requires_grad_()
-        losses.total(cfg, table, rows)(x, [target]).sum().backward()
-        told = losses.total(cfg, table, rows, False)(output, [target])
+        losses.build_loss(cfg, table, rows)(x, [target]).sum().backward()
+        told = losses.build_loss(cfg, table, rows, False)(output, [target])
         there = torch.tensor(output.numpy() * deviation + mean).float()
         delta = {"delta": cfg.loss.delta} if cfg.loss.delta else {}
         wanted = losses.LOSSES[name](there, torch.tensor(values).float(), **delta)

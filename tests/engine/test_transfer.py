@@ -77,7 +77,7 @@ def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
 
 def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
     cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.min_lr_ratio=0")
-    curve = schedule.curve(cfg, schedule.span(cfg, 10 * cfg.train.batch_size))
+    curve = schedule.lr_schedule(cfg, schedule.train_length(cfg, 10 * cfg.train.batch_size))
     assert [curve.rate(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
     assert curve.rate(9) < 1e-3 and curve.rate(39) < 1e-4
     with pytest.raises(UserError, match="their 4 epochs are not the 5"):

@@ -57,17 +57,17 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
     cfg = config(
         "schedule.warmup=0", "schedule.min_lr_ratio=0", f"snapshots.cycles={cycles}", "train.epochs=12"
     )
-    span = schedule.span(cfg, 10 * cfg.train.batch_size)
-    assert (span.steps, schedule.snapshots(cfg, span)) == (total, [30, 60, 90, 120])
+    span = schedule.train_length(cfg, 10 * cfg.train.batch_size)
+    assert (span.steps, schedule.snapshot_steps(cfg, span)) == (total, [30, 60, 90, 120])
     length = -(-total // cycles)
     paper = [(np.cos(np.pi * ((t - 1) % length) / length) + 1) / 2 for t in range(1, total + 1)]
-    curve = schedule.curve(cfg, span)
+    curve = schedule.lr_schedule(cfg, span)
     assert [curve.rate(step) / 5e-3 for step in range(total)] == pytest.approx(paper, abs=1e-12)
     once = config(
         "schedule.warmup=0", f"snapshots.cycles={cycles}", "snapshots.restarts=false", "train.epochs=12"
     )
-    shares = [schedule.curve(once, span).rate(step) for step in range(total)]
-    assert shares == sorted(shares, reverse=True) and schedule.snapshots(once, span) == [30, 60, 90, 120]
+    shares = [schedule.lr_schedule(once, span).rate(step) for step in range(total)]
+    assert shares == sorted(shares, reverse=True) and schedule.snapshot_steps(once, span) == [30, 60, 90, 120]
 
 
 def test_the_average_is_the_one_of_timm() -> None:
@@ -134,7 +134,7 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
     module = timm.create_model("test_resnet", num_classes=3)
     cfg = config("average.predict_with=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
-    kept_weights = averaging.Kept(cfg, module, tmp_path, [])
+    kept_weights = averaging.WeightSets(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
         kept_weights.after_epoch(epoch, None)

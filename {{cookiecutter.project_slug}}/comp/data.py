@@ -28,7 +28,7 @@ from comp import transforms
 from comp.engine.config.schema import Config
 from comp.engine.data import cache, class_balance
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.data.workers import AHEAD, WorkerPool
 from comp.engine.errors import Refused
 from comp.engine.readers.arrays import DamagedImage, Pixels
@@ -41,7 +41,7 @@ class Index(NamedTuple):
 
     sample: int
     seed: int | None
-    day: transforms.Day | None = None  # None: as on the last one, at full size
+    day: transforms.EpochAugment | None = None  # None: as on the last one, at full size
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def epoch_rows(
     rows: Positions, seed: int, epoch: int, draw: class_balance.Sampler = class_balance.shuffle
 ) -> Positions:
     """Which samples an epoch draws, in which order. An oversampled one may stand in it several times."""
-    return draw(rows, np.random.Generator(np.random.PCG64(mixed(seed, epoch, 1))))
+    return draw(rows, np.random.Generator(np.random.PCG64(fold_in(seed, epoch, 1))))
 
 
 def training_batches(
@@ -104,7 +104,7 @@ def training_batches(
     drawn = epoch_rows(rows, seed, epoch, draw)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
-        seeds = mixed(seed, epoch, 2, spread=np.arange(start, start + size))
+        seeds = fold_in(seed, epoch, 2, spread=np.arange(start, start + size))
         yield [
             Index(sample, own)
             for sample, own in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)
@@ -130,9 +130,9 @@ class ImageDataset(Dataset[Any]):
         self.listed, self.start = listed, start  # images of sample s: listed[start[s] : start[s + 1]]
         self.image_of_sample = listed[start[:-1]]  # its first
         # One for each kind of day; what a draw does not say is as on the last.
-        kinds = transforms.days(cfg)
+        kinds = transforms.epoch_augments(cfg)
         self.augment = {
-            day: transforms.Augment(transforms.of_day(cfg, day), day.size, day.size / self.size)
+            day: transforms.Augment(transforms.epoch_recipe(cfg, day), day.size, day.size / self.size)
             for day in kinds
         }
         self.last = kinds[-1]
@@ -164,7 +164,7 @@ class ImageDataset(Dataset[Any]):
 
 def image_seed(seed: int | None, number: int) -> int | None:
     """The images of a sample are augmented each in its own way."""
-    return seed if seed is None or number == 0 else mixed(seed, number)
+    return seed if seed is None or number == 0 else fold_in(seed, number)
 
 
 def collate(items: Sequence[Loaded]) -> Batch:
@@ -212,7 +212,7 @@ class Loader:
             out["metadata"] = self.metadata[to_device(batch.samples, self.device)]
         return out
 
-    def batches(self, plan: Batches, day: transforms.Day | None = None) -> Iterator[Batch]:
+    def batches(self, plan: Batches, day: transforms.EpochAugment | None = None) -> Iterator[Batch]:
         """Batches on their way to the device, one copied ahead of the one in use. `day`: what augments those with a seed."""
         if day is not None:
             plan = ([draw._replace(day=day) for draw in draws] for draws in plan)

@@ -26,7 +26,7 @@ from comp.engine.errors import Refused
 from comp.engine.run import metric_learning, target_scaler
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head, Objective, bin_centres
-from comp.models import outputs
+from comp.models import output_sizes
 
 POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # of the target's unit: losses of values
 TINY = 1e-8  # a power below 1 has no slope at 0
@@ -37,7 +37,7 @@ Total = Callable[[Tensor, list[Tensor]], Tensor]
 # --- one of many classes -------------------------------------------------------------------------------------------------
 
 
-def shares(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+def class_targets(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """(batch, classes), whichever way the target came."""
     if target.ndim == 1:
         target = F.one_hot(target, output.shape[1]).to(output.dtype)
@@ -50,15 +50,15 @@ def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float) -> Ten
 
 def kl(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """How far the answer is from a share for each class: cross entropy less what no model can get rid of."""
-    return F.kl_div(F.log_softmax(output, 1), shares(output, target, label_smoothing), reduction="none").sum(
-        1
-    )
+    return F.kl_div(
+        F.log_softmax(output, 1), class_targets(output, target, label_smoothing), reduction="none"
+    ).sum(1)
 
 
 def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, share: float) -> Tensor:
     """Distance of answer and target from what lies between them, `share` of it target. A label that is wrong costs at most
     so much. Scaled so that a small share gives cross entropy and one near 1 the absolute error."""
-    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
+    truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
     between = torch.logaddexp(torch.log(share * truth), math.log(1 - share) + log_p)
     from_truth = (torch.xlogy(truth, truth) - truth * between).sum(1)
     from_answer = (log_p.exp() * (log_p - between)).sum(1)
@@ -85,9 +85,9 @@ def bce(output: Tensor, target: Tensor, label_smoothing: float, threshold: float
     )
 
 
-def bce_of_classes(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
+def bce_multiclass(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
     """Each class is asked for by itself, so none has to lose for another to win: mixed pictures hold two."""
-    truth = shares(output, target, label_smoothing)
+    truth = class_targets(output, target, label_smoothing)
     return bce(output, truth, 0.0, threshold).mean(1)
 
 
@@ -100,10 +100,10 @@ def focal(
     return loss if alpha is None else loss * (alpha * truth + (1 - alpha) * (1 - truth))
 
 
-def focal_of_classes(
+def focal_multiclass(
     output: Tensor, target: Tensor, label_smoothing: float, gamma: float, alpha: float | None
 ) -> Tensor:
-    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
+    truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
     return -(truth * (1 - log_p.exp()).clamp(min=TINY) ** gamma * log_p).sum(1)
 
 
@@ -113,8 +113,8 @@ def poly(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float)
     return F.binary_cross_entropy_with_logits(output, truth, reduction="none") + epsilon * wrong
 
 
-def poly_of_classes(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
-    truth, log_p = shares(output, target, label_smoothing), F.log_softmax(output, 1)
+def poly_multiclass(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
+    truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
     return -(truth * log_p).sum(1) + epsilon * (1 - (truth * log_p.exp()).sum(1))
 
 
@@ -179,7 +179,7 @@ def soft_labels(output: Tensor, target: Tensor, spread: float) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
-        metric_learning.arcface, metric_learning.contrastive, metric_learning.triplet, cross_entropy, kl, jensen_shannon, bce, bce_of_classes, focal, focal_of_classes, poly, poly_of_classes, asymmetric,
+        metric_learning.arcface, metric_learning.contrastive, metric_learning.triplet, cross_entropy, kl, jensen_shannon, bce, bce_multiclass, focal, focal_multiclass, poly, poly_multiclass, asymmetric,
         mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
     )
 }  # fmt: skip
@@ -188,26 +188,26 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 # --- of a run ------------------------------------------------------------------------------------------------------------
 
 
-def total(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> Total:
+def build_loss(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> Total:
     """`standardised`: what is minimised; otherwise in the units of the targets, to be read."""
-    return mean_of(cfg, samples.heads, of_heads(cfg, samples, taught, standardised))
+    return mean_over_heads(cfg, samples.heads, head_losses(cfg, samples, taught, standardised))
 
 
-def of_heads(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> list[Loss]:
+def head_losses(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> list[Loss]:
     return [
         _named(cfg, head, loss, samples, taught, standardised)
         for head, loss in zip(samples.heads, loss_knobs.of(cfg, samples.heads), strict=True)
     ]
 
 
-def of_values(cfg: Config, heads: tuple[Head, ...]) -> bool:
+def has_scaled_targets(cfg: Config, heads: tuple[Head, ...]) -> bool:
     """Whether what is minimised is not what is read, since there are values among the targets."""
     return any(loss.name in POWERS for loss in loss_knobs.of(cfg, heads))
 
 
-def mean_of(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
+def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
     """The mean over heads of each head's loss: (batch, all outputs), one target a head -> (batch,)"""
-    sizes = outputs(cfg, heads)
+    sizes = output_sizes(cfg, heads)
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         blocks = output.float().split(sizes, dim=1)
@@ -217,7 +217,7 @@ def mean_of(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
     return loss
 
 
-def reduced(each: Tensor, hardest: float) -> Tensor:
+def reduce(each: Tensor, hardest: float) -> Tensor:
     """(batch,), weighted -> the number that is back-propagated: the mean over all samples, or over the share with the
     highest loss."""
     if hardest < 1:
@@ -233,18 +233,18 @@ def _named(
         if hook is None:
             raise Refused("loss.name: loss: comp/competition.py defines no loss(output, target)")
         return hook
-    of_classes = f"{chosen.name}_of_classes"
+    of_classes = f"{chosen.name}_multiclass"
     function = LOSSES[of_classes if head.exclusive and of_classes in LOSSES else chosen.name]
     weigh = class_balance.class_weights(cfg, head, samples, taught)
     knobs = dict(chosen.knobs)
     if chosen.name == "arcface":
         count = class_balance.class_counts(head, samples, taught)
-        knobs["margin"] = metric_learning.margin_of_class(count, knobs["margin"], knobs.pop("margin_rare"))
+        knobs["margin"] = metric_learning.class_margins(count, knobs["margin"], knobs.pop("margin_rare"))
         del knobs["sub_centers"]  # of the network
     if chosen.name == "bins":
         _within(chosen, head, samples.targets(head)[taught])
     if chosen.name in POWERS:
-        mean, unit = map(_on_device, target_scaler.measured(head, samples, taught))
+        mean, unit = map(_on_device, target_scaler.mean_and_std(head, samples, taught))
         function = _in_deviations(function, unit, None if standardised else POWERS[chosen.name])
         weigh = None if weigh is None else _by_grade(weigh, mean, unit)
 

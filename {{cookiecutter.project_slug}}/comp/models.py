@@ -18,7 +18,7 @@ from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
 from comp.engine.run import backbone, normalize, target_scaler
 from comp.engine.run.backbone import inner
-from comp.engine.run.metric_learning import Embedded, GeM, as_map
+from comp.engine.run.metric_learning import EmbeddingLayer, GeM, feature_map
 from comp.engine.store import store
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
@@ -30,15 +30,15 @@ Last = Callable[[int], nn.Module]  # features -> the last layer
 BESIDE = 32  # what the metadata is brought to before it joins the image
 
 
-def outputs(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
+def output_sizes(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
     """Network outputs of each head, in order."""
     losses = loss_knobs.of(cfg, heads)
     return [head.row.raw_outputs(head, loss) for head, loss in zip(heads, losses, strict=True)]
 
 
-def decoded(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+def decode(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
     """(rows, network outputs) -> what is stored of each head, in float64."""
-    blocks = np.split(raw.astype(np.float64), np.cumsum(outputs(cfg, heads))[:-1], axis=1)
+    blocks = np.split(raw.astype(np.float64), np.cumsum(output_sizes(cfg, heads))[:-1], axis=1)
     losses = loss_knobs.of(cfg, heads)
     return [h.row.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
 
@@ -53,14 +53,14 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader
 
 
 def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None) -> nn.Module:
-    total = sum(outputs(cfg, heads))
+    total = sum(output_sizes(cfg, heads))
     width = 0 if loader is None or loader.metadata is None else int(loader.metadata.shape[1])
     several = loader is not None and loader.multi_image
     embeds = loss_knobs.embedding(cfg, heads)
     last: Last | None = None
     if embeds is not None:  # its centres are no outputs of a last layer but points of their own
         size, per_class = embeds.knobs["embedding"], embeds.knobs.get("sub_centers", 1)
-        last = partial(Embedded, size=size, classes=total - size, per_class=per_class)
+        last = partial(EmbeddingLayer, size=size, classes=total - size, per_class=per_class)
     if (make := pages.get("model")) is not None:
         if cfg.model.global_pool != "default":
             raise Refused(
@@ -77,39 +77,41 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loa
         module = make(cfg, total if embeds is None else embeds.knobs["embedding"])
         assert isinstance(module, nn.Module)
         if embeds is not None:
-            return Joined(module, cfg.model.pool, embeds.knobs["embedding"], last=last)
-        return Joined(module, cfg.model.pool, total) if several else module
+            return MultiInputModel(module, cfg.model.pool, embeds.knobs["embedding"], last=last)
+        return MultiInputModel(module, cfg.model.pool, total) if several else module
     gem = cfg.model.global_pool == "gem"
     if not several and not width and not gem and embeds is None:
         return backbone.create(cfg, total, pretrained)
     inside = backbone.create(cfg, 0, pretrained)
     features = _width(inside)
     inside = GeM(inside, features, cfg.model.name) if gem else inside
-    return Joined(inside, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total))
+    return MultiInputModel(
+        inside, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total)
+    )
 
 
 def headless(cfg: Config, pretrained: bool, loader: Loader) -> nn.Module:
     """The network without its last layer; several images of a sample become one."""
     module = backbone.create(cfg, 0, pretrained)
-    return Joined(module, cfg.model.pool, _width(module)) if loader.multi_image else module
+    return MultiInputModel(module, cfg.model.pool, _width(module)) if loader.multi_image else module
 
 
-def check(cfg: Config) -> None:
+def validate(cfg: Config) -> None:
     """Whether pictures of the sizes of this run go through the network, and batches; before anything is spent."""
     if pages.get("model") is not None:
         return
 
     def asks(module: nn.Module, output: Tensor) -> None:
         if cfg.model.global_pool == "gem":
-            as_map(output, _width(module), cfg.model.name)
+            feature_map(output, _width(module), cfg.model.name)
 
     backbone.validate(cfg, asks)
 
 
-def told(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
+def check_report(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
     """For comp check: why the network cannot be built for this run, and what its weights want to see."""
     try:
-        check(cfg)
+        validate(cfg)
     except UserError as refused:
         return refused.lines, []
     return [], [] if pages.get("model") is not None else [backbone.describe(cfg)]
@@ -122,7 +124,7 @@ def _width(module: nn.Module) -> int:
     return found
 
 
-class Joined(nn.Module):
+class MultiInputModel(nn.Module):
     """Features of several images of a sample become one, the metadata of the sample stands beside them, then the last layer."""
 
     def __init__(
@@ -151,7 +153,7 @@ class Joined(nn.Module):
     def forward(self, images: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None) -> Tensor:
         x = self.backbone(images)  # (images, features)
         if owner is not None and self.heard is not None:
-            x = attended(x, owner, self.heard)
+            x = attention_pool(x, owner, self.heard)
         elif owner is not None:
             into = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
             x = into.scatter_reduce(0, owner[:, None].expand_as(x), x, self.pool, include_self=False)
@@ -160,7 +162,7 @@ class Joined(nn.Module):
         return self.last(x)
 
 
-def attended(x: Tensor, owner: Tensor, heard: nn.Linear) -> Tensor:
+def attention_pool(x: Tensor, owner: Tensor, heard: nn.Linear) -> Tensor:
     """(images, features) -> (samples, features): a mean in which each image has the weight that its features ask for."""
     samples = int(owner[-1]) + 1
     ask = heard(x)  # (images, 1)
@@ -170,7 +172,7 @@ def attended(x: Tensor, owner: Tensor, heard: nn.Linear) -> Tensor:
     return x.new_zeros(samples, x.shape[1]).index_add(0, owner, (x * share / whole[owner]).to(x.dtype))
 
 
-def size(cfg: Config, heads: tuple[Head, ...]) -> int:
+def weight_bytes(cfg: Config, heads: tuple[Head, ...]) -> int:
     """Bytes of the weights, without making them: on the meta device a network of a billion costs nothing."""
     with torch.device("meta"):
         module = build(cfg, heads, pretrained=False)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.run.backbone import inner
 from comp.engine.run.unused_knobs import CYCLING
@@ -43,16 +43,16 @@ class LBFGS(torch.optim.LBFGS):
         return super().step(lambda: torch.zeros(()))
 
 
-def refuse(cfg: Config) -> None:
+def validate(cfg: Config) -> None:
     """Before anything is spent."""
-    known(cfg)
+    optimizer_class(cfg)
     if cfg.optim.name == "kron" and not torch.backends.opt_einsum.is_available():
         raise Refused(
             "optim.name: kron: needs opt_einsum, without which a single step of a convolution takes minutes: make extras, or pip install opt_einsum"
         )
 
 
-def known(cfg: Config) -> type[torch.optim.Optimizer]:
+def optimizer_class(cfg: Config) -> type[torch.optim.Optimizer]:
     """The class behind optim.name; what it cannot do is refused before anything is spent."""
     name, optim = cfg.optim.name, cfg.optim
     timms = [str(n) for n in list_optimizers()]
@@ -99,7 +99,7 @@ def known(cfg: Config) -> type[torch.optim.Optimizer]:
 
 
 def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
-    made, optim = known(cfg), cfg.optim
+    made, optim = optimizer_class(cfg), cfg.optim
     if made is LBFGS:
         return LBFGS([p for p in module.parameters() if p.requires_grad], optim.lr, **optim.options)
     given: dict[str, Any] = dict(optim.options)
@@ -120,7 +120,7 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
             "deterministic", True
         )  # its draws are part of its state, and the same in every process
     try:
-        out = create_optimizer_v2(groups(cfg, module), optim.name, lr=optim.lr, **given)
+        out = create_optimizer_v2(parameter_groups(cfg, module), optim.name, lr=optim.lr, **given)
     except (TypeError, ValueError) as error:
         raise Refused(f"optim: {optim.name}: {error}") from error
     if isinstance(out, psgd.Kron):
@@ -139,7 +139,7 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     return Lookahead(out, k=optim.lookahead) if optim.lookahead else out
 
 
-def groups(cfg: Config, module: nn.Module) -> list[Group]:
+def parameter_groups(cfg: Config, module: nn.Module) -> list[Group]:
     """Weights that are treated alike: timm's groups by depth and by decay, each parted into backbone and head where those differ."""
     optim = cfg.optim
     spared: set[str] = getattr(module, "no_weight_decay", set)()
@@ -159,7 +159,7 @@ def groups(cfg: Config, module: nn.Module) -> list[Group]:
         optim.weight_decay if optim.weight_decay_head is None else optim.weight_decay_head,
         optim.l1 if optim.l1_head is None else optim.l1_head,
     )
-    in_head = {id(weight) for weight in head(module)}
+    in_head = {id(weight) for weight in head_parameters(module)}
     out: list[Group] = []
     for group in found:
         parted: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -171,7 +171,7 @@ def groups(cfg: Config, module: nn.Module) -> list[Group]:
     return out
 
 
-def head(module: nn.Module) -> list[nn.Parameter]:
+def head_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The last layer: what timm calls the classifier, or the last module that has weights."""
     last: Any = getattr(module, "last", None)
     if last is None:
@@ -184,7 +184,7 @@ def head(module: nn.Module) -> list[nn.Parameter]:
     return weights
 
 
-def set_rate(optim: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
+def set_lr(optim: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
     """momentum None: as it is."""
     for group in optim.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -194,7 +194,7 @@ def set_rate(optim: torch.optim.Optimizer, rate: float, momentum: float | None) 
             group["momentum"] = momentum
 
 
-def clip(cfg: Config, module: nn.Module) -> Tensor:
+def clip_gradients(cfg: Config, module: nn.Module) -> Tensor:
     """norm: of all gradients together; value: of each number; agc: of each unit, as a share of its weights, the head left alone.
     Answers with the norm before."""
     assert cfg.optim.clip_grad is not None
@@ -203,7 +203,7 @@ def clip(cfg: Config, module: nn.Module) -> Tensor:
         return nn.utils.clip_grad_norm_(weights, cfg.optim.clip_grad)
     norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if cfg.optim.clip_mode == "agc":
-        spared = {id(weight) for weight in head(module)}
+        spared = {id(weight) for weight in head_parameters(module)}
         weights = [weight for weight in weights if id(weight) not in spared]
     dispatch_clip_grad(weights, cfg.optim.clip_grad, cfg.optim.clip_mode)
     return norm
@@ -226,4 +226,4 @@ def _drawn_anew(optim: Any, args: Any, named: Any) -> None:
     """AdaHessian's own draws go on from where its process began; drawn from the step they are the same after a resume."""
     weight = next(iter(optim.get_params()))
     optim.generator = torch.Generator(weight.device)
-    optim.generator.manual_seed(mixed(optim.seed, optim.state[weight]["hessian step"]))
+    optim.generator.manual_seed(fold_in(optim.seed, optim.state[weight]["hessian step"]))

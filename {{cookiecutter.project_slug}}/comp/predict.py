@@ -94,7 +94,7 @@ def predict(
     if embeds := loss_knobs.embedding(cfg, heads):
         answers = _by_neighbours(context, weights, raw, embeds.knobs["embedding"])
     else:
-        each = [models.decoded(cfg, heads, view) for view in raw]  # views x heads
+        each = [models.decode(cfg, heads, view) for view in raw]  # views x heads
         answers = [
             predictions.average([view[i] for view in each], head, cfg.predict.space)
             for i, head in enumerate(heads)
@@ -126,7 +126,7 @@ def _said(
     module = models.load_weights(
         models.build(cfg, heads, pretrained=False, loader=context.loader), weights
     ).to(context.device)
-    seen = transforms.Seen(normalize.build(cfg, module, context.device))
+    seen = transforms.Preprocess(normalize.build(cfg, module, context.device))
     views = tta.views(cfg.predict.tta)
     with tqdm(
         total=len(rows), desc=doing, unit="image", leave=False, disable=None if cfg.machine.progress else True
@@ -162,7 +162,7 @@ def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | No
     if store.sealed(file):
         return
     (head,) = context.samples.heads
-    rows = metric_learning.known_rows(cfg, context.samples, taught[: cfg.train.limit])
+    rows = metric_learning.drop_unknown_class(cfg, context.samples, taught[: cfg.train.limit])
     raw, damaged = _said(context, weights, rows, "gallery", stop)
     whole = ~np.isin(rows, list(damaged))
     seen = knn.mean_embedding(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])

@@ -19,7 +19,7 @@ from comp.engine.bank import score
 from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import (  # fmt: skip
@@ -39,13 +39,13 @@ from comp.engine.run import (  # fmt: skip
     torch_compile,
     tracking,
 )
-from comp.engine.run.averaging import Kept, renewal
+from comp.engine.run.averaging import WeightSets, bn_updater
 from comp.engine.run.context import Context
 from comp.engine.run.evaluate import HALF, forward_rows, raise_damaged
 from comp.engine.run.freezing import Stages
 from comp.engine.run.gpu_augment import to_device
-from comp.engine.run.microbatch import Room
-from comp.engine.run.nan_guard import REMEDY, Looks, named
+from comp.engine.run.microbatch import MicroBatches
+from comp.engine.run.nan_guard import REMEDY, NanGuard, list_samples
 from comp.engine.run.profiler import Profiler
 
 PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
@@ -71,19 +71,21 @@ def fold(
     # --- setup ---------------------------------------------------------------------------------------------------------
     cfg, device, heads = context.cfg, context.device, context.samples.heads
     stop, profiler = stop or Stop(), profiler or Profiler(device)
-    torch.manual_seed(mixed(seed, 3))
+    torch.manual_seed(fold_in(seed, 3))
 
     # --- data ----------------------------------------------------------------------------------------------------------
     taught, watched, judged = _rows(context, number)
     draw = class_balance.make_sampler(cfg, context.samples, taught)
-    span = schedule.span(cfg, len(epoch_rows(taught, seed, 0, draw)))
+    span = schedule.train_length(cfg, len(epoch_rows(taught, seed, 0, draw)))
     batch_size, accumulate, steps_per_epoch, steps = span
-    curve = schedule.curve(cfg, span)
-    truths = [pseudo_rows.target(context.samples, head) for head in heads]
+    curve = schedule.lr_schedule(cfg, span)
+    truths = [pseudo_rows.training_target(context.samples, head) for head in heads]
     targets = [
-        _target(each, device) for each in target_scaler.standardised(cfg, context.samples, taught, truths)
+        _target(each, device) for each in target_scaler.standardize(cfg, context.samples, taught, truths)
     ]
-    lessons = distillation.targets(context, number, folder)  # what a teacher says, one more target a head
+    lessons = distillation.teacher_targets(
+        context, number, folder
+    )  # what a teacher says, one more target a head
     weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ---------------------------------------------------------------------------------------------------------
@@ -93,17 +95,23 @@ def fold(
     stages = Stages(cfg, module)
     pixel_stats.fit_pixel_stats(cfg, module, context.loader, taught)
     target_scaler.fit(cfg, module, context.samples, taught)
-    network = torch_compile.prepared(cfg, module)
-    criterion = losses.total(cfg, context.samples, taught)
-    mixture = mixup.loss(cfg, heads, distillation.beside(cfg, context.samples, taught, criterion))
-    in_units = losses.total(cfg, context.samples, taught, False)  # of the targets: to be read
-    read = mixup.loss(cfg, heads, distillation.beside(cfg, context.samples, taught, in_units, False))
-    scaled = losses.of_values(cfg, heads)  # what is read is not what is minimised
-    apart = consistency.between_views(cfg, heads)
+    network = torch_compile.prepare(cfg, module)
+    criterion = losses.build_loss(cfg, context.samples, taught)
+    mixture = mixup.mixed_loss(
+        cfg, heads, distillation.distillation_loss(cfg, context.samples, taught, criterion)
+    )
+    in_units = losses.build_loss(cfg, context.samples, taught, False)  # of the targets: to be read
+    read = mixup.mixed_loss(
+        cfg, heads, distillation.distillation_loss(cfg, context.samples, taught, in_units, False)
+    )
+    scaled = losses.has_scaled_targets(cfg, heads)  # what is read is not what is minimised
+    apart = consistency.consistency_loss(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
-    kept = Kept(cfg, module, folder, schedule.snapshots(cfg, span))
-    judge = model_selection.judge(context, judged, transforms.Seen(normalize.build(cfg, module, device)))
-    renew = renewal(
+    kept = WeightSets(cfg, module, folder, schedule.snapshot_steps(cfg, span))
+    judge = model_selection.build_scorer(
+        context, judged, transforms.Preprocess(normalize.build(cfg, module, device))
+    )
+    renew = bn_updater(
         context, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
     )
     second_order = optim.second_order(optimizer)
@@ -112,25 +120,25 @@ def fold(
 
     # --- resume --------------------------------------------------------------------------------------------------------
     step, losses_seen = 0, list[float]()  # of this epoch
-    state = distributed.from_first(checkpoint.newest(folder, device))
-    distributed.resumable(state)
+    state = distributed.broadcast(checkpoint.load_latest(folder, device))
+    distributed.validate_resume(state)
     if state is not None:
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         kept.load(state["kept"])
-        distributed.same_files(folder)
+        distributed.broadcast_files(folder)
         step, losses_seen = state["step"], state["losses"]
         curve.seen.extend(state["epochs"])
-    distributed.suits(cfg, batch_size, accumulate, module)
-    distributed.same_network(module)
-    room = Room(module, state["room"] if state else batch_size, cfg.augment.whole)
-    looks = Looks(log, context.samples, half == torch.float16, room.size)
+    distributed.validate(cfg, batch_size, accumulate, module)
+    distributed.broadcast_module(module)
+    room = MicroBatches(module, state["room"] if state else batch_size, cfg.augment.whole)
+    looks = NanGuard(log, context.samples, half == torch.float16, room.size)
 
     def save() -> None:
         looks.weights(module, step)
         checkpoint.save(folder, step, {
-            "step": step, "processes": distributed.count(), "room": room.size, "losses": losses_seen, "epochs": curve.seen,
+            "step": step, "processes": distributed.world_size(), "room": room.size, "losses": losses_seen, "epochs": curve.seen,
             "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "kept": kept.state(),
         }, log.offset())  # fmt: skip
@@ -153,17 +161,21 @@ def fold(
         stages.enter(epoch)
         began, drawn = time.perf_counter(), 0
         first = (step - epoch * steps_per_epoch) * accumulate
-        today = transforms.day(cfg, epoch)  # the size of its pictures, and whether the strong ops are on
-        seen = transforms.Seen(normalize.build(cfg, module, device), transforms.of_day(cfg, today))
-        mix = mixup.of_day(cfg, today)
+        today = transforms.epoch_augment(
+            cfg, epoch
+        )  # the size of its pictures, and whether the strong ops are on
+        seen = transforms.Preprocess(
+            normalize.build(cfg, module, device), transforms.epoch_recipe(cfg, today)
+        )
+        mix = mixup.epoch_mix(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = context.loader.batches(distributed.share(plan, accumulate, cfg.augment.whole), today)
+        batches = context.loader.batches(distributed.shard(plan, accumulate, cfg.augment.whole), today)
         while step < (epoch + 1) * steps_per_epoch:
-            optim.set_rate(optimizer, curve.rate(step), curve.momentum(step))
+            optim.set_lr(optimizer, curve.rate(step), curve.momentum(step))
             looks.begin(step + 1, curve.rate(step))
             room.begin(
-                (_whole(next(batches), context) for _ in range(distributed.passes(accumulate))),
-                mixed(seed, step, 4, distributed.rank()),
+                (_whole(next(batches), context) for _ in range(distributed.local_passes(accumulate))),
+                fold_in(seed, step, 4, distributed.rank()),
             )
             drawn += span.effective
             profiler.lap("waiting for pictures")
@@ -179,11 +191,11 @@ def fold(
                         output = network(images, **context.loader.extras(batch))  # (batch, all outputs)
                     each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
                     share = len(batch.samples) / span.effective
-                    loss = losses.reduced(each, cfg.loss.ohem) * share
+                    loss = losses.reduce(each, cfg.loss.ohem) * share
                     shown = loss
                     if scaled:
                         told = read(output.detach(), truth, weight[rows], parts)
-                        shown = losses.reduced(told, cfg.loss.ohem) * share
+                        shown = losses.reduce(told, cfg.loss.ohem) * share
                     profiler.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)
                     profiler.lap("backward")
@@ -191,7 +203,7 @@ def fold(
             distributed.sum_gradients(module)
             if cfg.optim.clip_grad is not None:
                 scaler.unscale_(optimizer)
-                looks.note_gradient(optim.clip(cfg, module))
+                looks.note_gradient(optim.clip_gradients(cfg, module))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -200,7 +212,7 @@ def fold(
             bar.update(span.effective)
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            stopping = distributed.anybody(stop.asked) and not last
+            stopping = distributed.any_reduce(stop.asked) and not last
             if last or inside or stopping or looks.due or step in kept.ends:
                 losses_seen += looks.look(room.size)
                 bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
@@ -239,22 +251,24 @@ def fold(
     bar.close()
     kept.seal(renew, judge, log.offset())
     if not cfg.keep.state:
-        checkpoint.drop(folder)
+        checkpoint.delete(folder)
 
 
-def planned(context: Context, seed: int, number: int | str) -> schedule.Curve | schedule.Staged:
+def planned(
+    context: Context, seed: int, number: int | str
+) -> schedule.LRSchedule | schedule.StagedLRSchedule:
     """The schedule of a fold, before it runs. `context`: that of the fold."""
     taught, _, _ = _rows(context, number)
     draw = class_balance.make_sampler(context.cfg, context.samples, taught)
-    span = schedule.span(context.cfg, len(epoch_rows(taught, seed, 0, draw)))
-    return schedule.curve(context.cfg, span)
+    span = schedule.train_length(context.cfg, len(epoch_rows(taught, seed, 0, draw)))
+    return schedule.lr_schedule(context.cfg, span)
 
 
 def _rows(context: Context, number: int | str) -> list[Positions]:
     """Rows that train, rows to watch the score of, rows that a choice is made on."""
     rows = [
-        metric_learning.known_rows(context.cfg, context.samples, each)
-        for each in model_selection.rows(context, number)
+        metric_learning.drop_unknown_class(context.cfg, context.samples, each)
+        for each in model_selection.fold_rows(context, number)
     ]
     if len(rows[0]) == 0:
         raise Refused(f"fold {number}: no rows to train on")
@@ -264,7 +278,7 @@ def _rows(context: Context, number: int | str) -> list[Positions]:
 def validate(
     context: Context,
     module: nn.Module,
-    seen: transforms.Seen,
+    seen: transforms.Preprocess,
     criterion: losses.Total,
     rows: Positions,
     targets: list[Tensor],
@@ -274,18 +288,18 @@ def validate(
     if len(rows) == 0:
         return {}
     cfg = context.cfg
-    distributed.same_statistics(module)
+    distributed.broadcast_buffers(module)
     raw, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp)
     raise_damaged(damaged, context.samples)
     truth = [target[rows].cpu() for target in targets]
-    loss = criterion(torch.from_numpy(target_scaler.of_loss(cfg, module, raw[0])), truth).numpy()
+    loss = criterion(torch.from_numpy(target_scaler.to_loss_units(cfg, module, raw[0])), truth).numpy()
     if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
-        raise distributed.Agreed(
-            f"validation behind step {step}: NaN or inf{named(context.samples, bad)}: {REMEDY}; the last checkpoint is from before"
+        raise distributed.CollectiveError(
+            f"validation behind step {step}: NaN or inf{list_samples(context.samples, bad)}: {REMEDY}; the last checkpoint is from before"
         )
     report = {"valid_loss": float(loss.mean())}
     for head, stored in zip(
-        context.samples.heads, models.decoded(cfg, context.samples.heads, raw[0]), strict=True
+        context.samples.heads, models.decode(cfg, context.samples.heads, raw[0]), strict=True
     ):
         if stored.shape[1] == 0:
             continue  # embeddings without centres

@@ -32,7 +32,7 @@ import torch
 from comp.engine import pages
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.readers.arrays import DTYPES, Pixels
 from comp.engine.run import cv2_ops, gpu_augment, policies
@@ -119,25 +119,25 @@ def resident(size: int) -> Recipe:
 RECIPES = {recipe.__name__: recipe for recipe in (none, light, medium, heavy, fast, resident)}
 
 
-class Day(NamedTuple):
+class EpochAugment(NamedTuple):
     """What all pictures of an epoch have in common, a function of the epoch alone."""
 
     size: int  # px, of augment.progressive_sizes
     strong: bool  # False in the last epochs, as many as augment.disable_last_epochs says
 
 
-def day(cfg: Config, epoch: int) -> Day:
+def epoch_augment(cfg: Config, epoch: int) -> EpochAugment:
     sizes = cfg.augment.progressive_sizes or [cfg.data.size]
     strong = epoch < cfg.train.epochs - cfg.augment.disable_last_epochs
-    return Day(sizes[epoch * len(sizes) // cfg.train.epochs], strong)
+    return EpochAugment(sizes[epoch * len(sizes) // cfg.train.epochs], strong)
 
 
-def days(cfg: Config) -> list[Day]:
+def epoch_augments(cfg: Config) -> list[EpochAugment]:
     """Every kind of day of a run, in order."""
-    return list(dict.fromkeys(day(cfg, epoch) for epoch in range(cfg.train.epochs)))
+    return list(dict.fromkeys(epoch_augment(cfg, epoch) for epoch in range(cfg.train.epochs)))
 
 
-def of_day(cfg: Config, today: Day) -> Recipe:
+def epoch_recipe(cfg: Config, today: EpochAugment) -> Recipe:
     """The recipe with what the knobs beside it add."""
     recipe, knobs = from_config(cfg, today.size), cfg.augment
     colour, batch = list(recipe.colour), list(recipe.batch)
@@ -196,7 +196,7 @@ class Augment:
                 picture, *(max(self.size, round(side * self.shrink)) for side in (height, width))
             )
         for number, step in enumerate(self.steps):
-            picture = step(picture, mixed(seed, number))
+            picture = step(picture, fold_in(seed, number))
         assert picture.dtype in DTYPES.values(), (
             "a recipe must hand over pixels as it got them; normalising is the first line of the step"
         )
@@ -261,7 +261,7 @@ def _resized(picture: Pixels, height: int, width: int) -> Pixels:
     return np.concatenate(parts, 2).astype(picture.dtype, copy=False)
 
 
-class Seen:
+class Preprocess:
     """From a uint8 batch to what the network sees: the device's share of the recipe around normalising."""
 
     def __init__(self, normal: Normalize, recipe: Recipe | None = None):

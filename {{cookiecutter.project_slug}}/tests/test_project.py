@@ -67,7 +67,7 @@ def test_an_experiment_reads_and_its_network_can_be_built(place: Path, name: str
     from comp import models
 
     cfg = resolve.load(place, name).config
-    assert models.size(cfg, samples.load().heads) > 0
+    assert models.weight_bytes(cfg, samples.load().heads) > 0
 
 
 @pytest.mark.parametrize(

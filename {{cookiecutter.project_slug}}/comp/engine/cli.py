@@ -60,7 +60,7 @@ def check(args: Args) -> int:
     hardware.settle(cfg.train.threads)
     from comp import models
 
-    return 2 if check.check(cfg, dummy.written, exact=True, network=models.told) else 0
+    return 2 if check.check(cfg, dummy.written, exact=True, network=models.check_report) else 0
 
 
 def folds(args: Args) -> None:
@@ -340,7 +340,7 @@ def _run(name: str, given: Args) -> int:
     if hardware.processes() > 1:  # torchrun -m comp train exp001
         from comp.engine.run import torchrun
 
-        return torchrun.answer(name, lambda: VERBS[name].run(given)) or 0
+        return torchrun.run_command(name, lambda: VERBS[name].run(given)) or 0
     return VERBS[name].run(given) or 0
 
 

@@ -12,7 +12,7 @@ from comp.engine.config.schema import Config
 REFIT = "full"  # name of the fold that trains on all rows, and of the member that it is
 
 
-def speaks(cfg: Config) -> str:
+def final_weights(cfg: Config) -> str:
     """raw | ema | swa | tail | uniform | greedy"""
     if cfg.average.predict_with != "default":
         return cfg.average.predict_with
@@ -59,12 +59,12 @@ def of_cv(address: str) -> str:
 
 def chooses(cfg: Config) -> bool:
     """Whether anything is picked by its score, so that rows are needed to pick on."""
-    return cfg.select.name == "best" or "greedy" in (speaks(cfg), *cfg.average.members)
+    return cfg.select.name == "best" or "greedy" in (final_weights(cfg), *cfg.average.members)
 
 
 def chosen(cfg: Config, name: str = "") -> bool:
     """Whether these weights were picked by their score; the run's own have no name."""
-    return name == "greedy" or (name == "" and (cfg.select.name == "best" or speaks(cfg) == "greedy"))
+    return name == "greedy" or (name == "" and (cfg.select.name == "best" or final_weights(cfg) == "greedy"))
 
 
 def marks(cfg: Config, name: str = "") -> list[str]:

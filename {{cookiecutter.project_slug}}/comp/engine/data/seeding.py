@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def mixed(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
+def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
     """Well-mixed 63-bit numbers from small ones (splitmix64), so that neighbouring seeds have nothing in common.
 
     `spread` mixes in one more number each: an array in, an array out.
@@ -26,5 +26,5 @@ def mixed(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
 
 def uniform(seeds: NDArray[np.int64], salt: int, count: int) -> NDArray[np.float32]:
     """(seeds, count) numbers from 0 to 1, each a function of its seed, the salt and its place alone."""
-    places = np.stack([mixed(salt, number, spread=seeds) for number in range(count)], axis=1)
+    places = np.stack([fold_in(salt, number, spread=seeds) for number in range(count)], axis=1)
     return ((places >> 39).astype(np.float32) / np.float32(2**24)).astype(np.float32)

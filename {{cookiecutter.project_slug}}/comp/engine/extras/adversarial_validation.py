@@ -86,7 +86,7 @@ def _features(context: Context, run: str, seed: int, number: int, rows: Position
         raise Refused(f"{run}: its network ends in no linear layer, so there are no features to look at")
     seen: list[torch.Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
-    look = transforms.Seen(normalize.build(cfg, module, context.device))
+    look = transforms.Preprocess(normalize.build(cfg, module, context.device))
     # One batch at a time, or the hook would meet them out of order.
     forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
     hook.remove()

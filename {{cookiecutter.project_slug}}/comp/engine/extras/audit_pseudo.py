@@ -78,7 +78,7 @@ def _copies(
     images = exact_duplicates.find_by_bytes(cfg, rows)
     found: list[Finding] = []
     for number in range(split.count):
-        joined = pseudo_rows.with_lines(rows, table, name, number)
+        joined = pseudo_rows.add_rows(rows, table, name, number)
         taught, scored = replace(split, samples=joined).split(number)
         test = taught[(rows.frame["source"].to_numpy()[taught] == "test")]
         code = [images.by_bytes[np.isin(images.sample, side)] for side in (test, scored)]
@@ -90,7 +90,7 @@ def _copies(
 
 def _again(entry: dict[str, object], rows: Samples, split: Folds) -> pd.DataFrame:
     wish = pseudo_labels.Wish(**entry["wish"])  # type: ignore[arg-type]
-    who = teachers.of(str(entry["source"]), split, "comp audit")
+    who = teachers.load(str(entry["source"]), split, "comp audit")
     numbers: list[int | str] = [*range(split.count), "full"]
     return pd.concat(
         [

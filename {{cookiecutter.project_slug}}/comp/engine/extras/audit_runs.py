@@ -202,7 +202,9 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
         number = fold_of(weights).name.removeprefix("fold")
         joined = pseudo_rows.fold_context(context, number)  # pseudo-labelled rows are measured like others
         scored = joined.folds.split(number)[1]
-        own = metric_learning.known_rows(cfg, joined.samples, model_selection.rows(joined, number)[0])
+        own = metric_learning.drop_unknown_class(
+            cfg, joined.samples, model_selection.fold_rows(joined, number)[0]
+        )
         own = own[~np.isin(own, scored)]  # whoever dealt them out
         known[number] = known.get(number) or fitted(own, joined.samples)
         kept = _measured(

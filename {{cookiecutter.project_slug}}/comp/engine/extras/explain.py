@@ -24,7 +24,7 @@ from comp.engine.bank import bank, predictions
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import experiments
 from comp.engine.config.resolve import nearest
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.readers import arrays
 from comp.engine.report import plots
@@ -125,7 +125,7 @@ def maps(
     """(height, width, channels) of the sample's first picture, and two maps of (height, width) from 0 to 1."""
     batch = context.loader.images.batch([Index(row, None)])
     extras = context.loader.extras(batch)
-    seen = transforms.Seen(normalize.build(context.cfg, module, context.device))
+    seen = transforms.Preprocess(normalize.build(context.cfg, module, context.device))
     x = seen(batch.images.permute(0, 3, 1, 2))
     with kept(module) as layers:
         output = module(x, **extras)
@@ -134,7 +134,7 @@ def maps(
         feature, slope = telling(layers, sign * output[0, place], module)
     cam = grad_cam(spatial(feature, module)[:1], spatial(slope, module)[:1], x.shape[2:])
     total = torch.zeros_like(x[0, 0])
-    generator = torch.Generator().manual_seed(mixed(row, 6))
+    generator = torch.Generator().manual_seed(fold_in(row, 6))
     spread = NOISE * float(x[0].max() - x[0].min())
     for _ in range(NOISY):
         noise = torch.randn(x.shape, generator=generator).to(x.device) * spread
@@ -147,7 +147,7 @@ def maps(
 
 def _answer(context: Context, output: Tensor) -> tuple[int, int]:
     """Which output is explained: the first head's likeliest class, or its value; of a single logit, the side it took."""
-    width = models.outputs(context.cfg, context.samples.heads)[0]
+    width = models.output_sizes(context.cfg, context.samples.heads)[0]
     head = context.samples.heads[0]
     if width == 1:
         return 0, -1 if head.row.space == "logit" and float(output[0, 0]) < 0 else 1

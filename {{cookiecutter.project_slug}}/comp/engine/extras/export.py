@@ -248,7 +248,7 @@ def _tried(
     count = cfg.predict.batch_size
     raw = np.concatenate([run(images[at : at + count]) for at in range(0, len(images), count)])
     head = context.samples.heads[0]
-    stored = models.decoded(cfg, context.samples.heads, raw)[0]
+    stored = models.decode(cfg, context.samples.heads, raw)[0]
     one = images[: min(16, len(images))]
     return {
         "name": name,

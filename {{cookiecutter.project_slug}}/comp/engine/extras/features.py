@@ -30,7 +30,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.data import image_reader
 from comp.engine.data.samples import Samples
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, frozen_heads, normalize, pretrained, runner
 from comp.engine.run.context import Context
@@ -97,7 +97,7 @@ def _refuse(cfg: Config) -> None:
 def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
     cfg, file = context.cfg, store.run_folder(run) / FILE
-    torch.manual_seed(mixed(cfg.train.seeds[0], 3))
+    torch.manual_seed(fold_in(cfg.train.seeds[0], 3))
     backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
     pretrained.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
     now = made_of(cfg, context.samples, backbone)
@@ -111,7 +111,7 @@ def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
         print(f"{store.shown(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
         return kept
     rows = np.arange(len(context.samples.frame))
-    seen = transforms.Seen(normalize.build(cfg, backbone, context.device))
+    seen = transforms.Preprocess(normalize.build(cfg, backbone, context.device))
     began = time.perf_counter()
     with tqdm(
         total=len(rows),

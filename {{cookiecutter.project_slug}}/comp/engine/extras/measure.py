@@ -26,12 +26,12 @@ LEAST = 5
 def measure(experiment: str, overrides: list[str]) -> None:
     cfg = experiments.load(experiment, overrides).config
     hardware.settle(cfg.train.threads)
-    optim.refuse(cfg)
-    models.check(cfg)
+    optim.validate(cfg)
+    models.validate(cfg)
     device = hardware.device(cfg.machine.device)
     heads = samples.load().heads
     module = models.build(cfg, heads, pretrained=False).to(device)
-    network = torch_compile.prepared(cfg, module)  # as the loop trains it
+    network = torch_compile.prepare(cfg, module)  # as the loop trains it
     one = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
     counted = sum(p.numel() for p in module.parameters())
     classifier = _classifier(module)

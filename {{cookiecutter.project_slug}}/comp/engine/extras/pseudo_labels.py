@@ -18,7 +18,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import pseudo_rows, teachers
-from comp.engine.run.teachers import Teachers
+from comp.engine.run.teachers import TeacherEnsemble
 from comp.engine.store import store
 from comp.engine.tasks.kinds import VALUES, Head
 
@@ -47,7 +47,7 @@ def write(source: str, name: str, wish: Wish) -> None:
         raise Refused(
             "comp pseudo: these folds are by time: earlier rows teach a fold, and test rows come later, so their labels would never teach"
         )
-    who = teachers.of(source, split, "comp pseudo")
+    who = teachers.load(source, split, "comp pseudo")
     _refuse(rows.heads, wish)
     command = f"comp pseudo {source}" + "".join(
         f" --{key} {value}" for key, value in (("as", name), ("confidence", wish.confidence), ("share", wish.share), ("weight", wish.weight))
@@ -92,8 +92,8 @@ def _refuse(heads: tuple[Head, ...], wish: Wish) -> None:
         raise Refused("--soft: retrieval learns from one class a picture; leave it out")
 
 
-def of_fold(who: Teachers, number: int | str, rows: Samples, split: Folds, wish: Wish) -> Said:
-    mean, each = teachers.of_test(who, number, rows, split)
+def of_fold(who: TeacherEnsemble, number: int | str, rows: Samples, split: Folds, wish: Wish) -> Said:
+    mean, each = teachers.merged_test_predictions(who, number, rows, split)
     there = mean.predicted
     sure = np.mean([_sure(head, mean, each, rows, wish) for head in rows.heads], axis=0)
     return Said(mean.row.astype(np.int64)[there], _taken(mean, there), sure[there])
@@ -163,7 +163,7 @@ def labels(head: Head, said: NDArray[np.float64], soft: bool) -> dict[str, NDArr
         hard = np.eye(len(head.outputs))[said.argmax(axis=1)]
         if len(head.columns) > 1:
             return dict(zip(head.columns, (said if soft else hard).T, strict=True))
-        shares = dict(zip(pseudo_rows.soft(head), said.T, strict=True)) if soft else {}
+        shares = dict(zip(pseudo_rows.soft_columns(head), said.T, strict=True)) if soft else {}
         return {head.columns[0]: said.argmax(axis=1).astype(np.float64), **shares}
     if head.task == "ordinal":
         said = said.clip(0, len(head.classes) - 1)

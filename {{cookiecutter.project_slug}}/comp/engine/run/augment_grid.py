@@ -14,7 +14,7 @@ from comp.data import epoch_rows
 from comp.engine.config.schema import Config
 from comp.engine.data import image_reader
 from comp.engine.data.samples import Samples
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
@@ -30,13 +30,13 @@ GAP, TITLE = 6, 22  # px
 def write(cfg: Config, samples: Samples, file: Path) -> None:
     """Eight samples, each as it is and as seven draws of the first day, pairs and fours among them. The same config, the
     same picture."""
-    today = transforms.days(cfg)[0]
-    recipe = transforms.of_day(cfg, today)
+    today = transforms.epoch_augments(cfg)[0]
+    recipe = transforms.epoch_recipe(cfg, today)
     change = transforms.Augment(recipe, today.size, today.size / cfg.data.size)
     grey = Normalize(
         torch.full((1, 1, 1), 128.0), torch.full((1, 1, 1), 64.0)
     )  # so that erasing's noise shows as noise
-    seen, mix = transforms.Seen(grey, recipe), mixup.of_day(cfg, today)
+    seen, mix = transforms.Preprocess(grey, recipe), mixup.epoch_mix(cfg, today)
     reader = image_reader.from_config(cfg)
     chosen = epoch_rows(samples.positions("train"), 0, 0)[:ROWS]
     side = max(96, today.size) if today.size < 192 else 192
@@ -50,9 +50,9 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
     except DamagedImage as damaged:
         raise Refused(f"{damaged}; comp check lists every such file") from None
     plain = np.stack([transforms.center_crop(image, today.size) for image in loaded])
-    columns = [_shown(transforms.Seen(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
+    columns = [_shown(transforms.Preprocess(grey)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
-        seeds = np.array([mixed(0, 0, int(sample), number) for sample in chosen], np.int64)
+        seeds = np.array([fold_in(0, 0, int(sample), number) for sample in chosen], np.int64)
         batch = np.stack([change(*each) for each in zip(loaded, seeds.tolist(), strict=True)])
         drawn, _ = mix(seen(torch.from_numpy(batch).permute(0, 3, 1, 2), seeds), seeds)
         columns.append(_shown(drawn))
@@ -79,7 +79,7 @@ def heading(cfg: Config) -> str:
 
 def ops(cfg: Config) -> list[str]:
     """Every op of the first day in the order in which a picture meets it, with where it runs."""
-    recipe = transforms.of_day(cfg, transforms.days(cfg)[0])
+    recipe = transforms.epoch_recipe(cfg, transforms.epoch_augments(cfg)[0])
     lines = [*_of_recipe(recipe)]
     for name in ("mixup", "cutmix", "mosaic"):
         if value := getattr(cfg.augment, name):

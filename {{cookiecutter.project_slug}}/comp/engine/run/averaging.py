@@ -20,7 +20,7 @@ from comp import models, transforms
 from comp.data import Batches
 from comp.engine.config import run_members
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.run import model_selection, normalize
 from comp.engine.run.model_selection import Scores
 from comp.engine.store import store
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from comp.engine.run.freezing import Stages
 
 State = dict[str, Any]
-Judge = Callable[[nn.Module], Scores]
-Renew = Callable[[nn.Module], None]
+Score = Callable[[nn.Module], Scores]
+UpdateBN = Callable[[nn.Module], None]
 WEIGHTS = "weights.safetensors"
 WARMUP = 0.1  # the average reaches back over this share of the steps so far, until train.ema is shorter
 
@@ -66,10 +66,10 @@ class Ema:
             torch._foreach_copy_(ours, theirs)
 
 
-class Kept:
+class WeightSets:
     def __init__(self, cfg: Config, module: nn.Module, folder: Path, ends: Sequence[int]):
         self.cfg, self.module, self.folder = cfg, module, folder
-        self.wanted = {run_members.speaks(cfg), *cfg.average.members}
+        self.wanted = {run_members.final_weights(cfg), *cfg.average.members}
         self.ema = None if cfg.train.ema is None else Ema(module, cfg.train.ema)
         # One tensor after the other: all at once, as torch does by itself on a GPU, it refuses the whole numbers of a batch norm.
         one_by_one = get_swa_avg_fn()
@@ -85,7 +85,9 @@ class Kept:
     def current(self) -> nn.Module:
         """What would speak if training ended now."""
         return (
-            self.ema.module if self.ema is not None and run_members.speaks(self.cfg) == "ema" else self.module
+            self.ema.module
+            if self.ema is not None and run_members.final_weights(self.cfg) == "ema"
+            else self.module
         )
 
     # --- while training --------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Kept:
         if step in self.ends:
             models.save_weights(self.current, self._snapshot(self.ends.index(step)))
 
-    def after_epoch(self, epoch: int, judge: Judge | None) -> dict[str, float]:
+    def after_epoch(self, epoch: int, judge: Score | None) -> dict[str, float]:
         """`epoch` counts from 1. What there is to log: the score that chooses."""
         if self.swa is not None and epoch > self.cfg.average.swa_from * self.cfg.train.epochs:
             self.swa.update_parameters(self.module)
@@ -155,8 +157,8 @@ class Kept:
 
     def seal(
         self,
-        renew: Renew,
-        judge: Judge | None,
+        renew: UpdateBN,
+        judge: Score | None,
         log: int,
     ) -> None:
         """Write all weights; those that speak last, since their being there means done. `renew` measures batch norms anew."""
@@ -164,7 +166,7 @@ class Kept:
         for name in self.cfg.average.members:
             models.save_weights(self._made(name, renew, judge), self.folder / name / WEIGHTS)
             self.module.load_state_dict(raw)
-        spoken = self._made(run_members.speaks(self.cfg), renew, judge)
+        spoken = self._made(run_members.final_weights(self.cfg), renew, judge)
         if self.scores:
             at = model_selection.best(self.scores)
             spoken = models.load_weights(spoken, self._epoch(at + 1))
@@ -182,7 +184,7 @@ class Kept:
             file.unlink()
             store.unseal(file)
 
-    def _made(self, name: str, renew: Renew, judge: Judge | None) -> nn.Module:
+    def _made(self, name: str, renew: UpdateBN, judge: Score | None) -> nn.Module:
         if name == "raw":
             return self.module
         if name == "ema":
@@ -204,14 +206,14 @@ class Kept:
         epochs = self.cfg.train.epochs
         return [self._epoch(epoch) for epoch in range(epochs - self.cfg.average.tail + 1, epochs + 1)]
 
-    def _mean(self, files: Sequence[Path], renew: Renew) -> nn.Module:
+    def _mean(self, files: Sequence[Path], renew: UpdateBN) -> nn.Module:
         """Into the trained module, whose own weights are saved by now."""
-        self.module.load_state_dict(mean(_states(files)))
+        self.module.load_state_dict(average_states(_states(files)))
         if len(files) > 1:
             renew(self.module)
         return self.module
 
-    def _greedy(self, files: list[Path], renew: Renew, judge: Judge) -> nn.Module:
+    def _greedy(self, files: list[Path], renew: UpdateBN, judge: Score) -> nn.Module:
         """The best alone, then each of the others, best first, where the mean does not lose by it."""
         known: dict[frozenset[int], Scores] = {}
 
@@ -236,12 +238,12 @@ class Kept:
 
     def _flattered(self, name: str, pick: Callable[[int], Any], score_of: Callable[[Any], Scores]) -> None:
         if self.cfg.select.on == "fold":
-            self.flattered["" if run_members.speaks(self.cfg) == name else name] = model_selection.optimism(
-                pick, score_of
+            self.flattered["" if run_members.final_weights(self.cfg) == name else name] = (
+                model_selection.optimism(pick, score_of)
             )
 
 
-def mean(states: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+def average_states(states: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Of weights, one at a time in memory; what counts (batches seen by a norm) is taken from the last."""
     total: dict[str, Tensor] = {}
     count = 0
@@ -261,22 +263,24 @@ def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
     return (load_file(store.verified(file)) for file in files)
 
 
-def renewal(context: Context, stages: Stages, seed: int, plan: Callable[[], Batches]) -> Renew:
+def bn_updater(context: Context, stages: Stages, seed: int, plan: Callable[[], Batches]) -> UpdateBN:
     """One pass over training pictures as the last epoch saw them, under draws that never taught."""
 
     def renew(module: nn.Module) -> None:
         cfg, loader = context.cfg, context.loader
-        today = transforms.day(cfg, cfg.train.epochs - 1)
-        seen = transforms.Seen(normalize.build(cfg, module, context.device), transforms.of_day(cfg, today))
+        today = transforms.epoch_augment(cfg, cfg.train.epochs - 1)
+        seen = transforms.Preprocess(
+            normalize.build(cfg, module, context.device), transforms.epoch_recipe(cfg, today)
+        )
         stages.enter(cfg.train.epochs - 1, module)
-        torch.manual_seed(mixed(seed, 5))
+        torch.manual_seed(fold_in(seed, 5))
         batches = loader.batches(plan(), today)
-        renewed(module, ((seen(b.images.permute(0, 3, 1, 2), b.seeds), loader.extras(b)) for b in batches))
+        update_bn(module, ((seen(b.images.permute(0, 3, 1, 2), b.seeds), loader.extras(b)) for b in batches))
 
     return renew
 
 
-def renewed(module: nn.Module, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> None:
+def update_bn(module: nn.Module, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> None:
     """Batch norms measure their inputs anew: the mean weights were never run, so theirs are those of other networks.
 
     As torch.optim.swa_utils.update_bn, for networks with more inputs than one; norms that are frozen stay as they are.

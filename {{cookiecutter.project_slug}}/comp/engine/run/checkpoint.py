@@ -21,7 +21,7 @@ State = dict[str, Any]
 
 def save(folder: Path, step: int, state: State, log: int) -> None:
     """Of several processes the first alone saves. `log` is where log.jsonl ends at this step: what stands behind it is cut off when the run goes on from here."""
-    if not distributed.first():
+    if not distributed.is_main():
         return
     file = folder / f"state-{step:08d}.pt"
     written = io.BytesIO()  # torch's own writer answers a full disk with a RuntimeError of its own kind
@@ -29,15 +29,15 @@ def save(folder: Path, step: int, state: State, log: int) -> None:
     with store.writing(file) as temporary:
         temporary.write_bytes(written.getbuffer())
     store.seal(file, log=log)
-    drop(folder, but=file)
+    delete(folder, but=file)
 
 
-def newest(folder: Path, device: torch.device) -> State | None:
+def load_latest(folder: Path, device: torch.device) -> State | None:
     files = sorted(file for file in folder.glob("state-*.pt") if store.sealed(file))
     if not files:
         return None
     file = store.verified(files[-1], "start this fold again with --fresh")
-    place = device if distributed.count() == 1 else "cpu"  # from where the others get it
+    place = device if distributed.world_size() == 1 else "cpu"  # from where the others get it
     state = torch.load(file, map_location=place, weights_only=True)
     if not isinstance(state, dict):
         raise Refused(f"{store.shown(file)}: is not a training state")
@@ -50,7 +50,7 @@ def log_offset(folder: Path) -> int | None:
     return next((entry["log"] for file in files if (entry := store.sealed(file))), None)
 
 
-def drop(folder: Path, but: Path | None = None) -> None:
+def delete(folder: Path, but: Path | None = None) -> None:
     for file in folder.glob("state-*.pt"):
         if file != but:
             file.unlink()

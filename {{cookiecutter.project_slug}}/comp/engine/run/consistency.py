@@ -17,13 +17,13 @@ from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head
-from comp.models import outputs
+from comp.models import output_sizes
 
 WEIGHT = 12.0  # AugMix (Hendrycks et al. 2020), as timm's JsdCrossEntropy
-Agree = Callable[[Tensor], Tensor]
+OutputLoss = Callable[[Tensor], Tensor]
 
 
-def refuse(cfg: Config, heads: tuple[Head, ...]) -> None:
+def validate(cfg: Config, heads: tuple[Head, ...]) -> None:
     if cfg.augment.views == 1:
         return
     if value := next((head.name for head in heads if head.row.spaces is VALUES), ""):
@@ -34,12 +34,12 @@ def refuse(cfg: Config, heads: tuple[Head, ...]) -> None:
         raise Refused("augment.views: embeddings have no probabilities that could agree; set it to 1")
 
 
-def between_views(cfg: Config, heads: tuple[Head, ...]) -> Agree:
+def consistency_loss(cfg: Config, heads: tuple[Head, ...]) -> OutputLoss:
     """(batch, all outputs) -> (batch,): what is added to each sample's loss."""
     views = cfg.augment.views
     if views == 1:
-        return nothing
-    sizes, whole = outputs(cfg, heads), loss_knobs.of(cfg, heads)
+        return zero
+    sizes, whole = output_sizes(cfg, heads), loss_knobs.of(cfg, heads)
 
     def apart(output: Tensor) -> Tensor:
         each = []
@@ -62,5 +62,5 @@ def jensen_shannon(log_p: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - between)).sum(3).mean(1)
 
 
-def nothing(output: Tensor) -> Tensor:
+def zero(output: Tensor) -> Tensor:
     return output.new_zeros(())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FILE = "lessons.safetensors"
 
 
-def refuse(cfg: Config, heads: Sequence[Head]) -> None:
+def validate(cfg: Config, heads: Sequence[Head]) -> None:
     if cfg.distill.teacher is not None and loss_knobs.embedding(cfg, heads):
         raise Refused(
             f"distill.teacher: loss {loss_knobs.of(cfg, heads)[0].name} puts pictures near each other, and a teacher speaks of classes; "
@@ -39,24 +39,26 @@ def refuse(cfg: Config, heads: Sequence[Head]) -> None:
         )
 
 
-def learners(context: Context, number: int | str) -> Positions:
+def train_rows(context: Context, number: int | str) -> Positions:
     """The rows that teach this fold, in the order of the file."""
-    return metric_learning.known_rows(context.cfg, context.samples, model_selection.rows(context, number)[0])
+    return metric_learning.drop_unknown_class(
+        context.cfg, context.samples, model_selection.fold_rows(context, number)[0]
+    )
 
 
-def targets(context: Context, number: int | str, folder: Path) -> list[Tensor]:
+def teacher_targets(context: Context, number: int | str, folder: Path) -> list[Tensor]:
     """One a head, for every row of the samples; none where there is no teacher."""
     cfg, samples = context.cfg, context.samples
     if cfg.distill.teacher is None:
         return []
-    found = distributed.from_first(_read(folder / FILE) if distributed.first() else {})
+    found = distributed.broadcast(_read(folder / FILE) if distributed.is_main() else {})
     rows = found["rows"]
-    assert np.array_equal(rows, learners(context, number)), "lessons are made for the rows that teach"
+    assert np.array_equal(rows, train_rows(context, number)), "lessons are made for the rows that teach"
     said_of = [
-        as_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
+        to_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
     ]
     out = []
-    for said in target_scaler.standardised(cfg, samples, rows, said_of):
+    for said in target_scaler.standardize(cfg, samples, rows, said_of):
         kind = np.float32 if said.dtype == np.float64 else said.dtype
         every = np.zeros((len(samples.frame), *said.shape[1:]), kind)
         every[rows] = said
@@ -70,7 +72,7 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
     return load(store.verified(file).read_bytes())
 
 
-def as_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
+def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
     """What a prediction is as a target: shares of classes, the likeliest class, 0 and 1 for each label, or values."""
     if head.row.spaces is VALUES:
         return np.asarray(
@@ -82,7 +84,7 @@ def as_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -
     return hard if head.exclusive else hard.astype(np.float32)
 
 
-def beside(
+def distillation_loss(
     cfg: Config, samples: Samples, taught: Positions, own: losses.Total, standardised: bool = True
 ) -> losses.Total:
     """(output, labels and then what the teacher says) -> (batch,). A hard answer and a value are learned by the run's own loss."""
@@ -90,13 +92,13 @@ def beside(
         return own
     heads, soft = samples.heads, cfg.distill.kind == "soft"
     both = zip(
-        heads, loss_knobs.of(cfg, heads), losses.of_heads(cfg, samples, taught, standardised), strict=True
+        heads, loss_knobs.of(cfg, heads), losses.head_losses(cfg, samples, taught, standardised), strict=True
     )
     each = [
         _soft(head, which, cfg.distill.temperature) if soft and head.row.spaces is not VALUES else hard
         for head, which, hard in both
     ]
-    told, share = losses.mean_of(cfg, heads, each), cfg.distill.weight
+    told, share = losses.mean_over_heads(cfg, heads, each), cfg.distill.weight
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         return (1 - share) * own(output, targets[: len(heads)]) + share * told(output, targets[len(heads) :])
@@ -121,6 +123,6 @@ def _soft(head: Head, which: Objective, temperature: float) -> losses.Loss:
     return exclusive if head.exclusive else labels
 
 
-def stale(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+def changed_weights(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
     """Weights that taught and are others now. What was cleaned away since is no fault: it has spoken."""
     return [name for name in then if name in now and now[name] != then[name]]

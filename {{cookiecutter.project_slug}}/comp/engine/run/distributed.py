@@ -26,19 +26,19 @@ from comp.data import Batches, Index
 from comp.engine import hardware
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
-from comp.engine.run.microbatch import batch_norm
+from comp.engine.run.microbatch import active_batch_norm
 from comp.engine.store import store
 
 Value = TypeVar("Value")
 BUCKET = 2**23  # numbers that travel together
-PATIENCE = datetime.timedelta(days=2)  # the others wait while the first predicts, merges, uploads
+TIMEOUT = datetime.timedelta(days=2)  # the others wait while the first predicts, merges, uploads
 
 
 class Pruned(Exception):
     """Raised by the epoch callback of a search to end an unpromising trial."""
 
 
-class Agreed(Refused):
+class CollectiveError(Refused):
     """Raised by all processes at the same place, so that they can go on together with something else."""
 
 
@@ -47,22 +47,22 @@ class _Now:
     lost = False  # one left it alone: nothing can be done together any more
 
 
-def begin() -> None:
+def init() -> None:
     if hardware.processes() == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=TIMEOUT)
 
 
-def end() -> None:
+def shutdown() -> None:
     """The first process lets the others go."""
     if hardware.processes() > 1 and not _Now.lost:
-        begin()
-        from_first(None)
+        init()
+        broadcast(None)
         dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -70,24 +70,24 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first() -> bool:
+def is_main() -> bool:
     return rank() == 0
 
 
 @contextmanager
-def together(order: Any = None) -> Iterator[None]:
+def collective(order: Any = None) -> Iterator[None]:
     """All processes do what is inside. The first says what it is; the others come here once they have heard it."""
-    if count() == 1:
+    if world_size() == 1:
         yield
         return
     if _Now.lost:
         raise KeyboardInterrupt("the other processes were lost; what was saved is kept")
-    if first():
-        from_first(order)
+    if is_main():
+        broadcast(order)
     _Now.together = True
     try:
         yield
-    except (Agreed, Pruned, hardware.Stopped):
+    except (CollectiveError, Pruned, hardware.Stopped):
         raise
     except BaseException:
         _Now.lost = True
@@ -99,39 +99,39 @@ def together(order: Any = None) -> Iterator[None]:
 # --- what is said between them -------------------------------------------------------------------------------------------
 
 
-def from_first(value: Value) -> Value:
+def broadcast(value: Value) -> Value:
     """What the first process has, in all of them."""
-    if count() == 1:
+    if world_size() == 1:
         return value
-    box = [value if first() else None]
+    box = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
 
 
-def heard() -> Any:
+def receive() -> Any:
     """What the first process says next; None: it is done."""
-    return from_first(None)
+    return broadcast(None)
 
 
-def anybody(flag: bool) -> bool:
-    if count() == 1:
+def any_reduce(flag: bool) -> bool:
+    if world_size() == 1:
         return flag
     raised = torch.tensor([int(flag)])
     dist.all_reduce(raised, dist.ReduceOp.MAX)  # on the CPU, over gloo: the device is not waited for
     return bool(raised)
 
 
-def summed(values: Tensor) -> Tensor:
-    if count() > 1:
+def all_reduce(values: Tensor) -> Tensor:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def everybody(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """What each process has, in the order of their ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -144,35 +144,37 @@ def call_on_epoch(on_epoch: Callable[[dict[str, Any]], None] | None, report: dic
             on_epoch(report)
     except Pruned as raised:
         pruned = raised
-    if anybody(pruned is not None):
+    if any_reduce(pruned is not None):
         raise pruned or Pruned
 
 
 # --- the work, shared ----------------------------------------------------------------------------------------------------
 
 
-def passes(accumulate: int) -> int:
+def local_passes(accumulate: int) -> int:
     """Forward passes of a step that are this process's, whole or cut."""
-    return accumulate // count() if accumulate % count() == 0 else accumulate
+    return accumulate // world_size() if accumulate % world_size() == 0 else accumulate
 
 
-def share(plan: Batches, accumulate: int, whole: int = 1) -> Iterator[list[Index]]:
+def shard(plan: Batches, accumulate: int, whole: int = 1) -> Iterator[list[Index]]:
     """This process's part of the passes of an epoch. `whole` neighbours belong together."""
     for number, draws in enumerate(plan):
-        if accumulate % count() == 0:
-            if number % count() == rank():
+        if accumulate % world_size() == 0:
+            if number % world_size() == rank():
                 yield draws
         else:
-            ends = [len(draws) // whole * r // count() * whole for r in range(count())] + [len(draws)]
+            ends = [len(draws) // whole * r // world_size() * whole for r in range(world_size())] + [
+                len(draws)
+            ]
             yield draws[ends[rank()] : ends[rank() + 1]]
 
 
 def sum_gradients(module: nn.Module) -> None:
-    if count() == 1:
+    if world_size() == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if any(gradient.requires_grad for gradient in gradients):
-        raise Agreed(
+        raise CollectiveError(
             "optim.name: it differentiates gradients, which a sum over processes ends; train it in one"
         )
     buckets: list[list[Tensor]] = [[]]
@@ -187,49 +189,49 @@ def sum_gradients(module: nn.Module) -> None:
         torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(each, bucket)))
 
 
-def same(*tensors: Tensor) -> None:
+def broadcast_tensors(*tensors: Tensor) -> None:
     """In place, in all processes what the first has."""
-    if count() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def same_network(module: nn.Module) -> None:
-    same(*module.parameters(), *module.buffers())
+def broadcast_module(module: nn.Module) -> None:
+    broadcast_tensors(*module.parameters(), *module.buffers())
 
 
-def same_statistics(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Before all predict with it: the first process's batch norm is that of the run."""
-    same(*module.buffers())
+    broadcast_tensors(*module.buffers())
 
 
-def same_files(folder: Path) -> None:
+def broadcast_files(folder: Path) -> None:
     """Weights that a fold has put aside so far: the first process reads them on its disk, which may be no other's."""
-    if count() == 1:
+    if world_size() == 1:
         return
     there = sorted(file for file in folder.rglob("*.safetensors") if store.sealed(file))
-    for name in from_first([str(file.relative_to(folder)) for file in there]):
-        content = from_first((folder / name).read_bytes() if first() else b"")
-        if not first():
+    for name in broadcast([str(file.relative_to(folder)) for file in there]):
+        content = broadcast((folder / name).read_bytes() if is_main() else b"")
+        if not is_main():
             with store.writing(folder / name) as temporary:
                 temporary.write_bytes(content)
             store.seal(folder / name)
 
 
-def sharing() -> bool:
+def is_collective() -> bool:
     """Whether rows to predict are dealt out: all processes are here, and will ask for the same."""
     return _Now.together
 
 
-def suits(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> None:
+def validate(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> None:
     """Refuse what cannot be shared, and say what is no longer the same."""
-    n = count()
+    n = world_size()
     if n == 1:
         return
     whole = accumulate % n == 0
     if not whole and batch_size < n * (those := cfg.augment.whole):
         together = f", {those} at least each" if those > 1 else ""
-        raise Agreed(
+        raise CollectiveError(
             f"train.batch_size: {batch_size} pictures a pass cannot be shared by {n} processes{together}"
         )
     part = batch_size if whole else batch_size // n
@@ -238,21 +240,21 @@ def suits(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> N
         if cfg.loss.ohem < 1 and not whole
         else []
     )
-    if norm := batch_norm(module):
+    if norm := active_batch_norm(module):
         told += [
             f"batch norm ({norm}) normalises over {part} pictures, and keeps the statistics of the first process"
         ]
-    if told and first():
+    if told and is_main():
         better = "" if whole else f"; train.grad_accum_steps={n} would deal out whole passes"
         print(f"{n} processes are not quite one: {'; '.join(told)}{better}", file=sys.stderr)
 
 
-def resumable(state: dict[str, Any] | None) -> None:
+def validate_resume(state: dict[str, Any] | None) -> None:
     """Sums are added in another order by another number of processes: the bytes would differ."""
-    if state is not None and state["processes"] != count():
+    if state is not None and state["processes"] != world_size():
         n = state["processes"]
         how = "torchrun --nproc-per-node " + str(n) + " -m comp train" if n > 1 else "comp train"
-        raise Agreed(
+        raise CollectiveError(
             f"this fold was begun by {n} process{'es' if n > 1 else ''} and goes on with as many only: {how} …; or start it again "
             "with --fresh"
         )

@@ -19,7 +19,7 @@ from comp.engine import hardware
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import distributed
-from comp.transforms import Seen
+from comp.transforms import Preprocess
 
 T = TypeVar("T")
 View = Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ def forward_rows(
     loader: Loader,
     rows: Positions,
     batch_size: int,
-    seen: Seen,
+    seen: Preprocess,
     amp: str,
     views: Sequence[View] = (plain,),
     on_batch: Callable[[int], object] = lambda count: None,
@@ -46,8 +46,8 @@ def forward_rows(
     """(views, rows, network outputs), and for each row whose picture is damaged the reason. Where all processes of a training
     ask for the same, each goes through its share of the rows, and all get all. `at_once`: views in the network at the same
     time; None is one on a GPU and one a core without: the same numbers sooner."""
-    shared = distributed.sharing()
-    mine = rows[distributed.rank() :: distributed.count()] if shared else rows
+    shared = distributed.is_collective()
+    mine = rows[distributed.rank() :: distributed.world_size()] if shared else rows
     device = seen.normal.device
     module.eval()
     if at_once is None:
@@ -87,7 +87,7 @@ def forward_rows(
         found = torch.stack([torch.cat(out[view :: len(views)]) for view in range(len(views))]).numpy()
     if not shared:
         return found, damaged
-    return _joined(len(rows), distributed.everybody((found, damaged)))
+    return _joined(len(rows), distributed.all_gather((found, damaged)))
 
 
 def _side_by_side(module: nn.Module, count: int) -> list[nn.Module]:

@@ -134,7 +134,7 @@ def made_of(cfg: Config, folds: Folds) -> dict[str, Any]:
 
 def _births(teacher: str, folds: Folds) -> dict[str, str]:
     """A run that was begun anew under its old name is another teacher."""
-    return {voice.run: birth(voice.run) for voice in teachers.of(teacher, folds, "distill.teacher").voices}
+    return {voice.run: birth(voice.run) for voice in teachers.load(teacher, folds, "distill.teacher").voices}
 
 
 def birth(name: str) -> str:

@@ -27,7 +27,9 @@ class Stages:
             raise Refused(f"model.freeze_norm: has no effect on {cfg.model.name}: it has no batch norm")
         self.norms = norms if cfg.model.freeze_norm else set()
         every = {name for name, _ in module.named_parameters()}
-        self.trains = [trained(module, stage.train, cfg.model.name) for stage in cfg.train.stages] or [every]
+        self.trains = [
+            trained_parameters(module, stage.train, cfg.model.name) for stage in cfg.train.stages
+        ] or [every]
 
     def number(self, epoch: int) -> int:
         """Of the stage that an epoch (from 0) belongs to."""
@@ -50,7 +52,7 @@ class Stages:
                 each.eval()
 
 
-def trained(module: nn.Module, said: str, model: str) -> set[str]:
+def trained_parameters(module: nn.Module, said: str, model: str) -> set[str]:
     """Names of the parameters that `head`, `last 2 blocks` or `everything` train."""
     names = [name for name, _ in module.named_parameters()]
     if said == "everything":
@@ -59,7 +61,7 @@ def trained(module: nn.Module, said: str, model: str) -> set[str]:
     if said != "head":
         match = LAST.fullmatch(said)
         assert match
-        blocks = grouped(module, model)
+        blocks = parameter_blocks(module, model)
         blocks = [block - found for block in blocks if block - found]
         if int(match[1]) > len(blocks):
             raise Refused(f"train.stages: train: {said}: {model} has {len(blocks)}; write everything")
@@ -67,7 +69,7 @@ def trained(module: nn.Module, said: str, model: str) -> set[str]:
     return found
 
 
-def grouped(module: nn.Module, model: str) -> list[set[str]]:
+def parameter_blocks(module: nn.Module, model: str) -> list[set[str]]:
     """Parameters block by block, from the pictures on, as timm groups them."""
     from timm.models import group_parameters
 

@@ -150,7 +150,7 @@ def predict_rows(context: Context, weights: Path, rows: Positions) -> tuple[list
 
     cfg, run = context.cfg, weights.parents[3].name
     module = headless(cfg, run, context)
-    look = transforms.Seen(normalize.build(cfg, module, context.device))
+    look = transforms.Preprocess(normalize.build(cfg, module, context.device))
     seen, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp)
     numbers = read(weights)
     heads = context.samples.heads

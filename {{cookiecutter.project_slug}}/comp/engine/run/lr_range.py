@@ -31,7 +31,7 @@ Values = NDArray[np.float64]
 DIVERGED = 4.0  # times the lowest loss so far, which is where it ends
 SMOOTH = 0.9  # of the running mean that decides on it; a single batch says little
 WIDTH = 20  # a twentieth of the steps is what a point of the drawn curve leans on, to either side
-FEWEST = 10  # points that a suggestion needs
+MIN_POINTS = 10  # points that a suggestion needs
 
 
 class Point(NamedTuple):
@@ -39,14 +39,14 @@ class Point(NamedTuple):
     loss: float
 
 
-class Enough(Exception):
+class SweepFinished(Exception):
     """The loss has flown away, or the last rate is reached."""
 
 
 def sweep(context: Context, low: float, high: float, steps: int, linear: bool) -> list[Point]:
     """What the loss of each step was, beginning with fold 0 of the first seed."""
     quiet = replace(
-        context, cfg=climbing(context.cfg, low, high, steps, linear), folds=_Unscored(context.folds)
+        context, cfg=range_config(context.cfg, low, high, steps, linear), folds=_Unscored(context.folds)
     )
     span = _span(quiet)
     epochs = math.ceil(steps / span.steps_per_epoch)
@@ -59,10 +59,10 @@ def sweep(context: Context, low: float, high: float, steps: int, linear: bool) -
             with listener:
                 try:
                     train.fold(quiet, context.cfg.train.seeds[0], 0, Path(folder), listener)
-                except Enough:
+                except SweepFinished:
                     pass
                 except UserError as refused:  # the loss was no number before it was large
-                    if "the loss is" not in str(refused) or len(listener.points) < FEWEST:
+                    if "the loss is" not in str(refused) or len(listener.points) < MIN_POINTS:
                         raise
     finally:
         random.setstate(python)
@@ -70,7 +70,7 @@ def sweep(context: Context, low: float, high: float, steps: int, linear: bool) -
     return listener.points
 
 
-def climbing(cfg: Config, low: float, high: float, steps: int, linear: bool) -> Config:
+def range_config(cfg: Config, low: float, high: float, steps: int, linear: bool) -> Config:
     """The experiment itself, but for its rate, and for what only costs time here."""
     shape = {
         "name": "range_linear" if linear else "range_exponential",
@@ -101,23 +101,23 @@ def smoothed(points: list[Point]) -> tuple[Values, Values]:
     return mean_y, slope
 
 
-def suggested(points: list[Point]) -> float:
+def suggest(points: list[Point]) -> float:
     """Where the loss falls steepest, before it is lowest."""
     mean, slope = smoothed(points)
     lowest = int(mean.argmin())
-    if len(points) < FEWEST or lowest < 3 or slope[:lowest].min() >= 0:
+    if len(points) < MIN_POINTS or lowest < 3 or slope[:lowest].min() >= 0:
         raise Refused(f"lr-range: the loss rises from rate {points[0].rate:.3g} on: begin lower, with --low")
     return points[int(slope[:lowest].argmin())].rate
 
 
-def knob(context: Context, rate: float) -> float:
+def to_base_lr(context: Context, rate: float) -> float:
     """What optim.lr has to say for it, where optim.base_batch scales that."""
-    return rate * context.cfg.optim.lr / schedule.peak(context.cfg, _span(context).effective)
+    return rate * context.cfg.optim.lr / schedule.peak_lr(context.cfg, _span(context).effective)
 
 
 def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) -> float:
     """The picture and the table, and the suggestion."""
-    best, (smooth, _) = suggested(points), smoothed(points)
+    best, (smooth, _) = suggest(points), smoothed(points)
     lines = [
         f"{step},{point.rate!r},{point.loss!r},{float(mean)!r}"
         for step, (point, mean) in enumerate(zip(points, smooth, strict=True))
@@ -168,9 +168,9 @@ class _Listener(tracking.Track):
         self.points.append(Point(rate, loss))
         self._lowest = min(self._lowest, smooth)
         if len(self.points) == self.steps or (
-            len(self.points) >= FEWEST and smooth > DIVERGED * self._lowest
+            len(self.points) >= MIN_POINTS and smooth > DIVERGED * self._lowest
         ):
-            raise Enough
+            raise SweepFinished
 
 
 class _Unscored(Folds):
@@ -184,11 +184,11 @@ class _Unscored(Folds):
         return taught, scored[:0]
 
 
-def _span(context: Context) -> schedule.Span:
+def _span(context: Context) -> schedule.TrainLength:
     cfg = context.cfg
     taught = context.folds.split(0)[0][: cfg.train.limit]
     drawn = data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, context.samples, taught))
-    return schedule.span(cfg, len(drawn))
+    return schedule.train_length(cfg, len(drawn))
 
 
 def _with(cfg: Config, **sections: dict[str, Any]) -> Config:

@@ -23,7 +23,7 @@ AT_ONCE = 1024  # rows against all: validation is one batch, and its square may 
 TINY = 1e-7  # the slope of a root ends nowhere at 0
 
 
-class Embedded(nn.Module):
+class EmbeddingLayer(nn.Module):
     """The last layer: (batch, features) -> (batch, size + classes)"""
 
     def __init__(self, features: int, size: int, classes: int, per_class: int):
@@ -55,20 +55,20 @@ class GeM(nn.Module):
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
 
     def forward(self, images: Tensor) -> Tensor:
-        x = as_map(self.backbone(images), self.features, self.name)
+        x = feature_map(self.backbone(images), self.features, self.name)
         with torch.autocast(x.device.type, enabled=False):
             powers = x.float().clamp(min=1e-6).pow(self.p)
             return powers.mean((2, 3)).pow(1 / self.p)
 
 
-def as_map(x: Tensor, features: int, name: str) -> Tensor:
+def feature_map(x: Tensor, features: int, name: str) -> Tensor:
     """(batch, features, rows, columns), of networks that keep channels last too."""
     if x.ndim != 4 or features not in (x.shape[1], x.shape[3]):
         raise Refused(f"model.global_pool: gem wants a map of features, and {name} ends in none")
     return x if x.shape[1] == features else x.permute(0, 3, 1, 2)
 
 
-def known_rows(cfg: Config, samples: Samples, rows: Positions) -> Positions:
+def drop_unknown_class(cfg: Config, samples: Samples, rows: Positions) -> Positions:
     """Rows of the unknown class look like nothing in particular: where embeddings are taught they neither teach nor answer."""
     if embedding(cfg, samples.heads) is None or not samples.heads[0].unknown:
         return rows
@@ -90,7 +90,7 @@ def arcface(output: Tensor, target: Tensor, margin: Tensor, scale: float, embedd
     return F.cross_entropy(scale * pushed, truth, reduction="none")
 
 
-def margin_of_class(count: NDArray[np.float64], margin: float, margin_rare: float | None) -> Tensor:
+def class_margins(count: NDArray[np.float64], margin: float, margin_rare: float | None) -> Tensor:
     """Dynamic margin: `margin` for the most frequent class, `margin_rare` for the rarest, by the fourth root in between."""
     there = count > 0
     root = np.where(there, count, count[there].max()) ** -0.25

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from comp.data import Batch
 
 
-class Room:
+class MicroBatches:
     """`size` is how many samples go through the network at once; it belongs to the state of a run that is to go on alike. `whole` of them
     belong together."""
 
@@ -62,7 +62,7 @@ class Room:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._lay_out()
-        norm = batch_norm(self.module)
+        norm = active_batch_norm(self.module)
         print(
             f"out of memory: passes of {before} become passes of {self.size}, as many pictures a step as before"
             + (f"; batch norm ({norm}) sees {self.size} at a time from here on" if norm else ""),
@@ -71,7 +71,7 @@ class Room:
         )
 
 
-def batch_norm(module: nn.Module) -> str:
+def active_batch_norm(module: nn.Module) -> str:
     """The first layer that normalises over the pictures of a pass; empty where there is none, or all are frozen."""
     found = (
         name

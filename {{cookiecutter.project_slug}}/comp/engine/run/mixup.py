@@ -23,29 +23,29 @@ from comp.engine.data.seeding import uniform
 from comp.engine.errors import Refused
 from comp.engine.run.gpu_augment import Seeds, to_device
 from comp.engine.tasks.kinds import Head
-from comp.transforms import Day
+from comp.transforms import EpochAugment
 
-Part = tuple[Tensor, Tensor]  # whose target, by place in the batch, and with which share: (batch,) each
-Mix = Callable[[Tensor, Seeds | None], tuple[Tensor, list[Part]]]
+MixPart = tuple[Tensor, Tensor]  # whose target, by place in the batch, and with which share: (batch,) each
+Mix = Callable[[Tensor, Seeds | None], tuple[Tensor, list[MixPart]]]
 EDGE = (
     0.25  # the corner where the four pictures of a mosaic meet stays this share of the side away from the rim
 )
 
 
-def of_day(cfg: Config, day: Day) -> Mix:
+def epoch_mix(cfg: Config, day: EpochAugment) -> Mix:
     """(pictures, seeds) -> pictures, and the parts of their targets; no parts where nothing is mixed."""
     knobs = cfg.augment
     if not day.strong or not (knobs.mixup or knobs.cutmix or knobs.mosaic):
-        return unmixed
+        return no_mix
 
-    def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
+    def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
         assert seeds is not None, "only what is augmented is mixed"
-        return mixed(images, seeds, knobs.mixup, knobs.cutmix, knobs.mix_share, knobs.mosaic)
+        return mix_images(images, seeds, knobs.mixup, knobs.cutmix, knobs.mix_share, knobs.mosaic)
 
     return mix
 
 
-def refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
+def validate(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
     """Where a mixture of two pictures has no meaning, or the pictures would not find each other."""
     on = [name for name in ("mixup", "cutmix", "mosaic") if getattr(cfg.augment, name)]
     if not on:
@@ -67,13 +67,13 @@ def refuse(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
         )
 
 
-def unmixed(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[Part]]:
+def no_mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
     return images, []
 
 
-def mixed(
+def mix_images(
     images: Tensor, seeds: Seeds, mixup: float, cutmix: float, share: float, mosaic: float
-) -> tuple[Tensor, list[Part]]:
+) -> tuple[Tensor, list[MixPart]]:
     """mixup and cutmix are alphas; with both on, each has half of the `share` of samples that one of them changes."""
     count, height, width = len(images), *images.shape[2:]
     u = uniform(seeds, 5, 7).astype(np.float64)
@@ -127,15 +127,15 @@ def mixed(
     return out, [(_at(mates[k], images), _like(shares[:, k], images)) for k in range(kinds)]
 
 
-def loss(
+def mixed_loss(
     cfg: Config, heads: tuple[Head, ...], criterion: Callable[[Tensor, list[Tensor]], Tensor]
-) -> Callable[[Tensor, list[Tensor], Tensor, list[Part]], Tensor]:
+) -> Callable[[Tensor, list[Tensor], Tensor, list[MixPart]], Tensor]:
     """(output, truth, weight, parts) -> (batch,): each sample's loss times its weight; of a mixture, the sum over its parts.
 
     Only loss.threshold must see the soft target itself: it turns every class of a mixture that is large enough into a yes.
     """
 
-    def mixture(output: Tensor, truth: list[Tensor], weight: Tensor, parts: list[Part]) -> Tensor:
+    def mixture(output: Tensor, truth: list[Tensor], weight: Tensor, parts: list[MixPart]) -> Tensor:
         if not parts:
             return criterion(output, truth) * weight
         if cfg.loss.threshold is not None:
@@ -148,7 +148,7 @@ def loss(
     return mixture
 
 
-def _mean(each: list[Tensor], parts: list[Part]) -> Tensor:
+def _mean(each: list[Tensor], parts: list[MixPart]) -> Tensor:
     """(batch, ...), by the shares of the parts."""
     shares = [share.view(-1, *[1] * (value.ndim - 1)) for value, (_, share) in zip(each, parts, strict=True)]
     return torch.stack([share * value for share, value in zip(shares, each, strict=True)]).sum(0)

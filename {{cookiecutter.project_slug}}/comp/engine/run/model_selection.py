@@ -22,7 +22,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run.evaluate import forward_rows, raise_damaged
-from comp.transforms import Seen
+from comp.transforms import Preprocess
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
@@ -33,7 +33,7 @@ Scores = NDArray[
 ]  # (1 + 2 x FIFTHS,): on all rows, on each fifth, on all but each fifth; more is better
 
 
-def rows(context: Context, number: int | str) -> tuple[Positions, Positions, Positions]:
+def fold_rows(context: Context, number: int | str) -> tuple[Positions, Positions, Positions]:
     """(rows that teach, rows that are scored, rows that a choice is made on)"""
     cfg, folds = context.cfg, context.folds
     taught, scored = folds.split(number)
@@ -48,13 +48,13 @@ def rows(context: Context, number: int | str) -> tuple[Positions, Positions, Pos
         else:
             judged = scored
     return (
-        limited(taught, context.samples, cfg.train.limit),
+        limit_rows(taught, context.samples, cfg.train.limit),
         scored[: cfg.train.limit],
         judged[: cfg.train.limit],
     )
 
 
-def limited(taught: Positions, samples: Samples, limit: int | None) -> Positions:
+def limit_rows(taught: Positions, samples: Samples, limit: int | None) -> Positions:
     """The first few; a quarter of them extra or pseudo-labelled, where there are such rows, so that a short run tries them too."""
     if limit is None or len(taught) <= limit:
         return taught
@@ -63,12 +63,12 @@ def limited(taught: Positions, samples: Samples, limit: int | None) -> Positions
     return np.sort(np.concatenate([taught[own][: limit - len(others)], others]))
 
 
-def judge(context: Context, rows: Positions, seen: Seen) -> Callable[[nn.Module], Scores] | None:
+def build_scorer(context: Context, rows: Positions, seen: Preprocess) -> Callable[[nn.Module], Scores] | None:
     """Scores a network on the rows that choose; None where there is nothing to choose."""
     if not len(rows):
         return None
     cfg = context.cfg
-    bench = Bench(cfg, context.samples, context.folds, rows)
+    bench = Scorer(cfg, context.samples, context.folds, rows)
 
     def scored(module: nn.Module) -> Scores:
         raw, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp)
@@ -78,7 +78,7 @@ def judge(context: Context, rows: Positions, seen: Seen) -> Callable[[nn.Module]
     return scored
 
 
-class Bench:
+class Scorer:
     """The metric of the competition on the rows that choose, and on parts of them where these are the scored ones."""
 
     def __init__(self, cfg: Config, samples: Samples, folds: Folds, rows: Positions):
@@ -93,7 +93,7 @@ class Bench:
     def __call__(self, raw: NDArray[np.float32]) -> Scores:
         """Of the network's outputs for the rows, in their order."""
         heads = self.samples.heads
-        stored = models.decoded(self.cfg, heads, raw)
+        stored = models.decode(self.cfg, heads, raw)
 
         def of(part: NDArray[np.bool_]) -> float:
             each = [

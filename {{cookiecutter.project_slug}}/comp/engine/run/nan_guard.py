@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.run import distributed, tracking
-from comp.engine.run.distributed import Agreed
+from comp.engine.run.distributed import CollectiveError
 
 EVERY = 25  # steps between two looks
 NAMED = 5  # samples that an error lists
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     norms: list[Tensor]  # of the gradient, where clipping measures it anyway
 
 
-class Looks:
+class NanGuard:
     def __init__(self, log: tracking.Track, samples: Samples, scaled: bool, pass_size: int):
         self.log, self.samples, self.pass_size = log, samples, pass_size
         self.scaled = scaled  # fp16: its scaler leaves out a step whose gradient overflows, and goes on with a smaller scale
@@ -61,7 +61,7 @@ class Looks:
         sums = torch.stack([torch.stack(step.losses).sum() for step in steps]).float()
         norms = torch.stack([step.norms[0].float() if step.norms else sums.new_zeros(()) for step in steps])
         seen = torch.stack([sums, norms]).cpu()
-        values, lengths = distributed.summed(seen[0]).tolist(), seen[1].tolist()
+        values, lengths = distributed.all_reduce(seen[0]).tolist(), seen[1].tolist()
         for step, value, length in zip(steps, values, lengths, strict=True):
             if not math.isfinite(value):
                 self._refuse(step, f"the loss is {value}", broken=True)
@@ -79,7 +79,7 @@ class Looks:
         """Before they are saved: a gradient may break them in the very step before, and without clipping nobody measures it."""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()]))
         if not bool(norms.isfinite().all()):
-            raise Agreed(
+            raise CollectiveError(
                 f"the weights are NaN or inf behind step {step}: {REMEDY}; the last checkpoint is from before"
             )
 
@@ -88,13 +88,13 @@ class Looks:
         rows = np.concatenate(step.samples)
         if broken:
             rows = rows[~torch.cat(step.each).isfinite().cpu().numpy()]
-        rows = np.concatenate(distributed.everybody(rows))
-        raise Agreed(
-            f"{what} at step {step.number}{named(self.samples, rows)}: {REMEDY}; the last checkpoint is from before"
+        rows = np.concatenate(distributed.all_gather(rows))
+        raise CollectiveError(
+            f"{what} at step {step.number}{list_samples(self.samples, rows)}: {REMEDY}; the last checkpoint is from before"
         )
 
 
-def named(samples: Samples, rows: Positions) -> str:
+def list_samples(samples: Samples, rows: Positions) -> str:
     """Which samples, in words. Where it is all of a batch, the rate was at fault rather than they."""
     if not len(rows):
         return ""

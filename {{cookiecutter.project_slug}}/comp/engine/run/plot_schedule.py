@@ -10,22 +10,22 @@ from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.report import plots
 from comp.engine.run import pseudo_rows, schedule
-from comp.engine.run.schedule import Curve, Span, Staged
+from comp.engine.run.schedule import LRSchedule, StagedLRSchedule, TrainLength
 from comp.engine.run.unused_knobs import CYCLIC
 from comp.engine.store import store
 
 MOST_POINTS = 4000  # more cannot be told apart
 
 
-def draw(loaded: Loaded, experiment: str) -> None:
+def plot(loaded: Loaded, experiment: str) -> None:
     """Fold 0 speaks for the others: they differ by a few steps."""
     table = samples.load()
     split = folds.load(table)
     folds.validate_plan(split, loaded)
     cfg = loaded.config
     if cfg.data.pseudo is not None:
-        pseudo_rows.check(cfg, split)
-        table = pseudo_rows.with_lines(table, pseudo_rows.read(cfg.data.pseudo), cfg.data.pseudo, 0)
+        pseudo_rows.validate(cfg, split)
+        table = pseudo_rows.add_rows(table, pseudo_rows.read(cfg.data.pseudo), cfg.data.pseudo, 0)
     taught = replace(split, samples=table).split(0)[0][: cfg.train.limit]
     drawn = len(taught) * cfg.augment.views
     if cfg.sampling.balance != "none":  # rare classes may be drawn more often than they are there
@@ -33,16 +33,16 @@ def draw(loaded: Loaded, experiment: str) -> None:
         from comp.engine.data import class_balance
 
         drawn = len(data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, table, taught)))
-    span = schedule.span(cfg, drawn)
-    curve = schedule.curve(cfg, span)
+    span = schedule.train_length(cfg, drawn)
+    curve = schedule.lr_schedule(cfg, span)
     file = store.path("runs", f"{experiment}-schedule.png")
     _picture(cfg, curve, span, file)
     print(*summary(cfg, curve, span), sep="\n")
     print(f"{store.shown(file)}\nnext: comp train {experiment}")
 
 
-def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
-    first, *later = schedule.parts_of(curve)
+def summary(cfg: Config, curve: LRSchedule | StagedLRSchedule, span: TrainLength) -> list[str]:
+    first, *later = schedule.stage_schedules(curve)
     rates = [curve.rate(step) for step in range(span.steps)]
     lasting = f"{span.steps:,} steps, {span.steps_per_epoch:,} an epoch, {span.effective} images each"
     if span.accumulate > 1:
@@ -64,14 +64,14 @@ def summary(cfg: Config, curve: Curve | Staged, span: Span) -> list[str]:
         lines.append(
             "cycles end after step " + ", ".join(f"{start + length:,}" for start, length in first.cycles)
         )
-    lines += schedule.shortened(curve)
+    lines += schedule.shortened_warmups(curve)
     if first.schedule.name == "plateau":
         lines.append("plateau: drawn as if every epoch were better than the one before")
     return lines
 
 
-def _picture(cfg: Config, curve: Curve | Staged, span: Span, file: Path) -> None:
-    first, *later = schedule.parts_of(curve)
+def _picture(cfg: Config, curve: LRSchedule | StagedLRSchedule, span: TrainLength, file: Path) -> None:
+    first, *later = schedule.stage_schedules(curve)
     steps = range(0, span.steps, max(1, span.steps // MOST_POINTS))
     at = [step / span.steps_per_epoch for step in steps]
     figure, axes = plots.new_figure(9, 4)

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 FULL = -1
 
 
-def soft(head: Head) -> list[str]:
+def soft_columns(head: Head) -> list[str]:
     """Columns for shares of classes, where the samples have a column of class codes."""
     return [f"soft.{head.name}.{output}" for output in head.outputs]
 
 
-def check(cfg: Config, folds: Folds) -> None:
+def validate(cfg: Config, folds: Folds) -> None:
     """Before anything is spent: is there such a table, and was it made for these rows and folds?"""
     name = cfg.data.pseudo
     if name is None:
@@ -60,8 +60,8 @@ def fold_context(context: Context, number: int | str) -> Context:
     name = context.cfg.data.pseudo
     if name is None:
         return context
-    check(context.cfg, context.folds)
-    samples = with_lines(context.samples, read(name), name, number)
+    validate(context.cfg, context.folds)
+    samples = add_rows(context.samples, read(name), name, number)
     return replace(context, samples=samples, folds=replace(context.folds, samples=samples))
 
 
@@ -71,7 +71,7 @@ def read(name: str) -> pd.DataFrame:
     return pd.read_parquet(store.verified(store.pseudo_file(name), "comp pseudo RUN writes it"))
 
 
-def with_lines(samples: Samples, lines: pd.DataFrame, name: str, number: int | str) -> Samples:
+def add_rows(samples: Samples, lines: pd.DataFrame, name: str, number: int | str) -> Samples:
     frame = samples.frame.copy()
     lines = lines[lines["fold"] == (FULL if number == "full" else int(number))]
     at = frame.reset_index().set_index("id")["index"].loc[lines["id"]].to_numpy()
@@ -89,10 +89,10 @@ def with_lines(samples: Samples, lines: pd.DataFrame, name: str, number: int | s
     return replace(samples, frame=frame)
 
 
-def target(samples: Samples, head: Head) -> NDArray[Any]:
+def training_target(samples: Samples, head: Head) -> NDArray[Any]:
     """What the loss takes, for every row: class codes, or shares of each class where labels of a few rows are soft."""
     values = head.row.target(np.nan_to_num(samples.targets(head)))
-    if soft(head)[0] not in samples.frame:
+    if soft_columns(head)[0] not in samples.frame:
         return values
-    shares = samples.frame[soft(head)].to_numpy(np.float64)
+    shares = samples.frame[soft_columns(head)].to_numpy(np.float64)
     return np.where(np.isnan(shares), np.eye(len(head.outputs))[values], shares)

@@ -106,9 +106,9 @@ def _check_teachers(cfg: Config) -> None:
     from comp.engine.run import pseudo_rows, teachers
 
     split = folds.load(samples.load())
-    pseudo_rows.check(cfg, split)
+    pseudo_rows.validate(cfg, split)
     if cfg.distill.teacher is not None:
-        teachers.of(cfg.distill.teacher, split, "distill.teacher")
+        teachers.load(cfg.distill.teacher, split, "distill.teacher")
 
 
 def _side_by_side(
@@ -164,11 +164,11 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     from comp.engine.run import consistency, distillation, distributed, mixup, views
     from comp.engine.run.context import Context
 
-    distributed.begin()
+    distributed.init()
     views.views(cfg.predict.tta)
-    models.outputs(cfg, table.heads)
-    models.check(cfg)
-    optim.refuse(cfg)
+    models.output_sizes(cfg, table.heads)
+    models.validate(cfg)
+    optim.validate(cfg)
     with torch.device("meta"):  # what this network does not take is refused before pictures are decoded
         network = models.build(cfg, table.heads, pretrained=False)
     if file := pretrained.weights_file(cfg):
@@ -178,9 +178,9 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
         cfg.train.amp != "fp32"
     )  # fp32 means it: predictions are compared to 1e-5
     loader = Loader(cfg, table, device)
-    distillation.refuse(cfg, table.heads)
-    consistency.refuse(cfg, table.heads)
-    mixup.refuse(cfg, table.heads, loader.multi_image)
+    distillation.validate(cfg, table.heads)
+    consistency.validate(cfg, table.heads)
+    mixup.validate(cfg, table.heads, loader.multi_image)
     if cfg.model.pool != "mean" and not loader.multi_image:
         raise Refused(
             f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
@@ -239,7 +239,7 @@ def one_fold(
             if not store.sealed(folder / "weights.safetensors"):
                 own = pseudo_rows.fold_context(context, number)
                 teacher_predictions.prepare(own, gather, number, folder, stop)
-                with distributed.together(_order(cfg, seed, number)):
+                with distributed.collective(_order(cfg, seed, number)):
                     train.fold(
                         own, seed, number, folder, log, stop=stop, profiler=profiler, on_epoch=on_epoch
                     )
@@ -321,7 +321,7 @@ def draw_schedule(experiment: str, overrides: list[str], *, debug: bool = False)
 
     loaded = experiments.load(experiment, overrides, debug)
     unused_knobs.warn(loaded)
-    plot_schedule.draw(loaded, experiment)
+    plot_schedule.plot(loaded, experiment)
 
 
 def lr_range(
@@ -334,12 +334,12 @@ def lr_range(
     hardware.settle(cfg.train.threads)
     from comp.engine.run import lr_range
 
-    if steps < lr_range.FEWEST:
-        raise Refused(f"--steps {steps}: {lr_range.FEWEST} is the least that shows anything")
+    if steps < lr_range.MIN_POINTS:
+        raise Refused(f"--steps {steps}: {lr_range.MIN_POINTS} is the least that shows anything")
     png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
     context = gather(cfg, loaded=loaded)
     points = lr_range.sweep(context, low, high, steps, linear)
-    rate = lr_range.knob(context, lr_range.write(cfg, points, png, csv, linear))
+    rate = lr_range.to_base_lr(context, lr_range.write(cfg, points, png, csv, linear))
     print(
         f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.lr={rate:.2g}"
     )
@@ -361,7 +361,7 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
     if not todo:
         return
-    weights = models.size(context.cfg, context.samples.heads)
+    weights = models.weight_bytes(context.cfg, context.samples.heads)
     weights += knn.gallery_bytes(context.cfg, context.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
     kept = len(todo) * (1 + len(run_members.kept(context.cfg)))
@@ -371,7 +371,9 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
         f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
     )
     seed, first = todo[0]
-    for line in schedule.shortened(train.planned(pseudo_rows.fold_context(context, first), seed, first)):
+    for line in schedule.shortened_warmups(
+        train.planned(pseudo_rows.fold_context(context, first), seed, first)
+    ):
         print(line, file=sys.stderr)
     store.need_space(size, f"runs/{name}")
 

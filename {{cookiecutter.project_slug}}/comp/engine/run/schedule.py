@@ -19,7 +19,7 @@ from comp.engine.errors import Refused
 BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share, as in torch
 
 
-class Span(NamedTuple):
+class TrainLength(NamedTuple):
     """How long a fold trains, however many processes share the work."""
 
     batch_size: int  # images a forward pass
@@ -33,15 +33,15 @@ class Span(NamedTuple):
         return self.batch_size * self.accumulate
 
 
-def span(cfg: Config, drawn: int) -> Span:
+def train_length(cfg: Config, drawn: int) -> TrainLength:
     """`drawn` is how many samples an epoch draws. A set smaller than a batch is a batch; what does not fill a step is left out."""
     batch_size = min(cfg.train.batch_size, drawn)
     accumulate = min(cfg.train.grad_accum_steps, drawn // batch_size)
     steps_per_epoch = drawn // (batch_size * accumulate)
-    return Span(batch_size, accumulate, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
+    return TrainLength(batch_size, accumulate, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
 
 
-def peak(cfg: Config, effective: int) -> float:
+def peak_lr(cfg: Config, effective: int) -> float:
     """The highest rate: optim.lr is meant for optim.base_batch images a step, if that is said."""
     if cfg.optim.base_batch is None:
         return cfg.optim.lr
@@ -50,7 +50,7 @@ def peak(cfg: Config, effective: int) -> float:
 
 
 @dataclass(frozen=True)
-class Curve:
+class LRSchedule:
     """The schedule of one fold."""
 
     schedule: Schedule
@@ -110,13 +110,13 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedLRSchedule:
     """The schedule once for every stage, each with its own peak."""
 
-    curves: list[Curve]
+    curves: list[LRSchedule]
     seen: list[float] = field(default_factory=list)
 
-    def _at(self, step: int) -> tuple[Curve, int]:
+    def _at(self, step: int) -> tuple[LRSchedule, int]:
         for curve in self.curves[:-1]:
             if step < curve.steps:
                 return curve, step
@@ -132,25 +132,25 @@ class Staged:
         return curve.momentum(inside)
 
 
-def curve(cfg: Config, span: Span) -> Curve | Staged:
+def lr_schedule(cfg: Config, span: TrainLength) -> LRSchedule | StagedLRSchedule:
     if cfg.train.stages:
         each = span.steps_per_epoch
-        return Staged([
-            Curve(cfg.schedule, stage.lr * peak(cfg, span.effective) / cfg.optim.lr, stage.epochs * each, each)
+        return StagedLRSchedule([
+            LRSchedule(cfg.schedule, stage.lr * peak_lr(cfg, span.effective) / cfg.optim.lr, stage.epochs * each, each)
             for stage in cfg.train.stages
         ])  # fmt: skip
     plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
-    return Curve(plan, peak(cfg, span.effective), span.steps, span.steps_per_epoch)
+    return LRSchedule(plan, peak_lr(cfg, span.effective), span.steps, span.steps_per_epoch)
 
 
-def parts_of(curve: Curve | Staged) -> list[Curve]:
+def stage_schedules(curve: LRSchedule | StagedLRSchedule) -> list[LRSchedule]:
     """One a stage; of a run without stages, the one there is."""
-    return curve.curves if isinstance(curve, Staged) else [curve]
+    return curve.curves if isinstance(curve, StagedLRSchedule) else [curve]
 
 
-def shortened(curve: Curve | Staged) -> list[str]:
+def shortened_warmups(curve: LRSchedule | StagedLRSchedule) -> list[str]:
     """A line for each warm-up that was cut to half of its run or stage."""
-    parts = parts_of(curve)
+    parts = stage_schedules(curve)
     return [
         f"schedule.warmup: {part.in_steps(part.schedule.warmup):,} steps are more than half of the {part.steps:,} of "
         f"{'the run' if len(parts) == 1 else f'stage {number}'}; shortened to {part.warmup:,}"
@@ -159,12 +159,13 @@ def shortened(curve: Curve | Staged) -> list[str]:
     ]
 
 
-def snapshots(cfg: Config, span: Span) -> list[int]:
+def snapshot_steps(cfg: Config, span: TrainLength) -> list[int]:
     """How many steps are over when each snapshot is taken: at the end of every cycle, whether the rate restarts there or not."""
     if not cfg.snapshots.cycles:
         return []
     return [
-        first + length for first, length in Curve(_cyclic(cfg), 1.0, span.steps, span.steps_per_epoch).cycles
+        first + length
+        for first, length in LRSchedule(_cyclic(cfg), 1.0, span.steps, span.steps_per_epoch).cycles
     ]
 
 
@@ -182,11 +183,11 @@ class Point(NamedTuple):
     )
 
 
-def constant(curve: Curve, step: int) -> Point:
+def constant(curve: LRSchedule, step: int) -> Point:
     return Point(1.0)
 
 
-def stairs(curve: Curve, step: int) -> Point:
+def step_decay(curve: LRSchedule, step: int) -> Point:
     """One drop every so often, or one at each of the times listed."""
     every = curve.schedule.every
     if isinstance(every, list):
@@ -196,7 +197,7 @@ def stairs(curve: Curve, step: int) -> Point:
     return Point(curve.schedule.factor**drops)
 
 
-def plateau(curve: Curve, step: int) -> Point:
+def plateau(curve: LRSchedule, step: int) -> Point:
     """Down by `factor` whenever more than `patience` epochs in a row brought nothing better; never below `final`."""
     drops, waited, best = 0, 0, math.inf
     for loss in curve.seen:
@@ -207,21 +208,21 @@ def plateau(curve: Curve, step: int) -> Point:
     return Point(max(curve.schedule.min_lr_ratio, curve.schedule.factor**drops))
 
 
-def linear(curve: Curve, step: int) -> Point:
+def linear(curve: LRSchedule, step: int) -> Point:
     return Point(_between(curve.schedule.min_lr_ratio, 1.0, 1 - step / (curve.steps - curve.warmup)))
 
 
-def cosine(curve: Curve, step: int) -> Point:
+def cosine(curve: LRSchedule, step: int) -> Point:
     return Point(_between(curve.schedule.min_lr_ratio, 1.0, _half_wave(step / (curve.steps - curve.warmup))))
 
 
-def cosine_restarts(curve: Curve, step: int) -> Point:
+def cosine_restarts(curve: LRSchedule, step: int) -> Point:
     number, done = _place(curve, step)
     top = curve.schedule.decay**number
     return Point(_between(curve.schedule.min_lr_ratio, top, _half_wave(done)))
 
 
-def one_cycle(curve: Curve, step: int) -> Point:
+def one_cycle(curve: LRSchedule, step: int) -> Point:
     """Up from `start` to the peak, then down to `final`."""
     height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal])
     return Point(
@@ -229,14 +230,14 @@ def one_cycle(curve: Curve, step: int) -> Point:
     )
 
 
-def triangular(curve: Curve, step: int) -> Point:
+def triangular(curve: LRSchedule, step: int) -> Point:
     """Cycles between `final` and the peak, each lower than the one before by `decay`."""
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
     return Point(_between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.decay**number), height)
 
 
-def exponential(curve: Curve, step: int) -> Point:
+def exponential(curve: LRSchedule, step: int) -> Point:
     """Like triangular, but lower with every step: by `decay` over a cycle."""
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
@@ -245,7 +246,7 @@ def exponential(curve: Curve, step: int) -> Point:
     )
 
 
-def wsd(curve: Curve, step: int) -> Point:
+def wsd(curve: LRSchedule, step: int) -> Point:
     """Warm-up, stable, decay: the peak until the last `cooldown`."""
     length = curve.in_steps(curve.schedule.cooldown)
     left = curve.steps - curve.warmup - step
@@ -254,22 +255,22 @@ def wsd(curve: Curve, step: int) -> Point:
     return Point(_between(curve.schedule.min_lr_ratio, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
 
 
-def range_linear(curve: Curve, step: int) -> Point:
+def range_linear(curve: LRSchedule, step: int) -> Point:
     """comp lr-range: from `start` to the peak, in `every`."""
     return Point(_between(curve.schedule.start, 1.0, min(1.0, step / max(1, _climb(curve) - 1))))
 
 
-def range_exponential(curve: Curve, step: int) -> Point:
+def range_exponential(curve: LRSchedule, step: int) -> Point:
     return Point(curve.schedule.start ** (1 - min(1.0, step / max(1, _climb(curve) - 1))))
 
 
-def _climb(curve: Curve) -> int:
+def _climb(curve: LRSchedule) -> int:
     assert not isinstance(curve.schedule.every, list)
     return curve.in_steps(curve.schedule.every)
 
 
-SHAPES: dict[str, Callable[[Curve, int], Point]] = {
-    "step": stairs,
+SHAPES: dict[str, Callable[[LRSchedule, int], Point]] = {
+    "step": step_decay,
     **{
         shape.__name__: shape
         for shape in (
@@ -301,7 +302,7 @@ def _half_wave(done: float) -> float:
 SLOPES: dict[str, Callable[[float], float]] = {"cosine": _half_wave, "linear": lambda done: 1 - done}
 
 
-def _place(curve: Curve, step: int) -> tuple[int, float]:
+def _place(curve: LRSchedule, step: int) -> tuple[int, float]:
     """Number of the cycle, and how much of it is done."""
     at = step + curve.warmup
     number = max(i for i, (first, _) in enumerate(curve.cycles) if first <= at)
@@ -309,7 +310,7 @@ def _place(curve: Curve, step: int) -> tuple[int, float]:
     return number, (at - first) / length
 
 
-def _wave(curve: Curve, done: float, slope: Callable[[float], float]) -> tuple[float, bool]:
+def _wave(curve: LRSchedule, done: float, slope: Callable[[float], float]) -> tuple[float, bool]:
     """Up during `rise` of it, down during the rest: (height, still rising)."""
     rise = curve.schedule.pct_start
     if done < rise:

@@ -24,7 +24,7 @@ OF_CLASSES = ("bins", "cumulative", "soft_labels")  # their outputs are scores o
 Numbers = NDArray[np.float64]
 
 
-def measured(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers, Numbers]:
+def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers, Numbers]:
     """Mean and deviation of each target column. Missing values do not count; the deviation of a constant is 1."""
     values = samples.targets(head)[np.unique(rows)]
     known = ~np.isnan(values)
@@ -35,7 +35,7 @@ def measured(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers, Nu
     return mean, np.where(constant, 1.0, deviation)
 
 
-def scales(head: Head, chosen: Objective) -> bool:
+def is_scaled(head: Head, chosen: Objective) -> bool:
     """Whether the outputs of a head are values, one for each of its target columns."""
     return head.row.spaces is VALUES and chosen.name not in OF_CLASSES
 
@@ -43,21 +43,21 @@ def scales(head: Head, chosen: Objective) -> bool:
 def register(cfg: Config, heads: tuple[Head, ...], module: nn.Module) -> None:
     """Places for the numbers, one an output of the network, and the hook that applies them."""
     every = list(zip(heads, loss_knobs.of(cfg, heads), strict=True))
-    if not any(scales(head, chosen) for head, chosen in every):
+    if not any(is_scaled(head, chosen) for head, chosen in every):
         return
     width = sum(head.row.raw_outputs(head, chosen) for head, chosen in every)
     module.register_buffer(MEAN, torch.zeros(width))
     module.register_buffer(DEVIATION, torch.ones(width))
-    module.register_forward_hook(in_units if cfg.loss.name == "loss" else in_units_to_evaluate)
+    module.register_forward_hook(to_target_units if cfg.loss.name == "loss" else to_target_units_in_eval)
 
 
-def in_units(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+def to_target_units(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """(batch, all outputs). What is no value has mean 0 and deviation 1."""
     return output * module.get_buffer(DEVIATION) + module.get_buffer(MEAN)  # float32, also under autocast
 
 
-def in_units_to_evaluate(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    return output if module.training else in_units(module, inputs, output)
+def to_target_units_in_eval(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output if module.training else to_target_units(module, inputs, output)
 
 
 def fit(cfg: Config, module: nn.Module, samples: Samples, rows: Positions) -> None:
@@ -65,29 +65,29 @@ def fit(cfg: Config, module: nn.Module, samples: Samples, rows: Positions) -> No
     at = 0
     for head, chosen in zip(samples.heads, loss_knobs.of(cfg, samples.heads), strict=True):
         width = head.row.raw_outputs(head, chosen)
-        if scales(head, chosen):
-            mean, deviation = measured(head, samples, rows)
+        if is_scaled(head, chosen):
+            mean, deviation = mean_and_std(head, samples, rows)
             module.get_buffer(MEAN)[at : at + width] = torch.from_numpy(mean)
             module.get_buffer(DEVIATION)[at : at + width] = torch.from_numpy(deviation)
         at += width
 
 
-def standardised(
+def standardize(
     cfg: Config, samples: Samples, rows: Positions, targets: list[NDArray[np.generic]]
 ) -> list[NDArray[np.generic]]:
     """Targets of each head as the loss takes them. In float64, so that no unit rounds otherwise than another: a network amplifies
     the last digit."""
     out = []
     for head, chosen, target in zip(samples.heads, loss_knobs.of(cfg, samples.heads), targets, strict=True):
-        if scales(head, chosen) and chosen.name != "loss":
-            mean, deviation = measured(head, samples, rows)
+        if is_scaled(head, chosen) and chosen.name != "loss":
+            mean, deviation = mean_and_std(head, samples, rows)
             values = target.reshape(len(target), -1).astype(np.float64)
             target = ((values - mean) / deviation).reshape(target.shape)
         out.append(target)
     return out
 
 
-def of_loss(cfg: Config, module: nn.Module, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+def to_loss_units(cfg: Config, module: nn.Module, raw: NDArray[np.float32]) -> NDArray[np.float32]:
     """Outputs of evaluation mode as those of training mode, which the loss takes."""
     if cfg.loss.name == "loss" or not hasattr(module, MEAN):
         return raw

@@ -16,7 +16,7 @@ from comp.engine.errors import Refused
 from comp.engine.hardware import Stop
 from comp.engine.run import distillation, teachers
 from comp.engine.run.context import Context
-from comp.engine.run.teachers import Voice
+from comp.engine.run.teachers import Teacher
 from comp.engine.store import store
 
 
@@ -27,17 +27,17 @@ def prepare(
     name = context.cfg.distill.teacher
     if name is None:
         return
-    who = teachers.of(name, context.folds, "distill.teacher")
+    who = teachers.load(name, context.folds, "distill.teacher")
     file = folder / distillation.FILE
     places = [_with_weights(voice, number, context) for voice in who.voices]
     now = bank.weights_of(*(place for each in places for place in each))
     if entry := store.sealed(file):
-        if changed := distillation.stale(now, entry["weights"]):
+        if changed := distillation.changed_weights(now, entry["weights"]):
             raise Refused(
                 f"{store.shown(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
             )
         return
-    rows, said, shares = distillation.learners(context, number), [], list[float]()
+    rows, said, shares = distillation.train_rows(context, number), [], list[float]()
     for voice, there in zip(who.voices, places, strict=True):
         own = _as(voice, context, gather)
         for place in there:
@@ -61,7 +61,7 @@ def prepare(
     _write(file, rows, means, now)
 
 
-def _with_weights(voice: Voice, number: int | str, context: Context) -> list[Path]:
+def _with_weights(voice: Teacher, number: int | str, context: Context) -> list[Path]:
     there = [place for place in voice.places(number, context.folds) if store.sealed(place / bank.WEIGHTS)]
     wanted = context.folds.count if number == "full" else 1
     if len({place.relative_to(store.run_folder(voice.run)).parts[1] for place in there}) < wanted:
@@ -73,7 +73,7 @@ def _with_weights(voice: Voice, number: int | str, context: Context) -> list[Pat
     return there
 
 
-def _as(voice: Voice, context: Context, gather: Callable[[Config], Context]) -> Context:
+def _as(voice: Teacher, context: Context, gather: Callable[[Config], Context]) -> Context:
     """Its pictures in its own size, on this run's machine."""
     theirs = voice.cfg.model_copy(update={"machine": context.cfg.machine, "track": context.cfg.track})
     return gather(theirs)

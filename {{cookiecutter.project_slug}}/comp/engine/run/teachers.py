@@ -24,7 +24,7 @@ from comp.engine.store import store
 PLAIN = ("mean", "weighted", "geometric", "snapshots")  # no label had a hand in them
 
 
-class Voice(NamedTuple):
+class Teacher(NamedTuple):
     """One run or member, and how much it counts."""
 
     address: str
@@ -45,17 +45,17 @@ class Voice(NamedTuple):
         return [seed / f"fold{each}" / inside for seed in seeds for each in numbers for inside in self.inside]
 
 
-class Teachers(NamedTuple):
+class TeacherEnsemble(NamedTuple):
     name: str
-    voices: list[Voice]
+    voices: list[Teacher]
     space: str  # where they meet
 
 
-def of(name: str, folds: Folds, where: str) -> Teachers:
+def load(name: str, folds: Folds, where: str) -> TeacherEnsemble:
     """`where`: the knob or verb that named them, for what is refused."""
     folder = store.ensemble_folder(name)
     if not (folder / "apply.json").exists():
-        return Teachers(name, [_voice(name, 1.0, folds, where)], "probability")
+        return TeacherEnsemble(name, [_teacher(name, 1.0, folds, where)], "probability")
     recipe, record = (
         store.read_json(store.verified(folder / f"{each}.json", f"comp ensemble {name}"))
         for each in ("apply", "score")
@@ -69,11 +69,11 @@ def of(name: str, folds: Folds, where: str) -> Teachers:
         raise Refused(
             f"{where}: {name}: its member {deep[0]} is an ensemble itself; list the runs of that one instead"
         )
-    voices = [_voice(each["address"], float(each["weight"]), folds, where) for each in recipe["members"]]
-    return Teachers(name, voices, recipe["space"])
+    voices = [_teacher(each["address"], float(each["weight"]), folds, where) for each in recipe["members"]]
+    return TeacherEnsemble(name, voices, recipe["space"])
 
 
-def _voice(address: str, share: float, folds: Folds, where: str) -> Voice:
+def _teacher(address: str, share: float, folds: Folds, where: str) -> Teacher:
     run, _, member = address.partition(":")
     folder = store.run_folder(run)
     if not store.sealed(folder / "config.yaml"):
@@ -106,11 +106,11 @@ def _voice(address: str, share: float, folds: Folds, where: str) -> Voice:
             f"{where}: {run}{':' if guilty[0] else ''}{guilty[0]} is selected_on_fold: each of its models was chosen on the rows of its fold, "
             "and would hand that on; select.on: inner does not"
         )
-    return Voice(address, run, cfg, seed, inside, share)
+    return Teacher(address, run, cfg, seed, inside, share)
 
 
-def test_sets(
-    teachers: Teachers, number: int | str, samples: Samples, folds: Folds
+def test_predictions(
+    teachers: TeacherEnsemble, number: int | str, samples: Samples, folds: Folds
 ) -> list[tuple[PredictionSet, float]]:
     """What each model that may teach a fold says of the test rows, and how much it counts."""
     found = []
@@ -130,11 +130,11 @@ def test_sets(
     return found
 
 
-def of_test(
-    teachers: Teachers, number: int | str, samples: Samples, folds: Folds
+def merged_test_predictions(
+    teachers: TeacherEnsemble, number: int | str, samples: Samples, folds: Folds
 ) -> tuple[PredictionSet, list[PredictionSet]]:
     """Their mean, and what each said."""
-    sets = test_sets(teachers, number, samples, folds)
+    sets = test_predictions(teachers, number, samples, folds)
     both = [each for each, _ in sets], [share for _, share in sets]
     return predictions.merge(both[0], samples, folds, teachers.space, both[1]), both[0]
 

@@ -12,7 +12,7 @@ from comp.engine.errors import Refused
 from comp.engine.run.backbone import inner
 
 
-def prepared(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
+def prepare(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
     """The network as the loop calls it. `module` stays what is saved, averaged and validated."""
     if cfg.train.grad_checkpointing:
         _checkpointed(cfg, module)

@@ -25,7 +25,7 @@ GONE = (
 )  # how the first process's end looks from here
 
 
-def answer(verb: str, work: Callable[[], int | None]) -> int | None:
+def run_command(verb: str, work: Callable[[], int | None]) -> int | None:
     """What a verb does in this process of several."""
     if verb not in VERBS:
         if hardware.rank():
@@ -34,19 +34,19 @@ def answer(verb: str, work: Callable[[], int | None]) -> int | None:
             f"torchrun: comp {verb} is work for one process; it shares out {' and '.join(f'comp {v}' for v in VERBS)}"
         )
     if hardware.rank():
-        return follow()
+        return run_worker()
     from comp.engine.run import distributed
 
     try:
         status = work()
-    except (distributed.Agreed, hardware.Stopped):
-        distributed.end()
+    except (distributed.CollectiveError, hardware.Stopped):
+        distributed.shutdown()
         raise
-    distributed.end()
+    distributed.shutdown()
     return status
 
 
-def follow() -> int:
+def run_worker() -> int:
     """Do what the first process says, until it says nothing more. It is the one to tell how it went."""
     hardware.settle(1)
     import torch.distributed as dist
@@ -56,9 +56,9 @@ def follow() -> int:
     context: Context | None = None
     stop = hardware.Stop(quiet=True)
     try:
-        distributed.begin()
+        distributed.init()
         with stop.listening():
-            while (order := distributed.heard()) is not None:
+            while (order := distributed.receive()) is not None:
                 context = _do(order, context, stop)
     except KeyboardInterrupt:
         return hardware.exit_code()
@@ -85,9 +85,9 @@ def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> 
         folder = Path(scratch)
         log = tracking.Track(folder, tracking.NoFeed(), [])
         try:
-            with distributed.together():
+            with distributed.collective():
                 fold_context = pseudo_rows.fold_context(context, order["fold"])
                 train.fold(fold_context, order["seed"], order["fold"], folder, log, stop=stop)
-        except (distributed.Agreed, distributed.Pruned, hardware.Stopped):
+        except (distributed.CollectiveError, distributed.Pruned, hardware.Stopped):
             stop.asked = False  # the first process knows, and says what comes next
     return context

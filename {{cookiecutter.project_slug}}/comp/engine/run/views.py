@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from comp import transforms
 from comp.engine import pages
 from comp.engine.config.resolve import nearest
-from comp.engine.data.seeding import mixed
+from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.run.evaluate import View
 from comp.engine.run.gpu_augment import BatchOp
@@ -100,7 +100,7 @@ class RecipeView:
             self.made[side] = transforms.Augment(recipe, side), recipe.on_batch
         change, on_batch = self.made[side]
         images = [np.ascontiguousarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
-        seeds = np.array([mixed(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
+        seeds = np.array([fold_in(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
         drawn = np.stack([change(p, seed) for p, seed in zip(images, seeds.tolist(), strict=True)])
         out = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(x.device)
         if not on_batch:
