@@ -34,7 +34,7 @@ COMMON = "slug: practice\ntitle: Practice\nraw: data/raw\nid: id\n"
 SHIPPED = "exp001, exp002 and blend001 as the template ships them"
 TINY = (
     "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
-    "optim: {lr: 5e-3}\nmachine: {workers: 0}\ntrack: {mode: none}\n"
+    "optim: {lr: 5e-3}\nmachine: {num_workers: 0}\ntrack: {mode: none}\n"
 )
 SUM = "sample: sample_submission.csv"
 

@@ -268,7 +268,9 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
     assert "augment.progressive_sizes" in refusal(
         "augment.progressive_sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0"
     )
-    long = "base: exp001\naugment: {off_last: 2, sizes: [16, 32], erase: 1.0}\n"
+    long = (
+        "base: exp001\naugment: {disable_last_epochs: 2, progressive_sizes: [16, 32], random_erasing: 1.0}\n"
+    )
     (empty / "configs" / "exp003.yaml").write_text(long)
     assert config(experiment="exp003", debug=True).augment.disable_last_epochs == 0, (
         "a debug run has one epoch"

@@ -29,7 +29,7 @@ from comp.engine.store import store
 from comp.engine.tasks.kinds import Head
 
 TINY = (
-    "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {workers: 0, progress: false}\n"
+    "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {num_workers: 0, progress: false}\n"
     "optim: {lr: 0.02}\ntrain: {epochs: 1, limit: 48, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
 )
 
@@ -50,7 +50,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     monkeypatch.setattr(tta, "VIEWS", {name: tta.VIEWS[name] for name in ("identity", "hflip", "rot90")})
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
-    (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
+    (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {lr: 1e-3}\n")
     record = compare.noise("tiny", 2)
     assert record["std"] > 0 and len(record["scores"]) == 2
     weights = (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns

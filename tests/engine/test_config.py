@@ -30,7 +30,7 @@ def lines_of(root: Path, experiment: str = "exp001", *overrides: str) -> list[st
 
 
 def test_precedence_and_origins(root: Path) -> None:
-    write(root, "child.yaml", "base: exp001\noptim: {rate: 7e-4}\n")
+    write(root, "child.yaml", "base: exp001\noptim: {lr: 7e-4}\n")
     loaded = resolve.load(root, "child", ["train.epochs=3"], debug=True)
     assert loaded.config.optim.lr == 7e-4 and loaded.origins["optim.lr"] == "configs/child.yaml:2"
     assert loaded.config.model.name == "test_resnet" and loaded.origins["model.name"].startswith(
@@ -82,7 +82,7 @@ def test_yaml_as_people_mean_it(text: str, value: object) -> None:
 MISTAKES = {
     "optim: {lrr: 1}": ("exp.yaml:2", "optim.lrr", "lr"),
     "optim: {lr: fast}": ("exp.yaml:2", "optim.lr", "'fast'"),
-    "optim:\n  rate: 1\n  rate: 2": ("exp.yaml:4", "optim.lr", "second time"),
+    "optim:\n  lr: 1\n  lr: 2": ("exp.yaml:4", "optim.lr", "second time"),
     "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "True"),
     "train: {epochs: 2.5}": ("exp.yaml:2", "train.epochs", "2.5"),
     "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
@@ -114,7 +114,7 @@ HOSTILE = {
     ),
     "3,000 brackets": ("optim: " + "[" * 3000 + "]" * 3000, ("exp.yaml:2", "nested", "30")),
     "3,000 indented keys": ("\n".join(f"{' ' * i}a:" for i in range(3000)), ("exp.yaml:31", "nested", "30")),
-    "5,000 digits": (f"optim:\n  rate: {'9' * 5000}", ("exp.yaml:3", "5,000 digits", "")),
+    "5,000 digits": (f"optim:\n  lr: {'9' * 5000}", ("exp.yaml:3", "5,000 digits", "")),
     "key in a list of knobs": (
         "train: {epochs: 1, stages: [{epoch: 1, train: head, lr: 1}]}",
         ("exp.yaml:2", "train.stages.0.epoch: no such key", "nearest is epochs"),
@@ -164,7 +164,7 @@ def test_a_mistake_names_file_line_key_and_what_is_right(root: Path, text: str) 
 
 
 def test_all_mistakes_at_once(root: Path) -> None:
-    write(root, "exp.yaml", "optim: {lr: -1}\ntrain: {epochs: 0}\ndata: {fit: crop}\n")
+    write(root, "exp.yaml", "optim: {lr: -1}\ntrain: {epochs: 0}\ndata: {resize: crop}\n")
     assert len(lines_of(root, "exp")) == 3
 
 

@@ -199,8 +199,8 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
     prepare.prepare(config(experiment="base"))
     make_folds.make(config(), samples.load(), remake=True)
     (project / "configs" / "exp003.yaml").write_text(
-        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{erase: 0.5}}\ntrain: {{limit: 16, batch_size: 8, epochs: 1, ema: null}}\n"
-        "schedule: {warmup: 0}\nmachine: {workers: 0, progress: false}\ntrack: {mode: none}\n"
+        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{random_erasing: 0.5}}\ntrain: {{limit: 16, batch_size: 8, epochs: 1, ema: null}}\n"
+        "schedule: {warmup: 0}\nmachine: {num_workers: 0, progress: false}\ntrack: {mode: none}\n"
     )
     assert cli.main(["augment", "exp003"]) == 0
     with Image.open(project / "runs" / "exp003-augment.png") as drawn:

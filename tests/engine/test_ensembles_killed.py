@@ -111,7 +111,7 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     monkeypatch.setattr(views, "VIEWS", {name: views.VIEWS[name] for name in ("identity", "hflip")})
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
-    (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {rate: 1e-3}\n")
+    (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {lr: 1e-3}\n")
     base = project / "configs" / "base.yaml"
     base.write_text(base.read_text().replace("mode: offline ", "mode: none "))
     (project / "configs" / "ensembles" / "blend001.yaml").write_text(

@@ -69,7 +69,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
 def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
     named: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (named / "configs/a.yaml").write_text("base: tiny\noptim: {rate: 0.5}\n")
+    (named / "configs/a.yaml").write_text("base: tiny\noptim: {lr: 0.5}\n")
     assert cli.main(["config", "a"]) == 0
     out, err = capsys.readouterr()
     assert "optim.lr=0.5" in out
@@ -77,7 +77,7 @@ def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
     assert all(word in line for word in ("runs/a", "optim.lr", "0.001 there", "0.5 in configs/a.yaml"))
     said = refusal(lambda: runner.train("a", [], fold="0"))
     assert "optim.lr: 0.001 there, 0.5 here" in said and not capsys.readouterr().err
-    (named / "configs/a.yaml").write_text("base: tiny\noptim: {rate: 0.001}\n")
+    (named / "configs/a.yaml").write_text("base: tiny\noptim: {lr: 0.001}\n")
     assert cli.main(["config", "a"]) == 0 and not capsys.readouterr().err, "it stands for the experiment"
 
 

@@ -29,9 +29,7 @@ from comp.engine.readers.arrays import DamagedImage
 TINY = (
     "base: base\ndata: {size: 16}\naugment: {recipe: none}\nmodel: {name: test_resnet, pretrained: false}\n"
 )
-TINY += (
-    "train: {epochs: 1, batch_size: 4}\nschedule: {warmup: 0}\nmachine: {workers: 0}\ntrack: {mode: none}\n"
-)
+TINY += "train: {epochs: 1, batch_size: 4}\nschedule: {warmup: 0}\nmachine: {num_workers: 0}\ntrack: {mode: none}\n"
 
 
 def image(level: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
