@@ -27,7 +27,7 @@ import pandas as pd  # noqa: E402
 
 from comp.engine.bank import bank, predictions  # noqa: E402
 from comp.engine.data import folds, samples  # noqa: E402
-from comp.engine.store import store  # noqa: E402
+from comp.engine.store import artifacts  # noqa: E402
 from comp.engine.tasks import kinds  # noqa: E402
 
 MEMBERS, ROWS, OUTPUTS, ROUNDS = 200, 100_000, 5, 9
@@ -94,7 +94,7 @@ def main() -> None:
                 target[i] = each.heads["label"]
 
         def first() -> None:
-            store._noted.clear(), store._trusted.clear()
+            artifacts._hashes.clear(), artifacts._verified.clear()
             noted()
 
         def mapped() -> None:

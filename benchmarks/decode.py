@@ -61,7 +61,7 @@ def building(root: Path, names: list[str]) -> dict[str, Any]:
     from comp.engine import hardware
     from comp.engine.config import resolve
     from comp.engine.data import cache, image_reader
-    from comp.engine.store import store
+    from comp.engine.store import paths
 
     os.environ["COMP_ROOT"] = str(root)
     shutil.copytree(PROJECT / "configs", root / "configs")
@@ -73,7 +73,7 @@ def building(root: Path, names: list[str]) -> dict[str, Any]:
             list(pool.map(reader.image, names, chunksize=8))
 
     def build(_: object) -> None:
-        shutil.rmtree(store.path("data"), ignore_errors=True)
+        shutil.rmtree(paths.path("data"), ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):
             cache.open_images(cfg, names, progress=False)
 

@@ -65,7 +65,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     from comp import competition, data, transforms
     from comp.engine.config import resolve
     from comp.engine.run import normalize
-    from comp.engine.store import store
+    from comp.engine.store import paths
 
     competition.recipe = recipe
     overrides = [
@@ -75,7 +75,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
         f"data.cache_scale={256 / 224}",
         "augment=recipe",
     ]
-    cfg = resolve.load(store.root(), "exp001", overrides).config
+    cfg = resolve.load(paths.root(), "exp001", overrides).config
     began = time.perf_counter()
     loader = data.Loader(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0

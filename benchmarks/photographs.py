@@ -100,10 +100,10 @@ def project(root: Path, names: list[str], classes: int = 10) -> Any:
 
     os.environ["COMP_ROOT"] = str(root)
     from comp.engine.data import samples
-    from comp.engine.store import store
+    from comp.engine.store import paths
     from comp.engine.tasks import kinds
 
-    store.root.cache_clear()
+    paths.root.cache_clear()
     shutil.copytree(PROJECT / "configs", root / "configs")
     labels = tuple(map(str, range(classes)))
     ids = [f"{i:07d}" for i in range(len(names))]

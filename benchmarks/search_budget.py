@@ -42,7 +42,7 @@ from comp.engine.data import make_folds, prepare, samples
 from comp.engine.extras import practice
 from comp.engine.run import fingerprint, runner
 from comp.engine.run.distributed import Pruned
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tune import confirm, search, study, trial
 
 PROJECT = Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"
@@ -124,7 +124,7 @@ def lay_out(root: Path, raw: Path, repetition: int) -> None:
 def enter(root: Path) -> None:
     os.environ["COMP_ROOT"] = str(root)
     os.chdir(root)
-    store.root.cache_clear()
+    paths.root.cache_clear()
 
 
 def one_arm(arm: str, repetition: int) -> dict[str, Any]:

@@ -128,10 +128,10 @@ def accuracies(root: Path, truth: NDArray[np.int64]) -> dict[str, list[float]]:
     from comp.engine.config import resolve
     from comp.engine.data import folds, make_folds, prepare, samples
     from comp.engine.run import runner
-    from comp.engine.store import store
+    from comp.engine.store import paths
 
     os.environ["COMP_ROOT"] = str(root)
-    store.root.cache_clear()
+    paths.root.cache_clear()
     cfg = resolve.load(root, "snapshots").config
     prepare.prepare(cfg)
     make_folds.make(cfg, samples.load())
@@ -146,7 +146,7 @@ def accuracies(root: Path, truth: NDArray[np.int64]) -> dict[str, list[float]]:
             runner.train("snapshots", [f"snapshots.restarts={restarts}"], fold="0", seed=seed, name=name)
 
         def right(run: str, *inside: str, seed: int = seed) -> float:
-            place = store.fold_folder(run, seed, 0)
+            place = paths.fold_folder(run, seed, 0)
             sets = [bank.read(place / each / "oof.arrow", table, split) for each in inside]
             said = np.mean([each.probability(head) for each in sets], 0).argmax(1)
             ids = table.frame["id"].to_numpy()[sets[0].row]

@@ -19,7 +19,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.run import fingerprint
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head, log_softmax
 
 TRAIN, TEST, K = 400, 150, 5
@@ -137,24 +137,24 @@ def member(
             bank.load(address, "oof", project.samples, project.folds),
         )
     if not name:
-        store.write_text(folder / "config.yaml", resolve.to_yaml(project.cfg))
-        store.seal(folder / "config.yaml")
+        artifacts.write_text(folder / "config.yaml", resolve.to_yaml(project.cfg))
+        artifacts.add_to_manifest(folder / "config.yaml")
     return folder
 
 
 def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, **facts: Any) -> None:
     """As much of a finished run as can teach others: its config, and what each of its models says of the test rows."""
-    folder, cfg = store.run_folder(name), cfg or project.cfg
-    store.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
-    store.write_json(folder / "made_of.json", fingerprint.made_of(cfg, project.folds) | facts)
-    store.seal(folder / "config.yaml", folder / "made_of.json")
+    folder, cfg = paths.run_folder(name), cfg or project.cfg
+    artifacts.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
+    artifacts.write_json(folder / "made_of.json", fingerprint.made_of(cfg, project.folds) | facts)
+    artifacts.add_to_manifest(folder / "config.yaml", folder / "made_of.json")
     for seed in range(seeds):
         for number in range(project.folds.count):
             said(project, name, seed, number, 100 * seed + number)
 
 
 def said(project: Project, name: str, seed: int, number: int, noise: int) -> None:
-    rows, place = project.samples.positions("test"), store.fold_folder(name, seed, number)
+    rows, place = project.samples.positions("test"), paths.fold_folder(name, seed, number)
     weights = (
         bank.weights_of(place)
         if (place / bank.WEIGHTS).exists()
@@ -185,7 +185,7 @@ def teacher(root: Path) -> None:
     project = digits(root)
     torch.manual_seed(0)
     network = models.build(project.cfg, project.samples.heads, pretrained=False)
-    models.save_weights(network, store.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
+    models.save_weights(network, paths.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
     run(project, "teacher")
     pseudo_labels.write("teacher", "teacher", pseudo_labels.Wish(None, 0.2, True, 1.0))
 
@@ -215,5 +215,5 @@ def load(project: Project, address: str, kind: str = "oof") -> PredictionSet:
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = store.read_json(store.ensemble_folder(name) / "apply.json")
+    found: dict[str, Any] = artifacts.read_json(paths.ensemble_folder(name) / "apply.json")
     return found

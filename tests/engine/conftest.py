@@ -26,7 +26,7 @@ from comp import competition  # noqa: E402
 from comp.engine import hardware, pages  # noqa: E402
 from comp.engine.config.resolve import load  # noqa: E402
 from comp.engine.config.schema import Config  # noqa: E402
-from comp.engine.store import store  # noqa: E402
+from comp.engine.store import paths  # noqa: E402
 
 hardware.settle(1)  # before torch is imported: two test processes with two threads each would crawl
 
@@ -78,7 +78,7 @@ def lay_out(root: Path) -> Path:
 
 def config(*overrides: str, experiment: str = "exp001", debug: bool = False) -> Config:
     """The resolved config of an experiment of the project that a test stands in."""
-    return load(store.root(), experiment, overrides, debug).config
+    return load(paths.root(), experiment, overrides, debug).config
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +94,7 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare.prepare(config(experiment="base"))
         make_folds.make(config(experiment="base"), samples.load())
         cache.open_images(config(), [images[0] for images in samples.load().frame["images"]], progress=False)
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root
 
 
@@ -116,7 +116,7 @@ def finished(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
         assert forked(lambda: _finish(root)) == 0
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root
 
 
@@ -142,7 +142,7 @@ def trained(finished: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Pa
 def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Path]]:
     """enter(folder): from here on this folder is the project."""
     yield lambda root: _enter(root, monkeypatch)
-    store.root.cache_clear()
+    paths.root.cache_clear()
 
 
 @pytest.fixture
@@ -161,5 +161,5 @@ def _enter(root: Path, patch: pytest.MonkeyPatch) -> Path:
     patch.chdir(root)
     for name in pages.HOOKS:  # your own functions are for your competition, not for the practice one
         patch.delattr(competition, name, raising=False)
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root

@@ -36,7 +36,7 @@ LIGHT = [
     "engine.cli",
     "engine.train_commands",
     "engine.config.resolve",
-    "engine.store.store",
+    "engine.store.artifacts",
     "engine.tasks.kinds",
     "engine.pages",
     "engine.data.samples",

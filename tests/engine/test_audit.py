@@ -25,7 +25,7 @@ from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED
 from comp.engine.extras import audit_runs, canary, flips, leak_audit
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 RECIPE = [
     "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.num_workers=0",
@@ -164,9 +164,9 @@ def trained(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(practice, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMP_ROOT", str(root))
-        store.root.cache_clear()
+        paths.root.cache_clear()
         runner.train("exp001", RECIPE, name="run")
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root
 
 
@@ -185,7 +185,7 @@ def rewritten(number: int, change: Any) -> None:
     """The OOF of a fold with other values, sealed as if it were right."""
     table = samples.load()
     split = folds.load(table)
-    file = store.fold_folder("run", 0, number) / "oof.arrow"
+    file = paths.fold_folder("run", 0, number) / "oof.arrow"
     said = bank.read(file, table, split)
     values = {name: change(np.array(each)) for name, each in said.heads.items()}
     assert said.fold is not None
@@ -206,10 +206,10 @@ def test_predictions_of_rows_that_taught_are_found_by_predicting_them_again(run:
 
     table = samples.load()
     rows = folds.load(table).split(1)[1][
-        : len(bank.read_meta(store.fold_folder("run", 0, 1) / "oof.arrow")) and 48
+        : len(bank.read_meta(paths.fold_folder("run", 0, 1) / "oof.arrow")) and 48
     ]
     material = runner.gather(runner.stored_config("run"))
-    said = predict.predict(material, store.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0]["label"]
+    said = predict.predict(material, paths.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0]["label"]
     rewritten(1, lambda values: said)
     leak = leaks_of_run()[0]
     assert isinstance(leak, Leak)
@@ -240,7 +240,7 @@ def test_every_head_is_predicted_again(run: Path, monkeypatch: pytest.MonkeyPatc
     from comp import predict
 
     table = samples.load()
-    file = store.fold_folder("run", 0, 0) / "oof.arrow"
+    file = paths.fold_folder("run", 0, 0) / "oof.arrow"
     said = bank.read(file, table, folds.load(table))
     two = {name: np.array(said.heads["label"]) for name in ("label", "second")}
     place = {int(row): i for i, row in enumerate(said.row)}
@@ -264,7 +264,7 @@ def test_every_head_is_predicted_again(run: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_whose_weights_are_gone_is_named_as_not_checked(run: Path) -> None:
     for number in (0, 3):
-        (store.fold_folder("run", 0, number) / bank.WEIGHTS).unlink()
+        (paths.fold_folder("run", 0, number) / bank.WEIGHTS).unlink()
     (gap,) = leaks_of_run()
     assert isinstance(gap, NotChecked) and gap.what == "run"
     assert "2 sets" in gap.why and "fold0/oof.arrow" in gap.why and "fold3/oof.arrow" in gap.why
@@ -289,7 +289,7 @@ def test_statistics_of_a_real_run_that_saw_its_validation_rows(
 
 
 def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
-    place = store.fold_folder("run", 0, 0)
+    place = paths.fold_folder("run", 0, 0)
     cfg, table = runner.stored_config("run"), samples.load()
     split = folds.load(table)
     said = bank.read(place / "oof.arrow", table, split)
@@ -311,7 +311,7 @@ def test_the_same_picture_in_two_folds(run: Path) -> None:
     assert leak_audit.duplicates(cfg, table, split) == []
     fold = split.assignment[0]
     a, b = (int(np.flatnonzero(fold == number)[0]) for number in (0, 3))
-    raw = store.path("data", "raw")
+    raw = paths.path("data", "raw")
     shutil.copy(raw / table.frame["images"].iloc[a][0], raw / table.frame["images"].iloc[b][0])
     (leak,) = leak_audit.duplicates(cfg, table, split)
     assert isinstance(leak, Leak)
@@ -320,7 +320,7 @@ def test_the_same_picture_in_two_folds(run: Path) -> None:
 
 def test_the_same_picture_inside_archives_and_arrays(empty: Path) -> None:
     project = lay_out(empty, "binary")
-    raw = store.path("data", "raw")
+    raw = paths.path("data", "raw")
     raw.mkdir(parents=True)
     stack = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     stack[13] = stack[1]  # folds 3 and 1
@@ -370,7 +370,7 @@ def test_an_ensemble_scored_on_the_rows_that_taught_it(empty: Path) -> None:
         return leak_audit.of_ensemble("blend001", project.cfg, project.samples, project.folds)
 
     assert leaks() == []
-    recipe = store.read_json(bank.folder("blend001") / "apply.json")
+    recipe = artifacts.read_json(bank.folder("blend001") / "apply.json")
     from comp.engine.ensemble import average
 
     given = {

@@ -24,7 +24,7 @@ from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.errors import UserError
 from comp.engine.extras import explain, features, measure
 from comp.engine.run import backbone, pretrained, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
@@ -63,7 +63,7 @@ def built(*overrides: str) -> Any:
 def test_a_transformer_learns_at_any_size(project: Path) -> None:
     """timm's test_vit takes any size; this one, like most, only the one that it is built for."""
     runner.train("exp001", [*TINY, f"model.name={VIT}"], fold="0", name="x")
-    weights = pretrained.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
+    weights = pretrained.read(paths.fold_folder("x", 0, 0) / "weights.safetensors")
     assert weights["pos_embed"].shape == (1, 1 + (32 // 16) ** 2, 192)
 
 
@@ -102,10 +102,10 @@ def test_training_goes_through_progressive_sizes(project: Path, name: str) -> No
     sizes = ["data.size=64", "augment.progressive_sizes=[32,64]", "train.epochs=2"]
     runner.train("exp001", [*TINY, f"model.name={name}", *sizes], fold="0", name="x")
     assert [
-        line["epoch"] for line in tracking.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "epoch" in line
+        line["epoch"] for line in tracking.read(paths.fold_folder("x", 0, 0) / "log.jsonl") if "epoch" in line
     ] == [1, 2]
     if name == VIT:
-        weights = pretrained.read(store.fold_folder("x", 0, 0) / "weights.safetensors")
+        weights = pretrained.read(paths.fold_folder("x", 0, 0) / "weights.safetensors")
         assert weights["pos_embed"].shape == (1, 17, 192), "of data.size"
 
 
@@ -216,13 +216,13 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     bundle = tmp_path / "bundle"
     kernel._backbones(bundle, {"x"})
     (bundle / "configs").mkdir()
-    (bundle / "configs" / "base.yaml").write_bytes((store.root() / "configs" / "base.yaml").read_bytes())
+    (bundle / "configs" / "base.yaml").write_bytes((paths.root() / "configs" / "base.yaml").read_bytes())
     backbone._described.cache_clear()
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "nothing"))
     stored = runner.stored_config("x")
-    weights = store.fold_folder("x", 0, 0) / "weights.safetensors"
+    weights = paths.fold_folder("x", 0, 0) / "weights.safetensors"
     monkeypatch.setenv("COMP_ROOT", str(bundle))
-    store.root.cache_clear()
+    paths.root.cache_clear()
     there = kernel_predict.here(
         stored, stored.competition, {"run": "x", "tta": ["identity"], "space": "probability"}
     )
@@ -342,7 +342,7 @@ def test_a_larger_size_begins_with_a_run_of_a_smaller_one(project: Path) -> None
     said = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.lr=1e-20"]
     runner.train("exp001", said, fold="0", name="large")
     small, large = (
-        pretrained.read(store.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")
+        pretrained.read(paths.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")
     )
     assert torch.equal(small["blocks.3.attn.qkv.weight"], large["blocks.3.attn.qkv.weight"])
     assert torch.equal(small["head.weight"], large["head.weight"])
@@ -378,11 +378,11 @@ def test_two_steps_predictions_a_picture_and_an_export(project: Path, name: str)
         from comp.engine.extras import export
 
         pytest.importorskip("onnxscript")
-        made = store.read_json(store.verified(export.export("x", 0, 8, "none")))
+        made = artifacts.read_json(artifacts.verified(export.export("x", 0, 8, "none")))
         assert max(line.get("away", 0) for line in made["variants"] if line["exact"]) < 1e-3
     if name == VIT:
         (project / "configs/frozen.yaml").write_text(
             f"base: exp001\nmodel: {{name: {name}, pretrained: false}}\ndata: {{size: 96}}\n"
         )
         features.features("frozen", ["track=none", "machine.progress=false"], "linear")
-        assert np.load(store.run_folder("frozen") / features.FILE).shape == (len(samples.load().frame), 192)
+        assert np.load(paths.run_folder("frozen") / features.FILE).shape == (len(samples.load().frame), 192)

@@ -14,7 +14,7 @@ from comp.engine.bank import bank, predictions
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks import kinds
 
 
@@ -27,7 +27,7 @@ def refusal(file: Path, project: Project, expect: dict[str, object] | None = Non
     with pytest.raises(UserError) as caught:
         bank.read(file, project.samples, project.folds, expect)
     assert len(caught.value.lines) == 1
-    assert store.shown(file) in caught.value.lines[0]
+    assert paths.relative(file) in caught.value.lines[0]
     return caught.value.lines[0]
 
 
@@ -88,9 +88,9 @@ def test_the_file_is_what_the_contract_says(project: Project) -> None:
 
 
 def test_same_set_same_bytes(project: Project) -> None:
-    first = store.sha256(member(project, "exp001") / "oof.arrow")
-    assert store.sha256(member(project, "exp001") / "oof.arrow") == first
-    assert store.sha256(member(project, "exp001", seed=2) / "oof.arrow") != first
+    first = artifacts.sha256(member(project, "exp001") / "oof.arrow")
+    assert artifacts.sha256(member(project, "exp001") / "oof.arrow") == first
+    assert artifacts.sha256(member(project, "exp001", seed=2) / "oof.arrow") != first
 
 
 def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_numbers_that_are_none_are_not_written(project: Project, bad: float) -> 
     file = project.root / "runs" / "e" / "oof.arrow"
     with pytest.raises(UserError, match="label"):
         bank.write(file, PredictionSet(said.row, said.fold, {"label": values}, said.meta))
-    assert not file.exists() and not store.sealed(file)
+    assert not file.exists() and not artifacts.manifest_entry(file)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------
@@ -165,14 +165,14 @@ def test_other_space(project: Project) -> None:
 def test_other_kind_than_expected(project: Project) -> None:
     folder = member(project, "exp001")
     (folder / "oof.arrow").write_bytes((folder / "test.arrow").read_bytes())
-    store.seal(folder / "oof.arrow")
+    artifacts.add_to_manifest(folder / "oof.arrow")
     with pytest.raises(UserError, match="kind is test, wanted was oof"):
         bank.load("exp001", "oof", project.samples, project.folds)
 
 
 def test_unfinished(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
-    store.unseal(file)
+    artifacts.remove_from_manifest(file)
     assert "unfinished" in refusal(file, project)
 
 
@@ -192,22 +192,22 @@ def test_any_flipped_byte(project: Project) -> None:
 def test_a_stranger_with_a_seal(project: Project, text: bytes) -> None:
     file = member(project, "exp001") / "oof.arrow"
     file.write_bytes(text)
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     assert "no prediction set" in refusal(file, project)
 
 
 def test_weights_that_changed_since(project: Project) -> None:
-    fold = store.fold_folder("exp001", 0, 0)
+    fold = paths.fold_folder("exp001", 0, 0)
     weights = fold / bank.WEIGHTS
     fold.mkdir(parents=True)
     weights.write_bytes(b"trained")
-    store.seal(weights)
+    artifacts.add_to_manifest(weights)
     file = member(project, "exp001", weights=bank.weights_of(fold)) / "oof.arrow"
     bank.read(file, project.samples, project.folds)
 
     weights.write_bytes(b"other!!")  # same size, behind the manifest's back
     assert "weights.safetensors changed" in refusal(file, project)
-    store.seal(weights)  # trained anew
+    artifacts.add_to_manifest(weights)  # trained anew
     assert "weights.safetensors changed" in refusal(file, project)
     weights.unlink()  # cleaned away: predictions outlive weights
     bank.read(file, project.samples, project.folds)
@@ -336,8 +336,8 @@ def test_members_by_address(project: Project) -> None:
     (project.root / "runs" / ".trash" / "exp009").mkdir(parents=True)
     (project.root / "runs" / "exp004" / "seed0").mkdir(parents=True)  # begun, nothing finished
     assert bank.members() == ["exp001", "exp001:full", "exp001:seed1", "exp003:snap3", "blend001"]
-    assert store.shown(bank.find("exp003:snap3", "oof")) == "runs/exp003/members/snap3/oof.arrow"
-    assert store.shown(bank.find("blend001", "test")) == "ensembles/blend001/test.arrow"
+    assert paths.relative(bank.find("exp003:snap3", "oof")) == "runs/exp003/members/snap3/oof.arrow"
+    assert paths.relative(bank.find("blend001", "test")) == "ensembles/blend001/test.arrow"
 
 
 def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> None:

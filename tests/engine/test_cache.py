@@ -23,7 +23,7 @@ from comp.engine.data import cache, image_reader
 from comp.engine.errors import UserError
 from comp.engine.readers import decode as images
 from comp.engine.readers.arrays import DamagedImage
-from comp.engine.store import store
+from comp.engine.store import paths
 
 COUNT, CUT, COPY, GONE = (
     40,
@@ -53,7 +53,7 @@ def forty(empty: Path) -> list[str]:
 
 
 def raw(name: str) -> Path:
-    return store.path("data", "raw", name)
+    return paths.path("data", "raw", name)
 
 
 def opened(names: list[str], *overrides: str, **more: Any) -> cache.Images:
@@ -78,7 +78,7 @@ def seen(pictures: cache.Images) -> list[bytes | str]:
 
 
 def folder() -> Path:
-    (only,) = store.path("data", "cache").iterdir()
+    (only,) = paths.path("data", "cache").iterdir()
     return only
 
 
@@ -95,10 +95,10 @@ import os, signal, sys
 from pathlib import Path
 from comp.engine.config import resolve
 from comp.engine.data import build_cache, cache, cache_index
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 build_cache.COMMIT, build_cache.CHUNK = 4, 2
 {code}
-pictures = cache.open_images(resolve.load(store.root(), "exp001").config, {names!r}, progress=False)
+pictures = cache.open_images(resolve.load(paths.root(), "exp001").config, {names!r}, progress=False)
 """
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", script], text=True, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -230,7 +230,7 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
 
 def hooked(monkeypatch: pytest.MonkeyPatch, code: str, then: Callable[[], Any]) -> Any:
     """What `then` gives while competition.py holds this code."""
-    file = Path(store.path(f"competition_{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"))
+    file = Path(paths.path(f"competition_{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"))
     file.write_text("import numpy as np\n" + code)
     space: dict[str, Any] = {"__name__": competition.__name__}
     exec(compile(file.read_text(), str(file), "exec"), space)

@@ -18,7 +18,7 @@ from test_cache import COPY, COUNT, GONE, bytes_of, cached, child, counted, fold
 
 from comp.engine.data import build_cache, cache
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def after(module, name, number, half=False):
 EVENTS = {
     "pixels written, their line not yet": "after(os, 'fsync', 5)",
     "before the index": "after(build_cache, '_published', 1, half=True)",
-    "after the index, before the manifest": "after(store, 'write_json', 1, half=True)",
+    "after the index, before the manifest": "after(artifacts, 'write_json', 1, half=True)",
 }
 MORE_EVENTS = {
     "after the first line of the journal": "after(build_cache, '_commit', 1)",
     "before the first line of the journal": "after(build_cache, '_commit', 1, half=True)",
     "after the fifth line of the journal": "after(build_cache, '_commit', 5)",
     "before the last line of the journal": "after(build_cache, '_commit', 10, half=True)",
-    "after the manifest": "after(store, 'write_json', 1)",
+    "after the manifest": "after(artifacts, 'write_json', 1)",
 }
 
 
@@ -61,7 +61,7 @@ def test_a_build_killed_and_started_again_ends_with_the_same_bytes(
 ) -> None:
     expected = seen(cached(names))
     never_killed = bytes_of(folder())
-    shutil.rmtree(store.path("data", "cache"))
+    shutil.rmtree(paths.path("data", "cache"))
     victim = child(KILL + (EVENTS | MORE_EVENTS)[event], names)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
@@ -86,12 +86,12 @@ def test_a_build_killed_while_adding_ends_with_the_same_bytes(names: list[str]) 
         os.utime(raw(names[0]), ns=(5, 5))
 
     old = seen(cached(names[:20]))
-    shutil.copytree(store.path("data"), store.path("untouched"), copy_function=shutil.copy2)
+    shutil.copytree(paths.path("data"), paths.path("untouched"), copy_function=shutil.copy2)
     change()
     expected = seen(cached(names))
     never_killed = bytes_of(folder())
-    shutil.rmtree(store.path("data"))
-    shutil.move(store.path("untouched"), store.path("data"))
+    shutil.rmtree(paths.path("data"))
+    shutil.move(paths.path("untouched"), paths.path("data"))
     reader = cached(names[:20])
     change()
     victim = child(KILL + EVENTS["pixels written, their line not yet"], names)
@@ -133,7 +133,7 @@ def test_a_file_that_changes_between_kill_and_resume_is_decoded_as_it_is_now(
 def test_a_torn_line_of_the_journal_never_happened(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cached(names)
     never_stopped = bytes_of(folder())
-    shutil.rmtree(store.path("data", "cache"))
+    shutil.rmtree(paths.path("data", "cache"))
     stopped_after(5, names, monkeypatch)
     journal = folder() / "journal.jsonl"
     os.truncate(journal, journal.stat().st_size - 40)
@@ -232,7 +232,7 @@ def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
 def test_where_nothing_can_be_written_decoding_goes_on(
     names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.path("data", "cache").write_text(
+    paths.path("data", "cache").write_text(
         "a file, where the folder should be: root may write into any folder"
     )
     images = opened(names)
@@ -245,7 +245,7 @@ def test_where_nothing_can_be_written_decoding_goes_on(
 def test_a_disk_that_fills_up_costs_one_line_and_nothing_that_was_done(names: list[str]) -> None:
     expected = seen(cached(names))
     never_full = bytes_of(folder())
-    shutil.rmtree(store.path("data", "cache"))
+    shutil.rmtree(paths.path("data", "cache"))
     full = child("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", names)
     _, error = full.communicate()
     assert (
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_costs_one_line_and_nothing_that_was_done(names: li
 def test_a_build_says_what_it_writes_and_where(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cached(names)
     first, last = capsys.readouterr().out.splitlines()
-    place = store.shown(folder())
+    place = paths.relative(folder())
     assert first == f"{place}: 39 pictures of 32 px, about 40 KB"
     assert last == f"{place}: 39 pictures, 1 of them damaged, 38 KB"
     cached(names)

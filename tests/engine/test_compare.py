@@ -25,7 +25,7 @@ from comp.engine.extras import compare, tta_search, view_search
 from comp.engine.report import html
 from comp.engine.run import runner
 from comp.engine.run import views as tta
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 TINY = (
@@ -53,13 +53,13 @@ def test_seeds_recipes_and_views_of_a_real_run(
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {lr: 1e-3}\n")
     record = compare.noise("tiny", 2)
     assert record["std"] > 0 and len(record["scores"]) == 2
-    weights = (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns
+    weights = (paths.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns
     (pair,) = compare.compare(["tiny", "slow"], 2)
-    assert (store.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns == weights, (
+    assert (paths.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns == weights, (
         "trained once"
     )
     assert pair["pairs"] == 4 and pair["low"] < pair["difference"] < pair["high"]
-    assert Image.open(store.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
+    assert Image.open(paths.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
     capsys.readouterr()
     said_of = [
         ("tiny", {"oof": 0.5}),
@@ -120,11 +120,13 @@ def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["train", "tiny"]) == 0
     capsys.readouterr()
     assert cli.main(["tta", "tiny", "--views", "hflip,zoom101"]) == 2
-    assert "zoom101" in capsys.readouterr().err and not list(store.run_folder("tiny").rglob("view-*"))
+    assert "zoom101" in capsys.readouterr().err and not list(paths.run_folder("tiny").rglob("view-*"))
     assert cli.main(["tta", "tiny", "--views", "hflip,zoom110,light2"]) == 0
-    record = store.read_json(store.run_folder("tiny") / "tta.json")
+    record = artifacts.read_json(paths.run_folder("tiny") / "tta.json")
     assert list(record["alone"]) == ["identity", "hflip", "zoom110", "light2"]
-    assert record["plain"] == pytest.approx(store.read_json(store.run_folder("tiny") / "score.json")["oof"])
+    assert record["plain"] == pytest.approx(
+        artifacts.read_json(paths.run_folder("tiny") / "score.json")["oof"]
+    )
 
 
 def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:

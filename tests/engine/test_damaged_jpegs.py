@@ -18,7 +18,7 @@ from comp.engine.data import cache, check
 from comp.engine.deliver import kernel_predict
 from comp.engine.readers import arrays, decode
 from comp.engine.readers.arrays import DamagedImage
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 PICTURE = photograph(240, 320)
 COLOUR = Image.fromarray(PICTURE)
@@ -218,8 +218,8 @@ def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch:
         file.write_bytes(data)
     home = cfg.competition.model_copy(update={"raw": str(raw)})
     monkeypatch.setenv("COMP_ROOT", str(bundle))
-    store.root.cache_clear()
-    about = store.read_json(bundle / "bundle.json")
+    paths.root.cache_clear()
+    about = artifacts.read_json(bundle / "bundle.json")
     heads = tuple(kernel_predict._head(each) for each in about["heads"])
     hidden = kernel_predict.test_rows(
         cfg.model_copy(update={"competition": home}), heads, about["multi_image"]

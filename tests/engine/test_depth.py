@@ -25,7 +25,7 @@ from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
 from comp.engine.run import augment_grid, normalize, views
 from comp.engine.run.normalize import Normalize
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tasks.kinds import Head
 
 DEEP = np.random.default_rng(0).integers(0, 65536, (24, 24, 3), np.uint16)
@@ -206,13 +206,13 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
     with Image.open(project / "runs" / "exp003-augment.png") as drawn:
         assert np.asarray(drawn)[augment_grid.TITLE + 20 : augment_grid.TITLE + 80, 10:90].std() > 5
     assert cli.main(["train", "exp003", "--fold", "0"]) == 0
-    folder = store.fold_folder("exp003", 0, 0)
+    folder = paths.fold_folder("exp003", 0, 0)
     thumbnails = sorted(folder.rglob("worst/*.png"))
     assert len(thumbnails) == 16
     with Image.open(thumbnails[0]) as drawn:
         assert np.asarray(drawn).std() > 5
     assert cli.main(["explain", "exp003", "--count", "2"]) == 0
-    assert (store.run_folder("exp003") / "explain.png").exists()
+    assert (paths.run_folder("exp003") / "explain.png").exists()
 
 
 def test_channels_in_colour() -> None:

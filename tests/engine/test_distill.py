@@ -23,7 +23,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.run import distillation, mixup, runner, teacher_predictions, unused_knobs
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 BATCH, T = 6, 3.0
@@ -132,18 +132,18 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     small = [*QUIET, "data.size=16", "augment.mixup=0.5"]
     runner.train("exp001", [*small, "distill.teacher=teacher"], fold="1", name="taught")
     runner.train("exp001", small, fold="1", name="alone")
-    found = load_file(store.fold_folder("taught", 0, 1) / distillation.FILE)
+    found = load_file(paths.fold_folder("taught", 0, 1) / distillation.FILE)
     table = samples.load()
     rows = folds.load(table).split(1)[0][:64]
     assert np.array_equal(found["rows"], rows)
     context = runner.gather(runner.stored_config("teacher"))  # at its own size
     said = [
-        predict.predict(context, store.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
+        predict.predict(context, paths.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
         for n in (1, 2)
     ]
     assert np.allclose(found["label"], said[0], atol=1e-6) and not np.allclose(said[0], said[1], atol=1e-2)
     weights = [
-        load_file(store.fold_folder(name, 0, 1) / "weights.safetensors")["fc.weight"]
+        load_file(paths.fold_folder(name, 0, 1) / "weights.safetensors")["fc.weight"]
         for name in ("taught", "alone")
     ]
     assert not np.array_equal(weights[0], weights[1])
@@ -156,9 +156,9 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
         UserError, match=r"distill.teacher: teecher: no such run or ensemble; the nearest are teacher"
     ):
         runner.train("exp001", [*small, "distill.teacher=teecher"], fold="1", name="other")
-    other = store.fold_folder("teacher", 0, 1) / "weights.safetensors"
+    other = paths.fold_folder("teacher", 0, 1) / "weights.safetensors"
     save_file(load_file(other) | {"fc.bias": np.zeros(10, np.float32)}, other)
-    store.seal(other)
+    artifacts.add_to_manifest(other)
     with pytest.raises(
         UserError,
         match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught",
@@ -167,14 +167,14 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
             runner.gather(runner.stored_config("taught")),
             runner.gather,
             1,
-            store.fold_folder("taught", 0, 1),
+            paths.fold_folder("taught", 0, 1),
             hardware.Stop(),
         )
 
 
 def test_where_it_has_no_effect(empty: Path) -> None:
     def told(*overrides: str) -> list[str]:
-        return [line.partition(": ")[2] for line in unused_knobs.lines(load(store.root(), "base", overrides))]
+        return [line.partition(": ")[2] for line in unused_knobs.lines(load(paths.root(), "base", overrides))]
 
     assert told("distill.temperature=4") == ["distill.temperature: 4.0 has no effect without distill.teacher"]
     assert told("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [

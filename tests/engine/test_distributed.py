@@ -29,7 +29,7 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import distributed, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune import search
 
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
@@ -67,7 +67,7 @@ def forked_twice(*arguments: str, before: Callable[[int], None] = lambda rank: N
 
 
 def trained(name: str, fold: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    folder = store.fold_folder(name, 0, fold)
+    folder = paths.fold_folder(name, 0, fold)
     weights = load_file(folder / "weights.safetensors")
     return torch.cat([weights[key].double().flatten() for key in sorted(weights)]), tracking.read(
         folder / "log.jsonl"
@@ -97,9 +97,9 @@ def test_two_processes_are_one(project: Path) -> None:
         )
     table = samples.load()
     split = folds.load(table)
-    oof = bank.read(store.fold_folder("two", 0, 1) / "oof.arrow", table, split)
+    oof = bank.read(paths.fold_folder("two", 0, 1) / "oof.arrow", table, split)
     assert sorted(oof.row.tolist()) == sorted(split.split(1)[1][:100].tolist())
-    state = store.fold_folder("two", 0, 1)
+    state = paths.fold_folder("two", 0, 1)
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
     with pytest.raises(UserError, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
@@ -121,7 +121,7 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
     ]
     assert forked_twice("train", "exp001", *told, "whole") == [0, 0]
     stopped = torchrun("train", "exp001", *told, "again")
-    log = store.fold_folder("again", 0, 0) / "log.jsonl"
+    log = paths.fold_folder("again", 0, 0) / "log.jsonl"
     while stopped.poll() is None and not (log.exists() and b'"epoch": 1' in log.read_bytes()):
         time.sleep(0.01)  # until the event, not for a time
     stopped.send_signal(signal.SIGINT)
@@ -129,10 +129,10 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
     assert "saved at step" in said and "batch norm (" in said, said
     assert forked_twice("train", "exp001", *told, "again") == [0, 0]
     for file in ("weights.safetensors", "oof.arrow"):
-        hashes = {store.sha256(store.fold_folder(name, 0, 0) / file) for name in ("whole", "again")}
+        hashes = {artifacts.sha256(paths.fold_folder(name, 0, 0) / file) for name in ("whole", "again")}
         assert len(hashes) == 1 or file == "oof.arrow", file  # the run's name is in oof.arrow
-    assert not list(Path(store.root()).glob("**/comp-*")), "the second process keeps nothing"
-    shutil.rmtree(store.run_folder("whole"))
+    assert not list(Path(paths.root()).glob("**/comp-*")), "the second process keeps nothing"
+    shutil.rmtree(paths.run_folder("whole"))
 
 
 def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
     assert trials[1].user_attrs["pruned_at"] == {"fold": 0, "step": 1}
     assert [len(t.intermediate_values) for t in trials] == [6, 1, 6]
-    assert not list(Path(store.root()).glob("**/comp-*"))
+    assert not list(Path(paths.root()).glob("**/comp-*"))
 
 
 def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

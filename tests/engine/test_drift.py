@@ -14,7 +14,7 @@ from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.errors import UserError
 from comp.engine.extras import adversarial_validation
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 TINY = [
     "machine.num_workers=0",
@@ -96,6 +96,6 @@ def test_what_is_missing_is_said(project: Path) -> None:
     declared.write_text(declared.read_text() + "drift: [weights]\n")
     with pytest.raises(UserError, match=r"wants data/drift\.csv, which comp audit --drift RUN makes"):
         prepare.prepare(config(experiment="base"))
-    store.write_text(store.path("data", "drift.csv"), "id,source,like_test,weight\nx,train,0.5,1\n")
+    artifacts.write_text(paths.path("data", "drift.csv"), "id,source,like_test,weight\nx,train,0.5,1\n")
     with pytest.raises(UserError, match="knows nothing of the row"):
         prepare.prepare(config(experiment="base"))

@@ -21,7 +21,7 @@ from comp.engine.ensemble import average
 from comp.engine.ensemble.blend import FILES, blend
 from comp.engine.ensemble.blend_config import read
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 TASKS = list(HEADS)
 METHODS = {
@@ -225,11 +225,11 @@ def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.
     assert record["mean"] == pytest.approx(np.mean(folds)) and record["std"] == pytest.approx(
         np.std(folds, ddof=1)
     )
-    assert record == store.read_json(store.verified(bank.folder("blend001") / "score.json"))
+    assert record == artifacts.read_json(artifacts.verified(bank.folder("blend001") / "score.json"))
     for said in record["members"]:
-        own = store.read_json(bank.folder(said["address"]) / "score.json")
+        own = artifacts.read_json(bank.folder(said["address"]) / "score.json")
         assert said["oof"] == own["oof"]
-        assert said["sha256"]["test"] == store.sha256(bank.find(said["address"], "test"))
+        assert said["sha256"]["test"] == artifacts.sha256(bank.find(said["address"], "test"))
     assert record["oof"] > max(said["oof"] for said in record["members"])
     out = capsys.readouterr().out
     assert (
@@ -243,10 +243,10 @@ def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:
     """On noise, cut points fitted on the rows they are scored on would look better than chance."""
     project = lay_out(empty, "ordinal")
     member(project, "exp001", noise=1e6)
-    record = store.read_json(bank.folder("exp001") / "score.json")
+    record = artifacts.read_json(bank.folder("exp001") / "score.json")
     assert len(record["cuts"]["label"]) == 3 and abs(record["oof"]) < 0.15
     member(project, "exp002", noise=0.1)
-    assert store.read_json(bank.folder("exp002") / "score.json")["oof"] > 0.95
+    assert artifacts.read_json(bank.folder("exp002") / "score.json")["oof"] > 0.95
 
 
 def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
@@ -358,7 +358,6 @@ def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> 
 
 KILLER = """
 import os, signal, sys
-from comp.engine.store import store
 from comp.engine.ensemble.blend import blend
 left = int(sys.argv[1])
 replace = os.replace
@@ -375,7 +374,7 @@ blend("blend001")
 def test_killed_at_any_rename_the_next_start_gives_the_same_bytes(project: Project) -> None:
     """A member was made anew: whatever can be read in between speaks of the new one, never a mixture."""
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank")
-    folder, names = store.ensemble_folder("blend001"), [*FILES, store.MANIFEST]
+    folder, names = paths.ensemble_folder("blend001"), [*FILES, artifacts.MANIFEST]
 
     def made(seed: int) -> dict[str, bytes]:
         member(project, "exp003", seed=seed)
@@ -391,7 +390,7 @@ def test_killed_at_any_rename_the_next_start_gives_the_same_bytes(project: Proje
         done = subprocess.run(command, env=os.environ, capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         for name in FILES:
-            if (entry := store.sealed(folder / name)) is not None and renames >= len(FILES):
+            if (entry := artifacts.manifest_entry(folder / name)) is not None and renames >= len(FILES):
                 assert (folder / name).read_bytes() == whole[name] and entry["size"] == len(whole[name])
         blend("blend001")
         assert {name: (folder / name).read_bytes() for name in names} == whole

@@ -20,7 +20,7 @@ from comp.engine.ensemble.blend import FILES, blend
 from comp.engine.extras import compare, tta_search
 from comp.engine.report import plots as pictures_
 from comp.engine.run import runner, views
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 # Of one run of a command and the next these differ: clocks, measured latencies, what a dead process left half-written.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
@@ -50,7 +50,7 @@ def test_killed_anywhere_an_ensemble_ends_in_the_same_bytes(empty: Path) -> None
     project = three(lay_out(empty, "binary", metric="log_loss"))
     text = "method: greedy\nafter: [temperature]"
     made(project, text)
-    folder = store.ensemble_folder("blend001")
+    folder = paths.ensemble_folder("blend001")
     whole, chance = bytes_of(folder), dice()
     shutil.rmtree(folder)
     count = events(lambda: made(project, text), empty / "count")
@@ -68,7 +68,7 @@ def test_an_ensemble_killed_at_twenty_random_moments(empty: Path) -> None:
     project: Project = three(lay_out(empty, "binary", metric="log_loss"))
     declare(project, "below", "members: [exp001, exp002]\nmethod: logistic")
     blend("below")
-    chance, folder = dice(), store.ensemble_folder("blend001")
+    chance, folder = dice(), paths.ensemble_folder("blend001")
     for text, members in {
         "method: greedy\nbags: 3": "[exp001, exp002, exp003]",
         "method: logistic\nafter: [platt]": "[exp001, exp002, exp003]",
@@ -85,7 +85,7 @@ def test_an_ensemble_killed_at_twenty_random_moments(empty: Path) -> None:
                 Path(name).parent.mkdir(parents=True, exist_ok=True)
                 Path(name).write_bytes(content)
             assert killed(lambda t=text, m=members: made(project, t, m), event)  # type: ignore[misc]
-            sealed = [name for name in FILES if store.sealed(folder / name)]
+            sealed = [name for name in FILES if artifacts.manifest_entry(folder / name)]
             old = bytes_of(folder)
             assert all(
                 old[str(folder / n)] in (whole[str(folder / n)], before.get(str(folder / n))) for n in sealed

@@ -19,7 +19,7 @@ from comp.engine.config import experiments
 from comp.engine.config import resolve as configs
 from comp.engine.extras import measure
 from comp.engine.run import fingerprint, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def of_as(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
         assert forked(work) == 0
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root
 
 
@@ -100,10 +100,10 @@ def test_verbs_that_train_nothing_take_a_run(named: Path, monkeypatch: pytest.Mo
 
 
 def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = store.read_json(named / "runs/a/birth.json")
+    before = artifacts.read_json(named / "runs/a/birth.json")
     assert cli.main(["train", "a", "--fold", "full"]) == 0
-    assert store.sealed(named / "runs/a/seed0/foldfull/weights.safetensors")
-    assert store.read_json(named / "runs/a/birth.json") == before, "it goes on as it began"
+    assert artifacts.manifest_entry(named / "runs/a/seed0/foldfull/weights.safetensors")
+    assert artifacts.read_json(named / "runs/a/birth.json") == before, "it goes on as it began"
     assert cli.main(["seed-noise", "a", "--seeds", "2"]) == 0
     assert cli.main(["compare", "a", "half", "--seeds", "1"]) == 0
     assert (

@@ -19,7 +19,7 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import launcher, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SMALL = ["track=none", "machine.num_workers=0", "train.limit=64", "schedule.warmup=0"]
 
@@ -34,13 +34,13 @@ def alone(project: Path) -> Path:
 
 def weights(name: str) -> dict[str, str]:
     return {
-        str(file.relative_to(store.run_folder(name))): store.sha256(file)
-        for file in store.run_folder(name).rglob("weights.safetensors")
+        str(file.relative_to(paths.run_folder(name))): artifacts.sha256(file)
+        for file in paths.run_folder(name).rglob("weights.safetensors")
     }
 
 
 def scores(name: str) -> dict[str, object]:
-    record = store.read_json(store.run_folder(name) / "score.json")
+    record = artifacts.read_json(paths.run_folder(name) / "score.json")
     return {key: record[key] for key in ("oof", "mean", "std", "folds")}
 
 
@@ -165,7 +165,7 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
     def lose_one() -> None:
         """As soon as a fold on the first of the machines is in the middle."""
         while not over.wait(0.05):
-            for log in store.run_folder("far").glob("seed*/fold*/log.jsonl"):
+            for log in paths.run_folder("far").glob("seed*/fold*/log.jsonl"):
                 if not (held := text(log.parent / ".lock").split("\n")[0]):
                     continue
                 owners.setdefault(log.parent, set()).add(held)
@@ -186,7 +186,7 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
     assert scores("here") == scores("far")
     table = samples.load()
     here, far = (
-        bank.read(store.run_folder(n) / "oof.arrow", table, folds.load(table)) for n in ("here", "far")
+        bank.read(paths.run_folder(n) / "oof.arrow", table, folds.load(table)) for n in ("here", "far")
     )
     assert here.heads.keys() == far.heads.keys()
     assert all(here.heads[head].tobytes() == far.heads[head].tobytes() for head in here.heads)

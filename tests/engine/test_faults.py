@@ -21,7 +21,7 @@ from comp.engine import cli, hardware, pages
 from comp.engine.data import folds, samples, workers
 from comp.engine.errors import UserError
 from comp.engine.run import microbatch, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 
 def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,9 @@ def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
         (project / "runs/x/seed0/fold1").glob("state-*.pt")
     )
     runner.train("exp001", whole, fold="1", name="x")
-    ends = {store.sha256(project / f"runs/{name}/seed0/fold1/weights.safetensors") for name in ("whole", "x")}
+    ends = {
+        artifacts.sha256(project / f"runs/{name}/seed0/fold1/weights.safetensors") for name in ("whole", "x")
+    }
     assert len(ends) == 1
 
 

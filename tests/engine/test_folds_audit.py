@@ -17,7 +17,7 @@ from comp.engine.data import fold_audit, folds, make_folds, prepare, samples
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 # --- audit ---------------------------------------------------------------------------------------------------------------
 
@@ -126,9 +126,9 @@ def test_folds_are_written_with_their_audit(project: Path, capsys: pytest.Captur
     assert {k: found.meta[k] for k in ("scheme", "k", "repeats", "seed", "rule", "gap")} == {
         "scheme": "stratified_group", "k": 5, "repeats": 1, "seed": 0, "rule": "others", "gap": 0,
     }  # fmt: skip
-    written = store.read_json(project / "data" / "folds_audit.json")
+    written = artifacts.read_json(project / "data" / "folds_audit.json")
     assert written == fold_audit.audit(found.samples, found) and written["faults"] == []
-    before = store.folds_file().read_bytes()
+    before = paths.folds_file().read_bytes()
     again()
     printed = capsys.readouterr().out
     assert (
@@ -138,14 +138,14 @@ def test_folds_are_written_with_their_audit(project: Path, capsys: pytest.Captur
     )
     assert fold_audit.table(written) + "\n" == (project / "data" / "folds_audit.txt").read_text()
     again(remake=True)
-    assert store.folds_file().read_bytes() == before
-    store.folds_file().unlink()
+    assert paths.folds_file().read_bytes() == before
+    paths.folds_file().unlink()
     again()
-    assert store.folds_file().read_bytes() == before
+    assert paths.folds_file().read_bytes() == before
 
 
 def test_other_settings_are_refused_by_name(project: Path) -> None:
-    before = store.folds_file().read_bytes()
+    before = paths.folds_file().read_bytes()
     file = project / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 5, seed: 0", "k: 4, seed: 1"))
     with pytest.raises(UserError) as refused:
@@ -155,7 +155,7 @@ def test_other_settings_are_refused_by_name(project: Path) -> None:
         "data/folds.parquet: made with folds.seed 0, which is 1 now",
     ]
     assert "comp folds --remake" in refused.value.lines[-1]
-    assert store.folds_file().read_bytes() == before
+    assert paths.folds_file().read_bytes() == before
     assert again(remake=True).meta["k"] == 4
 
 
@@ -177,7 +177,7 @@ def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
     with pytest.raises(UserError, match="fold 16 is empty"):
         again(remake=True)
     assert before == {name: (project / "data" / name).read_bytes() for name in before}
-    refused = store.read_json(project / "data" / "folds_refused.json")
+    refused = artifacts.read_json(project / "data" / "folds_refused.json")
     assert refused["k"] == 17 and "fold 16 is empty" in refused["faults"]
     assert "FAULT fold 16 is empty" in (project / "data" / "folds_refused.txt").read_text()
     file.write_text(file.read_text().replace("k: 17", "k: 5"))
@@ -186,9 +186,9 @@ def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
 
 
 def test_a_flipped_byte_is_refused(project: Path) -> None:
-    data = bytearray(store.folds_file().read_bytes())
+    data = bytearray(paths.folds_file().read_bytes())
     data[len(data) // 2] ^= 1
-    store.folds_file().write_bytes(bytes(data))
+    paths.folds_file().write_bytes(bytes(data))
     for read in (again, lambda: folds.load(samples.load())):
         with pytest.raises(UserError, match=r"data/folds\.parquet: damaged"):
             read()
@@ -196,12 +196,12 @@ def test_a_flipped_byte_is_refused(project: Path) -> None:
 
 
 def test_killed_before_the_seal_it_is_made_again(project: Path) -> None:
-    before = store.folds_file().read_bytes()
-    manifest = store.read_json(project / "data" / "manifest.json")
+    before = paths.folds_file().read_bytes()
+    manifest = artifacts.read_json(project / "data" / "manifest.json")
     del manifest["folds.parquet"]
-    store.write_json(project / "data" / "manifest.json", manifest)
+    artifacts.write_json(project / "data" / "manifest.json", manifest)
     again()
-    assert store.folds_file().read_bytes() == before
+    assert paths.folds_file().read_bytes() == before
 
 
 # --- rows that share an image --------------------------------------------------------------------------------------------
@@ -331,14 +331,14 @@ def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
     """With and without the image cache that knows their hashes, and until folds.duplicates keeps them together."""
     copied_files(project, list(zip(in_folds(0, 12), in_folds(3, 12), strict=True)))
     one, other = in_folds(0, 1)[0], in_folds(3, 1)[0]
-    before = store.folds_file().read_bytes()
+    before = paths.folds_file().read_bytes()
     for remake in (False, True):
         capsys.readouterr()
         assert cli.main(["folds", *["--remake"] * remake]) == 2
         said = capsys.readouterr()
         assert one in said.err and other in said.err and "fold 0" in said.err and "fold 3" in said.err
         assert "folds.duplicates: group" in said.err and "2 more images" in said.err
-        assert store.folds_file().read_bytes() == before
+        assert paths.folds_file().read_bytes() == before
     assert cli.main(["check"]) == 0
     assert "24 train rows have files of the same bytes" in capsys.readouterr().out
     declare(project, GROUPED)

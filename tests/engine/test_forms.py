@@ -14,7 +14,7 @@ from comp import competition, submission
 from comp.engine.bank import bank, predictions, score
 from comp.engine.data import folds, make_folds, samples
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 
 # --- targets and forms ---------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def stand(table: samples.Samples, oof: dict[str, Any], test: dict[str, Any]) -> 
     """Folds, and a run of given predictions; its score."""
     make_folds.make(config(experiment="base"), table)
     cfg = config(experiment="base")
-    folder = store.run_folder("exp001")
+    folder = paths.run_folder("exp001")
     for kind, heads in (("oof", oof), ("test", test)):
         bank.write(folder / f"{kind}.arrow", said(table, kind, heads))
     split = folds.load(table)
@@ -79,7 +79,7 @@ def test_several_labels_in_one_cell_with_thresholds_of_the_other_folds_and_a_flo
     table = prepared()
     truth = table.truth(table.heads[0], table.positions("train"))
     near = np.where(np.arange(12)[:, None] < 6, 0.2 + 0.6 * truth, 0.4 + 0.2 * truth)
-    store.folds_file().unlink()
+    paths.folds_file().unlink()
     record = stand(table, {"tags": logits(near)}, {"tags": logits([[0.6, 0.1, 0.7], [0.1, 0.4, 0.2]])})
     assert (record["oof"], record["cuts"]) == (1.0, {"tags": [0.5, 0.5, 0.5]})
     assert written() == ["id,tags", "a,3", "17", "b,5"]

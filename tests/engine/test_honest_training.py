@@ -11,7 +11,7 @@ from conftest import config
 
 from comp.engine.data import make_folds, prepare, samples
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 # As long as configs/exp001.yaml trains, pictures in memory.
 QUIET = [
@@ -35,7 +35,7 @@ def test_random_labels_score_chance(project: Path) -> None:
         make_folds.make(cfg, samples.load(), remake=True)
         for name, more in RUNS.items():
             runner.train("exp001", [*QUIET, *more], name=name, fresh=True)
-            scores[name].append(store.read_json(project / f"runs/{name}/score.json")["oof"])
+            scores[name].append(artifacts.read_json(project / f"runs/{name}/score.json")["oof"])
     for name, each in scores.items():
         error = np.std(each, ddof=1) / np.sqrt(len(each))
         print(f"{name}: {np.mean(each):.4f}, standard error {error:.4f}")

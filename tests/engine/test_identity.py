@@ -24,7 +24,7 @@ from comp.engine import cli, pages
 from comp.engine.bank import bank
 from comp.engine.data import cache, image_files, make_folds, prepare, samples
 from comp.engine.run import fingerprint, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 # --- before anything is spent --------------------------------------------------------------------------------------------
 
@@ -54,12 +54,12 @@ def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
 
 def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
-    before = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
+    before = artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
     said = refusal(lambda: runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x"))
     assert "optim.lr: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
+    assert artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
     runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x", fresh=True)
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
+    assert artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
     assert len(list((project / "runs/.trash").iterdir())) == 1
     runner.train(
         "exp001", [*TINY, "optim.lr=1e-4", "train.seeds=[1]"], fold="0", name="x"
@@ -119,11 +119,11 @@ def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pyte
 def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
     for number in "01":
         runner.train("exp001", TINY, fold=number, name="x")
-    kept = store.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
+    kept = artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
     runner.train("exp001", TINY, fold="1", name="x", fresh=True)
-    assert store.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == kept
+    assert artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == kept
     assert len(list((project / "runs/.trash").iterdir())) == 1
-    with store.lock(project / "runs/x/seed0/fold0", "training"):
+    with locks.lock(project / "runs/x/seed0/fold0", "training"):
         said = refusal(lambda: runner.train("exp001", TINY, name="x", fresh=True))
     assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
 
@@ -136,7 +136,7 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
     other = [*TINY, "optim.lr=1e-4"]
     said = refusal(lambda: runner.train("exp001", other, fold="0", name="x", fresh=True))
     assert "optim.lr: 0.005 there, 0.0001 here" in said
-    assert store.sealed(kept) and not (project / "runs/.trash").exists(), "nothing moved"
+    assert artifacts.manifest_entry(kept) and not (project / "runs/.trash").exists(), "nothing moved"
     (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
     assert cli.main(shlex.split(advice)) == 0
     assert runner.stored_config("x").optim.lr == 1e-4 and (project / "runs/x/score.json").exists()
@@ -145,13 +145,13 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
 def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
     two = [*TINY, "train.seeds=[0,1]"]
     for seed in (0, 1):
-        folder = store.fold_folder("x", seed, 0)
+        folder = paths.fold_folder("x", seed, 0)
         folder.mkdir(parents=True)
         (folder / "weights.safetensors").write_bytes(b"w")
-    with store.lock(store.fold_folder("x", 1, 0), "training"):
+    with locks.lock(paths.fold_folder("x", 1, 0), "training"):
         said = refusal(lambda: runner.train("exp001", two, fold="0", name="x", fresh=True))
     assert "already training" in said
-    assert (store.fold_folder("x", 0, 0) / "weights.safetensors").exists()
+    assert (paths.fold_folder("x", 0, 0) / "weights.safetensors").exists()
 
 
 def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     assert started("0.1") == first, "killed and begun again it is the same run"
     other = started("0.2")
     assert other[0].endswith("optim.lr=0.2") and other[1] != first[1], "the config began anew, so did the run"
-    store.write_text(store.fold_folder("x", 0, 0) / "oof.arrow", "")
-    store.seal(store.fold_folder("x", 0, 0) / "oof.arrow")
+    artifacts.write_text(paths.fold_folder("x", 0, 0) / "oof.arrow", "")
+    artifacts.add_to_manifest(paths.fold_folder("x", 0, 0) / "oof.arrow")
     seeds = started("0.2", "train.seeds=[0,1]")
     assert seeds[0].endswith("train.seeds=[0,1]") and seeds[1] == other[1], "more seeds of the same run"
     assert "comp train exp001 --as x optim.lr=0.3 --fresh" in refusal(lambda: started("0.3"))
@@ -202,7 +202,7 @@ def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
     kept = [line for line in file.read_text().splitlines() if "drop_path_rate" not in line]
     assert len(kept) == len(file.read_text().splitlines()) - 1
     file.write_text("\n".join(kept) + "\n")
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     assert runner.stored_config("x").model.drop_path_rate == 0.0
     runner.train("exp001", TINY, fold="1", name="x")
 
@@ -264,7 +264,7 @@ def test_replaced_images_are_refused_by_name_and_count(
 ) -> None:
     without_cache(project, cache)
     assert typed("--fold", "0", cache) == 0
-    left = store.path("runs/x/seed0/fold0/test.arrow").read_bytes()
+    left = paths.path("runs/x/seed0/fold0/test.arrow").read_bytes()
     victims = files(project, kind, 7)
     old = replaced(victims)
     decoded = sum(file.stat().st_size for file in project.glob("data/cache/*/pixels.bin"))
@@ -277,7 +277,7 @@ def test_replaced_images_are_refused_by_name_and_count(
             all(f"{kind}/{file.name}" in said for file in victims[:5])
             and f"{kind}/{victims[5].name}" not in said
         )
-    assert not store.path("runs/x/seed0/fold1/weights.safetensors").exists()
+    assert not paths.path("runs/x/seed0/fold1/weights.safetensors").exists()
     assert decoded == sum(file.stat().st_size for file in project.glob("data/cache/*/pixels.bin")), (
         "nothing is spent"
     )
@@ -285,10 +285,10 @@ def test_replaced_images_are_refused_by_name_and_count(
         file.write_bytes(data)
     assert typed("--fold", "1", cache) == 0, "the old files again, whatever their mtimes"
     assert "7 image files of runs/x have another mtime" in capsys.readouterr().out
-    assert store.path("runs/x/seed0/fold0/test.arrow").read_bytes() == left
+    assert paths.path("runs/x/seed0/fold0/test.arrow").read_bytes() == left
     replaced(victims)
     assert typed("--fold", "0", "--fresh", cache) == 2, "its other fold has seen the old ones"
-    store.trash(store.path("runs/x/seed0/fold1"))
+    artifacts.move_to_trash(paths.path("runs/x/seed0/fold1"))
     assert typed("--fold", "0", "--fresh", cache) == 0, "nothing of the old is left"
 
 
@@ -329,7 +329,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor predicted again; what is there stays as it is. Files that are gone were not replaced."""
-    before = {kind: store.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in ("oof", "test")}
+    before = {kind: paths.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in ("oof", "test")}
     victims = files(trained, "test", 3)
     old = replaced(victims)
     for command in (
@@ -343,7 +343,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
             f"3 of its 1797 image files are not those that it began with: test/{victims[0].name}"
             in capsys.readouterr().err
         )
-    assert not store.path("runs/exp001/members/tta-identity-vflip").exists()
+    assert not paths.path("runs/exp001/members/tta-identity-vflip").exists()
     for file in old:
         file.unlink()
     assert cli.main(["predict", "exp001"]) == 0
@@ -351,14 +351,14 @@ def test_scores_of_old_and_new_images_are_not_merged(
         f"note: 3 image files of runs/exp001 are missing, like test/{victims[0].name}"
         in capsys.readouterr().out
     )
-    assert {kind: store.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in before} == before
+    assert {kind: paths.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in before} == before
     assert cli.main(["predict", "exp001", "--tta", "identity,vflip"]) == 2
-    assert "images" not in bank.read_meta(store.path("runs/exp001/oof.arrow"))
+    assert "images" not in bank.read_meta(paths.path("runs/exp001/oof.arrow"))
 
 
 def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: Path) -> None:
     (record,) = (trained / "data/images").glob("*.parquet")
-    assert store.read_json(trained / "runs/exp001/made_of.json")["images"] == record.stem
+    assert artifacts.read_json(trained / "runs/exp001/made_of.json")["images"] == record.stem
     whole = record.read_bytes()
     for damage in (whole[:-100], b"", None):
         record.unlink()

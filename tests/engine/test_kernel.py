@@ -31,7 +31,7 @@ from comp.engine.ensemble.blend import blend
 from comp.engine.errors import UserError
 from comp.engine.extras import features
 from comp.engine.run import frozen_heads, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetadata: [pen]\n"
 
@@ -47,21 +47,21 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
     made = kernel.build("blend001")
     bundle = made / "bundle"
-    listed = store.read_json(bundle / "manifest.json")
+    listed = artifacts.read_json(bundle / "manifest.json")
     there = {file.relative_to(bundle).as_posix() for file in bundle.rglob("*") if file.is_file()} - {
         "manifest.json"
     }
     assert there == set(listed) and "comp/engine/deliver/kernel_predict.py" in there
-    assert all(entry["sha256"] == store.sha256(bundle / name) for name, entry in listed.items())
+    assert all(entry["sha256"] == artifacts.sha256(bundle / name) for name, entry in listed.items())
     assert [name for name in there if name.endswith(".whl")] == [
         f"wheels/timm-{kernel.metadata.version('timm')}-py3-none-any.whl"
     ]
     assert sum(name.endswith("weights.safetensors") for name in there) == 5
     before = kernel.content(made)
     assert kernel.content(kernel.build("blend001")) == before
-    facts = store.read_json(made / "notebook" / "kernel-metadata.json")
+    facts = artifacts.read_json(made / "notebook" / "kernel-metadata.json")
     assert facts["enable_internet"] is False and facts["competition_sources"] == ["practice"]
-    notebook = store.read_json(made / "notebook" / facts["code_file"])
+    notebook = artifacts.read_json(made / "notebook" / facts["code_file"])
     assert (
         "'-m', 'comp', 'predict', '--kernel'"
         in notebook["cells"][1]["source"]
@@ -81,12 +81,12 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     assert len(list(bundle.rglob("weights.safetensors"))) == 5
     table = samples.load()
     stored = bank.load("snaps:snap1", "test", table, folds.load(table))
-    cfg = load(store.root(), "base").config
+    cfg = load(paths.root(), "base").config
     home = cfg.competition.model_copy(update={"raw": str(trained / "data" / "raw")})
     (trained / "runs").rename(trained / "gone")
     monkeypatch.setenv("COMP_ROOT", str(bundle))
-    store.root.cache_clear()
-    about = store.read_json(bundle / "bundle.json")
+    paths.root.cache_clear()
+    about = artifacts.read_json(bundle / "bundle.json")
     heads = tuple(kernel_predict._head(each) for each in about["heads"])
     hidden = kernel_predict.test_rows(
         cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
@@ -98,7 +98,7 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
 
 
 def test_damaged_weights_are_not_bundled(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = store.fold_folder("exp001", 0, 2) / "weights.safetensors"
+    file = paths.fold_folder("exp001", 0, 2) / "weights.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
@@ -148,7 +148,7 @@ def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.
     assert not (kernel.folder("blend001") / ".rehearsal").exists()
     assert before == {file: file.read_bytes() for file in before}
     said = capsys.readouterr().out
-    facts = store.read_json(rehearse.file_of("blend001"))
+    facts = artifacts.read_json(rehearse.file_of("blend001"))
     assert (
         facts["apart"] <= 1e-5
         and facts["peak"] > 0
@@ -181,7 +181,7 @@ def test_pictures_in_archives_are_linked_and_not_copied(trained: Path, tmp_path:
         for file in (raw / "test").iterdir():
             archive.write(file, f"test/{file.name}")
     shutil.rmtree(raw / "test")
-    cfg = load(store.root(), "base", ["competition.test.image=test.zip/test/{id}.png"]).config
+    cfg = load(paths.root(), "base", ["competition.test.image=test.zip/test/{id}.png"]).config
     for linked, others in ((True, 2), (False, 1)):
         rehearse.lay_out(cfg, tmp_path / str(linked), hidden=False, linked=linked)
         laid_out = tmp_path / str(linked) / "test.zip"
@@ -268,9 +268,9 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     assert latency.seconds_per_image("exp003:mlp") > 0
     # Heads that were fitted on another backbone's features are not believed.
     file = frozen_heads.backbone_of("exp003")
-    store.seal(file, remade=True)
+    artifacts.add_to_manifest(file, remade=True)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     with pytest.raises(UserError, match="comp features exp003"):
         verify.verify("exp003:logistic")
 
@@ -307,13 +307,13 @@ def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
         "it has learned something, in the unit of the target"
     )
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
-    facts = store.read_json(rehearse.file_of("exp001"))
+    facts = artifacts.read_json(rehearse.file_of("exp001"))
     assert facts["apart"] <= 1e-5 and "hidden set of 41 rows" in capsys.readouterr().out
     verify.verify("exp001")
     assert "predicted 8 rows again through 5 of 5 checkpoints" in capsys.readouterr().out
 
     # Not vacuous: stored values that are a ten-thousandth too large are found by both.
-    for place in (bank.folder("exp001"), *(store.fold_folder("exp001", 0, n) for n in range(split.count))):
+    for place in (bank.folder("exp001"), *(paths.fold_folder("exp001", 0, n) for n in range(split.count))):
         kept = bank.read(place / "test.arrow", table, split)
         large = {"label": kept.heads["label"] * np.float32(1.0001)}
         bank.write(place / "test.arrow", predictions.PredictionSet(kept.row, None, large, kept.meta))
@@ -386,7 +386,7 @@ def test_only_a_bundle_is_run_as_a_kernel(trained: Path, capsys: pytest.CaptureF
 
 
 def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store.write_json(
+    artifacts.write_json(
         rehearse.file_of("blend001"),
         {
             "seconds_an_image": {"exp001": 0.1, "exp001:tta-identity-hflip": 0.2},
@@ -406,12 +406,12 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "without exp001" in out and "h of 150m" in out
     assert (trained / "configs/ensembles/blend001-150m.yaml").exists() and (
-        store.ensemble_folder("blend001-150m") / "apply.json"
+        paths.ensemble_folder("blend001-150m") / "apply.json"
     ).exists()
     assert cli.main(["kernel", "blend001", "--budget", "10m"]) == 2
     assert "are not enough" in capsys.readouterr().err
     assert cli.main(["kernel", "blend001", "--budget", "soon"]) == 2
-    store.write_json(
+    artifacts.write_json(
         rehearse.file_of("exp001:tta-identity-hflip"),
         {"seconds_an_image": {"exp001:tta-identity-hflip": 0.2}, "hidden_rows": 36000, "start": 60.0},
     )

@@ -18,7 +18,7 @@ from comp import competition
 from comp.engine.bank import bank
 from comp.engine.data import cache, check, folds, image_key, image_reader, make_folds, raw_tables
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 
 README = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
 CROP = "def load_image" + README.partition("def load_image")[2].partition("```")[0]  # what people copy
@@ -202,7 +202,7 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     bundle = kernel.build("exp001") / "bundle"
     about = json.loads((bundle / "bundle.json").read_text())
     monkeypatch.setenv("COMP_ROOT", str(bundle))
-    store.root.cache_clear()
+    paths.root.cache_clear()
     base = config(experiment="base")
     home = base.competition.model_copy(update={"raw": str(empty / "data/raw")})
     at_home = base.model_copy(update={"competition": home})

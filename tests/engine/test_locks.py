@@ -22,52 +22,54 @@ from forked import forked
 
 from comp.engine import cli
 from comp.engine.errors import UserError
-from comp.engine.store import process, store
+from comp.engine.store import artifacts, locks, paths, process
 from comp.engine.tune import study
 
 HOLD = """
 import sys
 from pathlib import Path
-from comp.engine.store import process, store
-with store.lock(Path(sys.argv[1]), "training"), store.writing(Path(sys.argv[1], "x.arrow")) as temporary:
+from comp.engine.store import artifacts, locks, process
+with locks.lock(Path(sys.argv[1]), "training"), artifacts.atomic(Path(sys.argv[1], "x.arrow")) as temporary:
     temporary.write_text("half")
-    print(process.me(), flush=True)
+    print(process.own_id(), flush=True)
     sys.stdin.read()
 """
 TAKE = """
 import sys
 from pathlib import Path
-from comp.engine.store import store
+from comp.engine.errors import UserError
+from comp.engine.store import locks
 try:
-    with store.lock(Path(sys.argv[1]), "training"):
+    with locks.lock(Path(sys.argv[1]), "training"):
         print("taken")
-except store.Refused as refused:
+except UserError as refused:
     print(refused)
     sys.exit(2)
 """
 COVERED = """
 import os, signal, sys
 from pathlib import Path
-from comp.engine.store import process, store
+from comp.engine.errors import UserError
+from comp.engine.store import locks, process
 folder = Path(sys.argv[1])
 assert not Path("/proc/self").exists() and process.PROC == Path("/proc")
 def child():
     here, there = os.pipe()
     if (pid := os.fork()) == 0:
-        with store.lock(folder, "training"):
+        with locks.lock(folder, "training"):
             os.write(there, b"x")
             signal.pause()
     os.read(here, 1)
     return pid
 pid = child()
 try:
-    with store.lock(folder, "again"):
+    with locks.lock(folder, "again"):
         print("taken from the living")
-except store.Refused as refused:
+except UserError as refused:
     print(refused)
 os.kill(pid, signal.SIGKILL)
 os.waitpid(pid, 0)
-with store.lock(folder, "again"):
+with locks.lock(folder, "again"):
     print("taken from the dead")
 """
 LONG_AGO = 11 * 60
@@ -108,7 +110,7 @@ def held(namespace: list[str], folder: Path) -> Iterator[tuple[str, subprocess.P
 
 
 def refusal(folder: Path, **how: Any) -> str:
-    with pytest.raises(UserError) as refused, store.lock(folder, "training", **how):
+    with pytest.raises(UserError) as refused, locks.lock(folder, "training", **how):
         pass
     return str(refused.value)
 
@@ -120,12 +122,12 @@ def aged(file: Path, seconds: float = LONG_AGO) -> None:
 
 def elsewhere() -> str:
     """A process of the same pid and start on another host."""
-    return "-".join(["0" * 8, *process.me().split("-")[1:]])
+    return "-".join(["0" * 8, *process.own_id().split("-")[1:]])
 
 
 def held_by(folder: Path, name: str, job: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / store.LOCK).write_text("\n".join(["7", name, "worker-2", "12:00:00", "training", job, ""]))
+    (folder / locks.LOCK).write_text("\n".join(["7", name, "worker-2", "12:00:00", "training", job, ""]))
 
 
 def test_a_lock_of_another_pid_namespace_is_held_whatever_that_pid_is_here(
@@ -140,14 +142,14 @@ def test_a_lock_of_another_pid_namespace_is_held_whatever_that_pid_is_here(
     other = [*namespace, sys.executable, "-c", TAKE, str(folder)]
     taken = subprocess.run(other, capture_output=True, text=True, check=False)
     assert (taken.returncode, "process 1 on host" in taken.stdout) == (2, True), taken
-    with store.stealing():
+    with locks.steal():
         assert "--steal-lock" in refusal(folder), "its heartbeat is young"
-    aged(folder / store.LOCK)
+    aged(folder / locks.LOCK)
     assert "heartbeat 11 min ago" in refusal(folder), "age alone proves nothing"
     assert "heartbeat 11 min ago" in refusal(folder, wait=True), "nobody will come to release it"
-    with store.stealing(), store.lock(folder, "training"):
-        assert store.holder(folder)
-    assert not (folder / store.LOCK).exists() and owner.poll() is None
+    with locks.steal(), locks.lock(folder, "training"):
+        assert locks.owner(folder)
+    assert not (folder / locks.LOCK).exists() and owner.poll() is None
 
 
 def test_a_temporary_file_is_nobody_elses_and_clean_knows_whose_it_is(
@@ -156,14 +158,14 @@ def test_a_temporary_file_is_nobody_elses_and_clean_knows_whose_it_is(
     name, owner = held
     part = folder / f".x.arrow.{name}.part"
     assert part.read_text() == "half"
-    assert name.split("-")[3] == "1" and process.NAME.fullmatch(name)
+    assert name.split("-")[3] == "1" and process.ID.fullmatch(name)
     owner.kill()  # and its child with it
     owner.wait()
     assert forked(lambda: _half_written(folder)) == signal.SIGKILL
     (dead,) = set(folder.glob("*.part")) - {part}
     assert cli.main(["clean", "--trash"]) == 2, "the lock of another namespace is held"
-    (folder / store.LOCK).unlink()
-    with store.writing(folder / "mine") as mine:
+    (folder / locks.LOCK).unlink()
+    with artifacts.atomic(folder / "mine") as mine:
         mine.write_text("half")
         assert cli.main(["clean", "--trash"]) == 0
         assert mine.exists() and part.exists() and not dead.exists()
@@ -178,14 +180,14 @@ def test_a_temporary_file_is_nobody_elses_and_clean_knows_whose_it_is(
 
 
 def _half_written(folder: Path) -> None:
-    with store.writing(folder / "y.arrow") as temporary:
+    with artifacts.atomic(folder / "y.arrow") as temporary:
         temporary.write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_living_owner_that_is_seen_is_never_robbed(folder: Path) -> None:
-    with store.lock(folder, "training"), store.stealing():
-        aged(folder / store.LOCK)
+    with locks.lock(folder, "training"), locks.steal():
+        aged(folder / locks.LOCK)
         assert f"process {os.getpid()} is already training" in refusal(folder)
 
 
@@ -196,23 +198,23 @@ def test_a_dead_owner_that_is_seen_is_taken_over_at_once(
     """Without /proc psutil says who lives."""
     if hidden:
         monkeypatch.setattr(process, "PROC", folder / "no-proc")
-    process._name.cache_clear()
+    process._id.cache_clear()
     try:
-        assert (process.me().split("-")[1] == "") == hidden
+        assert (process.own_id().split("-")[1] == "") == hidden
 
         def die() -> None:
-            with store.lock(folder, "training"):
+            with locks.lock(folder, "training"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         assert forked(die) == signal.SIGKILL
-        with store.lock(folder, "again"):
+        with locks.lock(folder, "again"):
             assert f"process {os.getpid()} is already again" in refusal(folder)
         # The pid lives, and is another process's by now.
-        held_by(folder, re.sub(r"\d+$", lambda start: str(int(start[0]) - 500), process.me()))
-        with store.lock(folder, "again"):
+        held_by(folder, re.sub(r"\d+$", lambda start: str(int(start[0]) - 500), process.own_id()))
+        with locks.lock(folder, "again"):
             pass
     finally:
-        process._name.cache_clear()
+        process._id.cache_clear()
 
 
 def test_with_proc_covered_by_an_empty_folder_a_pid_that_is_gone_is_dead(folder: Path) -> None:
@@ -228,22 +230,22 @@ def test_with_proc_covered_by_an_empty_folder_a_pid_that_is_gone_is_dead(folder:
 def test_an_owner_from_before_this_machines_boot_is_dead_and_one_of_its_namesake_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "INITIAL", process._namespace())
-    host, boot, *rest = process.me().split("-")
-    before, booted = "-".join([host, "0" * 8, *rest]), process._booted()
+    monkeypatch.setattr(process, "INITIAL_NAMESPACE", process._namespace())
+    host, boot, *rest = process.own_id().split("-")
+    before, booted = "-".join([host, "0" * 8, *rest]), process._boot_time()
     assert process.state(before, booted - 5) == "dead"
     assert process.state(before, booted + 5) == "unknown", "it lives: another machine of that name"
     assert process.state(before) == "unknown"
     assert process.state("-".join(["0" * 8, boot, *rest]), booted - 5) == "unknown", "another host"
-    monkeypatch.setattr(process, "INITIAL", "1")
+    monkeypatch.setattr(process, "INITIAL_NAMESPACE", "1")
     assert process.state(before, booted - 5) == "unknown", "in a container: its name says little"
 
 
 @pytest.mark.parametrize("torn", ["", "4711", "7-7", "0" * 8 + "-----"])
 def test_a_lock_torn_by_a_power_cut_is_nobodys(folder: Path, torn: str) -> None:
     folder.mkdir(parents=True)
-    (folder / store.LOCK).write_text(torn)
-    with store.lock(folder, "training"):
+    (folder / locks.LOCK).write_text(torn)
+    with locks.lock(folder, "training"):
         pass
 
 
@@ -255,26 +257,26 @@ def test_a_job_handed_out_again_waits_until_its_dead_owner_is_silent_for_long(
 
     def later(seconds: float) -> None:
         waits.append(seconds)
-        aged(folder / store.LOCK)
+        aged(folder / locks.LOCK)
 
     monkeypatch.setattr("time.sleep", later)
-    with store.lock(folder, "training", job="j1"):
+    with locks.lock(folder, "training", job="j1"):
         assert len(waits) == 1 and "waiting for it" in capsys.readouterr().out
     held_by(folder, elsewhere(), job="j1")
-    aged(folder / store.LOCK)
+    aged(folder / locks.LOCK)
     assert "worker-2" in refusal(folder, job="j2")
 
 
 def test_an_owner_renews_its_heartbeat_and_ends_when_its_lock_is_another_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store, "BEAT", 0.001)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.001)
 
     def owner() -> None:
-        with store.lock(folder, "training"):
-            aged(folder / store.LOCK)
-            old = (folder / store.LOCK).stat().st_mtime
-            while (folder / store.LOCK).stat().st_mtime == old:
+        with locks.lock(folder, "training"):
+            aged(folder / locks.LOCK)
+            old = (folder / locks.LOCK).stat().st_mtime
+            while (folder / locks.LOCK).stat().st_mtime == old:
                 pass
             held_by(folder, elsewhere())
             signal.pause()
@@ -286,12 +288,12 @@ def test_an_owner_renews_its_heartbeat_and_ends_when_its_lock_is_another_ones(
 @pytest.mark.parametrize(
     ("worker", "silent", "dead"),
     [
-        (process.me, False, False),
-        (process.me, True, False),  # busy cores: it is seen to live
+        (process.own_id, False, False),
+        (process.own_id, True, False),  # busy cores: it is seen to live
         (elsewhere, False, False),
         (elsewhere, True, True),
         (lambda: "", False, True),  # asked for and never signed
-        (lambda: process.me().replace(f"-{os.getpid()}-", "-4194303-"), False, True),
+        (lambda: process.own_id().replace(f"-{os.getpid()}-", "-4194303-"), False, True),
     ],
 )
 def test_a_study_takes_up_trials_of_the_dead_alone(
@@ -303,34 +305,32 @@ def test_a_study_takes_up_trials_of_the_dead_alone(
 
 # The modules that take a lock or refuse because of one -> the verbs that come to it.
 LOCKING = {
-    "engine/extras/clean.py": ["clean"],
-    "engine/deliver/download.py": ["download"],
-    "engine/deliver/kernel.py": ["kernel"],
-    "engine/deliver/push.py": ["kernel"],
-    "engine/deliver/rehearse.py": ["kernel"],
-    "engine/deliver/submit.py": ["submit"],
-    "engine/extras/tta_search.py": ["tta"],
-    "engine/ensemble/blend.py": ["ensemble"],
-    "engine/run/fingerprint.py": ["train", "tune", "seed-noise", "compare"],
-    "engine/run/runner.py": ["train", "tune", "seed-noise", "compare", "predict"],
-    "engine/extras/export.py": ["export"],
-    "engine/extras/features.py": ["features"],
-    "engine/extras/listings.py": [],  # comp runs only says so
-    "engine/run/repredict.py": ["predict"],
-    "engine/extras/pseudo_labels.py": ["pseudo"],
+    "comp/engine/extras/clean.py": ["clean"],
+    "comp/engine/deliver/download.py": ["download"],
+    "comp/engine/deliver/kernel.py": ["kernel"],
+    "comp/engine/deliver/push.py": ["kernel"],
+    "comp/engine/deliver/rehearse.py": ["kernel"],
+    "comp/engine/deliver/submit.py": ["submit"],
+    "comp/engine/extras/tta_search.py": ["tta"],
+    "comp/engine/ensemble/blend.py": ["ensemble"],
+    "comp/engine/run/fingerprint.py": ["train", "tune", "seed-noise", "compare"],
+    "comp/engine/run/runner.py": ["train", "tune", "seed-noise", "compare", "predict"],
+    "comp/engine/extras/export.py": ["export"],
+    "comp/engine/extras/features.py": ["features"],
+    "comp/engine/extras/listings.py": [],  # comp runs only prints the owner
+    "comp/engine/run/repredict.py": ["predict"],
+    "comp/engine/extras/pseudo_labels.py": ["pseudo"],
     # whatever looks at a picture, or into an archive
-    "engine/data/cache.py": ["cache", "lr-range", "model", "explain", "submit", "audit"],
-    "engine/readers/containers.py": ["inspect", "prepare", "check", "folds", "augment", "label-errors"],
-    "engine/tune/report.py": ["tune"],
+    "comp/engine/data/cache.py": ["cache", "lr-range", "model", "explain", "submit", "audit"],
+    "comp/engine/readers/containers.py": ["inspect", "prepare", "check", "folds", "augment", "label-errors"],
+    "comp/engine/tune/report.py": ["tune"],
 }
 
 
 def test_every_verb_that_may_meet_a_lock_can_take_it_over(capsys: pytest.CaptureFixture[str]) -> None:
-    asks = re.compile(r"store\.(lock|holder)\(")
+    asks = re.compile(r"locks\.(lock|owner)\(")
     found = {
-        str(file.relative_to(HERE / "comp"))
-        for file in (HERE / "comp").rglob("*.py")
-        if asks.search(file.read_text())
+        str(file.relative_to(HERE)) for file in (HERE / "comp").rglob("*.py") if asks.search(file.read_text())
     }
     assert found == LOCKING.keys()
     flagged = {name for name, verb in cli.VERBS.items() if verb.locks}
@@ -343,7 +343,7 @@ def test_every_verb_that_may_meet_a_lock_can_take_it_over(capsys: pytest.Capture
 
 def test_the_flag_holds_for_one_call_and_for_what_it_starts(folder: Path) -> None:
     held_by(folder, elsewhere())
-    aged(folder / store.LOCK)
+    aged(folder / locks.LOCK)
     assert cli.main(["clean", "--trash"]) == 2
     assert cli.main(["clean", "--trash", "--steal-lock"]) == 0
     assert cli.main(["clean", "--trash"]) == 2
@@ -364,7 +364,7 @@ def test_two_containers_do_not_train_one_fold(project: Path, namespace: list[str
         *[*namespace, sys.executable, "-m", "comp", "train", "exp001", "--as", "run", "--fold", "0", "track=none"],
         *["machine.num_workers=0", "machine.progress=false", "train.epochs=12", "train.limit=64", "schedule.warmup=0"],
     ]  # fmt: skip
-    log = store.fold_folder("run", 0, 0) / "log.jsonl"
+    log = paths.fold_folder("run", 0, 0) / "log.jsonl"
     first = subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while first.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
         pass

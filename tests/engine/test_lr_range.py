@@ -15,7 +15,7 @@ from comp.engine import cli
 from comp.engine.errors import UserError
 from comp.engine.run import lr_range, runner
 from comp.engine.run.lr_range import Point
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 QUICK = [
     "track=none",
@@ -28,7 +28,7 @@ QUICK = [
 
 
 def files(root: Path) -> dict[str, str]:
-    return {str(file.relative_to(root)): store.sha256(file) for file in root.rglob("*") if file.is_file()}
+    return {str(file.relative_to(root)): artifacts.sha256(file) for file in root.rglob("*") if file.is_file()}
 
 
 def states() -> tuple[object, list[int], list[int]]:

@@ -18,7 +18,7 @@ from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED, Blend
 from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 EXTRA = {"weighted": "weights: [3, 1, 2]", "optuna": "trials: 15", "lightgbm": ""}
@@ -78,7 +78,7 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
         from comp.engine.ensemble.blend import member_predictions
 
         declared = declared_.read("blend001")
-        cfg = resolve.load(store.root(), "base").config
+        cfg = resolve.load(paths.root(), "base").config
         oof = member_predictions(declared, "oof", project.samples, project.folds)
         test = member_predictions(declared, "test", project.samples, project.folds)
         again = fit.fit_ensemble(cfg, declared.blend, project.samples, project.folds, oof, test, {}, {})
@@ -99,7 +99,7 @@ def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fo
     declare(project, "blend001", "members: [mean, fitted, exp003]\nmethod: greedy")
     for name in ("fitted", "mean", "blend001"):
         blend(name)
-    cfg, declared = resolve.load(store.root(), "base").config, declared_.read("blend001")
+    cfg, declared = resolve.load(paths.root(), "base").config, declared_.read("blend001")
     refits = blending.member_refits(cfg, declared, project.samples, project.folds)
     assert list(refits) == ["mean", "fitted"]  # what no label had a hand in stays as it is
     stored, rows = load(project, "mean"), np.arange(400)
@@ -133,7 +133,9 @@ def test_two_levels_and_snapshots(empty: Path, method: str) -> None:
     made(project, f"method: {method}")
     made(project, "method: slsqp", "['exp003:snapshots']", "blend002")
     made(project, "method: snapshots", "['exp003:snapshots']", "blend003")
-    weights = [each["weight"] for each in store.read_json(bank.folder("blend003") / "score.json")["members"]]
+    weights = [
+        each["weight"] for each in artifacts.read_json(bank.folder("blend003") / "score.json")["members"]
+    ]
     assert weights == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     record = made(project, "method: logistic", "[blend001, blend002, exp001]", "blend004")
     assert record["oof"] < 0.8 and set(average.leaves(recipe_of("blend004"))) <= {
@@ -166,9 +168,9 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
     with pytest.raises(UserError, match="exp001 has no measured latency"):
         made(project, "method: greedy\nmax_seconds: 5")
     for i, cost in enumerate((0.03, 0.01, 0.002)):
-        folder = store.fold_folder(f"exp00{i + 1}", 0, 0)
+        folder = paths.fold_folder(f"exp00{i + 1}", 0, 0)
         folder.mkdir(parents=True)
-        store.write_json(folder / latency.FILE, {"test": cost})
+        artifacts.write_json(folder / latency.FILE, {"test": cost})
     assert latency.seconds_per_image("exp001") == 0.03
     for method in SEARCHED:
         extra = "trials: 20" if method == "optuna" else ""
@@ -281,7 +283,7 @@ def test_filters_choose_runs(empty: Path) -> None:
     project = three(lay_out(empty, "binary"))
     member(project, "exp001:seed1")
     scores = {
-        a: store.read_json(bank.folder(a) / "score.json")["oof"] for a in ("exp001", "exp002", "exp003")
+        a: artifacts.read_json(bank.folder(a) / "score.json")["oof"] for a in ("exp001", "exp002", "exp003")
     }
     middle = sorted(scores.values())[1]
     assert member_filter.addresses(f"score>={middle}") == [a for a, s in scores.items() if s >= middle]

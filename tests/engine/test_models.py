@@ -21,7 +21,7 @@ from comp.engine.errors import UserError
 from comp.engine.extras import explain, export, features, measure
 from comp.engine.run import frozen_heads, runner
 from comp.engine.run.normalize import Normalize
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 TINY = [
@@ -114,7 +114,7 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
     for column in range(3):
         left = explain.GAP + column * (explain.SIDE + explain.GAP)
         assert pixels[100:150, left : left + explain.SIDE].std() > 5, "no empty panel"
-    rows = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table)).row
+    rows = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table)).row
     ids = table.frame["id"].iloc[rows[:2]].tolist()
     assert explain.explain("x", ids, 3) == file
     with pytest.raises(UserError, match="no out-of-fold prediction"):
@@ -150,7 +150,7 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
 ) -> None:
     pytest.importorskip("onnxscript")
     runner.train("exp001", TINY, fold="0", name="x")
-    made = store.read_json(store.verified(export.export("x", 0, 60, "0.5")))
+    made = artifacts.read_json(artifacts.verified(export.export("x", 0, 60, "0.5")))
     said = {line["name"]: line for line in made["variants"]}
     assert list(said) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
     assert max(said["torch.export"]["away"], said["onnx"]["away"]) < 1e-4
@@ -159,12 +159,12 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     assert said["pruned 50%"]["bytes"] < said["torch"]["bytes"]
     assert "away" in capsys.readouterr().out
     table = samples.load()
-    stored = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
+    stored = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     import onnxruntime
 
     context = runner.gather(config(*TINY))
     images = export._pictures(context, stored.row[:20].astype(np.int64))
-    session = onnxruntime.InferenceSession(str(store.run_folder("x") / "export" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(paths.run_folder("x") / "export" / "model.onnx"))
     raw = session.run(None, {"pictures": images})[0]
     assert np.allclose(torch.from_numpy(raw).log_softmax(1).numpy(), stored.heads["label"][:20], atol=1e-4)
     monkeypatch.setattr(export, "NEAR", -1.0)
@@ -210,8 +210,10 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert bank.members() == ["exp003:knn"]
     oof = bank.load("exp003:knn", "oof", table, split)
     assert oof.predicted.all() and bank.load("exp003:knn", "test", table, split).predicted.all()
-    assert store.read_json(store.member_folder("exp003", "knn") / "score.json")["oof"] > 0.4, "chance is 0.1"
-    before = store.sha256(store.run_folder("exp003") / features.FILE)
+    assert artifacts.read_json(paths.member_folder("exp003", "knn") / "score.json")["oof"] > 0.4, (
+        "chance is 0.1"
+    )
+    before = artifacts.sha256(paths.run_folder("exp003") / features.FILE)
     capsys.readouterr()
     features.features("exp003", quiet, "linear")
     assert "kept from before" in capsys.readouterr().out
@@ -221,7 +223,7 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
-    assert store.sha256(store.run_folder("exp003") / features.FILE) != before
+    assert artifacts.sha256(paths.run_folder("exp003") / features.FILE) != before
     cfg = config(*quiet, experiment="exp003")
     context = runner.gather(cfg)
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
@@ -273,5 +275,5 @@ def test_a_head_of_frozen_features_predicts_again_what_is_stored(project: Path) 
     assert leaf["checkpoints"] == [(0, f"{fold}/logistic") for fold in range(5)] and leaf["tta"] == [
         "identity"
     ]
-    assert all(store.sealed(file) for file in kernel.weights_of(leaf))
+    assert all(artifacts.manifest_entry(file) for file in kernel.weights_of(leaf))
     verify.verify("exp003:logistic")

@@ -18,7 +18,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.samples import Positions
 from comp.engine.errors import UserError
 from comp.engine.run import normalize, pixel_stats, runner
-from comp.engine.store import store
+from comp.engine.store import paths
 
 TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "augment.recipe=none"]
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
 
     def numbers(name: str) -> dict[str, torch.Tensor]:
         runner.train("exp001", run, fold="0", name=name)
-        weights = load_file(store.fold_folder(name, 0, 0) / "weights.safetensors")
+        weights = load_file(paths.fold_folder(name, 0, 0) / "weights.safetensors")
         return {key: value for key, value in weights.items() if key.startswith(("pixel", "white"))}
 
     def plant(rows: Positions) -> None:
@@ -106,7 +106,7 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     plant(taught[:3])
     assert not any(torch.equal(before[key], value) for key, value in numbers("taught").items())
-    said = bank.read(store.fold_folder("before", 0, 0) / "oof.arrow", table, folds.load(table))
+    said = bank.read(paths.fold_folder("before", 0, 0) / "oof.arrow", table, folds.load(table))
     assert said.predicted.all()
 
 

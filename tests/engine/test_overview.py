@@ -18,7 +18,7 @@ from comp.engine.bank import bank
 from comp.engine.config import resolve
 from comp.engine.ensemble.blend import blend
 from comp.engine.extras import clean, listings
-from comp.engine.store import process, store
+from comp.engine.store import artifacts, locks, paths, process
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def row(out: str, name: str) -> str:
 
 
 def fold(run: str, number: int | str = 0, seed: int = 0) -> Path:
-    folder = store.fold_folder(run, seed, number)
+    folder = paths.fold_folder(run, seed, number)
     folder.mkdir(parents=True)
     return folder
 
 
 def sealed(file: Path, content: bytes = b"x" * 1000) -> Path:
     file.write_bytes(content)
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     return file
 
 
@@ -59,8 +59,8 @@ def test_runs_and_ensembles_with_scores_and_differences(
     member(project, "exp001", noise=1.2)
     member(project, "exp002", noise=1.8, marks=["selected_on_fold"])
     cfg = resolve.load(project.root, "exp001", ["optim.lr=0.25", "machine.num_workers=7"]).config
-    store.write_text(store.run_folder("exp002") / "config.yaml", resolve.to_yaml(cfg))
-    store.seal(store.run_folder("exp002") / "config.yaml")
+    artifacts.write_text(paths.run_folder("exp002") / "config.yaml", resolve.to_yaml(cfg))
+    artifacts.add_to_manifest(paths.run_folder("exp002") / "config.yaml")
     for number in range(3):
         sealed(fold("exp001", number) / "oof.arrow")
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: mean")
@@ -70,7 +70,8 @@ def test_runs_and_ensembles_with_scores_and_differences(
     assert cli.main(["runs"]) == 0
     out = capsys.readouterr().out
     scores = {
-        name: store.read_json(bank.folder(name) / "score.json") for name in ("exp001", "exp002", "blend001")
+        name: artifacts.read_json(bank.folder(name) / "score.json")
+        for name in ("exp001", "exp002", "blend001")
     }
     for name, record in scores.items():
         assert f"{record['mean']:.4f} ± {record['std']:.4f}" in row(out, name)
@@ -86,14 +87,14 @@ def test_runs_and_ensembles_with_scores_and_differences(
 def test_a_start_that_saved_nothing_is_no_run(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("empty", "saved"):
         folder = fold(name)
-        store.write_text(store.run_folder(name) / "config.yaml", resolve.to_yaml(project.cfg))
-        store.seal(store.run_folder(name) / "config.yaml")
+        artifacts.write_text(paths.run_folder(name) / "config.yaml", resolve.to_yaml(project.cfg))
+        artifacts.add_to_manifest(paths.run_folder(name) / "config.yaml")
         (folder / "log.jsonl").write_text("")
-    sealed(store.fold_folder("saved", 0, 0) / "state-00000005.pt")
+    sealed(paths.fold_folder("saved", 0, 0) / "state-00000005.pt")
     assert cli.main(["runs"]) == 0
     out = capsys.readouterr().out
     assert "empty" not in out and "0/5" in row(out, "saved")
-    with store.lock(store.fold_folder("empty", 0, 0), "training"):
+    with locks.lock(paths.fold_folder("empty", 0, 0), "training"):
         assert cli.main(["runs"]) == 0
         assert "training now" in row(capsys.readouterr().out, "empty")
 
@@ -106,7 +107,7 @@ def test_folds_are_counted_of_every_seed(project: Project, capsys: pytest.Captur
     listings.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "10/10 of 2 seeds" in line and "unfinished" not in line
-    shutil.rmtree(store.fold_folder("exp001-seeds", 1, 4))
+    shutil.rmtree(paths.fold_folder("exp001-seeds", 1, 4))
     listings.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "9/10 of 2 seeds" in line and "unfinished" in line
@@ -117,13 +118,13 @@ def test_what_is_scored_on_a_few_rows_is_neither_best_nor_measured(
 ) -> None:
     member(project, "exp001", noise=2.0)
     member(project, "exp001-debug", noise=0.1)
-    file = store.run_folder("exp001-debug") / "score.json"
-    store.write_json(file, store.read_json(file) | {"marks": ["partial"]})
-    store.seal(file)
-    store.write_json(
-        store.path("runs", "noise.json"),
+    file = paths.run_folder("exp001-debug") / "score.json"
+    artifacts.write_json(file, artifacts.read_json(file) | {"marks": ["partial"]})
+    artifacts.add_to_manifest(file)
+    artifacts.write_json(
+        paths.path("runs", "noise.json"),
         {"run": "x-seeds", "experiment": "x", "metric": "accuracy", "seeds": 2, "mean": 0.5, "std": 0.01}
-        | {"folds": store.sealed(store.folds_file())},
+        | {"folds": artifacts.manifest_entry(paths.folds_file())},
     )
     listings.runs()
     out = capsys.readouterr().out
@@ -177,24 +178,24 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(
 ) -> None:
     member(project, "exp001")
     member(project, "exp002")
-    (store.run_folder("exp001") / "config.yaml").write_text("nonsense")
+    (paths.run_folder("exp001") / "config.yaml").write_text("nonsense")
     listings.runs()
     out = capsys.readouterr().out
     assert "damaged" in row(out, "exp001") and "±" in row(out, "exp002")
 
 
 def test_time_is_work_and_not_the_night_between_two_starts(project: Project) -> None:
-    assert listings.spent(store.run_folder("exp001")) == "-"
+    assert listings.spent(paths.run_folder("exp001")) == "-"
     days: list[list[float]] = [[0, 100, 200, 200 + 8 * 3600, 8 * 3600 + 300], [0.0, 65.5]]
     for number, clocks in enumerate(days):
         lines = [json.dumps({"clock": clock}) for clock in clocks]
         (fold("exp001", number) / "log.jsonl").write_text("\n".join(lines) + "\n")
-    assert listings.spent(store.run_folder("exp001")) == "6m05"
+    assert listings.spent(paths.run_folder("exp001")) == "6m05"
 
 
 def test_running_folds_are_seen(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001")
-    with store.lock(fold("exp001"), "training"):
+    with locks.lock(fold("exp001"), "training"):
         listings.runs()
         assert "training now" in row(capsys.readouterr().out, "exp001")
     listings.runs()
@@ -284,11 +285,11 @@ def full(project: Project) -> dict[str, Path]:
     cache = project.root / "data" / "cache" / "abc"
     cache.mkdir(parents=True)
     made["cache"] = sealed(cache / "pixels.bin")
-    made["trash"] = store.trash(fold("exp009").parent.parent)
-    gone = process.me().replace(f"-{os.getpid()}-", "-4194999-")
+    made["trash"] = artifacts.move_to_trash(fold("exp009").parent.parent)
+    gone = process.own_id().replace(f"-{os.getpid()}-", "-4194999-")
     made["orphan"] = project.root / "runs" / "exp001" / f".oof.arrow.{gone}.part"
     made["orphan"].write_bytes(b"half")
-    made["half"] = store.path("kernels", "exp001", ".making")
+    made["half"] = paths.path("kernels", "exp001", ".making")
     made["half"].mkdir(parents=True)
     (made["half"] / "script.py").write_text("half")
     return made
@@ -301,7 +302,7 @@ GOES = {"trash": {"trash", "orphan", "half"}, "cache": {"cache"}, "state": {"don
 def test_only_what_is_named_goes(full: dict[str, Path], flag: str) -> None:
     assert cli.main(["clean", f"--{flag}"]) == 0
     assert {name for name, file in full.items() if not file.exists()} == GOES[flag]
-    assert store.sealed(full["done"]) is None or full["done"].exists()
+    assert artifacts.manifest_entry(full["done"]) is None or full["done"].exists()
 
 
 def test_without_a_flag_nothing_goes(full: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,7 +315,7 @@ def test_without_a_flag_nothing_goes(full: dict[str, Path], capsys: pytest.Captu
 def test_nothing_is_cleaned_away_under_a_running_job(
     full: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with store.lock(store.fold_folder("exp001", 0, 1), "training seed 0 fold 1"):
+    with locks.lock(paths.fold_folder("exp001", 0, 1), "training seed 0 fold 1"):
         assert cli.main(["clean", "--cache", "--state"]) == 2
         assert "training seed 0 fold 1" in capsys.readouterr().err
     assert all(file.exists() for file in full.values())

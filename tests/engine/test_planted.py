@@ -14,7 +14,7 @@ from kaggle_server import USER, Server
 from test_download import at_kaggle
 
 from comp.engine import cli
-from comp.engine.store import store
+from comp.engine.store import paths
 
 HERE = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 PLANTED = [f"planted-{i:02d}-0123456789" for i in range(25)]
@@ -115,7 +115,7 @@ def test_no_planted_key_is_in_anything_written(
     assert cli.main(push) == 2
     server.kernel_runs = ["COMPLETE"]
     assert cli.main(push) == 0 and cli.main(["ledger"]) == 0
-    assert len(server.submissions) == 2 and store.path("submissions", "ledger.jsonl").exists()
+    assert len(server.submissions) == 2 and paths.path("submissions", "ledger.jsonl").exists()
 
     said = capfd.readouterr()
     shown = [key for key in PLANTED if key in said.out + said.err]

@@ -11,7 +11,7 @@ import pytest
 
 from comp.engine.errors import UserError
 from comp.engine.extras import practice
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -28,13 +28,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def submit(labels: dict[str, str], header: str = "id,label") -> None:
-    store.write_text(
-        store.submission_file("trial"), "\n".join([header, *(f"{i},{v}" for i, v in labels.items())]) + "\n"
+    artifacts.write_text(
+        paths.submission_file("trial"), "\n".join([header, *(f"{i},{v}" for i, v in labels.items())]) + "\n"
     )
 
 
 def answers() -> dict[str, str]:
-    return {row["id"]: row["label"] for row in rows(store.path("data", "answers", "solution.csv"))}
+    return {row["id"]: row["label"] for row in rows(paths.path("data", "answers", "solution.csv"))}
 
 
 def test_it_looks_like_a_kaggle_download(project: Path) -> None:
@@ -104,9 +104,9 @@ def test_the_host_refuses(project: Path, damage: str) -> None:
         truth = {id_.lstrip("0"): label for id_, label in truth.items()}
     submit(truth, "id,digit" if damage == "header" else "id,label")
     if damage == "twice":
-        file = store.submission_file("trial")
+        file = paths.submission_file("trial")
         file.write_text(file.read_text() + f"{first},0\n")
     if damage == "none":
-        store.submission_file("trial").unlink()
+        paths.submission_file("trial").unlink()
     with pytest.raises(UserError, match=r"submissions/trial\.csv"):
         practice.score("trial")

@@ -14,7 +14,7 @@ from conftest import config
 from comp import competition
 from comp.engine.data import prepare, samples, targets
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 
 SIMPLE: dict[str, Any] = {
     "slug": "x",
@@ -54,7 +54,7 @@ def prepared() -> samples.Samples:
 def refusal() -> list[str]:
     with pytest.raises(UserError) as refused:
         prepare.prepare(config(experiment="base"))
-    assert not store.samples_file().exists(), "a refusal writes nothing"
+    assert not paths.samples_file().exists(), "a refusal writes nothing"
     return refused.value.lines
 
 
@@ -81,10 +81,10 @@ def test_the_practice_competition(project: Path, capsys: pytest.CaptureFixture[s
     truth = made.truth(head, made.positions("train"))
     assert [head.classes[code] for code in truth] == raw["label"].tolist()
 
-    before = store.samples_file().read_bytes()
-    store.samples_file().unlink()
+    before = paths.samples_file().read_bytes()
+    paths.samples_file().unlink()
     prepare.prepare(config(experiment="base"))
-    assert store.samples_file().read_bytes() == before
+    assert paths.samples_file().read_bytes() == before
     assert capsys.readouterr().out.splitlines()[-1] == "next: comp check, then comp folds"
 
 
@@ -220,7 +220,7 @@ def test_a_reader_of_your_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         competition, "read_samples", lambda raw: read_samples(raw).rename(columns={"label": "lable"})
     )
-    store.samples_file().unlink()
+    paths.samples_file().unlink()
     assert refusal() == [
         "comp/competition.py: read_samples returns no column 'label'; the nearest is 'lable'"
     ]

@@ -31,7 +31,7 @@ from comp.engine.run import (
     target_scaler,
     tracking,
 )
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SURE = Wish(None, None, False, 1.0)
 
@@ -89,7 +89,7 @@ def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -
 def test_the_surest_of_each_class(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    mean = bank.read(store.fold_folder("exp001", 0, 3) / "test.arrow", project.samples, project.folds)
+    mean = bank.read(paths.fold_folder("exp001", 0, 3) / "test.arrow", project.samples, project.folds)
     p = mean.probability(project.head)
     sure = written()
     assert (
@@ -133,7 +133,7 @@ def test_other_tasks(empty: Path, task: str) -> None:
     columns = list(project.head.columns)
     if task == "regression":
         both = [
-            bank.read(store.fold_folder("exp001", s, 0) / "test.arrow", project.samples, project.folds)
+            bank.read(paths.fold_folder("exp001", s, 0) / "test.arrow", project.samples, project.folds)
             for s in (0, 1)
         ]
         a, b = (each.heads["label"][:, 0] for each in both)
@@ -164,10 +164,10 @@ def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     for name, method, more in (("fitted", "logistic", "members"), ("after", "mean", "after")):
-        folder = store.ensemble_folder(name)
-        store.write_json(folder / "apply.json", {"members": [], "space": "logit", more: []})
-        store.write_json(folder / "score.json", {"method": method})
-        store.seal(folder / "apply.json", folder / "score.json")
+        folder = paths.ensemble_folder(name)
+        artifacts.write_json(folder / "apply.json", {"members": [], "space": "logit", more: []})
+        artifacts.write_json(folder / "score.json", {"method": method})
+        artifacts.add_to_manifest(folder / "apply.json", folder / "score.json")
         with pytest.raises(
             UserError, match=rf"{name} is fitted \({method}\): its weights have seen the answers of all folds"
         ):
@@ -195,7 +195,7 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
     blend.blend("mean")
     lines = written("mean", Wish(None, 1.0, True, 1.0))
     p = [
-        bank.read(store.fold_folder(n, 0, 1) / "test.arrow", project.samples, project.folds).probability(
+        bank.read(paths.fold_folder(n, 0, 1) / "test.arrow", project.samples, project.folds).probability(
             project.head
         )
         for n in ("exp002", "exp003")
@@ -208,10 +208,10 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
 
 def resealed(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
     """A table with other lines, sealed as if it were right."""
-    file = store.pseudo_file("exp001")
-    facts = {k: v for k, v in (store.sealed(file) or {}).items() if k not in ("sha256", "size")}
+    file = paths.pseudo_file("exp001")
+    facts = {k: v for k, v in (artifacts.manifest_entry(file) or {}).items() if k not in ("sha256", "size")}
     change(pseudo_rows.read("exp001")).to_parquet(file, index=False)
-    store.seal(file, **facts)
+    artifacts.add_to_manifest(file, **facts)
 
 
 def test_the_audit_makes_the_labels_again(empty: Path) -> None:
@@ -248,13 +248,13 @@ def test_the_rows_teach(project: Path) -> None:
     pseudo_labels.write("teacher", "teacher", Wish(None, 0.2, False, 1.0))
     runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
     (epoch,) = [
-        line for line in tracking.read(store.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
+        line for line in tracking.read(paths.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
     ]
     lines = pseudo_rows.read("teacher")
     drawn = len(digits.folds.split(1)[0]) + (lines["fold"] == 1).sum()
     assert epoch["step"] == drawn // 64 > len(digits.folds.split(1)[0]) // 64
-    oof = bank.read(store.fold_folder("taught", 0, 1) / "oof.arrow", digits.samples, digits.folds)
-    test = bank.read(store.fold_folder("taught", 0, 1) / "test.arrow", digits.samples, digits.folds)
+    oof = bank.read(paths.fold_folder("taught", 0, 1) / "oof.arrow", digits.samples, digits.folds)
+    test = bank.read(paths.fold_folder("taught", 0, 1) / "test.arrow", digits.samples, digits.folds)
     assert np.array_equal(oof.row, digits.folds.split(1)[1]) and oof.predicted.all()
     assert np.array_equal(test.row, digits.samples.positions("test"))
     pseudo_labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
@@ -285,7 +285,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         return audit_runs.of_run("taught", samples.load(), digits.folds)
 
     assert found() == []
-    place = store.fold_folder("taught", 0, 1)
+    place = paths.fold_folder("taught", 0, 1)
     file, context = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", context.samples, context.folds)}
     right = load_file(file)
@@ -303,14 +303,14 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         target_scaler.fit(context.cfg, module, joined.samples, rows)
         measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
         save_file(right | measured, file)
-        store.seal(file)
+        artifacts.add_to_manifest(file)
         assert [(type(each), each[0]) for each in audit_runs._statistics(context, sets)] == [(Leak, what)]
     save_file(right, file)
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     assert found() == []
 
     # What taught it is damaged, another under its name, or gone: that is no leak.
-    table = store.pseudo_file("teacher")
+    table = paths.pseudo_file("teacher")
 
     def damage() -> None:
         table.write_bytes(table.read_bytes()[:-1] + b"x")
@@ -373,6 +373,6 @@ def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> Non
         runner.train(
             "exp001", [*QUIET, "train.batch_size=16", "train.epochs=2"], fold="1", name=f"weight{weight}"
         )
-        oof = bank.read(store.fold_folder(f"weight{weight}", 0, 1) / "oof.arrow", table, split)
+        oof = bank.read(paths.fold_folder(f"weight{weight}", 0, 1) / "oof.arrow", table, split)
         called[weight] = (oof.heads["label"].argmax(1) == 3).mean()
     assert called["1"] > 0.6 > 0.4 > called["0"]

@@ -21,7 +21,7 @@ from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, submit
 from comp.engine.ensemble import blend, latency
 from comp.engine.run import runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path) -> None:
@@ -34,14 +34,14 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
     assert rows["full"] == len(table.positions("train")) > rows[1]
     rates = {}
     for fold, count in rows.items():
-        log = [line for line in tracking.read(store.fold_folder("x", 0, fold) / "log.jsonl") if "lr" in line]
+        log = [line for line in tracking.read(paths.fold_folder("x", 0, fold) / "log.jsonl") if "lr" in line]
         assert len(log) == 2 * (count // 64)
         rates[fold] = [line["lr"] for line in log]
     for share in (0, 0.25, 0.5, 0.75):
         one, full = (rates[fold][round(share * len(rates[fold]))] for fold in rates)
         assert full == pytest.approx(one, rel=0.1)
     assert bank.find("x:full", "test").exists()
-    assert not (store.fold_folder("x", 0, "full") / "oof.arrow").exists()
+    assert not (paths.fold_folder("x", 0, "full") / "oof.arrow").exists()
 
 
 # --- a run of which only the refit was trained ---------------------------------------------------------------------------
@@ -63,14 +63,14 @@ def only_full(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         head, *lines = sample.read_text().splitlines(keepends=True)
         sample.write_text(head + "".join(line for line in lines if line.split(",")[0] in asked))
         table = samples.load()
-        samples.save(table.frame, table.heads, sample=store.sha256(sample))
+        samples.save(table.frame, table.heads, sample=artifacts.sha256(sample))
         with (root / "said").open("w") as opened, contextlib.redirect_stdout(opened):
             runner.train("exp001", [*TINY, *KEPT], fold="full", name="x")
 
     with pytest.MonkeyPatch.context() as patch:
         _enter(root, patch)
         assert forked(work) == 0
-    store.root.cache_clear()
+    paths.root.cache_clear()
     return root
 
 
@@ -85,7 +85,7 @@ def test_it_says_its_loss_its_name_and_that_there_is_no_cv(refit: Path) -> None:
     said = (refit / "said").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("x seed 0 fold full: ")]
     last = [
-        each for each in tracking.read(store.fold_folder("x", 0, "full") / "log.jsonl") if "epoch" in each
+        each for each in tracking.read(paths.fold_folder("x", 0, "full") / "log.jsonl") if "epoch" in each
     ][-1]
     assert f"train_loss {last['train_loss']:.4f}, " in line
     (about,) = [line for line in said.splitlines() if line.startswith("x:full: ")]
@@ -115,7 +115,7 @@ def test_it_is_submitted_without_a_cv_and_that_is_said(
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith(f"{name}: trained on all rows")]
     assert "no CV" in line and "comp train x" in line
-    assert len(store.submission_file(name.replace(":", "-")).read_text().splitlines()) == 41
+    assert len(paths.submission_file(name.replace(":", "-")).read_text().splitlines()) == 41
     facts = submit.facts(config(), name)
     assert facts["cv"] is None and facts["honest"] is None
     submit.refuse_worse(name, [])
@@ -150,7 +150,7 @@ def test_a_blend_refuses_it_by_name_until_its_cv_is_there(
     assert all("b.yaml:1" in line and "fold 0, 1 missing: comp train x" in line for line in lines)
     assert cli.main(["train", "x"]) == 0
     assert cli.main(["ensemble", "b"]) == 0
-    recipe = store.read_json(refit / "ensembles/b/apply.json")
+    recipe = artifacts.read_json(refit / "ensembles/b/apply.json")
     assert {each["address"] for each in recipe["members"]} <= {"x:full", "x:full-snap1"}
     assert cli.main(["submit", "b", "--dry-run"]) == 0
     capsys.readouterr()
@@ -158,7 +158,7 @@ def test_a_blend_refuses_it_by_name_until_its_cv_is_there(
     assert "the CV of x: accuracy" in capsys.readouterr().out
     cv = refit / "runs/x/oof.arrow"
     cv.write_bytes(cv.read_bytes()[:-1] + b"x")
-    store.seal(cv)
-    assert blend.stale("b", store.read_json(refit / "ensembles/b/score.json")), (
+    artifacts.add_to_manifest(cv)
+    assert blend.stale("b", artifacts.read_json(refit / "ensembles/b/score.json")), (
         "fitted on other OOF predictions"
     )

@@ -21,7 +21,7 @@ from comp import data
 from comp import train as loop
 from comp.engine.config import resolve
 from comp.engine.run import checkpoint, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 # Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving rate.
 RECIPE = [
@@ -32,7 +32,9 @@ RECIPE = [
 
 def artefacts(root: Path) -> dict[str, str]:
     folder = root / "runs" / "run" / "seed0" / "fold1"
-    return {name: store.sha256(folder / name) for name in ("weights.safetensors", "oof.arrow", "test.arrow")}
+    return {
+        name: artifacts.sha256(folder / name) for name in ("weights.safetensors", "oof.arrow", "test.arrow")
+    }
 
 
 def train(*overrides: str) -> None:
@@ -75,11 +77,11 @@ def whole(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     root = tmp_path_factory.mktemp("whole") / "project"
     shutil.copytree(practice, root)
     os.environ["COMP_ROOT"] = str(root)
-    store.root.cache_clear()
+    paths.root.cache_clear()
     assert forked(train) == 0
     yield root, artefacts(root)
     del os.environ["COMP_ROOT"]
-    store.root.cache_clear()
+    paths.root.cache_clear()
 
 
 @pytest.fixture
@@ -97,18 +99,18 @@ def test_killed_and_run_again_gives_the_same_bytes(fresh: dict[str, str], event:
     status = forked(killed_at(event, train))
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the kill must have happened"
     assert forked(train) == 0
-    assert artefacts(store.root()) == fresh
+    assert artefacts(paths.root()) == fresh
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_events_in_a_row_and_one_by_one(fresh: dict[str, str]) -> None:
     for number, event in enumerate(events(2, 20)):
-        shutil.rmtree(store.root() / "runs", ignore_errors=True)
+        shutil.rmtree(paths.root() / "runs", ignore_errors=True)
         assert os.WIFSIGNALED(forked(killed_at(event, train)))
         if number % 4 == 0:  # and once more on the way
             assert os.WIFSIGNALED(forked(killed_at(7, train)))
         assert forked(train) == 0
-        assert artefacts(store.root()) == fresh, f"killed at event {event}"
+        assert artefacts(paths.root()) == fresh, f"killed at event {event}"
 
 
 @pytest.mark.parametrize(
@@ -116,13 +118,13 @@ def test_killed_at_twenty_events_in_a_row_and_one_by_one(fresh: dict[str, str]) 
 )
 def test_the_same_bytes_for_any_number_of_workers(fresh: dict[str, str], workers: int) -> None:
     assert forked(lambda: train(f"machine.num_workers={workers}")) == 0
-    assert artefacts(store.root()) == fresh
+    assert artefacts(paths.root()) == fresh
 
 
 def test_the_same_bytes_without_the_cache(fresh: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only as its own run: data.cache is a knob of the run, but its pixels are the same."""
     assert forked(lambda: runner.train("exp001", [*RECIPE, "data.cache=false"], fold="1", name="run")) == 0
-    assert artefacts(store.root())["weights.safetensors"] == fresh["weights.safetensors"]
+    assert artefacts(paths.root())["weights.safetensors"] == fresh["weights.safetensors"]
 
 
 def forget(part: str) -> Callable[..., Any]:
@@ -166,29 +168,29 @@ def test_the_check_is_not_vacuous(fresh: dict[str, str], part: str) -> None:
     """Whatever a resumed run forgets must show in the bytes."""
     # In the second epoch, and not at its start: the place in the epoch's list must show too.
     assert os.WIFSIGNALED(forked(killed_at(4, train, after="state-00000008.pt")))
-    assert (store.root() / "runs/run/seed0/fold1/state-00000008.pt").exists()
+    assert (paths.root() / "runs/run/seed0/fold1/state-00000008.pt").exists()
     assert forked(lambda: careless(part)) == 0
-    assert artefacts(store.root())["weights.safetensors"] != fresh["weights.safetensors"]
+    assert artefacts(paths.root())["weights.safetensors"] != fresh["weights.safetensors"]
 
 
 def test_two_processes_do_not_train_one_fold(fresh: dict[str, str]) -> None:
-    folder = store.fold_folder("run", 0, 1)
-    with store.lock(folder, "training"):
+    folder = paths.fold_folder("run", 0, 1)
+    with locks.lock(folder, "training"):
         assert os.WEXITSTATUS(forked(train)) == 1
     assert forked(train) == 0
 
 
 def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
     def die() -> None:
-        with store.lock(tmp_path, "training"):
+        with locks.lock(tmp_path, "training"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert os.WIFSIGNALED(forked(die))
     said = f"process {os.getpid()} is already training"
     with (
-        store.lock(tmp_path, "training"),
+        locks.lock(tmp_path, "training"),
         pytest.raises(resolve.Refused, match=said),
-        store.lock(tmp_path, "again"),
+        locks.lock(tmp_path, "again"),
     ):
         pass
 
@@ -197,7 +199,7 @@ def test_a_damaged_state_is_refused_by_name_and_the_way_on_is_said(
     fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert os.WIFSIGNALED(forked(killed_at(4, train, after="state-00000008.pt")))
-    state = store.root() / "runs/run/seed0/fold1/state-00000008.pt"
+    state = paths.root() / "runs/run/seed0/fold1/state-00000008.pt"
     data_ = bytearray(state.read_bytes())
     data_[len(data_) // 3] ^= 4
     state.write_bytes(data_)

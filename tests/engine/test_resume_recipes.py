@@ -17,7 +17,7 @@ from test_resume import killed_at
 from test_target_scaler import declare_values
 
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 # Few steps, a state every second of them, and nothing that the line itself does not ask for.
 PLAIN = [
@@ -62,7 +62,7 @@ def left(root: Path) -> dict[str, str]:
     files = [*folder.rglob("*.safetensors"), *folder.rglob("*.arrow")]
     assert {"weights.safetensors", "oof.arrow", "test.arrow"} <= {file.name for file in files}
     assert not list(folder.rglob("state-*.pt"))
-    return {str(file.relative_to(folder)): store.sha256(file) for file in files}
+    return {str(file.relative_to(folder)): artifacts.sha256(file) for file in files}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.ensemble.blend import blend
 from comp.engine.errors import UserError
 from comp.engine.run import knn, metric_learning, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
@@ -255,13 +255,13 @@ def test_the_whole_road_from_training_to_the_kernel(
     head = table.heads[0]
     assert head.unknown == "new" and head.outputs[-1] != "" and len(head.outputs) == 9
     for name in ("x", "y"):
-        record = store.read_json(root / "runs" / name / "score.json")
+        record = artifacts.read_json(root / "runs" / name / "score.json")
         assert record["metric"] == "map@5" and record["n"] == 2 and record["oof"] > 0.75, record
         assert len(record["cuts"]["Id"]) == 1
     # the gallery is of the fold's own training rows, and of none that it is scored on, none that are unknown
     unknown = head.classes.index("new")
     for number in range(2):
-        weights = store.fold_folder("x", 0, number) / "weights.safetensors"
+        weights = paths.fold_folder("x", 0, number) / "weights.safetensors"
         held, codes = knn.read(knn.gallery_file(weights))
         taught, scored = split.split(number)
         own = table.truth(head, taught)
@@ -270,7 +270,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     # views: the normalised embeddings are averaged, then asked
     runner.predict("x", tta="identity,hflip")
     under_two = bank.load("x:tta-identity-hflip", "oof", table, split)
-    weights, scored = store.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
+    weights, scored = paths.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
     size = loss_knobs.embedding(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
     seen = [
         predict._said(runner.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
@@ -297,8 +297,8 @@ def test_the_whole_road_from_training_to_the_kernel(
     stored, submitted = bank.load("b", "test", table, split), (root / "submissions/b.csv").read_bytes()
     (root / "runs").rename(root / "gone")
     monkeypatch.setenv("COMP_ROOT", str(bundle))
-    store.root.cache_clear()
-    about = store.read_json(bundle / "bundle.json")
+    paths.root.cache_clear()
+    about = artifacts.read_json(bundle / "bundle.json")
     home = cfg.competition.model_copy(update={"raw": str(root / "data/raw")})
     hidden = kernel_predict.test_rows(
         cfg.model_copy(update={"competition": home}),

@@ -16,7 +16,7 @@ from comp.engine.config import resolve as configs
 from comp.engine.errors import UserError
 from comp.engine.run import schedule, unused_knobs
 from comp.engine.run.schedule import LRSchedule
-from comp.engine.store import store
+from comp.engine.store import paths
 
 STEPS, EPOCH = 120, 10  # a run of 12 epochs
 
@@ -216,7 +216,7 @@ def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
 
 
 def idle_lines(*said: str) -> list[str]:
-    return unused_knobs.lines(configs.load(store.root(), "exp001", said))
+    return unused_knobs.lines(configs.load(paths.root(), "exp001", said))
 
 
 def test_an_idle_knob_is_named_with_its_place() -> None:

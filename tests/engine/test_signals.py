@@ -20,7 +20,7 @@ from forked import forked
 
 from comp.engine import cli, hardware
 from comp.engine.run import checkpoint, launcher, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 TRAIN = [
     *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema=0.9", "train.epochs=2"],
@@ -62,7 +62,7 @@ def at_lines(happened: Happened) -> None:
 
 
 def at_renames(happened: Happened) -> None:
-    """Every temporary file of store.writing, when it is written and not yet in its place."""
+    """Every temporary file of artifacts.atomic, when it is written and not yet in its place."""
 
     def hook(event: str, about: tuple[Any, ...]) -> None:
         if event == "os.rename" and str(about[0]).endswith(".part"):
@@ -93,7 +93,7 @@ def left_behind(root: Path) -> list[str]:
     return [
         str(file.relative_to(root))
         for file in root.rglob(".*")
-        if file.name == store.LOCK or file.suffix == ".part"
+        if file.name == locks.LOCK or file.suffix == ".part"
     ]
 
 
@@ -106,8 +106,10 @@ def one_line(capfd: pytest.CaptureFixture[str], number: int = signal.SIGTERM) ->
 
 
 def artefacts() -> dict[str, str]:
-    folder = store.fold_folder("run", 0, 1)
-    return {each: store.sha256(folder / each) for each in ("weights.safetensors", "oof.arrow", "test.arrow")}
+    folder = paths.fold_folder("run", 0, 1)
+    return {
+        each: artifacts.sha256(folder / each) for each in ("weights.safetensors", "oof.arrow", "test.arrow")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +119,10 @@ def whole(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     shutil.copytree(practice, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMP_ROOT", str(root))
-        store.root.cache_clear()
+        paths.root.cache_clear()
         assert code(lambda: cli.main(TRAIN)) == 0
         yield root, artefacts()
-    store.root.cache_clear()
+    paths.root.cache_clear()
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def fresh(whole: tuple[Path, dict[str, str]], capfd: pytest.CaptureFixture[str])
 
 
 def states() -> list[Path]:
-    return list(store.fold_folder("run", 0, 1).glob("state-*.pt"))
+    return list(paths.fold_folder("run", 0, 1).glob("state-*.pt"))
 
 
 def test_sigusr1_saves_and_ends(fresh: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +141,7 @@ def test_sigusr1_saves_and_ends(fresh: dict[str, str], capfd: pytest.CaptureFixt
     numbers = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
     assert code(lambda: command(TRAIN, at_lines, at_event(1, hit(*numbers), after="epoch"))) == 138
     assert "saved at step" in one_line(capfd, signal.SIGUSR1)
-    assert states() and not left_behind(store.root())
+    assert states() and not left_behind(paths.root())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_second_signal_while_it_saves_harms_nothing_and_the_same_command_ends_
     if number == signal.SIGTERM:
         assert "saved at step" in one_line(capfd)
     assert len(states()) == (number == signal.SIGTERM)
-    assert not left_behind(store.root())
+    assert not left_behind(paths.root())
     assert code(lambda: cli.main(TRAIN)) == 0
     assert artefacts() == fresh
 
@@ -296,7 +298,7 @@ LONG = [
 
 def in_the_middle(process: subprocess.Popen[str], name: str, folds: int) -> None:
     """Until so many folds have logged an epoch."""
-    logs = [store.fold_folder(name, 0, number) / "log.jsonl" for number in range(folds)]
+    logs = [paths.fold_folder(name, 0, number) / "log.jsonl" for number in range(folds)]
     while process.poll() is None and not all(
         log.exists() and '"epoch": 1' in log.read_text() for log in logs
     ):
@@ -312,7 +314,7 @@ def test_jobs_side_by_side_are_saved(alone: Path, number: int, expected: int) ->
     said = run.communicate()[0]
     assert run.returncode == expected, said
     assert "every job keeps what it has" in said
-    assert all(list(store.fold_folder("run", 0, fold).glob("state-*.pt")) for fold in range(2))
+    assert all(list(paths.fold_folder("run", 0, fold).glob("state-*.pt")) for fold in range(2))
     assert not left_behind(alone)
 
 
@@ -329,7 +331,7 @@ def test_the_processes_of_torchrun_are_saved_and_go_on_in_the_same_bytes(alone: 
     assert (
         len(
             {
-                store.sha256(store.fold_folder(name, 0, 0) / "weights.safetensors")
+                artifacts.sha256(paths.fold_folder(name, 0, 0) / "weights.safetensors")
                 for name in ("whole", "again")
             }
         )

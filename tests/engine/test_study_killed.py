@@ -19,7 +19,7 @@ from postgres import server
 
 from comp.engine import hardware
 from comp.engine.run import runner, tracking
-from comp.engine.store import process, store
+from comp.engine.store import paths, process
 from comp.engine.tune import search, study, trial
 from comp.engine.tune.study import Joined
 
@@ -251,6 +251,6 @@ def test_a_database_that_does_not_answer_is_one_line(tuned: Path, capsys: pytest
     assert "--storage: the database does not answer: " in capsys.readouterr().err
     assert cli.main(["tune", "exp001", "--space", "s", "--storage", "mysql://x", *TINY]) == 2
     assert "wants postgresql://user@host/database" in capsys.readouterr().err
-    assert not store.study_folder("exp001-s").exists() or not list(
-        store.study_folder("exp001-s").glob("*.db")
+    assert not paths.study_folder("exp001-s").exists() or not list(
+        paths.study_folder("exp001-s").glob("*.db")
     )

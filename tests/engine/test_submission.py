@@ -24,7 +24,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
 from comp.engine.deliver.validate import validate
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 IDS = ["0012", "0007", "a_3", "0100", "b-5.x", "1.2.840", "00a", "9"]
@@ -78,13 +78,13 @@ def lay_out(
         "id": train + [f"{key}#{i}" for i, key in enumerate(keys)], "row": train + keys, "weight": 1.0,
         "source": ["train"] * 3 + ["test"] * len(keys), "images": [["x.png"]] * (3 + len(keys)),
     })  # fmt: skip
-    file = store.path("data", "raw", "sample_submission.csv")
+    file = paths.path("data", "raw", "sample_submission.csv")
     file.parent.mkdir(parents=True, exist_ok=True)
     columns = ["image_id", *(columns or COLUMNS[form])]
     with file.open("w", newline="", encoding=encoding) as opened:
         writer = csv.writer(opened, quoting=quoting, lineterminator=end)
         writer.writerows([columns, *([each] + [""] * (len(columns) - 1) for each in ids)])
-    samples.save(frame, heads, sample=store.sha256(file))
+    samples.save(frame, heads, sample=artifacts.sha256(file))
     overrides = [
         f"competition.task={heads[0].task}", f"competition.submission.form={form}", "competition.id=image_id",
         f"competition.submission.range={'null' if unlimited else RANGES[form] or 'null'}",
@@ -95,8 +95,8 @@ def lay_out(
 def scored(name: str, cuts: dict[str, list[float]]) -> None:
     """As much of a run as a submission asks for."""
     file = bank.folder(name) / "score.json"
-    store.write_json(file, {"cuts": cuts})
-    store.seal(file)
+    artifacts.write_json(file, {"cuts": cuts})
+    artifacts.add_to_manifest(file)
 
 
 def predictions(case: Case, seed: int = 0, spread: float = 3.0) -> PredictionSet:
@@ -129,17 +129,21 @@ def case(request: pytest.FixtureRequest, empty: Path) -> Case:
 
 def test_columns_order_ids_and_bytes_are_the_samples(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     file = case.write(predictions(case))
-    assert file == store.path("submissions", "exp001.csv")
+    assert file == paths.path("submissions", "exp001.csv")
     data = file.read_bytes()
     assert data.endswith(b"\n") and b"\r" not in data and not data.startswith(b"\xef\xbb\xbf")
     header, *rows = list(csv.reader(io.StringIO(data.decode())))
     assert header == ["image_id", *COLUMNS[case.form]]
     assert [row[0] for row in rows] == IDS
-    entry = store.sealed(file)
-    assert entry is not None and entry["sample"] == store.sha256(case.sample) and entry["form"] == case.form
+    entry = artifacts.manifest_entry(file)
+    assert (
+        entry is not None and entry["sample"] == artifacts.sha256(case.sample) and entry["form"] == case.form
+    )
     last = capsys.readouterr().out.splitlines()
     assert (
-        "submissions/exp001.csv" in last[-2] and "8 rows" in last[-2] and store.sha256(file)[:12] in last[-2]
+        "submissions/exp001.csv" in last[-2]
+        and "8 rows" in last[-2]
+        and artifacts.sha256(file)[:12] in last[-2]
     )
     assert last[-1] == 'next: comp submit exp001 -m "…"'
 
@@ -261,7 +265,7 @@ def test_grades_are_cut_where_the_cv_cut_them(empty: Path, capsys: pytest.Captur
     scored("rounded", {})  # the metric did not ask for grades
     assert written("rounded") == ["none"] * 4 + ["mild"] * 2 + ["severe"] * 2
     assert written("cut:full") == written("cut")  # the refit has no OOF rows of its own
-    assert store.submission_file("cut-full").exists()
+    assert paths.submission_file("cut-full").exists()
     (bank.folder("cut") / "score.json").write_text('{"cuts": {"grade": [0.0, 0.1]}}')
     assert "score.json" in refusal(lambda: lay.write(prediction, "cut"))
 
@@ -278,7 +282,7 @@ def test_two_classes_are_split_at_half_or_at_the_fitted_threshold(empty: Path) -
 
 def test_from_the_bank_by_name(empty: Path) -> None:
     """The dry run asks for nothing but a name: predictions, samples, folds and competition.yaml are on disk."""
-    file = store.path("configs", "competition.yaml")
+    file = paths.path("configs", "competition.yaml")
     lay = lay_out("label")
     file.write_text(file.read_text().replace("id: id", "id: image_id"))
     train = pd.DataFrame({"id": [f"train{i}" for i in range(3)], "repeat": 0, "fold": [0, 1, 0]})
@@ -299,7 +303,7 @@ def test_from_the_bank_by_name(empty: Path) -> None:
         predictions(lay), meta=predictions_of.build_meta("test", lay.table, split, {"run": "exp001"})
     )
     scored("exp001", {})
-    bank.write(store.run_folder("exp001") / "test.arrow", whole)
+    bank.write(paths.run_folder("exp001") / "test.arrow", whole)
     assert submission.dry_run("exp001").read_bytes() == lay.write(whole, "again").read_bytes()
     assert "exp001" in refusal(lambda: submission.dry_run("exp01"))
 

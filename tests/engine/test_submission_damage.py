@@ -16,7 +16,7 @@ from test_submission import DOGS, HEADS, Case, lay_out, predictions, refusal
 from comp.engine.data import prepare, samples
 from comp.engine.data.sample_submission import read_sample, validate_current
 from comp.engine.errors import UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 
 
 @pytest.fixture(params=list(HEADS))
@@ -219,7 +219,7 @@ BYTE_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 def test_every_damage_of_the_table_is_refused_naming_row_and_column(case: Case) -> None:
     good = list(csv.reader(case.write(predictions(case)).open(newline="")))
-    file = store.path("submissions", "damaged.csv")
+    file = paths.path("submissions", "damaged.csv")
     file.write_text(text_of(good))
     case.validate(file)
     damage = TABLE_DAMAGE | FORM_DAMAGE[case.form]
@@ -296,7 +296,7 @@ def test_what_the_lines_say(empty: Path) -> None:
     """The words that help at 3 am, once each."""
     lay = lay_out("label")
     good = list(csv.reader(lay.write(predictions(lay)).open(newline="")))
-    file = store.path("submissions", "damaged.csv")
+    file = paths.path("submissions", "damaged.csv")
     for name, words in {
         ".jpg left on ids": ("suffix", "right is '0012'", "and 7 more"),
         "leading zeros lost": ("leading zeros", "right is '0012'"),

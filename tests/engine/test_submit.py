@@ -21,7 +21,7 @@ from comp.engine import cli
 from comp.engine.deliver import kaggle, ledger, verify
 from comp.engine.deliver import submit as send
 from comp.engine.ensemble.blend import blend
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def sendable(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     project = lay_out(empty)
     tests = project.samples.frame["id"].to_numpy()[project.samples.positions("test")]
     (raw / "sample_submission.csv").write_text("id,label\n" + "".join(f"{each},ant\n" for each in tests))
-    entry = store.read_json(store.samples_file().parent / "manifest.json")
-    entry["samples.parquet"]["sample"] = store.sha256(raw / "sample_submission.csv")
-    store.write_json(store.samples_file().parent / "manifest.json", entry)
+    entry = artifacts.read_json(paths.samples_file().parent / "manifest.json")
+    entry["samples.parquet"]["sample"] = artifacts.sha256(raw / "sample_submission.csv")
+    artifacts.write_json(paths.samples_file().parent / "manifest.json", entry)
     monkeypatch.setattr(verify, "verify", lambda name: None)
     member(project, "exp001", noise=1.5, seed=1)
     member(project, "exp002", noise=1.2, seed=2)
@@ -62,12 +62,14 @@ def test_sent_waited_for_and_booked(
     server.scores = [0.75]
     assert submit() == 0
     (sent,) = server.submissions
-    file = store.submission_file("exp001")
+    file = paths.submission_file("exp001")
     assert sent["data"] == file.read_bytes()
     (entry,) = ledger.submissions("practice")
     assert sent["description"] == f"first try {entry['token']}" and len(entry["token"]) == 8
-    assert entry["file"] == store.sha256(file) and entry["public"] == 0.75 and entry["number"] == sent["ref"]
-    assert entry["cv"]["oof"] == store.read_json(store.run_folder("exp001") / "score.json")["oof"]
+    assert (
+        entry["file"] == artifacts.sha256(file) and entry["public"] == 0.75 and entry["number"] == sent["ref"]
+    )
+    assert entry["cv"]["oof"] == artifacts.read_json(paths.run_folder("exp001") / "score.json")["oof"]
     assert entry["members"] == ["exp001"]
     assert "public 0.75" in capsys.readouterr().out
     assert KEY not in ledger.file().read_text()
@@ -91,9 +93,9 @@ def test_the_same_bytes_and_a_worse_score_are_refused(
 def test_the_honest_score_counts(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = store.run_folder("exp002") / "score.json"
-    store.write_json(file, store.read_json(file) | {"honest": 0.1})
-    store.seal(file)
+    file = paths.run_folder("exp002") / "score.json"
+    artifacts.write_json(file, artifacts.read_json(file) | {"honest": 0.1})
+    artifacts.add_to_manifest(file)
     assert submit("exp001") == 0
     assert submit("exp002") == 2
     assert "scores 0.1 at home" in capsys.readouterr().err
@@ -188,7 +190,7 @@ def test_a_cut_upload_is_no_submission(
     server.short = [10]
     assert submit() == 2
     assert "no ref" in capsys.readouterr().err and not server.submissions
-    assert submit() == 0 and server.submissions[0]["data"] == store.submission_file("exp001").read_bytes()
+    assert submit() == 0 and server.submissions[0]["data"] == paths.submission_file("exp001").read_bytes()
 
 
 def test_an_answer_that_is_lost_is_looked_up(server: Server, sendable: Project) -> None:

@@ -17,7 +17,7 @@ from comp import competition, losses
 from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.run import runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 FORTY_STEPS = [
     "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.limit=160", "train.batch_size=16",
@@ -48,7 +48,7 @@ def learn(
     declare_values(project, scale, shift, task, metric)
     runner.train("exp001", [*FORTY_STEPS, *overrides], fold="0", name="x")
     table = samples.load()
-    oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
+    oof = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     head = table.heads[0]
     return score.validation_score(config(), head, oof.heads[head.name], table, oof.row.astype(np.int64))
 
@@ -62,9 +62,9 @@ def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, sh
     R2.append(learn(project, scale, shift))
     assert R2[-1] > 0.2
     assert abs(R2[-1] - R2[0]) < 0.02
-    *_, epoch = [e for e in tracking.read(store.fold_folder("x", 0, 0) / "log.jsonl") if "valid_loss" in e]
+    *_, epoch = [e for e in tracking.read(paths.fold_folder("x", 0, 0) / "log.jsonl") if "valid_loss" in e]
     table = samples.load()
-    oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
+    oof = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     assert len(oof.row) == 160
     away = oof.heads["label"][:, 0].astype(np.float64) - table.targets(table.heads[0])[oof.row, 0]
     assert epoch["valid_loss"] == pytest.approx((away**2).mean(), rel=1e-4)
@@ -81,14 +81,14 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
     taught = folds.load(table).inner_split(0, config().select.share)[0][:96]
     values = table.targets(table.heads[0])[taught, 0]
     for inside in ("", *kinds, "snap1"):
-        place = store.fold_folder("x", 0, 0) / inside
+        place = paths.fold_folder("x", 0, 0) / inside
         found = load_file(place / "weights.safetensors")
         assert found["target_mean"].tolist() == pytest.approx([values.mean()], rel=1e-6), inside
         assert found["target_std"].tolist() == pytest.approx([values.std()], rel=1e-6), inside
         oof = bank.read(place / "oof.arrow", table, folds.load(table))
         assert abs(oof.heads["label"].mean() - values.mean()) < 2 * values.std(), inside
     runner.train("exp001", [*FORTY_STEPS, "model.pretrained=run:x", "train.limit=64"], fold="0", name="y")
-    again = load_file(store.fold_folder("y", 0, 0) / "weights.safetensors")["target_mean"]
+    again = load_file(paths.fold_folder("y", 0, 0) / "weights.safetensors")["target_mean"]
     own = table.targets(table.heads[0])[folds.load(table).split(0)[0][:64], 0]
     assert again.tolist() == pytest.approx([own.mean()], rel=1e-6), "measured anew, not taken over"
 
@@ -102,7 +102,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
 
     learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.limit=48")
     table = samples.load()
-    split, place = folds.load(table), store.fold_folder("x", 0, 0)
+    split, place = folds.load(table), paths.fold_folder("x", 0, 0)
     context = runner.gather(runner.stored_config("x"))
     sets = {place / "oof.arrow": bank.read(place / "oof.arrow", table, split)}
     assert audit_runs._statistics(context, sets) == []
@@ -111,7 +111,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     mean, deviation = (torch.tensor(each).float() for each in numbers)
     file = place / "weights.safetensors"
     save_file(load_file(file) | {"target_mean": mean, "target_std": deviation}, file)
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     (found,) = audit_runs._statistics(context, sets)
     assert isinstance(found, Leak) and found.name == "statistics fitted on validation rows"
     assert "fold0" in found.where
@@ -135,7 +135,7 @@ def test_a_loss_of_your_own_sees_the_unit_of_the_target(
 def test_grades_are_learned_standardised_and_weighed_by_their_class(project: Path, name: str) -> None:
     few = [f"loss.name={name}", "loss.class_weights=balanced", "train.epochs=2"]
     assert learn(project, 1, 0, *few, task="ordinal", metric="qwk") > 0
-    weights = load_file(store.fold_folder("x", 0, 0) / "weights.safetensors")
+    weights = load_file(paths.fold_folder("x", 0, 0) / "weights.safetensors")
     assert weights["target_mean"].item() == pytest.approx(4.5, abs=0.5)
 
 

@@ -21,7 +21,7 @@ from wandb_server import Server
 
 from comp.engine.config.schema import Track as Settings
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.store.secrets import REMOVED
 
 HERE = Path(__file__).resolve().parent
@@ -373,9 +373,9 @@ def test_one_dead_server_is_enough(
 ) -> None:
     monkeypatch.setattr(tracking.Feed, "_online_failed", False)
     feed = tracking.Feed({"mode": "online", "run": {"id": "r"}}, empty)
-    store.write_json(feed._state, {"mode": "offline", "note": "online failed"})
+    artifacts.write_json(feed._state, {"mode": "offline", "note": "online failed"})
     feed.report()
     feed.report()
     assert capsys.readouterr().err == "W&B: online failed\n"
     tracking.Feed({"mode": "online", "run": {"id": "s"}}, empty)
-    assert store.read_json(store.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"
+    assert artifacts.read_json(paths.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"

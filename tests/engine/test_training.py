@@ -23,7 +23,7 @@ from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.errors import UserError
 from comp.engine.run import evaluate, runner, views
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 TINY = [
     "track=none",
@@ -161,7 +161,7 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
         # The last fold of one task tells W&B, and the run as a whole with it: what is told changes no result.
         told = ["track=offline"] if task == "regression" and number == 4 else []
         runner.train("exp001", [*TINY, *said, f"loss={loss}", *told], fold=str(number), name="x")
-    record = store.read_json(project / "runs/x/score.json")
+    record = artifacts.read_json(project / "runs/x/score.json")
     if task == "regression":
         residuals_and_summary(project, record)
     assert record["metric"] == metric and record["n"] == 5 and np.isfinite(record["oof"])
@@ -222,11 +222,11 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
     two = [*TINY, "train.amp=bf16", "train.seeds=[0, 1]"]
     assert cli.main(["train", "exp001", *two, "--as", "x", "--seed", "1"]) == 0
     assert {file.name for file in (project / "runs/x").glob("seed*")} == {"seed1"}
-    alone = store.read_json(project / "runs/x/score.json")["oof"]
+    alone = artifacts.read_json(project / "runs/x/score.json")["oof"]
     assert cli.main(["train", "exp001", *two, "--as", "x"]) == 0, (
         "the seed that was left, and then both together"
     )
-    assert store.read_json(project / "runs/x/members/seed1/score.json")["oof"] == alone
+    assert artifacts.read_json(project / "runs/x/members/seed1/score.json")["oof"] == alone
     table = samples.load()
     split = folds.load(table)
     one, other, run = (bank.load(a, "oof", table, split) for a in ("x:seed0", "x:seed1", "x"))

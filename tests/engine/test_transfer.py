@@ -18,7 +18,7 @@ from comp.engine import cli
 from comp.engine.errors import UserError
 from comp.engine.run import pretrained, runner, schedule
 from comp.engine.run.freezing import Stages
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
@@ -96,7 +96,7 @@ def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
 
 def test_another_run_of_the_same_fold(project: Path) -> None:
     runner.train("exp001", [*QUIET, "train.epochs=1"], fold="1", name="first")
-    file = store.fold_folder("first", 0, 1) / "weights.safetensors"
+    file = paths.fold_folder("first", 0, 1) / "weights.safetensors"
     # A rate so small that nothing moves shows what training began with.
     still = [
         *QUIET,
@@ -104,16 +104,16 @@ def test_another_run_of_the_same_fold(project: Path) -> None:
         "train.epochs=4",
     ]
     runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="second")
-    first, second = (load_file(f) for f in (file, store.fold_folder("second", 0, 1) / "weights.safetensors"))
+    first, second = (load_file(f) for f in (file, paths.fold_folder("second", 0, 1) / "weights.safetensors"))
     names = [k for k in first if "running" not in k and "num_batches" not in k]
     assert all(torch.allclose(first[k], second[k], atol=1e-7) for k in names)
     with pytest.raises(UserError, match="no seed 0 fold 2, and weights of another fold"):
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
     with pytest.raises(UserError, match="no such run; the nearest are"):
         runner.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
-    made = store.run_folder("first") / "made_of.json"
-    store.write_json(made, store.read_json(made) | {"folds": "others"})
-    store.seal(made)
+    made = paths.run_folder("first") / "made_of.json"
+    artifacts.write_json(made, artifacts.read_json(made) | {"folds": "others"})
+    artifacts.add_to_manifest(made)
     with pytest.raises(UserError, match="other folds"):
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
     save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")

@@ -15,7 +15,7 @@ from test_download import at_kaggle
 from comp.engine import cli
 from comp.engine.bank import bank, predictions
 from comp.engine.data import folds, samples
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 TRAIN = ["train", "exp001", *QUICK, "--as", "exp001"]
 MERGE, VIEWS = ["predict", "exp001"], ["predict", "exp001", "--tta", "identity,vflip"]
@@ -52,13 +52,15 @@ def test_one_flipped_bit_is_refused_by_whoever_reads_it(
 ) -> None:
     file = trained / victim
     whole = file.read_bytes()
-    before = {each: store.sealed(each) for each in trained.rglob("*.arrow")}
+    before = {each: artifacts.manifest_entry(each) for each in trained.rglob("*.arrow")}
     flipped(file)
     for arguments in READERS[victim]:
         assert cli.main(arguments) == 2, arguments
         assert victim in capsys.readouterr().err, arguments
     file.write_bytes(whole)
-    assert before == {each: store.sealed(each) for each in before}, "what was whole counts as before"
+    assert before == {each: artifacts.manifest_entry(each) for each in before}, (
+        "what was whole counts as before"
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_predictions_that_the_checkpoints_do_not_repeat_are_not_sent(
     table = samples.load()
     split = folds.load(table)
     for number in range(5):
-        file = store.fold_folder("exp001", 0, number) / "test.arrow"
+        file = paths.fold_folder("exp001", 0, number) / "test.arrow"
         said = bank.read(file, table, split)
         other = {name: values[::-1].copy() for name, values in said.heads.items()}
         bank.write(file, predictions.PredictionSet(said.row, None, other, said.meta))
@@ -87,7 +89,7 @@ def test_predictions_that_the_checkpoints_do_not_repeat_are_not_sent(
             and "the checkpoint says" in said_
             and len(said_.splitlines()) == 1
         )
-    assert not server.submissions and not store.submission_file("exp001").exists()
+    assert not server.submissions and not paths.submission_file("exp001").exists()
 
 
 def test_other_views_that_do_not_fit_on_the_disk_are_refused_before_they_start(

@@ -22,7 +22,7 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import fingerprint, runner
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tune import confirm, confirmed, export, listing, live, report, search, study, trial
 
 
@@ -52,12 +52,12 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
     assert f"trial {best.number} of" in text and "base: exp001" in text and "batch_size" not in text
     assert config(experiment="exp014").optim.lr == best.params["optim.lr"]
     # What the trial trained is not trained again; its OOF is what the run would have written itself.
-    before = (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns
+    before = (paths.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns
     runner.train("exp014", ["track=none"], fold="0")
-    assert (store.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns == before
+    assert (paths.fold_folder("exp014", 0, 0) / "weights.safetensors").stat().st_mtime_ns == before
     table = samples.load()
     assert (
-        bank.read(store.fold_folder("exp014", 0, 0) / "oof.arrow", table, folds.load(table)).meta["run"]
+        bank.read(paths.fold_folder("exp014", 0, 0) / "oof.arrow", table, folds.load(table)).meta["run"]
         == "exp014"
     )
     with pytest.raises(UserError, match=r"configs/exp014.yaml is there already"):
@@ -107,7 +107,7 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     def one_fold(material: Any, name: str, seed: int, number: int, on_epoch: Any, **_: Any) -> None:
         """A fold whose metric is known beforehand: from the seventh trial on it is bad."""
         worth = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
-        with (store.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:
+        with (paths.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:
             for epoch in range(1, 3):
                 log.write(f'{{"epoch": {epoch}, "valid_metric": {worth + number / 100}}}\n')
                 cost[-1] += 1
@@ -116,7 +116,7 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     def begun(*_: Any) -> None:
         assert taken is not None
         for number in range(5):
-            store.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
+            paths.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
 
     material = runner.gather(trial.config_of(joined, {}))
     monkeypatch.setattr(runner, "gather", lambda *_: material)
@@ -223,7 +223,7 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     confirm.confirm(joined, 1)
     fresh = confirmed.scores(joined)
     assert fresh.keys() == {begun.number, best.number} and len(fresh[best.number]) == 2
-    folder = store.run_folder(trial.name_of(joined, best))
+    folder = paths.run_folder(trial.name_of(joined, best))
     assert all((folder / f"seed{seed}").is_dir() for seed in confirmed.fresh(joined))
     said = capsys.readouterr().out
     assert f"trial {best.number} against exp001 on 2 fresh seeds" in said

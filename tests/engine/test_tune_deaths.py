@@ -16,7 +16,7 @@ from studies import FOREVER, SMALL, join, run, states, with_space
 from comp import train
 from comp.engine import cli, hardware
 from comp.engine.run import fingerprint, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts
 from comp.engine.tune import study, trial
 from comp.engine.tune.study import Joined
 
@@ -51,7 +51,7 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     assert trials[0].state == TrialState.FAIL and again.user_attrs["retry_of"] == 0
     assert again.params == trials[0].params and again.user_attrs["folder"] == 0
     killed = {
-        f.parent.name: store.sha256(f)
+        f.parent.name: artifacts.sha256(f)
         for f in (tuned / "runs/.studies/exp001-s/0000").rglob("weights.safetensors")
     }
 
@@ -60,7 +60,9 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     fingerprint.claim("whole", cfg, context.folds, "")
     for number in range(2):
         runner.one_fold(context, "whole", 0, number, stop=hardware.Stop(), search=True)
-    whole = {f.parent.name: store.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")}
+    whole = {
+        f.parent.name: artifacts.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")
+    }
     assert killed == whole and len(whole) == 2
 
 

@@ -26,7 +26,7 @@ from comp.engine.deliver import kernel, verify
 from comp.engine.ensemble import latency, member_filter
 from comp.engine.errors import UserError
 from comp.engine.run import averaging, model_selection, runner, schedule, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
 EVERYTHING = [
@@ -36,7 +36,9 @@ EVERYTHING = [
 
 
 def weights(run: str, *inside: str, fold: int = 0) -> dict[str, torch.Tensor]:
-    return load_file(store.verified(store.fold_folder(run, 0, fold).joinpath(*inside, "weights.safetensors")))
+    return load_file(
+        artifacts.verified(paths.fold_folder(run, 0, fold).joinpath(*inside, "weights.safetensors"))
+    )
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, 
     quiet = ["track=none", "machine.num_workers=0", "machine.progress=false", "average.members=[raw]"]
     runner.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
     table = samples.load()
-    head, place = table.heads[0], store.fold_folder("x", 0, 3)
+    head, place = table.heads[0], paths.fold_folder("x", 0, 3)
 
     def right(inside: str) -> float:
         said = bank.read(place / inside / "oof.arrow", table, folds.load(table))
@@ -173,7 +175,7 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
     norm = next(name for name in each[0] if "running_mean" in name)
     assert not torch.allclose(weights("x", "tail")[norm], (each[1][norm] + each[2][norm]) / 2, atol=1e-4)
     torch.testing.assert_close(weights("x", "tail")[norm], weights("x", "swa")[norm], rtol=1e-4, atol=1e-5)
-    assert not list((store.run_folder("x")).rglob("epoch-*")), "what only the average needed is gone"
+    assert not list((paths.run_folder("x")).rglob("epoch-*")), "what only the average needed is gone"
     # Delivery finds the weights of each.
     leaf = kernel.leaves_of("x:last2")[0]
     assert len(leaf["checkpoints"]) == 4 and len(kernel.weights_of(leaf)) == 4
@@ -189,13 +191,13 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
         runner.train("exp001", [*EVERYTHING, "train.checkpoint_every=2"], fold="1", name="x")
 
     def artefacts() -> dict[str, str]:
-        place = store.fold_folder("x", 0, 1)
-        return {str(f.relative_to(place)): store.sha256(f) for e in ("arrow", "safetensors") for f in sorted(place.rglob(f"*.{e}"))}  # fmt: skip
+        place = paths.fold_folder("x", 0, 1)
+        return {str(f.relative_to(place)): artifacts.sha256(f) for e in ("arrow", "safetensors") for f in sorted(place.rglob(f"*.{e}"))}  # fmt: skip
 
     assert forked(train) == 0
     whole = artefacts()
     assert len(whole) == 3 * 9
-    store.trash(store.run_folder("x"))
+    artifacts.move_to_trash(paths.run_folder("x"))
     for event in (23, 11, 9):
         assert os.WIFSIGNALED(forked(killed_at(event, train)))
     assert os.WIFSIGNALED(forked(killed_at(1, train, after="uniform/weights.safetensors"))), "while it seals"
@@ -239,7 +241,7 @@ def test_of_time_the_latest_are_held_out(empty: Path) -> None:
 
 
 def epochs(run: str) -> list[dict[str, float]]:
-    return [line for line in tracking.read(store.fold_folder(run, 0, 0) / "log.jsonl") if "epoch" in line]
+    return [line for line in tracking.read(paths.fold_folder(run, 0, 0) / "log.jsonl") if "epoch" in line]
 
 
 @pytest.mark.parametrize("on", ["inner", "fold"])
@@ -254,11 +256,11 @@ def test_the_best_epoch_speaks_and_patience_ends_it(
     assert len(lines) == min(8, best + 3)
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
-    oof = bank.read(store.fold_folder("x", 0, 0) / "oof.arrow", table, split)
+    oof = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, split)
     right = oof.probability(head).argmax(1) == table.truth(head, oof.row.astype(np.int64))
     assert right.mean() == pytest.approx(lines[best]["valid_metric"])
     assert (scores == [line["valid_metric"] for line in lines]) == (on == "fold")
-    record = store.read_json(store.run_folder("x") / "score.json")
+    record = artifacts.read_json(paths.run_folder("x") / "score.json")
     assert ("selected_on_fold" in record["marks"]) == ("optimism" in record) == (on == "fold")
     assert ("by the choice" in capsys.readouterr().out) == (on == "fold")
     if on == "fold":
@@ -291,16 +293,16 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     split, head = folds.load(table), table.heads[0]
 
     def right(inside: str) -> float:
-        oof = bank.read(store.fold_folder("x", 0, 0) / inside / "oof.arrow", table, split)
+        oof = bank.read(paths.fold_folder("x", 0, 0) / inside / "oof.arrow", table, split)
         return float((oof.probability(head).argmax(1) == table.truth(head, oof.row.astype(np.int64))).mean())
 
     assert right("greedy") >= max(right(name) for name in ("snap1", "snap2", "snap3"))
-    place = store.fold_folder("x", 0, 0)
+    place = paths.fold_folder("x", 0, 0)
     assert bank.read_meta(place / "greedy/oof.arrow")["marks"] == ["selected_on_fold"]
     assert (
         bank.read_meta(place / "oof.arrow")["marks"] == [] and run_members.marks(config(*run), "snap1") == []
     )
-    assert set(store.read_json(place / "optimism.json")) == {"greedy"}
+    assert set(artifacts.read_json(place / "optimism.json")) == {"greedy"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 
 from comp.engine.config.schema import Track as Settings
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 EPOCHS, STEPS = 4, 10
 KILL_STEP = 25  # half way between two checkpoints
@@ -34,7 +34,7 @@ CONFIG = {
 
 
 def main(mode: str, kill: str | None, only_numbers: bool) -> None:
-    folder = store.fold_folder("exp001", 0, 1)
+    folder = paths.fold_folder("exp001", 0, 1)
     checkpoint = folder / "checkpoint.json"
     state: dict[str, Any] = (
         json.loads(checkpoint.read_text())
@@ -62,7 +62,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
             if step % STEPS == 0:
                 log.log({"epoch": step // STEPS, "step": step, "valid_loss": state["value"] / 2})
                 state |= {"step": step, "offset": log.offset()}
-                store.write_json(checkpoint, state)
+                artifacts.write_json(checkpoint, state)
         (folder / "result.txt").write_text(repr(state["value"]))
         if not only_numbers:
             finish(log, folder)
@@ -97,7 +97,7 @@ def finish(log: tracking.Track, folder: Path) -> None:
 
 def die(how: str, folder: Path) -> None:
     """Only once W&B has begun its part, so that there is something to join."""
-    desk = store.path("wandb", "feed", "exp001-seed0-fold1", "state.json")
+    desk = paths.path("wandb", "feed", "exp001-seed0-fold1", "state.json")
     while not (desk.exists() and "part" in desk.read_text()):
         time.sleep(0.05)
     if how == "torn":

@@ -19,7 +19,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.run import backbone, normalize, target_scaler
 from comp.engine.run.backbone import inner
 from comp.engine.run.metric_learning import EmbeddingLayer, GeM, feature_map
-from comp.engine.store import store
+from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
@@ -182,7 +182,7 @@ def weight_bytes(cfg: Config, heads: tuple[Head, ...]) -> int:
 def load_weights(module: nn.Module, file: Path) -> nn.Module:
     from safetensors.torch import load_file
 
-    module.load_state_dict(load_file(store.verified(file)))
+    module.load_state_dict(load_file(artifacts.verified(file)))
     return module
 
 
@@ -191,6 +191,6 @@ def save_weights(module: nn.Module, file: Path, **facts: Any) -> None:
 
     # Cloned, because safetensors refuses tensors that share memory and some networks tie theirs.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         temporary.write_bytes(save(state))
-    store.seal(file, **facts)
+    artifacts.add_to_manifest(file, **facts)

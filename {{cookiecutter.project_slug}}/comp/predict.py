@@ -22,7 +22,7 @@ from comp.engine.run import frozen_heads, knn, metric_learning, normalize
 from comp.engine.run import views as tta
 from comp.engine.run.context import Context
 from comp.engine.run.evaluate import forward_rows
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
@@ -41,11 +41,11 @@ def write_fold(
 ) -> Path:
     """runs/<run>/seed<s>/fold<k>/{oof,test}.arrow, unless it is there already. `inside` is a folder for other views, or for a
     member with weights of its own."""
-    cfg, folder = context.cfg, store.fold_folder(run, seed, number)
+    cfg, folder = context.cfg, paths.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
     own = inside if inside in run_members.kept(cfg) else ""
     weights = folder / own / bank.WEIGHTS
-    if store.sealed(file):
+    if artifacts.manifest_entry(file):
         return file
     rows = context.samples.positions("test") if kind == "test" else context.folds.split(number)[1]
     rows = rows[: cfg.train.limit]
@@ -59,14 +59,14 @@ def write_fold(
         rows
     ):  # what a ceiling on inference time is held against; a clock, so outside of manifest and hashes
         speed = file.with_name("speed.json")
-        noted = store.read_json(speed) if speed.exists() else {}
-        store.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
+        noted = artifacts.read_json(speed) if speed.exists() else {}
+        artifacts.write_json(speed, noted | {kind: (time.perf_counter() - began) / len(rows)})
     if damaged:
         _tell(context, damaged, file.with_name(f"{kind}_damaged.txt"))
     facts: dict[str, Any] = {
         "run": run,
         "seed": seed,
-        "config": store.digest(resolve.identity(cfg)),
+        "config": artifacts.digest(resolve.identity(cfg)),
         "weights": bank.weights_of(weights.parent),
         "marks": run_members.marks(cfg, own),
     }
@@ -151,7 +151,7 @@ def _said(
         )
     if not np.isfinite(raw).all():
         raise Refused(
-            f"{store.shown(weights)}: the network answers NaN or inf; it was trained with too high a rate"
+            f"{paths.relative(weights)}: the network answers NaN or inf; it was trained with too high a rate"
         )
     return raw, damaged
 
@@ -159,7 +159,7 @@ def _said(
 def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | None) -> None:
     """The training rows of a fold as this fold's network sees them; made once, like the weights it belongs to."""
     file, cfg = knn.gallery_file(weights), context.cfg
-    if store.sealed(file):
+    if artifacts.manifest_entry(file):
         return
     (head,) = context.samples.heads
     rows = metric_learning.drop_unknown_class(cfg, context.samples, taught[: cfg.train.limit])
@@ -181,7 +181,7 @@ def _by_neighbours(
 def _tell(context: Context, damaged: dict[int, str], file: Path) -> None:
     ids = context.samples.frame["id"]
     lines = [f"{ids.iloc[i]}\t{reason}" for i, reason in damaged.items()]
-    store.write_text(file, "\n".join(lines) + "\n")
+    artifacts.write_text(file, "\n".join(lines) + "\n")
     print(
-        f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {store.shown(file)} lists them"
+        f"{len(lines)} damaged pictures got the mean of the labels as their prediction; {paths.relative(file)} lists them"
     )

@@ -23,7 +23,7 @@ from comp.engine.deliver.cell_format import Form, rules_of_cells, some
 from comp.engine.deliver.submission_format import Answers, Cuts, Written, from_form, refuse_misfit
 from comp.engine.ensemble import blend
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 def dry_run(name: str) -> Path:
     # Not the run's own config: how a file is written may be corrected after training, and an ensemble has no config.
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     table = samples.load()
-    made = store.ensemble_folder(name) / "score.json"
-    if made.exists() and blend.stale(name, store.read_json(made)):
+    made = paths.ensemble_folder(name) / "score.json"
+    if made.exists() and blend.stale(name, artifacts.read_json(made)):
         raise Refused(
             f"{name}: its file or a member changed since it was made; make it anew: comp ensemble {name}"
         )
@@ -45,18 +45,20 @@ def dry_run(name: str) -> Path:
 
 
 def write(cfg: Config, samples: Samples, name: str, prediction: PredictionSet) -> Path:
-    rules, file = cfg.competition.submission, store.submission_file(name.replace(":", "-"))
+    rules, file = cfg.competition.submission, paths.submission_file(name.replace(":", "-"))
     refuse_misfit(rules, samples.heads)
     sample = load_sample(cfg.competition)
     validate_current(sample, samples, scored_ids(cfg.competition, sample, samples.heads))
     made, form = filled(cfg, samples, name, prediction, sample, fitted_cuts)
     put(file, made, form, sample)
-    facts = {"sample": store.sha256(sample.file), "samples": samples.hash}
-    store.seal(file, of=name, form=form.name, rows=len(sample.rows), **facts)
+    facts = {"sample": artifacts.sha256(sample.file), "samples": samples.hash}
+    artifacts.add_to_manifest(file, of=name, form=form.name, rows=len(sample.rows), **facts)
     for note in made.notes:
         print(note)
     size = f"{len(sample.rows)} rows, {len(sample.columns)} columns ({some(sample.columns)})"
-    print(f"{store.shown(file)}: {size}, form {form.name}; validated, sha256 {store.sha256(file)[:12]}")
+    print(
+        f"{paths.relative(file)}: {size}, form {form.name}; validated, sha256 {artifacts.sha256(file)[:12]}"
+    )
     print(f'next: comp submit {name} -m "…"')
     return file
 
@@ -89,9 +91,9 @@ def filled(
 
 def put(file: Path, made: Written, form: Form, sample: SampleSubmission) -> None:
     """The very bytes that have passed, or what stood there before."""
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         temporary.write_text(text_of(made, sample), encoding="utf-8", newline="\n")
-        validate.check(temporary.read_bytes(), store.shown(file), sample, form)
+        validate.check(temporary.read_bytes(), paths.relative(file), sample, form)
 
 
 def text_of(made: Written, sample: SampleSubmission) -> str:
@@ -138,7 +140,7 @@ def fitted_cuts(name: str) -> Cuts:
     file = bank.folder(run_members.of_cv(name)) / "score.json"
     if run_members.of_cv(name) != name and not file.exists():
         return {}
-    return dict(store.read_json(store.verified(file))["cuts"])
+    return dict(artifacts.read_json(artifacts.verified(file))["cuts"])
 
 
 # --- competition.py ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from comp.engine import cli, hardware
 from comp.engine.config import resolve
 from comp.engine.data import folds, samples
-from comp.engine.store import store
+from comp.engine.store import paths
 
 HERE = Path(__file__).resolve().parents[1]
 PREPARED = (HERE / "data" / "samples.parquet").exists() and (HERE / "data" / "folds.parquet").exists()
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMP_ROOT", str(root))
         patch.chdir(root)
-        store.root.cache_clear()
+        paths.root.cache_clear()
         if PREPARED:
             (root / "data" / "raw").symlink_to(HERE / "data" / "raw")
             for name in ("samples.parquet", "folds.parquet", "manifest.json"):
@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             for verb in ("practice", "prepare", "folds"):
                 assert cli.main([verb]) == 0, verb
         yield root
-    store.root.cache_clear()
+    paths.root.cache_clear()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def practice(args: Args) -> None:
     from comp.engine.extras import practice
-    from comp.engine.store import store
+    from comp.engine.store import paths
 
     if args.score:
         practice.score(args.score)
     else:
-        practice.make(store.path("data", "raw"))
+        practice.make(paths.path("data", "raw"))
 
 
 def download(args: Args) -> None:
@@ -78,8 +78,8 @@ def cache(args: Args) -> None:
 
     cfg = _config(args)
     hardware.settle(cfg.train.threads)
-    paths = sorted({path for images in samples.load().frame["images"] for path in images})
-    cache.open_images(cfg, paths, cfg.machine.progress, must_fit=True)
+    names = sorted({path for images in samples.load().frame["images"] for path in images})
+    cache.open_images(cfg, names, cfg.machine.progress, must_fit=True)
     print(f"next: comp train {args.experiment}")
 
 
@@ -208,9 +208,9 @@ def _config(args: Args) -> Config:
 def _competition_config() -> Config:
     """The data verbs read nothing but the section `competition`."""
     from comp.engine.config import resolve
-    from comp.engine.store import store
+    from comp.engine.store import paths
 
-    return resolve.load(store.root(), "base").config
+    return resolve.load(paths.root(), "base").config
 
 
 VERBS = {
@@ -328,9 +328,9 @@ def answer(arguments: list[str]) -> int:
         raise Refused(f"comp: there is no verb {name!r}; the nearest is {close}, and comp --help lists them")
     given = command.parsed(name, VERBS[name], rest)
     if getattr(given, "steal_lock", False):
-        from comp.engine.store import store
+        from comp.engine.store import locks
 
-        with store.stealing():
+        with locks.steal():
             return _run(name, given)
     return _run(name, given)
 

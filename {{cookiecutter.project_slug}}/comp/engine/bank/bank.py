@@ -28,7 +28,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,19 +67,19 @@ def write(file: Path, predictions: PredictionSet) -> Path:
         gaps = np.isnan(flat).any(axis=1)
         if np.isinf(flat).any() or not np.isnan(flat[gaps]).all():
             raise Refused(
-                f"{store.shown(file)}: {head['name']} is infinite or half NaN in some row, so it is not written"
+                f"{paths.relative(file)}: {head['name']} is infinite or half NaN in some row, so it is not written"
             )
         columns[f"head.{head['name']}"] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     text = json.dumps(predictions.meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
     batch = batch.replace_schema_metadata({"comp": text})
     with (
-        store.writing(file) as temporary,
+        artifacts.atomic(file) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, batch.schema) as writer,
     ):
         writer.write_batch(batch)
-    store.seal(file)
+    artifacts.add_to_manifest(file)
     return file
 
 
@@ -92,9 +92,9 @@ def read(
     file: Path, samples: Samples, folds: Folds, expect: Mapping[str, Any] | None = None
 ) -> PredictionSet:
     """Views into the file, without a copy. Whatever does not fit samples, folds and `expect` is refused in one line."""
-    batch, said = _open(store.verified(file))
+    batch, said = _open(artifacts.verified(file))
     if fault := _misfit(said, samples, folds, expect or {}) or _stale(said):
-        raise Refused(f"{store.shown(file)}: {fault}")
+        raise Refused(f"{paths.relative(file)}: {fault}")
     column = dict(zip(batch.schema.names, batch.columns, strict=True))
     heads = {}
     for head in said["heads"]:
@@ -108,22 +108,22 @@ def read(
 
 def read_meta(file: Path) -> dict[str, Any]:
     """What a set says of itself, without looking at its values."""
-    return _open(store.verified(file))[1]
+    return _open(artifacts.verified(file))[1]
 
 
 def _open(file: Path) -> tuple[pa.RecordBatch, dict[str, Any]]:
     import pyarrow as pa
 
     try:
-        batch = _mapped(file, store.stamp(file))
+        batch = _mapped(file, artifacts.stamp(file))
         said: dict[str, Any] = json.loads(batch.schema.metadata[b"comp"])
     except (pa.ArrowException, OSError, StopIteration, ValueError, KeyError, TypeError):
-        raise Refused(f"{store.shown(file)}: is no prediction set of this project") from None
+        raise Refused(f"{paths.relative(file)}: is no prediction set of this project") from None
     return batch, said
 
 
 @lru_cache(maxsize=1000)  # mapped once a process: most of what reading costs is finding its pages
-def _mapped(file: Path, stamp: store.Stamp | None) -> pa.RecordBatch:
+def _mapped(file: Path, stamp: artifacts.Stamp | None) -> pa.RecordBatch:
     import pyarrow as pa
 
     with file.open("rb") as opened:
@@ -161,7 +161,7 @@ def _misfit(said: Mapping[str, Any], samples: Samples, folds: Folds, expect: Map
 
 def _stale(said: Mapping[str, Any]) -> str:
     for name, then in said["weights"].items():
-        now = _weights_now(store.path("runs", name, WEIGHTS))
+        now = _weights_now(paths.path("runs", name, WEIGHTS))
         if now is not None and now != then:
             return f"runs/{name}/{WEIGHTS} changed since these predictions were made; make them again"
     return ""
@@ -169,16 +169,17 @@ def _stale(said: Mapping[str, Any]) -> str:
 
 def weights_of(*folders: Path) -> dict[str, str]:
     """For the metadata: which weights spoke. A set whose weights were trained anew since is refused."""
-    runs = store.path("runs")
+    runs = paths.path("runs")
     return {
-        str(folder.relative_to(runs)): store.sha256(store.verified(folder / WEIGHTS)) for folder in folders
+        str(folder.relative_to(runs)): artifacts.sha256(artifacts.verified(folder / WEIGHTS))
+        for folder in folders
     }
 
 
 def _weights_now(file: Path) -> str | None:
     """None when they were cleaned away: predictions outlive weights."""
     try:
-        weights, manifest = file.stat(), (file.parent / store.MANIFEST).stat()
+        weights, manifest = file.stat(), (file.parent / artifacts.MANIFEST).stat()
     except FileNotFoundError:
         return None
     # Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest's word counts, unless the
@@ -186,12 +187,12 @@ def _weights_now(file: Path) -> str | None:
     entry = _entry(file, manifest.st_ino, manifest.st_mtime_ns)
     if entry and entry["size"] == weights.st_size and weights.st_mtime_ns < manifest.st_mtime_ns:
         return str(entry["sha256"])
-    return store.sha256(file)
+    return artifacts.sha256(file)
 
 
 @cache
 def _entry(file: Path, inode: int, changed: int) -> dict[str, Any] | None:
-    return store.sealed(file)
+    return artifacts.manifest_entry(file)
 
 
 # --- members by address --------------------------------------------------------------------------------------------------
@@ -200,21 +201,21 @@ def _entry(file: Path, inode: int, changed: int) -> dict[str, Any] | None:
 def folder(address: str) -> Path:
     name, _, member = address.partition(":")
     if member:
-        return store.member_folder(name, member)
-    return store.ensemble_folder(name) if store.ensemble_folder(name).is_dir() else store.run_folder(name)
+        return paths.member_folder(name, member)
+    return paths.ensemble_folder(name) if paths.ensemble_folder(name).is_dir() else paths.run_folder(name)
 
 
 def members() -> list[str]:
     """The address of everything that has finished predictions: runs, their members, ensembles."""
-    runs, found = store.path("runs"), []
+    runs, found = paths.path("runs"), []
     for run in sorted(p for p in runs.glob("*") if p.is_dir() and not p.name.startswith(".")):
         found.append(run.name)
         found += [f"{run.name}:{p.name}" for p in sorted(run.glob("members/*")) if not p.name.startswith(".")]
-    found += [p.name for p in sorted(store.path("ensembles").glob("*")) if not p.name.startswith(".")]
+    found += [p.name for p in sorted(paths.path("ensembles").glob("*")) if not p.name.startswith(".")]
     return [
         address
         for address in dict.fromkeys(found)
-        if any(store.sealed(folder(address) / f"{k}.arrow") for k in KINDS)
+        if any(artifacts.manifest_entry(folder(address) / f"{k}.arrow") for k in KINDS)
     ]
 
 
@@ -246,7 +247,7 @@ def load(address: str, kind: str, samples: Samples, folds: Folds) -> PredictionS
 def load_all(addresses: Sequence[str], kind: str, samples: Samples, folds: Folds) -> list[PredictionSet]:
     """Many at once: files that this process reads for the first time are hashed on all cores."""
     files = [find(address, kind) for address in addresses]
-    store.note(files)
+    artifacts.hash_files(files)
     return [read(file, samples, folds, {"kind": kind}) for file in files]
 
 

@@ -14,7 +14,7 @@ from comp.engine.config.experiments import Number
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 Part = tuple[int, Number]  # seed, fold
 
@@ -48,7 +48,7 @@ def _merge_weight_sets(
 ) -> None:
     places = _places(experiment, parts)
     for name, inside in run_members.merged(cfg).items():
-        if all(store.sealed(place / each / "test.arrow") for place in places for each in inside):
+        if all(artifacts.manifest_entry(place / each / "test.arrow") for place in places for each in inside):
             merge_member(experiment, named(name), cfg, samples, folds, parts, inside)
 
 
@@ -65,15 +65,15 @@ def merge_member(
 
     Killed half-way, the next call writes the same bytes over what is there.
     """
-    folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
-    places = [store.fold_folder(experiment, seed, fold) / each for each in inside for seed, fold in parts]
+    folder = paths.member_folder(experiment, name) if name else paths.run_folder(experiment)
+    places = [paths.fold_folder(experiment, seed, fold) / each for each in inside for seed, fold in parts]
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
     kinds = ("test",) if all(fold == run_members.REFIT for _, fold in parts) else ("oof", "test")
     # A damaged part is refused before anything of what stood there goes.
     read = {kind: [bank.read(place / f"{kind}.arrow", samples, folds) for place in places] for kind in kinds}
     # Old and new must not be read together: after a kill nothing of this member counts until it is all written again.
     for old in ("oof.arrow", "test.arrow", "score.json"):
-        store.unseal(folder / old)
+        artifacts.remove_from_manifest(folder / old)
     for kind, sets in read.items():
         bank.write(
             folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts)
@@ -88,26 +88,30 @@ def merge_member(
 
 
 def _places(experiment: str, parts: list[Part]) -> list[Path]:
-    return [store.fold_folder(experiment, seed, fold) for seed, fold in parts]
+    return [paths.fold_folder(experiment, seed, fold) for seed, fold in parts]
 
 
 def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float | None]:
     """By how much choosing on the scored rows flatters a member: the mean over its folds."""
     files = [place / "optimism.json" for place in _places(experiment, parts)]
     key = name if name == "greedy" else ""
-    known = [value for file in files if (value := store.read_json(store.verified(file)).get(key)) is not None]
+    known = [
+        value
+        for file in files
+        if (value := artifacts.read_json(artifacts.verified(file)).get(key)) is not None
+    ]
     return {"optimism": float(np.mean(known)) if known else None}
 
 
 def print_result(experiment: str, name: str = "") -> None:
     """The last lines of a verb: the score, where it lies, what to do next."""
-    folder = store.member_folder(experiment, name) if name else store.run_folder(experiment)
+    folder = paths.member_folder(experiment, name) if name else paths.run_folder(experiment)
     address = f"{experiment}:{name}" if name else experiment
     print(f"{address}: {describe_cv(address)}")
     if run_members.is_refit(name):
-        print(f"written: {store.shown(folder)}/test.arrow\nnext: comp submit {address} --dry-run")
+        print(f"written: {paths.relative(folder)}/test.arrow\nnext: comp submit {address} --dry-run")
         return
-    print(f"written: {store.shown(folder)}/oof.arrow, test.arrow, score.json")
+    print(f"written: {paths.relative(folder)}/oof.arrow, test.arrow, score.json")
     print(f"next: comp submit {address} --dry-run, or blend it: comp ensemble blend001")
 
 
@@ -115,8 +119,8 @@ def describe_cv(address: str) -> str:
     """What is known of its score. A refit on all rows has none of its own: that of the same member of the CV stands for it."""
     same = run_members.of_cv(address)
     file = bank.folder(same) / "score.json"
-    if store.sealed(file):
+    if artifacts.manifest_entry(file):
         of = f"trained on all rows; the CV of {same}: " if same != address else ""
-        return of + score.summary(store.read_json(store.verified(file)))
+        return of + score.summary(artifacts.read_json(artifacts.verified(file)))
     why = experiments.absent(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
     return f"trained on all rows; no CV ({why})"

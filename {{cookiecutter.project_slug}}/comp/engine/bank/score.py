@@ -23,7 +23,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples, aggregate_rows, unique_rows
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts
 from comp.engine.tasks.kinds import TASKS, Array, Head
 from comp.metrics import Metric
 
@@ -118,8 +118,8 @@ def write(
     folder: Path, cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet, **more: Any
 ) -> dict[str, Any]:
     record = evaluate(cfg, samples, folds, predictions) | more
-    store.write_json(folder / "score.json", record)
-    store.seal(folder / "score.json")
+    artifacts.write_json(folder / "score.json", record)
+    artifacts.add_to_manifest(folder / "score.json")
     return record
 
 

@@ -15,7 +15,7 @@ from comp.engine.config import resolve, run_members
 from comp.engine.config.resolve import Loaded, nearest
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 Number = int | str  # of a fold, or full
 NO_EXPERIMENTS = ("base", "competition", "debug")
@@ -24,25 +24,25 @@ NO_EXPERIMENTS = ("base", "competition", "debug")
 def load(name: str, overrides: Iterable[str] = (), debug: bool = False, claimed: str | None = None) -> Loaded:
     """The config of an experiment or a run. `claimed` is the run that is going to be trained by it, whose own config
     identity.claim compares."""
-    file = store.run_folder(name) / "config.yaml"
-    if not store.path("configs", f"{name}.yaml").is_file():
-        if store.sealed(file):
-            return resolve.load(store.root(), name, overrides, debug, store.verified(file))
+    file = paths.run_folder(name) / "config.yaml"
+    if not paths.path("configs", f"{name}.yaml").is_file():
+        if artifacts.manifest_entry(file):
+            return resolve.load(paths.root(), name, overrides, debug, artifacts.verified(file))
         raise Refused(f"{name}: there is no configs/{name}.yaml and no run of that name; {_known(name)}")
-    if name != claimed and store.sealed(file):
-        _tell_difference(name, file, store.stamp(file))
-    return resolve.load(store.root(), name, overrides, debug)
+    if name != claimed and artifacts.manifest_entry(file):
+        _tell_difference(name, file, artifacts.stamp(file))
+    return resolve.load(paths.root(), name, overrides, debug)
 
 
 @cache  # once a process and file
-def _tell_difference(name: str, file: Path, stamp: store.Stamp | None) -> None:
+def _tell_difference(name: str, file: Path, stamp: artifacts.Stamp | None) -> None:
     own = f"configs/{name}.yaml"
     try:
-        there = resolve.from_yaml(store.verified(file))
+        there = resolve.from_yaml(artifacts.verified(file))
     except UserError as refused:
         print(f"{refused.lines[0]}; {own} is used", file=sys.stderr)
         return
-    if changed := resolve.difference(there, resolve.load(store.root(), name).config):
+    if changed := resolve.difference(there, resolve.load(paths.root(), name).config):
         key, (before, after) = next(iter(changed.items()))
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         print(
@@ -52,23 +52,27 @@ def _tell_difference(name: str, file: Path, stamp: store.Stamp | None) -> None:
 
 
 def _known(name: str) -> str:
-    own = [file.stem for file in store.path("configs").glob("*.yaml")]
+    own = [file.stem for file in paths.path("configs").glob("*.yaml")]
     known = sorted({*own, *runs()} - {*NO_EXPERIMENTS, name})
     return f"the nearest are {', '.join(nearest(name, known, 3))}" if known else "there are none yet"
 
 
 def runs() -> list[str]:
     """Every run that was begun and whose config is known."""
-    folders = sorted(store.path("runs").glob("*"))
-    return [each.name for each in folders if each.name[0] != "." and store.sealed(each / "config.yaml")]
+    folders = sorted(paths.path("runs").glob("*"))
+    return [
+        each.name
+        for each in folders
+        if each.name[0] != "." and artifacts.manifest_entry(each / "config.yaml")
+    ]
 
 
 def stored(name: str) -> Config:
     """The resolved config that a run carries."""
-    file = store.run_folder(name) / "config.yaml"
+    file = paths.run_folder(name) / "config.yaml"
     if not file.exists():
         raise Refused(absent(name, "run") or f"{name}: no such run; {_known(name)}")
-    return resolve.from_yaml(store.verified(file, "see comp runs for what there is"))
+    return resolve.from_yaml(artifacts.verified(file, "see comp runs for what there is"))
 
 
 # --- folds ---------------------------------------------------------------------------------------------------------------
@@ -82,15 +86,17 @@ def count(cfg: Config) -> int:
 def finished(run: str, seed: int, folds: Iterable[Number]) -> list[Number]:
     """The folds of a seed whose predictions are all there."""
     kinds = {fold: ("test",) if fold == run_members.REFIT else ("oof", "test") for fold in folds}
-    place = {fold: store.fold_folder(run, seed, fold) for fold in kinds}
+    place = {fold: paths.fold_folder(run, seed, fold) for fold in kinds}
     return [
-        fold for fold in kinds if all(store.sealed(place[fold] / f"{kind}.arrow") for kind in kinds[fold])
+        fold
+        for fold in kinds
+        if all(artifacts.manifest_entry(place[fold] / f"{kind}.arrow") for kind in kinds[fold])
     ]
 
 
 def seeds_of(run: str) -> list[int]:
     """Every seed that was ever started, whatever train.seeds says now."""
-    return sorted(int(folder.name.removeprefix("seed")) for folder in store.run_folder(run).glob("seed*"))
+    return sorted(int(folder.name.removeprefix("seed")) for folder in paths.run_folder(run).glob("seed*"))
 
 
 def complete(run: str, folds: int) -> list[int]:
@@ -115,12 +121,12 @@ def missing(run: str, cfg: Config, folds: int) -> str:
 def absent(address: str, what: str) -> str:
     """Why something known by name has no such predictions, and the command that makes them; empty for a name that is unknown."""
     run, _, member = address.partition(":")
-    if store.path("configs", "ensembles", f"{run}.yaml").is_file() and not member:
+    if paths.path("configs", "ensembles", f"{run}.yaml").is_file() and not member:
         return f"{address}: has no {what} yet: comp ensemble {run}"
-    if store.sealed(store.run_folder(run) / "config.yaml"):
+    if artifacts.manifest_entry(paths.run_folder(run) / "config.yaml"):
         return _unfinished(address, stored(run), what)
-    if store.path("configs", f"{run}.yaml").is_file() and run not in NO_EXPERIMENTS:
-        cfg = resolve.load(store.root(), run).config
+    if paths.path("configs", f"{run}.yaml").is_file() and run not in NO_EXPERIMENTS:
+        cfg = resolve.load(paths.root(), run).config
         if member == run_members.REFIT:
             return f"{address}: was never trained, fold full missing: comp train {run} --fold full"
         return f"{address}: was never trained, {missing(run, cfg, count(cfg))} missing: comp train {run}"
@@ -145,6 +151,6 @@ def _unfinished(address: str, cfg: Config, what: str) -> str:
     elif known and (gaps := missing(run, cfg, count(cfg))):
         refit = f" ({run}:{run_members.REFIT} is there)" if refitted(run) else ""
         return f"{address}: has no {what} yet, {gaps} missing: comp train {run}{refit}"
-    if known and not any(store.run_folder(run).glob("*.arrow")):
+    if known and not any(paths.run_folder(run).glob("*.arrow")):
         return f"{address}: has no {what} yet, its folds are there and not merged: comp predict {run}"
     return ""

@@ -30,7 +30,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.readers import decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.readers.decode import Pixels
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 COMMIT = 64  # pictures between two lines of the journal: at most so many are decoded again after a kill, or synced when all are made
 CHUNK = 8  # pictures a task of the pool: few enough for memory, many enough for the pool not to be felt
@@ -105,7 +105,7 @@ def build(
                 commit.result()
             _commit(pixels, journal, fresh)
     except OSError as error:
-        what = f"{store.shown(folder)}: could not be written ({error.strerror})"
+        what = f"{paths.relative(folder)}: could not be written ({error.strerror})"
         raise Refused(f"{what}; what is there stays, and the next start goes on from it") from error
     return _published(folder, reader, before, lines)
 
@@ -170,12 +170,12 @@ def _resumed(folder: Path, reader: ImageReader, before: Path | None) -> list[Lin
     text = journal.read_bytes()
     text = text[: text.rfind(b"\n") + 1]  # a torn line never happened
     lines = [Line(*values) for part in text.splitlines() for values in json.loads(part)]
-    counted = store.read_json(folder / store.MANIFEST)[before.name]["pixels"] if before else 0
+    counted = artifacts.read_json(folder / artifacts.MANIFEST)[before.name]["pixels"] if before else 0
     each = np.dtype(reader.dtype).itemsize
     end = max([counted] + [line.offset + line.height * line.width * line.channels * each for line in lines])
     if pixels.stat().st_size < end:
         raise cache_index.cache_damaged(
-            folder, f"{store.shown(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
+            folder, f"{paths.relative(pixels)}: {end - pixels.stat().st_size} bytes are missing at its end"
         )
     os.truncate(journal, len(text))
     os.truncate(pixels, end)
@@ -197,19 +197,19 @@ def _published(folder: Path, reader: ImageReader, before: Path | None, lines: li
     facts = {"images": len(table), "damaged": damaged, "pixels": size}
     file = cache_index.publish(folder, table, facts | made_with)
     (folder / "journal.jsonl").unlink()
-    what = f"{len(table):,} pictures, {damaged} of them damaged, {store.readable(size)}"
-    print(f"{store.shown(folder)}: {what}", flush=True)
+    what = f"{len(table):,} pictures, {damaged} of them damaged, {artifacts.format_size(size)}"
+    print(f"{paths.relative(folder)}: {what}", flush=True)
     return file
 
 
 def _announce(folder: Path, reader: ImageReader, todo: list[str]) -> None:
     size = len(todo) * _bytes_each(reader, todo)
-    what = f"{store.shown(folder)}: {len(todo):,} pictures of {reader.size} px"
+    what = f"{paths.relative(folder)}: {len(todo):,} pictures of {reader.size} px"
     try:
-        store.need_space(size, what)
+        artifacts.require_space(size, what)
     except UserError as refusal:
         raise CacheSpaceError(*refusal.lines) from None
-    print(f"{what}, about {store.readable(size)}", flush=True)
+    print(f"{what}, about {artifacts.format_size(size)}", flush=True)
 
 
 def _bytes_each(reader: ImageReader, names: list[str]) -> int:

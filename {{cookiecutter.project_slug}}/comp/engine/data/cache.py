@@ -26,7 +26,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import build_cache, cache_index, image_reader
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.readers.decode import Pixels
-from comp.engine.store import store
+from comp.engine.store import locks, paths
 
 
 class UncachedImages:
@@ -94,7 +94,8 @@ class _Pages:
         file, end = self.folder / "pixels.bin", cache_index.end(self.table, kind.itemsize)
         if file.stat().st_size < end:
             raise cache_index.cache_damaged(
-                self.folder, f"{store.shown(file)}: {end - file.stat().st_size} bytes are missing at its end"
+                self.folder,
+                f"{paths.relative(file)}: {end - file.stat().st_size} bytes are missing at its end",
             )
         with file.open("rb") as opened:
             self.map = mmap.mmap(opened.fileno(), end, access=mmap.ACCESS_READ) if end else None
@@ -114,28 +115,28 @@ class _Pages:
         if not self.checked[at]:
             if zlib.crc32(pixels.data) != self.crc[at]:
                 name = self.table["name"][at].as_py()
-                what = f"{store.shown(self.folder / 'pixels.bin')}: the picture of {name} is damaged (its crc32 differs)"
+                what = f"{paths.relative(self.folder / 'pixels.bin')}: the picture of {name} is damaged (its crc32 differs)"
                 raise cache_index.cache_damaged(self.folder, what)
             self.checked[at] = True
         return pixels.reshape(height, width, channels)
 
 
-def open_images(cfg: Config, paths: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
+def open_images(cfg: Config, image_keys: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
     """The pictures of these files under raw, in this order; what the cache lacks is decoded into it first.
 
     On a disk that is too small or read-only they are decoded on the fly, which is said in a line; with must_fit that is refused."""
     reader = image_reader.from_config(cfg)
-    names = pa.array(paths, pa.string())
+    names = pa.array(image_keys, pa.string())
     if not cfg.data.cache:
         return UncachedImages(reader, names)
-    folder = store.path("data", "cache", reader.key)
-    found = reader.stamps(paths)  # most of the start
+    folder = paths.path("data", "cache", reader.key)
+    found = reader.stamps(image_keys)  # most of the start
     file = cache_index.current(folder)
     where = cache_index.locate(names, found, cache_index.mapped(file))
     if file is None or (where == cache_index.STALE).any():
         try:
             _make(folder)
-            with store.lock(folder, "filling the image cache", wait=True):
+            with locks.lock(folder, "filling the image cache", wait=True):
                 file = build_cache.build(folder, reader, names, found, progress)
         except build_cache.CacheSpaceError as refusal:
             if must_fit:
@@ -151,5 +152,5 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise build_cache.CacheSpaceError(
-            f"{store.shown(folder)}: cannot be made ({error.strerror})"
+            f"{paths.relative(folder)}: cannot be made ({error.strerror})"
         ) from None

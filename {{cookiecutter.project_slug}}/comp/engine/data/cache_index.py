@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SCHEMA = pa.schema({
     "name": pa.string(),  # path under raw
@@ -26,32 +26,34 @@ ABSENT, STALE = -1, -2  # no such file | not in the index, or made from another 
 def current(folder: Path) -> Path | None:
     """The index that counts, its bytes verified; None before the first build."""
     for _ in range(9):  # another process may be replacing one index by the next right now
-        if not (folder / store.MANIFEST).exists():
+        if not (folder / artifacts.MANIFEST).exists():
             return None
-        ((name, facts),) = store.read_json(folder / store.MANIFEST).items()
+        ((name, facts),) = artifacts.read_json(folder / artifacts.MANIFEST).items()
         try:
-            good = store.sha256(folder / name) == facts["sha256"]
+            good = artifacts.sha256(folder / name) == facts["sha256"]
         except FileNotFoundError:
             continue
         if good:
             return folder / name
         raise cache_damaged(
-            folder, f"{store.shown(folder / name)}: damaged (sha256 differs from {store.MANIFEST})"
+            folder, f"{paths.relative(folder / name)}: damaged (sha256 differs from {artifacts.MANIFEST})"
         )
-    raise cache_damaged(folder, f"{store.shown(folder)}: {store.MANIFEST} names an index that is not there")
+    raise cache_damaged(
+        folder, f"{paths.relative(folder)}: {artifacts.MANIFEST} names an index that is not there"
+    )
 
 
 def publish(folder: Path, table: pa.Table, facts: dict[str, Any]) -> Path:
     """The same lines have the same name and bytes. From here on they count."""
-    with store.writing(folder / "index.arrow") as temporary:
+    with artifacts.atomic(folder / "index.arrow") as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_table(table.combine_chunks(), max_chunksize=max(1, len(table)))
-        sha = store.sha256(temporary)
+        sha = artifacts.sha256(temporary)
     index = folder / f"index-{sha[:16]}.arrow"
     (folder / "index.arrow").replace(index)
     before = current(folder)
     size = index.stat().st_size
-    store.write_json(folder / store.MANIFEST, {index.name: {"sha256": sha, "size": size, **facts}})
+    artifacts.write_json(folder / artifacts.MANIFEST, {index.name: {"sha256": sha, "size": size, **facts}})
     for old in folder.glob("index-*.arrow"):
         if old not in (index, before):  # a process that is just starting may be about to map the one before
             old.unlink()
@@ -90,9 +92,9 @@ def locate(names: pa.Array, found: NDArray[np.int64], table: pa.Table) -> NDArra
 def known_hashes(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray[Any]:
     """The hash of each file by any cache of this raw folder; empty where none has seen it as it is now (size and mtime)."""
     hashed = np.full(len(names), "", object)
-    for manifest in sorted(store.path("data", "cache").glob(f"*/{store.MANIFEST}")):
+    for manifest in sorted(paths.path("data", "cache").glob(f"*/{artifacts.MANIFEST}")):
         file = current(manifest.parent)
-        if file is None or store.read_json(manifest).get(file.name, {}).get("raw") != raw:
+        if file is None or artifacts.read_json(manifest).get(file.name, {}).get("raw") != raw:
             continue
         table = mapped(file)
         at = locate(names, found, table)
@@ -102,4 +104,4 @@ def known_hashes(raw: str, names: pa.Array, found: NDArray[np.int64]) -> NDArray
 
 
 def cache_damaged(folder: Path, what: str) -> Refused:
-    return Refused(f"{what}; delete {store.shown(folder)}, it is made again by itself")
+    return Refused(f"{what}; delete {paths.relative(folder)}, it is made again by itself")

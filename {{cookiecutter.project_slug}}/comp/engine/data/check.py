@@ -23,7 +23,7 @@ from comp.engine.data.prepare import Prepared
 from comp.engine.data.sample_submission import SampleSubmission, load_sample
 from comp.engine.errors import UserError
 from comp.engine.readers import decode
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import TASKS, Head
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def check(
         counts = reading.frame["source"].value_counts(sort=False)
         notes.insert(0, ", ".join(f"{count} {source} rows" for source, count in counts.items()))
     faults = list(dict.fromkeys(faults))
-    store.write_text(store.path("data", "check.txt"), "\n".join([*notes, *faults]) + "\n")
+    artifacts.write_text(paths.path("data", "check.txt"), "\n".join([*notes, *faults]) + "\n")
     for lines in (notes, faults):
         print(*lines[:SHOWN], sep="\n", end="\n" if lines else "")
         if len(lines) > SHOWN:
-            print(f"and {len(lines) - SHOWN} more: {store.shown(store.path('data', 'check.txt'))} has all")
+            print(f"and {len(lines) - SHOWN} more: {paths.relative(paths.path('data', 'check.txt'))} has all")
     print(f"{len(faults)} fault{'s' * (len(faults) != 1)}")
     if not faults:
-        print(f"next: comp {'folds' if store.samples_file().is_file() else 'prepare'}")
+        print(f"next: comp {'folds' if paths.samples_file().is_file() else 'prepare'}")
     return faults
 
 
@@ -122,7 +122,7 @@ def _against_sample(cfg: Config, reading: Prepared) -> tuple[list[str], list[str
             lines = [cell.row for cell in sample_submission.parse_ids(rules.rows, lines, reading.heads)]
     except UserError as refused:
         return refused.lines, []
-    name = store.shown(sample.file)
+    name = paths.relative(sample.file)
     first: dict[str, int] = {}
     for position in np.flatnonzero(reading.frame["source"] == "test").tolist():
         first.setdefault(reading.frame["row"].iloc[position], position)
@@ -145,14 +145,14 @@ def _repeated(sample: SampleSubmission) -> list[str]:
         return []
     id_, numbers = next(iter(sample.repeated_ids.items()))
     return [
-        f"note: {store.shown(sample.file)} asks for {len(sample.repeated_ids)} ids in several lines, like {id_!r} in "
+        f"note: {paths.relative(sample.file)} asks for {len(sample.repeated_ids)} ids in several lines, like {id_!r} in "
         f"{', '.join(map(str, numbers[:4]))}; each line gets the same prediction"
     ]
 
 
 def _columns(competition: Competition, reading: Prepared, sample: SampleSubmission) -> list[str]:
     """Columns of the sample that nothing is predicted for, and classes that have none."""
-    rules, name, answers = competition.submission, store.shown(sample.file), sample.prediction_columns
+    rules, name, answers = competition.submission, paths.relative(sample.file), sample.prediction_columns
     faults = []
     if pages.get("write_submission") is not None or rules.rows is not None:
         return []
@@ -185,7 +185,7 @@ def _asked(head: Head, answers: Sequence[str]) -> tuple[str, ...]:
 
 def _images(cfg: Config, reading: Prepared, maker: image_reader.ImageReader) -> tuple[list[str], list[str]]:
     """Every listed image exists and decodes; faults, and what is only worth knowing."""
-    raw = store.path(cfg.competition.raw)
+    raw = paths.path(cfg.competition.raw)
     rows = {
         name: position
         for position in range(len(reading.frame) - 1, -1, -1)
@@ -275,18 +275,18 @@ def _copies(cfg: Config, reading: Prepared) -> list[str]:
 
     frame = reading.frame
     images = exact_duplicates.find_by_bytes(cfg, samples.Samples(frame, reading.heads, ""))
-    paths, same = (
+    by_path, by_bytes = (
         exact_duplicates.duplicate_pairs(images, code) for code in (images.by_path, images.by_bytes)
     )
-    known, all_ = (pairs @ np.array([len(frame), 1]) for pairs in (paths, same))
+    known, all_ = (pairs @ np.array([len(frame), 1]) for pairs in (by_path, by_bytes))
     keep = "so with folds.duplicates: group; without it comp folds refuses them on both sides of a fold"
     if cfg.competition.folds.scheme == "time":
         keep = "comp folds refuses them on both sides of a split by time"
     ids, source = (frame[name].to_numpy(object) for name in ("id", "source"))
     notes = []
     for pairs, what, then in (
-        (paths, "share an image file", "none of them trains a fold that scores another"),
-        (same[~np.isin(all_, known)], "have files of the same bytes", keep),
+        (by_path, "share an image file", "none of them trains a fold that scores another"),
+        (by_bytes[~np.isin(all_, known)], "have files of the same bytes", keep),
     ):
         pairs = pairs[(source[pairs] != "test").any(axis=1)]
         if len(pairs):
@@ -319,7 +319,7 @@ def _looked(maker: image_reader.ImageReader, names: Sequence[str]) -> list[Look]
     """Decoded in parallel. What is as it was last time (size, mtime, decoder) is not opened again."""
     from tqdm import tqdm
 
-    file = store.path("data", "checked", f"{maker.key}.parquet")
+    file = paths.path("data", "checked", f"{maker.key}.parquet")
     known = {look.name: look for look in _remembered(file)}
     done: dict[str, Look] = {}
     waiting = []
@@ -375,8 +375,8 @@ def _remembered(file: Path) -> list[Look]:
     """A torn or damaged memory costs nothing but opening the images again."""
     import pyarrow.parquet as pq
 
-    entry = store.sealed(file)
-    if entry is None or entry["sha256"] != store.sha256(file):
+    entry = artifacts.manifest_entry(file)
+    if entry is None or entry["sha256"] != artifacts.sha256(file):
         return []
     table: pa.Table = pq.read_table(file)
     return [Look(*row) for row in zip(*(table[name].to_pylist() for name in Look._fields), strict=True)]
@@ -386,20 +386,20 @@ def _remember(file: Path, looks: Sequence[Look]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         pq.write_table(
             pa.table({name: [getattr(look, name) for look in looks] for name in Look._fields}), temporary
         )
-    store.seal(file)
+    artifacts.add_to_manifest(file)
 
 
 def _stale(reading: Prepared) -> list[str]:
     """data/samples.parquet is a copy of what the tables say; they may have moved on."""
-    if reading.faults or not store.sealed(store.samples_file()):
+    if reading.faults or not artifacts.manifest_entry(paths.samples_file()):
         return []
     same = samples.load().hash == samples.content_hash(reading.frame, reading.heads)
     return (
         []
         if same
-        else [f"note: {store.shown(store.samples_file())} is not what the tables say now: comp prepare"]
+        else [f"note: {paths.relative(paths.samples_file())} is not what the tables say now: comp prepare"]
     )

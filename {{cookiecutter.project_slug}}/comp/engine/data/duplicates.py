@@ -20,7 +20,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.readers import arrays
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,7 +103,7 @@ def _looked(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
         if listed is not None and isinstance(images, cache.CachedImages) and images.where[at] >= 0:
             hashed[at] = listed[int(images.where[at])].as_py()
         else:
-            hashed[at] = store.digest(image_reader.from_config(cfg).read(name).hex())
+            hashed[at] = artifacts.digest(image_reader.from_config(cfg).read(name).hex())
     return grey, hashed
 
 
@@ -131,8 +131,8 @@ def report(cfg: Config, samples: Samples) -> pd.DataFrame:
     """data/duplicates.csv and a sheet of pictures; pairs of train and test come first."""
     copies = find(cfg, samples)
     frame = _frame(samples, copies)
-    file, sheet = store.path("data", "duplicates.csv"), store.path("data", "duplicates.png")
-    store.write_text(file, frame.to_csv(index=False))
+    file, sheet = paths.path("data", "duplicates.csv"), paths.path("data", "duplicates.png")
+    artifacts.write_text(file, frame.to_csv(index=False))
     print(
         f"{copies.looked} pictures: {len(frame)} pairs of copies, {int((frame['how'] == 1).sum())} of them the same bytes"
         f" (copies have a correlation from {copies.level.correlation:.3f} on, which {copies.level.chance:.2g} pairs of this set reach "
@@ -148,7 +148,9 @@ def report(cfg: Config, samples: Samples) -> pd.DataFrame:
             _told(kind, mine)
     if len(frame):
         _drawn(cfg, frame, sheet)
-        print(f"{store.shown(file)}: all of them\n{store.shown(sheet)}: the first {min(DRAWN, len(frame))}")
+        print(
+            f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first {min(DRAWN, len(frame))}"
+        )
     apart = sum(_apart(mine) for kind, mine in _kinds(frame).items() if kind in SPLIT)
     if apart and cfg.competition.folds.scheme == "time":
         print(
@@ -156,10 +158,12 @@ def report(cfg: Config, samples: Samples) -> pd.DataFrame:
         )
     elif apart and cfg.competition.folds.duplicates == "ignore":
         print("next: folds.duplicates: group in configs/competition.yaml, then comp folds --remake")
-    elif apart and store.sealed(store.folds_file()):
+    elif apart and artifacts.manifest_entry(paths.folds_file()):
         print("next: comp folds --remake")
     else:
-        print("next: comp train exp001" if store.sealed(store.folds_file()) else "next: comp folds")
+        print(
+            "next: comp train exp001" if artifacts.manifest_entry(paths.folds_file()) else "next: comp folds"
+        )
     return frame
 
 
@@ -201,7 +205,10 @@ def _frame(samples: Samples, copies: Duplicates) -> pd.DataFrame:
 
     one, other = copies.pairs.T
     fold = np.full(len(samples.frame), "", object)
-    if store.sealed(store.folds_file()) and folds.read(store.folds_file())[1]["samples"] == samples.hash:
+    if (
+        artifacts.manifest_entry(paths.folds_file())
+        and folds.read(paths.folds_file())[1]["samples"] == samples.hash
+    ):
         fold = folds.load(samples).assignment[0].astype(str).astype(object)
     said: dict[str, Any] = {}
     for name in ("source", "id"):

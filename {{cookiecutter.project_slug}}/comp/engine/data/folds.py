@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from comp.engine.config.resolve import Loaded
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,23 +144,23 @@ class Folds:
 def read(file: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    table = pq.read_table(store.verified(file, "make it with: comp folds"))
+    table = pq.read_table(artifacts.verified(file, "make it with: comp folds"))
     return table.to_pandas(), json.loads(table.schema.metadata[b"comp"])
 
 
 def load(samples: Samples, file: Path | None = None) -> Folds:
-    file = file or store.folds_file()
+    file = file or paths.folds_file()
     frame, meta = read(file)
     if meta["samples"] != samples.hash:
         raise Refused(
-            f"{store.shown(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake"
+            f"{paths.relative(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake"
         )
     return Folds(frame, meta, samples)
 
 
 def validate_plan(folds: Folds, loaded: Loaded) -> None:
     """Folds are made once: what competition.yaml declares now must be what these were made from."""
-    plan, shown = loaded.config.competition.folds, store.shown(store.folds_file())
+    plan, shown = loaded.config.competition.folds, paths.relative(paths.folds_file())
     faults = [
         f"{loaded.where(f'competition.folds.{key}')}: folds.{key} is {getattr(plan, key)}, and {shown} was made with {then}"
         for key in PLAN_KEYS
@@ -174,14 +174,14 @@ def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) ->
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = file or store.folds_file()
+    file = file or paths.folds_file()
     meta = meta | {"hash": content_hash(frame, meta)}
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(
         {"comp": json.dumps(meta)}
     )
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    store.seal(file, hash=meta["hash"])
+    artifacts.add_to_manifest(file, hash=meta["hash"])
     return file
 
 

@@ -21,7 +21,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import cache_index, exact_duplicates, image_key, image_reader, samples
 from comp.engine.errors import Refused
 from comp.engine.readers import containers
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SCHEMA = pa.schema({"name": pa.string(), "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string()})
 Stamps = NDArray[np.int64]  # (files, 2): size and mtime
@@ -72,7 +72,7 @@ def compare(cfg: Config, digest: str) -> Compared:
 
 
 def _file(digest: str) -> Path:
-    return store.path("data", "images", f"{digest}.parquet")
+    return paths.path("data", "images", f"{digest}.parquet")
 
 
 def _digest(table: pa.Table) -> str:
@@ -87,7 +87,7 @@ def _digest(table: pa.Table) -> str:
 def _written(table: pa.Table) -> str:
     """Named by what it says, so it needs no manifest, and whoever reads it meanwhile reads one of two that say the same."""
     digest = _digest(table)
-    with store.writing(_file(digest)) as temporary:
+    with artifacts.atomic(_file(digest)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     return digest
 
@@ -109,7 +109,7 @@ def _read(cfg: Config, digest: str) -> pa.Table:
             _written(table)
             return table
     raise Refused(
-        f"{store.shown(_file(digest))}: {what}, and the image files are not those that it was made of"
+        f"{paths.relative(_file(digest))}: {what}, and the image files are not those that it was made of"
     )
 
 
@@ -128,13 +128,13 @@ def _files(cfg: Config) -> dict[str, list[str]]:
     keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.images]}
     archives: dict[str, str] = {}  # by folder; empty for a real folder
     files: dict[str, list[str]] = {}
-    for paths, key in sorted(keys.items()):
-        parts = image_key.files(paths)
+    for joined, key in sorted(keys.items()):
+        parts = image_key.files(joined)
         for folder in {os.path.dirname(part) for part in parts} - archives.keys():
             inside = containers.split(Path(reader.folder, folder, "x"))
             archives[folder] = os.path.relpath(inside[0], reader.folder) if inside else ""
         places = [archives[os.path.dirname(part)] or part for part in parts]
-        for place in dict.fromkeys(places) if places != parts else [paths]:
+        for place in dict.fromkeys(places) if places != parts else [joined]:
             files.setdefault(place, []).append(key)
     return files
 
@@ -157,7 +157,7 @@ def _hashes(
     for at in np.setdiff1d(np.arange(len(names)), single):
         members = files[names[at]]
         inside = _of(reader, members, reader.stamps(members), hashes)
-        hashed[at] = store.digest([*zip(members, inside, strict=True)]) if all(inside) else ""
+        hashed[at] = artifacts.digest([*zip(members, inside, strict=True)]) if all(inside) else ""
     return hashed
 
 

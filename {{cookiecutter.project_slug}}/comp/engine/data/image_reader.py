@@ -23,7 +23,7 @@ from comp.engine.readers import containers
 from comp.engine.readers import decode as images
 from comp.engine.readers.arrays import DTYPES, DamagedImage, PixelFormat
 from comp.engine.readers.decode import Pixels, Resize
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 def content_hash(data: bytes) -> str:
@@ -45,7 +45,7 @@ class ImageReader:
     def key(self) -> str:
         """Names the folder of a cache: what gives other pixels has another one."""
         hook = pages.get("load_image")
-        return store.digest(
+        return artifacts.digest(
             [
                 self.raw,
                 self.size,
@@ -68,7 +68,7 @@ class ImageReader:
 
     @cached_property
     def folder(self) -> str:
-        return os.fspath(store.path(self.raw))
+        return os.fspath(paths.path(self.raw))
 
     def file(self, name: str) -> Path:
         return Path(self.folder, image_key.paths(name))
@@ -137,8 +137,8 @@ class ImageReader:
 
     def _row(self, name: str) -> dict[str, Any]:
         """What load_image is handed of its row."""
-        paths = image_key.paths(name)
-        return {**image_key.row(name), "image": paths, "file": self.file(image_key.files(name)[0])}
+        joined = image_key.paths(name)
+        return {**image_key.row(name), "image": joined, "file": self.file(image_key.files(name)[0])}
 
     def decode(self, name: str, full: bool = False) -> Pixels:
         """What load_image is handed: a picture as it would be without the hook, or at its full size."""

@@ -23,7 +23,7 @@ from comp.engine.data.fold_balance import Ints, Keys
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,9 +62,9 @@ class TrainRows:
 
 def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     """Write data/folds.parquet with its audit. Folds that exist are frozen: other inputs are refused, not obeyed."""
-    file, plan = store.folds_file(), cfg.competition.folds
+    file, plan = paths.folds_file(), cfg.competition.folds
     meta = fold_metadata(plan, samples)
-    if store.sealed(file) and not remake:
+    if artifacts.manifest_entry(file) and not remake:
         frame, old = folds.read(file)
         changed = _changes(set(frame["id"]), old, meta, samples)
         if changed:
@@ -73,7 +73,7 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
                 "frozen folds are not remade silently: comp folds --remake, and every run on them starts again",
             )
         kept = Folds(frame, old, samples)
-        print(f"{store.shown(file)}: unchanged, made for these samples")
+        print(f"{paths.relative(file)}: unchanged, made for these samples")
         images = exact_duplicates.find_by_bytes(cfg, samples)
         return _finish(file, kept, fold_audit.audit(samples, kept, images))
     if len(samples.frame) > 200_000:
@@ -94,10 +94,10 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     if report["faults"]:
         # Under a name of its own: where older folds stand, their audit stands beside them.
         refused = _written(report, file.with_name("folds_refused.json"))
-        raise Refused(*report["faults"], f"no folds were written; {store.shown(refused)} has the audit")
+        raise Refused(*report["faults"], f"no folds were written; {paths.relative(refused)} has the audit")
     folds.save(made.frame, meta, file)
     print(
-        f"{store.shown(file)}: {plan.k} folds"
+        f"{paths.relative(file)}: {plan.k} folds"
         + (f" x {plan.repeats} repeats" if plan.repeats > 1 else "")
         + f", {plan.scheme}"
     )
@@ -364,7 +364,7 @@ def _locked_groups(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[n
 
 def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples) -> list[str]:
     """One line for each thing that the frozen folds were made from and that is another now."""
-    shown = store.shown(store.folds_file())
+    shown = paths.relative(paths.folds_file())
     lines = [
         f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now"
         for n in folds.PLAN_KEYS
@@ -378,7 +378,7 @@ def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: S
             if ids != now
             else "the same ids, other values"
         )
-        lines.append(f"{shown}: made for another {store.shown(store.samples_file())}: {what}")
+        lines.append(f"{shown}: made for another {paths.relative(paths.samples_file())}: {what}")
     return lines
 
 
@@ -388,7 +388,7 @@ def _finish(file: Path, made: Folds, report: dict[str, Any]) -> Path:
         raise Refused(*report["faults"])
     for old in ("json", "txt"):
         file.with_name(f"folds_refused.{old}").unlink(missing_ok=True)
-    print(f"{store.shown(numbers)}: the same as numbers")
+    print(f"{paths.relative(numbers)}: the same as numbers")
     print("next: comp train exp001")
     return file
 
@@ -396,6 +396,6 @@ def _finish(file: Path, made: Folds, report: dict[str, Any]) -> Path:
 def _written(report: dict[str, Any], numbers: Path) -> Path:
     """Printed, and kept as text and as numbers."""
     print(fold_audit.table(report))
-    store.write_json(numbers, report)
-    store.write_text(numbers.with_suffix(".txt"), fold_audit.table(report) + "\n")
+    artifacts.write_json(numbers, report)
+    artifacts.write_text(numbers.with_suffix(".txt"), fold_audit.table(report) + "\n")
     return numbers

@@ -19,7 +19,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import raw_tables, samples, similar_labels, targets, times
 from comp.engine.data.tables import RawRows
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
@@ -37,18 +37,20 @@ class Prepared:
 
 def prepare(cfg: Config) -> Path:
     """The same raw files give the same bytes, however often it is killed and run again."""
-    before = (store.sealed(store.samples_file()) or {}).get("hash")
+    before = (artifacts.manifest_entry(paths.samples_file()) or {}).get("hash")
     reading = read_samples(cfg.competition)
     if reading.faults:
         more = len(reading.faults) - targets.SHOWN
         raise Refused(
             *reading.faults[: targets.SHOWN], *([f"and {more} more: comp check"] if more > 0 else [])
         )
-    sample = raw_tables.unpacked(store.path(cfg.competition.raw, cfg.competition.submission.sample))
-    file = samples.save(reading.frame, reading.heads, sample=store.sha256(sample) if sample.is_file() else "")
+    sample = raw_tables.unpacked(paths.path(cfg.competition.raw, cfg.competition.submission.sample))
+    file = samples.save(
+        reading.frame, reading.heads, sample=artifacts.sha256(sample) if sample.is_file() else ""
+    )
     counts = reading.frame["source"].value_counts(sort=False)
     print(
-        f"{store.shown(file)}: "
+        f"{paths.relative(file)}: "
         + ", ".join(f"{count} {source}" for source, count in counts.items())
         + " rows"
     )
@@ -61,9 +63,9 @@ def prepare(cfg: Config) -> Path:
     ]
     if extra:
         print(f"  also {targets.abbreviated(extra)}")
-    if store.folds_file().is_file() and before not in (None, samples.load().hash):
+    if paths.folds_file().is_file() and before not in (None, samples.load().hash):
         print(
-            f"{store.shown(store.folds_file())} was made for the table as it was before; comp folds says what to do"
+            f"{paths.relative(paths.folds_file())} was made for the table as it was before; comp folds says what to do"
         )
     print("next: comp check, then comp folds")
     return file
@@ -114,17 +116,17 @@ def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
     """What comp audit --drift wrote of every training row; other people's data keep their weight."""
     import pandas as pd
 
-    file = store.path("data", "drift.csv")
+    file = paths.path("data", "drift.csv")
     if not file.is_file():
         raise Refused(
-            f"configs/competition.yaml: drift: wants {store.shown(file)}, which comp audit --drift RUN makes"
+            f"configs/competition.yaml: drift: wants {paths.relative(file)}, which comp audit --drift RUN makes"
         )
     told = pd.read_csv(file, dtype={"id": str}).set_index("id")
     train = frame["source"] == "train"
     absent = frame["id"][train & ~frame["id"].isin(told.index)]
     if len(absent):
         raise Refused(
-            f"{store.shown(file)}: knows nothing of the row {absent.iloc[0]!r} and {len(absent) - 1} more; "
+            f"{paths.relative(file)}: knows nothing of the row {absent.iloc[0]!r} and {len(absent) - 1} more; "
             "take drift out of configs/competition.yaml, and make it anew on a run of today: comp audit --drift RUN"
         )
     if "weights" in competition.drift:

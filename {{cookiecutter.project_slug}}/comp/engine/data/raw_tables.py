@@ -20,7 +20,7 @@ from comp.engine.data import image_key
 from comp.engine.data.tables import RawRows, RawTable, group_images, pivot_long
 from comp.engine.errors import Refused
 from comp.engine.readers import containers, delimited, layouts, unicode_names
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +30,10 @@ def load(competition: Competition) -> RawRows:
     """What competition.yaml declares, or what read_samples of competition.py gives instead."""
     import pandas as pd
 
-    raw = store.path(competition.raw)
+    raw = paths.path(competition.raw)
     if not raw.is_dir() or not any(raw.iterdir()):
         raise Refused(
-            f"{store.shown(raw)}: is empty; put the unpacked competition there, or take the digits: comp practice"
+            f"{paths.relative(raw)}: is empty; put the unpacked competition there, or take the digits: comp practice"
         )
     if competition.image_columns and pages.get("load_image") is None:
         raise Refused(
@@ -66,7 +66,7 @@ def load(competition: Competition) -> RawRows:
 
 def load_test(competition: Competition) -> RawRows:
     """The test rows alone: a hidden set comes without anything else."""
-    raw = store.path(competition.raw)
+    raw = paths.path(competition.raw)
     hook = pages.get("read_samples")
     if hook is not None:
         return _own_rows(hook(raw), competition, raw)
@@ -85,7 +85,7 @@ def _source(name: str, raw: Path, table: Table, competition: Competition) -> Raw
     for theirs in table.columns.values():
         if theirs not in found.frame:
             raise Refused(
-                f"configs/competition.yaml: columns: {store.shown(found.file)} has no column {theirs!r}; "
+                f"configs/competition.yaml: columns: {paths.relative(found.file)} has no column {theirs!r}; "
                 f"the nearest is {nearest(theirs, column_names(found.frame))[0]!r}"
             )
     if name == "test" and table.table == competition.submission.sample:
@@ -187,16 +187,16 @@ def read(file: Path) -> RawTable:
             [f.name for f in file.parent.glob("*") if f.suffix in READERS] if file.parent.is_dir() else []
         )
         close = f"; the nearest there is {nearest(file.name, beside)[0]}" if beside else ""
-        raise Refused(f"{store.shown(file)}: no such table{close}")
+        raise Refused(f"{paths.relative(file)}: no such table{close}")
     if file.suffix not in READERS:
         raise Refused(
-            f"{store.shown(file)}: a table ends in {', '.join(READERS)}; other kinds: read_samples in comp/competition.py"
+            f"{paths.relative(file)}: a table ends in {', '.join(READERS)}; other kinds: read_samples in comp/competition.py"
         )
     if file.stat().st_size > 20_000_000:
-        print(f"reading {store.shown(file)}, {store.readable(file.stat().st_size)} …", flush=True)
+        print(f"reading {paths.relative(file)}, {artifacts.format_size(file.stat().st_size)} …", flush=True)
     frame = READERS[file.suffix](file)
     if not len(frame):
-        raise Refused(f"{store.shown(file)}: holds no rows")
+        raise Refused(f"{paths.relative(file)}: holds no rows")
     return RawTable(file, frame)
 
 
@@ -207,15 +207,15 @@ def unpacked(file: Path) -> Path:
         inside = [name for name in containers.members(file) if Path(name).suffix in READERS]
         if len(inside) != 1:
             raise Refused(
-                f"{store.shown(file)}: holds {len(inside)} tables; name one, like {file.name}/train.csv"
+                f"{paths.relative(file)}: holds {len(inside)} tables; name one, like {file.name}/train.csv"
             )
         file = file / inside[0]
     found = None if file.exists() else containers.stat(file)
     if found is None:
         return file
-    place = store.path("data", "unpacked", store.digest([str(file), *found]), file.name)
+    place = paths.path("data", "unpacked", artifacts.digest([str(file), *found]), file.name)
     if not place.exists():
-        with store.writing(place) as temporary:
+        with artifacts.atomic(place) as temporary:
             temporary.write_bytes(containers.read(file))
     return place
 
@@ -285,7 +285,7 @@ def _absent(name: str, source: RawTable, table: Table, competition: Competition)
         wanted["metadata"] = competition.metadata
         wanted |= {key: [column] for key, column in single.items() if column}
     there = column_names(source.frame)
-    file = store.shown(source.file) + ":1" * (source.file.suffix in (".csv", ".tsv"))
+    file = paths.relative(source.file) + ":1" * (source.file.suffix in (".csv", ".tsv"))
     return [
         f"configs/competition.yaml: {key}: {file} has no column {column!r}; the nearest is {nearest(column, there)[0]!r}"
         for key, names in wanted.items()

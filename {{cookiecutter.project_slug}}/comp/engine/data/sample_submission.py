@@ -16,7 +16,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
 from comp.engine.readers import delimited
 from comp.engine.readers.unicode_names import nfc
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 UNNAMED = re.compile(
@@ -78,7 +78,7 @@ class SampleSubmission:
 
 def load_sample(competition: Competition) -> SampleSubmission:
     return read_sample(
-        store.path(competition.raw, competition.submission.sample), *id_column_candidates(competition)
+        paths.path(competition.raw, competition.submission.sample), *id_column_candidates(competition)
     )
 
 
@@ -93,7 +93,7 @@ def read_sample(file: Path, *keys: str) -> SampleSubmission:
     """Hosts' files may carry a BOM, quotes, \\r\\n and another separator. The id column is the first of `keys` that the sample
     has, else its first column with a name."""
     file = raw_tables.unpacked(file)  # hosts pack samples, too
-    shown = store.shown(file)
+    shown = paths.relative(file)
     try:
         numbered = list(delimited.lines(file))
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def scored_ids(competition: Competition, sample: SampleSubmission, heads: Sequen
 
 def validate_current(sample: SampleSubmission, samples: Samples, ids: list[str] | None = None) -> None:
     """The sample must be the one that `comp prepare` saw: hosts replace files in the middle of a competition."""
-    shown, remedy = store.shown(sample.file), "run comp prepare again"
+    shown, remedy = paths.relative(sample.file), "run comp prepare again"
     rows = set(samples.frame["row"].to_numpy()[samples.positions("test")])
     ids = sample.row_keys if ids is None else ids  # a long form asks several lines of a row
     strange = [(line, each) for line, each in enumerate(ids, 2) if each not in rows]
@@ -159,8 +159,8 @@ def validate_current(sample: SampleSubmission, samples: Samples, ids: list[str] 
         raise Refused(
             f"{shown}: stale, {len(left)} test rows of data/samples.parquet are not in it, the first {min(left)!r}; {remedy}"
         )
-    noted = (store.sealed(store.samples_file()) or {}).get("sample")
-    if noted != store.sha256(sample.file):
+    noted = (artifacts.manifest_entry(paths.samples_file()) or {}).get("sample")
+    if noted != artifacts.sha256(sample.file):
         raise Refused(f"{shown}: not the file that it was when data/samples.parquet was made; {remedy}")
 
 

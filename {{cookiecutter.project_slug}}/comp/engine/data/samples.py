@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Array, Head
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Samples:
 def load(file: Path | None = None) -> Samples:
     import pyarrow.parquet as pq
 
-    file = store.verified(file or store.samples_file(), "make it with: comp prepare")
+    file = artifacts.verified(file or paths.samples_file(), "make it with: comp prepare")
     table = pq.read_table(file)
     facts = json.loads(table.schema.metadata[b"comp"])
     heads = tuple(_head(said) for said in facts["heads"])
@@ -83,7 +83,7 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None,
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = file or store.samples_file()
+    file = file or paths.samples_file()
     table = pa.Table.from_pandas(frame, preserve_index=False)
     said = {
         "heads": [asdict(head) for head in heads],
@@ -91,9 +91,9 @@ def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None,
         "multi_image": bool((frame["images"].map(len) > 1).any()),
     }
     table = table.replace_schema_metadata({"comp": json.dumps(said)})
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    store.seal(file, rows=len(frame), hash=said["hash"], **facts)
+    artifacts.add_to_manifest(file, rows=len(frame), hash=said["hash"], **facts)
     return file
 
 

@@ -19,7 +19,7 @@ from comp.engine.config.competition_schema import Competition, Table
 from comp.engine.config.resolve import nearest
 from comp.engine.errors import Refused
 from comp.engine.readers import delimited, layouts
-from comp.engine.store import store
+from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,8 +44,8 @@ class RawTable:
         if layouts.FILE_COLUMN in self.frame:
             return str(self.frame[layouts.FILE_COLUMN].iloc[position])
         if self.file.suffix in (".csv", ".tsv"):
-            return f"{store.shown(self.file)}:{self._lines[position]}"
-        return f"{store.shown(self.file)}: row {position}"
+            return f"{paths.relative(self.file)}:{self._lines[position]}"
+        return f"{paths.relative(self.file)}: row {position}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawT
     """A line for each class of a row becomes a column for each class: `train.long`."""
     import pandas as pd
 
-    long, file = table.long, store.shown(source.file)
+    long, file = table.long, paths.relative(source.file)
     assert long is not None
     there = [str(name) for name in source.frame.columns]
     for name in [long.column, *([long.value] if long.value else [])]:

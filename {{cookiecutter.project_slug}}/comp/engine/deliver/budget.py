@@ -17,7 +17,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.deliver import kernel, rehearse
 from comp.engine.ensemble import average, blend, blend_config
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Team:
 def fit(name: str, text: str) -> str:
     """The name of what fits: NAME itself, a member with fewer views, or a new ensemble NAME-<budget>."""
     limit = hardware.seconds("--budget", text)
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     if not rehearse.file_of(name).exists():
         kernel.build(name)
         measure(name)
-    facts = store.read_json(rehearse.file_of(name))
+    facts = artifacts.read_json(rehearse.file_of(name))
     table = samples.load()
     split = folds.load(table)
     ensemble = (bank.folder(name) / "apply.json").exists()
@@ -148,7 +148,7 @@ def siblings(member: str) -> list[str]:
 def worth(team: Team, space: str, cfg: Config, table: Samples, split: Folds) -> float:
     sets = [bank.load(run_members.of_cv(each), "oof", table, split) for each in team.members]
     nested = {
-        each: store.read_json(bank.folder(each) / "apply.json")
+        each: artifacts.read_json(bank.folder(each) / "apply.json")
         for each in team.members
         if (bank.folder(each) / "apply.json").exists()
     }
@@ -170,11 +170,11 @@ def _declared(name: str, text: str, team: Team, declared: Any) -> str:
     }
     if "weights" in said:
         said["weights"] = [round(share, 6) for share in team.shares]
-    file = store.path("configs", "ensembles", f"{new}.yaml")
-    store.write_text(
+    file = paths.path("configs", "ensembles", f"{new}.yaml")
+    artifacts.write_text(
         file,
         f"# {name}, less what does not fit into {text}: written by comp kernel {name} --budget {text}\n{yaml_lines.dump(said)}",
     )
-    print(f"written: {store.shown(file)}")
+    print(f"written: {paths.relative(file)}")
     blend.blend(new)
     return new

@@ -13,15 +13,15 @@ from comp.engine.config.schema import Config
 from comp.engine.deliver import kaggle
 from comp.engine.errors import Refused
 from comp.engine.readers import unpack
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 CEILING = 100  # GB unpacked, before anybody is asked
 
 
 def download(cfg: Config, ceiling: int | None = None) -> None:
-    slug, raw = cfg.competition.slug, store.path(cfg.competition.raw)
+    slug, raw = cfg.competition.slug, paths.path(cfg.competition.raw)
     if raw.exists() and any(raw.iterdir()):
-        print(f"{store.shown(raw)}: is there, and is never changed; to get it anew, move it away first")
+        print(f"{paths.relative(raw)}: is there, and is never changed; to get it anew, move it away first")
         print("next: comp prepare")
         return
     if (there := notebook.inputs(slug)) is not None:
@@ -32,12 +32,12 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
         raw.parent.mkdir(parents=True, exist_ok=True)
         raw.symlink_to(there)
         print(
-            f"written: {store.shown(raw)}, a link to {there}: this notebook has the files, nothing was fetched"
+            f"written: {paths.relative(raw)}, a link to {there}: this notebook has the files, nothing was fetched"
         )
         print("next: configs/competition.yaml says what they are, then comp prepare")
         return
-    folder = store.path("data", ".download")
-    with store.lock(folder, f"downloading {slug}"):
+    folder = paths.path("data", ".download")
+    with locks.lock(folder, f"downloading {slug}"):
         archive = _fetched(slug, folder, cfg.machine.progress)
         beside = folder / "unpacked"
         limit = (ceiling or CEILING) * 10**9
@@ -60,7 +60,7 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
         os.replace(beside, raw)
         _forget(archive)
     count = sum(1 for file in raw.rglob("*") if file.is_file())
-    print(f"written: {store.shown(raw)}, {count:,} files, {store.readable(size)}")
+    print(f"written: {paths.relative(raw)}, {count:,} files, {artifacts.format_size(size)}")
     print("next: configs/competition.yaml says what they are, then comp prepare")
 
 
@@ -68,7 +68,7 @@ def _fetched(slug: str, folder: Path, progress: bool) -> Path:
     archive = kaggle.download(slug, folder, progress and sys.stderr.isatty())
     if unpack.kind(archive) is None:
         raise Refused(
-            f"{store.shown(archive)}: is no archive that comp knows; unpack it into data/raw by hand"
+            f"{paths.relative(archive)}: is no archive that comp knows; unpack it into data/raw by hand"
         )
     return archive
 
@@ -82,7 +82,10 @@ def _unpacked(archive: Path, folder: Path, ceiling: int, progress: bool) -> int:
 def _ask(size: int) -> bool:
     if not sys.stdin.isatty():
         return False
-    return input(f"unpacked it is {store.readable(size)}; go on? [y/N] ").strip().lower() in ("y", "yes")
+    return input(f"unpacked it is {artifacts.format_size(size)}; go on? [y/N] ").strip().lower() in (
+        "y",
+        "yes",
+    )
 
 
 def _forget(archive: Path) -> None:

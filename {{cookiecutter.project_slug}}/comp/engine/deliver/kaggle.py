@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from comp.engine.command import refuse_older
 from comp.engine.errors import Refused
-from comp.engine.store import secrets, store
+from comp.engine.store import artifacts, paths, secrets
 
 T = TypeVar("T")
 PAUSES = [2.0, 8.0, 20.0]  # seconds before a read is tried again; more of them than this is an outage
@@ -155,7 +155,7 @@ def download(competition: str, folder: Path, progress: bool) -> Path:
             if client().download_needed(answer, str(file)):
                 here = file.stat().st_size if file.exists() else 0
                 size = int(answer.headers.get("Content-Length") or 0)
-                store.need_space(size - here, f"downloading {competition}")
+                artifacts.require_space(size - here, f"downloading {competition}")
                 client().download_file(answer, str(file), api.http_client(), not progress, resume=True)
             return file
 
@@ -164,7 +164,7 @@ def download(competition: str, folder: Path, progress: bool) -> Path:
     except Unsure as error:
         raise Refused(f"{error}; the same command goes on where it stopped") from None
     except OSError as error:
-        why = f"{store.shown(folder)}: could not be written ({error.strerror or error})"
+        why = f"{paths.relative(folder)}: could not be written ({error.strerror or error})"
         raise Refused(f"{why}; what is there stays, and the same command goes on from it") from None
 
 

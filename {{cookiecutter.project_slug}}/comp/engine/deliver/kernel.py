@@ -32,7 +32,7 @@ from comp.engine.ensemble import average
 from comp.engine.errors import Refused
 from comp.engine.readers import decode
 from comp.engine.run import frozen_heads, knn
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 PYTHON = "3.12"  # of Kaggle's image
 IMAGE = {  # what it has; expect it to move, and then move this
@@ -45,7 +45,7 @@ CODE = "import glob, os, subprocess, sys\n\nfound = [p for p in {places} if os.p
 
 
 def folder(name: str) -> Path:
-    return store.path("kernels", name.replace(":", "-"))
+    return paths.path("kernels", name.replace(":", "-"))
 
 
 def slug(name: str) -> str:
@@ -53,19 +53,19 @@ def slug(name: str) -> str:
     text = re.sub(
         r"[^a-z0-9]+",
         "-",
-        f"comp {resolve.load(store.root(), 'base').config.competition.slug} {name}".lower(),
+        f"comp {resolve.load(paths.root(), 'base').config.competition.slug} {name}".lower(),
     )
     return text.strip("-")[:50].strip("-")
 
 
 def build(name: str, owner: str = "me") -> Path:
     """kernels/NAME, made anew; takes its place when it is complete."""
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     table = samples.load()
     leaves = leaves_of(name)
     size = sum(f.stat().st_size for leaf in leaves for f in weights_of(leaf))
-    store.need_space(size, f"kernels/{name}")
-    with store.lock(folder(name), f"building kernel {name}"):
+    artifacts.require_space(size, f"kernels/{name}")
+    with locks.lock(folder(name), f"building kernel {name}"):
         beside = folder(name) / ".making"
         if beside.exists():
             shutil.rmtree(beside)
@@ -76,9 +76,9 @@ def build(name: str, owner: str = "me") -> Path:
             _known(bundle, table)
         wheels = [
             _wheel(bundle / "wheels", each)
-            for each in sorted({*needed(), *readers(table, store.path(cfg.competition.raw))})
+            for each in sorted({*needed(), *readers(table, paths.path(cfg.competition.raw))})
         ]
-        store.write_json(bundle / "bundle.json", about(cfg, table, name, leaves))
+        artifacts.write_json(bundle / "bundle.json", about(cfg, table, name, leaves))
         _manifest(bundle)
         _notebook(beside, cfg, name, owner)
         for part in ("bundle", "notebook", "script.py"):
@@ -88,7 +88,7 @@ def build(name: str, owner: str = "me") -> Path:
         beside.rmdir()
     made = folder(name)
     print(
-        f"{store.shown(made)}: {len(leaves)} models of {sum(len(leaf['checkpoints']) for leaf in leaves)} checkpoints, {store.readable(size)}, with {', '.join(w.name for w in wheels) or 'no wheels'}"
+        f"{paths.relative(made)}: {len(leaves)} models of {sum(len(leaf['checkpoints']) for leaf in leaves)} checkpoints, {artifacts.format_size(size)}, with {', '.join(w.name for w in wheels) or 'no wheels'}"
     )
     print(f"next: comp kernel {name} --rehearse")
     return made
@@ -97,7 +97,7 @@ def build(name: str, owner: str = "me") -> Path:
 def leaves_of(name: str) -> list[dict[str, Any]]:
     """The runs and members that have to predict a new row: which checkpoints, which views."""
     recipe = bank.folder(name) / "apply.json"
-    addresses = average.leaves(store.read_json(store.verified(recipe))) if recipe.exists() else [name]
+    addresses = average.leaves(artifacts.read_json(artifacts.verified(recipe))) if recipe.exists() else [name]
     found = []
     for address in addresses:
         said = bank.read_meta(bank.find(address, "test"))
@@ -126,7 +126,7 @@ def _checkpoint(weights: str) -> tuple[str, int, str]:
 
 def weights_of(leaf: dict[str, Any]) -> list[Path]:
     return [
-        store.fold_folder(leaf["run"], seed, fold) / "weights.safetensors"
+        paths.fold_folder(leaf["run"], seed, fold) / "weights.safetensors"
         for seed, fold in leaf["checkpoints"]
     ]
 
@@ -148,7 +148,7 @@ def about(cfg: Config, table: Samples, name: str, leaves: list[dict[str, Any]]) 
 
 def content(made: Path) -> str:
     """Names a bundle by what is in it."""
-    return store.sha256(made / "bundle" / store.MANIFEST)[:16]
+    return artifacts.sha256(made / "bundle" / artifacts.MANIFEST)[:16]
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _package(bundle: Path) -> None:
         shutil.copyfile(file, target)
     (bundle / "configs").mkdir()
     for each in ("base.yaml", "competition.yaml"):
-        shutil.copyfile(store.path("configs", each), bundle / "configs" / each)
+        shutil.copyfile(paths.path("configs", each), bundle / "configs" / each)
 
 
 def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
@@ -175,7 +175,7 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
         for file in frozen_heads.required_files(weights)
     ]
     wanted += [file for file in map(knn.gallery_file, wanted) if file.exists()]
-    wanted += [store.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
+    wanted += [paths.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
     homes = {bank.folder(name), bank.folder(run_members.of_cv(name))}
     wanted += [
         home / each
@@ -184,12 +184,12 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
         if (home / each).exists()
     ]
     for file in dict.fromkeys(wanted):
-        store.verified(file, "comp kernel needs it")
-        target = bundle / file.relative_to(store.root())
+        artifacts.verified(file, "comp kernel needs it")
+        target = bundle / file.relative_to(paths.root())
         target.parent.mkdir(parents=True, exist_ok=True)
         link(file, target)
-        entry = store.sealed(file)
-        listed = target.parent / store.MANIFEST
+        entry = artifacts.manifest_entry(file)
+        listed = target.parent / artifacts.MANIFEST
         known = json.loads(listed.read_text()) if listed.exists() else {}
         listed.write_text(json.dumps(known | {file.name: entry}, indent=1, sort_keys=True))
     _backbones(bundle, {leaf["run"] for leaf in leaves})
@@ -200,9 +200,9 @@ def _backbones(bundle: Path, runs: set[str]) -> None:
     from comp.engine.run import backbone
 
     for run in sorted(runs):
-        name = resolve.from_yaml(store.run_folder(run) / "config.yaml").model.name
+        name = resolve.from_yaml(paths.run_folder(run) / "config.yaml").model.name
         if said := backbone.hub_config(name):
-            store.write_json(bundle / kernel_predict.BACKBONES / run / "config.json", said)
+            artifacts.write_json(bundle / kernel_predict.BACKBONES / run / "config.json", said)
 
 
 def _known(bundle: Path, table: Samples) -> None:
@@ -224,10 +224,13 @@ def link(file: str | Path, target: str | Path) -> None:
 
 def _manifest(bundle: Path) -> None:
     files = sorted(file for file in bundle.rglob("*") if file.is_file())
-    store.write_json(
-        bundle / store.MANIFEST,
+    artifacts.write_json(
+        bundle / artifacts.MANIFEST,
         {
-            file.relative_to(bundle).as_posix(): {"sha256": store.sha256(file), "size": file.stat().st_size}
+            file.relative_to(bundle).as_posix(): {
+                "sha256": artifacts.sha256(file),
+                "size": file.stat().st_size,
+            }
             for file in files
         },
     )
@@ -259,7 +262,7 @@ def _notebook(beside: Path, cfg: Config, name: str, owner: str) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    store.write_json(
+    artifacts.write_json(
         beside / "notebook" / f"{made}.ipynb",
         {"cells": cells, "metadata": python, "nbformat": 4, "nbformat_minor": 5},
     )
@@ -270,7 +273,7 @@ def _notebook(beside: Path, cfg: Config, name: str, owner: str) -> None:
     }  # fmt: skip
     if kind != "none":
         facts["machine_shape"] = kind
-    store.write_json(beside / "notebook" / "kernel-metadata.json", facts)
+    artifacts.write_json(beside / "notebook" / "kernel-metadata.json", facts)
 
 
 # --- wheels --------------------------------------------------------------------------------------------------------------

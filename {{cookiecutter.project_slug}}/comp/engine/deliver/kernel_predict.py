@@ -25,7 +25,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import samples
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def predict() -> Path:
     if not (bundle / "bundle.json").exists():
         raise Refused("--kernel: only the folder that comp kernel NAME makes can be run this way")
     os.environ["COMP_ROOT"] = str(bundle)
-    store.root.cache_clear()
+    paths.root.cache_clear()
     os.environ["HF_HUB_OFFLINE"] = "1"  # whatever asks a hub is told at once that there is none
     unpack_wheels(bundle / "wheels")
     kaggle = Path(os.environ.get("COMP_KAGGLE", "/kaggle"))
-    about = store.read_json(bundle / "bundle.json")
-    base = resolve.load(store.root(), "base").config
+    about = artifacts.read_json(bundle / "bundle.json")
+    base = resolve.load(paths.root(), "base").config
     home = base.competition.model_copy(update={"raw": str(raw_folder(kaggle, about["competition"]))})
     table = test_rows(
         base.model_copy(update={"competition": home}),
@@ -96,7 +96,7 @@ def everything(about: dict[str, Any], home: Any, table: Samples, rows: Positions
     damaged: dict[int, str] = {}
     for leaf in about["leaves"]:
         start = time.perf_counter()
-        cfg = resolve.from_yaml(store.verified(store.run_folder(leaf["run"]) / "config.yaml"))
+        cfg = resolve.from_yaml(artifacts.verified(paths.run_folder(leaf["run"]) / "config.yaml"))
         given[leaf["address"]], broken = spoken(here(cfg, home, leaf), table, rows, leaf, about["prior"])
         damaged |= broken
         seconds[leaf["address"]] = time.perf_counter() - start
@@ -147,11 +147,11 @@ def put_share(
 ) -> None:
     names = [(address, head) for address, heads in given.items() for head in heads]
     np.savez(place.with_suffix(".npz"), *(given[address][head] for address, head in names))
-    store.write_json(place, {"names": names, "damaged": damaged, "seconds": seconds})
+    artifacts.write_json(place, {"names": names, "damaged": damaged, "seconds": seconds})
 
 
 def get_share(place: Path) -> Said:
-    facts = store.read_json(place)
+    facts = artifacts.read_json(place)
     given: dict[str, Values] = {}
     with np.load(place.with_suffix(".npz")) as arrays:
         for i, (address, head) in enumerate(facts["names"]):
@@ -228,7 +228,7 @@ def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
     """The run's own config on this machine: the pictures as they come, no cache, every core reads."""
     of = int(os.environ.get(SHARE, "0/1/").split("/")[1])
     network: dict[str, Any] = {"pretrained": False}
-    if store.path(BACKBONES, leaf["run"], "config.json").exists():
+    if paths.path(BACKBONES, leaf["run"], "config.json").exists():
         network["name"] = f"local-dir:{BACKBONES}/{leaf['run']}"
     workers = max(1, hardware.cores() // of) if hardware.cores() > 1 else 0
     changes = {
@@ -255,7 +255,7 @@ def spoken(
     said: list[Values] = []
     damaged: dict[int, str] = {}
     for seed, fold in leaf["checkpoints"]:
-        weights = store.fold_folder(leaf["run"], seed, fold) / "weights.safetensors"
+        weights = paths.fold_folder(leaf["run"], seed, fold) / "weights.safetensors"
         values, damaged = predict.predict(
             made,
             weights,
@@ -288,7 +288,7 @@ def together(name: str, given: dict[str, Values], frame: pd.DataFrame) -> Values
     recipe = bank.folder(name) / "apply.json"
     if not recipe.exists():
         return given[name]
-    return dict(average.apply(store.read_json(store.verified(recipe)), given, frame))
+    return dict(average.apply(artifacts.read_json(artifacts.verified(recipe)), given, frame))
 
 
 def written(cfg: Config, table: Samples, name: str, heads: Values, working: Path) -> Path:
@@ -319,7 +319,7 @@ def _report(working: Path, ids: pd.Series, heads: Values, facts: dict[str, Any])
         resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     peak = max(mine, one * max(1, facts["cards"]))
-    store.write_json(working / "report.json", {**facts, "peak": peak * 1024})
+    artifacts.write_json(working / "report.json", {**facts, "peak": peak * 1024})
     np.savez(
         working / "said.npz",
         ids=ids.to_numpy().astype(str),

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from comp.engine.errors import Refused
+from comp.engine.store import paths
 from comp.engine.store import secrets as secret
-from comp.engine.store import store
 
 Record = dict[str, Any]
 SEEN = ("status", "public", "private", "error")
 
 
 def file() -> Path:
-    return store.path("submissions", "ledger.jsonl")
+    return paths.path("submissions", "ledger.jsonl")
 
 
 def add(event: str, **facts: Any) -> Record:
@@ -62,7 +62,7 @@ def lines() -> list[Record]:
             found.append(json.loads(line))
         except ValueError:
             raise Refused(
-                f"{store.shown(file())}:{number}: damaged, it is not JSON; git has an older copy of it"
+                f"{paths.relative(file())}:{number}: damaged, it is not JSON; git has an older copy of it"
             ) from None
     return found
 

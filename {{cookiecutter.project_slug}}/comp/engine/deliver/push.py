@@ -14,7 +14,7 @@ from comp.engine.config import resolve
 from comp.engine.config.schema import Config
 from comp.engine.deliver import kaggle, kaggle_datasets, kernel, ledger, rehearse, submit
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 POLL, PATIENCE = 20.0, 12 * 3600.0  # seconds between two looks at a run, and before it is left alone
 FAILED = ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
@@ -24,16 +24,18 @@ def push(name: str, message: str | None, *, wait: bool = True, anyway: str | Non
     if message is None:
         raise Refused('what is new in it? comp kernel NAME --push -m "larger images"')
     message = submit.checked_message(message)
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     owner = kaggle.user()
     made = kernel.build(name, owner)
     content = kernel.content(made)
-    rehearsed = store.read_json(rehearse.file_of(name)) if rehearse.file_of(name).exists() else {}
+    rehearsed = artifacts.read_json(rehearse.file_of(name)) if rehearse.file_of(name).exists() else {}
     if rehearsed.get("bundle") != content:
         print(f"not rehearsed: comp kernel {name} --rehearse finds here what a run on Kaggle finds in hours")
     slug = f"{owner}/{kernel.slug(name)}"
-    with store.lock(store.path("submissions"), "submitting"):
-        notebook = store.digest([content, store.sha256(made / "notebook" / f"{kernel.slug(name)}.ipynb")])
+    with locks.lock(paths.path("submissions"), "submitting"):
+        notebook = artifacts.digest(
+            [content, artifacts.sha256(made / "notebook" / f"{kernel.slug(name)}.ipynb")]
+        )
         before = submit.ready(cfg, name, notebook, message, force=False, anyway=anyway)
         if before is not None:
             ref = int(before["number"])
@@ -122,9 +124,9 @@ def pushed(cfg: Config, slug: str, made: Path, notebook: str) -> int:
         shutil.rmtree(folder)
     shutil.copytree(made / "notebook", folder)
     file = next(folder.glob("*.ipynb"))
-    content = store.read_json(file)
+    content = artifacts.read_json(file)
     content["cells"][0]["source"] += f"\n\n{intent['token']}"  # what a later look-up finds it by
-    store.write_json(file, content)
+    artifacts.write_json(file, content)
     version = kaggle_datasets.send_kernel(folder, slug)
     ledger.add("sent", token=intent["token"], number=version)
     shutil.rmtree(folder)
@@ -144,9 +146,9 @@ def run(cfg: Config, slug: str, version: int) -> None:
                 kernel.folder(slug.partition("/")[2]).parent
                 / f"{slug.partition('/')[2]}-version{version}.log"
             )
-            store.write_text(file, ledger.secret_free(log))
+            artifacts.write_text(file, ledger.secret_free(log))
             raise Refused(
-                f"{slug} version {version}: {reason or status}; {store.shown(file)} has its log, which ends:",
+                f"{slug} version {version}: {reason or status}; {paths.relative(file)} has its log, which ends:",
                 *_tail(log),
             )
         return "" if status == "COMPLETE" else status

@@ -29,7 +29,7 @@ from comp.engine.deliver import kernel, validate
 from comp.engine.deliver.cell_format import rules_of_cells
 from comp.engine.errors import Refused
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 ROWS = 512  # of the visible test set that are compared, and the most of a hidden one
 NAMESPACES = """
@@ -64,11 +64,11 @@ def file_of(name: str) -> Path:
 
 
 def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     made = kernel.folder(name)
     size = kernel.content(made)
     # Beside what it runs, so that gigabytes are linked and not copied, and a killed one is cleaned up by the next.
-    with store.lock(made, f"rehearsing {name}"):
+    with locks.lock(made, f"rehearsing {name}"):
         space = made / ".rehearsal"
         shutil.rmtree(space, ignore_errors=True)
         try:
@@ -92,14 +92,14 @@ def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
         "peak": max(hidden["peak"], visible["peak"]),
         "apart": far,
     }
-    store.write_json(file_of(name), facts)
+    artifacts.write_json(file_of(name), facts)
     print(f"{name}: {hidden['isolation']}")
     print(
         f"hidden set of {hidden['rows']} rows with new ids, {hidden['damaged']} pictures damaged: submission.csv is valid"
     )
     print(f"visible set, {visible['rows']} rows: at most {far:.1e} from what is stored")
     print(
-        f"{1000 * sum(each.values()):.1f} ms an image, {total / 3600:.2f} h for {wanted:,} rows on this machine, of {limit.hours:g} h; memory {store.readable(facts['peak'])} of {limit.ram:g} GB"
+        f"{1000 * sum(each.values()):.1f} ms an image, {total / 3600:.2f} h for {wanted:,} rows on this machine, of {limit.hours:g} h; memory {artifacts.format_size(facts['peak'])} of {limit.ram:g} GB"
     )
     if not limit.hidden_rows:
         print("competition.kernel.hidden_rows is not declared: as many as the visible ones assumed")
@@ -109,7 +109,7 @@ def rehearse(name: str, python: str = sys.executable) -> dict[str, Any]:
         )
     if facts["peak"] > limit.ram * 1e9:
         raise Refused(
-            f"{name}: needs {store.readable(facts['peak'])} of memory, competition.kernel.ram allows {limit.ram:g} GB; set predict.batch_size lower"
+            f"{name}: needs {artifacts.format_size(facts['peak'])} of memory, competition.kernel.ram allows {limit.ram:g} GB; set predict.batch_size lower"
         )
     print(f'next: comp kernel {name} --push -m "…"')
     return facts
@@ -145,7 +145,7 @@ def _run(cfg: Config, name: str, space: Path, hidden: bool, python: str) -> dict
     rules = rules_of_cells(home.submission, samples.load().heads, sample)
     validate.check((place / "working" / "submission.csv").read_bytes(), "submission.csv", sample, rules)
     half = any(runner.stored_config(leaf["run"]).train.amp != "fp32" for leaf in kernel.leaves_of(name))
-    return {**store.read_json(place / "working" / "report.json"), "isolation": isolation, "half": half}
+    return {**artifacts.read_json(place / "working" / "report.json"), "isolation": isolation, "half": half}
 
 
 def _isolated(place: Path, space: Path, python: str, slug: str) -> tuple[list[str], dict[str, str], str]:
@@ -206,11 +206,13 @@ def _ceiling(gigabytes: float) -> None:
 def lay_out(cfg: Config, target: Path, hidden: bool, linked: bool = False) -> None:
     """The competition's folder as the notebook finds it: tables, the sample, test pictures; no training pictures. `linked`
     where nobody can write there, since data/raw is never changed."""
-    home, raw = cfg.competition, store.path(cfg.competition.raw)
+    home, raw = cfg.competition, paths.path(cfg.competition.raw)
     if home.test.table is None or not home.test.image or not _plain(home, raw):
         # Other rows cannot be made up: it gets everything, and the ids that there are.
         if not linked:
-            store.need_space(sum(f.stat().st_size for f in raw.rglob("*") if f.is_file()), "the rehearsal")
+            artifacts.require_space(
+                sum(f.stat().st_size for f in raw.rglob("*") if f.is_file()), "the rehearsal"
+            )
         shutil.copytree(raw, target, copy_function=kernel.link if linked else shutil.copy2)
         return
     target.mkdir(parents=True)

@@ -21,7 +21,7 @@ from comp.engine.deliver import ledger, submit
 from comp.engine.ensemble import report
 from comp.engine.errors import UserError
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 DRAWS = 300  # of a public and a private leaderboard
 ASSUMED = 0.3  # public share of the test rows, where competition.yaml does not say
@@ -30,7 +30,7 @@ Entry = dict[str, Any]
 
 
 def scores() -> int:
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     fault: UserError | None = None
     try:
         book = submit.sync(cfg)
@@ -44,7 +44,7 @@ def scores() -> int:
     print(text_table.text(["ref", "sent", "name", "kind", "CV", "honest", "public", "private", "status", "message"], [_line(each) for each in book]))  # fmt: skip
     both = [each for each in book if each["public"] is not None and submit.worth(each) is not None]
     said = agreement(both) if len(both) > 1 else []
-    rows = samples.load() if store.samples_file().exists() else None
+    rows = samples.load() if paths.samples_file().exists() else None
     if rows is not None and both:
         split = folds.load(rows)
         said += [*shake_up(cfg, both, rows, split), *advice(cfg, both, rows, split)]
@@ -53,8 +53,8 @@ def scores() -> int:
     if len(both) > 1:
         image = plot(cfg, both)
         _tell(cfg, both, said, image)
-        print(f"written: {store.shown(image)}")
-    print(f"written: {store.shown(ledger.file())}")
+        print(f"written: {paths.relative(image)}")
+    print(f"written: {paths.relative(ledger.file())}")
     print("next: choose the final two on the competition's page of submissions")
     return 2 if fault else 0
 
@@ -70,12 +70,12 @@ def _line(entry: Entry) -> list[str]:
 
 def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], image: Path) -> None:
     """One W&B run for the book as a whole, told anew when it says something new."""
-    folder = store.path("submissions", "tracked", "book")
+    folder = paths.path("submissions", "tracked", "book")
     told = {
         "said": list(said),
         "scores": [[each["number"], each["public"], each["private"]] for each in both],
     }
-    if (folder / "told.json").exists() and store.read_json(folder / "told.json") == told:
+    if (folder / "told.json").exists() and artifacts.read_json(folder / "told.json") == told:
         return
     slug = cfg.competition.slug
     with tracking.open_run(
@@ -95,7 +95,7 @@ def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], image: Path) 
                 "said": "\n".join(said),
             }
         )
-    store.write_json(folder / "told.json", told)
+    artifacts.write_json(folder / "told.json", told)
 
 
 # --- CV against leaderboard ----------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def plot(cfg: Config, both: Sequence[Entry]) -> Path:
         ylabel="public score",
         title=cfg.competition.slug,
     )
-    file = store.path("submissions", "scores.png")
-    with store.writing(file) as temporary:
+    file = paths.path("submissions", "scores.png")
+    with artifacts.atomic(file) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     return file
@@ -276,4 +276,4 @@ def _distinct(both: Sequence[Entry]) -> list[Entry]:
 
 def _current(entry: Entry) -> bool:
     file = bank.folder(entry["name"]) / "test.arrow"
-    return file.exists() and store.sha256(file) == entry["predictions"]
+    return file.exists() and artifacts.sha256(file) == entry["predictions"]

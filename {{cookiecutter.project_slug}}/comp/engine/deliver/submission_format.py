@@ -12,7 +12,7 @@ from comp.engine.config.competition_schema import Submission
 from comp.engine.data import sample_submission
 from comp.engine.data.sample_submission import SampleSubmission
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tasks.kinds import Array, Head
 
 # head -> (scored rows, outputs): probabilities or values, as the metric sees them
@@ -99,7 +99,7 @@ def _columns(
         for name in asked:
             if name not in by_name:
                 raise Refused(
-                    f"{store.shown(sample.file)}:1: column {name!r} is none of the targets {', '.join(by_name)}"
+                    f"{paths.relative(sample.file)}:1: column {name!r} is none of the targets {', '.join(by_name)}"
                 )
             alone = rules.model_copy(update={"form": rules.form[name]})
             made += _columns(alone, [by_name[name]], answers, sample, cuts, [name], notes)
@@ -133,7 +133,7 @@ def _long(
         return [list(map(repr, tables[line.name][place[line.row]])) for line in lines]
     if len(sample.prediction_columns) != 1:
         raise Refused(
-            f"{store.shown(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.prediction_columns)}"
+            f"{paths.relative(sample.file)}:1: with submission.rows one column is filled in, not {len(sample.prediction_columns)}"
         )
     lines = sample_submission.parse_ids(rules.rows, sample.row_keys, heads)
     asked = list(dict.fromkeys(line.name for line in lines))
@@ -166,7 +166,7 @@ def numbers(
             notes.append(f"{head.name}: the probability of {head.classes[1]!r}, not of {head.classes[0]!r}")
     if len(outputs) == len(asked) == 1:
         return np.column_stack(list(outputs.values()))
-    where = store.shown(sample.file)
+    where = paths.relative(sample.file)
     for column in asked:
         if column not in outputs:
             raise Refused(
@@ -221,7 +221,9 @@ def labels(
     for column in asked:
         if column not in by_name:
             known = ", ".join(by_name)
-            raise Refused(f"{store.shown(sample.file)}:1: column {column!r} is none of the targets {known}")
+            raise Refused(
+                f"{paths.relative(sample.file)}:1: column {column!r} is none of the targets {known}"
+            )
         head = by_name[column]
         value, cut = answers[head.name], cuts.get(head.name)
         if rules.form == "labels":

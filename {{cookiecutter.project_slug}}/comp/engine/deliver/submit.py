@@ -20,7 +20,7 @@ from comp.engine.deliver import kaggle, ledger, verify
 from comp.engine.ensemble import average
 from comp.engine.errors import Refused, UserError
 from comp.engine.run import runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 POLL, PATIENCE = 10.0, 3600.0  # seconds between looks at a score, and before it is left to comp ledger
 LONGEST = 400  # characters of a message: Kaggle cuts longer ones, and the token stands at the end
@@ -31,21 +31,21 @@ def submit(
     name: str, message: str, *, force: bool = False, anyway: str | None = None, wait: bool = True
 ) -> None:
     message = checked_message(message)
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     verify.verify(name)
     file = submission.dry_run(name)
-    with store.lock(store.path("submissions"), "submitting"):
-        sha, ref = store.sha256(file), None
+    with locks.lock(paths.path("submissions"), "submitting"):
+        sha, ref = artifacts.sha256(file), None
         before = ready(cfg, name, sha, message, force, anyway)
         if before is not None:
             ref = int(before["number"])  # by this very command, which was killed or is typed again
         else:
             intent = ledger.intend(
-                "file", file=store.sha256(file), message=message, anyway=anyway, **facts(cfg, name)
+                "file", file=artifacts.sha256(file), message=message, anyway=anyway, **facts(cfg, name)
             )
             text = f"{message} {intent['token']}"
             ref = once(cfg, intent, lambda: kaggle.submit_file(file, text, cfg.competition.slug))
-        print(f"sent: {store.shown(file)} is submission {ref}", flush=True)
+        print(f"sent: {paths.relative(file)} is submission {ref}", flush=True)
     finish(cfg, ref, wait)
 
 
@@ -62,15 +62,15 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
     """What it is made of: members, the configs of their runs, and what they score at home."""
     said = bank.read_meta(bank.find(name, "test"))
     recipe = bank.folder(name) / "apply.json"
-    made_from = average.leaves(store.read_json(store.verified(recipe))) if recipe.exists() else [name]
+    made_from = average.leaves(artifacts.read_json(artifacts.verified(recipe))) if recipe.exists() else [name]
     runs = sorted({weights.split("/")[0] for weights in said["weights"]})
     record = score_of(name)
     return {
         "competition": cfg.competition.slug,
         "name": name,
         "members": made_from,
-        "configs": {run: store.digest(resolve.identity(runner.stored_config(run))) for run in runs},
-        "predictions": store.sha256(bank.find(name, "test")),
+        "configs": {run: artifacts.digest(resolve.identity(runner.stored_config(run))) for run in runs},
+        "predictions": artifacts.sha256(bank.find(name, "test")),
         "cv": {key: record.get(key) for key in ("metric", "direction", "mean", "std", "oof")}
         if record
         else None,
@@ -81,7 +81,7 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
 def score_of(name: str) -> dict[str, Any] | None:
     """A refit on all rows has no score of its own: that of the same member of the CV stands for it, where there is one."""
     file = bank.folder(run_members.of_cv(name)) / "score.json"
-    return dict(store.read_json(store.verified(file))) if file.exists() else None
+    return dict(artifacts.read_json(artifacts.verified(file))) if file.exists() else None
 
 
 def honest_of(record: dict[str, Any] | None) -> float | None:
@@ -197,7 +197,7 @@ def finish(cfg: Config, ref: int, wait: bool) -> None:
     home = "" if mine is None else f", at home {mine:.5g}"
     private = "" if entry["private"] is None else f", private {entry['private']:.5g}"
     print(f"submission {ref}: public {entry['public']:.5g}{private}{home}")
-    print(f"written: {store.shown(ledger.file())}\nnext: comp ledger")
+    print(f"written: {paths.relative(ledger.file())}\nnext: comp ledger")
 
 
 def scored(cfg: Config, ref: int) -> dict[str, Any]:
@@ -237,9 +237,9 @@ def _until_midnight() -> str:
 
 def _tell(cfg: Config, entry: dict[str, Any]) -> None:
     """One W&B run a submission; told anew when the private score comes out."""
-    folder = store.path("submissions", "tracked", entry["token"])
+    folder = paths.path("submissions", "tracked", entry["token"])
     said = {key: entry[key] for key in ("number", "name", "message", "status", "public", "private", "honest")}
-    if (folder / "told.json").exists() and store.read_json(folder / "told.json") == said:
+    if (folder / "told.json").exists() and artifacts.read_json(folder / "told.json") == said:
         return
     with tracking.open_run(
         folder,
@@ -261,4 +261,4 @@ def _tell(cfg: Config, entry: dict[str, Any]) -> None:
                 "status": entry["status"],
             }
         )
-    store.write_json(folder / "told.json", said)
+    artifacts.write_json(folder / "told.json", said)

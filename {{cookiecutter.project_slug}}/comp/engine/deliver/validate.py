@@ -19,7 +19,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.data.sample_submission import SampleSubmission, read_sample
 from comp.engine.deliver.cell_format import Form, form_of, likeness, some
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import paths
 
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
@@ -36,9 +36,9 @@ def validate(
     """Refused with the first fault and the count of the others; nothing, when the file may go to the host. `classes` are
     the labels as the raw table writes them, `key` the id column where it is not the sample's first."""
     if not file.is_file():
-        raise Refused(f"{store.shown(file)}: no such file; comp submit NAME --dry-run writes it")
+        raise Refused(f"{paths.relative(file)}: no such file; comp submit NAME --dry-run writes it")
     rules = form_of(form, range, sums_to_one, classes)
-    check(file.read_bytes(), store.shown(file), read_sample(sample_file, *([key] if key else [])), rules)
+    check(file.read_bytes(), paths.relative(file), read_sample(sample_file, *([key] if key else [])), rules)
 
 
 def check(data: bytes, name: str, sample: SampleSubmission, form: Form) -> None:
@@ -130,7 +130,9 @@ def _header(columns: list[str], name: str, sample: SampleSubmission) -> None:
             + (f"; {close[0]!r} stands there, and the sample has none" if close else "")
         )
     if extra:
-        raise Refused(f"{where} {extra[0]!r} is not in {store.shown(sample.file)}, which has {some(wanted)}")
+        raise Refused(
+            f"{where} {extra[0]!r} is not in {paths.relative(sample.file)}, which has {some(wanted)}"
+        )
     if len(columns) != len(wanted):
         raise Refused(f"{where} {next(c for c in columns if columns.count(c) > 1)!r} stands there twice")
     first = next(i for i, column in enumerate(columns) if column != wanted[i])
@@ -145,7 +147,7 @@ def _ids(given: list[str], name: str, sample: SampleSubmission) -> Iterator[str]
     if unknown:
         reason = (
             likeness(unknown[0][1], wanted)
-            or f"no such id in {store.shown(sample.file)}; its first is {wanted[0]!r}"
+            or f"no such id in {paths.relative(sample.file)}; its first is {wanted[0]!r}"
         )
         yield from (f"{name}:{number}: row {each!r}, column {key}: {reason}" for number, each in unknown)
         return
@@ -161,7 +163,7 @@ def _ids(given: list[str], name: str, sample: SampleSubmission) -> Iterator[str]
         return
     missing = [each for each in asked if count[each] < asked[each]]
     if missing:
-        where = f"line {places[missing[0]]} of {store.shown(sample.file)}"
+        where = f"line {places[missing[0]]} of {paths.relative(sample.file)}"
         yield from (
             f"{name}: row {each!r}, column {key}: is missing; it stands in {where}" for each in missing
         )

@@ -14,7 +14,7 @@ from comp.engine.config import run_members
 from comp.engine.data import folds, samples
 from comp.engine.deliver.recheck import CHECKPOINTS, Checkpoint, drawn, recheck
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import paths
 
 WEIGHTS = "weights.safetensors"
 
@@ -29,10 +29,10 @@ def verify(name: str) -> None:
     said = bank.load(name, "test", table, split).meta
     member = run_members.within(name.partition(":")[2])
     inside = member if member.startswith("tta-") else ""
-    there = [c for c in map(_checkpoint, said["weights"]) if (store.fold_folder(*c) / WEIGHTS).exists()]
+    there = [c for c in map(_checkpoint, said["weights"]) if (paths.fold_folder(*c) / WEIGHTS).exists()]
     stored = {}
     for checkpoint in drawn(name, there, CHECKPOINTS):
-        part = bank.read(store.fold_folder(*checkpoint) / inside / "test.arrow", table, split)
+        part = bank.read(paths.fold_folder(*checkpoint) / inside / "test.arrow", table, split)
         stored[checkpoint] = part.row, np.hstack([part.probability(head) for head in table.heads])
 
     @cache
@@ -55,7 +55,7 @@ def verify(name: str) -> None:
     def repredict(checkpoint: Checkpoint, rows: NDArray[np.integer]) -> NDArray[np.floating]:
         from comp import predict  # torch comes with it, so only once all names are known to be right
 
-        weights = store.fold_folder(*checkpoint) / WEIGHTS
+        weights = paths.fold_folder(*checkpoint) / WEIGHTS
         again, _ = predict.predict(context(checkpoint.run), weights, rows.astype(np.int64))
         return np.hstack([h.row.probability(again[h.name].astype(np.float64)) for h in table.heads])
 

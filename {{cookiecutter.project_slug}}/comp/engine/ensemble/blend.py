@@ -21,7 +21,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.ensemble import average, blend_config, fit, report
 from comp.engine.ensemble.blend_config import BlendConfig
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 FILES = ("oof.arrow", "test.arrow", "apply.json", "score.json")
 
@@ -31,22 +31,26 @@ def blend(name: str) -> dict[str, Any]:
     for note in blend_config.notes(declared):
         print(note)
     # Not a run's own config: members may come from several, and what is scored now is the competition's metric of now.
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
-    folder = store.ensemble_folder(name)
+    folder = paths.ensemble_folder(name)
     oof, test = (
         member_predictions(declared, "oof", rows, split),
         member_predictions(declared, "test", rows, split),
     )
-    store.need_space(sum(bank.nbytes(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}")
+    artifacts.require_space(
+        sum(bank.nbytes(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}"
+    )
     hardware.settle(cfg.train.threads)
     nested, refits_ = member_recipes(declared), member_refits(cfg, declared, rows, split)
     made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits_)
-    with store.lock(folder, f"blending {name}"):
+    with locks.lock(folder, f"blending {name}"):
         for file in (folder / name for name in FILES):
-            store.unseal(file)  # killed from here on, a mixture of old and new reads as unfinished
-        store.write_json(folder / "apply.json", made.recipe)
+            artifacts.remove_from_manifest(
+                file
+            )  # killed from here on, a mixture of old and new reads as unfinished
+        artifacts.write_json(folder / "apply.json", made.recipe)
         frame = rows.frame.iloc[test[0].row.astype(np.int64)]
         said = {address: each.heads for address, each in zip(declared.blend.members, test, strict=True)}
         heads = {"oof": made.nested, "test": average.apply(made.recipe, said, frame)}
@@ -57,7 +61,7 @@ def blend(name: str) -> dict[str, Any]:
         blended = bank.read(folder / "oof.arrow", rows, split)
         facts = _record(cfg, rows, split, declared, oof, blended, made)
         record = score.write(folder, cfg, rows, split, blended, **facts)
-        store.seal(folder / "apply.json")
+        artifacts.add_to_manifest(folder / "apply.json")
     _print_result(name, record)
     return record
 
@@ -66,7 +70,7 @@ def member_predictions(declared: BlendConfig, kind: str, rows: Samples, split: F
     """The members' predictions, row by row the same ones, or every reason why not."""
     found, faults = [], []
     files = (bank.folder(_address_for(each, kind)) / f"{kind}.arrow" for each in declared.blend.members)
-    store.note(file for file in files if file.exists())
+    artifacts.hash_files(file for file in files if file.exists())
     for i, address in enumerate(declared.blend.members):
         there = _address_for(address, kind)
         why = "" if there == address else f"{address} is weighed by the OOF predictions of {there}: "
@@ -113,7 +117,7 @@ def _prediction_set(
         "member": "",
         "config": declared.hash,
         "space": declared.blend.merge_space,
-        "members": {address: store.sha256(_file(address, kind)) for address in listed},
+        "members": {address: artifacts.sha256(_file(address, kind)) for address in listed},
         "weights": {key: sha for each in given for key, sha in each.meta["weights"].items()},
         "marks": sorted({mark for each in given for mark in each.meta["marks"]}),
     }
@@ -130,7 +134,7 @@ def member_recipes(declared: BlendConfig) -> dict[str, Any]:
     for i, address in enumerate(declared.blend.members):
         file = bank.folder(address) / "apply.json"
         if file.exists():
-            found[address] = store.read_json(store.verified(file, f"comp ensemble {address}"))
+            found[address] = artifacts.read_json(artifacts.verified(file, f"comp ensemble {address}"))
             if declared.name in _addresses_in(found[address]):
                 raise Refused(
                     declared.fault(f"members.{i}", f"members: {address} is itself made from {declared.name}")
@@ -145,7 +149,7 @@ def member_refits(cfg: Config, declared: BlendConfig, rows: Samples, split: Fold
     for i, address in enumerate(declared.blend.members):
         if not _fitted_on_labels(address):
             continue
-        if stale(address, store.read_json(bank.folder(address) / "score.json")):
+        if stale(address, artifacts.read_json(bank.folder(address) / "score.json")):
             raise Refused(
                 declared.fault(
                     f"members.{i}",
@@ -162,9 +166,9 @@ def member_refits(cfg: Config, declared: BlendConfig, rows: Samples, split: Fold
 def _fitted_on_labels(address: str) -> bool:
     """Whether labels set something in this ensemble, or in one that it is made from."""
     file = bank.folder(address) / "score.json"
-    if not (bank.folder(address) / "apply.json").exists() or not store.sealed(file):
+    if not (bank.folder(address) / "apply.json").exists() or not artifacts.manifest_entry(file):
         return False
-    record = store.read_json(store.verified(file))
+    record = artifacts.read_json(artifacts.verified(file))
     return record["in_sample"] is not None or any(_fitted_on_labels(m["address"]) for m in record["members"])
 
 
@@ -188,7 +192,7 @@ def _record(
     blend, listed = declared.blend, []
     for address, share, each in zip(blend.members, made.weights, oof, strict=True):
         own = score.evaluate(cfg, rows, split, each)
-        kinds = {kind: store.sha256(_file(address, kind)) for kind in bank.KINDS}
+        kinds = {kind: artifacts.sha256(_file(address, kind)) for kind in bank.KINDS}
         listed.append(
             {"address": address, "weight": share, "marks": own["marks"], "sha256": kinds}
             | {key: own[key] for key in ("oof", "mean", "std")}
@@ -257,7 +261,7 @@ def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
 def _print_result(name: str, record: dict[str, Any]) -> None:
     print(text_table.text(table_header(record), table_lines(name, record), ["weight"]))
     print(*summary_lines(name, record), sep="\n")
-    folder = store.shown(store.ensemble_folder(name))
+    folder = paths.relative(paths.ensemble_folder(name))
     print(
         f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
     )
@@ -276,7 +280,9 @@ def stale(name: str, record: dict[str, Any]) -> bool:
         return True
     for member in record["members"]:
         for kind, then in member["sha256"].items():
-            entry = store.sealed(bank.folder(_address_for(member["address"], kind)) / f"{kind}.arrow")
+            entry = artifacts.manifest_entry(
+                bank.folder(_address_for(member["address"], kind)) / f"{kind}.arrow"
+            )
             if entry is not None and entry["sha256"] != then:
                 return True
     return False

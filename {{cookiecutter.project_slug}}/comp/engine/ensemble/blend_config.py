@@ -13,7 +13,7 @@ from comp.engine.config.competition_schema import Count, Many, NotNegative, Posi
 from comp.engine.config.resolve import nearest
 from comp.engine.ensemble import member_filter
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 AVERAGES = ("mean", "weighted", "rank", "geometric", "power", "median", "trimmed", "snapshots")
 SEARCHED = ("greedy", "hill", "slsqp", "optuna")
@@ -138,23 +138,23 @@ class BlendConfig:
     @property
     def hash(self) -> str:
         """Of what is declared, not of how the file is written."""
-        return store.digest(self.blend.model_dump())
+        return artifacts.digest(self.blend.model_dump())
 
     def fault(self, key: str, message: str) -> str:
         return f"{self.lines.get(key, f'configs/ensembles/{self.name}.yaml')}: {message}"
 
 
 def read(name: str) -> BlendConfig:
-    folder = store.path("configs", "ensembles")
+    folder = paths.path("configs", "ensembles")
     file = folder / f"{name}.yaml"
     if not file.is_file():
         known = sorted(each.stem for each in folder.glob("*.yaml"))
         there = (
             f"the nearest are {', '.join(nearest(name, known, 3))}" if known else "the folder has none yet"
         )
-        raise Refused(f"{store.shown(file)}: no such file; {there}")
-    tree, lines = resolve.parse(file, store.shown(file))
-    blend = resolve.checked(Blend, tree, lines, store.shown(file))
+        raise Refused(f"{paths.relative(file)}: no such file; {there}")
+    tree, lines = resolve.parse(file, paths.relative(file))
+    blend = resolve.checked(Blend, tree, lines, paths.relative(file))
     blend = blend.model_copy(update={"members": _expanded(name, blend, lines)})
     declared = BlendConfig(name, blend, lines)
     if faults := _faults(declared):
@@ -193,7 +193,7 @@ def _faults(declared: BlendConfig) -> list[str]:
             )
         if member.partition(":")[0] == declared.name:
             faults.append(declared.fault(f"members.{i}", f"members: {member} is this ensemble itself"))
-    if store.run_folder(declared.name).is_dir():
+    if paths.run_folder(declared.name).is_dir():
         faults.append(
             f"{declared.name}: is the name of a run already, and an address must mean one thing; rename the file"
         )

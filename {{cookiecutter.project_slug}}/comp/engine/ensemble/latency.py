@@ -7,7 +7,7 @@ from pathlib import Path
 from comp.engine.bank import bank
 from comp.engine.config import run_members
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 FILE = "speed.json"  # {"test": seconds an image}, written by predict/infer.py
 
@@ -16,9 +16,11 @@ def seconds_per_image(address: str) -> float:
     """Seconds an image: every checkpoint of a member sees every test row; an ensemble costs what its members cost."""
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
-        return sum(seconds_per_image(each) for each in _leaf_members(store.read_json(store.verified(recipe))))
+        return sum(
+            seconds_per_image(each) for each in _leaf_members(artifacts.read_json(artifacts.verified(recipe)))
+        )
     name, _, member = address.partition(":")
-    files = _files(store.run_folder(name), member)
+    files = _files(paths.run_folder(name), member)
     if not any(file.exists() for file in files):
         files = _files_of_weights(address)
     said = [_measured(file) for file in files]
@@ -47,13 +49,13 @@ def _files(run: Path, member: str) -> list[Path]:
 def _files_of_weights(address: str) -> list[Path]:
     """A mean of several kept weights has no notes of its own; theirs add up."""
     folder = bank.folder(address)
-    if not store.sealed(folder / "test.arrow"):
+    if not artifacts.manifest_entry(folder / "test.arrow"):
         return []
-    return [store.path("runs", name, FILE) for name in bank.read_meta(folder / "test.arrow")["weights"]]
+    return [paths.path("runs", name, FILE) for name in bank.read_meta(folder / "test.arrow")["weights"]]
 
 
 def _measured(file: Path) -> float | None:
     if not file.exists():
         return None
-    said = store.read_json(file)
+    said = artifacts.read_json(file)
     return float(said["test"]) if "test" in said else None

@@ -17,7 +17,7 @@ from comp.engine.config import resolve
 from comp.engine.config.resolve import nearest
 from comp.engine.ensemble import average
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 TERM = re.compile(r"^(\w+)(>=|<=|>|<|=|~)(.+)$")
 FIELDS = ("name", "task", "model", "score")
@@ -45,7 +45,7 @@ def addresses(entry: str) -> list[str]:
             if not found:
                 raise Refused(f"{entry}: there are none; the bank has {', '.join(known) or 'nothing yet'}")
             return found
-    runs = [a for a in known if ":" not in a and store.run_folder(a).is_dir()]
+    runs = [a for a in known if ":" not in a and paths.run_folder(a).is_dir()]
     found = matching(entry, runs)
     if not found:
         raise Refused(
@@ -91,7 +91,7 @@ def _fits(address: str, field: str, sign: str, value: str) -> bool:
 
 def _score(address: str) -> float | None:
     file = bank.folder(address) / "score.json"
-    return store.read_json(store.verified(file))["oof"] if store.sealed(file) else None
+    return artifacts.read_json(artifacts.verified(file))["oof"] if artifacts.manifest_entry(file) else None
 
 
 def _knob(address: str, field: str) -> str:
@@ -99,13 +99,15 @@ def _knob(address: str, field: str) -> str:
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
         if field == "task":
-            return _tasks(resolve.load(store.root(), "base").config)
-        runs = {leaf.partition(":")[0] for leaf in average.leaves(store.read_json(store.verified(recipe)))}
+            return _tasks(resolve.load(paths.root(), "base").config)
+        runs = {
+            leaf.partition(":")[0] for leaf in average.leaves(artifacts.read_json(artifacts.verified(recipe)))
+        }
         return ", ".join(sorted({_knob(run, field) for run in runs}))
-    file = store.run_folder(address.partition(":")[0]) / "config.yaml"
-    if not store.sealed(file):
+    file = paths.run_folder(address.partition(":")[0]) / "config.yaml"
+    if not artifacts.manifest_entry(file):
         return ""
-    cfg = resolve.from_yaml(store.verified(file))
+    cfg = resolve.from_yaml(artifacts.verified(file))
     return cfg.model.name if field == "model" else _tasks(cfg)
 
 

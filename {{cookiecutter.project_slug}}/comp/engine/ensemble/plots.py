@@ -21,7 +21,7 @@ from comp.engine.ensemble import blend, blend_config, fit
 from comp.engine.ensemble.blend_config import BlendConfig
 from comp.engine.report import html, plots
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 MOST = 40  # members that a picture can name
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
@@ -31,10 +31,12 @@ NAMES = ("correlation", "waterfall", "weights", "honest")
 def draw(name: str) -> list[Path]:
     """After the ensemble is made. Refits it for some numbers of members, so it costs a few times the ensemble itself."""
     declared = blend_config.read(name)
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
-    record = store.read_json(store.verified(bank.folder(name) / "score.json", f"comp ensemble {name}"))
+    record = artifacts.read_json(
+        artifacts.verified(bank.folder(name) / "score.json", f"comp ensemble {name}")
+    )
     oof, test = (blend.member_predictions(declared, kind, rows, split) for kind in bank.KINDS)
     sign = 1 if record["direction"] == "max" else -1
     scores = [m["oof"] if m["oof"] is not None else -sign * np.inf for m in record["members"]]
@@ -58,7 +60,7 @@ def draw(name: str) -> list[Path]:
         blend.table_lines(name, record),
         list(files.values()),
     )
-    print(f"written: {store.shown(report)}, with the pictures of {store.shown(files['honest'].parent)}")
+    print(f"written: {paths.relative(report)}, with the pictures of {paths.relative(files['honest'].parent)}")
     return list(files.values())
 
 

@@ -22,7 +22,7 @@ from comp.engine.readers import arrays
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,9 +60,9 @@ def drift(run: str) -> dict[str, Any]:
         areas.append(area)
     ours[test] = theirs
     frame = _frame(rows, ours)
-    store.write_text(store.path("data", "drift.csv"), frame.to_csv(index=False))
+    artifacts.write_text(paths.path("data", "drift.csv"), frame.to_csv(index=False))
     record = {"auc": float(np.mean(areas)), "std": float(np.std(areas, ddof=1)), "folds": areas, "run": run}
-    store.write_json(store.path("data", "drift.json"), record)
+    artifacts.write_json(paths.path("data", "drift.json"), record)
     _tell(context, frame, record)
     return record
 
@@ -78,7 +78,7 @@ def _features(context: Context, run: str, seed: int, number: int, rows: Position
 
     cfg = context.cfg
     module = models.build(cfg, context.samples.heads, pretrained=False, loader=context.loader)
-    module = models.load_weights(module, store.fold_folder(run, seed, number) / "weights.safetensors").to(
+    module = models.load_weights(module, paths.fold_folder(run, seed, number) / "weights.safetensors").to(
         context.device
     )
     linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
@@ -171,9 +171,9 @@ def _tell(context: Context, frame: pd.DataFrame, record: dict[str, Any]) -> None
                 image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
             tiles.append((image, f"{row.source} {row.like_test:.2f} {row.id}"))
         tiles += [(np.full((plots.TILE, plots.TILE, 3), 255, np.uint8), "")] * (SHOWN - len(some))
-    sheet = store.path("data", "drift.png")
+    sheet = paths.path("data", "drift.png")
     plots.image_grid(tiles, sheet, columns=SHOWN, title="; ".join(telling))
-    print(f"\n{store.shown(store.path('data', 'drift.csv'))}: every row\n{store.shown(sheet)}: these")
+    print(f"\n{paths.relative(paths.path('data', 'drift.csv'))}: every row\n{paths.relative(sheet)}: these")
     if verdict == "no drift to speak of":
         print("next: comp runs")
     else:

@@ -18,7 +18,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.extras import pseudo_labels
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import pseudo_rows, teachers
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SAW = "pseudo-labels that saw the fold"
 
@@ -27,24 +27,24 @@ def refuse_other_labels(run: str, cfg: Config, split: Folds) -> None:
     """Nothing that comes from the pseudo-labels of a run can be made again from others."""
     if cfg.data.pseudo is None:
         return
-    file = store.pseudo_file(cfg.data.pseudo)
-    entry = store.sealed(file)
-    then = store.read_json(store.verified(store.run_folder(run) / "made_of.json"))["pseudo"]
+    file = paths.pseudo_file(cfg.data.pseudo)
+    entry = artifacts.manifest_entry(file)
+    then = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))["pseudo"]
     if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
-        raise Refused(f"{store.shown(file)} is not there as it taught it")
-    store.verified(file)
+        raise Refused(f"{paths.relative(file)} is not there as it taught it")
+    artifacts.verified(file)
 
 
 def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     name = cfg.data.pseudo
     if name is None:
         return []
-    file = store.pseudo_file(name)
+    file = paths.pseudo_file(name)
     try:
         refuse_other_labels(run, cfg, split)
     except UserError as refused:
         return [NotChecked(f"{run}, its pseudo-labels", refused.lines[0])]
-    entry, table = store.sealed(file) or {}, pseudo_rows.read(name)
+    entry, table = artifacts.manifest_entry(file) or {}, pseudo_rows.read(name)
     found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
     for number, weights in entry["weights"].items():
         if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
@@ -52,7 +52,7 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     try:
         again = _again(entry, rows, split)
     except UserError as refused:
-        why = f"{store.shown(file)} cannot be made again: {refused.lines[0]}"
+        why = f"{paths.relative(file)} cannot be made again: {refused.lines[0]}"
         return [*found, NotChecked(f"{run}, its pseudo-labels", why)]
     by_all = again[again["fold"] == pseudo_rows.FULL]
     for number in range(split.count):
@@ -63,7 +63,7 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
         guilty = next(
             (who for who, each in {"of all folds": by_all, **others}.items() if _same(mine, each)), None
         )
-        where = f"{run}: {store.shown(file)}, fold {number}"
+        where = f"{run}: {paths.relative(file)}, fold {number}"
         if guilty is None:
             found.append(Leak("pseudo-labels that their models do not repeat", where, "recomputation"))
         else:

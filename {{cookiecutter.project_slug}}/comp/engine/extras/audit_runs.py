@@ -26,7 +26,7 @@ from comp.engine.errors import UserError
 from comp.engine.extras import audit_pseudo
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Array
 
 if TYPE_CHECKING:
@@ -49,23 +49,23 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
         return [NotChecked(run, refused.lines[0])]
     found += audit_pseudo.leaks(run, cfg, rows, split)
     sets: dict[Path, PredictionSet] = {}
-    for file in sorted(store.run_folder(run).glob("seed*/fold[0-9]*/**/oof.arrow")):
-        if not store.sealed(file):
+    for file in sorted(paths.run_folder(run).glob("seed*/fold[0-9]*/**/oof.arrow")):
+        if not artifacts.manifest_entry(file):
             continue
         try:
             sets[file] = bank.read(file, rows, split)
         except UserError as refused:
-            found.append(NotChecked(store.shown(file), refused.lines[0]))
+            found.append(NotChecked(paths.relative(file), refused.lines[0]))
     for file, said in sets.items():
         place = fold_of(file)
         if file.parent == place:
             found += of_log(place, cfg, rows, split)
-        others = [name for name in said.meta["weights"] if not store.path("runs", name).is_relative_to(place)]
+        others = [name for name in said.meta["weights"] if not paths.path("runs", name).is_relative_to(place)]
         if others:
-            where = f"{store.shown(file)} speaks from {', '.join(others)}"
+            where = f"{paths.relative(file)} speaks from {', '.join(others)}"
             found.append(Leak("in-sample base predictions", where, "provenance"))
-    spoken = {file: said for file, said in sets.items() if store.sealed(_weights(said))}
-    gone = [store.shown(file) for file in sets if file not in spoken]
+    spoken = {file: said for file, said in sets.items() if artifacts.manifest_entry(_weights(said))}
+    gone = [paths.relative(file) for file in sets if file not in spoken]
     if gone:
         why = f"the weights are gone, so {len(gone)} sets cannot be predicted again: {', '.join(gone[:3])}"
         found.append(NotChecked(run, why + (", …" if len(gone) > 3 else "")))
@@ -87,7 +87,7 @@ def fold_of(file: Path) -> Path:
 
 def _weights(said: PredictionSet) -> Path:
     """A set in a fold speaks from one checkpoint."""
-    return store.path("runs", next(iter(said.meta["weights"]), "nobody"), bank.WEIGHTS)
+    return paths.path("runs", next(iter(said.meta["weights"]), "nobody"), bank.WEIGHTS)
 
 
 def of_log(place: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
@@ -108,7 +108,7 @@ def of_log(place: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     best = max(by_epoch, key=lambda e: metric.sign * by_epoch[e])
     near = 1e-6 + 1e-3 * abs(now)
     if best in before and abs(now - by_epoch[best]) < near < abs(now - by_epoch[last]):
-        where = f"{store.shown(place)}: the score of epoch {best}, not of the last, {last}"
+        where = f"{paths.relative(place)}: the score of epoch {best}, not of the last, {last}"
         return [Leak("best epoch picked on the scored fold", where, "provenance")]
     return []
 
@@ -135,22 +135,22 @@ def _again(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Finding
         wanted = said.row[at].astype(np.int64)
 
         def answer(weights: Path, same: Any = same, wanted: Any = wanted, scale: Any = scale) -> Array:
-            return _flat(predict.predict(same, store.verified(weights), wanted)[0], scale)
+            return _flat(predict.predict(same, artifacts.verified(weights), wanted)[0], scale)
 
         try:
             now = answer(_weights(said))
         except UserError as refused:
-            found.append(NotChecked(store.shown(file), refused.lines[0]))
+            found.append(NotChecked(paths.relative(file), refused.lines[0]))
             continue
         if np.abs(now - stored[at]).max() < near:
             continue
-        where, place = store.shown(file), fold_of(file)
+        where, place = paths.relative(file), fold_of(file)
         inside = _weights(said).parent.relative_to(place) if _weights(said).is_relative_to(place) else ""
         guilty = [
             p.name
             for p in sorted(place.parent.glob("fold[0-9]*"))
             if p != place
-            and store.sealed(p / inside / bank.WEIGHTS)
+            and artifacts.manifest_entry(p / inside / bank.WEIGHTS)
             and np.abs(answer(p / inside / bank.WEIGHTS) - stored[at]).max() < near
         ]
         if guilty:
@@ -209,7 +209,7 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
         known[number] = known.get(number) or fitted(own, joined.samples)
         kept = _measured(
             models.load_weights(
-                models.build(cfg, heads, pretrained=False, loader=loader), store.verified(weights)
+                models.build(cfg, heads, pretrained=False, loader=loader), artifacts.verified(weights)
             )
         )
         if _alike(kept, known[number]):
@@ -218,7 +218,7 @@ def _statistics(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Fi
         others = (np.union1d(own, scored[: cfg.train.limit]), everyone)
         seen = any(_alike(kept, fitted(each, joined.samples)) for each in others)
         what = "statistics fitted on validation rows" if seen else "statistics that the training part does not repeat"  # fmt: skip
-        found.append(Leak(what, store.shown(weights), "recomputation"))
+        found.append(Leak(what, paths.relative(weights), "recomputation"))
     return found
 
 
@@ -245,9 +245,9 @@ def _alike(a: dict[str, Array], b: dict[str, Array]) -> bool:
 
 def _merged(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
     """The sets of a run and its members, from the sets of their folds and seeds."""
-    folder = store.run_folder(run)
+    folder = paths.run_folder(run)
     for file in sorted([*folder.glob("oof.arrow"), *folder.glob("members/*/oof.arrow")]):
-        if not store.sealed(file):
+        if not artifacts.manifest_entry(file):
             continue
         try:
             said = bank.read(file, rows, split)
@@ -257,12 +257,12 @@ def _merged(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
             ]
             if not parts:
                 yield NotChecked(
-                    store.shown(file), "it names no weights, so there is nothing to predict it again by"
+                    paths.relative(file), "it names no weights, so there is nothing to predict it again by"
                 )
                 continue
             again = predictions.merge(parts, rows, split, said.meta["space"])
         except UserError as refused:
-            yield NotChecked(store.shown(file), refused.lines[0])
+            yield NotChecked(paths.relative(file), refused.lines[0])
             continue
         whole = {h.name: 1.0 for h in rows.heads}
         old, new = _flat(said.heads, whole), _flat(again.heads, whole)
@@ -270,13 +270,15 @@ def _merged(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
             continue
         if np.allclose(np.sort(old, axis=0), np.sort(new, axis=0), rtol=1e-5, atol=1e-5, equal_nan=True):
             yield Leak(
-                "misaligned rows", f"{store.shown(file)}: the right values in the wrong rows", "recomputation"
+                "misaligned rows",
+                f"{paths.relative(file)}: the right values in the wrong rows",
+                "recomputation",
             )
         else:
-            yield Leak("predictions that their folds do not repeat", store.shown(file), "recomputation")
+            yield Leak("predictions that their folds do not repeat", paths.relative(file), "recomputation")
 
 
 def _part(weights: str, member: str) -> Path:
     """Where the checkpoint spoke for this member: other views of a run's own weights lie in a folder of their name."""
-    place = store.path("runs", weights)
+    place = paths.path("runs", weights)
     return place / member if (place / member / "oof.arrow").exists() else place

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comp.engine import text_table
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 WORKED_IN = ("runs", "ensembles", "studies", "submissions", "kernels", "data", "wandb", "configs")
 HALF = (".making", ".rehearsal")  # folders of a killed comp kernel, which its next call would clear as well
@@ -25,51 +25,51 @@ def clean(trash: bool = False, cache: bool = False, state: bool = False, steal: 
     if state:
         freed += sum(_drop_state(file) for file in list(_finished_states()))
     if cache:
-        freed += _empty(store.path("data", "cache"))
+        freed += _empty(paths.path("data", "cache"))
     if trash:
-        freed += _empty(store.path("runs", ".trash"))
-        freed += sum(_drop(file) for file in list(_parts()) if store.orphaned(file, steal))
+        freed += _empty(paths.path("runs", ".trash"))
+        freed += sum(_drop(file) for file in list(_parts()) if locks.is_orphan(file, steal))
         for folder in list(_half_made()):
             freed += _empty(folder)
             folder.rmdir()
     _show()
     if trash or cache or state:
-        print(f"freed {store.readable(freed)}")
+        print(f"freed {artifacts.format_size(freed)}")
 
 
 def _show() -> None:
     runs = [
         each
-        for each in sorted(store.path("runs").glob("*"))
+        for each in sorted(paths.path("runs").glob("*"))
         if each.is_dir() and not each.name.startswith(".")
     ]
     states = {file: file.stat().st_size for file in _finished_states()}
     parts = list(_parts())
-    dead = [file for file in parts if store.orphaned(file)]
-    unseen = [file for file in parts if file not in dead and store.orphaned(file, steal=True)]
-    lines = [(store.shown(each), size(each), "") for each in runs]
+    dead = [file for file in parts if locks.is_orphan(file)]
+    unseen = [file for file in parts if file not in dead and locks.is_orphan(file, include_unknown=True)]
+    lines = [(paths.relative(each), size(each), "") for each in runs]
     lines += [
-        (name, size(store.path(name)), "")
+        (name, size(paths.path(name)), "")
         for name in ("ensembles", "studies", "submissions", "kernels", "wandb", "data/raw")
     ]
     lines += [
         ("optimizer states of finished folds", sum(states.values()), "--state"),
-        ("data/cache, made again when missing", size(store.path("data", "cache")), "--cache"),
-        ("runs/.trash, replaced runs", size(store.path("runs", ".trash")), "--trash"),
+        ("data/cache, made again when missing", size(paths.path("data", "cache")), "--cache"),
+        ("runs/.trash, replaced runs", size(paths.path("runs", ".trash")), "--trash"),
         (
             "files that killed processes left half-written",
             sum(map(size, _half_made())) + sum(map(_size, dead)),
             "--trash",
         ),
         (
-            f"the same of other hosts and containers, unchanged for {store.STALE / 60:.0f} min",
+            f"the same of other hosts and containers, unchanged for {locks.STALE_AFTER / 60:.0f} min",
             sum(map(_size, unseen)),
             "--trash --steal-lock",
         ),
     ]
-    rows = [[what, store.readable(bytes_), how] for what, bytes_, how in lines if bytes_ or how]
+    rows = [[what, artifacts.format_size(bytes_), how] for what, bytes_, how in lines if bytes_ or how]
     print(text_table.text(["what", "size", "goes with"], rows, ["size"]))
-    print(f"{store.readable(shutil.disk_usage(store.root()).free)} free")
+    print(f"{artifacts.format_size(shutil.disk_usage(paths.root()).free)} free")
     flags = dict.fromkeys(flag for _, bytes_, how in lines if bytes_ for flag in how.split())
     if flags:
         print(f"next: comp clean {' '.join(flags)}")
@@ -95,31 +95,31 @@ def _size(file: Path) -> int:
 
 
 def _finished_states() -> Iterator[Path]:
-    for fold in store.path("runs").glob("*/seed*/fold*"):
-        if store.sealed(fold / WEIGHTS):
+    for fold in paths.path("runs").glob("*/seed*/fold*"):
+        if artifacts.manifest_entry(fold / WEIGHTS):
             for pattern in STATES:
                 yield from fold.glob(pattern)
 
 
 def _parts() -> Iterator[Path]:
     for name in WORKED_IN:
-        yield from store.path(name).rglob(".*.part")
+        yield from paths.path(name).rglob(".*.part")
 
 
 def _half_made() -> Iterator[Path]:
-    for made in store.path("kernels").glob("*"):
-        if not store.holder(made):
+    for made in paths.path("kernels").glob("*"):
+        if not locks.owner(made):
             yield from (made / name for name in HALF if (made / name).is_dir())
 
 
 def _busy() -> str:
-    locks = (lock for name in WORKED_IN for lock in store.path(name).rglob(".lock"))
-    return next((held for lock in locks if (held := store.holder(lock.parent))), "")
+    held_files = (lock for name in WORKED_IN for lock in paths.path(name).rglob(".lock"))
+    return next((held for lock in held_files if (held := locks.owner(lock.parent))), "")
 
 
 def _drop_state(file: Path) -> int:
     freed = _drop(file)
-    store.unseal(file)
+    artifacts.remove_from_manifest(file)
     return freed
 
 

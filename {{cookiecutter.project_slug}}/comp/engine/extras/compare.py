@@ -19,7 +19,7 @@ from comp.engine.config import experiments, resolve
 from comp.engine.data import folds, samples
 from comp.engine.errors import Refused
 from comp.engine.run import runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.metrics import Metric
 
 NOISE = "noise.json"  # runs/noise.json: the yardstick that comp runs prints
@@ -40,9 +40,9 @@ def noise(experiment: str, seeds: int) -> dict[str, Any]:
     record = {
         "run": f"{experiment}-seeds", "experiment": experiment, "metric": metric.name, "seeds": seeds, "scores": said.whole.tolist(),
         "mean": float(said.whole.mean()), "std": std, "fold_std": float(said.folds.std(axis=0, ddof=1).mean()),
-        "folds": store.sealed(store.folds_file()),
+        "folds": artifacts.manifest_entry(paths.folds_file()),
     }  # fmt: skip
-    store.write_json(store.path("runs", NOISE), record)
+    artifacts.write_json(paths.path("runs", NOISE), record)
     rows = [[f"seed {s}", f"{v:.4f}", *(f"{f:.4f}" for f in said.folds[s])] for s, v in enumerate(said.whole)]
     print(
         text_table.text(
@@ -65,11 +65,11 @@ def yardstick(record: dict[str, Any]) -> str:
 
 def by_yardstick(metric: Metric, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """For comp runs: differences to the baseline of comp seed-noise, in what seeds alone do. scored: (name, score.json)."""
-    file = store.path("runs", NOISE)
-    record = store.read_json(file) if file.exists() else None
+    file = paths.path("runs", NOISE)
+    record = artifacts.read_json(file) if file.exists() else None
     if record is None:
         return ["is a difference more than its seed? comp seed-noise exp001 measures what seeds alone do"]
-    if record["metric"] != metric.name or record["folds"] != store.sealed(store.folds_file()):
+    if record["metric"] != metric.name or record["folds"] != artifacts.manifest_entry(paths.folds_file()):
         return [
             f"runs/{NOISE} is about another metric or other folds: comp seed-noise {record['experiment']} again"
         ]
@@ -89,11 +89,11 @@ def scored(experiment: str, seeds: int) -> Seeded:
         runner.train(experiment, [], name=name, seed=seed)
     rows = samples.load()
     split = folds.load(rows)
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     whole, table_ = [], np.zeros((seeds, split.count))
     for seed in range(seeds):
         for number in range(split.count):
-            said = bank.read(store.fold_folder(name, seed, number) / "oof.arrow", rows, split)
+            said = bank.read(paths.fold_folder(name, seed, number) / "oof.arrow", rows, split)
             at = said.row.astype(np.int64)
             each = [score.validation_score(cfg, head, said.heads[head.name], rows, at) for head in rows.heads]
             table_[seed, number] = float(np.mean(each))
@@ -106,7 +106,7 @@ def scored(experiment: str, seeds: int) -> Seeded:
 
 
 def _metric() -> Metric:
-    return score.metric_of(resolve.load(store.root(), "base").config)
+    return score.metric_of(resolve.load(paths.root(), "base").config)
 
 
 # --- recipes side by side ------------------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
         records.append({"a": a.name, "b": b.name, "metric": metric.name, **found})
         print(f"{b.name} against {a.name}: {found['says']}")
     name = "-".join(names)
-    folder = store.path("runs", "comparisons")
-    store.write_json(folder / f"{name}.json", records)
+    folder = paths.path("runs", "comparisons")
+    artifacts.write_json(folder / f"{name}.json", records)
     plot(said, metric, folder / f"{name}.png")
     best = max(said, key=lambda s: metric.sign * s.folds.mean())
     print(f"written: runs/comparisons/{name}.json, {name}.png\nnext: comp train {best.name}")

@@ -31,7 +31,7 @@ from comp.engine.report import plots
 from comp.engine.run import normalize, runner
 from comp.engine.run.backbone import inner
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 NOISY, NOISE = 24, 0.15  # SmoothGrad: so many copies, with noise of so much of the picture's range
 SIDE, GAP, TITLE = 192, 8, 34  # px
@@ -59,11 +59,11 @@ def explain(run: str, ids: list[str], count: int) -> Path:
         pen.multiline_text((GAP, top - 4), caption, "black", spacing=1)
         for column, shown in enumerate((_plain(image), _over(image, cam), _heat(smooth))):
             sheet.paste(shown.resize((SIDE, SIDE)), (GAP + column * (SIDE + GAP), top + TITLE - GAP))
-    file = store.run_folder(run) / "explain.png"
-    with store.writing(file) as temporary:
+    file = paths.run_folder(run) / "explain.png"
+    with artifacts.atomic(file) as temporary:
         sheet.save(temporary, "png")
     print(
-        f"written: {store.shown(file)}, {len(rows)} rows, each by the weights of its own fold\nnext: comp audit"
+        f"written: {paths.relative(file)}, {len(rows)} rows, each by the weights of its own fold\nnext: comp audit"
     )
     return file
 
@@ -71,8 +71,8 @@ def explain(run: str, ids: list[str], count: int) -> Path:
 def _chosen(context: Context, run: str, ids: list[str], count: int) -> tuple[NDArray[np.int64], list[str]]:
     """Rows and what stands above them: those of `ids`, or the ones that went worst."""
     head = context.samples.heads[0]
-    file = store.run_folder(run) / "oof.arrow"
-    if store.sealed(file):
+    file = paths.run_folder(run) / "oof.arrow"
+    if artifacts.manifest_entry(file):
         oof = bank.read(file, context.samples, context.folds)
     else:
         oof = _of_some_folds(context, run)
@@ -97,7 +97,7 @@ def _chosen(context: Context, run: str, ids: list[str], count: int) -> tuple[NDA
 
 def _of_some_folds(context: Context, run: str) -> PredictionSet:
     """Of a run that is not finished, what its finished folds predict."""
-    parts = sorted(store.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
+    parts = sorted(paths.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
     if not parts:
         raise experiments.refusal(run, "predictions to explain")
     print(f"{experiments.refusal(run, 'predictions of all rows')}; the rows of the others are explained")
@@ -106,7 +106,7 @@ def _of_some_folds(context: Context, run: str) -> PredictionSet:
 
 
 def _weights(run: str, fold: int) -> Path:
-    found = sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))
+    found = sorted(paths.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))
     if not found:
         raise Refused(
             f"{run}: the weights of fold {fold} are gone; comp train {run} --fresh makes them again"

@@ -34,7 +34,7 @@ from comp.engine.errors import Refused
 from comp.engine.extras import measure
 from comp.engine.run import normalize, runner
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 NEAR = 1e-3  # of the largest output: further away an exported network is another one
 CALIBRATION = 128  # training pictures that int8 takes its ranges from
@@ -63,7 +63,7 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
         "gpu_cache_mb": 0,
     }  # where submissions without a GPU run, and where int8 is of use
     cfg = cfg.model_copy(update={"machine": cfg.machine.model_copy(update=place)})
-    weights = next(iter(sorted(store.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))), None)
+    weights = next(iter(sorted(paths.run_folder(run).glob(f"seed*/fold{fold}/weights.safetensors"))), None)
     if weights is None:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
     _needs_onnx()
@@ -78,9 +78,9 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
     taught, scored = context.folds.split(fold)
     scored = scored[:rows]
     images = _pictures(context, scored)
-    folder = store.run_folder(run) / "export"
+    folder = paths.run_folder(run) / "export"
     folder.mkdir(exist_ok=True)
-    with store.lock(folder, "exporting"):
+    with locks.lock(folder, "exporting"):
         variants = [*_made(cfg, whole, folder, weights, _pictures(context, taught[:CALIBRATION]), shares)]
         lines = [_tried(cfg, context, scored, images, *variant) for variant in tqdm(
             variants, desc="scoring", unit="variant", leave=False, disable=None if cfg.machine.progress else True)]  # fmt: skip
@@ -92,8 +92,8 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
             raise Refused(
                 f"{line['file']}: answers differ from torch by {away:.2g} of the largest; it is not to be used"
             )
-    store.write_json(folder / "table.json", {"fold": fold, "rows": len(scored), "variants": lines})
-    store.seal(folder / "table.json")
+    artifacts.write_json(folder / "table.json", {"fold": fold, "rows": len(scored), "variants": lines})
+    artifacts.add_to_manifest(folder / "table.json")
     _tell(cfg, run, fold, len(scored), lines)
     return folder / "table.json"
 
@@ -139,11 +139,11 @@ def _made(
     example = torch.from_numpy(calibration[:2])
     batch = {"pictures": {0: torch.export.Dim("batch", min=1, max=4096)}}
     program = torch.export.export(whole, (example,), dynamic_shapes=batch)
-    with store.writing(folder / "model.pt2") as temporary, temporary.open("wb") as opened:
+    with artifacts.atomic(folder / "model.pt2") as temporary, temporary.open("wb") as opened:
         torch.export.save(program, opened)
     back = torch.export.load(str(folder / "model.pt2")).module()
     yield "torch.export", folder / "model.pt2", (folder / "model.pt2").stat().st_size, True, _asked(back)
-    with store.writing(folder / "model.onnx") as temporary:
+    with artifacts.atomic(folder / "model.onnx") as temporary:
         torch.onnx.export(
             whole, (example,), str(temporary), dynamo=True, dynamic_shapes=batch, input_names=["pictures"],
             output_names=["outputs"], external_data=False, verbose=False,
@@ -163,14 +163,14 @@ def _made(
         False,
         session(folder / "int8.onnx"),
     )
-    store.seal(folder / "model.pt2", folder / "model.onnx", folder / "int8.onnx")
+    artifacts.add_to_manifest(folder / "model.pt2", folder / "model.onnx", folder / "int8.onnx")
     for share in shares:
         cut = pruned(whole, share)
         file = folder / f"pruned{100 * share:g}.safetensors"
         packed = save({name: value.contiguous() for name, value in cut.module.state_dict().items()})
-        with store.writing(file) as temporary:
+        with artifacts.atomic(file) as temporary:
             temporary.write_bytes(packed)
-        store.seal(file, share=share)
+        artifacts.add_to_manifest(file, share=share)
         yield f"pruned {share:.0%}", file, len(gzip.compress(packed, 6)), False, _asked(cut)
 
 
@@ -196,7 +196,7 @@ def _quantised(folder: Path, calibration: NDArray[np.uint8]) -> None:
     prepared = folder / ".prepared.onnx"
     try:
         quant_pre_process(str(folder / "model.onnx"), str(prepared))
-        with store.writing(folder / "int8.onnx") as temporary:
+        with artifacts.atomic(folder / "int8.onnx") as temporary:
             quantize_static(
                 str(prepared), str(temporary), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                 weight_type=QuantType.QInt8, nodes_to_exclude=_into_units(prepared),
@@ -252,7 +252,7 @@ def _tried(
     one = images[: min(16, len(images))]
     return {
         "name": name,
-        "file": store.shown(file),
+        "file": paths.relative(file),
         "score": score.validation_score(cfg, head, stored, context.samples, rows),
         "ms": 1000 * measure.seconds(lambda: run(one), CPU) / len(one),
         "bytes": size,
@@ -265,7 +265,7 @@ def _tell(cfg: Config, run: str, fold: int, rows: int, lines: list[dict[str, Any
     metric = score.metric_of(cfg)
     body = [
         [line["name"], f"{line['score']:.4f}", f"{line['score'] - lines[0]['score']:+.4f}", f"{line['ms']:.3f}",
-         store.readable(line["bytes"]), f"{line.get('away', 0):.1e}", line["file"]]
+         artifacts.format_size(line["bytes"]), f"{line.get('away', 0):.1e}", line["file"]]
         for line in lines
     ]  # fmt: skip
     print(f"{run}, fold {fold}: {metric.name} of {rows} out-of-fold rows, on {cfg.train.threads} CPU threads")
@@ -279,4 +279,4 @@ def _tell(cfg: Config, run: str, fold: int, rows: int, lines: list[dict[str, Any
     print(
         "int8 is onnxruntime's: torch.ao.quantization is deprecated, and torchao is no package of this project"
     )
-    print(f"written: {store.shown(store.run_folder(run) / 'export')}\nnext: comp kernel {run}")
+    print(f"written: {paths.relative(paths.run_folder(run) / 'export')}\nnext: comp kernel {run}")

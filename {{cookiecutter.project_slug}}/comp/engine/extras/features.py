@@ -35,7 +35,7 @@ from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, frozen_heads, normalize, pretrained, runner
 from comp.engine.run.context import Context
 from comp.engine.run.evaluate import forward_rows
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 from comp.engine.tasks.kinds import Head
 
 FILE = frozen_heads.FILE
@@ -59,17 +59,17 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     _refuse(cfg)
     hardware.settle(cfg.train.threads)
     # Made anew, the features leave no head of the old ones behind.
-    old = [store.member_folder(run, name) for name in HEADS] if fresh else []
+    old = [paths.member_folder(run, name) for name in HEADS] if fresh else []
     fingerprint.same_images(run, cfg, old)
     context = runner.gather(cfg, loaded=loaded)
     fingerprint.claim(run, cfg, context.folds, fingerprint.command(run), old)
-    with store.lock(store.run_folder(run), "features"):
+    with locks.lock(paths.run_folder(run), "features"):
         seen = of_run(context, run, fresh)
     for name in names:
         began = time.perf_counter()
         record = member(context, run, name, seen)
         print(f"{run}:{name}: {score.summary(record)}, {time.perf_counter() - began:.1f} s")
-    print(f"written: {store.shown(store.run_folder(run))}/members/{{{','.join(names)}}}")
+    print(f"written: {paths.relative(paths.run_folder(run))}/members/{{{','.join(names)}}}")
     print(f"next: comp bank, or blend them: {', '.join(f'{run}:{name}' for name in names)}")
 
 
@@ -96,19 +96,19 @@ def _refuse(cfg: Config) -> None:
 
 def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
     """(samples, features): kept, if they are of these pictures and these weights; made otherwise."""
-    cfg, file = context.cfg, store.run_folder(run) / FILE
+    cfg, file = context.cfg, paths.run_folder(run) / FILE
     torch.manual_seed(fold_in(cfg.train.seeds[0], 3))
     backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
     pretrained.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
     now = made_of(cfg, context.samples, backbone)
-    if not fresh and (entry := store.sealed(file)):
+    if not fresh and (entry := artifacts.manifest_entry(file)):
         changed = [what for what, value in now.items() if entry.get(what) != value]
         if changed:
             raise Refused(
-                f"{store.shown(file)}: stale, made of other {' and other '.join(changed)}; comp features {run} --fresh makes them again"
+                f"{paths.relative(file)}: stale, made of other {' and other '.join(changed)}; comp features {run} --fresh makes them again"
             )
-        kept: NDArray[np.float32] = np.load(store.verified(file))
-        print(f"{store.shown(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
+        kept: NDArray[np.float32] = np.load(artifacts.verified(file))
+        print(f"{paths.relative(file)}: {len(kept):,} samples, {kept.shape[1]} features, kept from before")
         return kept
     rows = np.arange(len(context.samples.frame))
     seen = transforms.Preprocess(normalize.build(cfg, backbone, context.device))
@@ -134,12 +134,12 @@ def of_run(context: Context, run: str, fresh: bool) -> NDArray[np.float32]:
     made = raw[0]
     models.save_weights(backbone, frozen_heads.backbone_of(run))
     took = time.perf_counter() - began
-    store.write_json(frozen_heads.backbone_of(run).with_name(SPEED), {"test": took / max(1, len(rows))})
-    with store.writing(file) as temporary, temporary.open("wb") as opened:
+    artifacts.write_json(frozen_heads.backbone_of(run).with_name(SPEED), {"test": took / max(1, len(rows))})
+    with artifacts.atomic(file) as temporary, temporary.open("wb") as opened:
         np.save(opened, made)
-    store.seal(file, **now)
+    artifacts.add_to_manifest(file, **now)
     print(
-        f"{store.shown(file)}: {len(made):,} samples, {made.shape[1]} features, {time.perf_counter() - began:.0f} s"
+        f"{paths.relative(file)}: {len(made):,} samples, {made.shape[1]} features, {time.perf_counter() - began:.0f} s"
     )
     return made
 
@@ -155,9 +155,9 @@ def made_of(cfg: Config, samples: Samples, backbone: torch.nn.Module) -> dict[st
     return {
         "weights": weights.hexdigest()[:16],
         "sizes or decoding": reader.key,
-        "pictures": store.digest([[name, *reader.stamp(name)] for name in files]),
+        "pictures": artifacts.digest([[name, *reader.stamp(name)] for name in files]),
         "samples": samples.hash,
-        "knobs": store.digest(
+        "knobs": artifacts.digest(
             [
                 cfg.model.name,
                 cfg.model.options,
@@ -174,12 +174,12 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
     """Fitted fold by fold, each fold's head kept like a checkpoint; the test rows get the mean over folds, as from any run."""
     cfg, table, folds = context.cfg, context.samples, context.folds
     test, seed = table.positions("test"), cfg.train.seeds[0]
-    backbone = store.sealed(frozen_heads.backbone_of(run))
+    backbone = artifacts.manifest_entry(frozen_heads.backbone_of(run))
     assert backbone is not None
     facts = {
         "run": run,
         "member": name,
-        "config": store.digest(resolve.identity(cfg)),
+        "config": artifacts.digest(resolve.identity(cfg)),
         "tta": ["identity"],
         "space": cfg.predict.space,
     }
@@ -188,7 +188,7 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
     for number in range(folds.count):
         taught, scored = folds.split(number)
         taught = np.unique(taught)
-        place = store.fold_folder(run, seed, number) / name
+        place = paths.fold_folder(run, seed, number) / name
         numbers: dict[str, NDArray[Any]] = {
             "middle": seen[taught].mean(0),
             "spread": seen[taught].std(0) + 1e-6,
@@ -211,8 +211,8 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
             part = predictions.PredictionSet(rows.astype(np.int32), fold, said, meta)
             sets[kind].append(bank.read(bank.write(place / f"{kind}.arrow", part), table, folds))
         answered = (time.perf_counter() - began) / max(1, len(scored) + len(test))
-        store.write_json(place / SPEED, dict.fromkeys(("oof", "test"), looked + answered))
-    folder = store.member_folder(run, name)
+        artifacts.write_json(place / SPEED, dict.fromkeys(("oof", "test"), looked + answered))
+    folder = paths.member_folder(run, name)
     for kind, parts in sets.items():
         merged = predictions.merge(parts, table, folds, cfg.predict.space, facts=facts)
         bank.write(folder / f"{kind}.arrow", merged)
@@ -222,7 +222,7 @@ def member(context: Context, run: str, name: str, seen: NDArray[np.float32]) -> 
 def _seconds(run: str) -> float:
     """What the backbone took for a picture when the features were made."""
     file = frozen_heads.backbone_of(run).with_name(SPEED)
-    return float(store.read_json(file)["test"]) if file.exists() else 0.0
+    return float(artifacts.read_json(file)["test"]) if file.exists() else 0.0
 
 
 def fitted(name: str, head: Head, x: Array, target: Array) -> Callable[[Array], Array]:

@@ -14,7 +14,7 @@ from comp.engine.data import raw_tables
 from comp.engine.data.sample_submission import index_columns, read_sample
 from comp.engine.errors import Refused, UserError
 from comp.engine.readers import containers, layouts
-from comp.engine.store import store
+from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ def sample(raw: Path, tables: list[str]) -> tuple[str, pd.DataFrame]:
     named = [name for name in tables if "sample" in name.lower() or "submission" in name.lower()]
     if not named:
         raise Refused(
-            f"{store.shown(raw)}: no table with `sample` or `submission` in its name; write configs/competition.yaml by hand"
+            f"{paths.relative(raw)}: no table with `sample` or `submission` in its name; write configs/competition.yaml by hand"
         )
     best = min(named, key=lambda name: ("sample" not in name.lower(), name.count("/"), len(name)))
     host, frame = read_sample(raw / best), raw_tables.read(raw / best).frame

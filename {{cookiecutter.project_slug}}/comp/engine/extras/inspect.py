@@ -17,25 +17,25 @@ from comp.engine.extras.find_tables import Found
 from comp.engine.readers import arrays, decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 ORDER = ("train", "test", "id", "row", "target", "task", "metric", "group", "metadata", "folds", "submission")
 
 
 def inspect() -> Path:
-    file = store.path("configs", "competition.yaml")
+    file = paths.path("configs", "competition.yaml")
     slug, title, raw_name = kept(file)
-    raw = store.path(raw_name)
+    raw = paths.path(raw_name)
     if not raw.is_dir() or not any(raw.iterdir()):
-        raise Refused(f"{store.shown(raw)}: is empty; put the unpacked competition there")
+        raise Refused(f"{paths.relative(raw)}: is empty; put the unpacked competition there")
     found = infer_schema.look(raw)
     if file.exists():
-        print(f"the old one lies in {store.shown(store.trash(file))}")
-    store.write_text(file, text(found, slug, title, raw_name))
+        print(f"the old one lies in {paths.relative(artifacts.move_to_trash(file))}")
+    artifacts.write_text(file, text(found, slug, title, raw_name))
     _told(found, raw)
-    _contact_sheet(found, raw, store.path("data", "inspect.png"))
-    print(f"{store.shown(file)}: a first guess, every line with its reason; correct it, then: comp check")
-    resolve.load(store.root(), "base")  # what was written must at least be a competition
+    _contact_sheet(found, raw, paths.path("data", "inspect.png"))
+    print(f"{paths.relative(file)}: a first guess, every line with its reason; correct it, then: comp check")
+    resolve.load(paths.root(), "base")  # what was written must at least be a competition
     return file
 
 
@@ -46,7 +46,7 @@ def kept(file: Path) -> tuple[str, str, str]:
         try:
             said, _ = yaml_lines.parse(file.read_bytes())
         except yaml_lines.Unreadable:
-            print(f"{store.shown(file)}: cannot be read, so slug and title have to be written anew")
+            print(f"{paths.relative(file)}: cannot be read, so slug and title have to be written anew")
     old = said if isinstance(said, dict) else {}
     usual = {"slug": "competition", "title": "Competition", "raw": "data/raw"}
     slug, title, raw = (str(old.get(key) or value) for key, value in usual.items())
@@ -157,4 +157,4 @@ def _contact_sheet(found: Found, raw: Path, file: Path) -> None:
         except DamagedImage:
             continue  # said above, by kind
     plots.image_grid(tiles, file, title="training pictures with their labels, then test")
-    print(f"{store.shown(file)}: a contact sheet")
+    print(f"{paths.relative(file)}: a contact sheet")

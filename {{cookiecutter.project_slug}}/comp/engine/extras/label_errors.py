@@ -24,7 +24,7 @@ from comp.engine.errors import Refused
 from comp.engine.readers import arrays
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
     """data/contradicted.csv and .png. Without names every run that has OOF predictions of all rows."""
     import pandas as pd
 
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
     found_sets = {name: bank.load(name, "oof", rows, split) for name in names} or _whole(rows, split)
@@ -52,8 +52,8 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
     found = [line for head in rows.heads for line in _denied(rows, at, kept, head, sets)]
     found.sort(key=lambda line: -line["denied"])
     frame = pd.DataFrame(found, columns=[*COLUMNS, "fold", "image", "position"])
-    file, sheet = store.path("data", "contradicted.csv"), store.path("data", "contradicted.png")
-    store.write_text(file, frame.drop(columns="position").to_csv(index=False))
+    file, sheet = paths.path("data", "contradicted.csv"), paths.path("data", "contradicted.png")
+    artifacts.write_text(file, frame.drop(columns="position").to_csv(index=False))
     print(f"{len(frame)} rows of {len(at)} are denied by all of {', '.join(names)}")
     if len(names) == 1:
         print("one model alone is often wrong by itself: name several, like comp label-errors exp001 exp002")
@@ -63,7 +63,9 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
         ]
         print(text_table.text(COLUMNS, cells, ["denied"]))
         _drawn(cfg, found[:DRAWN], sheet)
-        print(f"{store.shown(file)}: all of them\n{store.shown(sheet)}: the first {min(DRAWN, len(found))}")
+        print(
+            f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first {min(DRAWN, len(found))}"
+        )
     print("next: look; a wrong label belongs out of the training table, then comp prepare")
     return frame
 
@@ -72,8 +74,8 @@ def _whole(rows: Samples, split: Folds) -> dict[str, PredictionSet]:
     """Runs that predict every row. One of --debug, or of folds that were made anew since, would leave next to nothing to look
     at; it is left out with its reason."""
     found = {}
-    places = sorted(store.path("runs").glob("*/oof.arrow"))
-    for name in (p.parent.name for p in places if p.parent.name[0] != "." and store.sealed(p)):
+    places = sorted(paths.path("runs").glob("*/oof.arrow"))
+    for name in (p.parent.name for p in places if p.parent.name[0] != "." and artifacts.manifest_entry(p)):
         try:
             said = bank.load(name, "oof", rows, split)
         except Refused as refused:

@@ -30,7 +30,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.extras import canary, flips
 from comp.engine.extras.audit_runs import of_run
 from comp.engine.extras.findings import Finding, Leak, NotChecked
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 SHOWN = 10  # pictures with copies
 
@@ -41,15 +41,19 @@ def audit(seeds: int = 1) -> int:
 
     if seeds < 1:
         raise Refused("--seeds: one world of coin flips is the least")
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
     runs = [
         p.name
-        for p in sorted(store.path("runs").glob("*"))
-        if store.sealed(p / "config.yaml") and p.name[0] != "."
+        for p in sorted(paths.path("runs").glob("*"))
+        if artifacts.manifest_entry(p / "config.yaml") and p.name[0] != "."
     ]
-    blends = [p.name for p in sorted(store.path("ensembles").glob("*")) if store.sealed(p / "apply.json")]
+    blends = [
+        p.name
+        for p in sorted(paths.path("ensembles").glob("*"))
+        if artifacts.manifest_entry(p / "apply.json")
+    ]
     found: list[Finding] = [*duplicates(cfg, rows, split), *groups(rows, split), *pseudo(rows, split)]
     for run in runs:
         found += of_run(run, rows, split)
@@ -120,11 +124,15 @@ def optimistic() -> list[str]:
 def _flattered(address: str) -> str:
     folder = bank.folder(address)
     said = next(
-        bank.read_meta(folder / f"{k}.arrow") for k in bank.KINDS if store.sealed(folder / f"{k}.arrow")
+        bank.read_meta(folder / f"{k}.arrow")
+        for k in bank.KINDS
+        if artifacts.manifest_entry(folder / f"{k}.arrow")
     )
     if "selected_on_fold" not in said["marks"]:
         return ""
-    record = store.read_json(folder / "score.json") if store.sealed(folder / "score.json") else {}
+    record = (
+        artifacts.read_json(folder / "score.json") if artifacts.manifest_entry(folder / "score.json") else {}
+    )
     if "members" in said:
         guilty = [m["address"] for m in record.get("members", []) if "selected_on_fold" in m["marks"]]
         return f"optimistic: {address} is made from {', '.join(guilty) or 'a member'}, which is marked selected_on_fold"
@@ -205,7 +213,7 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
     except UserError as refused:
         return [NotChecked(name, refused.lines[0])]
     made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits)
-    where = f"{store.shown(bank.folder(name))}/oof.arrow"
+    where = f"{paths.relative(bank.folder(name))}/oof.arrow"
 
     def equal(values: fit.Stored | None) -> bool:
         return values is not None and all(

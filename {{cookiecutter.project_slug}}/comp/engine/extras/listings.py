@@ -25,7 +25,7 @@ from comp.engine.ensemble import blend, member_filter
 from comp.engine.errors import Refused, UserError
 from comp.engine.extras import compare
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 PAUSE = 600  # seconds: a longer silence of a log is a night between two starts, not work
 Record = dict[str, Any]
@@ -36,14 +36,14 @@ Record = dict[str, Any]
 
 def runs() -> None:
     """One line a run or ensemble."""
-    base = configs.load(store.root(), "base").config
+    base = configs.load(paths.root(), "base").config
     folders = [
         p
-        for p in sorted(store.path("runs").glob("*"))
+        for p in sorted(paths.path("runs").glob("*"))
         if (p / "config.yaml").exists() and p.name[0] != "." and _begun(p)
     ]
     lines = [_run(folder, base) for folder in folders]
-    ensembles = [p for p in sorted(store.path("ensembles").glob("*")) if p.is_dir() and p.name[0] != "."]
+    ensembles = [p for p in sorted(paths.path("ensembles").glob("*")) if p.is_dir() and p.name[0] != "."]
     lines += [_ensemble(folder, base) for folder in ensembles]
     if not lines:
         print("no runs yet\nnext: comp train exp001")
@@ -73,7 +73,7 @@ Line = tuple[list[str], Record | None]
 def _run(folder: Path, base: Config) -> Line:
     name = folder.name
     try:
-        cfg = configs.from_yaml(store.verified(folder / "config.yaml"))
+        cfg = configs.from_yaml(artifacts.verified(folder / "config.yaml"))
         record = _record(folder)
     except UserError as refused:
         return [name, "-", "-", "-", "-", "-", refused.lines[0], "-", ""], None
@@ -86,7 +86,7 @@ def _run(folder: Path, base: Config) -> Line:
         marks.append("unfinished")
     if _holders(folder):
         marks.append("training now")
-    if store.sealed(store.member_folder(name, run_members.REFIT) / "test.arrow"):
+    if artifacts.manifest_entry(paths.member_folder(name, run_members.REFIT) / "test.arrow"):
         marks.append(f"has :{run_members.REFIT}")
     changed = configs.difference(base, cfg)
     cells = [
@@ -113,11 +113,13 @@ def _begun(folder: Path) -> bool:
 
 def _holders(folder: Path) -> list[str]:
     """Who trains in a run."""
-    return [held for lock in folder.glob("seed*/fold*/.lock") if (held := store.holder(lock.parent))]
+    return [held for lock in folder.glob("seed*/fold*/.lock") if (held := locks.owner(lock.parent))]
 
 
 def _scored_folds(run: str, seed: int, folds: int) -> list[int]:
-    return [n for n in range(folds) if store.sealed(store.fold_folder(run, seed, n) / "oof.arrow")]
+    return [
+        n for n in range(folds) if artifacts.manifest_entry(paths.fold_folder(run, seed, n) / "oof.arrow")
+    ]
 
 
 def _ensemble(folder: Path, base: Config) -> Line:
@@ -155,7 +157,9 @@ def _ensemble(folder: Path, base: Config) -> Line:
 
 def _record(folder: Path) -> Record | None:
     file = folder / "score.json"
-    record: Record | None = store.read_json(store.verified(file)) if store.sealed(file) else None
+    record: Record | None = (
+        artifacts.read_json(artifacts.verified(file)) if artifacts.manifest_entry(file) else None
+    )
     return record
 
 
@@ -167,11 +171,11 @@ def _marks(record: Record | None) -> list[str]:
     """What stands in the score, and whether it is still about the samples and folds of today."""
     if record is None:
         return []
-    now = {"samples": store.samples_file(), "folds": store.folds_file()}
+    now = {"samples": paths.samples_file(), "folds": paths.folds_file()}
     other = [
         f"other {what}"
         for what, file in now.items()
-        if (store.sealed(file) or {}).get("hash") != record["made_for"][what]
+        if (artifacts.manifest_entry(file) or {}).get("hash") != record["made_for"][what]
     ]
     return [*record["marks"], *other[:1]]
 
@@ -220,7 +224,7 @@ def bank(csv: str | None = None, only: str = "") -> None:
     lines = []
     for address in addresses:
         files = [banked.folder(address) / f"{kind}.arrow" for kind in banked.KINDS if _has(address, kind)]
-        bytes_ = store.readable(sum(file.stat().st_size for file in files))
+        bytes_ = artifacts.format_size(sum(file.stat().st_size for file in files))
         like = f"{_correlation(said[address], said[best]):.3f}" if best and address in said else "-"
         kinds = "+".join(file.stem for file in files)
         made = faults.get(address) or _made(files[0], records[address])
@@ -244,7 +248,7 @@ def bank(csv: str | None = None, only: str = "") -> None:
 
 
 def _has(address: str, kind: str) -> bool:
-    return store.sealed(banked.folder(address) / f"{kind}.arrow") is not None
+    return artifacts.manifest_entry(banked.folder(address) / f"{kind}.arrow") is not None
 
 
 def _flat(address: str, rows: Samples, split: Folds) -> NDArray[np.float64]:

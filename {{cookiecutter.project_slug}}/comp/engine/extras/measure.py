@@ -17,7 +17,7 @@ from comp.engine.config import experiments
 from comp.engine.data import samples
 from comp.engine.run import backbone, torch_compile
 from comp.engine.run.evaluate import HALF
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 SECONDS = 1.5  # of repeating a measurement
 LEAST = 5
@@ -55,19 +55,19 @@ def measure(experiment: str, overrides: list[str]) -> None:
 
     module.eval()
     lines = [
-        ["parameters", f"{counted:,}", f"{last:,} of them in the last layer; {store.readable(4 * counted)} of weights"],
+        ["parameters", f"{counted:,}", f"{last:,} of them in the last layer; {artifacts.format_size(4 * counted)} of weights"],
         ["multiply-adds", f"{multiply_adds(module, one) / 1e6:,.1f} M", f"a picture of {cfg.data.channels} x {cfg.data.size} x {cfg.data.size}"],
     ]  # fmt: skip
     for count in dict.fromkeys((1, cfg.predict.batch_size)):
         run = forward(one.expand(count, -1, -1, -1).contiguous())
         took, peak = seconds(run, device), memory(run, device)
-        what = f"{1000 * took / count:.3f} ms a picture, {store.readable(peak)} at the peak"
+        what = f"{1000 * took / count:.3f} ms a picture, {artifacts.format_size(peak)} at the peak"
         lines.append([f"forward of {count}", f"{1000 * took:.2f} ms", what])
     module.train()
     optimizer = optim.optimizer(cfg, module)
     peak = memory(step, device)
     took = seconds(step, device)
-    what = f"{1000 * took / cfg.train.batch_size:.3f} ms a picture, {store.readable(peak)} at the peak"
+    what = f"{1000 * took / cfg.train.batch_size:.3f} ms a picture, {artifacts.format_size(peak)} at the peak"
     lines.append([f"training step of {cfg.train.batch_size}", f"{1000 * took:.2f} ms", what])
     print(
         f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, pictures already there"

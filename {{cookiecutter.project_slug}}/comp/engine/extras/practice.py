@@ -17,7 +17,7 @@ import numpy as np
 
 from comp.engine.config.resolve import nearest
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 WRITERS = 20
 HIDDEN_WRITERS = (2, 7, 12, 17)  # spread over the set: as hard, on average, as the blocks that are left
@@ -32,7 +32,7 @@ def make(raw: Path) -> Path:
     answers = _answers()
     if raw.is_dir() and any(raw.iterdir()) and not answers.is_file():
         raise Refused(
-            f"{store.shown(raw)}: holds another competition; move it away before comp practice fills the folder"
+            f"{paths.relative(raw)}: holds another competition; move it away before comp practice fills the folder"
         )
     pixels, digits = _digits()
     writers = np.arange(len(digits)) * WRITERS // len(digits)
@@ -55,11 +55,11 @@ def make(raw: Path) -> Path:
         for folder, part in named:
             (raw / folder).mkdir(parents=True, exist_ok=True)
             for id_, *_, position in part:
-                # Not through store.writing: 1,797 flushes to disk cost seconds, and a torn file is written again next time.
+                # Not through artifacts.atomic: 1,797 flushes to disk cost seconds, and a torn file is written again next time.
                 (raw / folder / f"{id_}.png").write_bytes(_picture(pixels[position]))
                 progress.update()
     print(
-        f"{store.shown(raw)}: {len(known)} training and {len(hidden)} test pictures; the test set is {len(HIDDEN_WRITERS)} whole writers"
+        f"{paths.relative(raw)}: {len(known)} training and {len(hidden)} test pictures; the test set is {len(HIDDEN_WRITERS)} whole writers"
     )
     print("next: comp prepare")
     return raw
@@ -67,15 +67,15 @@ def make(raw: Path) -> Path:
 
 def score(name: str) -> float:
     """What the host would answer to submissions/<name>.csv: the accuracy on the hidden answers."""
-    file = store.submission_file(name)
+    file = paths.submission_file(name)
     if not file.is_file():
         known = sorted(f.stem for f in file.parent.glob("*.csv"))
         raise Refused(
-            f"{store.shown(file)}: no such submission; there are {', '.join(known) or 'none: comp submit NAME --dry-run'}"
+            f"{paths.relative(file)}: no such submission; there are {', '.join(known) or 'none: comp submit NAME --dry-run'}"
         )
     if not _answers().is_file():
         raise Refused(
-            f"{store.shown(_answers())}: no such file; only the practice competition can be scored here: comp practice"
+            f"{paths.relative(_answers())}: no such file; only the practice competition can be scored here: comp practice"
         )
     truth = dict(_read_csv(_answers()))
     given = _read_csv(file)
@@ -84,10 +84,10 @@ def score(name: str) -> float:
         wrong = sorted(predicted.keys() - truth.keys())
         hint = f"; {wrong[0]!r} is none, the nearest is {nearest(wrong[0], truth)[0]!r}" if wrong else ""
         raise Refused(
-            f"{store.shown(file)}: {len(given)} rows, where every one of {len(truth)} test ids must stand once{hint}"
+            f"{paths.relative(file)}: {len(given)} rows, where every one of {len(truth)} test ids must stand once{hint}"
         )
     right = sum(predicted[id_] == label for id_, label in truth.items())
-    print(f"{store.shown(file)}: accuracy {right / len(truth):.4f} on {len(truth)} hidden answers")
+    print(f"{paths.relative(file)}: accuracy {right / len(truth):.4f} on {len(truth)} hidden answers")
     return right / len(truth)
 
 
@@ -101,7 +101,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answers() -> Path:
-    return store.path("data", "answers", "solution.csv")
+    return paths.path("data", "answers", "solution.csv")
 
 
 def _shuffled_ids(count: int) -> list[str]:
@@ -129,7 +129,7 @@ def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Sequence[objec
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    store.write_text(file, text.getvalue())
+    artifacts.write_text(file, text.getvalue())
 
 
 def _read_csv(file: Path) -> list[tuple[str, str]]:
@@ -137,8 +137,8 @@ def _read_csv(file: Path) -> list[tuple[str, str]]:
     with file.open(newline="", encoding="utf-8") as opened:
         header, *rows = list(csv.reader(opened)) or [[]]
     if header != ["id", "label"]:
-        raise Refused(f"{store.shown(file)}:1: the columns must be id,label, not {','.join(header)}")
+        raise Refused(f"{paths.relative(file)}:1: the columns must be id,label, not {','.join(header)}")
     for number, row in enumerate(rows, 2):
         if len(row) != 2:
-            raise Refused(f"{store.shown(file)}:{number}: {len(row)} fields, where id,label are wanted")
+            raise Refused(f"{paths.relative(file)}:{number}: {len(row)} fields, where id,label are wanted")
     return [(id_, label) for id_, label in rows]

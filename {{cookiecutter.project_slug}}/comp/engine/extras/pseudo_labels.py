@@ -19,7 +19,7 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import pseudo_rows, teachers
 from comp.engine.run.teachers import TeacherEnsemble
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 from comp.engine.tasks.kinds import VALUES, Head
 
 SURE = 0.9  # confidence that is asked for where neither it nor a share is given
@@ -61,11 +61,11 @@ def write(source: str, name: str, wish: Wish) -> None:
         if number != "full":
             weights[str(number)] = said.mean.meta["weights"]
     frame = pd.concat(parts, ignore_index=True)
-    file = store.pseudo_file(name)
-    with store.lock(file.parent, f"writing {file.name}"):
-        with store.writing(file) as temporary:
+    file = paths.pseudo_file(name)
+    with locks.lock(file.parent, f"writing {file.name}"):
+        with artifacts.atomic(file) as temporary:
             frame.to_parquet(temporary, index=False)
-        store.seal(
+        artifacts.add_to_manifest(
             file,
             samples=rows.hash,
             folds=split.hash,
@@ -75,7 +75,7 @@ def write(source: str, name: str, wish: Wish) -> None:
             weights=weights,
         )
     _tell(frame, rows, split)
-    print(f"written: {store.shown(file)}, from {', '.join(voice.address for voice in who.voices)}")
+    print(f"written: {paths.relative(file)}, from {', '.join(voice.address for voice in who.voices)}")
     run = who.voices[0].run
     print(f"next: comp train {run} --as {run}p data.pseudo={name}")
 

@@ -26,7 +26,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples, aggregate_rows
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Array, Head
 from comp.metrics import Metric
 
@@ -47,7 +47,7 @@ COLUMNS = ("slice", "metric", "n", "score", "low", "high", "all", "p", "against 
 def slices(name: str) -> pd.DataFrame:
     import pandas as pd
 
-    cfg = resolve.load(store.root(), "base").config
+    cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
     lines = [line for head in rows.heads for line in _of(cfg, rows, split, name, head)]
@@ -57,7 +57,7 @@ def slices(name: str) -> pd.DataFrame:
             "configs/competition.yaml: no classes, no group and no metadata, or none with 20 rows of a value: there is nothing to slice by"
         )
     file = bank.folder(name) / "slices.csv"
-    store.write_text(file, frame.to_csv(index=False))
+    artifacts.write_text(file, frame.to_csv(index=False))
     for head, mine in frame.groupby("head", sort=False):
         print(f"{head}: the worst slices first; low to high is the {LEVEL:.0%} interval of each alone")
         cells = [[_cell(line[column]) for column in COLUMNS] for _, line in mine.head(30).iterrows()]
@@ -66,7 +66,7 @@ def slices(name: str) -> pd.DataFrame:
         print(
             f"{len(found)} of {len(mine)} slices differ from the other rows; p is corrected for {len(mine)} comparisons (Holm), at most {ALPHA:g} is reported"
         )
-    print(f"written: {store.shown(file)}\nnext: comp label-errors {name}")
+    print(f"written: {paths.relative(file)}\nnext: comp label-errors {name}")
     return frame
 
 

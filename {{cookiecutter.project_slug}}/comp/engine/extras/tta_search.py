@@ -17,7 +17,7 @@ from comp.engine.ensemble import latency, report
 from comp.engine.errors import Refused
 from comp.engine.extras import view_search
 from comp.engine.run import fingerprint, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 SPACES = ("probability", "logit", "geometric")
 DRAWS = 3  # of the run's recipe, a view each
@@ -35,7 +35,7 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
     seeds = experiments.complete(run, split.count)
     if not seeds:
         raise experiments.refusal(run, "OOF predictions to compare views on")
-    heads, now = rows.heads, resolve.load(store.root(), "base").config  # the metric of now, not of then
+    heads, now = rows.heads, resolve.load(paths.root(), "base").config  # the metric of now, not of then
     metrics = [score.metric_of(now, head) for head in heads]
     predicted, cost = _predicted(run, cfg, seeds, rows, split, names)
     plain = predicted[view_search.PLAIN]
@@ -110,7 +110,7 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
         "text": says,
     }
     record = {"plain": base, "alone": alone, "options": options, "chosen": chosen_ if worthwhile else None}
-    store.write_json(store.run_folder(run) / "tta.json", record)
+    artifacts.write_json(paths.run_folder(run) / "tta.json", record)
     if worthwhile:
         shown = ",".join(best.views)
         print(
@@ -158,7 +158,7 @@ def _predicted(
     known = tried(cfg, names)
     looks.views(known)  # a name that there is not is refused before the first is predicted
     said, cost = {}, {}
-    with store.lock(store.run_folder(run) / "members", f"trying views of {run}"):
+    with locks.lock(paths.run_folder(run) / "members", f"trying views of {run}"):
         for name in known:
             one = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": [name]})})
             inside, parts, seconds = f"view-{name}", [], []
@@ -169,7 +169,7 @@ def _predicted(
                     )
                     parts.append(bank.read(file, rows, split))
                     speed = file.with_name(latency.FILE)
-                    seconds.append(store.read_json(speed)["oof"] if speed.exists() else np.nan)
+                    seconds.append(artifacts.read_json(speed)["oof"] if speed.exists() else np.nan)
             said[name] = predictions.merge(parts, rows, split, cfg.predict.space)
             cost[name] = 1000 * float(np.nanmedian(seconds))
     plain = cost[view_search.PLAIN]

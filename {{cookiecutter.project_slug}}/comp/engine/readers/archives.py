@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from comp.engine.errors import Refused
 from comp.engine.readers.unicode_names import zip_name
-from comp.engine.store import store
+from comp.engine.store import paths
 
 MEMBERS = 5_000_000
 TABLES = (
@@ -86,7 +86,7 @@ def path_parts(archive: Path, name: str) -> list[str]:
         wrong = "is not UTF-8"
     if wrong:
         raise Refused(
-            f"{store.shown(archive)}: the name {name[:80]!r} {wrong}; nothing of this archive was unpacked"
+            f"{paths.relative(archive)}: the name {name[:80]!r} {wrong}; nothing of this archive was unpacked"
         )
     return found
 
@@ -109,10 +109,10 @@ def open_archive(archive: Path) -> Iterator[list[Member]]:
         gzip.BadGzipFile,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedArchive(f"{store.shown(archive)}: is damaged ({reason})") from None
+        raise DamagedArchive(f"{paths.relative(archive)}: is damaged ({reason})") from None
     except NotImplementedError as error:
         raise Refused(
-            f"{store.shown(archive)}: packed in a way that Python cannot read ({error}); unpack it by hand"
+            f"{paths.relative(archive)}: packed in a way that Python cannot read ({error}); unpack it by hand"
         ) from None
 
 
@@ -123,11 +123,13 @@ def _zip(archive: Path) -> Iterator[list[Member]]:
         for info in sorted(opened.infolist(), key=lambda info: info.header_offset):
             mode = info.external_attr >> 16
             if info.flag_bits & 1:
-                raise Refused(f"{store.shown(archive)}: {info.filename!r} is encrypted; unpack it by hand")
+                raise Refused(f"{paths.relative(archive)}: {info.filename!r} is encrypted; unpack it by hand")
             if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise Refused(f"{store.shown(archive)}: {info.filename!r} is a link or a device, not a file")
+                raise Refused(
+                    f"{paths.relative(archive)}: {info.filename!r} is a link or a device, not a file"
+                )
             if info.header_offset < end:  # many names for the same packed bytes: a bomb
-                raise Refused(f"{store.shown(archive)}: members overlap, it is not to be trusted")
+                raise Refused(f"{paths.relative(archive)}: members overlap, it is not to be trusted")
             end = info.header_offset + 30 + info.compress_size
             if info.is_dir():
                 path_parts(archive, info.filename)
@@ -150,7 +152,7 @@ def _tar(archive: Path) -> Iterator[list[Member]]:
                 path_parts(archive, info.name)
                 continue
             if not info.isfile() or info.issparse():
-                raise Refused(f"{store.shown(archive)}: {info.name!r} is a link or a device, not a file")
+                raise Refused(f"{paths.relative(archive)}: {info.name!r} is a link or a device, not a file")
             found.append(Member(info.name, info.size, partial(opened.extractfile, info)))
             if len(found) > MEMBERS:
                 break
@@ -169,22 +171,24 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
         import py7zr
         from py7zr.exceptions import ArchiveError
     except ImportError:
-        raise Refused(f"{store.shown(archive)}: .7z needs a package of its own: pip install py7zr") from None
+        raise Refused(
+            f"{paths.relative(archive)}: .7z needs a package of its own: pip install py7zr"
+        ) from None
     try:
         with py7zr.SevenZipFile(archive) as opened:
             if opened.needs_password():
-                raise Refused(f"{store.shown(archive)}: is encrypted; unpack it by hand")
+                raise Refused(f"{paths.relative(archive)}: is encrypted; unpack it by hand")
             found, sizes = [], {}
             for info in opened.list():
                 if getattr(info, "is_symlink", False) or not (info.is_directory or info.is_file):
                     raise Refused(
-                        f"{store.shown(archive)}: {info.filename!r} is a link or a device, not a file"
+                        f"{paths.relative(archive)}: {info.filename!r} is a link or a device, not a file"
                     )
                 path_parts(archive, info.filename)
                 if not info.is_directory:
                     if info.filename in sizes:
                         raise Refused(
-                            f"{store.shown(archive)}: holds {info.filename!r} twice; one of them would be lost"
+                            f"{paths.relative(archive)}: holds {info.filename!r} twice; one of them would be lost"
                         )
                     sizes[info.filename] = info.uncompressed
             solid = _Solid(archive, sizes)
@@ -194,7 +198,7 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
             finally:
                 solid.close()
     except (ArchiveError, OSError, EOFError, lzma.LZMAError) as error:
-        raise DamagedArchive(f"{store.shown(archive)}: is damaged ({error})") from None
+        raise DamagedArchive(f"{paths.relative(archive)}: is damaged ({error})") from None
 
 
 class _Solid:
@@ -243,7 +247,7 @@ def _counted(archive: Path, place: Path, promised: int) -> Any:
         def write(self, data: Any) -> int:
             self.written += len(data)
             if self.written > promised:
-                raise Refused(f"{store.shown(archive)}: holds more than it says; it is not to be trusted")
+                raise Refused(f"{paths.relative(archive)}: holds more than it says; it is not to be trusted")
             return self.file.write(data)
 
         def read(self, size: int | None = None) -> bytes:

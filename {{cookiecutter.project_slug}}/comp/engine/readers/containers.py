@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from comp.engine.errors import Refused
 from comp.engine.readers.records import Bson, Json, Npy, Parquet, as_npy, from_npy, npy_shape
 from comp.engine.readers.unicode_names import nfc, zip_name
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 
 class Container(Protocol):
@@ -95,7 +95,7 @@ def _opened(file: str, mtime: int, process: int) -> Container:
     path = Path(file)
     kind = _kind(path)
     if kind is None:
-        raise Refused(f"{store.shown(path)}: is no archive, and so has no members")
+        raise Refused(f"{paths.relative(path)}: is no archive, and so has no members")
     try:
         return kind(path)
     except (
@@ -107,7 +107,7 @@ def _opened(file: str, mtime: int, process: int) -> Container:
         struct.error,
         ValueError,
     ) as error:
-        raise Refused(f"{store.shown(path)}: damaged, cannot be opened ({error})") from None
+        raise Refused(f"{paths.relative(path)}: damaged, cannot be opened ({error})") from None
 
 
 def _read(file: Path, name: str) -> bytes:
@@ -236,14 +236,16 @@ class _Unpacked:
 
     def __init__(self, file: Path):
         status = file.stat()
-        key = store.digest([file.name, status.st_size, status.st_mtime_ns])[:16]
-        self.folder = store.path("data", "unpacked", f"{file.stem}-{key}")
+        key = artifacts.digest([file.name, status.st_size, status.st_mtime_ns])[:16]
+        self.folder = paths.path("data", "unpacked", f"{file.stem}-{key}")
         done = self.folder / "done.json"
-        with store.lock(self.folder, f"unpacking {file.name}", wait=True):
+        with locks.lock(self.folder, f"unpacking {file.name}", wait=True):
             if not done.exists():
-                print(f"{store.shown(file)}: unpacked once into {store.shown(self.folder)} …", flush=True)
-                store.write_json(done, sorted(self._unpack(file)))
-        self.names = store.read_json(done)
+                print(
+                    f"{paths.relative(file)}: unpacked once into {paths.relative(self.folder)} …", flush=True
+                )
+                artifacts.write_json(done, sorted(self._unpack(file)))
+        self.names = artifacts.read_json(done)
 
     def _unpack(self, file: Path) -> Iterator[str]:
         if file.open("rb").read(6) == b"7z\xbc\xaf\x27\x1c":
@@ -251,7 +253,7 @@ class _Unpacked:
                 import py7zr
             except ImportError:
                 raise Refused(
-                    f"{store.shown(file)}: is a 7z archive; pip install py7zr, or unpack it beside itself"
+                    f"{paths.relative(file)}: is a 7z archive; pip install py7zr, or unpack it beside itself"
                 ) from None
             with py7zr.SevenZipFile(file) as archive:
                 names = [info.filename for info in archive.list() if not info.is_directory]
@@ -285,7 +287,7 @@ class _Unpacked:
 def _refuse_outside(file: Path, names: list[str]) -> None:
     for name in names:
         if name.startswith("/") or ".." in Path(name).parts:
-            raise Refused(f"{store.shown(file)}: the member {name!r} leads out of its folder")
+            raise Refused(f"{paths.relative(file)}: the member {name!r} leads out of its folder")
 
 
 STREAMS: dict[bytes, Any] = {  # each opens a path to read

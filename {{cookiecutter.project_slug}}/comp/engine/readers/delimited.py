@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def parquet_frame(file: Path) -> pd.DataFrame:
         table = pq.read_table(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise Refused(
-            f"{store.shown(file)}: cannot be read as parquet ({str(error).splitlines()[0]})"
+            f"{paths.relative(file)}: cannot be read as parquet ({str(error).splitlines()[0]})"
         ) from None
     return pd.DataFrame({name: _arrow_text(table[name]) for name in table.column_names})
 
@@ -68,7 +68,7 @@ def csv_frame(file: Path) -> pd.DataFrame:
         )
     except pa.ArrowInvalid as error:
         raise Refused(
-            _broken(file, len(header)) or f"{store.shown(file)}: {str(error).splitlines()[0]}"
+            _broken(file, len(header)) or f"{paths.relative(file)}: {str(error).splitlines()[0]}"
         ) from None
     return table.to_pandas()
 
@@ -77,15 +77,15 @@ def _header(file: Path) -> list[str]:
     for _, header in lines(file):
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            raise Refused(f"{store.shown(file)}:1: the column {twice[0]!r} stands there twice")
+            raise Refused(f"{paths.relative(file)}:1: the column {twice[0]!r} stands there twice")
         return header
-    raise Refused(f"{store.shown(file)}: empty, not even a line of column names")
+    raise Refused(f"{paths.relative(file)}: empty, not even a line of column names")
 
 
 def _broken(file: Path, width: int) -> str | None:
     for line, fields in lines(file):
         if len(fields) != width:
-            return f"{store.shown(file)}:{line}: {len(fields)} fields, where the first line names {width} columns"
+            return f"{paths.relative(file)}:{line}: {len(fields)} fields, where the first line names {width} columns"
     return None
 
 
@@ -103,9 +103,11 @@ def lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError:
         with file.open("rb") as bytes_:
             line = next(i for i, text in enumerate(bytes_, 1) if not _decodes(text))
-        raise Refused(f"{store.shown(file)}:{line}: is not UTF-8 text; save the table as UTF-8") from None
+        raise Refused(f"{paths.relative(file)}:{line}: is not UTF-8 text; save the table as UTF-8") from None
     except csv.Error as error:
-        raise Refused(f"{store.shown(file)}:{begins}: the row that begins here is broken ({error})") from None
+        raise Refused(
+            f"{paths.relative(file)}:{begins}: the row that begins here is broken ({error})"
+        ) from None
 
 
 def _decodes(text: bytes) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from comp.engine.config.resolve import nearest
 from comp.engine.errors import Refused
 from comp.engine.readers import containers, records, unicode_names
-from comp.engine.store import store
+from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,9 @@ def json_frame(file: Path) -> pd.DataFrame:
             data = json.loads(text)
     except ValueError as error:
         at = before + getattr(error, "lineno", 1)
-        raise Refused(f"{store.shown(file)}:{at}: is broken json ({str(error).partition(':')[0]})") from None
+        raise Refused(
+            f"{paths.relative(file)}:{at}: is broken json ({str(error).partition(':')[0]})"
+        ) from None
     rows = _rows(data, file)
     return pd.DataFrame([{key: _cell(value) for key, value in _flat(row)} for row in rows], dtype=object)
 
@@ -68,7 +70,7 @@ def _rows(data: Any, file: Path) -> list[dict[str, Any]]:
         if len(lists) == 1:
             return list(data[lists[0]])
     raise Refused(
-        f"{store.shown(file)}: holds no table: a list of records, COCO's images and annotations, or id to record; "
+        f"{paths.relative(file)}: holds no table: a list of records, COCO's images and annotations, or id to record; "
         "other shapes: read_samples in comp/competition.py"
     )
 
@@ -132,14 +134,14 @@ def array_frame(file: Path) -> pd.DataFrame:
             arrays = {"value": records.from_npy(file.read_bytes())}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise Refused(
-            f"{store.shown(file)}: no whole array of numbers or text ({str(error).splitlines()[0]})"
+            f"{paths.relative(file)}: no whole array of numbers or text ({str(error).splitlines()[0]})"
         ) from None
     plain = {name: array for name, array in arrays.items() if array.ndim == 1}
     lengths = {len(array) for array in plain.values()}
     if len(lengths) != 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise Refused(
-            f"{store.shown(file)}: holds no table but {shapes}; arrays of one dimension and one length are columns"
+            f"{paths.relative(file)}: holds no table but {shapes}; arrays of one dimension and one length are columns"
         )
     rows = {name: [_cell(cell) for cell in array.tolist()] for name, array in plain.items()}
     return pd.DataFrame({"key": [str(i) for i in range(lengths.pop())], **rows}, dtype=object)
@@ -212,8 +214,8 @@ def _refuse_loops(folder: str, folders: list[str]) -> None:
             above, leads = os.path.realpath(folder), os.path.realpath(link)
             if os.path.commonpath([above, leads]) == leads:
                 raise Refused(
-                    f"{store.shown(Path(link))}: is a link that leads back to {store.shown(Path(leads))}, which it stands in; "
-                    f"remove it: rm {shlex.quote(store.shown(Path(link)))}"
+                    f"{paths.relative(Path(link))}: is a link that leads back to {paths.relative(Path(leads))}, which it stands in; "
+                    f"remove it: rm {shlex.quote(paths.relative(Path(link)))}"
                 )
 
 

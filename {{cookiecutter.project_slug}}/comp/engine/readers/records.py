@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import paths
 
 
 class Bson:
@@ -47,7 +47,7 @@ def records(file: Path) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]
             size = struct.unpack("<i", head)[0] if len(head) == 4 else 0
             body = opened.read(max(size - 4, 0))
             if size < 5 or len(body) != size - 4:
-                raise Refused(f"{store.shown(file)}: cut off or damaged at byte {at}")
+                raise Refused(f"{paths.relative(file)}: cut off or damaged at byte {at}")
             images: list[tuple[int, int]] = []
             yield _document(head + body, 0, at, images), images
             at += size

@@ -24,7 +24,7 @@ from comp.engine.readers.archives import (
     path_parts,
     stem,
 )
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 CHUNK = 2**20
 DEPTH = 3  # archives inside archives inside archives
@@ -52,24 +52,24 @@ class _Budget:
         if self.used + size > self.ceiling:
             if not self.ask(self.used + size):
                 raise Refused(
-                    f"{store.shown(what)}: would unpack to {store.readable(self.used + size)}, more than the ceiling of "
-                    f"{store.readable(self.ceiling)}; if that is right: comp download --ceiling {-(-2 * (self.used + size) // 10**9)}"
+                    f"{paths.relative(what)}: would unpack to {artifacts.format_size(self.used + size)}, more than the ceiling of "
+                    f"{artifacts.format_size(self.ceiling)}; if that is right: comp download --ceiling {-(-2 * (self.used + size) // 10**9)}"
                 )
             self.ceiling = 2 * (self.used + size)  # archives in it need not ask one by one
-        store.need_space(size, f"unpacking {store.shown(what)}")
+        artifacts.require_space(size, f"unpacking {paths.relative(what)}")
 
     def spend(self, size: int, what: Path) -> None:
         self.used += size
         if self.used > self.ceiling:
             raise Refused(
-                f"{store.shown(what)}: holds more than it says, and more than the ceiling; it is not to be trusted"
+                f"{paths.relative(what)}: holds more than it says, and more than the ceiling; it is not to be trusted"
             )
 
 
 def _level(archive: Path, folder: Path, budget: _Budget, progress: bool, depth: int) -> None:
     if depth > DEPTH:
         raise Refused(
-            f"{store.shown(archive)}: archives are nested more than {DEPTH} deep; unpack it by hand"
+            f"{paths.relative(archive)}: archives are nested more than {DEPTH} deep; unpack it by hand"
         )
     written: list[Path] = []
     with open_archive(archive) as members:
@@ -101,7 +101,7 @@ def _write(
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists():
         raise Refused(
-            f"{store.shown(archive)}: {member.name!r} is there already from another archive; unpack by hand"
+            f"{paths.relative(archive)}: {member.name!r} is there already from another archive; unpack by hand"
         )
     written = 0
     with member.open() as source, place.open("xb") as target:
@@ -110,7 +110,7 @@ def _write(
                 chunk = source.read(CHUNK)
             except (*BROKEN, OSError) as error:
                 raise DamagedArchive(
-                    f"{store.shown(archive)}: {member.name!r} is damaged ({error})"
+                    f"{paths.relative(archive)}: {member.name!r} is damaged ({error})"
                 ) from None
             if not chunk:
                 break
@@ -120,12 +120,12 @@ def _write(
                 target.write(chunk)
             except OSError as error:
                 raise Refused(
-                    f"{store.shown(place)}: could not be written ({error.strerror}); the same command begins it anew"
+                    f"{paths.relative(place)}: could not be written ({error.strerror}); the same command begins it anew"
                 ) from None
             tell(len(chunk))
     if member.size >= 0 and written != member.size and kind(archive) != "gz":
         raise DamagedArchive(
-            f"{store.shown(archive)}: {member.name!r} has {written} bytes, {member.size} were promised"
+            f"{paths.relative(archive)}: {member.name!r} has {written} bytes, {member.size} were promised"
         )
 
 
@@ -136,7 +136,7 @@ def _places(archive: Path, members: list[Member], folder: Path) -> list[Path]:
     """Where each member goes; nothing is written before all of them have passed."""
     if len(members) > MEMBERS:
         raise Refused(
-            f"{store.shown(archive)}: {len(members)} members; more than {MEMBERS} are not to be trusted"
+            f"{paths.relative(archive)}: {len(members)} members; more than {MEMBERS} are not to be trusted"
         )
     files: dict[str, str] = {}
     folders: set[str] = set()
@@ -145,16 +145,18 @@ def _places(archive: Path, members: list[Member], folder: Path) -> list[Path]:
         names = path_parts(archive, member.name)
         same = unicodedata.normalize("NFC", "/".join(names))
         if same in files:
-            raise Refused(f"{store.shown(archive)}: holds {member.name!r} twice; one of them would be lost")
+            raise Refused(
+                f"{paths.relative(archive)}: holds {member.name!r} twice; one of them would be lost"
+            )
         files[same] = member.name
         folders.update(
             "/".join(unicodedata.normalize("NFC", part) for part in names[:i]) for i in range(1, len(names))
         )
         places.append(folder.joinpath(*names))
     if both := sorted(folders & files.keys()):
-        raise Refused(f"{store.shown(archive)}: {both[0]!r} is a file and a folder in it")
+        raise Refused(f"{paths.relative(archive)}: {both[0]!r} is a file and a folder in it")
     root = folder.resolve()
     for member, place in zip(members, places, strict=True):
         if not place.resolve().is_relative_to(root):  # a link that stood there before
-            raise Refused(f"{store.shown(archive)}: {member.name!r} leads out of {store.shown(folder)}")
+            raise Refused(f"{paths.relative(archive)}: {member.name!r} leads out of {paths.relative(folder)}")
     return places

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 # In brackets, since the braces of a template belong to cookiecutter in this repository.
 LAYOUT = """<!doctype html>
@@ -47,7 +47,7 @@ def write(
         block_end_string="%]",
     ).from_string(LAYOUT)
     embedded = [(image.stem, base64.b64encode(image.read_bytes()).decode()) for image in images]
-    store.write_text(
+    artifacts.write_text(
         file, layout.render(title=title, lines=lines, columns=columns, rows=rows, images=embedded)
     )
     return file

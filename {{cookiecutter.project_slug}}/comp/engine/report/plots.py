@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +138,7 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Ax
 
 
 def save(figure: Figure, file: Path) -> None:
-    with store.writing(file) as temporary, warnings.catch_warnings():
+    with artifacts.atomic(file) as temporary, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # a class name in letters that the font lacks is drawn as boxes, and that is all
@@ -161,7 +161,7 @@ def image_grid(
         x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
         drawn.paste(Image.fromarray(to_rgb(image)).resize((TILE, TILE)), (x, y))
         pen.text((x, y + TILE + 2), _fitting(caption), "black")
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         drawn.save(temporary, "PNG")
 
 

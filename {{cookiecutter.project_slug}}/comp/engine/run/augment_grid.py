@@ -21,7 +21,7 @@ from comp.engine.report import plots
 from comp.engine.run import mixup, policies
 from comp.engine.run.gpu_augment import BatchOp
 from comp.engine.run.normalize import Normalize
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 ROWS, DRAWS = 8, 7
 GAP, TITLE = 6, 22  # px
@@ -63,7 +63,7 @@ def write(cfg: Config, samples: Samples, file: Path) -> None:
             scaled = Image.fromarray(plots.to_rgb(column[row]))
             scaled = scaled.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GAP + place * (side + GAP), top + TITLE - GAP))
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         sheet.save(temporary, "png")
 
 

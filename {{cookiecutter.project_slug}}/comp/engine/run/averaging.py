@@ -23,7 +23,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.seeding import fold_in
 from comp.engine.run import model_selection, normalize
 from comp.engine.run.model_selection import Scores
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
@@ -131,7 +131,7 @@ class WeightSets:
         for file in self.folder.glob("epoch-*.safetensors"):
             if file not in map(self._epoch, self._needed(epoch)):
                 file.unlink()
-                store.unseal(file)
+                artifacts.remove_from_manifest(file)
 
     def _epoch(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}.safetensors"
@@ -174,15 +174,15 @@ class WeightSets:
                 "", lambda column: model_selection.best(self.scores, column), self.scores.__getitem__
             )
         if self.flattered:
-            store.write_json(self.folder / "optimism.json", self.flattered)
-            store.seal(self.folder / "optimism.json")
+            artifacts.write_json(self.folder / "optimism.json", self.flattered)
+            artifacts.add_to_manifest(self.folder / "optimism.json")
         models.save_weights(spoken, self.folder / WEIGHTS, log=log)
         self.clear()
 
     def clear(self) -> None:
         for file in self.folder.glob("epoch-*.safetensors"):
             file.unlink()
-            store.unseal(file)
+            artifacts.remove_from_manifest(file)
 
     def _made(self, name: str, renew: UpdateBN, judge: Score | None) -> nn.Module:
         if name == "raw":
@@ -260,7 +260,7 @@ def average_states(states: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
     from safetensors.torch import load_file
 
-    return (load_file(store.verified(file)) for file in files)
+    return (load_file(artifacts.verified(file)) for file in files)
 
 
 def bn_updater(context: Context, stages: Stages, seed: int, plan: Callable[[], Batches]) -> UpdateBN:

@@ -22,7 +22,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
 from comp.engine.run import small_stem
-from comp.engine.store import store
+from comp.engine.store import paths
 
 RATES = ("drop_rate", "drop_path_rate")
 # What create_model and the knobs beside model.options already say.
@@ -133,7 +133,7 @@ def _described(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     source, place = split(name)
     local = source == "local-dir"
     try:
-        found = load_model_config_from_path(store.path(place)) if local else load_model_config_from_hf(place)
+        found = load_model_config_from_path(paths.path(place)) if local else load_model_config_from_hf(place)
     except (OSError, ValueError, KeyError) as error:
         cure = (
             "a folder with config.json and the weights is wanted"
@@ -161,7 +161,7 @@ def hub_config(name: str) -> dict[str, Any] | None:
 def _at_home(name: str) -> str:
     """Folders lie in the project."""
     source, place = split(name)
-    return f"{source}:{store.path(place)}" if source == "local-dir" else name
+    return f"{source}:{paths.path(place)}" if source == "local-dir" else name
 
 
 # --- what a network takes ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from comp.engine.errors import Refused
 from comp.engine.run import distributed
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 State = dict[str, Any]
 
@@ -26,32 +26,32 @@ def save(folder: Path, step: int, state: State, log: int) -> None:
     file = folder / f"state-{step:08d}.pt"
     written = io.BytesIO()  # torch's own writer answers a full disk with a RuntimeError of its own kind
     torch.save(state, written)
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         temporary.write_bytes(written.getbuffer())
-    store.seal(file, log=log)
+    artifacts.add_to_manifest(file, log=log)
     delete(folder, but=file)
 
 
 def load_latest(folder: Path, device: torch.device) -> State | None:
-    files = sorted(file for file in folder.glob("state-*.pt") if store.sealed(file))
+    files = sorted(file for file in folder.glob("state-*.pt") if artifacts.manifest_entry(file))
     if not files:
         return None
-    file = store.verified(files[-1], "start this fold again with --fresh")
+    file = artifacts.verified(files[-1], "start this fold again with --fresh")
     place = device if distributed.world_size() == 1 else "cpu"  # from where the others get it
     state = torch.load(file, map_location=place, weights_only=True)
     if not isinstance(state, dict):
-        raise Refused(f"{store.shown(file)}: is not a training state")
+        raise Refused(f"{paths.relative(file)}: is not a training state")
     return state
 
 
 def log_offset(folder: Path) -> int | None:
     """Where the log goes on: behind the finished weights, or the newest state; None for a run that begins."""
     files = [folder / "weights.safetensors", *sorted(folder.glob("state-*.pt"), reverse=True)]
-    return next((entry["log"] for file in files if (entry := store.sealed(file))), None)
+    return next((entry["log"] for file in files if (entry := artifacts.manifest_entry(file))), None)
 
 
 def delete(folder: Path, but: Path | None = None) -> None:
     for file in folder.glob("state-*.pt"):
         if file != but:
             file.unlink()
-            store.unseal(file)
+            artifacts.remove_from_manifest(file)

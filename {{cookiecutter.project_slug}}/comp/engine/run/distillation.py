@@ -21,7 +21,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import distributed, metric_learning, model_selection, target_scaler
-from comp.engine.store import store
+from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head, Objective
 
@@ -69,7 +69,7 @@ def teacher_targets(context: Context, number: int | str, folder: Path) -> list[T
 def _read(file: Path) -> dict[str, NDArray[Any]]:
     from safetensors.numpy import load
 
-    return load(store.verified(file).read_bytes())
+    return load(artifacts.verified(file).read_bytes())
 
 
 def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:

@@ -27,7 +27,7 @@ from comp.engine import hardware
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
 from comp.engine.run.microbatch import active_batch_norm
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 Value = TypeVar("Value")
 BUCKET = 2**23  # numbers that travel together
@@ -209,13 +209,13 @@ def broadcast_files(folder: Path) -> None:
     """Weights that a fold has put aside so far: the first process reads them on its disk, which may be no other's."""
     if world_size() == 1:
         return
-    there = sorted(file for file in folder.rglob("*.safetensors") if store.sealed(file))
+    there = sorted(file for file in folder.rglob("*.safetensors") if artifacts.manifest_entry(file))
     for name in broadcast([str(file.relative_to(folder)) for file in there]):
         content = broadcast((folder / name).read_bytes() if is_main() else b"")
         if not is_main():
-            with store.writing(folder / name) as temporary:
+            with artifacts.atomic(folder / name) as temporary:
                 temporary.write_bytes(content)
-            store.seal(folder / name)
+            artifacts.add_to_manifest(folder / name)
 
 
 def is_collective() -> bool:

@@ -17,7 +17,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.errors import Refused
 from comp.engine.run import teachers
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 LISTED = 5  # files that a refusal names
@@ -29,14 +29,14 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Pa
     `command` is what to type to go on."""
     from comp.engine.data import image_files
 
-    folder = store.run_folder(name)
+    folder = paths.run_folder(name)
     _refuse_busy(fresh)
     if fresh and _stays(folder, fresh):
         _agree(name, cfg, folds, command)
     for old in fresh:
         if old.exists():
-            print(f"{store.shown(old)} lies in {store.shown(store.trash(old))} now")
-    with store.lock(folder, "starting", wait=True):
+            print(f"{paths.relative(old)} lies in {paths.relative(artifacts.move_to_trash(old))} now")
+    with locks.lock(folder, "starting", wait=True):
         # Without a finished file below there is nothing that could disagree, even if a kill left half a start behind.
         begun = next(_finished(folder), None) is not None
         images = ""
@@ -44,12 +44,12 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Pa
             images = _agree(name, cfg, folds, command)
         _note_birth(folder, command, anew=not begun and not _same(folder, cfg, folds))
         file = folder / "config.yaml"
-        if begun and resolve.from_yaml(store.verified(file)) == cfg:
+        if begun and resolve.from_yaml(artifacts.verified(file)) == cfg:
             return
-        store.write_text(file, resolve.to_yaml(cfg))
+        artifacts.write_text(file, resolve.to_yaml(cfg))
         made = made_of(cfg, folds) | {"images": images or image_files.record(cfg)}
-        store.write_json(folder / "made_of.json", made)
-        store.seal(file, folder / "made_of.json")
+        artifacts.write_json(folder / "made_of.json", made)
+        artifacts.add_to_manifest(file, folder / "made_of.json")
 
 
 def _finished(folder: Path) -> Iterator[Path]:
@@ -67,9 +67,9 @@ def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
     """Whether a start that finished nothing, of which a kill may have left half, was a start of this."""
     files = folder / "config.yaml", folder / "made_of.json"
     return (
-        all(map(store.sealed, files))
-        and not resolve.difference(resolve.from_yaml(store.verified(files[0])), cfg)
-        and made_of(cfg, folds).items() <= store.read_json(store.verified(files[1])).items()
+        all(map(artifacts.manifest_entry, files))
+        and not resolve.difference(resolve.from_yaml(artifacts.verified(files[0])), cfg)
+        and made_of(cfg, folds).items() <= artifacts.read_json(artifacts.verified(files[1])).items()
     )
 
 
@@ -78,21 +78,23 @@ def _note_birth(folder: Path, command: str, anew: bool) -> None:
     file = folder / "birth.json"
     born = {"at": time.time_ns(), "command": command}
     if file.exists() and not anew:
-        born["at"] = store.read_json(file)["at"]
-        if store.read_json(file) == born:
+        born["at"] = artifacts.read_json(file)["at"]
+        if artifacts.read_json(file) == born:
             return
-    store.write_json(file, born)
+    artifacts.write_json(file, born)
 
 
 def same_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool = True) -> None:
     """Refuse to go on with a run whose image files are others now. A stat a file; `read`: they will be read, so none may be missing."""
     from comp.engine.data import image_files
 
-    folder = store.run_folder(name)
+    folder = paths.run_folder(name)
     if not _stays(folder, fresh):
         return
     ways = _ways(name, command(name))
-    now = image_files.compare(cfg, store.read_json(store.verified(folder / "made_of.json", ways))["images"])
+    now = image_files.compare(
+        cfg, artifacts.read_json(artifacts.verified(folder / "made_of.json", ways))["images"]
+    )
     other = [*now.changed, *(now.missing if read else [])]
     if other:
         like = ", ".join(other[:LISTED]) + (", …" if len(other) > LISTED else "")
@@ -114,7 +116,7 @@ def same_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool =
 def refuse_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
-    if store.ensemble_folder(name).exists() or store.path("configs", "ensembles", f"{name}.yaml").exists():
+    if paths.ensemble_folder(name).exists() or paths.path("configs", "ensembles", f"{name}.yaml").exists():
         raise Refused(
             f"{name}: is the name of an ensemble; a run needs another, or nobody could tell them apart"
         )
@@ -122,7 +124,7 @@ def refuse_name(name: str) -> None:
 
 def made_of(cfg: Config, folds: Folds) -> dict[str, Any]:
     hooks = {hook: _text(hook) for hook in HOOKS if pages.get(hook) is not None}
-    labels = None if cfg.data.pseudo is None else store.sealed(store.pseudo_file(cfg.data.pseudo))
+    labels = None if cfg.data.pseudo is None else artifacts.manifest_entry(paths.pseudo_file(cfg.data.pseudo))
     return {
         "samples": folds.samples.hash,
         "folds": folds.hash,
@@ -139,14 +141,14 @@ def _births(teacher: str, folds: Folds) -> dict[str, str]:
 
 def birth(name: str) -> str:
     """Tells a run from an earlier one of the same name, for services that never forget an id."""
-    file = store.run_folder(name) / "birth.json"
-    return store.digest(store.read_json(file)["at"])[:6] if file.exists() else ""
+    file = paths.run_folder(name) / "birth.json"
+    return artifacts.digest(artifacts.read_json(file)["at"])[:6] if file.exists() else ""
 
 
 def command(name: str) -> str:
     """What goes on with a run: `comp train exp001 --as trial optim.lr=1e-4`."""
-    file = store.run_folder(name) / "birth.json"
-    return str(store.read_json(file)["command"]) if file.exists() else f"comp train {name}"
+    file = paths.run_folder(name) / "birth.json"
+    return str(artifacts.read_json(file)["command"]) if file.exists() else f"comp train {name}"
 
 
 def _ways(name: str, command: str) -> str:
@@ -158,14 +160,14 @@ def _ways(name: str, command: str) -> str:
 
 def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
     """The record of its images, which same_images compares."""
-    folder, ways = store.run_folder(name), _ways(name, command)
-    old = resolve.from_yaml(store.verified(folder / "config.yaml", ways))
+    folder, ways = paths.run_folder(name), _ways(name, command)
+    old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", ways))
     if changed := resolve.difference(old, cfg):
         raise Refused(
             f"runs/{name} was trained with another config; {ways}",
             *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
         )
-    then, now = store.read_json(store.verified(folder / "made_of.json", ways)), made_of(cfg, folds)
+    then, now = artifacts.read_json(artifacts.verified(folder / "made_of.json", ways)), made_of(cfg, folds)
     what = {
         "samples": "another data/samples.parquet",
         "folds": "other folds",
@@ -182,7 +184,7 @@ def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
 
 def _refuse_busy(folders: Sequence[Path]) -> None:
     for lock in (lock for folder in folders for lock in folder.rglob(".lock")):
-        if who := store.holder(lock.parent):
+        if who := locks.owner(lock.parent):
             raise Refused(f"{who}; end that first")
 
 

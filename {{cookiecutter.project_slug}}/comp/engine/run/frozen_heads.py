@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head, sigmoid, softmax
 
 if TYPE_CHECKING:
@@ -36,41 +36,41 @@ Numbers = Mapping[str, NDArray[Any]]
 
 
 def backbone_of(run: str) -> Path:
-    return store.run_folder(run) / FOLDER / "weights.safetensors"
+    return paths.run_folder(run) / FOLDER / "weights.safetensors"
 
 
 def is_head(weights: Path) -> bool:
-    return "fitted" in (store.sealed(weights) or {})
+    return "fitted" in (artifacts.manifest_entry(weights) or {})
 
 
 def required_files(weights: Path) -> list[Path]:
     """What a head needs beside its own file."""
     run = weights.parents[3].name
-    entry = store.sealed(weights) or {}
-    return [backbone_of(run), *([store.run_folder(run) / FILE] if entry["fitted"] == "knn" else [])]
+    entry = artifacts.manifest_entry(weights) or {}
+    return [backbone_of(run), *([paths.run_folder(run) / FILE] if entry["fitted"] == "knn" else [])]
 
 
 def write(weights: Path, kind: str, numbers: Numbers, backbone: str) -> None:
     """`backbone`: hash of the weights whose features it was fitted on."""
     from safetensors.numpy import save
 
-    with store.writing(weights) as temporary:
+    with artifacts.atomic(weights) as temporary:
         temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in numbers.items()}))
-    store.seal(weights, fitted=kind, backbone=backbone)
+    artifacts.add_to_manifest(weights, fitted=kind, backbone=backbone)
 
 
 def read(weights: Path) -> dict[str, NDArray[Any]]:
     from safetensors.numpy import load_file
 
     run = weights.parents[3].name
-    entry = store.sealed(weights) or {}
-    if entry["backbone"] != (store.sealed(backbone_of(run)) or {}).get("sha256"):
+    entry = artifacts.manifest_entry(weights) or {}
+    if entry["backbone"] != (artifacts.manifest_entry(backbone_of(run)) or {}).get("sha256"):
         raise Refused(
-            f"{store.shown(weights)}: was fitted on features of another backbone; comp features {run} fits it anew"
+            f"{paths.relative(weights)}: was fitted on features of another backbone; comp features {run} fits it anew"
         )
-    numbers = load_file(store.verified(weights))
+    numbers = load_file(artifacts.verified(weights))
     if "rows" in numbers:
-        seen = np.load(store.verified(store.run_folder(run) / FILE))
+        seen = np.load(artifacts.verified(paths.run_folder(run) / FILE))
         numbers["near"] = seen[numbers["rows"]]
     return numbers
 

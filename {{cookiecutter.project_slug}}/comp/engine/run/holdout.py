@@ -10,7 +10,7 @@ from comp.engine.bank import predictions, score
 from comp.engine.config import experiments
 from comp.engine.errors import Refused
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 def look(context: Context, run: str) -> str:
@@ -29,7 +29,7 @@ def look(context: Context, run: str) -> str:
         raise experiments.refusal(run, "weights to look with")
     said = []
     for seed, number in parts:
-        weights = store.fold_folder(run, seed, number) / "weights.safetensors"
+        weights = paths.fold_folder(run, seed, number) / "weights.safetensors"
         said.append(predict.predict(context, weights, rows, f"locked rows, seed {seed} fold {number}")[0])
     lines = []
     metric = score.metric_of(cfg)
@@ -37,8 +37,8 @@ def look(context: Context, run: str) -> str:
         stored = predictions.average([each[head.name] for each in said], head, cfg.predict.space)
         value = score.validation_score(cfg, head, np.asarray(stored), samples, rows)
         lines.append(f"{head.name}: {metric.name} {value:.4f}")
-    looks = store.run_folder(run) / "last_looks.txt"
+    looks = paths.run_folder(run) / "last_looks.txt"
     count = 1 + (len(looks.read_text().splitlines()) if looks.exists() else 0)
     line = f"{', '.join(lines)} on {len(rows)} locked rows, look number {count}"
-    store.write_text(looks, (looks.read_text() if looks.exists() else "") + line + "\n")
+    artifacts.write_text(looks, (looks.read_text() if looks.exists() else "") + line + "\n")
     return line

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Samples
-from comp.engine.store import store
+from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head, log_softmax
 
@@ -40,15 +40,15 @@ def gallery_bytes(cfg: Config, samples: Samples) -> int:
 def write(file: Path, embeddings: Values, codes: NDArray[np.int64]) -> None:
     from safetensors.numpy import save
 
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         temporary.write_bytes(save({"embedding": embeddings, "class": codes.astype(np.int32)}))
-    store.seal(file, rows=len(codes))
+    artifacts.add_to_manifest(file, rows=len(codes))
 
 
 def read(file: Path) -> tuple[Values, NDArray[np.int64]]:
     from safetensors.numpy import load_file
 
-    held = load_file(store.verified(file, "comp train makes it"))
+    held = load_file(artifacts.verified(file, "comp train makes it"))
     return held["embedding"], held["class"].astype(np.int64)
 
 

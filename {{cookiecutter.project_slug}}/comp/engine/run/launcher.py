@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from comp.engine import hardware
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import locks, paths
 
 LOOK = 0.3  # seconds between two looks whether Ctrl+C was pressed
 LAST = 20  # lines of a job that failed which are shown: all of a traceback, or the one line of a refusal
@@ -155,7 +155,7 @@ class Local:
     def _carry(self, job: Job) -> Ended:
         slot = self._slots.get()
         try:
-            return carry(job, str(store.root()), slot, self._say, self._begun)
+            return carry(job, str(paths.root()), slot, self._say, self._begun)
         finally:
             self._slots.put(slot)
 
@@ -203,9 +203,9 @@ class Ray:
         self._begun: list[Any] = []
 
     def begin(self, job: Job) -> Future[Ended]:
-        passed = {store.STEAL: os.environ.get(store.STEAL, "")}
+        passed = {locks.STEAL: os.environ.get(locks.STEAL, "")}
         self._begun.append(
-            self._carry.options(name=job.name, **self._options).remote(job, str(store.root()), passed)
+            self._carry.options(name=job.name, **self._options).remote(job, str(paths.root()), passed)
         )
         future: Future[Ended] = Future()
         self._begun[-1].future().add_done_callback(lambda found: future.set_result(self._ended(found)))

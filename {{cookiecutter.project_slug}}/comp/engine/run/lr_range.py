@@ -25,7 +25,7 @@ from comp.engine.errors import Refused, UserError
 from comp.engine.report import plots
 from comp.engine.run import schedule, tracking
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 Values = NDArray[np.float64]
 DIVERGED = 4.0  # times the lowest loss so far, which is where it ends
@@ -122,7 +122,7 @@ def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) 
         f"{step},{point.rate!r},{point.loss!r},{float(mean)!r}"
         for step, (point, mean) in enumerate(zip(points, smooth, strict=True))
     ]
-    store.write_text(csv, "\n".join(["step,rate,loss,smooth", *lines]) + "\n")
+    artifacts.write_text(csv, "\n".join(["step,rate,loss,smooth", *lines]) + "\n")
     figure, axes = plots.new_figure(8, 4.5)
     rates = [point.rate for point in points]
     axes.plot(

@@ -12,7 +12,7 @@ from comp.engine.report import plots
 from comp.engine.run import pseudo_rows, schedule
 from comp.engine.run.schedule import LRSchedule, StagedLRSchedule, TrainLength
 from comp.engine.run.unused_knobs import CYCLIC
-from comp.engine.store import store
+from comp.engine.store import paths
 
 MOST_POINTS = 4000  # more cannot be told apart
 
@@ -35,10 +35,10 @@ def plot(loaded: Loaded, experiment: str) -> None:
         drawn = len(data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, table, taught)))
     span = schedule.train_length(cfg, drawn)
     curve = schedule.lr_schedule(cfg, span)
-    file = store.path("runs", f"{experiment}-schedule.png")
+    file = paths.path("runs", f"{experiment}-schedule.png")
     _picture(cfg, curve, span, file)
     print(*summary(cfg, curve, span), sep="\n")
-    print(f"{store.shown(file)}\nnext: comp train {experiment}")
+    print(f"{paths.relative(file)}\nnext: comp train {experiment}")
 
 
 def summary(cfg: Config, curve: LRSchedule | StagedLRSchedule, span: TrainLength) -> list[str]:

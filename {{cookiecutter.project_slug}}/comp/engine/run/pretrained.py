@@ -13,7 +13,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ def source_run(cfg: Config) -> str:
 def weights_file(cfg: Config) -> Path | None:
     """The file that weights are taken from."""
     said = cfg.model.pretrained
-    return store.path(said) if isinstance(said, str) and not source_run(cfg) else None
+    return paths.path(said) if isinstance(said, str) and not source_run(cfg) else None
 
 
 def validate(cfg: Config, folds: Folds) -> None:
@@ -69,7 +69,7 @@ def validate_safetensors(file: Path, key: str) -> None:
     if start in PICKLED:
         reason = "pickled, as torch.save writes, which can run code when it is loaded"
     raise Refused(
-        f"{key}: {store.shown(file)}: is not a safetensors file ({reason or 'empty'}); of a checkpoint that you trust make one: "
+        f"{key}: {paths.relative(file)}: is not a safetensors file ({reason or 'empty'}); of a checkpoint that you trust make one: "
         f'python -c "import sys, torch; from safetensors.torch import save_file; '
         f'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" FROM.pth TO.safetensors'
     )
@@ -77,12 +77,12 @@ def validate_safetensors(file: Path, key: str) -> None:
 
 def _of_same_folds(run: str, folds: Folds) -> None:
     """A run on other folds has seen rows that this one is scored on."""
-    made = store.run_folder(run) / "made_of.json"
-    if not store.sealed(made):
-        runs = [p.name for p in sorted(store.path("runs").glob("*")) if (p / "made_of.json").exists()]
+    made = paths.run_folder(run) / "made_of.json"
+    if not artifacts.manifest_entry(made):
+        runs = [p.name for p in sorted(paths.path("runs").glob("*")) if (p / "made_of.json").exists()]
         close = f"the nearest are {', '.join(nearest(run, runs, 3))}" if runs else "there are no runs yet"
         raise Refused(f"model.pretrained: run:{run}: no such run; {close}")
-    if store.read_json(store.verified(made))["folds"] != folds.hash:
+    if artifacts.read_json(artifacts.verified(made))["folds"] != folds.hash:
         raise Refused(
             f"model.pretrained: runs/{run} was trained on other folds, so it has seen rows that this run is scored on"
         )
@@ -94,18 +94,18 @@ def begin(module: nn.Module, cfg: Config, seed: int, fold: int | str) -> None:
         return
     file = weights_file(cfg)
     if run := source_run(cfg):
-        file = store.fold_folder(run, seed, fold) / "weights.safetensors"
-        if not store.sealed(file):
+        file = paths.fold_folder(run, seed, fold) / "weights.safetensors"
+        if not artifacts.manifest_entry(file):
             raise Refused(
                 f"model.pretrained: runs/{run} has no seed {seed} fold {fold}, and weights of another fold have seen the rows that "
                 f"this one is scored on; train it first: comp train {run} --seed {seed} --fold {fold}"
             )
-        store.verified(file)
+        artifacts.verified(file)
     assert file is not None
     fits = matching_weights(module, cfg, file)
     module.load_state_dict(fits, strict=False)
     new = [name for name in module.state_dict() if name not in fits and name not in MEASURED]
-    print(f"begins with {store.shown(file)}; new: {', '.join(new) or 'nothing'}")
+    print(f"begins with {paths.relative(file)}; new: {', '.join(new) or 'nothing'}")
 
 
 def matching_weights(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
@@ -122,8 +122,8 @@ def matching_weights(module: nn.Module, cfg: Config, file: Path) -> dict[str, Te
     given = read(file)
     if mismatches(module, given) and pages.get("model") is None:
         with torch.random.fork_rng():
-            given = backbone.create_from_weights(cfg, _bare(given), store.shown(file)).state_dict()
-    return matching_tensors(module, given, store.shown(file))
+            given = backbone.create_from_weights(cfg, _bare(given), paths.relative(file)).state_dict()
+    return matching_tensors(module, given, paths.relative(file))
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -136,13 +136,13 @@ def read(file: Path) -> dict[str, Tensor]:
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise Refused(
-            f"model.pretrained: {store.shown(file)}: cannot be read as weights ({reason}); tensors by name are wanted, as "
+            f"model.pretrained: {paths.relative(file)}: cannot be read as weights ({reason}); tensors by name are wanted, as "
             "torch.save(module.state_dict(), FILE) writes them"
         ) from error
     tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise Refused(
-            f"model.pretrained: {store.shown(file)}: holds no tensors by name, like torch.save(module.state_dict(), FILE)"
+            f"model.pretrained: {paths.relative(file)}: holds no tensors by name, like torch.save(module.state_dict(), FILE)"
         )
     return tensors
 

@@ -17,7 +17,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
@@ -38,16 +38,18 @@ def validate(cfg: Config, folds: Folds) -> None:
     name = cfg.data.pseudo
     if name is None:
         return
-    file = store.pseudo_file(name)
-    entry = store.sealed(file)
+    file = paths.pseudo_file(name)
+    entry = artifacts.manifest_entry(file)
     if entry is None:
         known = sorted(each.stem for each in file.parent.glob("*.parquet"))
         there = f"the nearest are {', '.join(nearest(name, known, 3))}; " if known else ""
-        raise Refused(f"data.pseudo: {store.shown(file)}: no such table; {there}comp pseudo RUN writes one")
+        raise Refused(
+            f"data.pseudo: {paths.relative(file)}: no such table; {there}comp pseudo RUN writes one"
+        )
     for what, now in (("samples", folds.samples.hash), ("folds", folds.hash)):
         if entry[what] != now:
             raise Refused(
-                f"data.pseudo: {store.shown(file)}: made for other {what}; make it again: {entry['command']}"
+                f"data.pseudo: {paths.relative(file)}: made for other {what}; make it again: {entry['command']}"
             )
     if folds.meta["rule"] == "earlier":
         raise Refused(
@@ -68,7 +70,7 @@ def fold_context(context: Context, number: int | str) -> Context:
 def read(name: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(store.verified(store.pseudo_file(name), "comp pseudo RUN writes it"))
+    return pd.read_parquet(artifacts.verified(paths.pseudo_file(name), "comp pseudo RUN writes it"))
 
 
 def add_rows(samples: Samples, lines: pd.DataFrame, name: str, number: int | str) -> Samples:

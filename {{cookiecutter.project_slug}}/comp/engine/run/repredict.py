@@ -10,7 +10,7 @@ from comp.engine.bank import bank, merge, predictions
 from comp.engine.config import experiments, run_members
 from comp.engine.run import views as tta
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 
 
 def predict(context: Context, run: str, views: list[str], space: str, refit_only: bool = False) -> list[str]:
@@ -29,11 +29,11 @@ def predict(context: Context, run: str, views: list[str], space: str, refit_only
     if not made:
         raise experiments.refusal(f"{run}:{run_members.REFIT}" if refit_only else run, "predictions")
     for name, parts in made.items():  # all of them, before the first begins
-        store.need_space(_size(other, name, parts), f"runs/{run}/members/{name}")
+        artifacts.require_space(_size(other, name, parts), f"runs/{run}/members/{name}")
     stop = hardware.Stop()
     for name, parts in made.items():
         doing = f"predicting {run}:{name}"
-        with store.lock(store.member_folder(run, name), doing), stop.listening():
+        with locks.lock(paths.member_folder(run, name), doing), stop.listening():
             _member(other, run, name, parts, inside, stop)
     return list(made)
 

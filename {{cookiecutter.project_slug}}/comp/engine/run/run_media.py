@@ -16,13 +16,13 @@ from comp.engine.readers import arrays
 from comp.engine.report import plots
 from comp.engine.run import augment_grid, tracking
 from comp.engine.run.context import Context
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tasks.kinds import Head
 
 
 def before(context: Context, log: tracking.Track, run: str, folder: Path, number: int | str) -> None:
     """Drawn once a run and shown with every fold: what teaches it, and how."""
-    drawn = store.run_folder(run) / "augment.png"
+    drawn = paths.run_folder(run) / "augment.png"
     if not drawn.exists():
         augment_grid.write(context.cfg, context.samples, drawn)
     log.sheet("augmentation", drawn)
@@ -34,7 +34,7 @@ def after(context: Context, log: tracking.Track, run: str, folder: Path) -> None
     oof = bank.read(folder / "oof.arrow", context.samples, context.folds)
     for head in context.samples.heads:
         mistakes(context, log, head, oof, folder)
-    label = "-".join(folder.relative_to(store.path("runs")).parts)
+    label = "-".join(folder.relative_to(paths.path("runs")).parts)
     log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
     if context.cfg.track.checkpoints:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
@@ -90,7 +90,7 @@ def summary(context: Context, run: str, birth: str, score: dict[str, Any]) -> No
     cfg = context.cfg
     with tracking.open_summary(run, birth, config=cfg.model_dump(), settings=cfg.track) as log:
         log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
-        oof = bank.read(store.run_folder(run) / "oof.arrow", context.samples, context.folds)
+        oof = bank.read(paths.run_folder(run) / "oof.arrow", context.samples, context.folds)
         for head in context.samples.heads:
-            mistakes(context, log, head, oof, store.run_folder(run))
-        log.artifact(store.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")
+            mistakes(context, log, head, oof, paths.run_folder(run))
+        log.artifact(paths.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")

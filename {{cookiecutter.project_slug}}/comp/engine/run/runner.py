@@ -13,7 +13,7 @@ from comp.engine.config.resolve import Loaded
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, unused_knobs
-from comp.engine.store import process, store
+from comp.engine.store import artifacts, locks, paths, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,9 +54,9 @@ def train(
     _check_teachers(cfg)
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
-    places = [store.run_folder(name)]
+    places = [paths.run_folder(name)]
     if fold is not None:
-        places = [store.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
+        places = [paths.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
     old = places if afresh else []
     fingerprint.same_images(name, cfg, old)
     hardware.settle(cfg.train.threads)
@@ -89,7 +89,7 @@ def train(
 def _command(experiment: str, overrides: list[str], name: str | None, debug: bool) -> str:
     """What to type to go on with a run. One that is its own source goes on as it began."""
     alone = (
-        name in (None, experiment) and not debug and not store.path("configs", f"{experiment}.yaml").exists()
+        name in (None, experiment) and not debug and not paths.path("configs", f"{experiment}.yaml").exists()
     )
     if alone:
         began = shlex.split(fingerprint.command(experiment))
@@ -120,7 +120,7 @@ def _side_by_side(
     from comp.engine.run import launcher
 
     left = [(s, n) for s, n in todo if not experiments.finished(name, s, [n])]
-    job = f"{process.me()}-{time.time_ns()}"
+    job = f"{process.own_id()}-{time.time_ns()}"
     jobs = [
         launcher.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n, "job": job})
         for s, n in left
@@ -199,18 +199,19 @@ def one_fold(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,  # of a search: may raise distributed.Pruned
     search: bool = False,
     wait: bool = False,  # for another process that is at it, one that is about to die
-    job: str = "",  # of a queue that hands it out again: see store.lock
+    job: str = "",  # of a queue that hands it out again: see locks.lock
 ) -> None:
     """Idempotent: what is sealed already is not done again. A search needs neither pictures nor test rows."""
     from comp import predict, train
     from comp.engine.data import cache
     from comp.engine.run import checkpoint, distributed, pseudo_rows, run_media, teacher_predictions, tracking
 
-    folder = store.fold_folder(name, seed, number)
+    folder = paths.fold_folder(name, seed, number)
 
     def done() -> bool:
         return bool(
-            experiments.finished(name, seed, [number]) or (search and store.sealed(folder / "oof.arrow"))
+            experiments.finished(name, seed, [number])
+            or (search and artifacts.manifest_entry(folder / "oof.arrow"))
         )
 
     if done():
@@ -219,7 +220,7 @@ def one_fold(
     if isinstance(context.loader.images.images, cache.UncachedImages):
         fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
-    with store.lock(folder, doing, wait=wait, job=job), stop.listening():
+    with locks.lock(folder, doing, wait=wait, job=job), stop.listening():
         if done():
             return
         began = time.perf_counter()
@@ -236,7 +237,7 @@ def one_fold(
         with log:
             if not search:
                 run_media.before(context, log, name, folder, number)
-            if not store.sealed(folder / "weights.safetensors"):
+            if not artifacts.manifest_entry(folder / "weights.safetensors"):
                 own = pseudo_rows.fold_context(context, number)
                 teacher_predictions.prepare(own, gather, number, folder, stop)
                 with distributed.collective(_order(cfg, seed, number)):
@@ -308,11 +309,11 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
 
     cfg = experiments.load(experiment, overrides).config
     hardware.settle(cfg.train.threads)
-    file = store.path("runs", f"{experiment}-augment.png")
+    file = paths.path("runs", f"{experiment}-augment.png")
     augment_grid.write(cfg, samples.load(), file)
     print(*augment_grid.ops(cfg), sep="\n")
     print(
-        f"written: {store.shown(file)}: first column as it is, then seven draws\nnext: comp train {experiment}"
+        f"written: {paths.relative(file)}: first column as it is, then seven draws\nnext: comp train {experiment}"
     )
 
 
@@ -336,14 +337,14 @@ def lr_range(
 
     if steps < lr_range.MIN_POINTS:
         raise Refused(f"--steps {steps}: {lr_range.MIN_POINTS} is the least that shows anything")
-    png, csv = (store.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
+    png, csv = (paths.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
     context = gather(cfg, loaded=loaded)
     points = lr_range.sweep(context, low, high, steps, linear)
     rate = lr_range.to_base_lr(context, lr_range.write(cfg, points, png, csv, linear))
     print(
         f"{len(points)} steps from rate {points[0].rate:.3g} to {points[-1].rate:.3g}; suggested: optim.lr={rate:.2g}"
     )
-    print(f"{store.shown(png)}, {store.shown(csv)}")
+    print(f"{paths.relative(png)}, {paths.relative(csv)}")
     print(f"next: comp train {experiment} --as {experiment}r optim.lr={rate:.2g}")
 
 
@@ -368,14 +369,14 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
     size = kept * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(
-        f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {store.readable(size)} to write"
+        f"{name}: {len(todo)} of {len(seeds) * len(numbers)} folds to train, up to {artifacts.format_size(size)} to write"
     )
     seed, first = todo[0]
     for line in schedule.shortened_warmups(
         train.planned(pseudo_rows.fold_context(context, first), seed, first)
     ):
         print(line, file=sys.stderr)
-    store.need_space(size, f"runs/{name}")
+    artifacts.require_space(size, f"runs/{name}")
 
 
 def _wanted(fold: str | None, count: int) -> list[int | str]:
@@ -397,7 +398,7 @@ def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
     fingerprint.same_images(name, cfg, read=False)
     table = samples.load()
     split = folds.load(table)
-    with store.lock(store.run_folder(name), "merging", wait=True):
+    with locks.lock(paths.run_folder(name), "merging", wait=True):
         score = merge.merge_run(name, cfg, table, split)
     if asked and not experiments.refitted(name):  # a time limit ended it before
         print(f"{name}: fold {asked} to go\nnext: {fingerprint.command(name)} --fold {asked}")

@@ -17,7 +17,7 @@ from comp.engine.hardware import Stop
 from comp.engine.run import distillation, teachers
 from comp.engine.run.context import Context
 from comp.engine.run.teachers import Teacher
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 
 def prepare(
@@ -31,10 +31,10 @@ def prepare(
     file = folder / distillation.FILE
     places = [_with_weights(voice, number, context) for voice in who.voices]
     now = bank.weights_of(*(place for each in places for place in each))
-    if entry := store.sealed(file):
+    if entry := artifacts.manifest_entry(file):
         if changed := distillation.changed_weights(now, entry["weights"]):
             raise Refused(
-                f"{store.shown(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
+                f"{paths.relative(file)}: runs/{changed[0]} was trained anew since it taught; begin this run again with --fresh"
             )
         return
     rows, said, shares = distillation.train_rows(context, number), [], list[float]()
@@ -42,7 +42,7 @@ def prepare(
         own = _as(voice, context, gather)
         for place in there:
             heads, damaged = predict.predict(
-                own, place / bank.WEIGHTS, rows, f"{store.shown(place)} teaches fold {number}", stop=stop
+                own, place / bank.WEIGHTS, rows, f"{paths.relative(place)} teaches fold {number}", stop=stop
             )
             if damaged:
                 ids = context.samples.frame["id"]
@@ -62,9 +62,13 @@ def prepare(
 
 
 def _with_weights(voice: Teacher, number: int | str, context: Context) -> list[Path]:
-    there = [place for place in voice.places(number, context.folds) if store.sealed(place / bank.WEIGHTS)]
+    there = [
+        place
+        for place in voice.places(number, context.folds)
+        if artifacts.manifest_entry(place / bank.WEIGHTS)
+    ]
     wanted = context.folds.count if number == "full" else 1
-    if len({place.relative_to(store.run_folder(voice.run)).parts[1] for place in there}) < wanted:
+    if len({place.relative_to(paths.run_folder(voice.run)).parts[1] for place in there}) < wanted:
         which = "of every fold" if number == "full" else f"of fold {number}"
         raise Refused(
             f"distill.teacher: {voice.address} has no weights {which}, and those of another fold have seen the rows that this one is scored on; "
@@ -82,7 +86,7 @@ def _as(voice: Teacher, context: Context, gather: Callable[[Config], Context]) -
 def _write(file: Path, rows: np.ndarray, means: dict[str, np.ndarray], weights: dict[str, str]) -> None:
     from safetensors.numpy import save
 
-    with store.writing(file) as temporary:
+    with artifacts.atomic(file) as temporary:
         temporary.write_bytes(
             save(
                 {
@@ -91,4 +95,4 @@ def _write(file: Path, rows: np.ndarray, means: dict[str, np.ndarray], weights: 
                 }
             )
         )
-    store.seal(file, weights=weights)
+    artifacts.add_to_manifest(file, weights=weights)

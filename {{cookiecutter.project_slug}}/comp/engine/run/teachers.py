@@ -19,7 +19,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 
 PLAIN = ("mean", "weighted", "geometric", "snapshots")  # no label had a hand in them
 
@@ -38,9 +38,9 @@ class Teacher(NamedTuple):
         """Folders of its predictions that may teach a fold; a refit on all data scores nothing, so all folds teach it."""
         numbers = range(folds.count) if number == "full" else [int(number)]
         seeds = (
-            sorted(store.run_folder(self.run).glob("seed*"))
+            sorted(paths.run_folder(self.run).glob("seed*"))
             if self.seed is None
-            else [store.run_folder(self.run) / f"seed{self.seed}"]
+            else [paths.run_folder(self.run) / f"seed{self.seed}"]
         )
         return [seed / f"fold{each}" / inside for seed in seeds for each in numbers for inside in self.inside]
 
@@ -53,11 +53,11 @@ class TeacherEnsemble(NamedTuple):
 
 def load(name: str, folds: Folds, where: str) -> TeacherEnsemble:
     """`where`: the knob or verb that named them, for what is refused."""
-    folder = store.ensemble_folder(name)
+    folder = paths.ensemble_folder(name)
     if not (folder / "apply.json").exists():
         return TeacherEnsemble(name, [_teacher(name, 1.0, folds, where)], "probability")
     recipe, record = (
-        store.read_json(store.verified(folder / f"{each}.json", f"comp ensemble {name}"))
+        artifacts.read_json(artifacts.verified(folder / f"{each}.json", f"comp ensemble {name}"))
         for each in ("apply", "score")
     )
     if record["method"] not in PLAIN or "after" in recipe or "correct" in recipe:
@@ -75,15 +75,15 @@ def load(name: str, folds: Folds, where: str) -> TeacherEnsemble:
 
 def _teacher(address: str, share: float, folds: Folds, where: str) -> Teacher:
     run, _, member = address.partition(":")
-    folder = store.run_folder(run)
-    if not store.sealed(folder / "config.yaml"):
+    folder = paths.run_folder(run)
+    if not artifacts.manifest_entry(folder / "config.yaml"):
         if why := experiments.absent(address, "predictions"):
             raise Refused(f"{where}: {why}")
         known = experiments.runs()
         there = f"the nearest are {', '.join(nearest(run, known, 3))}" if known else "there are no runs yet"
         raise Refused(f"{where}: {address}: no such run or ensemble; {there}")
-    cfg = resolve.from_yaml(store.verified(folder / "config.yaml"))
-    made = store.read_json(store.verified(folder / "made_of.json"))
+    cfg = resolve.from_yaml(artifacts.verified(folder / "config.yaml"))
+    made = artifacts.read_json(artifacts.verified(folder / "made_of.json"))
     if made["samples"] != folds.samples.hash:
         raise Refused(f"{where}: runs/{run} was trained on another data/samples.parquet; train it again")
     if made["folds"] != folds.hash:
@@ -118,10 +118,10 @@ def test_predictions(
         there = [
             place / "test.arrow"
             for place in voice.places(number, folds)
-            if store.sealed(place / "test.arrow")
+            if artifacts.manifest_entry(place / "test.arrow")
         ]
         wanted = folds.count if number == "full" else 1
-        if len({file.parts[len(store.run_folder(voice.run).parts) + 1] for file in there}) < wanted:
+        if len({file.parts[len(paths.run_folder(voice.run).parts) + 1] for file in there}) < wanted:
             which = "of all folds" if number == "full" else f"of fold {number}"
             raise Refused(
                 f"{voice.address}: has no test predictions {which}; train it first: comp train {voice.run}"

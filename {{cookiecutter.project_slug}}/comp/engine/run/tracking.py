@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from comp.engine.errors import Refused
 from comp.engine.run import provenance
-from comp.engine.store import process, store
+from comp.engine.store import artifacts, paths, process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +55,8 @@ def open_run(
 ) -> Track:
     """`resume_at` is the offset() kept with the checkpoint the run goes on from; None begins the log anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    code, diff = provenance.code(store.root())
-    store.write_text(folder / "code.diff", diff)
+    code, diff = provenance.code(paths.root())
+    artifacts.write_text(folder / "code.diff", diff)
     made_by = {"code": code, "hardware": provenance.hardware(), "command": " ".join(sys.argv)}
     feed: Feed | NoFeed = NoFeed()
     if settings.mode != "none":
@@ -73,10 +73,10 @@ def open_run(
             "mode": settings.mode,
             "fresh": resume_at is None,
             "folder": str(folder.resolve()),
-            "root": str(store.root()),
-            "trash": str(store.path("runs", ".trash")),
+            "root": str(paths.root()),
+            "trash": str(paths.path("runs", ".trash")),
             "trainer": os.getpid(),
-            "token": f"{process.me()}-{time.time_ns()}",
+            "token": f"{process.own_id()}-{time.time_ns()}",
             "answer_seconds": ANSWER,
             "upload_seconds": UPLOAD,
         }
@@ -90,7 +90,7 @@ def open_run(
 
 def open_summary(experiment: str, birth: str, *, config: Mapping[str, Any], settings: Settings) -> Track:
     """The run that speaks for all folds: CV mean and deviation, the merged OOF, what the folds have in common."""
-    folder = store.run_folder(experiment)
+    folder = paths.run_folder(experiment)
     run_id = f"{experiment}-{birth}-summary"
     return open_run(
         folder,
@@ -137,7 +137,7 @@ class Track:
         assert not thumbnails or len(thumbnails) == len(frame)
         rows = [list(row) for row in frame.itertuples(index=False, name=None)]
         content = {"columns": [str(column) for column in frame.columns], "rows": rows, "pictures": thumbnails}
-        store.write_text(file, json.dumps(_valid(content, "", {}), ensure_ascii=False))
+        artifacts.write_text(file, json.dumps(_valid(content, "", {}), ensure_ascii=False))
         self._event("table", name, file)
 
     def artifact(self, path: Path, name: str, type: str) -> None:
@@ -170,7 +170,7 @@ class Track:
         record = {"event": event, "name": name, **more}
         if file is not None:
             relative = os.path.relpath(file.resolve(), self.folder.resolve())
-            record |= {"file": relative, "sha256": store.sha256(file)}
+            record |= {"file": relative, "sha256": artifacts.sha256(file)}
         # A resumed run shows its sheets again; what the kept lines already say is not said twice.
         if _without_clock(json.dumps(_valid(record, "", {}), ensure_ascii=False).encode()) not in self._told:
             self._write(record)
@@ -186,7 +186,7 @@ class Track:
             self._log.flush()
         except OSError as error:
             raise Refused(
-                f"{store.shown(self.folder)}/log.jsonl: could not be written ({error.strerror})"
+                f"{paths.relative(self.folder)}/log.jsonl: could not be written ({error.strerror})"
             ) from error
 
 
@@ -250,7 +250,7 @@ def _thumbnail(image: Path | NDArray[Any], file: Path) -> str | None:
     try:
         picture = Image.open(image) if isinstance(image, Path) else Image.fromarray(image)
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        with store.writing(file) as temporary:
+        with artifacts.atomic(file) as temporary:
             picture.convert("RGB").save(temporary, "png")
     except (OSError, ValueError, TypeError, SyntaxError):  # what PIL raises on damage
         return None
@@ -280,13 +280,13 @@ class Feed:
     def __init__(self, order: dict[str, Any], folder: Path):
         if Feed._online_failed:
             order["mode"] = "offline"
-        self._desk = store.path("wandb", "feed", re.sub(r"[^\w.-]", "_", order["run"]["id"]))
+        self._desk = paths.path("wandb", "feed", re.sub(r"[^\w.-]", "_", order["run"]["id"]))
         self._state = self._desk / "state.json"
         self._said: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._desk.mkdir(parents=True, exist_ok=True)
         self._state.unlink(missing_ok=True)
-        store.write_json(self._desk / "order.json", order)
+        artifacts.write_json(self._desk / "order.json", order)
         self._online = order["mode"] == "online"
 
     def start(self, attempt: int = 1) -> None:
@@ -303,16 +303,16 @@ class Feed:
                 stdout=output,
                 stderr=output,
                 env=environment,
-                cwd=store.root(),
+                cwd=paths.root(),
                 start_new_session=True,  # Ctrl+C is for the run, which then says how it ended
             )
 
     def report(self) -> None:
         """One line when something went wrong, once."""
-        state = store.read_json(self._state) if self._state.exists() else {}
+        state = artifacts.read_json(self._state) if self._state.exists() else {}
         note = state.get("note")
         if self._process and self._process.poll() and not note:
-            note = f"its feeder died, {store.shown(self._desk / 'output.txt')} may say why; log.jsonl is complete"
+            note = f"its feeder died, {paths.relative(self._desk / 'output.txt')} may say why; log.jsonl is complete"
             if not self._said:  # killed for memory, most likely: it tells everything once more, offline
                 note += ", told once more offline"
                 self.start(attempt=2)

@@ -21,7 +21,7 @@ from typing import Any
 
 from comp.engine import hardware
 from comp.engine.run.tracking import parse
-from comp.engine.store import store
+from comp.engine.store import artifacts
 
 POLL = 0.1  # seconds between looks at the log
 ATTEMPTS = 3  # the mode asked for, then offline twice
@@ -205,7 +205,7 @@ def _leave_when_replaced(desk: Path, token: str) -> None:
 
 def _state(desk: Path, **facts: Any) -> None:
     before = json.loads((desk / "state.json").read_text()) if (desk / "state.json").exists() else {}
-    store.write_json(desk / "state.json", before | facts)
+    artifacts.write_json(desk / "state.json", before | facts)
 
 
 def _short(error: Exception) -> str:

@@ -1,16 +1,16 @@
-"""Which process this is, told from every other one on every host, and whether another one still runs.
+"""Unique ids of processes across hosts, and whether the process with a given id still runs.
 
-A process is known as `host-boot-namespace-pid-start`: digests of the host (its name and machine id) and of the boot id, the pid
-namespace (a container has its own), the pid, and when it started, so that a reused pid is not taken for its dead namesake.
-Whether it runs can be seen only from the same boot of the same host and in the same pid namespace. The cases of `state`, in order:
+An id is `host-boot-namespace-pid-start`: digests of the host (name and machine id) and of the boot id, the pid namespace (each
+container has its own), the pid, and the start time, which tells a process from a later one with the same pid. Whether a process
+runs can be seen only from the same boot of the same host and the same pid namespace. The cases of `state`, in order:
 
-1. Same host, boot and namespace: alive or dead by pid and start.
-2. An earlier boot of this very machine: dead. Host names repeat (containers, cloud images), so the name is not enough: the machine
-   id must be the same, neither process may be in a container, and the last heartbeat must be older than this machine's boot. A
-   living process on a clone of this machine renews its heartbeat every minute.
-3. Anything else, such as another host or another container of this host: unknown. Age alone is no proof of death.
+1. Same host, boot and namespace: alive or dead by pid and start time.
+2. An earlier boot of the same machine: dead. Host names repeat (containers, cloud images), so the name is not enough: the machine
+   id must be equal, neither process may be in a container, and the last heartbeat must be older than this boot. A live process
+   on a clone of this machine renews its heartbeat every minute.
+3. Anything else, such as another host or another container of this host: unknown. Age alone does not prove death.
 
-Where /proc is absent (macOS) there is neither boot id nor namespace; the start is psutil's create_time, the same within 2 s.
+Without /proc (macOS) there is neither boot id nor namespace; the start time is psutil's create_time, equal within 2 s.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ from typing import Literal
 State = Literal["alive", "dead", "unknown"]
 
 PROC = Path("/proc")
-MACHINE = Path("/etc/machine-id")
-INITIAL = "4026531836"  # the pid namespace outside of all containers: this number on every Linux kernel
-NAME = re.compile(r"[0-9a-f]{8}-([0-9a-f]{8})?-[0-9]*-[1-9][0-9]*-[0-9]*")
-SAME = 2  # seconds by which two readings of a create_time may differ
+MACHINE_ID = Path("/etc/machine-id")
+INITIAL_NAMESPACE = (
+    "4026531836"  # the pid namespace outside of all containers: this number on every Linux kernel
+)
+ID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{8})?-[0-9]*-[1-9][0-9]*-[0-9]*")
+START_TOLERANCE = 2  # seconds by which two readings of a create_time may differ
 
 
-def me() -> str:
-    return _name(os.getpid())
+def own_id() -> str:
+    return _id(os.getpid())
 
 
-def place() -> str:
-    """Where processes can see each other: one boot of one host, one pid namespace."""
-    return me().rpartition("-")[0].rpartition("-")[0]
+def pid_scope() -> str:
+    """Processes with the same scope can see each other: one boot of one host, one pid namespace."""
+    return own_id().rpartition("-")[0].rpartition("-")[0]
 
 
 def host() -> str:
     return socket.gethostname()
 
 
-def state(name: str, heartbeat: float | None = None) -> State:
-    """Of a process that called itself so with `me`; `heartbeat` is the time of its last sign of life, if it gives any."""
-    if not NAME.fullmatch(name):
-        return "dead"  # torn by a power cut
-    *where, pid, start = name.split("-")
-    here = place().split("-")
-    if where == here:
-        return _running(int(pid), start)
-    before = heartbeat is not None and heartbeat < _booted()
-    if where[0] == here[0] and where[2] == here[2] == INITIAL and before:
+def state(process_id: str, heartbeat: float | None = None) -> State:
+    """The state of the process with this id; `heartbeat` is the mtime of the last file it touched, if any."""
+    if not ID.fullmatch(process_id):
+        return "dead"  # a file torn by a power cut
+    *scope, pid, start = process_id.split("-")
+    own_scope = pid_scope().split("-")
+    if scope == own_scope:
+        return _local_state(int(pid), start)
+    before_boot = heartbeat is not None and heartbeat < _boot_time()
+    if scope[0] == own_scope[0] and scope[2] == own_scope[2] == INITIAL_NAMESPACE and before_boot:
         return "dead"
     return "unknown"
 
 
 @cache
-def _name(pid: int) -> str:
-    """By pid, since a forked process inherits the cache."""
-    host_ = _digest(f"{host()}\n{_read(MACHINE)}")
+def _id(pid: int) -> str:
+    """Cached by pid, since a forked process inherits the cache."""
+    host_ = _digest(f"{host()}\n{_read(MACHINE_ID)}")
     boot = _digest(_read(PROC / "sys/kernel/random/boot_id"))
-    return "-".join([host_, boot, _namespace(), str(pid), _start(pid) or ""])
+    return "-".join([host_, boot, _namespace(), str(pid), _start_time(pid) or ""])
 
 
 def _digest(text: str) -> str:
@@ -75,7 +77,7 @@ def _digest(text: str) -> str:
 def _read(file: Path) -> str:
     try:
         return file.read_text().strip()
-    except OSError:  # absent, or not for us to read
+    except OSError:  # absent, or no permission
         return ""
 
 
@@ -86,28 +88,30 @@ def _namespace() -> str:
         return ""
 
 
-def _running(pid: int, start: str) -> State:
-    now = _start(pid)
+def _local_state(pid: int, start: str) -> State:
+    now = _start_time(pid)
     if now is None:
         return "dead"
     if not now or not start:
         return "unknown"
-    within = 0 if _read(PROC / "sys/kernel/random/boot_id") else SAME
-    return "alive" if abs(int(now) - int(start)) <= within else "dead"
+    tolerance = 0 if _read(PROC / "sys/kernel/random/boot_id") else START_TOLERANCE
+    return "alive" if abs(int(now) - int(start)) <= tolerance else "dead"
 
 
-def _start(pid: int) -> str | None:
-    """When a process of this pid namespace started: in clock ticks since boot, or in seconds since 1970 without /proc. None: there
-    is no such process. Empty: there is one, and no more can be seen of it (another user's where /proc hides those, Linux
-    without /proc)."""
+def _start_time(pid: int) -> str | None:
+    """When a process of this pid namespace started: in clock ticks since boot, or without /proc in seconds since 1970.
+
+    None: there is no such process. Empty: it exists, but its start time is hidden (another user's process under a restricted
+    /proc, Linux without /proc).
+    """
     if not _exists(pid):
         return None
     try:
-        mine = os.readlink(PROC / "self")
+        self_pid = os.readlink(PROC / "self")
     except OSError:
-        return _created(pid)
-    if mine != str(os.getpid()) and pid != os.getpid():
-        return ""  # /proc of the namespace outside: a pid there is another process
+        return _create_time(pid)
+    if self_pid != str(os.getpid()) and pid != os.getpid():
+        return ""  # /proc belongs to the outer namespace, where the same pid is another process
     stat = _read(PROC / ("self" if pid == os.getpid() else str(pid)) / "stat")
     if not stat:
         return "" if _exists(pid) else None
@@ -121,11 +125,11 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # another user's
+        return True  # another user's process
     return True
 
 
-def _created(pid: int) -> str | None:
+def _create_time(pid: int) -> str | None:
     import psutil
 
     try:
@@ -134,9 +138,9 @@ def _created(pid: int) -> str | None:
     except (
         psutil.Error,
         OSError,
-    ):  # on Linux psutil reads /proc, too; the process is there, as the caller found
+    ):  # on Linux psutil reads /proc, too; the caller has seen that the process exists
         return ""
 
 
-def _booted() -> float:
+def _boot_time() -> float:
     return time.time() - float((_read(PROC / "uptime") or "inf").split()[0])

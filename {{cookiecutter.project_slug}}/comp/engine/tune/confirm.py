@@ -13,7 +13,7 @@ from comp.engine import hardware
 from comp.engine.bank import bank, predictions, score
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint, runner
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune import report
 from comp.engine.tune.confirmed import fresh, spread
 from comp.engine.tune.study import Joined, setting_of
@@ -47,8 +47,8 @@ def confirm(joined: Joined, n: int) -> None:
                 if stop.asked:
                     raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
             values.append(_score(joined, context, name, seed))
-        store.write_json(
-            store.run_folder(name) / "confirmed.json", {"seeds": fresh(joined), "scores": values}
+        artifacts.write_json(
+            paths.run_folder(name) / "confirmed.json", {"seeds": fresh(joined), "scores": values}
         )
         print(
             f"trial {trial.number}: {spread(values)} over {len(values)} fresh seeds, {trial.values[0]:.4f} in the search",
@@ -61,7 +61,7 @@ def confirm(joined: Joined, n: int) -> None:
 def _score(joined: Joined, context: Any, name: str, seed: int) -> float:
     facts = (context.samples, context.folds)
     sets = [
-        bank.read(store.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
+        bank.read(paths.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
     ]
     record = score.evaluate(context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.space))
     value = record["oof"] if record["oof"] is not None else record["mean"]

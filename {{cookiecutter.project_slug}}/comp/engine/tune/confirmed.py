@@ -8,7 +8,7 @@ import statistics
 from optuna.trial import TrialState
 
 from comp.engine.bank import score
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune.study import Joined
 from comp.engine.tune.trial import name_of
 
@@ -26,9 +26,9 @@ def scores(joined: Joined) -> dict[int, list[float]]:
     found = {}
     for trial in joined.study.get_trials(deepcopy=False):
         if trial.state == TrialState.COMPLETE:
-            file = store.run_folder(name_of(joined, trial)) / "confirmed.json"
+            file = paths.run_folder(name_of(joined, trial)) / "confirmed.json"
             if file.exists():
-                found[trial.number] = store.read_json(file)["scores"]
+                found[trial.number] = artifacts.read_json(file)["scores"]
     return found
 
 

@@ -16,7 +16,7 @@ from comp.engine.config import resolve, run_members, yaml_lines
 from comp.engine.data import folds, samples
 from comp.engine.errors import Refused
 from comp.engine.run import fingerprint
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune.study import Joined, setting_of
 from comp.engine.tune.trial import count_of, name_of, ranked
 
@@ -24,27 +24,27 @@ FOLD_FILES = ("weights.safetensors", "log.jsonl", "code.diff")
 
 
 def export(joined: Joined, name: str, number: int | None) -> None:
-    file = store.path("configs", f"{name}.yaml")
+    file = paths.path("configs", f"{name}.yaml")
     if not fingerprint.NAME.fullmatch(name):
         raise Refused(f"--export {name!r}: a name is made of letters, digits, _, - and .")
-    for taken in (file, store.run_folder(name)):
+    for taken in (file, paths.run_folder(name)):
         if taken.exists():
-            raise Refused(f"--export {name}: {store.shown(taken)} is there already; take another name")
+            raise Refused(f"--export {name}: {paths.relative(taken)} is there already; take another name")
     trial = _chosen(joined, number)
     setting = setting_of(joined.space, trial)
-    base = joined.experiment if store.path("configs", f"{joined.experiment}.yaml").exists() else "base"
-    own = resolve.flat(resolve.load(store.root(), base).config.model_dump())
+    base = joined.experiment if paths.path("configs", f"{joined.experiment}.yaml").exists() else "base"
+    own = resolve.flat(resolve.load(paths.root(), base).config.model_dump())
     wanted = resolve.flat(joined.cfg.model_dump()) | setting
     changed = {k: v for k, v in wanted.items() if own.get(k) != v and resolve.changes_results([f"{k}="])}
     text = (
         _header(joined, trial, name) + f"base: {base}\n\n" + yaml_lines.dump(_nested(changed)) * bool(changed)
     )
-    store.write_text(file, text)
-    print(f"written: {store.shown(file)}, {len(changed)} knobs of {base} changed")
+    artifacts.write_text(file, text)
+    print(f"written: {paths.relative(file)}, {len(changed)} knobs of {base} changed")
     moved = _as_run(joined, trial, name)
     every = joined.cfg.competition.folds.k * joined.cfg.competition.folds.repeats
     if moved:
-        print(f"written: {store.shown(store.run_folder(name))}, {moved} of {every} folds trained already")
+        print(f"written: {paths.relative(paths.run_folder(name))}, {moved} of {every} folds trained already")
     else:
         print("its weights are not on this machine any more, so its folds will be trained again")
     print(f"next: comp train {name}")
@@ -84,34 +84,34 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
     """Copy what is finished and say anew what it belongs to. `comp train` finds it done and adds the test rows."""
-    cfg = resolve.load(store.root(), name).config
+    cfg = resolve.load(paths.root(), name).config
     table = samples.load()
     split = folds.load(table)
     old, seed = name_of(joined, trial), joined.cfg.train.seeds[0]
-    places = [(n, store.fold_folder(old, seed, n)) for n in range(count_of(joined))]
+    places = [(n, paths.fold_folder(old, seed, n)) for n in range(count_of(joined))]
     ready = [
         (n, place)
         for n, place in places
-        if store.sealed(place / FOLD_FILES[0]) and store.sealed(place / "oof.arrow")
+        if artifacts.manifest_entry(place / FOLD_FILES[0]) and artifacts.manifest_entry(place / "oof.arrow")
     ]
     if not ready:
         return 0
     fingerprint.same_images(old, cfg)
     fingerprint.claim(name, cfg, split, f"comp train {name}")
     for number, place in ready:
-        target = store.fold_folder(name, seed, number)
+        target = paths.fold_folder(name, seed, number)
         target.mkdir(parents=True, exist_ok=True)
         for each in FOLD_FILES:
             _copied(place / each, target / each)
         for inside in run_members.kept(cfg):
             _copied(place / inside / bank.WEIGHTS, target / inside / bank.WEIGHTS)
-            store.seal(target / inside / bank.WEIGHTS)
+            artifacts.add_to_manifest(target / inside / bank.WEIGHTS)
         if _copied(place / "optimism.json", target / "optimism.json"):
-            store.seal(target / "optimism.json")
-        kept = store.sealed(place / FOLD_FILES[0]) or {}
+            artifacts.add_to_manifest(target / "optimism.json")
+        kept = artifacts.manifest_entry(place / FOLD_FILES[0]) or {}
         said = bank.read(place / "oof.arrow", table, split)
-        store.verified(place / FOLD_FILES[0])
-        store.seal(target / FOLD_FILES[0], log=kept["log"])
+        artifacts.verified(place / FOLD_FILES[0])
+        artifacts.add_to_manifest(target / FOLD_FILES[0], log=kept["log"])
         meta = dict(said.meta) | {"run": name, "weights": bank.weights_of(target)}
         bank.write(target / "oof.arrow", PredictionSet(said.row, said.fold, said.heads, meta))
     return len(ready)
@@ -120,6 +120,6 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
 def _copied(file: Path, target: Path) -> bool:
     if not file.exists():
         return False
-    with store.writing(target) as temporary:
+    with artifacts.atomic(target) as temporary:
         shutil.copy2(file, temporary)
     return True

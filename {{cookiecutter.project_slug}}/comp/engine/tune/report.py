@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from comp.engine.report import html
 from comp.engine.run import tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, locks, paths
 from comp.engine.tune import confirmed, live
 from comp.engine.tune.study import counted, setting_of
 from comp.engine.tune.trial import ranked
@@ -28,7 +28,7 @@ def write(joined: Joined) -> list[Path]:
     done = [t for t in joined.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     if not done:
         return []
-    with store.lock(joined.folder, "writing its report", wait=True):
+    with locks.lock(joined.folder, "writing its report", wait=True):
         images = _pictures(joined, done)
         _page(joined, images)
         with tracking.open_run(
@@ -77,7 +77,7 @@ def _drawn(draw: Callable[[], Any], file: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental, tight layout
         figure = np.ravel(draw())[0].figure
-        with store.writing(file) as temporary:
+        with artifacts.atomic(file) as temporary:
             figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight")
     plt.close("all")
     return file
@@ -148,7 +148,7 @@ def tell(joined: Joined) -> None:
     trials = counted(joined.study.get_trials(deepcopy=False))
     ended = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL) for t in trials)
     print(
-        f"{joined.name}: {ended} of {joined.total} trials; written: {store.shown(joined.folder)}/report.html and its pictures"
+        f"{joined.name}: {ended} of {joined.total} trials; written: {paths.relative(joined.folder)}/report.html and its pictures"
     )
     if any(t.state == TrialState.COMPLETE for t in trials):
         print(

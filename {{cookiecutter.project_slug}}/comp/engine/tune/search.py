@@ -13,7 +13,7 @@ from comp.engine import hardware
 from comp.engine.bank import score
 from comp.engine.config import experiments, resolve
 from comp.engine.errors import Refused
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune import live, report, space, study, study_config, trial
 from comp.engine.tune import storage as storages
 from comp.engine.tune.space import Setting
@@ -119,7 +119,7 @@ def _work(joined: Joined, stop: hardware.Stop, deadline: float) -> None:
             error = _frozen(joined, asked.number).user_attrs.get("error", {})
             raise Refused(
                 f"{joined.name}: {SAME} trials in a row failed, the last with: {error.get('message')}; "
-                f"{store.shown(store.run_folder(trial.name_of(joined, asked)))}/error.txt has all of it"
+                f"{paths.relative(paths.run_folder(trial.name_of(joined, asked)))}/error.txt has all of it"
             )
         if state == TrialState.COMPLETE:
             trial.keep_best(joined, KEPT)
@@ -180,7 +180,7 @@ def join(
     url = storages.address(name, storage)
     metric = score.metric_of(cfg)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder = store.study_folder(name)
+    folder = paths.study_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     directions: list[Direction] = ["maximize" if metric.direction == "max" else "minimize"]
     directions += ["minimize"] * (len(chosen.objectives) - 1)
@@ -215,7 +215,7 @@ def _agree(joined: Joined, loaded: resolve.Loaded) -> None:
     folds.validate_plan(split, loaded)
     identity: dict[str, Any] = {
         **{key: space.label(value) for key, value in resolve.identity(joined.cfg).items()},
-        "space": store.digest([repr(knob) for knob in joined.space.knobs]),
+        "space": artifacts.digest([repr(knob) for knob in joined.space.knobs]),
         "objectives": ",".join(joined.space.objectives),
         "folds searched": joined.space.folds,
         "seed": joined.cfg.train.seeds[0],
@@ -224,7 +224,7 @@ def _agree(joined: Joined, loaded: resolve.Loaded) -> None:
     }
     before = joined.study.user_attrs.get("identity")
     if before is None:
-        joined.study.set_user_attr("birth", store.digest(time.time_ns())[:6])
+        joined.study.set_user_attr("birth", artifacts.digest(time.time_ns())[:6])
         joined.study.set_user_attr("experiment", joined.experiment)
         joined.study.set_user_attr("metric", score.metric_of(joined.cfg).name)
         joined.study.set_user_attr("identity", identity)
@@ -233,7 +233,7 @@ def _agree(joined: Joined, loaded: resolve.Loaded) -> None:
     if changed:
         raise Refused(
             f"study {joined.name} was begun with another {', '.join(changed)}; give the space file another name, "
-            f"or move {store.shown(joined.folder)} away",
+            f"or move {paths.relative(joined.folder)} away",
             *(f"  {key}: {before.get(key)!r} there, {identity[key]!r} here" for key in changed),
         )
 
@@ -273,7 +273,7 @@ def _earlier(joined: Joined) -> list[tuple[str, dict[str, Any]]]:
 
 def studies(storage: str | None = None) -> list[tuple[optuna.storages.RDBStorage, str]]:
     """Every study of the project: one database a folder, and those behind the URL `storage`."""
-    files = sorted(store.path("studies").glob("*/study.db"))
+    files = sorted(paths.path("studies").glob("*/study.db"))
     bases = [storages.connect(f"sqlite:///{file}") for file in files]
     if storage is not None:
         bases.append(storages.connect(storage))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from comp.engine.errors import Refused
-from comp.engine.store import secrets, store
+from comp.engine.store import paths, secrets
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -27,7 +27,7 @@ BEAT, GRACE = (
 
 def address(name: str, storage: str | None) -> str:
     if storage is None:
-        return f"sqlite:///{store.study_folder(name) / 'study.db'}"
+        return f"sqlite:///{paths.study_folder(name) / 'study.db'}"
     for scheme in ("postgresql://", "postgres://"):
         if storage.startswith(scheme):
             return storage.replace(scheme, "postgresql+psycopg://", 1)

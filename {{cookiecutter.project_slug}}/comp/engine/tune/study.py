@@ -189,7 +189,7 @@ def take(joined: Joined) -> tuple[Trial, Setting] | None:
             joined.storage.record_heartbeat(
                 trial._trial_id
             )  # or a machine that dies now would never be missed
-            trial.set_user_attr("worker", process.me())
+            trial.set_user_attr("worker", process.own_id())
             reason = None if "retry_of" in trial.user_attrs else needless(joined, trial, setting)
             if full and reason is None and "retry_of" not in trial.user_attrs:
                 reason = _behind(joined, trial, setting)
@@ -246,7 +246,7 @@ def memory_of(cfg: Config, setting: Mapping[str, Any]) -> dict[str, Any]:
     from comp.engine.tune.space import own
 
     values = own(cfg) | dict(setting)
-    like = [values["model.name"], values["train.amp"], values["data.channels"], process.place()]
+    like = [values["model.name"], values["train.amp"], values["data.channels"], process.pid_scope()]
     return {"like": like, "sizes": [values[key] for key in MEMORY]}
 
 

@@ -18,7 +18,7 @@ from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.config.schema import Config as Knobs
 from comp.engine.errors import Refused, UserError
-from comp.engine.store import store
+from comp.engine.store import paths
 from comp.engine.tune.space import Knob, Setting, Space, Value, applied, own
 
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
@@ -36,8 +36,8 @@ USELESS = {
 
 def read(name: str, cfg: Config, experiment: str) -> Space:
     """The space of configs/tune/<name>.yaml, checked against the experiment. All mistakes are reported at once."""
-    file = store.path("configs", "tune", f"{name}.yaml")
-    shown = store.shown(file)
+    file = paths.path("configs", "tune", f"{name}.yaml")
+    shown = paths.relative(file)
     if not file.is_file():
         known = sorted(f.stem for f in file.parent.glob("*.yaml"))
         close = f"; the nearest is {nearest(name, known)[0]}" if known else ""

@@ -17,7 +17,7 @@ from comp.engine.bank import bank, predictions, score
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
 from comp.engine.run import fingerprint, runner, tracking
-from comp.engine.store import store
+from comp.engine.store import artifacts, paths
 from comp.engine.tune import live
 from comp.engine.tune.space import Setting, applied
 from comp.engine.tune.study import Heartbeat, Joined, memory_of
@@ -43,7 +43,7 @@ def run(joined: Joined, trial: Trial, setting: Setting, stop: hardware.Stop, unt
     """To its end, which is told to the study last of all. What ends a trial early says so in its user_attrs first."""
     from comp.engine.run.distributed import Pruned
 
-    folder = store.run_folder(name_of(joined, trial))
+    folder = paths.run_folder(name_of(joined, trial))
     attrs: dict[str, Any] = {}
     values = None
     try:
@@ -62,7 +62,7 @@ def run(joined: Joined, trial: Trial, setting: Setting, stop: hardware.Stop, unt
         attrs = {"error": {"kind": kind, "message": str(error).strip().split("\n")[0][:300]}}
         if kind == "memory":
             attrs["memory"] = memory_of(joined.cfg, setting)
-        store.write_text(folder / "error.txt", traceback.format_exc())
+        artifacts.write_text(folder / "error.txt", traceback.format_exc())
     else:
         state = TrialState.COMPLETE
     for key, value in attrs.items():
@@ -95,7 +95,7 @@ def kind_of(error: Exception) -> str:
 
 
 def name_of(joined: Joined, trial: Trial | FrozenTrial) -> str:
-    return store.trial_run(joined.name, int(trial.user_attrs["folder"]))
+    return paths.trial_run(joined.name, int(trial.user_attrs["folder"]))
 
 
 def objective(
@@ -105,7 +105,7 @@ def objective(
     fingerprint.same_images(name, cfg)
     context = runner.gather(cfg)
     fingerprint.claim(name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
-    folder = store.run_folder(name)
+    folder = paths.run_folder(name)
     (folder / "error.txt").unlink(missing_ok=True)
     log_file = folder / "log.jsonl"
     log = tracking.open_run(
@@ -222,7 +222,7 @@ def watched(report: dict[str, Any]) -> float:
 
 
 def last_epoch(name: str, seed: int, number: int) -> dict[str, Any]:
-    log = store.fold_folder(name, seed, number) / "log.jsonl"
+    log = paths.fold_folder(name, seed, number) / "log.jsonl"
     return [line for line in tracking.read(log) if "epoch" in line][-1]
 
 
@@ -230,7 +230,7 @@ def scored(joined: Joined, name: str, context: Context) -> dict[str, Any]:
     """The same number as the run would have, over the folds that were trained."""
     seed, facts = context.cfg.train.seeds[0], (context.samples, context.folds)
     sets = [
-        bank.read(store.fold_folder(name, seed, number) / "oof.arrow", *facts)
+        bank.read(paths.fold_folder(name, seed, number) / "oof.arrow", *facts)
         for number in range(count_of(joined))
     ]
     whole = predictions.merge(sets, *facts, context.cfg.predict.space)
@@ -265,7 +265,7 @@ def milliseconds(context: Context) -> float:
 
 def drop_weights(joined: Joined, trial: Trial | FrozenTrial) -> None:
     """Weights and states are what costs space; logs and predictions stay."""
-    folder = store.run_folder(name_of(joined, trial))
+    folder = paths.run_folder(name_of(joined, trial))
     for fold in folder.glob("seed*/fold*"):
         for file in [
             *fold.glob("state-*.pt"),
@@ -273,7 +273,7 @@ def drop_weights(joined: Joined, trial: Trial | FrozenTrial) -> None:
             *fold.glob("epoch-*.safetensors"),
         ]:
             file.unlink(missing_ok=True)
-            store.unseal(file)
+            artifacts.remove_from_manifest(file)
 
 
 def keep_best(joined: Joined, n: int) -> None:
@@ -290,4 +290,4 @@ def ranked(joined: Joined, trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def trash(name: str) -> None:
-    shutil.rmtree(store.run_folder(name), ignore_errors=True)
+    shutil.rmtree(paths.run_folder(name), ignore_errors=True)
