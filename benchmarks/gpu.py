@@ -29,6 +29,7 @@ def loader(said: list[str], batch: int, side: int) -> dict[str, float]:
     from comp import data
     from comp.engine import hardware
     from comp.engine.config import resolve
+    from comp.engine.run import data_loader
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -37,7 +38,7 @@ def loader(said: list[str], batch: int, side: int) -> dict[str, float]:
         table = project(root, [files[i % len(files)] for i in range(count)], CLASSES)
         cfg = resolve.load(root, "exp001", said).config
         device = hardware.device(cfg.machine.device)
-        loader = data.Loader(cfg, table, device)
+        loader = data_loader.Loader(cfg, table, device)
         rates, began = [], time.perf_counter()
         plan = data.training_batches(table.positions("train"), batch, 0, 0, 0)
         for number, _ in enumerate(loader.batches(plan), 1):

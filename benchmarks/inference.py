@@ -54,9 +54,9 @@ def main() -> None:
     import timm
     import torch
 
-    from comp import data, transforms
+    from comp import transforms
     from comp.engine.config import resolve
-    from comp.engine.run import normalize
+    from comp.engine.run import data_loader, normalize
     from comp.engine.run import views as tta
     from comp.engine.run.evaluate import forward_rows
 
@@ -68,7 +68,7 @@ def main() -> None:
         overrides = ["competition.raw=raw", "data.size=224", "data.channels=3", "augment=none"]
         overrides += ["data.cache=false", "machine.gpu_cache_mb=0", "machine.num_workers=1"]
         cfg = resolve.load(root, "exp001", overrides).config
-        loader = data.Loader(cfg, table, torch.device("cpu"))
+        loader = data_loader.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("mobilenetv3_small_100", num_classes=10).eval()
         seen = transforms.Preprocess(
             normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0))

@@ -64,7 +64,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
 
     from comp import competition, data, transforms
     from comp.engine.config import resolve
-    from comp.engine.run import normalize
+    from comp.engine.run import data_loader, normalize
     from comp.engine.store import paths
 
     competition.recipe = recipe
@@ -77,7 +77,7 @@ def ours(table: Any, recipe: Any, epochs: int, normalise: bool) -> tuple[Callabl
     ]
     cfg = resolve.load(paths.root(), "exp001", overrides).config
     began = time.perf_counter()
-    loader = data.Loader(cfg, table, torch.device("cpu"))
+    loader = data_loader.Loader(cfg, table, torch.device("cpu"))
     rows, epoch = table.positions("train"), 0
     seen = transforms.Preprocess(
         normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0))

@@ -41,10 +41,10 @@ def compared(
     import timm
     import torch
 
-    from comp import data, optim, train
+    from comp import optim, train
     from comp.engine import hardware
     from comp.engine.config import resolve
-    from comp.engine.run import evaluate, torch_compile, tracking
+    from comp.engine.run import data_loader, evaluate, torch_compile, tracking
     from comp.engine.run.context import Context
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
@@ -80,7 +80,7 @@ def compared(
                 scaler.update()
                 optimizer.zero_grad()
 
-        class Paused(data.Loader):
+        class Paused(data_loader.Loader):
             """A bare block stands before every block of the loop. The first of each warms up."""
 
             def batches(self, plan: Any, *more: Any) -> Iterator[Any]:

@@ -41,14 +41,14 @@ def step(blocks: int, steps: int) -> dict[str, Any]:
     import torch
 
     from comp import data, transforms
-    from comp.engine.run import normalize
+    from comp.engine.run import data_loader, normalize
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         table = project(root, jpegs(root / "raw", 64, 10, side=256))
         cfg = config(root, "fast", SIZE, 1)
-        loader = data.Loader(cfg, table, torch.device("cpu"))
+        loader = data_loader.Loader(cfg, table, torch.device("cpu"))
         module = timm.create_model("resnet18", num_classes=10)
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
         seen = transforms.Preprocess(
@@ -108,6 +108,7 @@ def measure(rows: int) -> None:
     import torch
 
     from comp import data
+    from comp.engine.run import data_loader
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -115,7 +116,7 @@ def measure(rows: int) -> None:
         table = project(root, [files[i % len(files)] for i in range(max(rows, BATCH))])
         cfg = config(root, "medium", 224, WORKERS)
         began = time.perf_counter()
-        loader = data.Loader(cfg, table, torch.device("cpu"))
+        loader = data_loader.Loader(cfg, table, torch.device("cpu"))
         positions = table.positions("train")
         batches = loader.batches(data.training_batches(positions, BATCH, 0, 0, 0))
         next(batches)
@@ -130,9 +131,9 @@ def measure(rows: int) -> None:
 def memory() -> dict[str, Any]:
     empty, small, large = held(0), held(1000), held(1_000_000)
     batch = BATCH * 224 * 224 * 3
-    from comp.engine.data.workers import AHEAD
+    from comp.engine.run.data_loader import PREFETCH
 
-    room = batch * AHEAD * WORKERS
+    room = batch * PREFETCH * WORKERS
     return {
         "megabytes above an empty set": {
             "1,000 rows": round((small["private"] - empty["private"]) / 1e6, 1),

@@ -15,7 +15,7 @@ from comp import data, losses, transforms
 from comp.engine.data import samples
 from comp.engine.data.seeding import fold_in
 from comp.engine.errors import UserError
-from comp.engine.run import augment_grid, gpu_augment, policies, runner
+from comp.engine.run import augment_grid, data_loader, gpu_augment, policies, runner
 from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
@@ -105,7 +105,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
             "augment.disable_last_epochs=1",
             *overrides,
         )
-        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
+        loader = data_loader.Loader(cfg, samples.load(), torch.device("cpu"))
         return [
             p.numpy().tobytes()
             for epoch in (1, 2)
@@ -284,7 +284,7 @@ def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) ->
     cfg = config(*TINY, "augment.recipe=light", "augment.progressive_sizes=[16,24,32]", "train.epochs=7")
     assert [transforms.epoch_augment(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
-    loader = data.Loader(cfg, table, torch.device("cpu"))
+    loader = data_loader.Loader(cfg, table, torch.device("cpu"))
     rows = table.positions("train")[:64]
     ink = []
     for epoch in (0, 4, 6):
@@ -313,7 +313,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "Affine",
         "trivial",
         "ShearX",
-        "erase(0.5)",
+        "random_erasing(0.5)",
         "mixup",
         "cutmix",
         "mosaic",

@@ -15,7 +15,7 @@ from conftest import config
 from PIL import Image
 
 from comp import models, transforms
-from comp.data import Index, Loader, sequential_batches
+from comp.data import Index, sequential_batches
 from comp.engine import cli
 from comp.engine.data import cache, image_reader, make_folds, prepare, samples
 from comp.engine.data.samples import Samples
@@ -24,6 +24,7 @@ from comp.engine.errors import UserError
 from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
 from comp.engine.run import augment_grid, normalize, views
+from comp.engine.run.data_loader import Loader
 from comp.engine.run.normalize import Normalize
 from comp.engine.store import paths
 from comp.engine.tasks.kinds import Head

@@ -18,9 +18,9 @@ from test_training import TINY, refusal
 from comp import data, losses
 from comp.data import Batch
 from comp.engine import cli, hardware, pages
-from comp.engine.data import folds, samples, workers
+from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
-from comp.engine.run import microbatch, runner, tracking
+from comp.engine.run import data_loader, microbatch, runner, tracking
 from comp.engine.store import artifacts
 
 
@@ -140,7 +140,7 @@ def test_pieces_of_several_images_a_sample_keep_their_owners() -> None:
     batch = Batch(
         torch.tensor([7, 8, 9]).numpy(), torch.arange(6)[:, None], torch.arange(6).numpy(), {}, owner
     )
-    one, two = batch.cut(2)
+    one, two = batch.split(2)
     assert (
         one.images.flatten().tolist() == [0, 1, 2]
         and one.owner is not None
@@ -157,7 +157,7 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
 
     def drawn(workers: int, victim: int | None = None) -> list[bytes]:
         cfg = config(f"machine.num_workers={workers}", "machine.progress=false", "augment=heavy")
-        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
+        loader = data_loader.Loader(cfg, samples.load(), torch.device("cpu"))
         out = []
         for number, batch in enumerate(loader.batches(data.training_batches(rows, 2, 7, 0, 0))):
             out.append(batch.images.numpy().tobytes())
@@ -167,12 +167,12 @@ def test_a_loader_that_dies_is_started_once_more_with_fewer_and_gives_the_same_b
         return out
 
     assert drawn(2, victim=3) == drawn(0) and len(drawn(0)) == 32
-    assert "on with 1 from where it stopped" in capsys.readouterr().err
+    assert "restarted with num_workers=1" in capsys.readouterr().err
 
 
 def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
     table = samples.load()
-    loader = data.Loader(
+    loader = data_loader.Loader(
         config("machine.num_workers=1", "machine.progress=false", "augment=heavy"), table, torch.device("cpu")
     )
     seen = set()
@@ -185,14 +185,14 @@ def test_loader_processes_stay_over_epochs_and_folds(project: Path) -> None:
 
 def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what a worker raises is no death."""
-    loader = data.Loader(
+    loader = data_loader.Loader(
         config("machine.num_workers=2", "machine.progress=false"), samples.load(), torch.device("cpu")
     )
 
     def dying(loader: Any) -> Any:
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
-    monkeypatch.setattr(workers, "undisturbed", dying)
+    monkeypatch.setattr(data_loader, "without_signal_handler", dying)
     plan = data.training_batches(samples.load().positions("train"), 8, 0, 0, 0)
     assert "machine.num_workers=0" in refusal(lambda: list(loader.batches(plan)))
 
@@ -205,7 +205,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused(
 ) -> None:
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    loader = workers.WorkerPool[list[int], list[int]](
+    loader = data_loader.WorkerPool[list[int], list[int]](
         data.ImageDataset.__new__(data.ImageDataset), list, 1, False
     )
     with pytest.raises(UserError, match=r"TMPDIR: .* is too long for the sockets"):

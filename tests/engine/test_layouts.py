@@ -290,8 +290,9 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
 
 def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
     from comp import models
-    from comp.data import Loader, sequential_batches
+    from comp.data import sequential_batches
     from comp.engine.run import runner
+    from comp.engine.run.data_loader import Loader
 
     for i in range(8):
         for n in range(1 + i % 2):

@@ -17,7 +17,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Positions
 from comp.engine.errors import UserError
-from comp.engine.run import normalize, pixel_stats, runner
+from comp.engine.run import data_loader, normalize, pixel_stats, runner
 from comp.engine.store import paths
 
 TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "augment.recipe=none"]
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
     """The training part as the network gets it."""
     table = samples.load()
-    loader = data.Loader(cfg, table, CPU)
+    loader = data_loader.Loader(cfg, table, CPU)
     module = models.build(cfg, table.heads, pretrained=False)
     pixel_stats.fit_pixel_stats(cfg, module, loader, rows)
     seen = transforms.Preprocess(normalize.build(cfg, module, CPU))

@@ -22,7 +22,7 @@ from comp.engine import cli, pages
 from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.errors import UserError
-from comp.engine.run import evaluate, runner, views
+from comp.engine.run import data_loader, evaluate, runner, views
 from comp.engine.store import artifacts
 
 TINY = [
@@ -74,7 +74,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
 
     def drawn(workers: int, first: int = 0) -> list[bytes]:
         cfg = config(*TINY[2:], f"machine.num_workers={workers}", "augment=heavy")
-        loader = data.Loader(cfg, samples.load(), torch.device("cpu"))
+        loader = data_loader.Loader(cfg, samples.load(), torch.device("cpu"))
         plans = [data.training_batches(rows, 8, 7, epoch, first) for epoch in range(2)]
         return [p.numpy().tobytes() for plan in plans for batch in loader.batches(plan) for p in batch.images]
 

@@ -24,7 +24,7 @@ from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
-    from comp.data import Loader
+    from comp.engine.run.data_loader import Loader
 
 Last = Callable[[int], nn.Module]  # features -> the last layer
 BESIDE = 32  # what the metadata is brought to before it joins the image

@@ -272,8 +272,8 @@ def spoken(
 
 
 def context(cfg: Config, table: Samples) -> Context:
-    from comp.data import Loader
     from comp.engine.run.context import Context
+    from comp.engine.run.data_loader import Loader
 
     device = hardware.device(cfg.machine.device)
     loader = Loader(cfg, table, device)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from comp.data import Loader
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
+from comp.engine.run.data_loader import Loader
 
 
 @dataclass(frozen=True)

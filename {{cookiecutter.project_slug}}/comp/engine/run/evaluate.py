@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from comp.data import Loader, sequential_batches
+from comp.data import sequential_batches
 from comp.engine import hardware
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import distributed
+from comp.engine.run.data_loader import Loader
 from comp.transforms import Preprocess
 
 T = TypeVar("T")

@@ -72,7 +72,7 @@ def color_jitter(
         flat = torch.baddbmm(shift, matrix, images.flatten(2))
         return flat.clamp_(0, 1).view_as(images)
 
-    return BatchOp(f"jitter({brightness}, {contrast}, {saturation}, {hue})", apply)
+    return BatchOp(f"color_jitter({brightness}, {contrast}, {saturation}, {hue})", apply)
 
 
 def random_affine(shift: float = 0.08, turn: float = 12.0, scale: float = 0.1) -> BatchOp:
@@ -86,7 +86,7 @@ def random_affine(shift: float = 0.08, turn: float = 12.0, scale: float = 0.1) -
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
-    return BatchOp(f"affine({shift}, {turn}, {scale})", apply)
+    return BatchOp(f"random_affine({shift}, {turn}, {scale})", apply)
 
 
 def horizontal_flip(p: float = 0.5) -> BatchOp:
@@ -94,7 +94,7 @@ def horizontal_flip(p: float = 0.5) -> BatchOp:
         turned = (_uniform(seeds, 3, 1, images) < 2 * p - 1).view(-1, 1, 1, 1)
         return torch.where(turned, images.flip(3), images)
 
-    return BatchOp(f"mirror({p})", apply)
+    return BatchOp(f"horizontal_flip({p})", apply)
 
 
 def random_erasing(
@@ -118,4 +118,4 @@ def random_erasing(
             part.normal_(generator=own)
         return out
 
-    return BatchOp(f"erase({p})", apply)
+    return BatchOp(f"random_erasing({p})", apply)

@@ -39,7 +39,7 @@ class MicroBatches:
 
     def _lay_out(self) -> None:
         torch.manual_seed(self.seed)  # dropout and whatever else draws on the device
-        self.to_do = deque(piece for batch in self.step for piece in batch.cut(self.size))
+        self.to_do = deque(piece for batch in self.step for piece in batch.split(self.size))
 
     @contextmanager
     def fits(self, again: Callable[[], None]) -> Iterator[None]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from comp.data import Loader, sequential_batches
+from comp.data import sequential_batches
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions
+from comp.engine.run.data_loader import Loader
 from comp.engine.run.normalize import build
 
 PICTURES = 20_000  # at most so many are looked at; a mean does not get better with more

@@ -160,9 +160,9 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     import torch
 
     from comp import models, optim
-    from comp.data import Loader
     from comp.engine.run import consistency, distillation, distributed, mixup, views
     from comp.engine.run.context import Context
+    from comp.engine.run.data_loader import Loader
 
     distributed.init()
     views.views(cfg.predict.tta)
