@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from comp.engine import cli, worker
 from comp.engine.config import competition_schema, schema, yaml_lines
 from comp.engine.tasks import kinds
 
@@ -12,10 +13,10 @@ COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "
 
 # Folders and modules of comp/engine, lowest first: what stands on a line imports from lines above it, and from its own folder.
 LAYERS = [
-    ["errors", "text_table", "notebook", "command", "hardware"],
+    ["errors", "text_table", "notebook", "hardware"],
     ["store"],
     ["config"],
-    ["report"],
+    ["report", "command"],
     ["readers"],
     ["tasks"],
     ["data"],
@@ -25,7 +26,6 @@ LAYERS = [
     ["tune"],
     ["deliver"],
     ["extras"],
-    ["train_commands", "model_commands", "tune_commands"],
     ["cli", "worker"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
@@ -34,7 +34,7 @@ LIGHT = [
     "competition",
     "metrics",
     "engine.cli",
-    "engine.train_commands",
+    "engine.command",
     "engine.config.resolve",
     "engine.store.artifacts",
     "engine.tasks.kinds",
@@ -123,6 +123,47 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
     ).stdout
     assert "--fold" in said and not HEAVY & set(said.split())
+
+
+def functions(target: str) -> dict[str, ast.FunctionDef]:
+    """The functions of the module in "module:function"."""
+    file = COMP / "engine" / f"{target.partition(':')[0].replace('.', '/')}.py"
+    return {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_verb_calls_a_function_that_takes_its_arguments() -> None:
+    """Each argument is a parameter of the verb's function, or of the one that is called instead; nothing is left without a value."""
+    for name, verb in cli.VERBS.items():
+        given = {
+            options.get("dest") or names[-1].lstrip("-").replace("-", "_")
+            for names, options in verb.arguments
+        }
+        assert verb.instead.keys() <= given, name
+        taken = set()
+        for target in (verb.function, *verb.instead.values()):
+            function = functions(target).get(target.partition(":")[2])
+            assert function, f"comp {name}: there is no {target}"
+            parameters = [*function.args.args, *function.args.kwonlyargs]
+            defaults = [None] * (
+                len(function.args.args) - len(function.args.defaults)
+            ) + function.args.defaults
+            required = {
+                parameter.arg
+                for parameter, default in zip(
+                    parameters, [*defaults, *function.args.kw_defaults], strict=True
+                )
+                if default is None
+            }
+            assert required <= given | {"cfg"}, f"comp {name}: {target} lacks {required - given}"
+            taken |= {parameter.arg for parameter in parameters}
+        assert given - taken <= {"steal_lock"} | verb.instead.keys(), (
+            f"comp {name}: no function takes {given - taken}"
+        )
+
+
+def test_every_job_has_its_function() -> None:
+    for target in worker.FUNCTIONS.values():
+        assert target.partition(":")[2] in functions(target), target
 
 
 def test_no_file_is_longer_than_one_sitting() -> None:

@@ -81,20 +81,19 @@ def test_what_is_too_old_says_which_and_how(
     assert cli.main(["tune", "exp001"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(
-        "comp tune needs torch>=2.10, optuna>=5, and here is torch 2.9.1+cu126, no optuna: pip install"
+        "comp tune: needs torch>=2.10, optuna>=5, installed: torch 2.9.1+cu126, no optuna; pip install"
     )
     assert len(said.splitlines()) == 1
     versions |= {"torch": "2.10.0", "optuna": "5.0.0"}
-    command.refuse_older("comp tune", command.NEEDS["tune"])
+    command.check_versions("comp tune", cli.VERBS["tune"].needs)
 
 
 def test_floors_are_those_of_pyproject() -> None:
     listed = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    needs = {need for name, each in cli.VERBS.items() for need in command.needs(name, each)} | set(
-        kaggle.NEEDS
-    )
+    needs = {need for verb in cli.VERBS.values() for need in verb.needs} | set(kaggle.NEEDS)
     assert needs <= set(listed)
-    assert command.NEEDS.keys() <= cli.VERBS.keys() and command.needs("train", cli.VERBS["train"])
+    training = [verb.needs for verb in cli.VERBS.values() if verb.chapter == "training"]
+    assert len(training) == 10 and set(training) == {command.TRAINING}
 
 
 def test_the_notebook_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,80 +1,40 @@
-"""What a verb of the command line is: the function that runs, its help, its arguments, and what it needs installed. The
-verbs themselves stand in cli.py."""
+"""A verb of the command line: its arguments, the function that it calls, and the packages that this function needs."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
-# The project's own environment has all of it; a notebook's image (Kaggle, Colab) may be older. The floors are pyproject's.
-TRAINS = ("torch>=2.10", "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
-NEEDS = {  # of a verb; those of the chapter training need TRAINS
-    "predict": ("torch>=2.10",),  # in a kernel timm comes out of the bundle
-    "tta": TRAINS,
-    "tune": (*TRAINS, "optuna>=5"),
-    "studies": ("optuna>=5",),
-}
-SAME = {
-    "opencv-python-headless": ("opencv-python", "opencv-contrib-python")
-}  # the same cv2 under other names
-
-Args = argparse.Namespace
+# The project's own environment has all of it; a notebook's image (Kaggle, Colab) may be older. The lowest versions are pyproject's.
+TORCH = ("torch>=2.10",)
+TRAINING = (*TORCH, "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
+OTHER_NAMES = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python")}  # each installs cv2
 
 
 class Argument(NamedTuple):
     names: tuple[str, ...]
-    options: dict[str, Any]
+    options: dict[str, Any]  # of argparse's add_argument
 
 
 class Verb(NamedTuple):
     chapter: str
-    run: Callable[[Args], int | None]
+    function: str  # "module:function" in comp.engine
     help: str
     own: tuple[Argument, ...] = ()
-    locks: bool = True  # whether it may meet another process's lock, and so has --steal-lock
+    instead: Mapping[str, str] = {}  # argument -> the function that is called instead when it is given
+    needs: tuple[str, ...] = ()  # packages, like "optuna>=5"
+    locks: bool = True  # whether it takes a lock that another process may hold, and so has --steal-lock
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        return (*self.own, STEAL) if self.locks else self.own
-
-
-def refuse_older(what: str, needs: tuple[str, ...]) -> None:
-    """Before anything is imported: which package is absent or too old, and how to get it."""
-    wrong = []
-    for need in needs:
-        found = re.fullmatch(r"([\w-]+)(>=|==)([\d.]+)", need)
-        assert found, need
-        name, how, floor = found.groups()
-        there = next((v for each in (name, *SAME.get(name, ())) if (v := _installed(each))), "")
-        fine = there and (_numbers(there) >= _numbers(floor) if how == ">=" else there == floor)
-        if not fine:
-            wrong.append((need, f"{name} {there}" if there else f"no {name}"))
-    if wrong:
-        raise Refused(
-            f"{what} needs {', '.join(need for need, _ in wrong)}, and here is {', '.join(is_ for _, is_ in wrong)}: "
-            f"pip install {' '.join(repr(need) for need, _ in wrong)}, then restart the notebook if this is one"
-        )
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """2.10.0+cu128 -> (2, 10, 0)"""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
-
-
-def needs(name: str, verb: Verb) -> tuple[str, ...]:
-    return NEEDS.get(name, TRAINS if verb.chapter == "training" else ())
+        return (*self.own, STEAL_LOCK) if self.locks else self.own
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -88,33 +48,92 @@ def flag(name: str, help: str) -> Argument:
 EXPERIMENT = argument(
     "experiment", help="name of a file in configs/, like exp001, or of a run, like those of --as NAME"
 )
-OVERRIDES = argument(
-    "overrides", nargs="*", metavar="key=value", help="change a knob for this time, like optim.lr=3e-4"
-)
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="override knobs, like optim.lr=3e-4")
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
 ON = argument(
     "--on",
     metavar="WHERE",
-    help="side by side: local (one a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
+    help="run in parallel: local (one process a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
 )
-
-STEAL = flag(
-    "--steal-lock",
-    "take over the lock of a process on another host or in another container that gave no heartbeat for 10 minutes",
-)
+STEAL_LOCK = flag("--steal-lock", "take over the lock of a process on another host or in another container that has not renewed it for 10 minutes")  # fmt: skip
 
 
-def overview(verbs: dict[str, Verb]) -> str:
-    lines = ["usage: comp VERB …", "", "From raw files to a submitted, honestly ensembled prediction."]
+def overview(verbs: Mapping[str, Verb]) -> str:
+    """What comp --help prints."""
+    lines = ["usage: comp VERB …", "", "From raw files to a submitted ensemble with nested scores."]
     for chapter in dict.fromkeys(verb.chapter for verb in verbs.values()):
-        lines += ["", chapter] + [
-            f"  {name:10} {verb.help}" for name, verb in verbs.items() if verb.chapter == chapter
-        ]
-    return "\n".join([*lines, "", "comp VERB --help says more."])
+        lines += ["", chapter]
+        lines += [f"  {name:12} {verb.help}" for name, verb in verbs.items() if verb.chapter == chapter]
+    return "\n".join([*lines, "", "comp VERB --help lists the arguments of a verb."])
 
 
-def parsed(name: str, verb: Verb, arguments: list[str]) -> Args:
+def parse(name: str, verb: Verb, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(f"comp {name}", description=verb.help)
     for names, options in verb.arguments:
         parser.add_argument(*names, **options)
     return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
+
+
+def call(verb: Verb, args: Mapping[str, Any]) -> int:
+    """Calls the verb's function with those arguments that are parameters of it. A parameter `cfg` gets the config of base.yaml and
+    competition.yaml. The exit code is the function's, when it returns an int, and 0 otherwise."""
+    target = next((function for name, function in verb.instead.items() if args.get(name)), verb.function)
+    module, _, function_name = target.partition(":")
+    function: Callable[..., object] = getattr(import_module(f"comp.engine.{module}"), function_name)
+    parameters = inspect.signature(function).parameters
+    given = {name: value for name, value in args.items() if name in parameters}
+    if "cfg" in parameters:
+        from comp.engine.config import resolve
+        from comp.engine.store import paths
+
+        given["cfg"] = resolve.load(paths.root(), "base").config
+    status = function(**given)
+    return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def lock_takeover(wanted: bool) -> Iterator[None]:
+    """--steal-lock, for this call and for the processes that it starts."""
+    if not wanted:
+        yield
+        return
+    from comp.engine.store import locks
+
+    with locks.steal():
+        yield
+
+
+def check_versions(who: str, needs: tuple[str, ...]) -> None:
+    """Which packages are absent or too old, before anything is imported, and how to install them."""
+    wrong, installed = [], []
+    for need in needs:
+        match = re.fullmatch(r"([\w-]+)(>=|==)([\d.]+)", need)
+        assert match, need
+        name, how, wanted = match.groups()
+        version = next((v for each in (name, *OTHER_NAMES.get(name, ())) if (v := _installed(each))), None)
+        if version is None:
+            fine = False
+        else:
+            fine = _numbers(version) >= _numbers(wanted) if how == ">=" else version == wanted
+        if not fine:
+            wrong.append(need)
+            installed.append(f"{name} {version}" if version else f"no {name}")
+    if wrong:
+        raise UserError(
+            "package-version",
+            where=who,
+            what=f"needs {', '.join(wrong)}, installed: {', '.join(installed)}",
+            remedy=f"pip install {' '.join(map(repr, wrong))}, and restart the notebook if this is one",
+        )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.10.0+cu128 -> (2, 10, 0)"""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])

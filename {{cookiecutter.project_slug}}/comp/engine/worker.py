@@ -1,5 +1,8 @@
-"""python -m comp.engine.worker CALL JSON: one job of fan.py. It ends when its standard input does: with whoever started it, however
-that one died, so that a job that begins elsewhere has its folder for itself."""
+"""python -m comp.engine.worker FUNCTION JSON: one job of run/launcher.py, a function of FUNCTIONS with JSON's keyword arguments.
+
+It ends as soon as its standard input is closed, that is with the process that started it, however that one ended: the job may then
+be started again elsewhere, and finds its folder free.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +10,32 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 from comp.engine import hardware
 from comp.engine.errors import UserError
 
-
-def fold(**given: Any) -> None:
-    from comp.engine.run import runner
-
-    runner.part(**given)
-
-
-def trials(**given: Any) -> None:
-    from comp.engine.tune import search
-
-    search.part(**given)
+FUNCTIONS = {  # job -> module:function in comp.engine
+    "fold": "run.runner:part",
+    "trials": "tune.search:part",
+}
 
 
-CALLS: dict[str, Callable[..., None]] = {"fold": fold, "trials": trials}
-
-
-def watch() -> None:
+def exit_with_parent() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 def main() -> int:
-    call, given = sys.argv[1:]
-    threading.Thread(target=watch, daemon=True).start()
+    job, arguments = sys.argv[1:]
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    module, _, name = FUNCTIONS[job].partition(":")
     with hardware.stoppable():
         try:
-            CALLS[call](**json.loads(given))
-        except UserError as refused:
-            print(*refused.lines, sep="\n", flush=True)
+            getattr(import_module(f"comp.engine.{module}"), name)(**json.loads(arguments))
+        except UserError as error:
+            print(*error.lines, sep="\n", flush=True)
             return 2
         except KeyboardInterrupt:
             return hardware.exit_code()

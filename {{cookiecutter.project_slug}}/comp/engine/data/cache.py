@@ -22,8 +22,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from comp.engine import hardware
+from comp.engine.config import experiments
 from comp.engine.config.schema import Config
-from comp.engine.data import build_cache, cache_index, image_reader
+from comp.engine.data import build_cache, cache_index, image_reader, samples
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.readers.decode import Pixels
 from comp.engine.store import locks, paths
@@ -145,6 +147,15 @@ def open_images(cfg: Config, image_keys: Sequence[str], progress: bool, must_fit
             return UncachedImages(reader, names)
         where = cache_index.locate(names, found, cache_index.mapped(file))
     return CachedImages(reader, names, file, where.astype(np.int32))
+
+
+def fill(experiment: str, overrides: Sequence[str]) -> None:
+    """comp cache: decodes every image of the samples, or refuses when they do not fit on the disk."""
+    cfg = experiments.load(experiment, overrides).config
+    hardware.settle(cfg.train.threads)
+    names = sorted({path for images in samples.load().frame["images"] for path in images})
+    open_images(cfg, names, cfg.machine.progress, must_fit=True)
+    print(f"next: comp train {experiment}")
 
 
 def _make(folder: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from comp.engine import text_table
 from comp.engine.config.schema import Config
 from comp.engine.data import cache, folds, image_reader, phash
+from comp.engine.data import samples as table
 from comp.engine.data.samples import Samples
 from comp.engine.readers import arrays
 from comp.engine.readers.arrays import DamagedImage
@@ -125,6 +126,11 @@ def group_names(names: NDArray[Any], copies: Iterable[Iterable[int]]) -> NDArray
 
 
 # --- comp folds --duplicates ---------------------------------------------------------------------------------------------
+
+
+def list_duplicates(cfg: Config) -> None:
+    """comp folds --duplicates: of data/samples.parquet."""
+    report(cfg, table.load())
 
 
 def report(cfg: Config, samples: Samples) -> pd.DataFrame:

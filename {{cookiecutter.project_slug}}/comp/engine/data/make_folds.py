@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from comp.engine.config import competition_schema
 from comp.engine.config.schema import Config
 from comp.engine.data import duplicates, exact_duplicates, fold_audit, fold_balance, folds
+from comp.engine.data import samples as table
 from comp.engine.data.fold_balance import Ints, Keys
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
@@ -58,6 +59,11 @@ class TrainRows:
             group=None if self.group is None else self.group[chosen],
             time=None if self.time is None else self.time[chosen],
         )
+
+
+def make_for_table(cfg: Config, *, remake: bool = False) -> None:
+    """comp folds: of data/samples.parquet."""
+    make(cfg, table.load(), remake)
 
 
 def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:

@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comp.engine.command import refuse_older
+from comp.engine.command import check_versions
 from comp.engine.errors import Refused
 from comp.engine.store import artifacts, paths, secrets
 
@@ -36,7 +36,7 @@ class Unsure(Refused):
 @cache
 def client() -> Any:
     """An authenticated KaggleApi."""
-    refuse_older("talking to Kaggle", NEEDS)  # calls and answers are those of this version
+    check_versions("talking to Kaggle", NEEDS)  # calls and answers are those of this version
     import requests
 
     said = io.StringIO()

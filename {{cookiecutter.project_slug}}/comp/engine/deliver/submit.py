@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,12 +29,19 @@ SENDING = ("file", "kernel")
 
 
 def submit(
-    name: str, message: str, *, force: bool = False, anyway: str | None = None, wait: bool = True
+    name: str,
+    message: str | None = None,
+    *,
+    force: bool = False,
+    anyway: str | None = None,
+    wait: bool = True,
 ) -> None:
+    if message is None:
+        remedy = f'comp submit {name} -m "larger images"; or --dry-run, which submits nothing'
+        raise UserError("message-missing", where="-m", what="a submission needs a message", remedy=remedy)
     message = checked_message(message)
     cfg = resolve.load(paths.root(), "base").config
-    verify.verify(name)
-    file = submission.dry_run(name)
+    file = dry_run(name)
     with locks.lock(paths.path("submissions"), "submitting"):
         sha, ref = artifacts.sha256(file), None
         before = ready(cfg, name, sha, message, force, anyway)
@@ -47,6 +55,12 @@ def submit(
             ref = once(cfg, intent, lambda: kaggle.submit_file(file, text, cfg.competition.slug))
         print(f"sent: {paths.relative(file)} is submission {ref}", flush=True)
     finish(cfg, ref, wait)
+
+
+def dry_run(name: str) -> Path:
+    """Writes and validates the file, and submits nothing."""
+    verify.verify(name)
+    return submission.dry_run(name)
 
 
 def checked_message(message: str) -> str:

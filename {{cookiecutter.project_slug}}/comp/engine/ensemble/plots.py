@@ -28,6 +28,12 @@ STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
 NAMES = ("correlation", "waterfall", "weights", "honest")
 
 
+def blend_and_draw(name: str) -> None:
+    """comp ensemble NAME --plots"""
+    blend.blend(name)
+    draw(name)
+
+
 def draw(name: str) -> list[Path]:
     """After the ensemble is made. Refits it for some numbers of members, so it costs a few times the ensemble itself."""
     declared = blend_config.read(name)

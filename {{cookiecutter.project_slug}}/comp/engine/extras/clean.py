@@ -16,8 +16,8 @@ HALF = (".making", ".rehearsal")  # folders of a killed comp kernel, which its n
 WEIGHTS, STATES = "weights.safetensors", ("state-*.pt", "epoch-*.safetensors")
 
 
-def clean(trash: bool = False, cache: bool = False, state: bool = False, steal: bool = False) -> None:
-    if steal and not (trash or cache or state):
+def clean(trash: bool = False, cache: bool = False, state: bool = False, steal_lock: bool = False) -> None:
+    if steal_lock and not (trash or cache or state):
         raise Refused("--steal-lock has no effect without --trash, --cache or --state")
     if (trash or cache or state) and (busy := _busy()):
         raise Refused(f"{busy}; what it works with is not cleaned away under it")
@@ -28,7 +28,7 @@ def clean(trash: bool = False, cache: bool = False, state: bool = False, steal: 
         freed += _empty(paths.path("data", "cache"))
     if trash:
         freed += _empty(paths.path("runs", ".trash"))
-        freed += sum(_drop(file) for file in list(_parts()) if locks.is_orphan(file, steal))
+        freed += sum(_drop(file) for file in list(_parts()) if locks.is_orphan(file, steal_lock))
         for folder in list(_half_made()):
             freed += _empty(folder)
             folder.rmdir()

@@ -36,7 +36,7 @@ SHOWN = 10  # pictures with copies
 
 
 def audit(seeds: int = 1) -> int:
-    """Prints what it looked at and every leak by name with how it was known; the number of leaks."""
+    """Prints what it looked at and every leak by name with how it was known. Exit code 1 if there is one."""
     from tqdm import tqdm
 
     if seeds < 1:
@@ -82,7 +82,7 @@ def audit(seeds: int = 1) -> int:
         print(text_table.text(["LEAK", "where", "known by"], [[*leak] for leak in leaks]))
     beside = f"; {len(unseen)} not checked, see above" if unseen else ""
     print(f"{len(leaks) or 'no'} leak{'s' * (len(leaks) != 1)}{beside}\nnext: comp runs")
-    return len(leaks)
+    return 1 if leaks else 0
 
 
 def _chance(said: Mapping[str, Mapping[str, float]], selection: float) -> list[Leak]:

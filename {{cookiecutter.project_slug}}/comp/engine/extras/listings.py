@@ -6,6 +6,7 @@ import csv as csv_format
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,9 @@ def spent(folder: Path) -> str:
 # --- bank ----------------------------------------------------------------------------------------------------------------
 
 
-def bank(csv: str | None = None, only: str = "") -> None:
-    """only: a filter, like score>0.9 model~convnext."""
+def bank(csv: str | None = None, filters: Sequence[str] = ()) -> None:
+    """`filters`: conditions that must all hold, like score>0.9 model~convnext."""
+    only = " ".join(filters)
     rows = samples.load()
     split = folds.load(rows)
     if csv is not None:

@@ -25,10 +25,11 @@ PIXELS = 32
 PENS = ("fine", "medium", "bold")  # thirds of the ink on the page: a column that the picture explains
 
 
-def make(raw: Path) -> Path:
-    """Write train.csv, test.csv, sample_submission.csv, train/ and test/ under `raw`. The same bytes every time."""
+def make(raw: Path | None = None) -> Path:
+    """Write train.csv, test.csv, sample_submission.csv, train/ and test/ under `raw` (default: data/raw). The same bytes every time."""
     from tqdm import tqdm
 
+    raw = raw or paths.path("data", "raw")
     answers = _answers()
     if raw.is_dir() and any(raw.iterdir()) and not answers.is_file():
         raise Refused(

@@ -40,6 +40,19 @@ class Wish(NamedTuple):
     weight: float
 
 
+def label(
+    source: str,
+    *,
+    table: str | None = None,
+    confidence: float | None = None,
+    share: float | None = None,
+    soft: bool = False,
+    weight: float = 1.0,
+) -> None:
+    """comp pseudo"""
+    write(source, table or source, Wish(confidence, share, soft, weight))
+
+
 def write(source: str, name: str, wish: Wish) -> None:
     rows = samples.load()
     split = folds.load(rows)

@@ -11,7 +11,7 @@ from comp.engine import hardware
 from comp.engine.config import experiments, resolve, run_members
 from comp.engine.config.resolve import Loaded
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import Refused, UserError
 from comp.engine.run import fingerprint, unused_knobs
 from comp.engine.store import artifacts, locks, paths, process
 
@@ -33,14 +33,12 @@ def train(
     debug: bool = False,
     profile: bool = False,
     on: str | None = None,
+    time_limit: str | None = None,
     stop: hardware.Stop | None = None,
 ) -> None:
     """Every fold of every seed that is not done yet, one after the other or side by side, then the run's score."""
-    if on is not None and profile:
-        raise Refused("--profile looks into one process; leave --on out")
-    if on is not None and (stop is not None or hardware.processes() > 1):
-        what = "--time-limit" if stop is not None else "torchrun"
-        raise Refused(f"{what}: is for folds one after the other; leave --on out")
+    stop = hardware.Stop(hardware.seconds("--time-limit", time_limit)) if time_limit else stop
+    _validate_parallel(on, profile, stop)
     loaded = experiments.load(experiment, overrides, debug, claimed=name or experiment)
     cfg = unused_knobs.warn(loaded)
     changed = resolve.changes_results(overrides)
@@ -84,6 +82,14 @@ def train(
         print(profiler.table())
     if score := _merge(name, cfg, asked=run_members.REFIT if folds == [run_members.REFIT] else ""):
         run_media.summary(context, name, fingerprint.birth(name), score)
+
+
+def _validate_parallel(on: str | None, profile: bool, stop: hardware.Stop | None) -> None:
+    if on is not None and profile:
+        raise Refused("--profile looks into one process; leave --on out")
+    if on is not None and (stop is not None or hardware.processes() > 1):
+        what = "--time-limit" if stop is not None else "torchrun"
+        raise Refused(f"{what}: is for folds one after the other; leave --on out")
 
 
 def _command(experiment: str, overrides: list[str], name: str | None, debug: bool) -> str:
@@ -268,12 +274,20 @@ def _order(cfg: Config, seed: int, fold: int | str) -> dict[str, Any]:
 
 
 def predict(
-    address: str, *, tta: str | None = None, space: str | None = None, last_look: bool = False
+    experiment: str | None, *, tta: str | None = None, space: str | None = None, last_look: bool = False
 ) -> None:
     """Merge what is there; with other views, predict every stored fold again into a member of its own. Of exp001:full only the
     refit."""
     from comp.engine.bank import merge
 
+    if experiment is None:
+        raise UserError(
+            "run-missing",
+            where="comp predict",
+            what="the name of a run is missing",
+            remedy="comp predict exp001",
+        )
+    address = experiment
     name, _, member = address.partition(":")
     if member not in ("", run_members.REFIT):
         raise Refused(
