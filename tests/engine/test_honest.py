@@ -91,9 +91,9 @@ def test_nested_refuses_a_rule_that_leaks() -> None:
         nested_predict(
             fold, lambda rows: 0, lambda taught, rows: rows, train_mask=lambda number: np.ones(3, dtype=bool)
         )
-    with pytest.raises(AssertionError, match="gave 1 rows for 2"):
+    with pytest.raises(AssertionError, match="returned 1 rows for 2"):
         nested_predict(fold, lambda rows: 0, lambda taught, rows: rows[:1])
-    with pytest.raises(MetricUndefined, match="no fold has another one"):
+    with pytest.raises(MetricUndefined, match="no fold has training rows"):
         nested_predict(np.zeros(3), lambda rows: 0, lambda taught, rows: rows)
 
 
@@ -150,7 +150,7 @@ def test_whole_groups_are_drawn() -> None:
         assert times[0] == times[2] and times[1] == times[5]
         assert times[0] + times[1] + times[3] + times[4] == 4  # four groups drawn out of four
     assert len({tuple(times) for times in drawn}) > 20
-    with pytest.raises(MetricUndefined, match="one group only"):
+    with pytest.raises(MetricUndefined, match="only one group"):
         list(bootstrap_counts(3, ["a", "a", "a"], 5, seed=0))
 
 
@@ -193,7 +193,7 @@ def test_bootstrap_says_when_a_class_is_too_rare() -> None:
     assert 0 < found.failed < 60 and found.n == 300 - found.failed
     truth[1:3] = 0
     assert bootstrap(AUC, truth, score, n=300).failed > 60
-    with pytest.raises(MetricUndefined, match=r"of 300 resamples have no score .no row is"):
+    with pytest.raises(MetricUndefined, match=r"of 300 resamples have no score .*(has no|truth has)"):
         bootstrap(AUC, truth, score, groups=np.append([0], np.full(199, 1)), n=300)
 
 
@@ -274,7 +274,7 @@ def test_a_fold_without_a_score_is_named() -> None:
     truth, score = np.array([0, 1, 1, 1, 0, 1.0]), np.array([0.1, 0.9, 0.9, 0.1, np.nan, np.nan])
     table = fold_table(AUC, truth, score, np.array([0, 0, 1, 1, 2, 2]))
     assert table.folds == ((0, 2, 1.0), (1, 2, None), (2, 2, None)) and table.std is None and table.n == 1
-    assert "fold 1: roc_auc: no row is negative" in table.undefined[0]
+    assert "fold 1: roc_auc: column 0 has no negative rows" in table.undefined[0]
     assert "fold 2: roc_auc: prediction is NaN" in table.undefined[1]
     assert str(table) == "1.0000 (1 fold, 2 undefined)"
     with pytest.raises(MetricUndefined, match="fold 0"):

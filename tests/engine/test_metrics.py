@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import MetricUndefined
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import TASKS
 from comp.metrics import METRICS, Metric, better, custom, find, nearest
 
@@ -219,49 +219,49 @@ def test_nan_never_passes(name: Any, task: Any, damage: Any) -> None:
 
 
 UNDEFINED = [
-    ("roc_auc", [1, 1], [0.2, 0.3], "no row is negative in column 0"),
-    ("roc_auc", [0, 1], [[0.5, 0.3, 0.2], [0.4, 0.5, 0.1]], "no row is positive in column 2"),
-    ("average_precision", [0, 0], [0.2, 0.3], "no row is positive"),
+    ("roc_auc", [1, 1], [0.2, 0.3], "column 0 has no negative rows"),
+    ("roc_auc", [0, 1], [[0.5, 0.3, 0.2], [0.4, 0.5, 0.1]], "column 2 has no positive rows"),
+    ("average_precision", [0, 0], [0.2, 0.3], "column 0 has no positive rows"),
     ("mean_column_auc", [[0, 1], [0, 1]], [[0.1, 0.2], [0.3, 0.4]], "no column has both"),
-    ("f1", [0, 0], [0, 0], "no row is positive"),
-    ("recall", [0, 0], [1, 0], "no row is positive"),
-    ("probabilistic_f1", [0, 0], [0.2, 0.3], "no row is positive"),
-    ("mcc", [1, 1], [0, 1], "only the class 1"),
-    ("balanced_accuracy", [2, 2], [2, 1], "only the class 2"),
-    ("qwk", [2, 2], [2, 1], "only the grade 2"),
-    ("r2", [0.1, 0.1, 0.1], [1, 2, 3], "only the value 0.1"),
-    ("spearman", [1, 2, 3], [5, 5, 5], "the prediction holds only the value 5"),
-    ("rmsle", [1, 2], [1, -0.5], "goes down to -0.5"),
-    ("lwlrap", [[0, 0]], [[0.1, 0.2]], "no label is set"),
-    ("f1_micro", [[0, 0]], [[0, 0]], "no label is set"),
+    ("f1", [0, 0], [0, 0], "truth has no positive rows"),
+    ("recall", [0, 0], [1, 0], "truth has no positive rows"),
+    ("probabilistic_f1", [0, 0], [0.2, 0.3], "truth has no positive rows"),
+    ("mcc", [1, 1], [0, 1], "only class 1"),
+    ("balanced_accuracy", [2, 2], [2, 1], "only class 2"),
+    ("qwk", [2, 2], [2, 1], "only grade 2"),
+    ("r2", [0.1, 0.1, 0.1], [1, 2, 3], "truth is constant (0.1)"),
+    ("spearman", [1, 2, 3], [5, 5, 5], "prediction is constant (5)"),
+    ("rmsle", [1, 2], [1, -0.5], "prediction contains -0.5"),
+    ("lwlrap", [[0, 0]], [[0.1, 0.2]], "truth has no label set"),
+    ("f1_micro", [[0, 0]], [[0, 0]], "has a label set"),
     # what would be the score of something else
-    ("accuracy", [0, 1], [0.2, 0.7], "wants labels, not 0.2"),
-    ("qwk", [0, 1], [0.2, 0.7], "wants labels"),
-    ("f1", [0, 2], [0, 2], "wants labels 0 and 1"),
-    ("log_loss", [0, 1], [-0.1, 0.5], "goes from -0.1 to 0.5, not from 0 to 1"),
+    ("accuracy", [0, 1], [0.2, 0.7], "expected integer labels, got 0.2"),
+    ("qwk", [0, 1], [0.2, 0.7], "expected integer labels"),
+    ("f1", [0, 2], [0, 2], "expected labels 0 and 1"),
+    ("log_loss", [0, 1], [-0.1, 0.5], "ranges from -0.1 to 0.5, expected 0 to 1"),
     ("log_loss", [0, 1], [[0.5, 0.5], [0.9, 0.9]], "row 1 of prediction sums to 1.8"),
     ("log_loss", [[1, 1]], [[0.5, 0.5]], "row 0 of truth sums to 2"),
-    ("log_loss", [0, 2], [[0.5, 0.5], [0.5, 0.5]], "2 is no class code from 0 to 1"),
+    ("log_loss", [0, 2], [[0.5, 0.5], [0.5, 0.5]], "2 is not a class code from 0 to 1"),
     ("log_loss_rescaled", [0], [[0, 0]], "sums to 0"),
-    ("roc_auc", [0, 3], [0.1, 0.2], "truth goes from 0 to 3"),
-    ("roc_auc", [0, 1], [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], "3 predictions for 2 rows"),
-    ("roc_auc", [[0, 1], [1, 0]], [0.1, 0.2], "does not fit"),
-    ("rmse", [1, 2], [[1, 2], [3, 4]], "does not fit"),
-    ("map@5", [1, 2], [1, 2], "does not fit"),
+    ("roc_auc", [0, 3], [0.1, 0.2], "truth ranges from 0 to 3"),
+    ("roc_auc", [0, 1], [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], "prediction has 3 rows, truth has 2"),
+    ("roc_auc", [[0, 1], [1, 0]], [0.1, 0.2], "does not match"),
+    ("rmse", [1, 2], [[1, 2], [3, 4]], "does not match"),
+    ("map@5", [1, 2], [1, 2], "does not match"),
     ("rmse", [], [], "no rows"),
-    ("rmse", ["a"], [1], "truth holds something that is not a number"),
-    ("rmse", [[[1]]], [1], "one or two dimensions"),
-    ("f1_macro", [0, -1], [0, 1], "-1 is no class code"),
+    ("rmse", ["a"], [1], "truth contains a value that is not a number"),
+    ("rmse", [[[1]]], [1], "truth has 3 dimensions"),
+    ("f1_macro", [0, -1], [0, 1], "-1 is not a class code"),
 ]
 
 
 @pytest.mark.parametrize(("name", "truth", "prediction", "why"), UNDEFINED)
-def test_says_why_there_is_no_number(name: Any, truth: Any, prediction: Any, why: Any) -> None:
+def test_undefined_scores_raise_with_the_reason(name: Any, truth: Any, prediction: Any, why: Any) -> None:
     with pytest.raises(MetricUndefined) as fault:
         METRICS[name](truth, prediction)
     assert str(fault.value).startswith(f"{name}: ") and why in str(fault.value)
     assert "\n" not in str(fault.value)
-    assert isinstance(fault.value, Refused) and isinstance(fault.value, ValueError)
+    assert isinstance(fault.value, UserError) and isinstance(fault.value, ValueError)
 
 
 @pytest.mark.parametrize("weight", [[1, -1], [0, 0], [1, NAN]])
@@ -300,30 +300,32 @@ def saying(function: Any, **attributes: Any) -> Any:
     return function
 
 
-def test_yours() -> None:
+def test_custom_metric() -> None:
     metric = custom(saying(late, direction="max", needs="label"))
     rows = pd.DataFrame({"year": [1990, 2010, 2020]})
     assert metric([0, 1, 1], [1, 1, 0], rows) == 0.5
     assert metric.name == "late" and metric.sign == 1
     assert custom(metric) is metric
-    with pytest.raises(MetricUndefined, match="rows has 3 lines for 2 predictions"):
+    with pytest.raises(MetricUndefined, match="rows has 3 lines, truth has 2"):
         metric([0, 1], [1, 1], rows)
-    with pytest.raises(UserError, match=r"set metric.*direction"):
+    with pytest.raises(UserError) as caught:
         custom(saying(late, direction="up", needs="label"))
-    with pytest.raises(UserError, match=r"set metric.*needs"):
+    assert (caught.value.where, caught.value.key) == ("comp/competition.py", "metric.direction")
+    with pytest.raises(UserError) as caught:
         custom(saying(late, direction="min"))
+    assert (caught.value.code, caught.value.key) == ("metric-attribute", "metric.needs")
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), 2.0])
-def test_what_yours_returns_is_checked(value: float) -> None:
+def test_the_return_value_of_a_custom_metric_is_validated(value: float) -> None:
     metric = Metric("mine", lambda truth, prediction, rows: value, "max", "value", 0, 1)
-    with pytest.raises(MetricUndefined, match=r"mine: .* is no score from 0 to 1"):
+    with pytest.raises(MetricUndefined, match=r"mine: .* is outside 0 to 1"):
         metric([0, 1], [0, 1])
 
 
-def test_a_band_of_ones_own() -> None:
-    """The lower half of the curve alone is the metric of another host."""
-    lower = partial(metric_formulas.banded_auc, edges=(0.0, 0.5), weights=(1.0,), whole=0.5)
+def test_custom_bands_of_the_roc_curve() -> None:
+    """The lower half of the curve alone."""
+    lower = partial(metric_formulas.banded_auc, edges=(0.0, 0.5), weights=(1.0,), total=0.5)
     metric = Metric("lower", lower, "max", "probability", 0, 1, kind="curve")
     assert metric([1, 0, 1], [0.9, 0.5, 0.1]) == pytest.approx(1)
     assert metric([0, 1, 1], [0.9, 0.5, 0.1]) == pytest.approx(0)
@@ -350,11 +352,12 @@ def test_better() -> None:
 )
 def test_nearest(wrong: Any, right: Any) -> None:
     assert right in nearest(wrong) and len(nearest(wrong)) <= 3
-    with pytest.raises(UserError, match=f'metric "{wrong}" is unknown; nearest: .*{right}'):
+    with pytest.raises(UserError, match=f"nearest: .*{right}") as caught:
         find(wrong)
+    assert (caught.value.code, caught.value.key) == ("metric-unknown", wrong)
 
 
-def test_a_name_like_nothing_lists_them_all() -> None:
+def test_a_name_similar_to_none_lists_all() -> None:
     with pytest.raises(UserError, match=r"one of accuracy, .*spearman"):
         find("§§§")
 

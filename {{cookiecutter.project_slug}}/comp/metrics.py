@@ -1,12 +1,14 @@
-"""metric(truth, prediction, rows) -> number. METRICS has one line a metric; formulas.py has the arithmetic.
+"""metric(truth, prediction, rows) -> float. METRICS has one line per metric; their formulas are in
+comp/engine/bank/metric_formulas.py.
 
-truth       binary, regression, ordinal (n,); multiclass (n,) codes or (n, classes) shares; multilabel (n, columns)
-            of 0 and 1
+truth       binary, regression, ordinal (n,); multiclass (n,) class codes or (n, classes) soft labels; multilabel
+            (n, columns) of 0 and 1
 prediction  probability: (n,) or (n, classes); label: codes (n,) or 0/1 (n, columns); value: (n,) or (n, columns);
-            ranking: (n, k) codes, the best first, -1 where a list is shorter
-rows        a table with one line a row, or None: ours read its column "weight", yours may read any other
+            ranking: (n, k) class codes, best first, padded with -1
+rows        a DataFrame with one line per row, or None. The metrics here use its column "weight"; a metric of your own
+            may use any column
 
-Either a number comes back or MetricUndefined says why there is none. NaN never passes.
+A call returns a finite float or raises MetricUndefined with the reason; it never returns NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
 __all__ = ["METRICS", "Metric", "MetricUndefined", "better", "custom", "find", "nearest"]
 
@@ -36,82 +38,79 @@ def identity(mean: Any) -> Any:
 @dataclass(frozen=True)
 class Metric:
     name: str
-    function: Callable[..., Any]  # of (truth, prediction, rows), or of what its kind in formulas.py takes
+    function: Callable[..., Any]  # (truth, prediction, rows), or as its kind in metric_formulas.py takes
     direction: Literal["max", "min"]
     needs: Needs
-    low: float = -math.inf  # what a score can be
+    low: float = -math.inf  # range of the score
     high: float = math.inf
-    tasks: tuple[str, ...] = ()  # that it fits; empty: any. The default of a task stands in tasks.py
+    tasks: tuple[str, ...] = ()  # tasks it is defined for; empty: any
     kind: Literal["custom", "row", "curve", "weighted"] = "custom"
-    finish: Callable[[Any], Any] = (
-        identity  # of kind row: after the mean over rows, before the mean over columns
-    )
-    skip_undefined: bool = False  # NaN in truth and columns of one class are left out instead of refused
+    finish: Callable[[Any], Any] = identity  # kind "row": between the mean over rows and over columns
+    skip_undefined: bool = False  # leaves out NaN in truth and columns of one class instead of raising
 
     @property
     def sign(self) -> int:
-        """sign * score grows when a model gets better."""
+        """1 or -1, so that a higher sign * score is better."""
         return 1 if self.direction == "max" else -1
 
     def __call__(self, truth: Any, prediction: Any, rows: Any = None) -> float:
         try:
             truth, prediction = self.validate(truth, prediction)
             if rows is not None and len(rows) != len(truth):
-                raise MetricUndefined(f"rows has {len(rows)} lines for {len(truth)} predictions")
+                raise MetricUndefined(f"rows has {len(rows)} lines, truth has {len(truth)}")
             if self.kind == "custom":
                 score = float(self.function(truth, prediction, rows))
             else:
-                score = self.weighted(truth, prediction, sample_weights(rows, len(truth)))
+                score = self.weighted_score(truth, prediction, sample_weights(rows, len(truth)))
             if not math.isfinite(score) or not self.low - 1e-9 <= score <= self.high + 1e-9:
-                raise MetricUndefined(f"{score:g} is no score from {self.low:g} to {self.high:g}")
-        except MetricUndefined as fault:
-            raise MetricUndefined(f"{self.name}: {fault}") from None
+                raise MetricUndefined(f"score {score:g} is outside {self.low:g} to {self.high:g}")
+        except MetricUndefined as error:
+            raise MetricUndefined(error.what, metric=self.name) from None
         return score
 
-    def weighted(self, truth: Array, prediction: Array, weight: Array) -> float:
-        """Ours only, without the checks."""
+    def weighted_score(self, truth: Array, prediction: Array, weight: Array) -> float:
+        """The score of validated arrays, for every kind but "custom"."""
         if self.kind == "row":
             return metric_formulas.weighted_mean(self.function(truth, prediction), weight, self.finish)
         if self.kind == "curve":
-            parts = metric_formulas.binary_columns(truth, prediction)
-            tallies = (
-                metric_formulas.class_weights_by_score(target, score, weight[graded])
-                for graded, target, score in parts
+            columns = (
+                metric_formulas.class_weights_by_score(target, score, weight[known])
+                for known, target, score in metric_formulas.binary_columns(truth, prediction)
             )
-            return metric_formulas.mean_curve(self.function, self.skip_undefined, tallies)
-        assert self.kind == "weighted", "a metric of yours has rows, not weights"
+            return metric_formulas.mean_curve(self.function, self.skip_undefined, columns)
+        assert self.kind == "weighted", "a custom metric takes rows, not weights"
         return float(self.function(truth, prediction, weight))
 
     def validate(self, truth: Any, prediction: Any) -> tuple[Array, Array]:
-        """Both as float64, one column as (n,). What would end in NaN or score something else is refused."""
+        """Both as float64, a single column as (n,). Raises where the score would be NaN or of something else."""
         truth, prediction = as_float_array(truth, "truth"), as_float_array(prediction, "prediction")
         truth = truth[:, 0] if truth.shape[1:] == (1,) else truth
-        prediction = (
-            prediction[:, 0] if prediction.shape[1:] == (1,) and self.needs != "ranking" else prediction
-        )
+        if prediction.shape[1:] == (1,) and self.needs != "ranking":
+            prediction = prediction[:, 0]
         if len(truth) != len(prediction):
-            raise MetricUndefined(f"{len(prediction)} predictions for {len(truth)} rows of truth")
+            raise MetricUndefined(f"prediction has {len(prediction)} rows, truth has {len(truth)}")
         if not len(truth):
-            raise MetricUndefined("no rows to score")
+            raise MetricUndefined("there are no rows")
         validate_finite(np.where(np.isnan(truth), 0, truth) if self.skip_undefined else truth, "truth")
         validate_finite(prediction, "prediction")
         if self.needs in ("label", "ranking") and (prediction != np.rint(prediction)).any():
-            odd = prediction[prediction != np.rint(prediction)][0]
-            raise MetricUndefined(f"wants labels, not {odd:g}: turn the prediction into labels first")
-        if self.kind != "custom":
-            if self.needs == "label" and truth.ndim == 2 and prediction.ndim == 1:
-                truth = truth.argmax(axis=1).astype(
-                    np.float64
-                )  # shares per class: the likeliest is the label
-            if self.needs == "ranking":
-                fits = prediction.ndim == 2
-            else:
-                classes = self.needs == "probability" and truth.ndim == 1 and prediction.ndim == 2
-                fits = classes or truth.shape == prediction.shape
-            if not fits:
-                raise MetricUndefined(
-                    f"a prediction of shape {prediction.shape} does not fit truth of {truth.shape}"
-                )
+            example = prediction[prediction != np.rint(prediction)][0]
+            raise MetricUndefined(
+                f"expected integer labels, got {example:g}; convert the prediction to labels first"
+            )
+        if self.kind == "custom":
+            return truth, prediction
+        if self.needs == "label" and truth.ndim == 2 and prediction.ndim == 1:
+            truth = truth.argmax(axis=1).astype(np.float64)  # soft labels: the most likely class is the label
+        if self.needs == "ranking":
+            fits = prediction.ndim == 2
+        else:
+            class_probabilities = self.needs == "probability" and truth.ndim == 1 and prediction.ndim == 2
+            fits = class_probabilities or truth.shape == prediction.shape
+        if not fits:
+            raise MetricUndefined(
+                f"prediction of shape {prediction.shape} does not match truth of {truth.shape}"
+            )
         return truth, prediction
 
 
@@ -119,9 +118,9 @@ def as_float_array(values: Any, what: str) -> Array:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise MetricUndefined(f"{what} holds something that is not a number") from None
+        raise MetricUndefined(f"{what} contains a value that is not a number") from None
     if array.ndim not in (1, 2):
-        raise MetricUndefined(f"{what} must have one or two dimensions, not {array.ndim}")
+        raise MetricUndefined(f"{what} has {array.ndim} dimensions, expected 1 or 2")
     return array
 
 
@@ -134,11 +133,12 @@ def validate_finite(values: Array, what: str) -> None:
 
 
 def sample_weights(rows: Any, count: int) -> Array:
+    """The column "weight" of rows, or ones."""
     if rows is None or "weight" not in rows:
         return np.ones(count)
     weight = np.asarray(rows["weight"], dtype=np.float64)
     if not (np.isfinite(weight).all() and weight.min() >= 0 and weight.sum() > 0):
-        raise MetricUndefined('the column "weight" must be finite, nowhere negative and not all zero')
+        raise MetricUndefined('column "weight" has values that are NaN, infinite or negative, or only zeros')
     return weight
 
 
@@ -146,10 +146,10 @@ _B, _C, _L, _T = ("binary",), ("multiclass",), ("multilabel",), ("retrieval",)
 _R, _O = ("regression",), ("ordinal",)
 _ANY_LABEL = _B + _C + _L + _O
 _F = metric_formulas
-# Bands of true positive rate: twice the weight below 0.4 is the weighted AUC of steganalysis, the part above 0.8 the
-# partial AUC of skin lesions (0 to 0.2). For other bands copy a line.
-_LOW_FPR = partial(_F.banded_auc, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), whole=1.4)
-_HIGH_TPR = partial(_F.banded_auc, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), whole=1.0)
+# AUC by bands of true positive rate. ALASKA2 (steganalysis): double weight below 0.4. ISIC 2024 (skin lesions): only the
+# area above 0.8, so 0 to 0.2. For other bands copy a line.
+_LOW_TPR = partial(_F.banded_auc, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), total=1.4)
+_HIGH_TPR = partial(_F.banded_auc, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), total=1.0)
 _INF = math.inf
 
 # fmt: off
@@ -174,7 +174,7 @@ METRICS: dict[str, Metric] = {
         Metric("kl", _F.kl, "min", "probability", 0, _INF, _B + _C, "row"),
         Metric("roc_auc", _F.roc_auc, "max", "probability", 0, 1, _B + _C + _L, "curve"),
         Metric("mean_column_auc", _F.roc_auc, "max", "probability", 0, 1, _B + _C + _L, "curve", skip_undefined=True),
-        Metric("weighted_auc", _LOW_FPR, "max", "probability", 0, 1, _B + _C + _L, "curve"),
+        Metric("weighted_auc", _LOW_TPR, "max", "probability", 0, 1, _B + _C + _L, "curve"),
         Metric("partial_auc", _HIGH_TPR, "max", "probability", 0, 0.2, _B + _C + _L, "curve"),
         Metric("average_precision", _F.average_precision, "max", "probability", 0, 1, _B + _C + _L, "curve"),
         Metric("lrap", partial(_F.label_ranking, by_label=False), "max", "probability", 0, 1, _L, "weighted"),
@@ -189,9 +189,12 @@ METRICS: dict[str, Metric] = {
     )
 }
 # fmt: on
-AT_K = {"map": _F.average_precision_at, "accuracy": _F.top_k_accuracy}  # map@5 and its like take any k
+AT_K = {
+    "map": _F.average_precision_at,
+    "accuracy": _F.top_k_accuracy,
+}  # map@k, accuracy@k for any k up to 1000
 
-# Other people's names, so that a refusal names the right one; no second name is accepted.
+# Common names of the metrics above, used only to suggest the right name in an error.
 OTHER_NAMES = {
     "auc": "roc_auc",
     "auroc": "roc_auc",
@@ -214,39 +217,43 @@ OTHER_NAMES = {
 
 
 def nearest(name: str, count: int = 3) -> list[str]:
-    """Names that were probably meant, the likeliest first."""
+    """The most similar metric names, best first."""
     close = difflib.get_close_matches(name.lower(), [*METRICS, *OTHER_NAMES], n=2 * count, cutoff=0.5)
-    return list(dict.fromkeys(OTHER_NAMES.get(each, each) for each in close))[:count]
+    return list(dict.fromkeys(OTHER_NAMES.get(match, match) for match in close))[:count]
 
 
 def find(name: str) -> Metric:
+    """The metric of METRICS with this name; map@k and accuracy@k with any k."""
     stem, _, k = name.partition("@")
     if name in METRICS:
         return METRICS[name]
     if stem in AT_K and k.isdecimal() and 0 < int(k) <= 1000:
-        like = METRICS[f"{stem}@5"]
-        return Metric(name, partial(AT_K[stem], k=int(k)), "max", "ranking", 0, 1, like.tasks, "row")
-    hint = " or ".join(nearest(name)) or "one of " + ", ".join(METRICS)
-    raise Refused(f'metric "{name}" is unknown; nearest: {hint}')
+        tasks = METRICS[f"{stem}@5"].tasks
+        return Metric(name, partial(AT_K[stem], k=int(k)), "max", "ranking", 0, 1, tasks, "row")
+    candidates = " or ".join(nearest(name)) or "one of " + ", ".join(METRICS)
+    raise UserError("metric-unknown", key=name, what="no such metric", remedy=f"nearest: {candidates}")
 
 
 def custom(function: Callable[..., Any]) -> Metric:
-    """The metric of competition.py: a Metric, or a function with what it cannot say for itself in its attributes."""
+    """The metric of comp/competition.py: a Metric, or a function with the attributes `direction` and `needs`."""
     if isinstance(function, Metric):
         return function
-    direction: Any = getattr(function, "direction", None)
-    needs: Any = getattr(function, "needs", None)
-    if direction not in ("max", "min"):
-        raise Refused(f'comp/competition.py: set metric.direction = "max" or "min", not {direction!r}')
-    if needs not in get_args(Needs):
-        raise Refused(
-            f"comp/competition.py: set metric.needs to one of {', '.join(get_args(Needs))}, not {needs!r}"
-        )
-    return Metric(getattr(function, "__name__", "metric"), function, direction, needs)
+    attributes = {"direction": ("max", "min"), "needs": get_args(Needs)}
+    values: dict[str, Any] = {name: getattr(function, name, None) for name in attributes}
+    for name, allowed in attributes.items():
+        if values[name] not in allowed:
+            raise UserError(
+                "metric-attribute",
+                where="comp/competition.py",
+                key=f"metric.{name}",
+                what=f"is {values[name]!r}",
+                remedy=f"set it to one of {', '.join(allowed)}",
+            )
+    return Metric(getattr(function, "__name__", "metric"), function, **values)
 
 
 def better(metric: Metric, a: float, b: float) -> bool:
-    """a beats b. NaN beats nothing, and any number beats NaN."""
+    """Whether score a is better than b. NaN is worse than any number and not better than NaN."""
     if math.isnan(a) or math.isnan(b):
         return not math.isnan(a) and math.isnan(b)
     return metric.sign * (a - b) > 0

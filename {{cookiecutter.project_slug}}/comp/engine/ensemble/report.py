@@ -137,7 +137,7 @@ def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
     elif why := record.get("undefined_interval"):
         lines.append(f"no interval and no comparison: {why}")
     for other, pair in record["against"].items():
-        lines.append(f"against {other} ({pair['score']:.4f}): {pair['says']}")
+        lines.append(f"against {other} ({pair['score']:.4f}): {pair['text']}")
     lines.append(recommendation(name, record))
     return lines
 

@@ -131,7 +131,7 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
     for a, b in itertools.combinations(said, 2):
         found = difference(metric.sign * (b.folds - a.folds))
         records.append({"a": a.name, "b": b.name, "metric": metric.name, **found})
-        print(f"{b.name} against {a.name}: {found['says']}")
+        print(f"{b.name} against {a.name}: {found['text']}")
     name = "-".join(names)
     folder = paths.path("runs", "comparisons")
     artifacts.write_json(folder / f"{name}.json", records)
