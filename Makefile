@@ -11,7 +11,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR      := $(CURDIR)/build/ruff
 export MYPY_CACHE_DIR      := $(CURDIR)/build/mypy
 
-.PHONY: help setup extras demo test slow slow-template slow-engine check types-template types-project bench golden gauges lock
+.PHONY: help setup extras demo test slow slow-template slow-engine check types-template types-project bench golden pairs gauges lock
 
 help:
 	@echo "make demo    bake a project and run the whole road on real digits, to a validated submission"
@@ -20,6 +20,7 @@ help:
 	@echo "make check   lint, format and types alone"
 	@echo "make bench   speed against what users have, into the table of README.md; ten minutes, wants a quiet machine"
 	@echo "make golden BASE=COMMIT   nine runs trained by COMMIT and by this checkout: which numbers differ; ten minutes"
+	@echo "make pairs BASE=COMMIT    training, loader and inference of COMMIT and of this checkout in turns; five minutes, a quiet machine"
 	@echo "make gauges  the structure in numbers: what runs, what a reader has to open; three minutes"
 	@echo "make lock    pin the dependencies anew, with hashes"
 
@@ -86,6 +87,9 @@ bench: .venv/bench
 
 golden: setup
 	$(BIN)/python tests/golden.py compare $(BASE)
+
+pairs: .venv/bench
+	$(BIN)/python benchmarks/pairs.py compare $(BASE)
 
 gauges: setup
 	$(BIN)/python tests/gauges.py
