@@ -112,9 +112,9 @@ def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--export", "exp014", "--hours", "1"], "--hours has no effect with --export"),
-        (["--confirm", "3", "--on", "local"], "--on has no effect with --confirm"),
-        (["--trial", "7"], "--trial has no effect without --export NAME"),
+        (["--export", "exp014", "--hours", "1"], "--hours: has no effect with --export"),
+        (["--confirm", "3", "--on", "local"], "--on: has no effect with --confirm"),
+        (["--trial", "7"], "--trial: has no effect without --export NAME"),
         (["--hours", "1", "--until", "07:30"], "--hours and --until exclude each other"),
         (["--until", "half past seven"], "a time of day is written like 07:30"),
     ],
