@@ -108,7 +108,7 @@ def compared(
         context = Context(cfg, table, split, Paused(cfg, table, device), device)
         fold = root / "runs" / "exp001" / "seed0" / "fold0"
         fold.mkdir(parents=True)
-        log = tracking.open_run(
+        log = tracking.open_log(
             fold, run_id="loop", name="loop", group="loop", job_type="fold", config=cfg.model_dump(), settings=cfg.track, resume_at=None
         )  # fmt: skip
         try:

@@ -96,7 +96,7 @@ def training(root: Path, table: Any) -> None:
     context = Context(cfg, table, split, InTurns(cfg, table, device), device)
     fold = root / "runs" / "exp001" / "seed0" / "fold0"
     fold.mkdir(parents=True)
-    log = tracking.open_run(
+    log = tracking.open_log(
         fold, run_id="pairs", name="pairs", group="pairs", job_type="fold", config=cfg.model_dump(), settings=cfg.track, resume_at=None
     )  # fmt: skip
     with log:

@@ -146,7 +146,7 @@ def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, 
     """As much of a finished run as can teach others: its config, and what each of its models says of the test rows."""
     folder, cfg = paths.run_folder(name), cfg or project.cfg
     artifacts.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
-    artifacts.write_json(folder / "made_of.json", fingerprint.made_of(cfg, project.folds) | facts)
+    artifacts.write_json(folder / "made_of.json", fingerprint.input_hashes(cfg, project.folds) | facts)
     artifacts.add_to_manifest(folder / "config.yaml", folder / "made_of.json")
     for seed in range(seeds):
         for number in range(project.folds.count):

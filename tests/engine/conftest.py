@@ -28,7 +28,7 @@ from comp.engine.config.resolve import load  # noqa: E402
 from comp.engine.config.schema import Config  # noqa: E402
 from comp.engine.store import paths  # noqa: E402
 
-hardware.settle(1)  # before torch is imported: two test processes with two threads each would crawl
+hardware.set_threads(1)  # before torch is imported: two test processes with two threads each would crawl
 
 COMPETITION = """
 slug: practice

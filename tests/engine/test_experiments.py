@@ -115,9 +115,9 @@ def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["train", "a", "--as", "b", "optim.lr=1e-4", "--fold", "0"]) == 0
     assert runner.stored_config("b").optim.lr == 1e-4 and runner.stored_config("b").augment.recipe == "none"
     assert cli.main(["train", "half"]) == 0, "a run goes on by its name alone"
-    began = fingerprint.command("half")
+    began = fingerprint.resume_command("half")
     assert cli.main(["train", "half", "--fresh", "--fold", "1"]) == 0
-    assert runner.stored_config("half").optim.lr == 2e-3 and fingerprint.command("half") == began
+    assert runner.stored_config("half").optim.lr == 2e-3 and fingerprint.resume_command("half") == began
     assert "score.json" in capsys.readouterr().out
 
 

@@ -59,42 +59,44 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
 @pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
 def test_a_place_that_there_is_not(project: Path, on: str) -> None:
     with pytest.raises(UserError, match=r"--on .*: wants local"):
-        launcher.crew(on, 1)
+        launcher.make_executor(on, 1)
 
 
 def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
     lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
     with pytest.raises(UserError) as refused:
-        launcher.out(lost, launcher.Local(1, 1, launcher.show), hardware.Stop(), lambda left: None)
+        launcher.run_jobs(
+            lost, launcher.LocalExecutor(1, 1, launcher.print_line), hardware.Stop(), lambda left: None
+        )
     assert refused.value.lines[0] == "n0 failed:"
     assert "n0: no such run" in refused.value.lines[1]
 
 
 class Waiting:
-    """A crew whose jobs run until they are interrupted."""
+    """A executor whose jobs run until they are interrupted."""
 
     size, machines = 2, 1
 
     def __init__(self) -> None:
-        self.futures: list[Future[launcher.Ended]] = []
+        self.futures: list[Future[launcher.JobResult]] = []
 
-    def begin(self, job: launcher.Job) -> Future[launcher.Ended]:
+    def begin(self, job: launcher.Job) -> Future[launcher.JobResult]:
         self.futures.append(Future())
         return self.futures[-1]
 
     def interrupt(self) -> None:
         for future in self.futures:
-            future.set_result(launcher.Ended(130, []))
+            future.set_result(launcher.JobResult(130, []))
 
 
 def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
-    crew, stop = Waiting(), hardware.Stop()
+    executor, stop = Waiting(), hardware.Stop()
     stop.asked = True
     with pytest.raises(KeyboardInterrupt, match="every job keeps what it has"):
-        launcher.out(
-            [launcher.Job("a", "fold", {}), launcher.Job("b", "fold", {})], crew, stop, lambda left: None
+        launcher.run_jobs(
+            [launcher.Job("a", "fold", {}), launcher.Job("b", "fold", {})], executor, stop, lambda left: None
         )
-    assert len(crew.futures) == 2
+    assert len(executor.futures) == 2
 
 
 def test_a_job_ends_with_who_started_it(project: Path) -> None:

@@ -225,9 +225,9 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_a_time_is_read_as_people_write_it() -> None:
     for text, seconds in {"8h30m": 30600, "90s": 90, "1.5h": 5400, "45m": 2700, "1h1m1s": 3661}.items():
-        assert hardware.seconds("--time-limit", text) == seconds
+        assert hardware.parse_duration("--time-limit", text) == seconds
     for text in ("", "8", "0h", "-1h", "8h30", "soon"):
-        assert "8h30m" in refusal(lambda text=text: hardware.seconds("--time-limit", text))  # type: ignore[misc]
+        assert "8h30m" in refusal(lambda text=text: hardware.parse_duration("--time-limit", text))  # type: ignore[misc]
 
 
 def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:

@@ -160,7 +160,7 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     def started(rate: str, *more: str) -> tuple[str, str]:
         cfg = config(f"optim.lr={rate}", *more)
         fingerprint.claim("x", cfg, split, f"comp train exp001 --as x optim.lr={rate}{''.join(more)}")
-        return fingerprint.command("x"), fingerprint.birth("x")
+        return fingerprint.resume_command("x"), fingerprint.run_id("x")
 
     first = started("0.1")
     assert started("0.1") == first, "killed and begun again it is the same run"
@@ -171,16 +171,23 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     seeds = started("0.2", "train.seeds=[0,1]")
     assert seeds[0].endswith("train.seeds=[0,1]") and seeds[1] == other[1], "more seeds of the same run"
     assert "comp train exp001 --as x optim.lr=0.3 --fresh" in refusal(lambda: started("0.3"))
-    assert fingerprint.command("x") == seeds[0]
+    assert fingerprint.resume_command("x") == seeds[0]
 
 
 def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runner.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
     runner.train("exp001", ["machine.progress=false", "train.limit=20"], fold="0", debug=True, name="y")
-    words = shlex.split(fingerprint.command("x"))
+    words = shlex.split(fingerprint.resume_command("x"))
     assert words[:5] == ["comp", "train", "exp001", "--as", "x"] and "predict.tta=[identity, hflip]" in words
-    assert shlex.split(fingerprint.command("y"))[:6] == ["comp", "train", "exp001", "--as", "y", "--debug"]
-    assert f"next: {fingerprint.command('y')}" in capsys.readouterr().out
+    assert shlex.split(fingerprint.resume_command("y"))[:6] == [
+        "comp",
+        "train",
+        "exp001",
+        "--as",
+        "y",
+        "--debug",
+    ]
+    assert f"next: {fingerprint.resume_command('y')}" in capsys.readouterr().out
 
 
 def test_half_a_start_is_no_start(project: Path) -> None:
@@ -306,7 +313,7 @@ def test_touched_images_go_on_with_a_note(
         f"note: 1797 image files of runs/x have another mtime and the same {what}; it goes on"
         in capsys.readouterr().out
     )
-    fingerprint.same_images("x", config(cache))
+    fingerprint.validate_images("x", config(cache))
     noted = "note:" in capsys.readouterr().out
     assert noted == (cache == CACHES[1]), "what was hashed again is not hashed a second time"
 
@@ -364,11 +371,13 @@ def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: P
         record.unlink()
         if damage is not None:
             record.write_bytes(damage)
-        fingerprint.same_images("exp001", config())
+        fingerprint.validate_images("exp001", config())
         assert record.read_bytes() == whole
     record.unlink()
     replaced(files(trained, "train", 1))
-    assert f"data/images/{record.name}: gone" in refusal(lambda: fingerprint.same_images("exp001", config()))
+    assert f"data/images/{record.name}: gone" in refusal(
+        lambda: fingerprint.validate_images("exp001", config())
+    )
 
 
 def test_an_archive_of_images_is_one_file(project: Path) -> None:
@@ -415,7 +424,7 @@ def test_killed_while_the_record_is_written_what_was_there_stays(
     with monkeypatch.context() as patch:
         patch.setattr(image_files.pq, "write_table", killed)
         with pytest.raises(KeyboardInterrupt):
-            fingerprint.same_images("exp001", config())
+            fingerprint.validate_images("exp001", config())
         assert record.read_bytes() == before and len(list((trained / "data/images").iterdir())) == 1
         record.unlink()
         with pytest.raises(KeyboardInterrupt):

@@ -38,7 +38,7 @@ def test_keys_come_from_the_notebooks_secrets(
     secrets["WANDB_API_KEY"] = KEY
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("PYTHONPATH", "")
-    assert notebook.settle() == HERE == Path.cwd()
+    assert notebook.setup() == HERE == Path.cwd()
     said = capsys.readouterr().out
     assert os.environ["WANDB_API_KEY"] == KEY and KEY not in said
     assert "WANDB_API_KEY: from the notebook's secrets" in said
@@ -50,9 +50,9 @@ def test_keys_come_from_the_notebooks_secrets(
 def test_where_there_are_no_secrets_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert "neither" in notebook.key("WANDB_API_KEY")
+    assert "neither" in notebook.load_key("WANDB_API_KEY")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert notebook.key("WANDB_API_KEY") == "in the environment"
+    assert notebook.load_key("WANDB_API_KEY") == "in the environment"
 
 
 def test_files_of_the_competition_are_found(

@@ -30,7 +30,7 @@ TRAIN = """
 import sys
 from comp import train
 from comp.engine import cli, hardware
-hardware.settle(1)
+hardware.set_threads(1)
 validate = train.validate
 def loud(*given):
     print({said!r}, flush=True)

@@ -57,9 +57,9 @@ def test_an_error_ends_the_run_as_failed(empty: Path) -> None:
     assert not tracking.finished(empty / "run")
 
 
-def open_quietly(folder: Path) -> tracking.Track:
+def open_quietly(folder: Path) -> tracking.RunLogger:
     settings = Settings(mode="none", project=None, entity=None, checkpoints=False)
-    return tracking.open_run(
+    return tracking.open_log(
         folder, run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )
 

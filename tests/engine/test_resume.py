@@ -65,7 +65,7 @@ def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable
             return call
 
         os.replace = watched(os.replace)
-        tracking.Track.log = watched(tracking.Track.log)  # type: ignore[method-assign]
+        tracking.RunLogger.log = watched(tracking.RunLogger.log)  # type: ignore[method-assign]
         work()
 
     return run

@@ -52,13 +52,13 @@ def at_event(n: int, act: Callable[[], object], after: str = "") -> Happened:
 
 def at_lines(happened: Happened) -> None:
     """Every line of a run's log is an event, by the name of its axis."""
-    log = tracking.Track.log
+    log = tracking.RunLogger.log
 
-    def logged(self: tracking.Track, record: Any) -> None:
+    def logged(self: tracking.RunLogger, record: Any) -> None:
         log(self, record)
         happened("epoch" if "epoch" in record else "step")
 
-    tracking.Track.log = logged  # type: ignore[method-assign]
+    tracking.RunLogger.log = logged  # type: ignore[method-assign]
 
 
 def at_renames(happened: Happened) -> None:
@@ -248,7 +248,7 @@ def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", Fake)
     with hardware.stoppable():
         before = signal.getsignal(signal.SIGTERM)
-        launcher.Ray(1)
+        launcher.RayExecutor(1)
         assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -88,13 +88,13 @@ def dying(after: int) -> None:
     event.listen(Engine, "before_cursor_execute", count)
     event.listen(Engine, "after_cursor_execute", count)
     event.listen(Engine, "commit", count)
-    log = tracking.Track.log
+    log = tracking.RunLogger.log
 
     def logged(self: Any, record: Any) -> None:
         count()
         log(self, record)
 
-    tracking.Track.log = logged  # type: ignore[method-assign]
+    tracking.RunLogger.log = logged  # type: ignore[method-assign]
 
 
 def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[[], None]:

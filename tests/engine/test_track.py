@@ -333,10 +333,10 @@ def test_a_server_gets_every_line_once_across_a_kill(tmp_path: Path, server: Cal
 @pytest.mark.slow
 def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(mode="offline", project=None, entity=None, checkpoints=False)
-    run = tracking.open_run(
+    run = tracking.open_log(
         empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )
-    assert isinstance(run._feed, tracking.Feed) and run._feed._process is not None
+    assert isinstance(run._feed, tracking.WandbProcess) and run._feed._process is not None
     run.log({"step": 1, "loss": 0.5})
     run._feed._process.kill()
     run._feed._process.wait()
@@ -353,13 +353,13 @@ def test_patience_ends(
 ) -> None:
     """All runs of a process share it, so that ten folds do not wait ten times for the same dead server."""
     monkeypatch.setattr(tracking, "PATIENCE", 0.01)
-    monkeypatch.setattr(tracking.Feed, "_waited", 0.0)
-    feed = tracking.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    monkeypatch.setattr(tracking.WandbProcess, "_waited", 0.0)
+    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}}, empty)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as endless:
         feed._process = endless
         feed.wait()
         assert endless.poll() is None
-        assert "goes on without us" in capsys.readouterr().err and tracking.Feed._waited > 0
+        assert "goes on without us" in capsys.readouterr().err and tracking.WandbProcess._waited > 0
         asked: list[float] = []
         monkeypatch.setattr(endless, "wait", asked.append)
         feed.wait()
@@ -371,11 +371,11 @@ def test_patience_ends(
 def test_one_dead_server_is_enough(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking.Feed, "_online_failed", False)
-    feed = tracking.Feed({"mode": "online", "run": {"id": "r"}}, empty)
+    monkeypatch.setattr(tracking.WandbProcess, "_online_failed", False)
+    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}}, empty)
     artifacts.write_json(feed._state, {"mode": "offline", "note": "online failed"})
     feed.report()
     feed.report()
     assert capsys.readouterr().err == "W&B: online failed\n"
-    tracking.Feed({"mode": "online", "run": {"id": "s"}}, empty)
+    tracking.WandbProcess({"mode": "online", "run": {"id": "s"}}, empty)
     assert artifacts.read_json(paths.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"

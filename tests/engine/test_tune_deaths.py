@@ -39,8 +39,8 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
             if "epoch" in record and "fold" not in record and seen > 4:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        original = tracking.Track.log
-        tracking.Track.log = log  # type: ignore[method-assign]
+        original = tracking.RunLogger.log
+        tracking.RunLogger.log = log  # type: ignore[method-assign]
         run(join())
 
     assert os.WIFSIGNALED(forked(die))

@@ -41,7 +41,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
         if checkpoint.exists()
         else {"step": 0, "value": 1.0, "offset": None}
     )
-    run = tracking.open_run(
+    run = tracking.open_log(
         folder,
         run_id="exp001-seed0-fold1",
         name="exp001/seed0/fold1",
@@ -68,7 +68,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
             finish(log, folder)
 
 
-def begin(log: tracking.Track, folder: Path) -> None:
+def begin(log: tracking.RunLogger, folder: Path) -> None:
     import pandas as pd
 
     from comp.engine.report import plots
@@ -78,7 +78,7 @@ def begin(log: tracking.Track, folder: Path) -> None:
     log.table("folds", pd.DataFrame({"fold": [0, 1], "rows": [50, 50], "share": [0.1, math.nan]}))
 
 
-def finish(log: tracking.Track, folder: Path) -> None:
+def finish(log: tracking.RunLogger, folder: Path) -> None:
     from comp.engine.report import plots
 
     (folder / "oof.arrow").write_bytes(b"out of fold " * 1000)

@@ -56,7 +56,7 @@ def fold(
     seed: int,
     number: int | str,
     folder: Path,
-    log: tracking.Track,
+    log: tracking.RunLogger,
     *,
     stop: Stop | None = None,
     profiler: Profiler | None = None,

@@ -35,7 +35,7 @@ submission: {sample: sample_submission.csv, form: label}
 """
 TINY = "base: base\ndata: {size: 32, channels: 1}\nmodel: {name: test_resnet, pretrained: false}\n"
 
-hardware.settle(1)  # before torch is imported
+hardware.set_threads(1)  # before torch is imported
 
 
 @pytest.fixture(scope="session")

@@ -202,7 +202,7 @@ def run(arguments: list[str]) -> int:
     args = vars(command.parse(name, verb, rest))
     command.check_versions(f"comp {name}", verb.needs)
     with command.lock_takeover(bool(args.get("steal_lock"))):
-        if hardware.processes() > 1:  # torchrun -m comp train exp001
+        if hardware.world_size() > 1:  # torchrun -m comp train exp001
             from comp.engine.run import torchrun
 
             return torchrun.run_command(name, lambda: command.call(verb, args)) or 0

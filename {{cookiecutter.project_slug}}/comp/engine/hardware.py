@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def settle(threads: int) -> None:
+def set_threads(threads: int) -> None:
     """Fix the thread count of torch, OpenMP and OpenCV. Ray and torchrun set their own: overridden on purpose."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -35,11 +35,11 @@ def device(wanted: str) -> torch.device:
 
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise Refused(f"machine.device: {wanted}: torch finds no GPU here; auto takes what there is")
-    if processes() > 1 and wanted.startswith("cuda:"):
+    if world_size() > 1 and wanted.startswith("cuda:"):
         raise Refused(
             f"machine.device: {wanted} is one GPU, and torchrun gives each process its own; leave it at auto"
         )
-    if processes() > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
+    if world_size() > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
             raise Refused(
@@ -54,7 +54,7 @@ def device(wanted: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many torchrun has started, on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -170,7 +170,7 @@ class Stop:
             print("\nstopping after this step; Ctrl+C again to stop at once", file=sys.stderr, flush=True)
 
 
-def seconds(option: str, text: str) -> float:
+def parse_duration(option: str, text: str) -> float:
     """Of 8h30m, 9h, 45m or 90s."""
     number = r"(\d+(?:\.\d+)?)"
     found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
@@ -184,7 +184,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cards() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that a process may be given, as CUDA_VISIBLE_DEVICES names them. Without torch, whose threads are not settled yet."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:

@@ -1,7 +1,7 @@
 """In a notebook on Kaggle or Colab: where things lie there, and which keys its secrets hold.
 
 from comp.engine import notebook
-notebook.settle()        # the first cell, once; then !comp prepare and so on, as in a terminal
+notebook.setup()        # the first cell, once; then !comp prepare and so on, as in a terminal
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 KEYS = ("WANDB_API_KEY", "KAGGLE_API_TOKEN")
 
 
-def settle() -> Path:
+def setup() -> Path:
     """From here on `comp` is a command, in this folder, with the keys that the notebook's secrets hold. Answers with the folder."""
     project = Path(__file__).resolve().parents[2]
     os.chdir(project)
@@ -29,11 +29,11 @@ def settle() -> Path:
     os.environ["PATH"] = f"{place}{os.pathsep}{os.environ.get('PATH', '')}"
     print(f"project: {project}")
     for name in KEYS:
-        print(f"{name}: {key(name)}")
+        print(f"{name}: {load_key(name)}")
     return project
 
 
-def key(name: str) -> str:
+def load_key(name: str) -> str:
     """Into the environment of this process and what it starts, never shown. Answers with where it was found."""
     if os.environ.get(name):
         return "in the environment"
@@ -60,7 +60,7 @@ def _secrets() -> Callable[[str], str] | None:
     return found
 
 
-def inputs(slug: str) -> Path | None:
+def input_folder(slug: str) -> Path | None:
     """The competition's files, where Kaggle puts them for its notebooks: read-only, nothing to fetch."""
     home = Path(os.environ.get("COMP_KAGGLE", "/kaggle")) / "input"
     return next((place for place in (home / slug, home / "competitions" / slug) if place.is_dir()), None)

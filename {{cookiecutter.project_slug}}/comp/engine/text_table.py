@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def text(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+def render(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
     """`right` names the columns that are set flush right."""
     lines = [heading, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]

@@ -152,7 +152,7 @@ def open_images(cfg: Config, image_keys: Sequence[str], progress: bool, must_fit
 def fill(experiment: str, overrides: Sequence[str]) -> None:
     """comp cache: decodes every image of the samples, or refuses when they do not fit on the disk."""
     cfg = experiments.load(experiment, overrides).config
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     names = sorted({path for images in samples.load().frame["images"] for path in images})
     open_images(cfg, names, cfg.machine.progress, must_fit=True)
     print(f"next: comp train {experiment}")

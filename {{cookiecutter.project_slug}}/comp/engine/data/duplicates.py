@@ -190,7 +190,7 @@ def _told(kind: str, mine: pd.DataFrame) -> None:
     cells = [
         [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in shown.itertuples(index=False)
     ]
-    print(text_table.text(COLUMNS, cells, ["how", "fold_a", "fold_b"]))
+    print(text_table.render(COLUMNS, cells, ["how", "fold_a", "fold_b"]))
 
 
 def _apart(mine: pd.DataFrame) -> int:

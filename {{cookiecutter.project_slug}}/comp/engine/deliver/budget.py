@@ -30,7 +30,7 @@ class Team:
 
 def fit(name: str, text: str) -> str:
     """The name of what fits: NAME itself, a member with fewer views, or a new ensemble NAME-<budget>."""
-    limit = hardware.seconds("--budget", text)
+    limit = hardware.parse_duration("--budget", text)
     cfg = resolve.load(paths.root(), "base").config
     if not rehearse.file_of(name).exists():
         kernel.build(name)

@@ -24,7 +24,7 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
         print(f"{paths.relative(raw)}: is there, and is never changed; to get it anew, move it away first")
         print("next: comp prepare")
         return
-    if (there := notebook.inputs(slug)) is not None:
+    if (there := notebook.input_folder(slug)) is not None:
         if raw.is_symlink():
             raw.unlink()  # of a session before, to what is not there any more
         elif raw.exists():

@@ -66,7 +66,7 @@ def predict() -> Path:
         put_share(Path(place), *everything(about, home, table, rows[int(mine) :: int(of)]))
         return Path(place)
     print(f"{about['name']}: {len(rows)} test rows, {len(about['leaves'])} models", flush=True)
-    cards = hardware.cards()[: len(rows)]
+    cards = hardware.visible_gpus()[: len(rows)]
     given, damaged, seconds = (
         everything(about, home, table, rows) if len(cards) < 2 else over_cards(cards, about, rows)
     )
@@ -192,7 +192,7 @@ def _installed(name: str) -> str | None:
 
 
 def raw_folder(kaggle: Path, slug: str) -> Path:
-    if (place := notebook.inputs(slug)) is not None:
+    if (place := notebook.input_folder(slug)) is not None:
         return place
     raise Refused(
         f"{kaggle / 'input' / slug}: no such folder; add the competition {slug} to the notebook's inputs"
@@ -247,7 +247,7 @@ def spoken(
     cfg: Config, table: Samples, rows: Positions, leaf: dict[str, Any], prior: Values
 ) -> tuple[Values, dict[int, str]]:
     """What one run or member says of every row, merged over its checkpoints as at home; and what is damaged."""
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     from comp import predict
     from comp.engine.bank import predictions
 

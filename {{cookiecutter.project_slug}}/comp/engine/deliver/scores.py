@@ -41,7 +41,7 @@ def scores() -> int:
     if not book:
         print('nothing was sent yet\nnext: comp submit NAME -m "what is new"')
         return 2 if fault else 0
-    print(text_table.text(["ref", "sent", "name", "kind", "CV", "honest", "public", "private", "status", "message"], [_line(each) for each in book]))  # fmt: skip
+    print(text_table.render(["ref", "sent", "name", "kind", "CV", "honest", "public", "private", "status", "message"], [_line(each) for each in book]))  # fmt: skip
     both = [each for each in book if each["public"] is not None and submit.worth(each) is not None]
     said = agreement(both) if len(both) > 1 else []
     rows = samples.load() if paths.samples_file().exists() else None
@@ -78,7 +78,7 @@ def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], image: Path) 
     if (folder / "told.json").exists() and artifacts.read_json(folder / "told.json") == told:
         return
     slug = cfg.competition.slug
-    with tracking.open_run(
+    with tracking.open_log(
         folder,
         run_id=f"submissions-{slug}",
         name="submissions",

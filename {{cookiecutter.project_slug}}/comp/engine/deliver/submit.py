@@ -255,7 +255,7 @@ def _tell(cfg: Config, entry: dict[str, Any]) -> None:
     said = {key: entry[key] for key in ("number", "name", "message", "status", "public", "private", "honest")}
     if (folder / "told.json").exists() and artifacts.read_json(folder / "told.json") == said:
         return
-    with tracking.open_run(
+    with tracking.open_log(
         folder,
         run_id=f"submission-{entry['token']}",
         name=f"submit/{entry['name']}",

@@ -49,7 +49,7 @@ def verify(name: str) -> None:
                 "machine": cfg.machine.model_copy(update=here),
             }
         )
-        hardware.settle(cfg.train.threads)
+        hardware.set_threads(cfg.train.threads)
         return runner.gather(cfg)
 
     def repredict(checkpoint: Checkpoint, rows: NDArray[np.integer]) -> NDArray[np.floating]:

@@ -42,7 +42,7 @@ def blend(name: str) -> dict[str, Any]:
     artifacts.require_space(
         sum(bank.nbytes(rows, len(each[0].row)) for each in (oof, test)), f"ensembles/{name}"
     )
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     nested, refits_ = member_recipes(declared), member_refits(cfg, declared, rows, split)
     made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits_)
     with locks.lock(folder, f"blending {name}"):
@@ -259,7 +259,7 @@ def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
 
 
 def _print_result(name: str, record: dict[str, Any]) -> None:
-    print(text_table.text(table_header(record), table_lines(name, record), ["weight"]))
+    print(text_table.render(table_header(record), table_lines(name, record), ["weight"]))
     print(*summary_lines(name, record), sep="\n")
     folder = paths.relative(paths.ensemble_folder(name))
     print(

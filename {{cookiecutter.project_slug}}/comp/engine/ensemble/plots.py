@@ -180,7 +180,7 @@ def _scored(
 def log_to_wandb(name: str, cfg: Config, files: dict[str, Path], record: Any) -> None:
     """The same in W&B, as a run of its own kind."""
     folder = bank.folder(name) / "pictures"
-    run = tracking.open_run(
+    run = tracking.open_log(
         folder, run_id=f"ensemble-{name}", name=name, group=name, job_type="ensemble",
         config={"competition": {"slug": cfg.competition.slug}, "method": record["method"], "members": [m["address"] for m in record["members"]]}, settings=cfg.track,
     )  # fmt: skip

@@ -36,7 +36,7 @@ SHOWN = 8  # rows of a kind
 
 def drift(run: str) -> dict[str, Any]:
     cfg = runner.stored_config(run)
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     rows = samples.load()
     split = folds.load(rows)
     test = rows.positions("test")
@@ -160,7 +160,7 @@ def _tell(context: Context, frame: pd.DataFrame, record: dict[str, Any]) -> None
     }
     for kind, some in telling.items():
         cells = [[str(row.id), f"{row.like_test:.3f}"] for row in some.itertuples()]
-        print(f"\n{kind}\n" + text_table.text(["id", "like test"], cells, ["like test"]))
+        print(f"\n{kind}\n" + text_table.render(["id", "like test"], cells, ["like test"]))
     reader = replace(image_reader.from_config(context.cfg), size=plots.TILE, resize="contain")
     tiles = []
     for some in telling.values():

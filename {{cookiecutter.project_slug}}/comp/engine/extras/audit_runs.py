@@ -71,7 +71,7 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
         found.append(NotChecked(run, why + (", …" if len(gone) > 3 else "")))
     if spoken:
         try:
-            hardware.settle(cfg.train.threads)
+            hardware.set_threads(cfg.train.threads)
             context = runner.gather(cfg)
         except UserError as refused:
             return [*found, NotChecked(run, refused.lines[0])]

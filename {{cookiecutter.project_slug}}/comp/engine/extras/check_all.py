@@ -16,7 +16,7 @@ def check(experiment: str | None = None, overrides: Sequence[str] = ()) -> int:
     if experiment is None:
         return 2 if checks.check(resolve.load(paths.root(), "base").config, dummy.written) else 0
     cfg = experiments.load(experiment, overrides).config
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     from comp import models
 
     return 2 if checks.check(cfg, dummy.written, exact=True, network=models.check_report) else 0

@@ -68,7 +68,7 @@ def _show() -> None:
         ),
     ]
     rows = [[what, artifacts.format_size(bytes_), how] for what, bytes_, how in lines if bytes_ or how]
-    print(text_table.text(["what", "size", "goes with"], rows, ["size"]))
+    print(text_table.render(["what", "size", "goes with"], rows, ["size"]))
     print(f"{artifacts.format_size(shutil.disk_usage(paths.root()).free)} free")
     flags = dict.fromkeys(flag for _, bytes_, how in lines if bytes_ for flag in how.split())
     if flags:

@@ -45,7 +45,7 @@ def noise(experiment: str, seeds: int) -> dict[str, Any]:
     artifacts.write_json(paths.path("runs", NOISE), record)
     rows = [[f"seed {s}", f"{v:.4f}", *(f"{f:.4f}" for f in said.folds[s])] for s, v in enumerate(said.whole)]
     print(
-        text_table.text(
+        text_table.render(
             ["", f"{metric.name}, all rows", *(f"fold {k}" for k in range(said.folds.shape[1]))], rows
         )
     )
@@ -115,7 +115,7 @@ def _metric() -> Metric:
 def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
     if len(names) < 2 or len(set(names)) < len(names):
         raise Refused("comp compare takes two or more different experiments, like exp001 exp002")
-    hardware.settle(experiments.load(names[0]).config.train.threads)
+    hardware.set_threads(experiments.load(names[0]).config.train.threads)
     said = [scored(each, seeds) for each in names]
     metric = _metric()
     lines = [
@@ -126,7 +126,9 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
         ]
         for s in said
     ]
-    print(text_table.text(["experiment", f"{metric.name}, all rows, {seeds} seeds", "mean of folds"], lines))
+    print(
+        text_table.render(["experiment", f"{metric.name}, all rows, {seeds} seeds", "mean of folds"], lines)
+    )
     records = []
     for a, b in itertools.combinations(said, 2):
         found = difference(metric.sign * (b.folds - a.folds))

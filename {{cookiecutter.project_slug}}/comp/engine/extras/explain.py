@@ -40,7 +40,7 @@ FINE = 4  # a map of fewer squares a side says nothing about where
 
 def explain(run: str, ids: list[str], count: int) -> Path:
     cfg = runner.stored_config(run)
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     context = runner.gather(cfg)
     rows, captions = _chosen(context, run, ids, count)
     sheet = Image.new("RGB", (GAP + 3 * (SIDE + GAP), TITLE + len(rows) * (SIDE + TITLE)), "white")

@@ -57,7 +57,7 @@ class Whole(nn.Module):
 def export(run: str, fold: int, rows: int, prune: str) -> Path:
     shares = _shares(prune)
     cfg = runner.stored_config(run)
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     place = {
         "device": "cpu",
         "gpu_cache_mb": 0,
@@ -269,7 +269,7 @@ def _tell(cfg: Config, run: str, fold: int, rows: int, lines: list[dict[str, Any
         for line in lines
     ]  # fmt: skip
     print(f"{run}, fold {fold}: {metric.name} of {rows} out-of-fold rows, on {cfg.train.threads} CPU threads")
-    print(text_table.text(
+    print(text_table.render(
         ["variant", metric.name, "change", "ms a picture", "size", "away", "file"], body,
         [metric.name, "change", "ms a picture", "size", "away"],
     ))  # fmt: skip

@@ -57,12 +57,12 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     loaded = experiments.load(run, overrides, claimed=run)
     cfg = loaded.config
     _refuse(cfg)
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     # Made anew, the features leave no head of the old ones behind.
     old = [paths.member_folder(run, name) for name in HEADS] if fresh else []
-    fingerprint.same_images(run, cfg, old)
+    fingerprint.validate_images(run, cfg, old)
     context = runner.gather(cfg, loaded=loaded)
-    fingerprint.claim(run, cfg, context.folds, fingerprint.command(run), old)
+    fingerprint.claim(run, cfg, context.folds, fingerprint.resume_command(run), old)
     with locks.lock(paths.run_folder(run), "features"):
         seen = of_run(context, run, fresh)
     for name in names:

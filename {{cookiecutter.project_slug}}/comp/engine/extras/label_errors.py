@@ -61,7 +61,7 @@ def contradicted(names: Sequence[str]) -> pd.DataFrame:
         cells = [
             [str(line[name]) for name in COLUMNS[:-1]] + [f"{line['denied']:.3f}"] for line in found[:SHOWN]
         ]
-        print(text_table.text(COLUMNS, cells, ["denied"]))
+        print(text_table.render(COLUMNS, cells, ["denied"]))
         _drawn(cfg, found[:DRAWN], sheet)
         print(
             f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first {min(DRAWN, len(found))}"

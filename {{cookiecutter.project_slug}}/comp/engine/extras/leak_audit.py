@@ -79,7 +79,7 @@ def audit(seeds: int = 1) -> int:
     for what, why in unseen:
         print(f"not checked: {what}: {why}")
     if leaks:
-        print(text_table.text(["LEAK", "where", "known by"], [[*leak] for leak in leaks]))
+        print(text_table.render(["LEAK", "where", "known by"], [[*leak] for leak in leaks]))
     beside = f"; {len(unseen)} not checked, see above" if unseen else ""
     print(f"{len(leaks) or 'no'} leak{'s' * (len(leaks) != 1)}{beside}\nnext: comp runs")
     return 1 if leaks else 0
@@ -94,7 +94,7 @@ def _chance(said: Mapping[str, Mapping[str, float]], selection: float) -> list[L
         f"on coin flips, {flips.ROWS} rows: AUC, balanced accuracy of thresholds (chance is 0.5), QWK of cut points (chance is 0)"
     )
     print(
-        text_table.text(
+        text_table.render(
             ["method", "honest", "in-sample", "standard errors"],
             body,
             ["honest", "in-sample", "standard errors"],

@@ -50,7 +50,7 @@ def runs() -> None:
         print("no runs yet\nnext: comp train exp001")
         return
     heading = ["name", "task", "model", "folds", "CV", "OOF", "marks", "time", "differs from base.yaml in"]
-    text = text_table.text(heading, [cells for cells, _ in lines], ["folds", "OOF", "time"])
+    text = text_table.render(heading, [cells for cells, _ in lines], ["folds", "OOF", "time"])
     print(fitted(text))
     scored = [
         (cells[0], record)
@@ -233,7 +233,7 @@ def bank(csv: str | None = None, filters: Sequence[str] = ()) -> None:
         lines.append([address, kinds, *_scores(records[address]), bytes_, like, made])
     print(
         fitted(
-            text_table.text(
+            text_table.render(
                 ["member", "has", "CV", "OOF", "size", "like best", "made from"],
                 lines,
                 ["OOF", "size", "like best"],
@@ -301,7 +301,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
             [f"{key}={_plain(value)}", loaded.origins.get(key, "not declared")]
             for key, value in values.items()
         ]
-        print(text_table.text(["knob", "from"], lines))
+        print(text_table.render(["knob", "from"], lines))
         return
     other = experiments.load(against, (), debug).config
     changed = configs.difference(other, loaded.config, everything=True)
@@ -309,7 +309,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
         print(f"{experiment} and {against} are the same")
         return
     print(
-        text_table.text(
+        text_table.render(
             ["knob", against, experiment], [[key, *map(_plain, pair)] for key, pair in changed.items()]
         )
     )

@@ -25,7 +25,7 @@ LEAST = 5
 
 def measure(experiment: str, overrides: list[str]) -> None:
     cfg = experiments.load(experiment, overrides).config
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     optim.validate(cfg)
     models.validate(cfg)
     device = hardware.device(cfg.machine.device)
@@ -72,7 +72,7 @@ def measure(experiment: str, overrides: list[str]) -> None:
     print(
         f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, pictures already there"
     )
-    print(text_table.text(["what", "", ""], lines, [""]))
+    print(text_table.render(["what", "", ""], lines, [""]))
     if pages.get("model") is None:
         print(backbone.describe(cfg))
     print(f"next: comp train {experiment}")

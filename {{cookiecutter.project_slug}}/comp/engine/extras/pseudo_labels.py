@@ -209,7 +209,7 @@ def _tell(frame: pd.DataFrame, rows: Samples, split: Folds) -> None:
                 "-" if np.isnan(sure) else f"{sure:.3f}",
             ])  # fmt: skip
         print(
-            text_table.text(
+            text_table.render(
                 ["class", "of training", "of taken", "rows a fold", "confidence"],
                 body,
                 ["of training", "of taken", "rows a fold", "confidence"],

@@ -61,7 +61,7 @@ def slices(name: str) -> pd.DataFrame:
     for head, mine in frame.groupby("head", sort=False):
         print(f"{head}: the worst slices first; low to high is the {LEVEL:.0%} interval of each alone")
         cells = [[_cell(line[column]) for column in COLUMNS] for _, line in mine.head(30).iterrows()]
-        print(text_table.text(COLUMNS, cells, COLUMNS[2:8]))
+        print(text_table.render(COLUMNS, cells, COLUMNS[2:8]))
         found = mine[mine["against all"] != ""]
         print(
             f"{len(found)} of {len(mine)} slices differ from the other rows; p is corrected for {len(mine)} comparisons (Holm), at most {ALPHA:g} is reported"

@@ -29,7 +29,7 @@ ONE_PASS = (
 def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict[str, Any]:
     """max_ms: of one image and one checkpoint, all views together. names: views by commas, all that there are otherwise."""
     cfg = runner.stored_config(run)
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     rows = samples.load()
     split = folds.load(rows)
     seeds = experiments.complete(run, split.count)
@@ -143,14 +143,14 @@ def _tell_alone(metric: Any, alone: dict[str, float], cost: dict[str, float]) ->
         gain = metric.sign * (value - base)
         lines.append([name, f"{value:.4f}", f"{gain:+.4f}", f"{cost[name]:.2f}"])
     numbers = [metric.name, "gain", "ms an image"]
-    print(text_table.text(["view alone", *numbers], lines, numbers))
+    print(text_table.render(["view alone", *numbers], lines, numbers))
 
 
 def _predicted(
     run: str, cfg: Config, seeds: list[int], rows: Any, split: Any, names: str | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Each view as a whole OOF set, and its milliseconds an image. Kept fold by fold, so a killed call goes on where it was."""
-    fingerprint.same_images(run, cfg)
+    fingerprint.validate_images(run, cfg)
     context = runner.gather(cfg)
     from comp import predict
     from comp.engine.run import views as looks

@@ -48,7 +48,7 @@ class _Now:
 
 
 def init() -> None:
-    if hardware.processes() == 1 or dist.is_initialized():
+    if hardware.world_size() == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
@@ -56,7 +56,7 @@ def init() -> None:
 
 def shutdown() -> None:
     """The first process lets the others go."""
-    if hardware.processes() > 1 and not _Now.lost:
+    if hardware.world_size() > 1 and not _Now.lost:
         init()
         broadcast(None)
         dist.destroy_process_group()

@@ -47,7 +47,7 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Pa
         if begun and resolve.from_yaml(artifacts.verified(file)) == cfg:
             return
         artifacts.write_text(file, resolve.to_yaml(cfg))
-        made = made_of(cfg, folds) | {"images": images or image_files.record(cfg)}
+        made = input_hashes(cfg, folds) | {"images": images or image_files.record(cfg)}
         artifacts.write_json(folder / "made_of.json", made)
         artifacts.add_to_manifest(file, folder / "made_of.json")
 
@@ -69,7 +69,7 @@ def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
     return (
         all(map(artifacts.manifest_entry, files))
         and not resolve.difference(resolve.from_yaml(artifacts.verified(files[0])), cfg)
-        and made_of(cfg, folds).items() <= artifacts.read_json(artifacts.verified(files[1])).items()
+        and input_hashes(cfg, folds).items() <= artifacts.read_json(artifacts.verified(files[1])).items()
     )
 
 
@@ -84,14 +84,14 @@ def _note_birth(folder: Path, command: str, anew: bool) -> None:
     artifacts.write_json(file, born)
 
 
-def same_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool = True) -> None:
+def validate_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool = True) -> None:
     """Refuse to go on with a run whose image files are others now. A stat a file; `read`: they will be read, so none may be missing."""
     from comp.engine.data import image_files
 
     folder = paths.run_folder(name)
     if not _stays(folder, fresh):
         return
-    ways = _ways(name, command(name))
+    ways = _ways(name, resume_command(name))
     now = image_files.compare(
         cfg, artifacts.read_json(artifacts.verified(folder / "made_of.json", ways))["images"]
     )
@@ -113,7 +113,7 @@ def same_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool =
             )
 
 
-def refuse_name(name: str) -> None:
+def validate_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
     if paths.ensemble_folder(name).exists() or paths.path("configs", "ensembles", f"{name}.yaml").exists():
@@ -122,7 +122,7 @@ def refuse_name(name: str) -> None:
         )
 
 
-def made_of(cfg: Config, folds: Folds) -> dict[str, Any]:
+def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
     hooks = {hook: _text(hook) for hook in HOOKS if pages.get(hook) is not None}
     labels = None if cfg.data.pseudo is None else artifacts.manifest_entry(paths.pseudo_file(cfg.data.pseudo))
     return {
@@ -136,16 +136,16 @@ def made_of(cfg: Config, folds: Folds) -> dict[str, Any]:
 
 def _births(teacher: str, folds: Folds) -> dict[str, str]:
     """A run that was begun anew under its old name is another teacher."""
-    return {voice.run: birth(voice.run) for voice in teachers.load(teacher, folds, "distill.teacher").voices}
+    return {voice.run: run_id(voice.run) for voice in teachers.load(teacher, folds, "distill.teacher").voices}
 
 
-def birth(name: str) -> str:
+def run_id(name: str) -> str:
     """Tells a run from an earlier one of the same name, for services that never forget an id."""
     file = paths.run_folder(name) / "birth.json"
     return artifacts.digest(artifacts.read_json(file)["at"])[:6] if file.exists() else ""
 
 
-def command(name: str) -> str:
+def resume_command(name: str) -> str:
     """What goes on with a run: `comp train exp001 --as trial optim.lr=1e-4`."""
     file = paths.run_folder(name) / "birth.json"
     return str(artifacts.read_json(file)["command"]) if file.exists() else f"comp train {name}"
@@ -159,7 +159,7 @@ def _ways(name: str, command: str) -> str:
 
 
 def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
-    """The record of its images, which same_images compares."""
+    """The record of its images, which validate_images compares."""
     folder, ways = paths.run_folder(name), _ways(name, command)
     old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", ways))
     if changed := resolve.difference(old, cfg):
@@ -167,7 +167,10 @@ def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
             f"runs/{name} was trained with another config; {ways}",
             *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
         )
-    then, now = artifacts.read_json(artifacts.verified(folder / "made_of.json", ways)), made_of(cfg, folds)
+    then, now = (
+        artifacts.read_json(artifacts.verified(folder / "made_of.json", ways)),
+        input_hashes(cfg, folds),
+    )
     what = {
         "samples": "another data/samples.parquet",
         "folds": "other folds",

@@ -13,7 +13,7 @@ from comp.engine.run.context import Context
 from comp.engine.store import artifacts, paths
 
 
-def look(context: Context, run: str) -> str:
+def score_holdout(context: Context, run: str) -> str:
     cfg, samples, folds = context.cfg, context.samples, context.folds
     rows = folds.holdout_rows()
     if not len(rows):

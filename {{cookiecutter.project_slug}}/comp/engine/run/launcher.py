@@ -34,40 +34,40 @@ class Job(NamedTuple):
     given: dict[str, Any]
 
 
-class Ended(NamedTuple):
+class JobResult(NamedTuple):
     code: int
     last: list[str]
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     size: int  # jobs that run at a time
     machines: int
 
-    def begin(self, job: Job) -> Future[Ended]: ...
+    def begin(self, job: Job) -> Future[JobResult]: ...
     def interrupt(self) -> None:
         """The signal that we got, for every job; those that wait do not begin."""
 
 
-def show(line: str) -> None:
+def print_line(line: str) -> None:
     """Above a bar, if there is one."""
     tqdm.write(line, end="")
 
 
-def out(jobs: list[Job], crew: Crew, stop: hardware.Stop, look: Callable[[int], object]) -> None:
+def run_jobs(jobs: list[Job], executor: Executor, stop: hardware.Stop, look: Callable[[int], object]) -> None:
     """All of them; `look` hears again and again how many are left. The first that fails stops the others, which keep what they have."""
     with stop.listening():
-        _out(jobs, crew, stop, look)
+        _out(jobs, executor, stop, look)
 
 
-def _out(jobs: list[Job], crew: Crew, stop: hardware.Stop, look: Callable[[int], object]) -> None:
-    running = {crew.begin(job): job for job in jobs}
+def _out(jobs: list[Job], executor: Executor, stop: hardware.Stop, look: Callable[[int], object]) -> None:
+    running = {executor.begin(job): job for job in jobs}
     failed: list[str] = []
     told = False
     while running:
         try:
             done, _ = wait(running, LOOK, FIRST_COMPLETED)
         except KeyboardInterrupt:  # for the second time
-            crew.interrupt()
+            executor.interrupt()
             raise
         look(len(running))
         for future in done:
@@ -77,20 +77,20 @@ def _out(jobs: list[Job], crew: Crew, stop: hardware.Stop, look: Callable[[int],
             failed = failed or [f"{job.name} failed:", *ended.last]
         if (stop.asked or failed) and not told:
             told = True
-            crew.interrupt()
+            executor.interrupt()
     if failed:
         raise Refused(*failed)
     if stop.asked:
         raise hardware.Stopped("every job keeps what it has")
 
 
-def carry(
+def run_job(
     job: Job,
     root: str,
     extra: dict[str, str],
-    say: Callable[[str], None] = show,
+    say: Callable[[str], None] = print_line,
     begun: Callable[[subprocess.Popen[str]], None] = lambda process: None,
-) -> Ended:
+) -> JobResult:
     """Start one job's process, show what it says, wait for it. It holds on to our end of its standard input: when this
     process dies, by whatever, the job dies too, and may begin elsewhere."""
     with subprocess.Popen(
@@ -114,22 +114,22 @@ def carry(
                 break
             except KeyboardInterrupt:  # how Ray cancels
                 process.send_signal(signal.SIGINT)
-        return Ended(process.wait(), last)
+        return JobResult(process.wait(), last)
 
 
-def crew(on: str, threads: int, say: Callable[[str], None] = show) -> Crew:
+def make_executor(on: str, threads: int, say: Callable[[str], None] = print_line) -> Executor:
     """`local`, `local:4` or `ray`. What jobs say goes to `say`; from other machines Ray brings it here by itself."""
     kind, colon, count = on.partition(":")
     if kind == "ray" and not colon:
-        return Ray(threads)
+        return RayExecutor(threads)
     if kind != "local" or (colon and not (count.isdigit() and int(count) > 0)):
         raise Refused(
             f"--on {on}: wants local (one job a GPU, or as many as the cores allow), local:N, or ray"
         )
-    return Local(threads, int(count) if count else None, say)
+    return LocalExecutor(threads, int(count) if count else None, say)
 
 
-class Local:
+class LocalExecutor:
     """Each job has a GPU of its own, or `threads` cores."""
 
     machines = 1
@@ -145,17 +145,17 @@ class Local:
             self._slots.put({"CUDA_VISIBLE_DEVICES": _visible(i % gpus)} if gpus else {})
         self._pool = ThreadPoolExecutor(self.size)
         self._processes: list[subprocess.Popen[str]] = []
-        self._waiting: list[Future[Ended]] = []
+        self._waiting: list[Future[JobResult]] = []
         self._stopped = False
 
-    def begin(self, job: Job) -> Future[Ended]:
+    def begin(self, job: Job) -> Future[JobResult]:
         self._waiting.append(self._pool.submit(self._carry, job))
         return self._waiting[-1]
 
-    def _carry(self, job: Job) -> Ended:
+    def _carry(self, job: Job) -> JobResult:
         slot = self._slots.get()
         try:
-            return carry(job, str(paths.root()), slot, self._say, self._begun)
+            return run_job(job, str(paths.root()), slot, self._say, self._begun)
         finally:
             self._slots.put(slot)
 
@@ -173,7 +173,7 @@ class Local:
                 process.send_signal(hardware.received())
 
 
-class Ray:
+class RayExecutor:
     """Ray picks the machine, and begins a job again when its machine dies."""
 
     def __init__(self, threads: int):
@@ -199,24 +199,24 @@ class Ray:
         # A dead machine's jobs begin again without end; a job that fails by itself does not.
         needs = {"num_cpus": 1 if gpus else threads, "num_gpus": 1 if gpus else 0}
         self._options = {**needs, "max_retries": -1}
-        self._carry = ray.remote(carry)
+        self._carry = ray.remote(run_job)
         self._begun: list[Any] = []
 
-    def begin(self, job: Job) -> Future[Ended]:
+    def begin(self, job: Job) -> Future[JobResult]:
         passed = {locks.STEAL: os.environ.get(locks.STEAL, "")}
         self._begun.append(
             self._carry.options(name=job.name, **self._options).remote(job, str(paths.root()), passed)
         )
-        future: Future[Ended] = Future()
+        future: Future[JobResult] = Future()
         self._begun[-1].future().add_done_callback(lambda found: future.set_result(self._ended(found)))
         return future
 
-    def _ended(self, found: Future[Ended]) -> Ended:
+    def _ended(self, found: Future[JobResult]) -> JobResult:
         error = found.exception()
         if error is None:
             return found.result()
         cancelled = isinstance(error, self._ray.exceptions.TaskCancelledError)
-        return Ended(130 if cancelled else 1, str(error).splitlines()[-LAST:])
+        return JobResult(130 if cancelled else 1, str(error).splitlines()[-LAST:])
 
     def interrupt(self) -> None:
         for reference in self._begun:

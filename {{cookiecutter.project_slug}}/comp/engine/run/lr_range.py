@@ -150,11 +150,11 @@ def write(cfg: Config, points: list[Point], png: Path, csv: Path, linear: bool) 
     return best
 
 
-class _Listener(tracking.Track):
+class _Listener(tracking.RunLogger):
     """Hears of every step, and has heard enough at some point."""
 
     def __init__(self, folder: Path, steps: int):
-        super().__init__(folder, tracking.NoFeed(), [])
+        super().__init__(folder, tracking.NoWandb(), [])
         self.steps = steps
         self.points: list[Point] = []
         self._mean, self._lowest = 0.0, math.inf

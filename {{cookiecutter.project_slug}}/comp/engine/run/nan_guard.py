@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 class NanGuard:
-    def __init__(self, log: tracking.Track, samples: Samples, scaled: bool, pass_size: int):
+    def __init__(self, log: tracking.RunLogger, samples: Samples, scaled: bool, pass_size: int):
         self.log, self.samples, self.pass_size = log, samples, pass_size
         self.scaled = scaled  # fp16: its scaler leaves out a step whose gradient overflows, and goes on with a smaller scale
         self.steps: list[Step] = []

@@ -20,7 +20,7 @@ from comp.engine.store import paths
 from comp.engine.tasks.kinds import Head
 
 
-def before(context: Context, log: tracking.Track, run: str, folder: Path, number: int | str) -> None:
+def log_inputs(context: Context, log: tracking.RunLogger, run: str, folder: Path, number: int | str) -> None:
     """Drawn once a run and shown with every fold: what teaches it, and how."""
     drawn = paths.run_folder(run) / "augment.png"
     if not drawn.exists():
@@ -29,19 +29,19 @@ def before(context: Context, log: tracking.Track, run: str, folder: Path, number
     log.table("folds", pd.json_normalize(fold_audit.audit(context.samples, context.folds)["folds"]))
 
 
-def after(context: Context, log: tracking.Track, run: str, folder: Path) -> None:
+def log_results(context: Context, log: tracking.RunLogger, run: str, folder: Path) -> None:
     """Where a fold is wrong, and its files, as W&B artifacts that are not copied."""
     oof = bank.read(folder / "oof.arrow", context.samples, context.folds)
     for head in context.samples.heads:
-        mistakes(context, log, head, oof, folder)
+        log_errors(context, log, head, oof, folder)
     label = "-".join(folder.relative_to(paths.path("runs")).parts)
     log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
     if context.cfg.track.checkpoints:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
 
 
-def mistakes(
-    context: Context, log: tracking.Track, head: Head, oof: predictions.PredictionSet, folder: Path
+def log_errors(
+    context: Context, log: tracking.RunLogger, head: Head, oof: predictions.PredictionSet, folder: Path
 ) -> None:
     rows = oof.row.astype(np.int64)[oof.predicted]
     said = oof.probability(head)[oof.predicted]
@@ -60,11 +60,11 @@ def mistakes(
     log.table(
         f"worst{name}",
         table.drop(columns="position"),
-        images=shown(context, rows[table["position"].to_numpy()]),
+        images=preprocessed_images(context, rows[table["position"].to_numpy()]),
     )
 
 
-def shown(context: Context, rows: Positions) -> list[Any]:
+def preprocessed_images(context: Context, rows: Positions) -> list[Any]:
     """The pictures of some rows as the network gets them, for people; black where a file broke since."""
     drawn = context.loader.images.batch([Index(int(row), None) for row in rows])
     first = (
@@ -75,7 +75,7 @@ def shown(context: Context, rows: Positions) -> list[Any]:
     return [plots.to_rgb(arrays.to_uint8(image)) for image in drawn.images.numpy()[first]]
 
 
-def last(folder: Path) -> str:
+def last_epoch(folder: Path) -> str:
     """The last epoch in a few words."""
     epochs = [line for line in tracking.read(folder / "log.jsonl") if "epoch" in line]
     if not epochs:
@@ -85,12 +85,12 @@ def last(folder: Path) -> str:
     return ", ".join(f"{key} {value:.4f}" for key, value in report.items())
 
 
-def summary(context: Context, run: str, birth: str, score: dict[str, Any]) -> None:
+def log_summary(context: Context, run: str, birth: str, score: dict[str, Any]) -> None:
     """One more W&B run that speaks for all folds."""
     cfg = context.cfg
-    with tracking.open_summary(run, birth, config=cfg.model_dump(), settings=cfg.track) as log:
+    with tracking.open_summary_log(run, birth, config=cfg.model_dump(), settings=cfg.track) as log:
         log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
         oof = bank.read(paths.run_folder(run) / "oof.arrow", context.samples, context.folds)
         for head in context.samples.heads:
-            mistakes(context, log, head, oof, paths.run_folder(run))
+            log_errors(context, log, head, oof, paths.run_folder(run))
         log.artifact(paths.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")

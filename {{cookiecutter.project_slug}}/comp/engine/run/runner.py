@@ -37,7 +37,7 @@ def train(
     stop: hardware.Stop | None = None,
 ) -> None:
     """Every fold of every seed that is not done yet, one after the other or side by side, then the run's score."""
-    stop = hardware.Stop(hardware.seconds("--time-limit", time_limit)) if time_limit else stop
+    stop = hardware.Stop(hardware.parse_duration("--time-limit", time_limit)) if time_limit else stop
     _validate_parallel(on, profile, stop)
     loaded = experiments.load(experiment, overrides, debug, claimed=name or experiment)
     cfg = unused_knobs.warn(loaded)
@@ -48,7 +48,7 @@ def train(
         )
     command = _command(experiment, overrides, name, debug)
     name = name or (f"{experiment}-debug" if debug else experiment)
-    fingerprint.refuse_name(name)
+    fingerprint.validate_name(name)
     _check_teachers(cfg)
     seeds = cfg.train.seeds if seed is None else [seed]
     afresh = fresh or name.endswith("-debug")
@@ -56,8 +56,8 @@ def train(
     if fold is not None:
         places = [paths.fold_folder(name, s, int(fold) if fold.isdigit() else fold) for s in seeds]
     old = places if afresh else []
-    fingerprint.same_images(name, cfg, old)
-    hardware.settle(cfg.train.threads)
+    fingerprint.validate_images(name, cfg, old)
+    hardware.set_threads(cfg.train.threads)
     from comp.engine.run import run_media
     from comp.engine.run.profiler import Profiler
 
@@ -81,13 +81,13 @@ def train(
     if profile:
         print(profiler.table())
     if score := _merge(name, cfg, asked=run_members.REFIT if folds == [run_members.REFIT] else ""):
-        run_media.summary(context, name, fingerprint.birth(name), score)
+        run_media.log_summary(context, name, fingerprint.run_id(name), score)
 
 
 def _validate_parallel(on: str | None, profile: bool, stop: hardware.Stop | None) -> None:
     if on is not None and profile:
         raise Refused("--profile looks into one process; leave --on out")
-    if on is not None and (stop is not None or hardware.processes() > 1):
+    if on is not None and (stop is not None or hardware.world_size() > 1):
         what = "--time-limit" if stop is not None else "torchrun"
         raise Refused(f"{what}: is for folds one after the other; leave --on out")
 
@@ -98,7 +98,7 @@ def _command(experiment: str, overrides: list[str], name: str | None, debug: boo
         name in (None, experiment) and not debug and not paths.path("configs", f"{experiment}.yaml").exists()
     )
     if alone:
-        began = shlex.split(fingerprint.command(experiment))
+        began = shlex.split(fingerprint.resume_command(experiment))
         return shlex.join([*began, *(each for each in overrides if each not in began)])
     flags = [*(["--as", name] if name else []), *(["--debug"] if debug else [])]
     return shlex.join(["comp", "train", experiment, *flags, *overrides])
@@ -133,18 +133,18 @@ def _side_by_side(
     ]
     if not jobs:
         return
-    crew = launcher.crew(on, context.cfg.train.threads)
-    print(f"{name}: {len(jobs)} folds, {min(crew.size, len(jobs))} at a time", flush=True)
+    executor = launcher.make_executor(on, context.cfg.train.threads)
+    print(f"{name}: {len(jobs)} folds, {min(executor.size, len(jobs))} at a time", flush=True)
     quiet = None if context.cfg.machine.progress else True
     with tqdm(total=len(jobs), desc=name, unit="fold", disable=quiet, leave=False) as bar:
-        launcher.out(jobs, crew, stop, lambda left: bar.update(len(jobs) - left - bar.n))
+        launcher.run_jobs(jobs, executor, stop, lambda left: bar.update(len(jobs) - left - bar.n))
 
 
 def part(name: str, seed: int, number: int | str, job: str = "") -> None:
     """One fold of a run that was begun elsewhere, by the config that lies in it."""
     cfg = stored_config(name)
-    fingerprint.same_images(name, cfg)
-    hardware.settle(cfg.train.threads)
+    fingerprint.validate_images(name, cfg)
+    hardware.set_threads(cfg.train.threads)
     one_fold(gather(cfg), name, seed, number, stop=hardware.Stop(), wait=True, job=job)
 
 
@@ -224,15 +224,15 @@ def one_fold(
         return
     cfg = context.cfg
     if isinstance(context.loader.images.images, cache.UncachedImages):
-        fingerprint.same_images(name, cfg)  # a cache goes on with what it was opened with
+        fingerprint.validate_images(name, cfg)  # a cache goes on with what it was opened with
     doing = f"training seed {seed} fold {number}"
     with locks.lock(folder, doing, wait=wait, job=job), stop.listening():
         if done():
             return
         began = time.perf_counter()
-        log = tracking.open_run(
+        log = tracking.open_log(
             folder,
-            run_id=f"{name}-{fingerprint.birth(name)}-seed{seed}-fold{number}",
+            run_id=f"{name}-{fingerprint.run_id(name)}-seed{seed}-fold{number}",
             name=f"{name}/seed{seed}/fold{number}",
             group=name,
             job_type="fold",
@@ -242,7 +242,7 @@ def one_fold(
         )
         with log:
             if not search:
-                run_media.before(context, log, name, folder, number)
+                run_media.log_inputs(context, log, name, folder, number)
             if not artifacts.manifest_entry(folder / "weights.safetensors"):
                 own = pseudo_rows.fold_context(context, number)
                 teacher_predictions.prepare(own, gather, number, folder, stop)
@@ -253,7 +253,7 @@ def one_fold(
             if number != run_members.REFIT:
                 predict.write_fold(context, name, seed, number, "oof", stop=stop)
             if number != run_members.REFIT and not search:
-                run_media.after(context, log, name, folder)
+                run_media.log_results(context, log, name, folder)
             log.finish()
             if search:
                 return
@@ -263,7 +263,9 @@ def one_fold(
             ]:  # the run itself last: with it the fold is finished
                 for kind in ("oof", "test") if number != run_members.REFIT else ("test",):
                     predict.write_fold(context, name, seed, number, kind, inside, stop=stop)
-    print(f"{name} seed {seed} fold {number}: {run_media.last(folder)}, {time.perf_counter() - began:.0f} s")
+    print(
+        f"{name} seed {seed} fold {number}: {run_media.last_epoch(folder)}, {time.perf_counter() - began:.0f} s"
+    )
 
 
 def _order(cfg: Config, seed: int, fold: int | str) -> dict[str, Any]:
@@ -299,8 +301,8 @@ def predict(
     if tta is None and space is None and not last_look:
         _merge(name, cfg, asked=member)
         return
-    fingerprint.same_images(name, cfg)
-    hardware.settle(cfg.train.threads)
+    fingerprint.validate_images(name, cfg)
+    hardware.set_threads(cfg.train.threads)
     from comp.engine.run import holdout, repredict
 
     if last_look:
@@ -308,7 +310,7 @@ def predict(
             raise Refused(
                 f"--last-look: the refit was trained on some rows, not scored: comp predict {name} --last-look"
             )
-        print(f"{name}: {holdout.look(gather(cfg), name)}")
+        print(f"{name}: {holdout.score_holdout(gather(cfg), name)}")
         return
     views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
     for made in repredict.predict(
@@ -322,7 +324,7 @@ def augmentation_sheet(experiment: str, overrides: list[str]) -> None:
     from comp.engine.run import augment_grid
 
     cfg = experiments.load(experiment, overrides).config
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     file = paths.path("runs", f"{experiment}-augment.png")
     augment_grid.write(cfg, samples.load(), file)
     print(*augment_grid.ops(cfg), sep="\n")
@@ -346,7 +348,7 @@ def lr_range(
         raise Refused(f"--low {low:g} --high {high:g}: rates climb from above 0")
     loaded = experiments.load(experiment, overrides)
     cfg = loaded.config
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     from comp.engine.run import lr_range
 
     if steps < lr_range.MIN_POINTS:
@@ -409,16 +411,16 @@ def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
     from comp.engine.bank import merge
     from comp.engine.data import folds, samples
 
-    fingerprint.same_images(name, cfg, read=False)
+    fingerprint.validate_images(name, cfg, read=False)
     table = samples.load()
     split = folds.load(table)
     with locks.lock(paths.run_folder(name), "merging", wait=True):
         score = merge.merge_run(name, cfg, table, split)
     if asked and not experiments.refitted(name):  # a time limit ended it before
-        print(f"{name}: fold {asked} to go\nnext: {fingerprint.command(name)} --fold {asked}")
+        print(f"{name}: fold {asked} to go\nnext: {fingerprint.resume_command(name)} --fold {asked}")
     elif asked or score is not None:
         merge.print_result(name, asked)
     else:
         missing = experiments.missing(name, cfg, split.count) or "another seed"
-        print(f"{name}: {missing} to go before it has a score\nnext: {fingerprint.command(name)}")
+        print(f"{name}: {missing} to go before it has a score\nnext: {fingerprint.resume_command(name)}")
     return score

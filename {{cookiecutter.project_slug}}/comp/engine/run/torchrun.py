@@ -48,7 +48,7 @@ def run_command(verb: str, work: Callable[[], int | None]) -> int | None:
 
 def run_worker() -> int:
     """Do what the first process says, until it says nothing more. It is the one to tell how it went."""
-    hardware.settle(1)
+    hardware.set_threads(1)
     import torch.distributed as dist
 
     from comp.engine.run import distributed
@@ -78,12 +78,12 @@ def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> 
     from comp.engine.run import distributed, pseudo_rows, runner, tracking
 
     cfg = Config.model_validate(order["config"])
-    hardware.settle(cfg.train.threads)
+    hardware.set_threads(cfg.train.threads)
     if context is None or context.cfg != cfg:
         context = runner.gather(cfg)
     with tempfile.TemporaryDirectory(prefix="comp-") as scratch:
         folder = Path(scratch)
-        log = tracking.Track(folder, tracking.NoFeed(), [])
+        log = tracking.RunLogger(folder, tracking.NoWandb(), [])
         try:
             with distributed.collective():
                 fold_context = pseudo_rows.fold_context(context, order["fold"])

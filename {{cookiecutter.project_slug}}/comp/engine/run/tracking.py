@@ -42,7 +42,7 @@ THUMBNAIL = 256  # px, longer side of a picture in a table
 Record = Mapping[str, Any]
 
 
-def open_run(
+def open_log(
     folder: Path,
     *,
     run_id: str,
@@ -52,13 +52,13 @@ def open_run(
     config: Mapping[str, Any],
     settings: Settings,
     resume_at: int | None = None,
-) -> Track:
+) -> RunLogger:
     """`resume_at` is the offset() kept with the checkpoint the run goes on from; None begins the log anew."""
     folder.mkdir(parents=True, exist_ok=True)
     code, diff = provenance.code(paths.root())
     artifacts.write_text(folder / "code.diff", diff)
     made_by = {"code": code, "hardware": provenance.hardware(), "command": " ".join(sys.argv)}
-    feed: Feed | NoFeed = NoFeed()
+    feed: WandbProcess | NoWandb = NoWandb()
     if settings.mode != "none":
         order = {
             "run": {
@@ -80,19 +80,21 @@ def open_run(
             "answer_seconds": ANSWER,
             "upload_seconds": UPLOAD,
         }
-        feed = Feed(order, folder)
+        feed = WandbProcess(order, folder)
     kept = _cut(
         folder / "log.jsonl", resume_at or 0
     )  # after the order: an older feeder stops when it sees a new one
     feed.start()
-    return Track(folder, feed, kept)
+    return RunLogger(folder, feed, kept)
 
 
-def open_summary(experiment: str, birth: str, *, config: Mapping[str, Any], settings: Settings) -> Track:
+def open_summary_log(
+    experiment: str, birth: str, *, config: Mapping[str, Any], settings: Settings
+) -> RunLogger:
     """The run that speaks for all folds: CV mean and deviation, the merged OOF, what the folds have in common."""
     folder = paths.run_folder(experiment)
     run_id = f"{experiment}-{birth}-summary"
-    return open_run(
+    return open_log(
         folder,
         run_id=run_id,
         name=experiment,
@@ -103,8 +105,8 @@ def open_summary(experiment: str, birth: str, *, config: Mapping[str, Any], sett
     )
 
 
-class Track:
-    def __init__(self, folder: Path, feed: Feed | NoFeed, kept: list[bytes]):
+class RunLogger:
+    def __init__(self, folder: Path, feed: WandbProcess | NoWandb, kept: list[bytes]):
         self.folder = folder
         self._feed = feed
         self._told = {_without_clock(line) for line in kept if b'"event"' in line}
@@ -257,7 +259,7 @@ def _thumbnail(image: Path | NDArray[Any], file: Path) -> str | None:
     return str(Path(file.parent.name) / file.name)
 
 
-class NoFeed:
+class NoWandb:
     """W&B is off: the same calls, nothing behind them."""
 
     def start(self, attempt: int = 1) -> None:
@@ -270,7 +272,7 @@ class NoFeed:
         pass
 
 
-class Feed:
+class WandbProcess:
     """The feeder process as the run sees it: started, looked at, waited for with patience."""
 
     _waited = 0.0  # by all runs of this process for a server
@@ -278,7 +280,7 @@ class Feed:
     _left: list[subprocess.Popen[bytes]] = []  # still uploading
 
     def __init__(self, order: dict[str, Any], folder: Path):
-        if Feed._online_failed:
+        if WandbProcess._online_failed:
             order["mode"] = "offline"
         self._desk = paths.path("wandb", "feed", re.sub(r"[^\w.-]", "_", order["run"]["id"]))
         self._state = self._desk / "state.json"
@@ -316,7 +318,7 @@ class Feed:
             if not self._said:  # killed for memory, most likely: it tells everything once more, offline
                 note += ", told once more offline"
                 self.start(attempt=2)
-        Feed._online_failed |= self._online and state.get("mode") == "offline"
+        WandbProcess._online_failed |= self._online and state.get("mode") == "offline"
         if note and note != self._said:
             self._said = note
             print(f"W&B: {note}", file=sys.stderr, flush=True)
@@ -325,11 +327,11 @@ class Feed:
         assert self._process is not None
         began = time.monotonic()
         try:
-            self._process.wait(max(0.0, PATIENCE - Feed._waited) if self._online else DRAIN)
+            self._process.wait(max(0.0, PATIENCE - WandbProcess._waited) if self._online else DRAIN)
         except subprocess.TimeoutExpired:
-            Feed._left.append(self._process)
+            WandbProcess._left.append(self._process)
             print(
                 "W&B: still at it, and goes on without us; log.jsonl is complete", file=sys.stderr, flush=True
             )
         if self._online:
-            Feed._waited += time.monotonic() - began
+            WandbProcess._waited += time.monotonic() - began

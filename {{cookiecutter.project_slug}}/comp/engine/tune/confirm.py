@@ -23,7 +23,7 @@ from comp.engine.tune.trial import config_of, count_of, name_of, ranked
 def confirm(joined: Joined, n: int) -> None:
     if n < 1:
         raise Refused(f"--confirm {n}: must be 1 or more")
-    hardware.settle(joined.cfg.train.threads)
+    hardware.set_threads(joined.cfg.train.threads)
     done = [t for t in joined.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     if not done:
         raise Refused(f"{joined.name}: no trial is complete yet, so there is nothing to confirm")
@@ -35,7 +35,7 @@ def confirm(joined: Joined, n: int) -> None:
     for trial in chosen:
         cfg = config_of(joined, setting_of(joined.space, trial))
         name = name_of(joined, trial)
-        fingerprint.same_images(name, cfg)
+        fingerprint.validate_images(name, cfg)
         context = runner.gather(cfg)
         fingerprint.claim(
             name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}"

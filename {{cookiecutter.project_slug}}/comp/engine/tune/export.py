@@ -96,7 +96,7 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
     ]
     if not ready:
         return 0
-    fingerprint.same_images(old, cfg)
+    fingerprint.validate_images(old, cfg)
     fingerprint.claim(name, cfg, split, f"comp train {name}")
     for number, place in ready:
         target = paths.fold_folder(name, seed, number)

@@ -23,5 +23,5 @@ def studies(storage: str | None) -> None:
         print("no studies yet\nnext: comp tune exp001")
         return
     heading = ["study", "done", "pruned", "failed", "running", "queued", "best", "setting"]
-    print(text_table.text(heading, lines, ["done", "pruned", "failed", "running", "queued"]))
+    print(text_table.render(heading, lines, ["done", "pruned", "failed", "running", "queued"]))
     print("look closer: studies/<study>/report.html, or optuna-dashboard sqlite:///studies/<study>/study.db")

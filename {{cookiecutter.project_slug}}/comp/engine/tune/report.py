@@ -31,7 +31,7 @@ def write(joined: Joined) -> list[Path]:
     with locks.lock(joined.folder, "writing its report", wait=True):
         images = _pictures(joined, done)
         _page(joined, images)
-        with tracking.open_run(
+        with tracking.open_log(
             joined.folder,
             run_id=f"{joined.name}-{joined.study.user_attrs['birth']}-study",
             name=joined.name,

@@ -38,7 +38,7 @@ def tune(
 ) -> None:
     deadline = _deadline(hours, until)
     joined = join(experiment, overrides, space_name, storage, trials)
-    hardware.settle(joined.cfg.train.threads)
+    hardware.set_threads(joined.cfg.train.threads)
     stop = hardware.Stop()
     try:
         if on is None:
@@ -72,16 +72,16 @@ def _side_by_side(
         "trials": joined.total,
         "deadline": None if deadline == float("inf") else deadline,
     }
-    crew = launcher.crew(on, joined.cfg.train.threads, say)
-    if crew.machines > 1 and storage is None:
+    executor = launcher.make_executor(on, joined.cfg.train.threads, say)
+    if executor.machines > 1 and storage is None:
         raise Refused(
-            f"--on {on}: {crew.machines} machines, and SQLite is for one; --storage postgresql://user@host/database is for many"
+            f"--on {on}: {executor.machines} machines, and SQLite is for one; --storage postgresql://user@host/database is for many"
         )
     workers = [
         launcher.Job(f"{joined.name} worker {i}", "trials", given)
-        for i in range(min(crew.size, joined.total))
+        for i in range(min(executor.size, joined.total))
     ]
-    launcher.out(workers, crew, stop, lambda left: live.show(joined, deadline))
+    launcher.run_jobs(workers, executor, stop, lambda left: live.show(joined, deadline))
 
 
 def part(
@@ -94,7 +94,7 @@ def part(
 ) -> None:
     """One of several that work through a study. What they found is told by who started them."""
     joined = join(experiment, overrides, space_name, storage, trials)
-    hardware.settle(joined.cfg.train.threads)
+    hardware.set_threads(joined.cfg.train.threads)
     end, stop = float("inf") if deadline is None else deadline, hardware.Stop()
     try:
         _work(joined, stop, end)

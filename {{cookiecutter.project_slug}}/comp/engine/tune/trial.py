@@ -102,13 +102,13 @@ def objective(
     joined: Joined, trial: Trial, setting: Setting, stop: hardware.Stop, until: float
 ) -> tuple[list[float], dict[str, Any]]:
     cfg, name = config_of(joined, setting), name_of(joined, trial)
-    fingerprint.same_images(name, cfg)
+    fingerprint.validate_images(name, cfg)
     context = runner.gather(cfg)
     fingerprint.claim(name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
     folder = paths.run_folder(name)
     (folder / "error.txt").unlink(missing_ok=True)
     log_file = folder / "log.jsonl"
-    log = tracking.open_run(
+    log = tracking.open_log(
         folder,
         run_id=f"{joined.name}-{joined.study.user_attrs['birth']}-{folder.name}",
         name=f"{joined.name}/{folder.name}",
@@ -157,7 +157,7 @@ class Watch:
         self,
         joined: Joined,
         trial: Trial,
-        log: tracking.Track,
+        log: tracking.RunLogger,
         cfg: Config,
         stop: hardware.Stop,
         until: float,
