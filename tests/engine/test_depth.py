@@ -149,10 +149,9 @@ def test_people_see_8_bits() -> None:
 
 def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
     cfg = config("data.depth=16", "augment=medium", experiment="base")
-    with pytest.raises(
-        UserError, match=r"data.depth: 16 bits, and RandomResizedCrop of augment.recipe medium works on 8"
-    ):
+    with pytest.raises(UserError, match=r"16 bits, and RandomResizedCrop of augment.recipe medium") as caught:
         transforms.epoch_recipe(cfg, transforms.epoch_augments(cfg)[0])
+    assert (caught.value.code, caught.value.key) == ("depth-unsupported", "data.depth")
 
 
 def test_five_channels_go_from_file_to_output(empty: Path) -> None:

@@ -211,9 +211,9 @@ def test_a_verb_for_one_process_says_so(
     assert cli.main(["runs"]) == 2 and not capsys.readouterr().err
 
 
-def test_the_rows_of_all_processes_join_in_their_places() -> None:
-    from comp.engine.run.evaluate import _joined
+def test_the_rows_of_all_processes_are_interleaved_in_their_order() -> None:
+    from comp.engine.run.evaluate import _interleaved
 
     whole = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)
-    joined, damaged = _joined(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])
+    joined, damaged = _interleaved(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])
     assert np.array_equal(joined, whole) and damaged == {0: "x", 1: "x", 2: "x"}

@@ -255,24 +255,24 @@ def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     assert "code" in part.config and part.config["hardware"]["cores"] >= 1 and part.exit_code == 0
 
 
-def test_out_of_memory_halves_the_batch_and_not_the_answer() -> None:
+def test_out_of_memory_halves_the_batch_and_changes_no_output() -> None:
     sizes: list[int] = []
 
     class Small(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             sizes.append(len(x))
             if len(x) > 3:
-                raise torch.OutOfMemoryError("no room")
+                raise torch.OutOfMemoryError("out of memory")
             return x * 2
 
-    fitting = evaluate.AutoBatch(Small(), 10)
+    network = evaluate.AutoBatch(Small(), 10)
     x = torch.arange(10.0)[:, None]
-    assert torch.equal(fitting(x), x * 2) and torch.equal(fitting(x), x * 2)
-    assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is kept"
+    assert torch.equal(network(x), x * 2) and torch.equal(network(x), x * 2)
+    assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is used from then on"
 
 
-def test_a_cpu_takes_large_batches_in_pieces() -> None:
-    """Even ones, none above what keeps the C library from asking the system for memory anew, and the answers in order."""
+def test_a_cpu_splits_large_batches() -> None:
+    """Parts of about the same size, below the limit in bytes, and outputs in order."""
     sizes: list[int] = []
 
     class Counting(torch.nn.Module):
@@ -282,27 +282,27 @@ def test_a_cpu_takes_large_batches_in_pieces() -> None:
 
     x = torch.arange(40.0)[:, None, None, None].expand(40, 3, 224, 224)
     assert torch.equal(evaluate.AutoBatch(Counting(), 64)(x).flatten(), torch.arange(40.0))
-    assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.ON_A_CPU
+    assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.CPU_BATCH_BYTES
     sizes.clear()
     assert len(evaluate.AutoBatch(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
-        "small ones as asked"
+        "small images are one part"
     )
 
 
-def test_batches_side_by_side_share_weights_and_nothing_else() -> None:
+def test_replicas_share_weights_and_nothing_else() -> None:
     together = threading.Barrier(2)  # both are inside before either goes on
 
-    class Forgetful(torch.nn.Module):
+    class Stateful(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.tensor(2.0))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.kept = x
+            self.input = x
             together.wait()
-            return self.kept * self.weight
+            return self.input * self.weight
 
-    first, second = evaluate._side_by_side(Forgetful(), 2)
+    first, second = evaluate._replicas(Stateful(), 2)
     assert second.weight is first.weight
     calls = [partial(one, torch.tensor(value)) for one, value in ((first, 3.0), (second, 5.0))]
     assert list(evaluate._in_order(iter(calls), 2)) == [6.0, 10.0]

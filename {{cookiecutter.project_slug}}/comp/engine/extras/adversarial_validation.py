@@ -88,7 +88,7 @@ def _features(context: Context, run: str, seed: int, number: int, rows: Position
     hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
     look = transforms.Preprocess(normalize.build(cfg, module, context.device))
     # One batch at a time, or the hook would meet them out of order.
-    forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp, at_once=1)
+    forward_rows(module, context.loader, rows, cfg.predict.batch_size, look, cfg.train.amp, parallel=1)
     hook.remove()
     return np.asarray(torch.cat(seen).flatten(1).numpy())
 

@@ -1,7 +1,7 @@
-"""Geometry straight on OpenCV: (picture, random) -> picture, of the same kind: uint8, or what data.depth says.
+"""Augmentation ops on a sample by OpenCV alone: (image, random) -> image of the same dtype.
 
-What runs here releases Python's lock, so that threads of one process do it over the cache, without loader processes and
-without copying batches between them. A recipe made of these alone is loaded by threads; see train/data.py.
+They release Python's lock (GIL), so threads of one process run them over the cache: no loader processes, and no copies of
+batches between processes. A recipe whose ops on samples are all from here is loaded by threads; see run/data_loader.py.
 """
 
 from __future__ import annotations
@@ -21,37 +21,35 @@ Op = Callable[[Pixels, Random], Pixels]
 def random_resized_crop(
     size: int, scale: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (0.8, 1.25)
 ) -> Op:
-    """A random part of the picture, by share of its area and by aspect, resized to a square."""
+    """A random part of the image, by share of its area and by aspect ratio, resized to a square."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
 
-    def crop(image: Pixels, random: Random) -> Pixels:
+    def apply(image: Pixels, random: Random) -> Pixels:
         rows, columns = image.shape[:2]
         area, aspect = rows * columns * random.uniform(*scale), math.exp(random.uniform(low, high))
         height = max(1, min(rows, round(math.sqrt(area / aspect))))
         width = max(1, min(columns, round(math.sqrt(area * aspect))))
         top, left = random.randint(0, rows - height), random.randint(0, columns - width)
         part = image[top : top + height, left : left + width]
-        # Area averaging costs five times as much, and shows only where a pixel stands for several.
-        far = height > 2 * size or width > 2 * size
-        made = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
-        return made.astype(image.dtype, copy=False)
+        # Area averaging costs five times as much, and shows only when a pixel stands for several.
+        shrinks = height > 2 * size or width > 2 * size
+        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return cv2.resize(part, (size, size), interpolation=interpolation).astype(image.dtype, copy=False)
 
-    return crop
+    return apply
 
 
 def horizontal_flip(p: float = 0.5) -> Op:
-    """Left and right change sides."""
-
-    def mirror(image: Pixels, random: Random) -> Pixels:
+    def apply(image: Pixels, random: Random) -> Pixels:
         return cv2.flip(image, 1).astype(image.dtype, copy=False) if random.random() < p else image
 
-    return mirror
+    return apply
 
 
 def random_rotate90() -> Op:
-    """Any of the four orientations: for pictures without an up, as from microscopes and satellites."""
+    """Rotated by 0, 90, 180 or 270 degrees: for images without an up, as from microscopes and satellites."""
 
-    def quarter_turns(image: Pixels, random: Random) -> Pixels:
+    def apply(image: Pixels, random: Random) -> Pixels:
         return np.ascontiguousarray(np.rot90(image, random.randrange(4)))
 
-    return quarter_turns
+    return apply

@@ -1,8 +1,8 @@
-"""RandAugment, AugMix, TrivialAugment and AutoAugment as one op of a recipe: `augment.policy`, in timm's own words.
+"""RandAugment, AugMix, TrivialAugment and AutoAugment as one op of a recipe: `augment.policy`, written as timm writes it.
 
-They come after the recipe's own geometry and colour, on pictures of the final size. What timm and torchvision draw, they
-draw from generators that a whole process shares: so those are seeded before each picture and put back after it, and such
-an op runs in loader processes, never in threads.
+The policy runs after the recipe's geometry and colour, on images of the final size. timm and torchvision draw from the global
+generators of the process: those are seeded before each image and restored after it, so a policy runs in loader processes,
+never in threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from comp.engine.config.resolve import nearest
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers.arrays import Pixels
 
 EXAMPLES = {
@@ -32,22 +32,25 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Policy:
-    """An op on one picture that draws from process-wide generators."""
+    """An op on one image that draws from the global generators."""
 
     name: str
-    change: Callable[[Any], Any]
+    transform: Callable[[Any], Any]  # on a PIL image
 
-    def __call__(self, picture: Pixels, seed: int) -> Pixels:
-        grey = picture.ndim == 2 or picture.shape[2] == 1
-        image = Image.fromarray(picture.squeeze() if grey else np.ascontiguousarray(picture)).convert("RGB")
+    def __str__(self) -> str:
+        return f"{self.name}, one of: {', '.join(op_names(self))}"
+
+    def __call__(self, image: Pixels, seed: int) -> Pixels:
+        grey = image.ndim == 2 or image.shape[2] == 1
+        pil = Image.fromarray(image.squeeze() if grey else np.ascontiguousarray(image)).convert("RGB")
         with global_seed(seed):
-            image = self.change(image)
-        return np.asarray(image.convert("L") if grey else image).reshape(*picture.shape[:2], -1)
+            pil = self.transform(pil)
+        return np.asarray(pil.convert("L") if grey else pil).reshape(*image.shape[:2], -1)
 
 
 @contextmanager
 def global_seed(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's generators begin at `seed` and are found as they were."""
+    """Seeds the generators of Python, numpy and torch, and restores their state afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -66,44 +69,49 @@ def create(name: str, channels: int) -> Policy:
 
     kind = name.split("-", maxsplit=1)[0]
     if channels not in (1, 3):
-        raise Refused(
-            f"augment.policy: {name} is for grey and colour pictures, and data.channels is {channels}; set it to null"
+        raise UserError(
+            "policy-unsupported",
+            key="augment.policy",
+            what=f"{name} is for grey and RGB images, and data.channels is {channels}",
+            remedy="set it to null",
         )
-    grey = (128, 128, 128)  # what comes in from outside
+    grey = (128, 128, 128)  # fills the area outside of the image
     hparams = {"img_mean": grey, "translate_pct": 0.45}
     try:
-        silent = [
-            part for part in name.split("-")[1:] if not part.startswith("t") and not part[-1:].isdigit()
-        ]
-        assert not silent, f"{silent[0]} has no number, and timm would pass over it"
+        if ignored := [x for x in name.split("-")[1:] if not x.startswith("t") and not x[-1:].isdigit()]:
+            raise ValueError(f"{ignored[0]} has no number, and timm would ignore it")
         if name == "trivial":
             return Policy(name, TrivialAugmentWide(fill=list(grey)))
-        makers = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
-        change = makers.get(kind, timm.auto_augment_transform)(name, hparams)
+        factories = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
+        transform = factories.get(kind, timm.auto_augment_transform)(name, hparams)
     except (AssertionError, ValueError, IndexError, KeyError) as error:
-        close = EXAMPLES[(nearest(kind, EXAMPLES) or ["rand"])[0]]
-        reason = f" ({error})" if str(error) else ""
-        raise Refused(f"augment.policy: {name!r} is no policy{reason}; write it like {close}") from None
-    for op in _held(change):
+        example = EXAMPLES[(nearest(kind, EXAMPLES) or ["rand"])[0]]
+        raise UserError(
+            "policy-unknown",
+            key="augment.policy",
+            what=f"{name!r} is no policy of timm" + (f" ({error})" if str(error) else ""),
+            remedy=f"write it like {example}",
+        ) from None
+    for op in _ops(transform):
         if op.aug_fn is timm.posterize:
             op.aug_fn = posterize
-    return Policy(name, change)
+    return Policy(name, transform)
 
 
 def posterize(image: Any, bits: int, **rest: Any) -> Any:
-    """timm goes down to no bit at all, which newer Pillows refuse."""
+    """timm draws 0 bits too, which newer versions of Pillow raise for."""
     from timm.data import auto_augment as timm
 
     return timm.posterize(image, max(1, bits), **rest)
 
 
-def _held(change: Any) -> list[Any]:
-    return change.ops if hasattr(change, "ops") else [op for part in change.policy for op in part]
+def _ops(transform: Any) -> list[Any]:
+    return transform.ops if hasattr(transform, "ops") else [op for part in transform.policy for op in part]
 
 
-def ops(policy: Policy) -> list[str]:
-    """What it draws from, for a person."""
-    change = policy.change
-    if not hasattr(change, "ops") and not hasattr(change, "policy"):
-        return list(change._augmentation_space(31))  # type: ignore[attr-defined]
-    return list(dict.fromkeys(op.name for op in _held(change)))
+def op_names(policy: Policy) -> list[str]:
+    """The ops that a policy draws from, for printing."""
+    transform = policy.transform
+    if not hasattr(transform, "ops") and not hasattr(transform, "policy"):
+        return list(transform._augmentation_space(31))  # type: ignore[attr-defined]
+    return list(dict.fromkeys(op.name for op in _ops(transform)))

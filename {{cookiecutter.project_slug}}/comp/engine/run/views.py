@@ -1,7 +1,7 @@
-"""Views of a picture for test-time augmentation: small functions on the batch as it was loaded (batch, channels, height, width).
+"""Views of an image for test-time augmentation (TTA): small functions on the batch as it was loaded (batch, channels, height, width).
 
-`predict.tta` lists them by name; what they say of one picture is averaged in `predict.space`. Classification and
-regression look the same from every side, so nothing has to be turned back. Any recipe of train/augment.py is a view as well.
+`predict.tta` lists them by name; the predictions of all views are averaged in `predict.space`. No view has to be undone, since
+classification and regression do not depend on where in the image something is. Every recipe of transforms.py is a view as well.
 """
 
 from __future__ import annotations
@@ -19,13 +19,9 @@ from comp import transforms
 from comp.engine import pages
 from comp.engine.config.resolve import nearest
 from comp.engine.data.seeding import fold_in
-from comp.engine.errors import Refused
-from comp.engine.run.evaluate import View
+from comp.engine.errors import UserError
+from comp.engine.run.evaluate import View, identity
 from comp.engine.run.gpu_augment import BatchOp
-
-
-def identity(x: Tensor) -> Tensor:
-    return x
 
 
 def hflip(x: Tensor) -> Tensor:
@@ -62,16 +58,19 @@ VIEWS: dict[str, View] = {
 
 
 def resized_crop(x: Tensor, share: float, down: float, across: float) -> Tensor:
-    """A square of `share` of the side, brought back to size: 0, 0 is the top left one and 0.5, 0.5 the middle."""
+    """A square crop of `share` of the side, resized to the full size. Position (down, across): (0, 0) is the top left corner and
+    (0.5, 0.5) the center."""
     side = x.shape[2]
-    kept = max(1, round(side * share))
-    top, left = round((side - kept) * down), round((side - kept) * across)
-    piece = x[:, :, top : top + kept, left : left + kept].float()
-    larger = F.interpolate(piece, size=(side, side), mode="bilinear", antialias=True)
-    return larger if x.is_floating_point() else larger.round().clamp(0, torch.iinfo(x.dtype).max).to(x.dtype)
+    crop = max(1, round(side * share))
+    top, left = round((side - crop) * down), round((side - crop) * across)
+    cropped = x[:, :, top : top + crop, left : left + crop].float()
+    resized = F.interpolate(cropped, size=(side, side), mode="bilinear", antialias=True)
+    if x.is_floating_point():
+        return resized
+    return resized.round().clamp(0, torch.iinfo(x.dtype).max).to(x.dtype)
 
 
-# Closer looks: three scales, and the corners that with crop_middle are the five crops. They lose the rim, so they are no symmetries.
+# Three scales, and five crops. They lose the border, so they are no symmetries as those above are.
 CROPS: dict[str, View] = {
     "zoom110": partial(resized_crop, share=1 / 1.10, down=0.5, across=0.5),
     "zoom125": partial(resized_crop, share=1 / 1.25, down=0.5, across=0.5),
@@ -85,47 +84,52 @@ CROPS: dict[str, View] = {
 
 
 class RecipeView:
-    """One draw of an augmentation recipe: `light2` is the second of `light`. What a picture gets follows from its own pixels, so it
-    is the same in any batch, in any process and on Kaggle. Costs what augmenting costs, picture by picture in this process; what
-    a recipe does after normalising (mixing, erasing) is left out."""
+    """One draw of an augmentation recipe: `light2` is the second draw of `light`.
+
+    The seed of an image is a hash of its pixels, so the draw is the same in any batch, in any process and on Kaggle. It costs as
+    much as augmenting does, one image after the other in this process. What a recipe does after normalizing (mixup, erasing) is
+    left out."""
 
     def __init__(self, name: str, draw: int):
         self.name, self.draw = name, draw
-        self.made: dict[int, tuple[transforms.Augment, list[BatchOp]]] = {}
+        self.by_size: dict[int, tuple[transforms.Augment, list[BatchOp]]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         side = x.shape[2]
-        if side not in self.made:
+        if side not in self.by_size:
             recipe = transforms.by_name(self.name, side)
-            self.made[side] = transforms.Augment(recipe, side), recipe.on_batch
-        change, on_batch = self.made[side]
+            self.by_size[side] = transforms.Augment(recipe, side), recipe.batch_ops
+        augment, batch_ops = self.by_size[side]
         images = [np.ascontiguousarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
         seeds = np.array([fold_in(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
-        drawn = np.stack([change(p, seed) for p, seed in zip(images, seeds.tolist(), strict=True)])
-        out = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(x.device)
-        if not on_batch:
+        augmented = np.stack([augment(i, seed) for i, seed in zip(images, seeds.tolist(), strict=True)])
+        out = torch.from_numpy(augmented).permute(0, 3, 1, 2).to(x.device)
+        if not batch_ops:
             return out
-        share = out.float() / 255
-        for op in on_batch:
-            share = op(share, seeds)
-        return (share * 255).round().clamp(0, 255).to(x.dtype)
+        scaled = out.float() / 255
+        for op in batch_ops:
+            scaled = op(scaled, seeds)
+        return (scaled * 255).round().clamp(0, 255).to(x.dtype)
 
 
 def views(names: list[str]) -> list[View]:
-    known = VIEWS | CROPS
+    fixed = VIEWS | CROPS
     if len(set(names)) < len(names):
-        raise Refused(f"predict.tta: {', '.join(names)} names a view twice")
-    return [known[name] if name in known else _of_recipe(name) for name in names]
+        raise UserError("view-twice", key="predict.tta", what=f"{', '.join(names)} has a view twice")
+    return [fixed[name] if name in fixed else _recipe_view(name) for name in names]
 
 
-def _of_recipe(name: str) -> View:
-    found = re.fullmatch(r"([a-z_]+?)([1-9]\d?)?", name)
-    recipes = [each for each in transforms.RECIPES if each != "none"] + ["recipe"] * (
-        pages.get("recipe") is not None
-    )
-    if found is None or found[1] not in recipes:
+def _recipe_view(name: str) -> View:
+    match = re.fullmatch(r"([a-z_]+?)([1-9]\d?)?", name)
+    recipes = [recipe for recipe in transforms.RECIPES if recipe != "none"]
+    if pages.get("recipe") is not None:
+        recipes.append("recipe")
+    if match is None or match[1] not in recipes:
         known = [*VIEWS, *CROPS, *recipes]
-        raise Refused(
-            f"predict.tta: there is no view {name!r}; the nearest is {nearest(name, known)[0]}, there are {', '.join(known)}"
+        raise UserError(
+            "view-unknown",
+            key="predict.tta",
+            what=f"no such view {name!r}",
+            remedy=f"the nearest is {nearest(name, known)[0]}; there are {', '.join(known)}",
         )
-    return RecipeView(found[1], int(found[2] or 1))
+    return RecipeView(match[1], int(match[2] or 1))
