@@ -1,4 +1,4 @@
-"""100,000 pictures' hashes into groups of copies: seconds, and whether every planted copy was found.
+"""100,000 images' hashes into groups of duplicates: seconds, and whether every planted copy was found.
 
     .venv/bin/python benchmarks/duplicates.py
 
@@ -21,20 +21,20 @@ import numpy as np
 
 from comp.engine.data import duplicates, phash
 
-PICTURES, COPIES, SAME = 100_000, 10_000, 1000
+IMAGES, COPIES, SAME = 100_000, 10_000, 1000
 
 if __name__ == "__main__":
     random = np.random.default_rng(0)
-    hashed = random.integers(0, 2**64, PICTURES, dtype=np.uint64)
+    hashed = random.integers(0, 2**64, IMAGES, dtype=np.uint64)
     for at in range(COPIES):
         flips = sum(1 << int(bit) for bit in random.permutation(64)[: at % (phash.FAR + 1)])
-        hashed[PICTURES - COPIES + at] = hashed[at] ^ np.uint64(flips)
+        hashed[IMAGES - COPIES + at] = hashed[at] ^ np.uint64(flips)
     hashed[COPIES : COPIES + SAME] = hashed[COPIES]
     began, worked = time.perf_counter(), time.process_time()
     pairs = phash.similar_pairs(hashed)
-    groups = duplicates.group_names(np.arange(PICTURES).astype(str), pairs)
+    groups = duplicates.group_names(np.arange(IMAGES).astype(str), pairs)
     took, cpu = time.perf_counter() - began, time.process_time() - worked
-    planted = np.column_stack([np.arange(COPIES), np.arange(PICTURES - COPIES, PICTURES)])
+    planted = np.column_stack([np.arange(COPIES), np.arange(IMAGES - COPIES, IMAGES)])
     found = float((groups[planted[:, 0]] == groups[planted[:, 1]]).mean())
     print(
         json.dumps(

@@ -27,7 +27,7 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from comp.engine.data import fold_balance
+from comp.engine.data import fold_schemes
 
 K, TIMES = 5, 3
 Fold = NDArray[np.int64]
@@ -48,8 +48,8 @@ def several(rows: int = 100_000, labels: int = 20) -> Fold:
 
 
 def ours_grouped(group: Fold, label: Fold) -> Fold:
-    key = fold_balance.keys(np.arange(group.max() + 1).astype(np.uint64), 0)
-    return fold_balance.groups(fold_balance.counted(group, label), K, key)[group]
+    key = fold_schemes.sort_keys(np.arange(group.max() + 1).astype(np.uint64), 0)
+    return fold_schemes.balance_groups(fold_schemes.count_labels(group, label), K, key)[group]
 
 
 def sklearn_grouped(group: Fold, label: Fold) -> Fold:
@@ -59,8 +59,8 @@ def sklearn_grouped(group: Fold, label: Fold) -> Fold:
 
 
 def ours_several(labels: Fold) -> Fold:
-    key = fold_balance.keys(np.arange(len(labels)).astype(np.uint64), 0)
-    return fold_balance.groups(fold_balance.counted(np.arange(len(labels)), labels), K, key)
+    key = fold_schemes.sort_keys(np.arange(len(labels)).astype(np.uint64), 0)
+    return fold_schemes.balance_groups(fold_schemes.count_labels(np.arange(len(labels)), labels), K, key)
 
 
 def iterative(labels: Fold) -> Fold:

@@ -1,4 +1,4 @@
-"""Copies among pictures: planted ones are found, others are not, and they stay on one side of a fold."""
+"""Duplicate images: planted ones are found, different images are not, and duplicates stay in one fold."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def copied(pixels: np.ndarray, number: int) -> bytes:
             )
         case 2:
             return encoded(np.clip(np.rint(pixels * 1.05), 0, 255).astype(np.uint8))
-    kept = round(0.97 * side)
-    top, left = turn % (side - kept + 1), turn // 2 % (side - kept + 1)
-    return encoded(pixels[top : top + kept, left : left + kept])
+    cropped = round(0.97 * side)
+    top, left = turn % (side - cropped + 1), turn // 2 % (side - cropped + 1)
+    return encoded(pixels[top : top + cropped, left : left + cropped])
 
 
 def planted(practice: Path, images: int, copies: int) -> tuple[float, float]:
@@ -61,7 +61,7 @@ def test_planted_copies_are_found(practice: Path) -> None:
 
 
 @pytest.mark.slow
-def test_200_planted_copies_among_all_practice_pictures(practice: Path) -> None:
+def test_200_planted_copies_among_all_practice_images(practice: Path) -> None:
     found, others = planted(practice, 10_000, 200)
     print(f"{found:.3f} of the copies found, {100 * others:.4f} % of the other pairs listed")
     assert found >= 0.95 and others <= 0.001
@@ -80,26 +80,26 @@ def test_every_pair_of_near_hashes_and_no_other() -> None:
     assert len(wanted) > 150
 
 
-def test_flat_pictures_are_no_copies_of_each_other() -> None:
+def test_images_of_one_colour_are_no_duplicates() -> None:
     flat = np.full((5, phash.SIDE, phash.SIDE), 7, np.float32)
     assert not len(phash.find_duplicates(flat)[0])
 
 
-def test_digits_that_only_look_alike_are_no_copies(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_similar_digits_are_no_duplicates(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1,797 handwritten digits, none of them twice: groups are not recommended for what chance gives."""
     duplicates.report(config(experiment="base"), samples.load())
-    said = capsys.readouterr().out
-    assert "1797 pictures: 0 pairs of copies" in said and "duplicates: group" not in said
+    printed = capsys.readouterr().out
+    assert "1797 images: 0 pairs of duplicates" in printed and "duplicates: group" not in printed
 
 
-def test_pairs_that_are_as_many_as_by_chance_are_not_judged(
+def test_as_many_pairs_as_by_chance_are_left_out(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phash, "MOST", 0.97)
     duplicates.report(config(experiment="base"), samples.load())
-    said = capsys.readouterr().out
-    assert "more pairs look alike" in said and "cannot be judged" in said
-    assert "0 pairs of copies" in said and "duplicates: group" not in said
+    printed = capsys.readouterr().out
+    assert "more pairs reach the threshold" in printed and "only equal bytes count" in printed
+    assert "0 pairs of duplicates" in printed and "duplicates: group" not in printed
 
 
 def with_copies(project: Path) -> None:
@@ -122,27 +122,29 @@ def with_copies(project: Path) -> None:
     prepare.prepare(config(experiment="base"))
 
 
-def test_copies_are_listed_drawn_and_kept_together(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_are_listed_drawn_and_grouped(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_copies(project)
     rows = samples.load()
     file = make_folds.make(config(experiment="base"), rows)
     duplicates.report(config(experiment="base"), rows)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     listed = pd.read_csv(project / "data" / "duplicates.csv", dtype=str)
     assert (listed.head(10)[["source_a", "source_b"]].to_numpy() == ["train", "test"]).all()
-    assert "train and test: 10 pairs" in said and "10 of them the same bytes" in said
+    assert "train and test: 10 pairs" in printed and "10 of them the same bytes" in printed
     assert len(set(listed["id_b"]) & {f"copy{i}" for i in range(10)}) >= 9  # a crop may be missed
-    assert "next: folds.duplicates: group" in said
+    assert "next: folds.duplicates: group" in printed
     assert Image.open(project / "data" / "duplicates.png").width > 800
     yaml = project / "configs" / "competition.yaml"
     yaml.write_text(yaml.read_text().replace("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group"))
-    with pytest.raises(UserError, match=r"folds\.duplicates ignore, which is group now"):
+    with pytest.raises(UserError) as differ:
         make_folds.make(config(experiment="base"), rows)
+    assert (differ.value.code, differ.value.key) == ("folds-differ", "folds.duplicates")
+    assert differ.value.what == "made with ignore, now group"
     make_folds.make(config(experiment="base"), rows, remake=True)
     of = folds.load(rows, file).assignment[0]
     pairs = duplicates.find(config(experiment="base"), rows).pairs
-    taught = pairs[(rows.frame["source"].to_numpy()[pairs] == "train").all(axis=1)]
-    assert len(taught) >= 9 and (of[taught[:, 0]] == of[taught[:, 1]]).all()
+    of_train = pairs[(rows.frame["source"].to_numpy()[pairs] == "train").all(axis=1)]
+    assert len(of_train) >= 9 and (of[of_train[:, 0]] == of[of_train[:, 1]]).all()
     writers = rows.frame[["group"]].assign(fold=of)[rows.frame["source"] == "train"]
     assert (writers.groupby("group")["fold"].nunique() == 1).all()
 
@@ -165,7 +167,7 @@ def test_copies_without_a_group_column(project: Path, scheme: str) -> None:
     assert sizes.max() - sizes.min() <= 3
 
 
-def test_units_go_by_their_smallest_name() -> None:
+def test_a_group_has_its_smallest_name() -> None:
     names = np.array(["b", "a", "c", "d", "c"])
     assert duplicates.group_names(names, [(0, 1), (1, 2)]).tolist() == ["a", "a", "a", "d", "a"]
     assert duplicates.group_names(names, []).tolist() == names.tolist()

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from comp.engine.config import competition_schema
-from comp.engine.data import fold_audit, fold_balance, make_folds
+from comp.engine.data import fold_audit, fold_schemes, make_folds
 from comp.engine.data.folds import TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
@@ -91,14 +91,14 @@ def steady(count: int = 600) -> Samples:
     )
 
 
-@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
-def test_folds_are_the_same_for_ever(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)
+def test_folds_never_change(scheme: str) -> None:
     """A change here breaks every run that anyone has: same samples and seed must give the same folds in every version."""
     found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
     assert hashlib.sha256(found.assignment.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
 
 
-@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
+@pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)
 def test_the_order_of_rows_does_not_matter(scheme: str) -> None:
     one = table(task="regression" if scheme == "quantiles" else "multiclass")
     shuffled = Samples(one.frame.sample(frac=1, random_state=1).reset_index(drop=True), one.heads, one.hash)
@@ -106,7 +106,7 @@ def test_the_order_of_rows_does_not_matter(scheme: str) -> None:
     assert a.equals(b.loc[a.index])
 
 
-def test_seeds_and_repeats_are_other_folds() -> None:
+def test_seeds_and_repeats_give_different_folds() -> None:
     first, second = made(table(), "stratified", repeats=2), made(table(), "stratified", seed=7)
     assert (first.assignment[0] == first.assignment[1]).mean() < 0.4
     assert (first.assignment[0] == second.assignment[0]).mean() < 0.4
@@ -173,20 +173,20 @@ def test_stratified_groups_are_as_even_as_scikit_learns(seed: int) -> None:
     assert spread(ours, classes, 5) <= spread(theirs, classes, 5)
 
 
-def test_few_groups_are_swapped_until_it_helps_no_more() -> None:
-    """Greedy alone leaves folds of writers a third more uneven."""
+def test_few_groups_are_swapped_until_no_swap_improves() -> None:
+    """The greedy rule alone gives folds that are a third more uneven."""
     rng = np.random.default_rng(3)
-    unit = rng.integers(0, 16, 1500)
-    found = fold_balance.counted(unit, rng.integers(0, 10, 1500))
-    key = fold_balance.keys(fold_balance.hashes(map(str, range(16))), 0)
-    improved = fold_balance.groups(found, 5, key)
+    group = rng.integers(0, 16, 1500)
+    found = fold_schemes.count_labels(group, rng.integers(0, 10, 1500))
+    key = fold_schemes.sort_keys(fold_schemes.hash_ids(map(str, range(16))), 0)
+    improved = fold_schemes.balance_groups(found, 5, key)
 
     def unevenness(fold: Codes) -> float:
         load = np.zeros((5, 10))
-        np.add.at(load, (fold[found.unit], found.label), found.count)
+        np.add.at(load, (fold[found.group], found.label), found.count)
         return float(load.std(axis=0).mean())
 
-    greedy = fold_balance._improved(found, 5, improved, passes=0)
+    greedy = fold_schemes.local_search(found, 5, improved, passes=0)
     assert (greedy == improved).all()
     for a in range(16):
         for b in range(16):
@@ -215,9 +215,9 @@ def test_time_trains_on_the_past() -> None:
     assert pd.Series(fold).groupby(time).nunique().max() == 1, "equal times never split"
     assert np.bincount(fold + 1).min() > 80
     for number in range(5):
-        taught, scored = found.split(number)
-        assert len(taught) and time[taught].max() <= time[scored].min() - 5
-        assert (fold[taught] < number).all()
+        train_rows, valid_rows = found.split(number)
+        assert len(train_rows) and time[train_rows].max() <= time[valid_rows].min() - 5
+        assert (fold[train_rows] < number).all()
 
 
 def test_time_of_few_moments_never_splits_one() -> None:
@@ -225,13 +225,13 @@ def test_time_of_few_moments_never_splits_one() -> None:
     found = made(one, "time", k=2)
     assert [len(found.split(f)[1]) for f in range(2)] == [200, 200]
     report = fold_audit.audit(one, made(one, "time", k=4))
-    assert any("is empty" in fault for fault in report["faults"])
+    assert any(fault["code"] == "fold-empty" for fault in report["faults"])
 
 
-# --- the locked hold-out, and rows that only teach -----------------------------------------------------------------------
+# --- the locked hold-out, and rows that are only trained on -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", make_folds.SCHEMES)
+@pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)
 def test_the_hold_out_is_in_no_split(scheme: str) -> None:
     found = made(table(task="regression" if scheme == "quantiles" else "multiclass"), scheme, holdout=0.2)
     locked = set(found.holdout_rows().tolist())
@@ -254,16 +254,16 @@ def test_the_hold_out_looks_like_the_whole() -> None:
         assert np.abs(whole - inside).max() < slack, scheme
 
 
-def test_extra_rows_teach_and_are_never_scored() -> None:
+def test_extra_rows_are_trained_on_and_never_scored() -> None:
     source = np.where(np.arange(600) % 10 == 0, "extra", np.where(np.arange(600) % 10 == 1, "test", "train"))
     one = table(600, source=source)
     found = made(one, "stratified", holdout=0.1)
     assert set(found.assignment[0][source == "extra"]) == {TRAIN_ONLY}
     assert "test" not in set(one.frame["source"].to_numpy()[np.isin(one.frame["id"], found.frame["id"])])
     for fold in range(5):
-        taught, scored = found.split(fold)
-        assert set(source[scored]) == {"train"} and set(source[taught]) == {"train", "extra"}
-        assert (source[taught] == "extra").sum() == 60
+        train_rows, valid_rows = found.split(fold)
+        assert set(source[valid_rows]) == {"train"} and set(source[train_rows]) == {"train", "extra"}
+        assert (source[train_rows] == "extra").sum() == 60
 
 
 def test_a_number_is_not_stratified() -> None:

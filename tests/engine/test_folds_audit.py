@@ -1,4 +1,4 @@
-"""The audit of folds, and comp folds: what they hold, what makes them worthless, and that they are frozen."""
+"""The audit of folds, and comp folds: what they hold, what makes their scores invalid, and that they are frozen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import config
 from test_folds import made, table
 
 from comp.engine import cli
-from comp.engine.data import fold_audit, folds, make_folds, prepare, samples
+from comp.engine.data import fold_audit, fold_schemes, folds, make_folds, prepare, samples
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
@@ -28,25 +28,25 @@ def altered(found: Folds, rows: Any, fold: int) -> Folds:
     return Folds(frame, found.meta, found.samples)
 
 
-def faults(found: Folds) -> list[str]:
-    return list(fold_audit.audit(found.samples, found)["faults"])
+def faults(folds_: Folds) -> list[UserError]:
+    return fold_audit.errors(fold_audit.audit(folds_.samples, folds_))
 
 
 def test_the_audit_counts() -> None:
     found = made(table(), "stratified_group", holdout=0.1)
     report = fold_audit.audit(found.samples, found)
-    assert sum(line["rows"] for line in report["folds"]) + report["locked"] == 600
+    assert sum(line["valid_rows"] for line in report["folds"]) + report["holdout_rows"] == 600
     for line in report["folds"]:
-        taught, scored = found.split(line["fold"])
-        assert (line["rows"], line["taught"]) == (len(scored), len(taught))
-        assert line["groups"] == found.samples.frame["group"].iloc[scored].nunique()
-        there = np.bincount(found.samples.frame["target.y"].iloc[scored].to_numpy(np.int64), minlength=4)
+        train_rows, valid_rows = found.split(line["fold"])
+        assert (line["valid_rows"], line["train_rows"]) == (len(valid_rows), len(train_rows))
+        assert line["groups"] == found.samples.frame["group"].iloc[valid_rows].nunique()
+        there = np.bincount(found.samples.frame["target.y"].iloc[valid_rows].to_numpy(np.int64), minlength=4)
         shares = line["targets"]["y"]
         assert list(shares["shares"].values()) == (there / there.sum()).tolist()
         assert shares["rarest"] == "abcd"[there.argmin()] and shares["rarest_rows"] == there.min()
     text = fold_audit.table(report).splitlines()
-    assert text[0].split() == ["fold", "rows", "taught", "groups", "a", "b", "c", "d", "rarest"]
-    assert len(text) == 7 and f"{report['locked']} rows are locked away" in text[6]
+    assert text[0].split() == ["fold", "valid", "train", "groups", "a", "b", "c", "d", "rarest"]
+    assert len(text) == 7 and f"{report['holdout_rows']} rows are the locked hold-out" in text[6]
 
 
 def test_the_audit_of_numbers() -> None:
@@ -67,22 +67,25 @@ def test_a_group_in_two_folds_is_a_fault() -> None:
     name = group.value_counts().index[0]
     rows = group.index[group == name]
     here = int(found.assignment[0, rows[0]])
-    (line,) = faults(altered(found, rows[0], (here + 1) % 5))
-    assert line.startswith(f"group {name!r} stands in fold ") and f"fold {here}" in line
-    (line,) = faults(altered(found, rows[0], HOLDOUT))
-    assert line == f"group {name!r} stands in the hold-out and fold {here}"
-    (line,) = faults(altered(found, rows[0], TRAIN_ONLY))
-    assert line == f"group {name!r} stands in the rows never scored and fold {here}"
+    low, high = sorted((here, (here + 1) % 5))
+    for fold, where in (
+        ((here + 1) % 5, f"fold {low} and fold {high}"),
+        (HOLDOUT, f"the hold-out and fold {here}"),
+        (TRAIN_ONLY, f"the train-only rows and fold {here}"),
+    ):
+        (fault,) = faults(altered(found, rows[0], fold))
+        assert (fault.code, fault.where) == ("group-across-folds", f"group {name!r}")
+        assert fault.what == f"is in {where}"
     blind = made(table(), "stratified")
     report = fold_audit.audit(blind.samples, blind)
-    assert report["faults"] == [] and report["notes"][0].startswith("blind to groups on purpose: 5")
+    assert report["faults"] == [] and report["notes"][0].startswith("folds.blind_to_groups: 5")
 
 
 def test_an_empty_fold_is_a_fault() -> None:
     found = made(table(), "stratified")
-    assert "fold 3 is empty" in faults(altered(found, found.assignment[0] == 3, 2))
     few = table(600, group=[f"g{i % 3}" for i in range(600)])
-    assert "fold 3 is empty" in faults(made(few, "group"))
+    for folds_ in (altered(found, found.assignment[0] == 3, 2), made(few, "group")):
+        assert ("fold-empty", "fold 3") in [(fault.code, fault.where) for fault in faults(folds_)]
 
 
 def test_a_class_that_could_be_everywhere_and_is_not_is_a_fault() -> None:
@@ -91,8 +94,9 @@ def test_a_class_that_could_be_everywhere_and_is_not_is_a_fault() -> None:
     rare[:5] = 3
     found = made(Samples(one.frame.assign(**{"target.y": rare}), one.heads, "hash"), "kfold")
     found = altered(found, slice(0, 4), 0)
-    (line,) = faults(altered(found, 4, 1))
-    assert line == "y: class 'd' has 5 rows and none in fold 2, 3, 4; use stratified"
+    (fault,) = faults(altered(found, 4, 1))
+    assert (fault.code, fault.where, fault.key) == ("class-missing", "fold 2, 3, 4", "y")
+    assert "class 'd' has 5 rows" in fault.what and fault.remedy == "use folds.scheme: stratified"
     rare[4] = 0  # four rows cannot be in five folds
     found = made(Samples(one.frame.assign(**{"target.y": rare}), one.heads, "hash"), "kfold")
     assert faults(altered(found, slice(0, 4), 0)) == []
@@ -110,7 +114,7 @@ def test_with_groups_a_class_needs_as_many_groups_as_folds() -> None:
     assert faults(found) == [], "five groups, one in each fold"
     there = found.assignment[0]
     moved = altered(found, np.isin(there, [there[0]]) & (target == 1), int((there[0] + 1) % 5))
-    assert any("class 'b' has 5 groups and none in fold" in line for line in faults(moved))
+    assert any(fault.code == "class-missing" and "'b' has 5 groups" in fault.what for fault in faults(moved))
 
 
 # --- comp folds ----------------------------------------------------------------------------------------------------------
@@ -150,9 +154,9 @@ def test_other_settings_are_refused_by_name(project: Path) -> None:
     file.write_text(file.read_text().replace("k: 5, seed: 0", "k: 4, seed: 1"))
     with pytest.raises(UserError) as refused:
         again()
-    assert refused.value.lines[:2] == [
-        "data/folds.parquet: made with folds.k 5, which is 4 now",
-        "data/folds.parquet: made with folds.seed 0, which is 1 now",
+    assert [(error.code, error.where, error.key, error.what) for error in refused.value.errors] == [
+        ("folds-differ", "data/folds.parquet", "folds.k", "made with 5, now 4"),
+        ("folds-differ", "data/folds.parquet", "folds.seed", "made with 0, now 1"),
     ]
     assert "comp folds --remake" in refused.value.lines[-1]
     assert paths.folds_file().read_bytes() == before
@@ -174,15 +178,17 @@ def test_folds_that_fail_their_audit_are_not_written(project: Path) -> None:
         name: (project / "data" / name).read_bytes()
         for name in ("folds.parquet", "folds_audit.json", "manifest.json")
     }
-    with pytest.raises(UserError, match="fold 16 is empty"):
+    with pytest.raises(UserError, match="fold 16: has no validation rows"):
         again(remake=True)
     assert before == {name: (project / "data" / name).read_bytes() for name in before}
     refused = artifacts.read_json(project / "data" / "folds_refused.json")
-    assert refused["k"] == 17 and "fold 16 is empty" in refused["faults"]
-    assert "FAULT fold 16 is empty" in (project / "data" / "folds_refused.txt").read_text()
+    assert refused["k"] == 17 and ("fold-empty", "fold 16") in [
+        (f["code"], f["where"]) for f in refused["faults"]
+    ]
+    assert "FAULT fold 16: has no validation rows" in (project / "data" / "folds_refused.txt").read_text()
     file.write_text(file.read_text().replace("k: 17", "k: 5"))
     again()
-    assert not list((project / "data").glob("folds_refused.*")), "what was mended is no longer told"
+    assert not list((project / "data").glob("folds_refused.*")), "the audit of the refused folds is removed"
 
 
 def test_a_flipped_byte_is_refused(project: Path) -> None:
@@ -218,16 +224,16 @@ def crops() -> Samples:
     return with_images(one, [ways[i // 200].format(i % 200) for i in range(600)])
 
 
-@pytest.mark.parametrize("scheme", [each for each in make_folds.SCHEMES if each != "time"])
+@pytest.mark.parametrize("scheme", [each for each in fold_schemes.SCHEMES if each != "time"])
 @pytest.mark.parametrize("holdout", [0.0, 0.2])
-def test_rows_that_name_one_file_share_a_fold_under_any_scheme(scheme: str, holdout: float) -> None:
+def test_rows_that_name_one_file_share_a_fold_under_every_scheme(scheme: str, holdout: float) -> None:
     found = made(crops(), scheme, holdout=holdout, repeats=2)
     for fold in found.assignment:
         assert (fold[:200] == fold[200:400]).all() and (fold[:200] == fold[400:]).all()
     assert faults(found) == [] and len(np.unique(found.assignment[0])) == 5 + (holdout > 0)
     for fold in range(found.count):
-        taught, judged = found.inner_split(fold, 0.2)
-        assert not set(taught % 200) & set(judged % 200), "nor on both sides of what a choice is made on"
+        train_rows, select_rows = found.inner_split(fold, 0.2)
+        assert not set(train_rows % 200) & set(select_rows % 200)
 
 
 def test_rows_share_an_image_if_they_share_one_of_its_channels() -> None:
@@ -245,39 +251,34 @@ def test_one_file_on_both_sides_of_a_fold_is_a_fault() -> None:
     for there, place in (
         ((here + 1) % 5, f"fold {(here + 1) % 5}"),
         (HOLDOUT, "the hold-out"),
-        (TRAIN_ONLY, "the rows never scored"),
+        (TRAIN_ONLY, "the train-only rows"),
     ):
-        (line,) = faults(altered(found, 0, there))
-        assert (
-            "train/0.png" in line
-            and place in line
-            and f"fold {here}" in line
-            and "comp folds --remake" in line
-        )
-        assert "00000" in line and "00200" in line
+        (fault,) = faults(altered(found, 0, there))
+        assert fault.code == "image-across-folds" and "train/0.png" in fault.where
+        assert place in fault.what and f"fold {here}" in fault.what
+        assert "00000" in fault.what and "00200" in fault.what
+        assert "comp folds --remake" in fault.remedy
 
 
 def test_a_split_by_time_that_has_a_file_on_both_sides_is_refused_by_name() -> None:
-    lines = faults(made(crops(), "time"))
-    assert (
-        len(lines) == 11
-        and "train/" in lines[0]
-        and "folds.scheme" in lines[0]
-        and "more images" in lines[10]
-    )
+    shared = faults(made(crops(), "time"))
+    assert len(shared) == 11 and {fault.code for fault in shared} == {"image-across-folds"}
+    assert "train/" in shared[0].where and "folds.scheme" in shared[0].remedy
+    assert "more images" in shared[10].what
 
 
 def test_an_extra_row_does_not_train_the_fold_that_scores_its_image() -> None:
     """As `extra: [{table: train.csv}]` makes them: each training row once more."""
     one = table(600, source=["train"] * 300 + ["extra"] * 299 + ["test"])
     one = with_images(one, [f"train/{i % 300}.png" for i in range(600)])
-    for scheme in make_folds.SCHEMES:
+    for scheme in fold_schemes.SCHEMES:
         found = made(one, scheme, holdout=0.2)
-        assert not [line for line in faults(found) if "image" in line], scheme
+        assert not [fault for fault in faults(found) if fault.code == "image-across-folds"], scheme
         source = one.frame["source"].to_numpy()
-        for taught, scored in [found.split("full"), *map(found.split, range(5))]:
-            assert set(source[scored]) <= {"train"} and not np.isin(taught % 300, scored % 300).any()
-            assert not np.isin(taught % 300, found.holdout_rows() % 300).any(), "nor the hold-out"
+        for train_rows, valid_rows in [found.split("full"), *map(found.split, range(5))]:
+            assert set(source[valid_rows]) <= {"train"}
+            assert not np.isin(train_rows % 300, valid_rows % 300).any()
+            assert not np.isin(train_rows % 300, found.holdout_rows() % 300).any(), "nor the hold-out"
         assert (source[found.split(0)[0]] == "extra").any() or scheme == "time"
         assert len(found.holdout_rows()) == 300 - len(found.oof_rows) - (scheme == "time") * int(
             (found.assignment[0, :300] == -1).sum()
@@ -294,10 +295,9 @@ def test_a_pseudo_labelled_row_does_not_train_the_fold_that_scores_its_image() -
     found = made(one, "stratified", holdout=0.2)
     source = np.array(["train"] * 300 + ["pseudo:x:fold3"] * 300, object)
     later = Folds(found.frame, found.meta, Samples(one.frame.assign(source=source), one.heads, one.hash))
-    for taught, scored in (later.split(3), later.split("full")):
-        assert (taught >= 300).any() and not np.isin(
-            taught % 300, [*(scored % 300), *(found.holdout_rows() % 300)]
-        ).any()
+    for train_rows, valid_rows in (later.split(3), later.split("full")):
+        never = [*(valid_rows % 300), *(found.holdout_rows() % 300)]
+        assert (train_rows >= 300).any() and not np.isin(train_rows % 300, never).any()
     assert np.array_equal(later.oof_rows, found.oof_rows) and later.oof_rows.max() < 300
 
 
@@ -343,7 +343,7 @@ def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
     assert "24 train rows have files of the same bytes" in capsys.readouterr().out
     declare(project, GROUPED)
     assert cli.main(["folds", "--remake"]) == 0
-    assert "12 pairs of copies" in capsys.readouterr().out
+    assert "12 pairs of duplicates" in capsys.readouterr().out
     of, rows = folds.load(samples.load()).assignment[0], samples.load()
     place = {images[0]: of[at] for at, images in enumerate(rows.frame["images"])}
     assert place[one] == place[other]
@@ -353,7 +353,7 @@ def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
 def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its own paths, and as copies under other names."""
+    """Under its own paths, and as duplicate files with other names."""
     declare(project, ("id: id", 'id: id\nextra: [{table: train.csv, image: "train/{id}.png"}]'))
     prepare.prepare(config(experiment="base"))
     assert cli.main(["folds", "--remake"]) == 0
@@ -363,9 +363,9 @@ def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
     def leaking() -> int:
         split, count = folds.load(rows), 0
         for fold in range(5):
-            taught, scored = split.split(fold)
-            files = {(raw / rows.frame["images"].iloc[at][0]).read_bytes() for at in scored}
-            count += sum((raw / rows.frame["images"].iloc[at][0]).read_bytes() in files for at in taught)
+            train_rows, valid_rows = split.split(fold)
+            files = {(raw / rows.frame["images"].iloc[at][0]).read_bytes() for at in valid_rows}
+            count += sum((raw / rows.frame["images"].iloc[at][0]).read_bytes() in files for at in train_rows)
         return count
 
     assert leaking() == 0
@@ -377,7 +377,7 @@ def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
     said = capsys.readouterr().err
     assert (
         "old/" in said
-        and "the rows never scored" in said
+        and "the train-only rows" in said
         and "folds.duplicates: group" in said
         and "1427 more images" in said
     )
@@ -385,10 +385,10 @@ def test_the_training_table_as_extra_data_trains_no_fold_that_scores_it(
     assert cli.main(["folds", "--remake"]) == 0
     assert leaking() == 0
     assert cli.main(["folds", "--duplicates"]) == 0
-    assert "with extra rows: 1437 pairs, 0 on both sides of a fold" in capsys.readouterr().out
+    assert "with extra rows: 1437 pairs, 0 across folds" in capsys.readouterr().out
 
 
-def test_copies_of_training_rows_among_the_test_rows_are_noted(
+def test_duplicates_of_training_rows_among_the_test_rows_are_noted(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = samples.load()

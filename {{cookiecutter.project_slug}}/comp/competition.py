@@ -1,28 +1,54 @@
-"""YOURS: what a config cannot say. Define a function here by one of these names and it is in force; `comp check` lists them.
+"""YOURS: what configs/competition.yaml cannot say. A template update never touches this file.
 
-    read_samples(raw)                     -> DataFrame, instead of the tables that competition.yaml declares
-    load_image(row, decode)               -> uint8 array (height, width, channels) for one image of the samples table
-                                             row["image"] is its path there, row["file"] the file; decode(row["image"]) gives
-                                             it as usual, decode(row["image"], full=True) at full size; row["x"] is the text
-                                             of a column of the table that competition.yaml declares: image_columns: [x],
-                                             or image_columns: all for the whole row but its targets
-    model(cfg, outputs)                   -> torch.nn.Module, instead of the timm model of the config
-    loss(output, target)                  -> tensor, one number a sample (batch,)
-    metric(truth, prediction, rows)       -> number; set metric.direction = "max" or "min",
-                                             metric.needs = "probability", "label" or "value"
-    recipe(size)                          -> comp.transforms.Recipe, for `augment.recipe: recipe`
-    postprocess(rows, prediction)         -> prediction, before it is written into a submission
-    write_submission(rows, prediction, sample) -> DataFrame, instead of the forms that competition.yaml knows
+Define a function in this file under one of the names below and it replaces the built-in one. `comp check`
+lists what is defined. Name and number of arguments must be as here.
 
-A row that is a part of its file, a box or a page, says which in columns of the table. Two rows of one file are two images,
-each with its own entry in the cache. With `image_columns: [x, y, w, h]` in configs/competition.yaml:
+read_samples(raw) -> pandas.DataFrame
+    The rows, instead of the tables declared in competition.yaml. `raw` is the Path of the raw folder. One
+    line a sample, with the columns that competition.yaml names (id, target, group, time, metadata) and
+        images   path of an image below `raw`, or a list of paths. "red/1.png//green/1.png" is one image
+                 whose channels lie in two files
+        source   "train", "test" or "extra" (trained on, never scored)
+        weight   optional: weight of the sample in the loss (default: 1)
+        row      optional: its key in the submission (default: the id)
 
-    def load_image(row, decode):
-        whole = decode(row["image"], full=True)
-        x, y, w, h = (int(float(row[name])) for name in ("x", "y", "w", "h"))
-        return whole[y : y + h, x : x + w]      # brought to data.size by data.resize afterwards
+load_image(row, decode) -> numpy.ndarray of uint8, (height, width, channels)
+    One image; it is resized to data.size afterwards, by data.resize. `row` is a dict:
+        row["image"]   the path, as in `images`
+        row["file"]    the file on disk
+        row[column]    text of a column listed under `image_columns` in competition.yaml
+                       (`image_columns: all`: every column except targets and weight)
+    decode(row["image"]) is what would be used without this function, decode(row["image"], full=True) the
+    image at full size. The values of the row are part of the cache key: two boxes in one file are two images.
+    To crop a box, with `image_columns: [x, y, w, h]`:
 
-In what read_samples gives, `images` holds a path, or a list of them; "red/1.png//green/1.png" are files that are channels of one.
+        def load_image(row, decode):
+            image = decode(row["image"], full=True)
+            x, y, w, h = (int(float(row[name])) for name in ("x", "y", "w", "h"))
+            return image[y : y + h, x : x + w]
 
-It may import comp.engine.config.resolve, comp.engine.tasks.kinds and comp.metrics, nothing above them. A template update never touches this file.
+model(cfg, outputs) -> torch.nn.Module
+    The network, instead of the timm model `model.name`: (batch, channels, height, width) -> (batch, outputs).
+
+loss(output, target) -> torch.Tensor, (batch,)
+    One unreduced loss a sample, for `loss.name: loss`. `output` is (batch, outputs).
+
+metric(truth, prediction, rows) -> float
+    For `metric: metric` in competition.yaml. `rows` are the scored rows of data/samples.parquet. Two
+    attributes are required: metric.direction = "max" or "min", and metric.needs = "probability", "label",
+    "ranking" or "value", which is what `prediction` holds.
+
+recipe(size) -> comp.transforms.Recipe
+    The augmentation, for `augment.recipe: recipe`. `size` is the side of the input in px.
+
+postprocess(rows, prediction) -> prediction
+    Called before a submission is written. `rows` are the test rows, `prediction` is an array (rows, outputs),
+    or a dict of arrays by target if there are several. The result has the same shape.
+
+write_submission(rows, prediction, sample) -> pandas.DataFrame
+    The submission, instead of `submission.form`. `sample` is the host's sample submission as a DataFrame of
+    text. The result is validated like any other submission.
+
+This file may import comp.engine.config.resolve, comp.engine.tasks.kinds and comp.metrics, but no other
+module of comp: the modules above them import this one.
 """

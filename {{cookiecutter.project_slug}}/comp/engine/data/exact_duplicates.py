@@ -1,7 +1,8 @@
-"""Which samples name the same image file, and which name files of equal bytes. Nothing is decoded here.
+"""Which samples name the same image file, and which files have equal bytes. No image is decoded.
 
-Costs one stat a file. Bytes are read only of files that share their size with another: 4 KB from the middle of each, and all of
-those that agree there. A hash that an image cache holds is taken from its index, so a project with caches reads nothing.
+Cost: one stat a file. Bytes are read only of files whose size another file has too: 4 KB from the middle, and
+the whole file if these are equal as well. Hashes are taken from the index of an image cache where one has
+them.
 """
 
 from __future__ import annotations
@@ -23,32 +24,34 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
 
-MIDDLE = 4096  # bytes: heads are alike within a format, and ends within a border of one colour
-CHUNK = 64  # files a task of the pool
+MIDDLE = 4096  # bytes; file headers are alike within a format, and file ends within a border of one colour
+CHUNK = 64  # files a task of the thread pool
 
 Ints = NDArray[np.int64]
 
 
 class ImageFiles(NamedTuple):
-    """A line for each image file of each sample."""
+    """The image files of the samples: one entry for each file of each sample."""
 
-    names: list[str]  # of each file, or the first key of an image that is made of it alone
-    sample: Positions
-    image: Ints  # place in names
-    content: Ints  # of each name; files of equal bytes share a number, and every other file has its own
-    unread: dict[str, str]  # name -> why its bytes could not be compared
+    names: list[str]  # of each file; of an image made of one file alone the first image key (image_key.py)
+    sample: Positions  # (entries,) the sample
+    image: Ints  # (entries,) the file, as an index into names
+    content: Ints  # (names,) equal numbers for equal bytes
+    unread: dict[str, str]  # name -> why its bytes could not be read
 
     @property
     def by_path(self) -> Ints:
+        """(entries,) equal numbers for the same file."""
         return self.image
 
     @property
     def by_bytes(self) -> Ints:
+        """(entries,) equal numbers for equal bytes."""
         return self.content[self.image]
 
 
 def find_by_path(samples: Samples) -> ImageFiles:
-    """From the table alone: `train/a.png` and `train/./a.png` are one file, and so are two crops of it (image_key.py)."""
+    """From the table alone: `train/a.png` and `train/./a.png` are one file, and so are two crops of it."""
     import pandas as pd
 
     if "images" not in samples.frame:
@@ -58,14 +61,13 @@ def find_by_path(samples: Samples) -> ImageFiles:
     code, normal = pd.factorize(listed.map(_normal))
     first = np.full(len(normal), len(code))
     np.minimum.at(first, code, np.arange(len(code)))
-    names = listed.to_numpy(object)[first].tolist()  # as the caches spell them
-    return ImageFiles(
-        names, listed.index.to_numpy(np.int64), code.astype(np.int64), np.arange(len(names)), {}
-    )
+    names = listed.to_numpy(object)[first].tolist()  # as the image caches spell them
+    sample = listed.index.to_numpy(np.int64)
+    return ImageFiles(names, sample, code.astype(np.int64), np.arange(len(names)), {})
 
 
 def _files(key: str) -> list[str]:
-    """The key itself for one file, since the caches know it by that; otherwise the files, which are channels of one image."""
+    """The files of an image; of a single file the key itself, by which the image caches know it."""
     files = image_key.files(key)
     return files if len(files) > 1 else [key]
 
@@ -81,59 +83,62 @@ def find_by_bytes(cfg: Config, samples: Samples) -> ImageFiles:
     def stamp(name: str) -> tuple[int, int]:
         try:
             found = reader.stamp(name)
-        except UserError as refused:  # an archive that cannot be opened
-            unread[name] = refused.lines[0]
+        except UserError as error:  # an archive that cannot be opened
+            unread[name] = error.lines[0]
             return -1, -1
         if found[0] < 0:
             unread[name] = f"{image_key.shown(name)}: no such file"
         return found
 
-    found = np.array([stamp(name) for name in images.names], np.int64).reshape(-1, 2)
-    content = _content(reader, images.names, found, unread)
+    stamps = np.array([stamp(name) for name in images.names], np.int64).reshape(-1, 2)
+    content = _content_ids(reader, images.names, stamps, unread)
     return images._replace(content=content, unread=unread)
 
 
-def _content(
-    reader: image_reader.ImageReader, names: list[str], found: NDArray[Any], unread: dict[str, str]
+def _content_ids(
+    reader: image_reader.ImageReader, names: list[str], stamps: NDArray[Any], unread: dict[str, str]
 ) -> Ints:
-    """A number for each file: equal ones for equal bytes."""
-    size = found[:, 0]
+    """A number for each file: equal ones for equal bytes. `stamps` is (names, 2): size and mtime."""
+    size = stamps[:, 0]
     content = np.arange(len(names))
-    asked = np.flatnonzero(_shared(size) & (size > 0))
-    if not len(asked):
+    candidates = np.flatnonzero(_repeated(size) & (size > 0))
+    if not len(candidates):
         return content
-    chosen = [names[at] for at in asked]
-    hashed = cache_index.known_hashes(reader.raw, pa.array(chosen, pa.string()), found[asked])
-    new = hashed == ""
-    # Of a size that no cache holds the middle of a file tells most apart; beside a known hash only a hash helps.
-    mixed = np.isin(size[asked], size[asked][~new])
-    told = np.flatnonzero(new & ~mixed)
-    middle = np.full(len(asked), "", object)
-    middle[told] = map_files(
-        lambda name: _middle(reader, name), [chosen[at] for at in told], "comparing images"
+    chosen = [names[at] for at in candidates]
+    hashes = cache_index.known_hashes(reader.raw, pa.array(chosen, pa.string()), stamps[candidates])
+    new = hashes == ""
+    # 1. No hash of this size is known: the middle of the files tells most of them apart.
+    hash_known = np.isin(size[candidates], size[candidates][~new])
+    by_middle = np.flatnonzero(new & ~hash_known)
+    middle = np.full(len(candidates), "", object)
+    middle[by_middle] = map_files(
+        lambda name: _middle(reader, name), [chosen[at] for at in by_middle], "comparing images"
     )
-    pair = np.array([f"{n} {m}" for n, m in zip(size[asked][told], middle[told], strict=True)], object)
-    whole = np.union1d(told[_shared(pair)], np.flatnonzero(new & mixed))
-    hashed[whole] = map_files(
+    # 2. Files whose size and middle are equal, and those that have to be compared with a known hash: the
+    # whole file.
+    sizes = size[candidates][by_middle]
+    pair = np.array([f"{n} {m}" for n, m in zip(sizes, middle[by_middle], strict=True)], object)
+    whole = np.union1d(by_middle[_repeated(pair)], np.flatnonzero(new & hash_known))
+    hashes[whole] = map_files(
         lambda name: file_hash(reader, name, unread), [chosen[at] for at in whole], "hashing images"
     )
-    same = np.flatnonzero(hashed != "")
-    _, first, place = np.unique(hashed[same].astype(str), return_index=True, return_inverse=True)
-    content[asked[same]] = asked[same][first[place]]
+    hashed = np.flatnonzero(hashes != "")
+    _, first, index = np.unique(hashes[hashed].astype(str), return_index=True, return_inverse=True)
+    content[candidates[hashed]] = candidates[hashed][first[index]]
     return content
 
 
-def _shared(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of them occur more than once."""
+def _repeated(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """(values,): which of them occur more than once."""
     if not len(values):
         return np.zeros(0, bool)
     values = values.astype(str) if values.dtype == object else values
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray(count[place] > 1)
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray(count[index] > 1)
 
 
 def _middle(reader: image_reader.ImageReader, name: str) -> str:
-    """Empty for a member of an archive, of which nothing is gained by reading a part."""
+    """A hash of the middle of the file. Empty for a member of an archive, where reading a part saves nothing."""
     try:
         with reader.file(name).open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - MIDDLE) // 2)
@@ -143,34 +148,36 @@ def _middle(reader: image_reader.ImageReader, name: str) -> str:
 
 
 def file_hash(reader: image_reader.ImageReader, name: str, unread: dict[str, str]) -> str:
-    """As an image cache has it; empty for what cannot be read, whose reason goes into `unread`."""
+    """The same as in an image cache. Empty for a file that cannot be read; the reason is added to `unread`."""
     try:
         return image_reader.content_hash(reader.read(name))
-    except (DamagedImage, UserError) as fault:
-        unread[name] = str(fault)
+    except (DamagedImage, UserError) as error:
+        unread[name] = str(error)
         return ""
 
 
-def map_files(work: Callable[[str], str], names: Sequence[str], doing: str) -> list[str]:
-    """In order, by as many threads as there are cores: reading and hashing release Python's lock."""
+def map_files(function: Callable[[str], str], names: Sequence[str], description: str) -> list[str]:
+    """In order, in as many threads as there are cores: reading and hashing release the GIL."""
     from tqdm import tqdm
 
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     out: list[str] = []
     with (
         ThreadPoolExecutor(hardware.cores()) as pool,
-        tqdm(total=len(names), desc=doing, delay=2, disable=None, leave=False) as bar,
+        tqdm(total=len(names), desc=description, delay=2, disable=None, leave=False) as bar,
     ):
-        for part in pool.map(lambda chunk: [work(name) for name in chunk], chunks):
+        for part in pool.map(lambda chunk: [function(name) for name in chunk], chunks):
             out += part
             bar.update(len(part))
     return out
 
 
-def duplicate_pairs(images: ImageFiles, code: Ints) -> NDArray[np.int64]:
-    """(pairs, 2): the first sample of each image with every other that has it; enough to hold them together. `code`: by_path or
-    by_bytes, a number a line."""
-    order = np.lexsort((images.sample, code))
-    code, sample = code[order], images.sample[order]
-    first = sample[np.searchsorted(code, code)]
+def duplicate_pairs(images: ImageFiles, image_id: Ints) -> NDArray[np.int64]:
+    """(pairs, 2): of each image the first sample with every other that has it, which connects all of them.
+
+    `image_id`: images.by_path or images.by_bytes.
+    """
+    order = np.lexsort((images.sample, image_id))
+    image_id, sample = image_id[order], images.sample[order]
+    first = sample[np.searchsorted(image_id, image_id)]
     return np.unique(np.column_stack([first, sample])[first != sample], axis=0)

@@ -1,4 +1,4 @@
-"""What the folds really hold. A pure function of samples and folds, so that every run can log it beside its scores."""
+"""What the folds hold, and what makes their scores invalid. A pure function of samples and folds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,51 @@ from comp.engine.data import exact_duplicates, image_key
 from comp.engine.data.exact_duplicates import ImageFiles
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Positions, Samples
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Head
 
-SHOWN = 10  # images on both sides of a fold, and groups, that are told one by one
-LISTED = 20  # missing classes that are told one by one
-WIDE = 12  # classes that a table shows one by one; above, the rarest only
+SHOWN = 10  # shared images, and groups, that are listed one by one
+LISTED = 20  # missing classes that are listed one by one
+WIDE = 12  # classes up to which the table has a column for each; with more, only the rarest one
 MOMENTS = ("mean", "std", "min", "max")
+
+REMAKE = "make new folds with comp folds --remake"
+OTHER_SCHEME = "remove rows from the table, or use another folds.scheme than time"
 
 
 def audit(samples: Samples, folds: Folds, images: ImageFiles | None = None) -> dict[str, Any]:
-    """Plain numbers, for JSON: one entry a fold, and `faults`: one line for each thing that makes scores worthless. Without
-    `images`, which say what files hold, images are the same by their path alone."""
+    """A report for JSON: one entry a fold, notes as text, and faults as the fields of a UserError (see
+    `errors`).
+
+    `images`: files with their content, from exact_duplicates.find_by_bytes (default: paths alone are
+    compared).
+    """
     k, repeats = int(folds.meta["k"]), int(folds.meta["repeats"])
     group, names = _groups(samples)
-    lines = [_fold(samples, folds, group, repeat, number) for repeat in range(repeats) for number in range(k)]
-    report: dict[str, Any] = {
+    entries = [_fold(samples, folds, group, repeat, fold) for repeat in range(repeats) for fold in range(k)]
+    images = exact_duplicates.find_by_path(samples) if images is None else images
+    faults = _empty(entries, repeats) + _images_across_folds(samples, folds, images)
+    notes = _duplicates_of_scored_rows(samples, folds)
+    if images.unread:
+        reason = next(iter(images.unread.values()))
+        notes.append(f"{len(images.unread)} images cannot be read, so their duplicates are unknown: {reason}")
+    if group is not None:
+        split_groups = _groups_across_folds(samples, folds, group, names)
+        if folds.meta.get("blind_to_groups"):
+            notes.append(f"folds.blind_to_groups: {len(split_groups)} groups are in several folds")
+        else:
+            faults += _split_group_faults(split_groups)
+    if folds.meta["gap"] and folds.meta["rule"] != "earlier":
+        notes.append(f"folds.gap {folds.meta['gap']:g} has no effect: only folds.scheme time uses it")
+    in_groups = group if "group" in folds.meta["scheme"] else None
+    for head in samples.heads:
+        missing = _missing_classes(samples, folds, head, in_groups)[:LISTED] if head.classes else []
+        # Of hundreds of labels some are absent from a fold; an absent class leaves a score undefined.
+        if head.task == "multilabel":
+            notes += [fault.line for fault in missing]
+        else:
+            faults += missing
+    return {
         "scheme": folds.meta["scheme"],
         "k": k,
         "repeats": repeats,
@@ -33,149 +63,39 @@ def audit(samples: Samples, folds: Folds, images: ImageFiles | None = None) -> d
         "rule": folds.meta["rule"],
         "gap": folds.meta["gap"],
         "rows": len(samples.positions("train")),
-        "locked": len(folds.holdout_rows()),
-        "taught_only": int((folds.assignment[0, samples.labeled] != HOLDOUT).sum() - len(folds.oof_rows)),
-        "folds": lines,
-        "notes": [],
-        "faults": [f"{_name(line, repeats)} is empty" for line in lines if not line["rows"]],
+        "holdout_rows": len(folds.holdout_rows()),
+        "train_only_rows": int((folds.assignment[0, samples.labeled] != HOLDOUT).sum() - len(folds.oof_rows)),
+        "folds": entries,
+        "notes": notes,
+        "faults": [
+            {"code": f.code, "where": f.where, "key": f.key, "what": f.what, "remedy": f.remedy}
+            for f in faults
+        ],
     }
-    report["faults"] += [
-        f"{_name(line, repeats)}: nothing may teach it" for line in lines if not line["taught"]
-    ]
-    images = exact_duplicates.find_by_path(samples) if images is None else images
-    report["faults"] += _images_on_both_sides(samples, folds, images)
-    report["notes"] += _kept_out(samples, folds)
-    if images.unread:
-        report["notes"].append(
-            f"{len(images.unread)} images cannot be read, so copies of them are not known: {next(iter(images.unread.values()))}"
-        )
-    if group is not None:
-        crossing = _crossing(samples, folds, group, names)
-        if folds.meta.get("blind_to_groups"):
-            report["notes"] += [f"blind to groups on purpose: {len(crossing)} groups stand in several folds"]
-        else:
-            report["faults"] += [f"group {name!r} stands in {text}" for name, text in crossing[:SHOWN]]
-            if len(crossing) > SHOWN:
-                report["faults"].append(f"and {len(crossing) - SHOWN} more groups stand in several folds")
-    if folds.meta["gap"] and folds.meta["rule"] != "earlier":
-        report["notes"].append(
-            f"folds.gap {folds.meta['gap']:g} has no effect: only the time scheme knows it"
-        )
-    grouped = group if "group" in folds.meta["scheme"] else None
-    for head in samples.heads:
-        if head.classes:
-            # Of hundreds of labels some stay away from a fold; of classes that is a mistake.
-            kind = "notes" if head.task == "multilabel" else "faults"
-            report[kind] += _missing_classes(samples, folds, head, grouped)[:LISTED]
-    return report
 
 
-class Shared(NamedTuple):
-    """An image that a fold, or the hold-out, both trains and scores."""
-
-    names: list[str]  # its paths
-    rows: Positions  # that have it, in order, but for test rows
-    places: list[str]  # where they stand: fold 3, the hold-out, the rows never scored
-
-
-def shared_images(samples: Samples, folds: Folds, images: ImageFiles, code: NDArray) -> list[Shared]:
-    """By the rule of the split itself, so under any scheme, and with extra and pseudo-labelled rows. `code`: images.by_path or
-    images.by_bytes."""
-    guilty = np.zeros(0, np.int64)
-    everyone = folds.split("full")[0]
-    for taught, scored in [*(folds.split(fold) for fold in _filled(folds)), (everyone, folds.holdout_rows())]:
-        sides = []
-        for rows in (taught, scored):
-            inside = np.zeros(len(samples.frame), bool)
-            inside[rows] = True
-            sides.append(code[inside[images.sample]])
-        guilty = np.union1d(guilty, np.intersect1d(sides[0], sides[1]))
-    found = []
-    mine = np.flatnonzero(np.isin(code, guilty) & np.isin(images.sample, samples.labeled))
-    order = mine[np.argsort(code[mine], kind="stable")]
-    for lines in np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(order) else []:
-        rows = np.unique(images.sample[lines])
-        repeat = next(r for r in folds.assignment if len(np.unique(r[rows])) > 1)
-        names = list(dict.fromkeys(images.names[at] for at in images.image[lines]))
-        found.append(Shared(names, rows, [_place(f) for f in np.unique(repeat[rows]).tolist()]))
-    return found
-
-
-def _filled(folds: Folds) -> list[int]:
-    """Folds with rows: what the others are is told as a fault by itself."""
-    k = int(folds.meta["k"])
-    return [f for f in range(folds.count) if ((folds.assignment[f // k] == f % k) & folds.scorable).any()]
-
-
-def _place(fold: int) -> str:
-    return {TRAIN_ONLY: "the rows never scored", HOLDOUT: "the hold-out"}.get(fold, f"fold {fold}")
-
-
-def _images_on_both_sides(samples: Samples, folds: Folds, images: ImageFiles) -> list[str]:
-    if folds.meta["rule"] == "earlier":
-        remedy = "a split by time cannot keep them together: take rows out of the table, or use another folds.scheme"
-    elif folds.meta.get("duplicates") == "group":
-        remedy = "comp folds --remake keeps them together"
-    else:
-        remedy = "folds.duplicates: group in configs/competition.yaml, then comp folds --remake, keeps them together"
-    ids = samples.frame["id"].to_numpy(object)
-
-    def told(shared: list[Shared], how: str, remedy: str) -> list[str]:
-        lines = [
-            f"image {', '.join(map(image_key.paths, each.names[:2]))}: {how} of {len(each.rows)} rows ({', '.join(map(str, ids[each.rows[:3]]))}) in "
-            f"{' and '.join(each.places)}; {remedy}"
-            for each in shared[:SHOWN]
-        ]
-        more = len(shared) - SHOWN
-        return lines + [f"and {more} more images, each {how} of rows on both sides of a fold"] * (more > 0)
-
-    by_path = shared_images(samples, folds, images, images.by_path)
-    known = {name for each in by_path for name in each.names}
-    by_bytes = [
-        each
-        for each in shared_images(samples, folds, images, images.by_bytes)
-        if not known.issuperset(each.names)
-    ]
-    anyway = remedy if folds.meta["rule"] == "earlier" else "comp folds --remake keeps them together"
-    return [*told(by_path, "the file", anyway), *told(by_bytes, "the same bytes", remedy)]
-
-
-def _kept_out(samples: Samples, folds: Folds) -> list[str]:
-    """What the column `fold` says of rows that are not scored."""
-    source, here = samples.frame["source"].to_numpy(), folds.assignment[0] != TRAIN_ONLY
-    says = {
-        "extra": "extra rows share an image with a scored row, and do not train the fold that scores it",
-        "test": "test rows share an image with a training row; with pseudo-labels they do not train the fold that scores it",
-    }
-    counts = {kind: int((here & (source == kind)).sum()) for kind in says}
-    notes = [f"{count} {says[kind]}" for kind, count in counts.items() if count]
-    if "unit" in folds.frame:
-        own = np.flatnonzero(folds.scorable)
-        images = exact_duplicates.find_by_path(samples)
-        tied = int(np.isin(own, exact_duplicates.duplicate_pairs(images, images.by_path)).sum())
-        notes += [f"{tied} training rows name an image that another row names"] * (tied > 0)
-    return notes
+def errors(report: dict[str, Any]) -> list[UserError]:
+    """The faults of a report."""
+    return [UserError(**fault) for fault in report["faults"]]
 
 
 def table(report: dict[str, Any]) -> str:
-    """The audit as text: a line a fold."""
-    repeats = report["repeats"]
-    header, body = (
-        ["fold", "rows", "taught"],
-        [[_name(f, repeats)[5:], f["rows"], f["taught"]] for f in report["folds"]],
-    )
-    if "groups" in report["folds"][0]:
+    """The report as text: a line a fold, then notes and faults."""
+    repeats, folds = report["repeats"], report["folds"]
+    header = ["fold", "valid", "train"]
+    body = [[_name(each, repeats)[5:], each["valid_rows"], each["train_rows"]] for each in folds]
+    if "groups" in folds[0]:
         header.append("groups")
-        for row, line in zip(body, report["folds"], strict=True):
-            row.append(line["groups"])
-    targets = report["folds"][0]["targets"]
+        for row, each in zip(body, folds, strict=True):
+            row.append(each["groups"])
+    targets = folds[0]["targets"]
     narrow = sum(len(first.get("shares", ())) for first in targets.values()) <= WIDE
     for name, first in targets.items():
         prefix = f"{name} " if len(targets) > 1 else ""
         classes = list(first.get("shares", ())) if narrow else []
         header += [f"{prefix}{what}" for what in [*classes, *(["rarest"] if "shares" in first else MOMENTS)]]
-        for row, line in zip(body, report["folds"], strict=True):
-            target = line["targets"][name]
+        for row, each in zip(body, folds, strict=True):
+            target = each["targets"][name]
             row += [f"{100 * target['shares'][name]:.1f}%" for name in classes]
             if "shares" in first:
                 row.append(f"{target['rarest']} ({target['rarest_rows']})")
@@ -184,31 +104,39 @@ def table(report: dict[str, Any]) -> str:
     cells = [[str(cell) for cell in row] for row in [header, *body]]
     width = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) for row in cells]
-    if report["locked"]:
-        lines.append(f"{report['locked']} rows are locked away: no verb reads them but an explicit last look")
-    if report["taught_only"]:
-        lines.append(f"{report['taught_only']} rows teach and are never scored")
-    return "\n".join([*lines, *report["notes"], *(f"FAULT {fault}" for fault in report["faults"])])
+    if report["holdout_rows"]:
+        lines.append(f"{report['holdout_rows']} rows are the locked hold-out, read only with --last-look")
+    if report["train_only_rows"]:
+        lines.append(f"{report['train_only_rows']} rows are trained on and never scored")
+    return "\n".join([*lines, *report["notes"], *(f"FAULT {fault.line}" for fault in errors(report))])
 
 
-def _fold(samples: Samples, folds: Folds, group: NDArray | None, repeat: int, number: int) -> dict[str, Any]:
-    taught = scored = np.zeros(0, np.int64)
-    if ((folds.assignment[repeat] == number) & folds.scorable).any():
-        taught, scored = folds.split(repeat * int(folds.meta["k"]) + number)
-    line: dict[str, Any] = {"repeat": repeat, "fold": number, "rows": len(scored), "taught": len(taught)}
+# --- one entry a fold --------------------------------------------------------------------------------------
+
+
+def _fold(samples: Samples, folds: Folds, group: NDArray | None, repeat: int, fold: int) -> dict[str, Any]:
+    train_rows = valid_rows = np.zeros(0, np.int64)
+    if ((folds.assignment[repeat] == fold) & folds.scorable).any():
+        train_rows, valid_rows = folds.split(repeat * int(folds.meta["k"]) + fold)
+    entry: dict[str, Any] = {
+        "repeat": repeat,
+        "fold": fold,
+        "valid_rows": len(valid_rows),
+        "train_rows": len(train_rows),
+    }
     if group is not None:
-        line["groups"] = len(np.unique(group[scored])) if len(scored) else 0
-    line["targets"] = {head.name: _target(samples, head, scored) for head in samples.heads}
-    return line
+        entry["groups"] = len(np.unique(group[valid_rows])) if len(valid_rows) else 0
+    entry["targets"] = {head.name: _target(samples, head, valid_rows) for head in samples.heads}
+    return entry
 
 
-def _target(samples: Samples, head: Head, scored: NDArray) -> dict[str, Any]:
-    columns = samples.targets(head)[scored]
+def _target(samples: Samples, head: Head, valid_rows: Positions) -> dict[str, Any]:
+    columns = samples.targets(head)[valid_rows]
     if not head.classes and head.task == "regression":
-        if not len(scored):
+        if not len(valid_rows):
             return dict.fromkeys(MOMENTS, 0.0)
         return {what: float(getattr(columns, what)()) for what in MOMENTS}
-    counts = _counts(head, columns)
+    counts = _class_counts(head, columns)
     names = head.classes or ("0", "1")
     rarest = int(counts.argmin())
     total = max(float(counts.sum()), 1.0)
@@ -219,8 +147,8 @@ def _target(samples: Samples, head: Head, scored: NDArray) -> dict[str, Any]:
     }
 
 
-def _counts(head: Head, columns: NDArray) -> NDArray:
-    """Rows of each class; soft labels add up their shares."""
+def _class_counts(head: Head, columns: NDArray) -> NDArray:
+    """Rows of each class; soft labels add their shares."""
     if columns.shape[1] > 1:
         return np.asarray(columns.sum(axis=0))
     if not head.classes:
@@ -228,8 +156,130 @@ def _counts(head: Head, columns: NDArray) -> NDArray:
     return np.bincount(columns[:, 0].astype(np.int64), minlength=len(head.classes))
 
 
+def _name(entry: dict[str, Any], repeats: int) -> str:
+    return f"fold {entry['fold']}" + (f" of repeat {entry['repeat']}" if repeats > 1 else "")
+
+
+def _place(fold: int) -> str:
+    return {TRAIN_ONLY: "the train-only rows", HOLDOUT: "the hold-out"}.get(fold, f"fold {fold}")
+
+
+def _empty(entries: list[dict[str, Any]], repeats: int) -> list[UserError]:
+    remedy = "lower folds.k, or use another folds.scheme"
+    no_valid = [
+        UserError("fold-empty", where=_name(each, repeats), what="has no validation rows", remedy=remedy)
+        for each in entries
+        if not each["valid_rows"]
+    ]
+    no_train = [
+        UserError("fold-untrained", where=_name(each, repeats), what="has no training rows", remedy=remedy)
+        for each in entries
+        if not each["train_rows"]
+    ]
+    return no_valid + no_train
+
+
+# --- images in training and validation rows ----------------------------------------------------------------
+
+
+class SharedImage(NamedTuple):
+    """An image that is among the training and the validation rows of a fold, or in a fold and the hold-out."""
+
+    names: list[str]  # its paths
+    rows: Positions  # that have it, in order, without test rows
+    places: list[str]  # fold 3, the hold-out, the train-only rows
+
+
+def shared_images(samples: Samples, folds: Folds, images: ImageFiles, image_id: NDArray) -> list[SharedImage]:
+    """By Folds.split itself, hence for every scheme, and for extra and pseudo-labelled rows as well.
+
+    `image_id`: images.by_path or images.by_bytes.
+    """
+    leaking = np.zeros(0, np.int64)
+    holdout = (folds.split("full")[0], folds.holdout_rows())
+    for train_rows, valid_rows in [*(folds.split(fold) for fold in _not_empty(folds)), holdout]:
+        sides = []
+        for rows in (train_rows, valid_rows):
+            inside = np.zeros(len(samples.frame), bool)
+            inside[rows] = True
+            sides.append(image_id[inside[images.sample]])
+        leaking = np.union1d(leaking, np.intersect1d(sides[0], sides[1]))
+    found = []
+    lines = np.flatnonzero(np.isin(image_id, leaking) & np.isin(images.sample, samples.labeled))
+    order = lines[np.argsort(image_id[lines], kind="stable")]
+    for part in np.split(order, np.flatnonzero(np.diff(image_id[order])) + 1) if len(order) else []:
+        rows = np.unique(images.sample[part])
+        repeat = next(r for r in folds.assignment if len(np.unique(r[rows])) > 1)
+        names = list(dict.fromkeys(images.names[at] for at in images.image[part]))
+        found.append(SharedImage(names, rows, [_place(f) for f in np.unique(repeat[rows]).tolist()]))
+    return found
+
+
+def _not_empty(folds: Folds) -> list[int]:
+    """Folds with validation rows; the others are faults of their own."""
+    k = int(folds.meta["k"])
+    return [f for f in range(folds.count) if ((folds.assignment[f // k] == f % k) & folds.scorable).any()]
+
+
+def _images_across_folds(samples: Samples, folds: Folds, images: ImageFiles) -> list[UserError]:
+    by_time = folds.meta["rule"] == "earlier"
+    by_path = shared_images(samples, folds, images, images.by_path)
+    known = {name for each in by_path for name in each.names}
+    by_bytes = [
+        each
+        for each in shared_images(samples, folds, images, images.by_bytes)
+        if not known.issuperset(each.names)
+    ]
+    of_path = OTHER_SCHEME if by_time else REMAKE
+    of_bytes = of_path
+    if not by_time and folds.meta.get("duplicates") != "group":
+        of_bytes = f"set folds.duplicates: group in configs/competition.yaml and {REMAKE}"
+    return [
+        *_shared_faults(samples, by_path, "the file", of_path),
+        *_shared_faults(samples, by_bytes, "the same bytes", of_bytes),
+    ]
+
+
+def _shared_faults(samples: Samples, shared: list[SharedImage], how: str, remedy: str) -> list[UserError]:
+    ids = samples.frame["id"].to_numpy(object)
+    faults = [
+        UserError(
+            "image-across-folds",
+            where=f"image {', '.join(map(image_key.paths, each.names[:2]))}",
+            what=f"{how} of {len(each.rows)} rows ({', '.join(map(str, ids[each.rows[:3]]))}) in "
+            + " and ".join(each.places),
+            remedy=remedy,
+        )
+        for each in shared[:SHOWN]
+    ]
+    if len(shared) > SHOWN:
+        what = f"and {len(shared) - SHOWN} more images, each {how} of rows in several folds"
+        faults.append(UserError("image-across-folds", what=what, remedy=remedy))
+    return faults
+
+
+def _duplicates_of_scored_rows(samples: Samples, folds: Folds) -> list[str]:
+    """Extra and test rows that have a fold, which is the one that they are not trained on for."""
+    source, has_fold = samples.frame["source"].to_numpy(), folds.assignment[0] != TRAIN_ONLY
+    texts = {
+        "extra": "extra rows share an image with a scored row; its fold is not trained on them",
+        "test": "test rows share an image with a training row; its fold is not trained on their pseudo-labels",
+    }
+    counts = {kind: int((has_fold & (source == kind)).sum()) for kind in texts}
+    notes = [f"{count} {texts[kind]}" for kind, count in counts.items() if count]
+    if "group" in folds.frame:
+        rows = np.flatnonzero(folds.scorable)
+        images = exact_duplicates.find_by_path(samples)
+        tied = int(np.isin(rows, exact_duplicates.duplicate_pairs(images, images.by_path)).sum())
+        notes += [f"{tied} training rows name an image that another row names"] * (tied > 0)
+    return notes
+
+
+# --- groups and classes ------------------------------------------------------------------------------------
+
+
 def _groups(samples: Samples) -> tuple[NDArray | None, NDArray]:
-    """Codes, -1 where a row has none, and what they stand for."""
+    """Group codes of the rows, -1 if a row has none, and the names of the codes."""
     import pandas as pd
 
     if "group" not in samples.frame:
@@ -238,30 +288,44 @@ def _groups(samples: Samples) -> tuple[NDArray | None, NDArray]:
     return codes, np.asarray(names, object)
 
 
-def _crossing(samples: Samples, folds: Folds, group: NDArray, names: NDArray) -> list[tuple[str, str]]:
-    """Groups on both sides: in several folds, in a fold and the hold-out, or in a fold and among rows that always teach."""
-    taught = samples.labeled[group[samples.labeled] >= 0]
-    taught = taught[np.isin(group[taught], group[folds.scorable])]  # others are never scored
-    codes = group[taught]
+def _groups_across_folds(
+    samples: Samples, folds: Folds, group: NDArray, names: NDArray
+) -> list[tuple[str, str]]:
+    """(group, where): groups in several folds, in a fold and the hold-out, or in a fold and the train-only
+    rows. `where` is empty beyond the first SHOWN, which are only counted."""
+    rows = samples.labeled[group[samples.labeled] >= 0]
+    rows = rows[np.isin(group[rows], group[folds.scorable])]  # other groups are never scored
+    codes = group[rows]
     found: dict[str, str] = {}
     for repeat in range(int(folds.meta["repeats"])):
-        wide = int(folds.meta["k"]) + 2  # with LOCKED and TAUGHT_ONLY
-        pairs = np.unique(codes * wide + folds.assignment[repeat, taught] + 2)
-        several = np.flatnonzero(np.bincount(pairs // wide) > 1)
+        width = int(folds.meta["k"]) + 2  # with HOLDOUT and TRAIN_ONLY
+        pairs = np.unique(codes * width + folds.assignment[repeat, rows] + 2)
+        several = np.flatnonzero(np.bincount(pairs // width) > 1)
         for code in several.tolist():
-            if str(names[code]) not in found and len(found) < SHOWN:  # more are counted, not told
-                mine = (pairs[pairs // wide == code] % wide - 2).tolist()
-                special = {TRAIN_ONLY: "the rows never scored", HOLDOUT: "the hold-out"}
-                found[str(names[code])] = " and ".join(special.get(f, f"fold {f}") for f in mine)
+            if str(names[code]) not in found and len(found) < SHOWN:
+                places = (pairs[pairs // width == code] % width - 2).tolist()
+                found[str(names[code])] = " and ".join(map(_place, places))
             found.setdefault(str(names[code]), "")
     return list(found.items())
 
 
-def _missing_classes(samples: Samples, folds: Folds, head: Head, group: NDArray | None) -> list[str]:
-    """A class that could be in every fold and is not: its score would be undefined there."""
-    k, width, faults = int(folds.meta["k"]), len(head.classes), []
-    columns = samples.targets(head)
-    for repeat in range(int(folds.meta["repeats"])):
+def _split_group_faults(split_groups: list[tuple[str, str]]) -> list[UserError]:
+    remedy = "use folds.scheme group or stratified_group, or set folds.blind_to_groups: true"
+    faults = [
+        UserError("group-across-folds", where=f"group {name!r}", what=f"is in {where}", remedy=remedy)
+        for name, where in split_groups[:SHOWN]
+    ]
+    if len(split_groups) > SHOWN:
+        what = f"and {len(split_groups) - SHOWN} more groups are in several folds"
+        faults.append(UserError("group-across-folds", what=what, remedy=remedy))
+    return faults
+
+
+def _missing_classes(samples: Samples, folds: Folds, head: Head, group: NDArray | None) -> list[UserError]:
+    """Classes with at least k rows (or groups) that are absent from a fold: the score is undefined there."""
+    k, width, repeats = int(folds.meta["k"]), len(head.classes), int(folds.meta["repeats"])
+    columns, faults = samples.targets(head), []
+    for repeat in range(repeats):
         fold = folds.assignment[repeat]
         scored = np.flatnonzero((fold >= 0) & folds.scorable)
         if columns.shape[1] == 1:
@@ -269,30 +333,33 @@ def _missing_classes(samples: Samples, folds: Folds, head: Head, group: NDArray 
         else:
             row, code = np.nonzero(columns[scored] > 0)
             row = scored[row]
-        there = np.bincount(fold[row] * width + code, minlength=k * width).reshape(k, width)
+        present = np.bincount(fold[row] * width + code, minlength=k * width).reshape(k, width)
         if group is None:
-            chances = np.bincount(code, minlength=width)
+            count = np.bincount(code, minlength=width)
         else:
-            chances = np.bincount(np.unique(group[row] * width + code) % width, minlength=width)
-        for class_ in np.flatnonzero((chances >= k) & (there == 0).any(axis=0)).tolist():
-            absent = ", ".join(str(f) for f in np.flatnonzero(there[:, class_] == 0))
-            what = f"{chances[class_]} {'rows' if group is None else 'groups'}"
-            where = f"fold {absent}" + (f" of repeat {repeat}" if folds.meta["repeats"] > 1 else "")
+            count = np.bincount(np.unique(group[row] * width + code) % width, minlength=width)
+        for class_ in np.flatnonzero((count >= k) & (present == 0).any(axis=0)).tolist():
+            absent = ", ".join(str(f) for f in np.flatnonzero(present[:, class_] == 0))
+            what = (
+                f"class {head.classes[class_]!r} has {count[class_]} {'rows' if group is None else 'groups'}"
+            )
+            of_repeat = f" of repeat {repeat}" if repeats > 1 else ""
             faults.append(
-                f"{head.name}: class {head.classes[class_]!r} has {what} and none in {where}; {_remedy(folds)}"
+                UserError(
+                    "class-missing",
+                    where=f"fold {absent}{of_repeat}",
+                    key=head.name,
+                    what=f"{what}, but none in this fold",
+                    remedy=_other_scheme(folds),
+                )
             )
     return faults
 
 
-def _remedy(folds: Folds) -> str:
-    scheme = folds.meta["scheme"]
-    known = {
-        "time": "other blocks of time: folds.k",
-        "group": "use stratified_group",
+def _other_scheme(folds: Folds) -> str:
+    remedies = {
+        "time": "change folds.k, which moves the blocks of time",
+        "group": "use folds.scheme: stratified_group",
         "stratified_group": "try another folds.seed",
     }
-    return known.get(scheme, "use stratified")
-
-
-def _name(line: dict[str, Any], repeats: int) -> str:
-    return f"fold {line['fold']}" + (f" of repeat {line['repeat']}" if repeats > 1 else "")
+    return remedies.get(folds.meta["scheme"], "use folds.scheme: stratified")

@@ -1,4 +1,4 @@
-"""data/folds.parquet, and the only place that knows which rows may teach a model that is scored on a fold."""
+"""data/folds.parquet, and the only place that turns it into train and validation rows of a fold."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 
 from comp.engine.config.resolve import Loaded
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError, joined
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TRAIN_ONLY, HOLDOUT = (
-    -1,
-    -2,
-)  # trained on but never scored; the hold-out that no verb reads but an explicit last look
+# Values of the column `fold` that are no fold.
+TRAIN_ONLY = -1  # trained on, never scored
+HOLDOUT = -2  # the locked hold-out: read only by comp predict NAME --last-look
 
-# Keys of competition.yaml that folds are made from.
+# Keys of competition.yaml from which folds are made.
 PLAN_KEYS = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_groups", "duplicates")
 
 
 @dataclass(frozen=True)
 class Folds:
-    """`fold` runs over repeats: fold f of repeat r is r * k + f. Every row with labels has one line a repeat.
+    """The folds of all repeats: fold f of repeat r is r * k + f. Every labelled row has one line a repeat.
 
-    Only source = train is scored. The fold of any other row is the one that it does not train, since that fold scores a copy of it;
-    test rows have a line only then, for the day that they get pseudo-labels.
+    Only source = train is scored. For any other row, `fold` is the fold whose training rows it must not be
+    part of, because that fold scores a duplicate of it. A test row has a line only if it has such a
+    duplicate; it matters once the test row is pseudo-labelled.
     """
 
-    frame: pd.DataFrame  # id, repeat, fold; unit, where rows share images: one name for what belongs together
+    frame: pd.DataFrame  # id, repeat, fold; and group, if rows share images: see make_folds
     meta: dict[str, Any]  # scheme, k, repeats, seed, holdout, rule, gap, samples, hash
     samples: Samples
 
@@ -51,90 +51,101 @@ class Folds:
 
     @cached_property
     def assignment(self) -> NDArray[np.int64]:
-        """(repeats, samples): the fold of every line of the samples table, TAUGHT_ONLY where it has none."""
+        """(repeats, samples): the fold of every line of the samples table; TRAIN_ONLY if it has no line."""
         out = np.full((int(self.meta["repeats"]), len(self.samples.frame)), TRAIN_ONLY, np.int64)
         for repeat in range(len(out)):
             lines = self.frame[self.frame["repeat"] == repeat]
-            out[repeat, self._position(lines["id"])] = lines["fold"].to_numpy()
+            out[repeat, self._positions(lines["id"])] = lines["fold"].to_numpy()
         return out
 
-    def _position(self, ids: pd.Series) -> Positions:
+    def _positions(self, ids: pd.Series) -> Positions:
         return np.asarray(self.samples.frame.reset_index().set_index("id")["index"].loc[ids].to_numpy())
 
     @cached_property
     def scorable(self) -> NDArray[np.bool_]:
-        """(samples,): which rows a fold may score."""
+        """(samples,): whether a fold may score the row."""
         return (self.samples.frame["source"] == "train").to_numpy()
 
     @cached_property
     def oof_rows(self) -> Positions:
-        """Every row that some fold scores, in order."""
+        """Rows that some fold scores, in order: those with an out-of-fold prediction."""
         return np.flatnonzero((self.assignment[0] >= 0) & self.scorable)
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
-        """(positions that teach, positions that are scored). `full` teaches everything and scores nothing."""
-        taught = self.samples.labeled
+        """(train_rows, valid_rows). `full` trains on all rows and validates on none."""
+        labeled = self.samples.labeled
         if fold == "full":
-            return taught[self.assignment[0, taught] != HOLDOUT], taught[:0]
+            return labeled[self.assignment[0, labeled] != HOLDOUT], labeled[:0]
         repeat, number = divmod(int(fold), int(self.meta["k"]))
-        mine = self.assignment[repeat, taught]
-        scored = taught[(mine == number) & self.scorable[taught]]
-        free = (mine != number) & (mine != HOLDOUT)
+        assigned = self.assignment[repeat, labeled]
+        valid_rows = labeled[(assigned == number) & self.scorable[labeled]]
+        train = (assigned != number) & (assigned != HOLDOUT)
         if self.meta["rule"] == "earlier":
-            if not len(scored):
-                return taught[:0], scored
+            if not len(valid_rows):
+                return labeled[:0], valid_rows
             time = self.samples.frame["time"].to_numpy(np.float64)
-            free &= (mine < number) & (time[taught] <= time[scored].min() - float(self.meta["gap"]))
-        return taught[free], scored
+            latest = time[valid_rows].min() - float(self.meta["gap"])
+            train &= (assigned < number) & (time[labeled] <= latest)
+        return labeled[train], valid_rows
 
     def inner_split(self, fold: int | str, share: float) -> tuple[Positions, Positions]:
-        """(positions that teach, training rows held out from them): where a choice is made that must not see the scored rows.
+        """(train_rows, inner validation rows) within the training rows of a fold: for choices, such as the
+        best epoch, that must not see the fold's validation rows.
 
-        What belongs together stays together; of a split by time the latest are held out, with the gap before them.
+        Groups stay together. Of a split by time the latest rows are held out, with folds.gap before them.
         """
-        taught = self.split(fold)[0]
-        own = taught[self.scorable[taught]]
+        rows = self.split(fold)[0]
+        own = rows[self.scorable[rows]]
         if len(own) < 2:
-            raise Refused(
-                f"fold {fold}: {len(own)} training rows are too few to hold some out; select.on: inner needs 2"
+            raise UserError(
+                "fold-too-small",
+                where=f"fold {fold}",
+                what=f"has {len(own)} training rows; select.on: inner needs at least 2",
+                remedy="set select.on to another value",
             )
         if self.meta["rule"] == "earlier":
             time = self.samples.frame["time"].to_numpy(np.float64)
             cut = np.sort(time[own])[-max(1, round(share * len(own)))]
-            held = own[time[own] >= cut]
-            free = (time[taught] <= cut - float(self.meta["gap"])) & ~np.isin(taught, held)
+            inner_valid = own[time[own] >= cut]
+            train = (time[rows] <= cut - float(self.meta["gap"])) & ~np.isin(rows, inner_valid)
         else:
-            names, place = self.shuffled_groups(own, f"inner of {fold}")
-            before = np.cumsum(np.bincount(place)) - np.bincount(place)  # rows of the units in front of each
-            wanted = np.flatnonzero(before < round(share * len(own)))[: len(names) - 1]
-            held = own[np.isin(place, wanted)] if len(wanted) else own[place == 0]
-            free = ~np.isin(self._unit(taught), names[wanted] if len(wanted) else names[:1])
-        if not free.any() or not len(held):
-            raise Refused(
-                f"fold {fold}: holding out {share:.0%} of the training rows leaves none to train on; lower select.share"
+            names, group = self.shuffled_groups(own, f"inner of {fold}")
+            before = np.cumsum(np.bincount(group)) - np.bincount(group)  # rows of the groups in front of each
+            chosen = np.flatnonzero(before < round(share * len(own)))[: len(names) - 1]
+            inner_valid = own[np.isin(group, chosen)] if len(chosen) else own[group == 0]
+            train = ~np.isin(self._groups[rows], names[chosen] if len(chosen) else names[:1])
+        if not train.any() or not len(inner_valid):
+            raise UserError(
+                "select-share-too-large",
+                where=f"fold {fold}",
+                key="select.share",
+                what=f"{share:.0%} of the training rows held out leaves no row to train on",
+                remedy="lower it",
             )
-        return taught[free], held
+        return rows[train], inner_valid
 
     def shuffled_groups(self, rows: Positions, salt: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """What belongs together among rows, in an order without meaning: names, and the place of each row's unit in them."""
-        names, place = np.unique(self._unit(rows), return_inverse=True)
+        """Names of the groups among `rows` in an order drawn by `salt`, and for each row the index of its
+        group.
+
+        A hash is the random key, so that the order depends on nothing but names and salt.
+        """
+        names, group = np.unique(self._groups[rows], return_inverse=True)
         hashed = [hashlib.blake2b(f"{salt}:{name}".encode(), digest_size=8).digest() for name in names]
         order = np.array(sorted(range(len(names)), key=hashed.__getitem__), np.int64)
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        return names[order], rank[place]
-
-    def _unit(self, rows: Positions) -> NDArray[Any]:
-        """A row's group, or where there are none the row that the host scores; and whatever shares an image with it."""
-        return self._units[rows]
+        return names[order], rank[group]
 
     @cached_property
-    def _units(self) -> NDArray[Any]:
+    def _groups(self) -> NDArray[Any]:
+        """(samples,): what must stay together: the declared group, else the scored row; and rows that share
+        images."""
         column = "group" if "group" in self.samples.frame else "row"
         names = self.samples.frame[column].to_numpy(object).astype(str).astype(object)
-        if "unit" in self.frame:
+        if "group" in self.frame:
             lines = self.frame[self.frame["repeat"] == 0]
-            names[self._position(lines["id"])] = lines["unit"].to_numpy(object)
+            names[self._positions(lines["id"])] = lines["group"].to_numpy(object)
         return names.astype(str)
 
     def holdout_rows(self) -> Positions:
@@ -152,22 +163,31 @@ def load(samples: Samples, file: Path | None = None) -> Folds:
     file = file or paths.folds_file()
     frame, meta = read(file)
     if meta["samples"] != samples.hash:
-        raise Refused(
-            f"{paths.relative(file)}: made for another data/samples.parquet; frozen folds are never remade silently: comp folds --remake"
+        raise UserError(
+            "folds-stale",
+            where=paths.relative(file),
+            what="was made for another data/samples.parquet",
+            remedy="make new folds with comp folds --remake; runs on the old ones cannot be continued",
         )
     return Folds(frame, meta, samples)
 
 
 def validate_plan(folds: Folds, loaded: Loaded) -> None:
-    """Folds are made once: what competition.yaml declares now must be what these were made from."""
+    """The folds must have been made from what competition.yaml declares now."""
     plan, shown = loaded.config.competition.folds, paths.relative(paths.folds_file())
     faults = [
-        f"{loaded.where(f'competition.folds.{key}')}: folds.{key} is {getattr(plan, key)}, and {shown} was made with {then}"
+        UserError(
+            "folds-differ",
+            where=loaded.where(f"competition.folds.{key}"),
+            key=f"folds.{key}",
+            what=f"is {getattr(plan, key)}, but {shown} was made with {then}",
+            remedy="restore the value or make new folds with comp folds --remake",
+        )
         for key in PLAN_KEYS
         if (then := folds.meta[key]) != getattr(plan, key)
     ]
     if faults:
-        raise Refused(*faults, "make new folds, comp folds --remake, or set the old value again")
+        raise joined(faults)
 
 
 def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) -> Path:
@@ -186,10 +206,10 @@ def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) ->
 
 
 def content_hash(frame: pd.DataFrame, meta: dict[str, Any]) -> str:
-    """What every later artefact repeats: the assignment and its rule, not the file's bytes."""
+    """Of the assignment and its rule, not of the file: another pyarrow writes other bytes for the same folds."""
     hashed = hashlib.sha256(json.dumps([meta["rule"], meta["gap"], meta["k"], meta["repeats"]]).encode())
     hashed.update("\n".join(frame["id"]).encode())
     hashed.update(frame[["repeat", "fold"]].to_numpy(np.int32).tobytes())
-    if "unit" in frame:
-        hashed.update("\n".join(frame["unit"]).encode())
+    if "group" in frame:
+        hashed.update("\n".join(frame["group"]).encode())
     return hashed.hexdigest()

@@ -1,113 +1,85 @@
-"""data/folds.parquet: who is scored when. Made once; the same samples, scheme and seed give the same bytes anywhere.
+"""Makes data/folds.parquet. Once: the same samples, scheme and seed give the same bytes on any machine.
 
-Only source = train is ever scored. Extra rows are TAUGHT_ONLY, and so is the first block of time.
-
-Rows that name one image file share a fold under any scheme but time, and so do copies with folds.duplicates: group. An extra or a
-test row that shares an image with a scored row gets the fold of that row, which means: it never trains that fold (folds.py).
+Which rows share a fold, beside those of one declared group:
+  - training rows that name the same image file, under every scheme but time
+  - duplicates, by bytes or by pixels, with folds.duplicates: group
+Extra rows are TRAIN_ONLY, and so is the first block of a split by time. An extra or a test row that shares an
+image with a scored row gets the fold of that row, so that it is never part of the training rows of that fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.config import competition_schema
+from comp.engine.config import competition_schema, declaration
 from comp.engine.config.schema import Config
-from comp.engine.data import duplicates, exact_duplicates, fold_audit, fold_balance, folds
-from comp.engine.data import samples as table
-from comp.engine.data.fold_balance import Ints, Keys
+from comp.engine.data import duplicates, exact_duplicates, fold_audit, fold_schemes, folds
+from comp.engine.data import samples as samples_table
+from comp.engine.data.fold_schemes import SCHEMES, Ints, TrainRows
 from comp.engine.data.folds import HOLDOUT, TRAIN_ONLY, Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError, joined
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TOGETHER: dict[competition_schema.Scheme, competition_schema.Scheme] = {  # what a scheme is where copies are groups
+# The scheme that is used if some rows have to share a fold.
+GROUPED: dict[competition_schema.Scheme, competition_schema.Scheme] = {
     "kfold": "group", "stratified": "stratified_group", "quantiles": "stratified_group"
 }  # fmt: skip
 NO_PAIRS: Ints = np.zeros((0, 2), np.int64)
-DRAWS = 64  # hold-outs of whole groups that are drawn, to keep the one most like the whole
-
-
-@dataclass(frozen=True)
-class TrainRows:
-    """What folds are made from, one line a training row."""
-
-    hashed: Keys
-    labels: Ints  # one class a row, or (rows, labels) of 0 and 1
-    value: NDArray  # where a row stands among the targets, for quantiles
-    group: Ints | None
-    group_hashed: Keys
-    time: NDArray | None
-
-    def __len__(self) -> int:
-        return len(self.hashed)
-
-    def only(self, chosen: NDArray) -> TrainRows:
-        return replace(
-            self,
-            hashed=self.hashed[chosen],
-            labels=self.labels[chosen],
-            value=self.value[chosen],
-            group=None if self.group is None else self.group[chosen],
-            time=None if self.time is None else self.time[chosen],
-        )
+LARGE = 200_000  # rows from which a line says that it takes some seconds
 
 
 def make_for_table(cfg: Config, *, remake: bool = False) -> None:
-    """comp folds: of data/samples.parquet."""
-    make(cfg, table.load(), remake)
+    """comp folds"""
+    make(cfg, samples_table.load(), remake)
 
 
 def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
-    """Write data/folds.parquet with its audit. Folds that exist are frozen: other inputs are refused, not obeyed."""
+    """Writes data/folds.parquet and its audit. Existing folds are frozen: if samples or plan changed, it is
+    an error unless `remake`, because runs on the old folds cannot be continued on new ones."""
     file, plan = paths.folds_file(), cfg.competition.folds
     meta = fold_metadata(plan, samples)
     if artifacts.manifest_entry(file) and not remake:
         frame, old = folds.read(file)
-        changed = _changes(set(frame["id"]), old, meta, samples)
-        if changed:
-            raise Refused(
-                *changed,
-                "frozen folds are not remade silently: comp folds --remake, and every run on them starts again",
-            )
-        kept = Folds(frame, old, samples)
+        if changed := _differences(set(frame["id"]), old, meta, samples):
+            raise joined(changed)
+        existing = Folds(frame, old, samples)
         print(f"{paths.relative(file)}: unchanged, made for these samples")
         images = exact_duplicates.find_by_bytes(cfg, samples)
-        return _finish(file, kept, fold_audit.audit(samples, kept, images))
-    if len(samples.frame) > 200_000:
+        return _finish(file, fold_audit.audit(samples, existing, images))
+    if len(samples.frame) > LARGE:
         print(f"{len(samples.frame)} rows into folds, some seconds …")
-    copies = NO_PAIRS
+    similar = NO_PAIRS
     if plan.duplicates == "group":
-        copies = duplicates.find(cfg, samples).pairs
+        similar = duplicates.find(cfg, samples).pairs
         print(
-            f"{len(copies)} pairs of copies: training rows share a fold, other rows do not train the fold of theirs; "
-            "comp folds --duplicates shows them"
+            f"{len(similar)} pairs of duplicates: training rows share a fold, other rows are not trained on in the "
+            "fold of their duplicate; list them with comp folds --duplicates"
         )
-    images = exact_duplicates.find_by_bytes(
-        cfg, samples
-    )  # behind the cache that finding copies fills, which knows the hashes
-    same = exact_duplicates.duplicate_pairs(images, images.by_bytes)
-    made = Folds(assign(samples, plan, copies, same), meta, samples)
+    # After duplicates.find, which fills a cache that holds the hashes of the files.
+    images = exact_duplicates.find_by_bytes(cfg, samples)
+    equal = exact_duplicates.duplicate_pairs(images, images.by_bytes)
+    made = Folds(assign(samples, plan, similar, equal), meta, samples)
     report = fold_audit.audit(samples, made, images)
     if report["faults"]:
-        # Under a name of its own: where older folds stand, their audit stands beside them.
-        refused = _written(report, file.with_name("folds_refused.json"))
-        raise Refused(*report["faults"], f"no folds were written; {paths.relative(refused)} has the audit")
+        # In a file of its own: if older folds exist, folds_audit.json is theirs.
+        refused = _write_audit(report, file.with_name("folds_refused.json"))
+        remedy = f"the audit is in {paths.relative(refused)}"
+        unwritten = UserError(
+            "folds-unwritten", where=paths.relative(file), what="not written", remedy=remedy
+        )
+        raise joined([*fold_audit.errors(report), unwritten])
     folds.save(made.frame, meta, file)
-    print(
-        f"{paths.relative(file)}: {plan.k} folds"
-        + (f" x {plan.repeats} repeats" if plan.repeats > 1 else "")
-        + f", {plan.scheme}"
-    )
-    return _finish(file, made, report)
+    repeats = f" x {plan.repeats} repeats" if plan.repeats > 1 else ""
+    print(f"{paths.relative(file)}: {plan.k} folds{repeats}, {plan.scheme}")
+    return _finish(file, report)
 
 
 def fold_metadata(plan: competition_schema.Folds, samples: Samples) -> dict[str, Any]:
@@ -116,146 +88,156 @@ def fold_metadata(plan: competition_schema.Folds, samples: Samples) -> dict[str,
 
 
 def assign(
-    samples: Samples, plan: competition_schema.Folds, copies: Ints = NO_PAIRS, same: Ints = NO_PAIRS
+    samples: Samples, plan: competition_schema.Folds, similar: Ints = NO_PAIRS, equal: Ints = NO_PAIRS
 ) -> pd.DataFrame:
-    """The frame of Folds. `copies`: pairs of samples that stay together; `same`: pairs whose files have equal bytes, which do so
-    where folds.duplicates is group, and otherwise keep pseudo-labelled test rows out of the fold of theirs."""
+    """The frame of Folds.
+
+    `similar`: (pairs, 2) samples that must share a fold. `equal`: (pairs, 2) samples whose files have equal
+    bytes; they must share a fold with folds.duplicates: group, and otherwise only keep pseudo-labelled test
+    rows out of the fold of their duplicate.
+    """
     import pandas as pd
 
-    positions = samples.positions("train")
-    if plan.scheme == "stratified" and all(head.task == "regression" for head in samples.heads):
-        raise Refused(
-            "configs/competition.yaml: folds.scheme: stratified wants classes, and the target is a number; use quantiles"
-        )
+    train = samples.positions("train")
+    _validate_targets(samples, plan)
     if plan.duplicates == "group":
-        plan = plan.model_copy(update={"scheme": TOGETHER.get(plan.scheme, plan.scheme)})
-        copies = np.concatenate([copies, same])
-    keys = samples.frame["row"].iloc[positions]
-    if "group" not in plan.scheme and keys.duplicated().any():
-        raise Refused(
-            f"configs/competition.yaml: row: several samples make the row {keys[keys.duplicated()].iloc[0]!r}, so they must share a "
-            "fold: name a group column that holds rows together, and folds.scheme group or stratified_group"
-        )
+        plan = plan.model_copy(update={"scheme": GROUPED.get(plan.scheme, plan.scheme)})
+        similar = np.concatenate([similar, equal])
+    _validate_scored_rows(samples, plan)
     images = exact_duplicates.find_by_path(samples)
-    shared = exact_duplicates.duplicate_pairs(images, images.by_path)
-    tied = np.concatenate([np.asarray(copies, np.int64).reshape(-1, 2), shared])
-    together = plan
-    if plan.scheme != "time" and _several(tied, positions, len(samples.frame)):
-        together = plan.model_copy(update={"scheme": TOGETHER.get(plan.scheme, plan.scheme)})
-    rows = _rows(
-        samples, positions, plan, tied if together is not plan or plan.duplicates == "group" else None
-    )
-    free = ~_locked(rows, together)
+    same_file = exact_duplicates.duplicate_pairs(images, images.by_path)
+    tied = np.concatenate([np.asarray(similar, np.int64).reshape(-1, 2), same_file])
+    grouped = plan
+    if plan.scheme != "time" and _any_tied(tied, train, len(samples.frame)):
+        grouped = plan.model_copy(update={"scheme": GROUPED.get(plan.scheme, plan.scheme)})
+    as_groups = grouped is not plan or plan.duplicates == "group"
+    rows = _train_rows(samples, train, plan, tied if as_groups else None)
+    free = ~fold_schemes.holdout_mask(rows, grouped)
     if not free.any():
-        raise Refused(
-            f"configs/competition.yaml: folds.holdout: what belongs together (groups, and rows that share images) is one of all {len(rows)} "
-            "rows, so the hold-out takes them all; comp folds --duplicates lists what shares images"
+        raise declaration.error(
+            "holdout-takes-all",
+            "folds.holdout",
+            f"the hold-out consists of whole groups, and all {len(rows)} training rows are one group "
+            "(declared groups, and rows that share images)",
+            "list shared images with comp folds --duplicates",
         )
     lines = []
     for repeat in range(plan.repeats):
         fold = np.full(len(samples.frame), TRAIN_ONLY, np.int64)
-        fold[positions[~free]] = HOLDOUT
-        fold[positions[free]] = SCHEMES[together.scheme](rows.only(free), plan.k, plan.seed + repeat)
-        fold = _kept_out(fold, samples, tied, same)
-        named = np.flatnonzero((samples.frame["source"] != "test").to_numpy() | (fold != TRAIN_ONLY))
-        lines.append(
-            pd.DataFrame(
-                {
-                    "id": samples.frame["id"].to_numpy()[named],
-                    "repeat": np.full(len(named), repeat, np.int32),
-                    "fold": fold[named].astype(np.int32),
-                }
-                | _units(samples, np.concatenate([tied, same]), named)
-            )
-        )
+        fold[train[~free]] = HOLDOUT
+        fold[train[free]] = SCHEMES[grouped.scheme](rows.select(free), plan.k, plan.seed + repeat)
+        fold = _with_fold_of_duplicate(fold, samples, tied, equal)
+        listed = np.flatnonzero((samples.frame["source"] != "test").to_numpy() | (fold != TRAIN_ONLY))
+        columns = {
+            "id": samples.frame["id"].to_numpy()[listed],
+            "repeat": np.full(len(listed), repeat, np.int32),
+            "fold": fold[listed].astype(np.int32),
+        }
+        lines.append(pd.DataFrame(columns | _group_column(samples, np.concatenate([tied, equal]), listed)))
     return pd.concat(lines, ignore_index=True)
 
 
-def _several(pairs: Ints, positions: NDArray, count: int) -> bool:
+def _validate_targets(samples: Samples, plan: competition_schema.Folds) -> None:
+    if plan.scheme == "stratified" and all(head.task == "regression" for head in samples.heads):
+        raise declaration.error(
+            "scheme-unfit",
+            "folds.scheme",
+            "stratified needs classes, and the target is a number",
+            "use quantiles",
+        )
+
+
+def _validate_scored_rows(samples: Samples, plan: competition_schema.Folds) -> None:
+    """Samples that are aggregated to one scored row must share a fold."""
+    keys = samples.frame["row"].iloc[samples.positions("train")]
+    if "group" not in plan.scheme and keys.duplicated().any():
+        raise declaration.error(
+            "row-across-folds",
+            "row",
+            f"several samples make the row {keys[keys.duplicated()].iloc[0]!r}, so they must share a fold",
+            "declare a group column that keeps them together, and folds.scheme: group or stratified_group",
+        )
+
+
+def _any_tied(pairs: Ints, train: NDArray, count: int) -> bool:
     """Whether any two training rows are tied to each other."""
-    part = duplicates.connected_components(count, pairs)[positions]
-    return len(np.unique(part)) < len(part)
+    component = duplicates.connected_components(count, pairs)[train]
+    return len(np.unique(component)) < len(component)
 
 
-def _kept_out(fold: Ints, samples: Samples, tied: Ints, same: Ints) -> Ints:
-    """With the fold of a scored row for the rows beside the training rows that share an image with it."""
+def _with_fold_of_duplicate(fold: Ints, samples: Samples, tied: Ints, equal: Ints) -> Ints:
+    """Extra and test rows that share an image with a training row get its fold."""
     source = samples.frame["source"].to_numpy()
     fold = fold.copy()
-    for pairs, kinds in ((tied, ("extra", "test")), (np.concatenate([tied, same]), ("test",))):
-        part = duplicates.connected_components(len(fold), pairs)
-        home = np.full(len(fold), TRAIN_ONLY, np.int64)
-        home[part[source == "train"]] = fold[source == "train"]
-        beside = np.isin(source, kinds) & (fold == TRAIN_ONLY)
-        fold[beside] = home[part[beside]]
+    for pairs, sources in ((tied, ("extra", "test")), (np.concatenate([tied, equal]), ("test",))):
+        component = duplicates.connected_components(len(fold), pairs)
+        fold_of_component = np.full(len(fold), TRAIN_ONLY, np.int64)
+        fold_of_component[component[source == "train"]] = fold[source == "train"]
+        open_rows = np.isin(source, sources) & (fold == TRAIN_ONLY)
+        fold[open_rows] = fold_of_component[component[open_rows]]
     return fold
 
 
-def _units(samples: Samples, pairs: Ints, named: NDArray) -> dict[str, Any]:
-    """The column `unit`, where anything shares an image with a row that may be scored."""
-    part = duplicates.connected_components(len(samples.frame), pairs)
-    pairs = pairs[np.isin(part[pairs[:, 0]], part[samples.positions("train")])]
+def _group_column(samples: Samples, pairs: Ints, listed: NDArray) -> dict[str, Any]:
+    """The column `group`: one name for all rows that must stay together. Absent if no row shares an image
+    with a training row, since then samples.parquet has the groups."""
+    component = duplicates.connected_components(len(samples.frame), pairs)
+    pairs = pairs[np.isin(component[pairs[:, 0]], component[samples.positions("train")])]
     if not len(pairs):
         return {}
     column = "group" if "group" in samples.frame else "row"
     names = samples.frame[column].fillna(samples.frame["id"]).to_numpy(object)
-    return {"unit": duplicates.group_names(names, pairs)[named].astype(object)}
+    return {"group": duplicates.group_names(names, pairs)[listed].astype(object)}
 
 
-def _rows(
-    samples: Samples, positions: NDArray, plan: competition_schema.Folds, tied: Ints | None
+def _train_rows(
+    samples: Samples, train: NDArray, plan: competition_schema.Folds, tied: Ints | None
 ) -> TrainRows:
-    """`tied`: pairs that are one group, beside the declared groups where the scheme knows these; None without any."""
-    frame = samples.frame.iloc[positions]
+    """`tied`: pairs of rows that are one group, together with the declared groups if the scheme uses these.
+    None: only the declared groups."""
+    frame = samples.frame.iloc[train]
     group: Ints | None = None
     names: NDArray = np.zeros(0, str)
     if tied is not None:
-        grouped = "group" in frame and ("group" in plan.scheme or plan.duplicates == "group")
-        named = samples.frame["group" if grouped else "id"].fillna(samples.frame["id"]).to_numpy(object)
-        names, group = np.unique(duplicates.group_names(named, tied)[positions], return_inverse=True)
+        declared = "group" in frame and ("group" in plan.scheme or plan.duplicates == "group")
+        named = samples.frame["group" if declared else "id"].fillna(samples.frame["id"]).to_numpy(object)
+        names, group = np.unique(duplicates.group_names(named, tied)[train], return_inverse=True)
     elif "group" in frame:
         names, group = np.unique(frame["group"].to_numpy(object).astype(str), return_inverse=True)
     return TrainRows(
-        hashed=fold_balance.hashes(frame["id"]),
-        labels=_labels(samples, positions),
-        value=_standing(samples, positions),
+        hashed=fold_schemes.hash_ids(frame["id"]),
+        labels=_strata(samples, train),
+        value=_rank(samples, train),
         group=group,
-        group_hashed=fold_balance.hashes(names),
+        group_hashed=fold_schemes.hash_ids(names),
         time=frame["time"].to_numpy(np.float64) if "time" in frame else None,
     )
 
 
-def _labels(samples: Samples, positions: NDArray) -> Ints:
-    """What to spread evenly: the classes of one target, or a column of 0 and 1 for each class of several. Numbers count by
-    tenths of their range of ranks."""
-    found: list[Ints] = []
-    several: list[Ints] = []
+def _strata(samples: Samples, rows: NDArray) -> Ints:
+    """What to stratify by: (rows,) classes if there is one target with classes, else (rows, strata) of 0 and
+    1 with a column for each class of each target. A number counts as the tenth of the ranks it lies in."""
+    codes: list[Ints] = []
+    binary: list[Ints] = []
     for head in samples.heads:
-        columns = samples.targets(head)[positions]
+        columns = samples.targets(head)[rows]
         if head.task == "multilabel":
-            several.append((columns > 0.5).astype(np.int64))
+            binary.append((columns > 0.5).astype(np.int64))
         elif head.task == "regression":
-            found += [_tenths(column) for column in columns.T]
+            codes += [_tenths(column) for column in columns.T]
         elif columns.shape[1] > 1:
-            found.append(columns.argmax(axis=1))
-        else:
-            found.append(
-                np.rint(columns[:, 0]).astype(np.int64)
-            )  # a soft label counts for the class it is nearer to
+            codes.append(columns.argmax(axis=1))
+        else:  # a soft label counts as the nearer class
+            codes.append(np.rint(columns[:, 0]).astype(np.int64))
     if "drift" in samples.frame:
-        found.append(_tenths(samples.frame["drift"].to_numpy(np.float64)[positions]))
-    if len(found) == 1 and not several:
-        return found[0]
-    # Of two classes one column says all.
-    widths = [int(codes.max()) + 1 for codes in found]
-    return np.hstack(
-        [
-            *several,
-            *(
-                codes[:, None] == np.arange(1 if width == 2 else 0, width)
-                for codes, width in zip(found, widths, strict=True)
-            ),
-        ]
-    ).astype(np.int64)
+        codes.append(_tenths(samples.frame["drift"].to_numpy(np.float64)[rows]))
+    if len(codes) == 1 and not binary:
+        return codes[0]
+    for code in codes:
+        width = int(code.max()) + 1
+        first = 1 if width == 2 else 0  # one column suffices for two classes
+        binary.append(code[:, None] == np.arange(first, width))
+    return np.hstack(binary).astype(np.int64)
 
 
 def _tenths(values: NDArray) -> Ints:
@@ -263,145 +245,59 @@ def _tenths(values: NDArray) -> Ints:
     return ranks * 10 // (int(ranks.max()) + 1)
 
 
-def _standing(samples: Samples, positions: NDArray) -> Ints:
-    """The rank of a row among the targets; over several targets the sum of its ranks."""
-    columns = [column for head in samples.heads for column in samples.targets(head)[positions].T]
-    return sum(
-        (np.unique(column, return_inverse=True)[1] for column in columns), np.zeros(len(positions), np.int64)
-    )
+def _rank(samples: Samples, rows: NDArray) -> Ints:
+    """The rank of a row by its target; with several targets the sum of its ranks."""
+    columns = [column for head in samples.heads for column in samples.targets(head)[rows].T]
+    ranks = (np.unique(column, return_inverse=True)[1] for column in columns)
+    return sum(ranks, np.zeros(len(rows), np.int64))
 
 
-def _kfold(rows: TrainRows, k: int, seed: int) -> Ints:
-    return fold_balance.rows_by_class(np.zeros(len(rows), np.int64), k, fold_balance.keys(rows.hashed, seed))
-
-
-def _stratified(rows: TrainRows, k: int, seed: int) -> Ints:
-    key = fold_balance.keys(rows.hashed, seed)
-    if rows.labels.ndim == 1:
-        return fold_balance.rows_by_class(rows.labels, k, key)
-    return fold_balance.groups(fold_balance.counted(np.arange(len(rows)), rows.labels), k, key)
-
-
-def _quantiles(rows: TrainRows, k: int, seed: int) -> Ints:
-    return fold_balance.rows_by_value(rows.value, k, fold_balance.keys(rows.hashed, seed))
-
-
-def _group(rows: TrainRows, k: int, seed: int) -> Ints:
-    return _stratified_group(replace(rows, labels=np.zeros(len(rows), np.int64)), k, seed)
-
-
-def _stratified_group(rows: TrainRows, k: int, seed: int) -> Ints:
-    assert rows.group is not None
-    present, group = np.unique(rows.group, return_inverse=True)
-    return fold_balance.groups(
-        fold_balance.counted(group, rows.labels), k, fold_balance.keys(rows.group_hashed[present], seed)
-    )[group]
-
-
-def _time(rows: TrainRows, k: int, seed: int) -> Ints:
-    """k + 1 blocks of time; the first teaches and is never scored. Equal times stay together."""
-    assert rows.time is not None
-    moment = np.unique(rows.time, return_inverse=True)[1]
-    count = np.bincount(moment)
-    twice_middle = 2 * np.cumsum(count) - count
-    return (twice_middle * (k + 1) // (2 * len(rows)) - 1)[moment]
-
-
-SCHEMES: dict[competition_schema.Scheme, Callable[[TrainRows, int, int], Ints]] = {
-    "kfold": _kfold,
-    "stratified": _stratified,
-    "quantiles": _quantiles,
-    "group": _group,
-    "stratified_group": _stratified_group,
-    "time": _time,
-}
-assert TRAIN_ONLY == -1  # what `_time` calls its first block
-
-
-def _locked(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
-    """The hold-out: the latest rows, or whole groups, or a share of every class or range of values."""
-    locked = np.zeros(len(rows), bool)
-    if plan.holdout == 0:
-        return locked
-    key = fold_balance.keys(rows.hashed, ~plan.seed)
-    if plan.scheme == "time":
-        assert rows.time is not None
-        moment = np.unique(rows.time, return_inverse=True)[1]
-        before = np.cumsum(np.bincount(moment)) - np.bincount(moment)
-        return np.asarray(before[moment] >= (1 - plan.holdout) * len(rows))
-    if "group" in plan.scheme:
-        return _locked_groups(rows, plan)
-    if plan.scheme == "kfold":
-        order = np.argsort(key, kind="stable")
-    elif plan.scheme == "quantiles":
-        order = np.lexsort((key, rows.value))
-    else:
-        classes = (
-            rows.labels
-            if rows.labels.ndim == 1
-            else np.unique(rows.labels, axis=0, return_inverse=True)[1].ravel()
-        )
-        order = np.lexsort((key, classes))
-    # Every 1/share-th row of the order: of a class each its share, and the rounding is carried on to the next class.
-    steps = np.floor(np.arange(len(rows) + 1) * plan.holdout)
-    locked[order] = np.diff(steps) > 0
-    return locked
-
-
-def _locked_groups(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
-    """Groups in random order until the share is reached; of many such draws the one whose labels are most like the whole."""
-    assert rows.group is not None
-    labels = rows.labels if plan.scheme == "stratified_group" else np.zeros(len(rows), np.int64)
-    counts = fold_balance.counted(rows.group, labels)
-    totals = np.bincount(counts.label, counts.count, counts.labels)
-    best, least = np.zeros(0, np.int64), np.inf
-    for draw in range(DRAWS):
-        order = np.argsort(fold_balance.keys(rows.group_hashed, ~plan.seed - draw), kind="stable")
-        filled = np.cumsum(counts.size[order])
-        # The group that crosses the line comes along if that misses the share by less.
-        taken = order[: max(1, int((filled - counts.size[order] / 2 <= plan.holdout * len(rows)).sum()))]
-        inside = np.isin(counts.unit, taken)
-        share = np.bincount(counts.label[inside], counts.count[inside], counts.labels) / np.maximum(totals, 1)
-        off = float(((share - plan.holdout) ** 2)[totals > 0].sum())
-        if off < least:
-            best, least = taken, off
-    return np.isin(rows.group, best)
-
-
-def _changes(ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples) -> list[str]:
-    """One line for each thing that the frozen folds were made from and that is another now."""
+def _differences(
+    ids: set[str], old: dict[str, Any], new: dict[str, Any], samples: Samples
+) -> list[UserError]:
+    """What differs between the plan and samples that the existing folds were made from, and those of now."""
     shown = paths.relative(paths.folds_file())
-    lines = [
-        f"{shown}: made with folds.{n} {old[n]}, which is {new[n]} now"
-        for n in folds.PLAN_KEYS
-        if old[n] != new[n]
+    remedy = "restore it, or make new folds with comp folds --remake; every run on the old ones starts again"
+    found = [
+        UserError(
+            "folds-differ",
+            where=shown,
+            key=f"folds.{key}",
+            what=f"made with {old[key]}, now {new[key]}",
+            remedy=remedy,
+        )
+        for key in folds.PLAN_KEYS
+        if old[key] != new[key]
     ]
     if old["samples"] != new["samples"]:
         now = set(samples.frame["id"].to_numpy()[samples.labeled])
-        ids = ids - set(samples.frame["id"].to_numpy()[samples.positions("test")])  # copies of scored rows
-        what = (
-            f"{len(now - ids)} rows are new and {len(ids - now)} are gone"
-            if ids != now
-            else "the same ids, other values"
+        ids = ids - set(
+            samples.frame["id"].to_numpy()[samples.positions("test")]
+        )  # duplicates of scored rows
+        what = "the same ids with other values"
+        if ids != now:
+            what = f"{len(now - ids)} rows are new and {len(ids - now)} are gone"
+        table = paths.relative(paths.samples_file())
+        found.append(
+            UserError("folds-stale", where=shown, what=f"made for another {table}: {what}", remedy=remedy)
         )
-        lines.append(f"{shown}: made for another {paths.relative(paths.samples_file())}: {what}")
-    return lines
+    return found
 
 
-def _finish(file: Path, made: Folds, report: dict[str, Any]) -> Path:
-    numbers = _written(report, file.with_name("folds_audit.json"))
+def _finish(file: Path, report: dict[str, Any]) -> Path:
+    numbers = _write_audit(report, file.with_name("folds_audit.json"))
     if report["faults"]:
-        raise Refused(*report["faults"])
-    for old in ("json", "txt"):
-        file.with_name(f"folds_refused.{old}").unlink(missing_ok=True)
-    print(f"{paths.relative(numbers)}: the same as numbers")
+        raise joined(fold_audit.errors(report))
+    for suffix in ("json", "txt"):
+        file.with_name(f"folds_refused.{suffix}").unlink(missing_ok=True)
+    print(f"{paths.relative(numbers)}: the same as JSON")
     print("next: comp train exp001")
     return file
 
 
-def _written(report: dict[str, Any], numbers: Path) -> Path:
-    """Printed, and kept as text and as numbers."""
+def _write_audit(report: dict[str, Any], file: Path) -> Path:
+    """Prints the table, and writes it as text and as JSON."""
     print(fold_audit.table(report))
-    artifacts.write_json(numbers, report)
-    artifacts.write_text(numbers.with_suffix(".txt"), fold_audit.table(report) + "\n")
-    return numbers
+    artifacts.write_json(file, report)
+    artifacts.write_text(file.with_suffix(".txt"), fold_audit.table(report) + "\n")
+    return file

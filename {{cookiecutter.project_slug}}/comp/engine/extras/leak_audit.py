@@ -171,7 +171,7 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
 
 
 def _folds(places: list[str]) -> str:
-    """`folds 0, 3 and the rows never scored`"""
+    """`folds 0, 3 and the train-only rows`"""
     numbers = [place.removeprefix("fold ") for place in places if place.startswith("fold ")]
     other = [place for place in places if not place.startswith("fold ")]
     return " and ".join([f"fold{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] * bool(numbers) + other)
@@ -180,8 +180,9 @@ def _folds(places: list[str]) -> str:
 def groups(rows: Samples, split: Folds) -> list[Leak]:
     from comp.engine.data import fold_audit as folds_audit
 
-    faults = folds_audit.audit(rows, split)["faults"]
-    return [Leak("a split group", fault, "provenance") for fault in faults if fault.startswith("group ")]
+    faults = folds_audit.errors(folds_audit.audit(rows, split))
+    split_groups = [fault for fault in faults if fault.code == "group-across-folds" and fault.where]
+    return [Leak("a split group", f"{fault.where} {fault.what}", "provenance") for fault in split_groups]
 
 
 def pseudo(rows: Samples, split: Folds) -> list[Leak]:
