@@ -1,4 +1,4 @@
-"""Prediction files: one shape, without a copy, and refused by name where they do not fit."""
+"""Prediction files: their format, reading without a copy, and an error for each kind of mismatch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def project(empty: Path) -> Project:
     return lay_out(empty)
 
 
-def refusal(file: Path, project: Project, expect: dict[str, object] | None = None) -> str:
+def read_error(file: Path, project: Project, expect: dict[str, object] | None = None) -> UserError:
     with pytest.raises(UserError) as caught:
         bank.read(file, project.samples, project.folds, expect)
     assert len(caught.value.lines) == 1
     assert paths.relative(file) in caught.value.lines[0]
-    return caught.value.lines[0]
+    return caught.value
 
 
 def rewritten(file: Path, project: Project, **facts: object) -> Path:
-    """The same predictions, honestly sealed, that say something else of themselves."""
+    """The same predictions with other metadata, and a valid manifest entry."""
     said = bank.read(file, project.samples, project.folds)
     said.meta.update(facts)
     other = PredictionSet(
@@ -47,7 +47,7 @@ def rewritten(file: Path, project: Project, **facts: object) -> Path:
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_written_is_read_without_a_copy(project: Project) -> None:
+def test_reading_copies_nothing(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
     said = bank.read(file, project.samples, project.folds)
     assert said.row.dtype == np.int32 and said.fold is not None and said.fold.dtype == np.int16
@@ -58,8 +58,8 @@ def test_what_was_written_is_read_without_a_copy(project: Project) -> None:
     assert np.allclose(said.probability(project.head).sum(axis=1), 1)
 
 
-def test_the_file_is_what_the_contract_says(project: Project) -> None:
-    """Read with nothing of ours: an uncompressed Arrow IPC file, two versions of pyarrow back."""
+def test_file_format(project: Project) -> None:
+    """Read with pyarrow alone: an uncompressed Arrow IPC file."""
     file = member(project, "exp001", weights={"exp001/seed0/fold0": "ab"}) / "oof.arrow"
     with pa.memory_map(str(file)) as source:
         reader = pa.ipc.open_file(source)
@@ -117,7 +117,7 @@ def test_rows_never_predicted_are_nan(project: Project) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_numbers_that_are_none_are_not_written(project: Project, bad: float) -> None:
+def test_infinite_or_partly_nan_rows_are_not_written(project: Project, bad: float) -> None:
     said = bank.load("exp001", "oof", project.samples, project.folds) if member(project, "exp001") else None
     assert said is not None
     values = said.heads["label"].copy()
@@ -128,18 +128,20 @@ def test_numbers_that_are_none_are_not_written(project: Project, bad: float) -> 
     assert not file.exists() and not artifacts.manifest_entry(file)
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------
+# --- mismatches ----------------------------------------------------------------------------------------------------------
 
 
 def test_other_folds(empty: Path) -> None:
     before = lay_out(empty)
     file = member(before, "exp001") / "oof.arrow"
-    assert "other folds" in refusal(file, lay_out(empty, shift=1))
+    error = read_error(file, lay_out(empty, shift=1))
+    assert (error.code, error.key) == ("predictions-differ", "data/folds.parquet")
 
 
 def test_other_samples(empty: Path) -> None:
     file = member(lay_out(empty), "exp001") / "oof.arrow"
-    assert "ids" in refusal(file, lay_out(empty, seed=1))
+    error = read_error(file, lay_out(empty, seed=1))
+    assert (error.code, error.key) == ("predictions-differ", "data/samples.parquet")
 
 
 def test_other_class_order(project: Project) -> None:
@@ -150,7 +152,9 @@ def test_other_class_order(project: Project) -> None:
     now = Project(
         project.root, project.cfg, table, folds.Folds(project.folds.frame, project.folds.meta, table)
     )
-    line = refusal(file, now)
+    error = read_error(file, now)
+    line = error.what
+    assert (error.code, error.key) == ("predictions-differ", "label")
     assert "ant, bee, cat" in line and "cat, bee, ant" in line and "another order" in line
 
 
@@ -158,22 +162,24 @@ def test_other_space(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
     heads = bank.read_meta(file)["heads"]
     heads[0]["space"] = "probability"
-    line = refusal(rewritten(file, project, heads=heads), project)
-    assert "space" in line and "probability" in line and "logit" in line
+    error = read_error(rewritten(file, project, heads=heads), project)
+    assert (error.code, error.key) == ("predictions-differ", "label")
+    assert "space probability" in error.what and "logit" in error.what
 
 
 def test_other_kind_than_expected(project: Project) -> None:
     folder = member(project, "exp001")
     (folder / "oof.arrow").write_bytes((folder / "test.arrow").read_bytes())
     artifacts.add_to_manifest(folder / "oof.arrow")
-    with pytest.raises(UserError, match="kind is test, wanted was oof"):
+    with pytest.raises(UserError, match="is test, expected oof") as caught:
         bank.load("exp001", "oof", project.samples, project.folds)
+    assert (caught.value.code, caught.value.key) == ("predictions-differ", "kind")
 
 
 def test_unfinished(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
     artifacts.remove_from_manifest(file)
-    assert "unfinished" in refusal(file, project)
+    assert "unfinished" in str(read_error(file, project))
 
 
 def test_any_flipped_byte(project: Project) -> None:
@@ -181,19 +187,19 @@ def test_any_flipped_byte(project: Project) -> None:
     whole = file.read_bytes()
     for at in np.random.default_rng(0).integers(0, len(whole), 40):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        assert "damaged" in refusal(file, project)
+        assert "damaged" in str(read_error(file, project))
     file.write_bytes(whole[:-1])
-    assert "damaged" in refusal(file, project)
+    assert "damaged" in str(read_error(file, project))
     file.write_bytes(whole)
     bank.read(file, project.samples, project.folds)
 
 
 @pytest.mark.parametrize("text", [b"", b"id,label\n", b"x" * 500])
-def test_a_stranger_with_a_seal(project: Project, text: bytes) -> None:
+def test_another_format_with_a_manifest_entry(project: Project, text: bytes) -> None:
     file = member(project, "exp001") / "oof.arrow"
     file.write_bytes(text)
     artifacts.add_to_manifest(file)
-    assert "no prediction set" in refusal(file, project)
+    assert read_error(file, project).code == "predictions-unreadable"
 
 
 def test_weights_that_changed_since(project: Project) -> None:
@@ -205,11 +211,12 @@ def test_weights_that_changed_since(project: Project) -> None:
     file = member(project, "exp001", weights=bank.weights_of(fold)) / "oof.arrow"
     bank.read(file, project.samples, project.folds)
 
-    weights.write_bytes(b"other!!")  # same size, behind the manifest's back
-    assert "weights.safetensors changed" in refusal(file, project)
+    weights.write_bytes(b"other!!")  # same size, without a new manifest entry
+    error = read_error(file, project)
+    assert error.code == "predictions-stale" and "exp001/seed0/fold0/weights.safetensors" in error.what
     artifacts.add_to_manifest(weights)  # trained anew
-    assert "weights.safetensors changed" in refusal(file, project)
-    weights.unlink()  # cleaned away: predictions outlive weights
+    assert read_error(file, project).code == "predictions-stale"
+    weights.unlink()  # deleted by comp clean: predictions outlive weights
     bank.read(file, project.samples, project.folds)
 
 
@@ -224,7 +231,7 @@ def probabilities(rows: int, outputs: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
-def test_means_are_what_their_names_say(task: str) -> None:
+def test_means_by_space(task: str) -> None:
     head = HEADS[task]
     parts = [probabilities(50, len(head.outputs)) for _ in range(3)]
     weights = [3.0, 1.0, 2.0]
@@ -253,7 +260,7 @@ def test_values_have_one_mean(space: str) -> None:
 
 
 def test_nothing_saturates() -> None:
-    """Rows that are very sure keep their order on both sides, where 1 - p is no float any more."""
+    """Extreme logits keep their order on both sides, even where 1 - p rounds to 1."""
     sure = np.array([[-80.0], [-60.0], [-40.0], [40.0], [60.0], [80.0]])
     for space in ("probability", "logit", "geometric"):
         mean = predictions.average([sure, sure + 1], HEADS["binary"], space)
@@ -271,17 +278,17 @@ def test_weights_below_zero_still_leave_probabilities() -> None:
                 assert np.allclose(p.sum(axis=1), 1, atol=1e-12)
 
 
-def test_one_voice_is_kept_to_the_last_bit() -> None:
+def test_a_row_of_one_set_keeps_its_exact_bits() -> None:
     value = RANDOM.normal(size=(100, 1)) * 30
     assert (predictions.average([value], HEADS["binary"], "probability") == value).all()
 
 
-def test_an_unknown_space_is_refused() -> None:
+def test_an_unknown_space_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="probability, logit, geometric"):
         predictions.average([np.zeros((1, 1))], HEADS["binary"], "ranks")
 
 
-def test_folds_and_seeds_become_one(project: Project) -> None:
+def test_merging_folds_and_seeds(project: Project) -> None:
     """Folds share no OOF row and all test rows; a row is the mean of those that predicted it."""
     rng = np.random.default_rng(3)
     parts, sides = [], []
@@ -315,7 +322,7 @@ def test_folds_and_seeds_become_one(project: Project) -> None:
     assert np.allclose(shuffled.heads["label"], whole.heads["label"], atol=1e-6)
 
 
-def test_marks_are_inherited(project: Project) -> None:
+def test_merging_keeps_marks(project: Project) -> None:
     member(project, "exp001", marks=["selected_on_fold"])
     member(project, "exp002")
     both = [bank.load(name, "oof", project.samples, project.folds) for name in ("exp001", "exp002")]
@@ -340,11 +347,12 @@ def test_members_by_address(project: Project) -> None:
     assert paths.relative(bank.find("blend001", "test")) == "ensembles/blend001/test.arrow"
 
 
-def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> None:
+def test_an_unknown_address_lists_the_nearest(project: Project) -> None:
     for address in ("exp001", "exp001:seed1", "exp002", "zebra"):
         member(project, address)
     with pytest.raises(UserError) as caught:
         bank.find("exp01", "oof")
+    assert caught.value.code == "member-unknown" and caught.value.where == "exp01"
     assert (
         "exp001" in str(caught.value) and "exp002" in str(caught.value) and "zebra" not in str(caught.value)
     )
@@ -352,5 +360,5 @@ def test_an_unknown_address_answers_with_the_nearest_three(project: Project) -> 
 
 def test_the_refit_has_no_oof(project: Project) -> None:
     member(project, "exp001:full", kinds=("test",))
-    with pytest.raises(UserError, match="trained on all data"):
+    with pytest.raises(UserError, match="trained on all rows"):
         bank.load("exp001:full", "oof", project.samples, project.folds)

@@ -328,10 +328,11 @@ def test_your_own_metric_scores_runs_and_ensembles(empty: Path, monkeypatch: pyt
     assert record["direction"] == "min" and 0 < record["oof"] < min(each["oof"] for each in record["members"])
 
 
-def test_a_metric_that_does_not_fit_is_refused(empty: Path) -> None:
+def test_a_metric_of_another_task_is_rejected(empty: Path) -> None:
     project = lay_out(empty, "regression", metric="roc_auc")
-    with pytest.raises(UserError, match="does not fit the task regression; its own is rmse"):
+    with pytest.raises(UserError, match="not defined for the task regression; use rmse") as caught:
         score.metric_of(project.cfg)
+    assert (caught.value.code, caught.value.key) == ("metric-task", "metric")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -339,7 +340,7 @@ def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> 
     project = lay_out(empty, task)
     if task == "regression":
         column = project.samples.frame["target.label"]
-        project.samples.frame["target.label"] = column.abs()  # rmsle wants no value below 0
+        project.samples.frame["target.label"] = column.abs()  # rmsle is undefined below 0
     member(project, "exp001", noise=0.001)
     said, seen = load(project, "exp001"), 0
     said.heads["label"].setflags(write=False)
@@ -349,7 +350,7 @@ def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> 
             cfg = project.cfg.model_copy(update={"competition": competition})
             record = score.evaluate(cfg, project.samples, project.folds, said)
             assert (record["oof"] is None) == bool(record["undefined"]), name
-            assert record["oof"] is not None or "below 0" in record["undefined"][0], record["undefined"]
+            assert record["oof"] is not None or "from 0 up" in record["undefined"][0], record["undefined"]
             seen += 1
     assert seen >= 5
 

@@ -1,13 +1,13 @@
-"""Predictions with their keys: what a run, a member of it or an ensemble says of every row, refused where it does not fit.
+"""Prediction sets on disk: of runs, their members and ensembles. Reading validates them against samples and folds.
 
-One set is one uncompressed Arrow IPC file, memory-mapped: `row` (int32 into the samples table), `fold` (int16, OOF only) and
-for every head a fixed-size list of float32. The metadata says what it was made from; nothing in it depends on clock, machine
-or folder. Sets have one shape whoever made them, so ensembles nest.
+A set is one uncompressed Arrow IPC file, memory-mapped: `row` (int32, position in the samples table), `fold` (int16, OOF
+only) and one fixed-size list of float32 per head. Its metadata says what it was made from; no byte depends on clock,
+machine or folder. Runs and ensembles write the same format, so ensembles nest.
 
-    exp001           a run, seeds and folds averaged     runs/exp001/{oof,test}.arrow
+    exp001           a run, mean of seeds and folds      runs/exp001/{oof,test}.arrow
     exp001:seed1     a member of a run                   runs/exp001/members/seed1/{oof,test}.arrow
-    exp001:full      trained on all data, so no OOF      runs/exp001/members/full/test.arrow
-    exp001:full-snap1    a snapshot of it, weighed by the OOF predictions of exp001:snap1
+    exp001:full      trained on all rows, so no OOF      runs/exp001/members/full/test.arrow
+    exp001:full-snap1    a snapshot of it; its weight in a blend is that fitted on the OOF predictions of exp001:snap1
     blend001         an ensemble                         ensembles/blend001/{oof,test}.arrow
 """
 
@@ -27,7 +27,7 @@ from comp.engine.config import experiments
 from comp.engine.config.resolve import nearest
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 KINDS = ("oof", "test")
 MAGIC = b"ARROW1\0\0"
-WIDE = 256  # outputs above which float16 is allowed
+FLOAT16_OUTPUTS = 256  # sets with more outputs may be float16
 WEIGHTS = "weights.safetensors"
 
 
@@ -43,7 +43,7 @@ WEIGHTS = "weights.safetensors"
 
 
 def write(file: Path, predictions: PredictionSet) -> Path:
-    """The same set gives the same bytes. An entry in the manifest beside it says that it is finished."""
+    """Deterministic: the same set gives the same bytes. The file counts as finished once the folder's manifest lists it."""
     import pyarrow as pa
 
     rows, heads = predictions.row, predictions.heads
@@ -61,13 +61,16 @@ def write(file: Path, predictions: PredictionSet) -> Path:
         assert values.shape == (len(rows), width), (
             f"{head['name']}: {values.shape} is not ({len(rows)}, {width})"
         )
-        half = values.dtype == np.float16 and width > WIDE
+        half = values.dtype == np.float16 and width > FLOAT16_OUTPUTS
         with np.errstate(over="ignore"):
             flat = np.ascontiguousarray(values, np.float16 if half else np.float32)
         gaps = np.isnan(flat).any(axis=1)
         if np.isinf(flat).any() or not np.isnan(flat[gaps]).all():
-            raise Refused(
-                f"{paths.relative(file)}: {head['name']} is infinite or half NaN in some row, so it is not written"
+            raise UserError(
+                "predictions-not-finite",
+                where=paths.relative(file),
+                key=head["name"],
+                what="some rows are infinite or partly NaN; nothing was written",
             )
         columns[f"head.{head['name']}"] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
@@ -84,30 +87,29 @@ def write(file: Path, predictions: PredictionSet) -> Path:
 
 
 def nbytes(samples: Samples, rows: int) -> int:
-    """Bytes of a set over so many rows."""
+    """Size on disk of a set with so many rows."""
     return rows * (6 + 4 * sum(len(head.outputs) for head in samples.heads))
 
 
 def read(
     file: Path, samples: Samples, folds: Folds, expect: Mapping[str, Any] | None = None
 ) -> PredictionSet:
-    """Views into the file, without a copy. Whatever does not fit samples, folds and `expect` is refused in one line."""
-    batch, said = _open(artifacts.verified(file))
-    if fault := _misfit(said, samples, folds, expect or {}) or _stale(said):
-        raise Refused(f"{paths.relative(file)}: {fault}")
+    """Views into the file, without a copy. Raises if the set does not match samples, folds or `expect`."""
+    batch, meta = _open(artifacts.verified(file))
+    _validate(file, meta, samples, folds, expect or {})
     column = dict(zip(batch.schema.names, batch.columns, strict=True))
     heads = {}
-    for head in said["heads"]:
-        listed = column[f"head.{head['name']}"]
-        heads[head["name"]] = listed.values.to_numpy(zero_copy_only=True).reshape(
-            len(batch), listed.type.list_size
+    for head in meta["heads"]:
+        values = column[f"head.{head['name']}"]
+        heads[head["name"]] = values.values.to_numpy(zero_copy_only=True).reshape(
+            len(batch), values.type.list_size
         )
     fold = column["fold"].to_numpy(zero_copy_only=True) if "fold" in column else None
-    return PredictionSet(column["row"].to_numpy(zero_copy_only=True), fold, heads, said)
+    return PredictionSet(column["row"].to_numpy(zero_copy_only=True), fold, heads, meta)
 
 
 def read_meta(file: Path) -> dict[str, Any]:
-    """What a set says of itself, without looking at its values."""
+    """The metadata of a set, without validation against samples and folds."""
     return _open(artifacts.verified(file))[1]
 
 
@@ -116,59 +118,70 @@ def _open(file: Path) -> tuple[pa.RecordBatch, dict[str, Any]]:
 
     try:
         batch = _mapped(file, artifacts.stamp(file))
-        said: dict[str, Any] = json.loads(batch.schema.metadata[b"comp"])
+        meta: dict[str, Any] = json.loads(batch.schema.metadata[b"comp"])
     except (pa.ArrowException, OSError, StopIteration, ValueError, KeyError, TypeError):
-        raise Refused(f"{paths.relative(file)}: is no prediction set of this project") from None
-    return batch, said
+        raise UserError(
+            "predictions-unreadable", where=paths.relative(file), what="not a prediction set"
+        ) from None
+    return batch, meta
 
 
-@lru_cache(maxsize=1000)  # mapped once a process: most of what reading costs is finding its pages
+@lru_cache(maxsize=1000)  # mapped once per process: page faults are most of the cost of reading
 def _mapped(file: Path, stamp: artifacts.Stamp | None) -> pa.RecordBatch:
     import pyarrow as pa
 
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    # Behind its eight bytes of magic an Arrow file is a stream; read as one it opens three times as fast.
+    # After eight magic bytes an Arrow file is a stream; opened as a stream it is three times as fast.
     return pa.ipc.open_stream(pa.py_buffer(mapped).slice(len(MAGIC))).read_next_batch()
 
 
-def _misfit(said: Mapping[str, Any], samples: Samples, folds: Folds, expect: Mapping[str, Any]) -> str:
-    """Why a set must not be read beside these samples and folds; the most telling reason first."""
-    here = {head.name: head for head in samples.heads}
-    if list(here) != [head["name"] for head in said["heads"]]:
-        return f"predicts {', '.join(head['name'] for head in said['heads'])}, and the targets now are {', '.join(here)}"
-    for head in said["heads"]:
-        now = here[head["name"]]
-        for what, before, after in (
+def _validate(
+    file: Path, meta: Mapping[str, Any], samples: Samples, folds: Folds, expect: Mapping[str, Any]
+) -> None:
+    """Raises if a set does not match these samples and folds. The most specific difference comes first."""
+    where = paths.relative(file)
+    current = {head.name: head for head in samples.heads}
+    if list(current) != [head["name"] for head in meta["heads"]]:
+        what = f"predicts {', '.join(head['name'] for head in meta['heads'])}; the targets are {', '.join(current)}"
+        raise UserError("predictions-differ", where=where, key="targets", what=what)
+    for head in meta["heads"]:
+        now = current[head["name"]]
+        for field, before, after in (
             ("task", head["task"], now.task),
             ("space", head["space"], now.row.space),
             ("outputs", head["outputs"], list(now.outputs)),
             ("classes", head["classes"], list(now.classes)),
         ):
             if before != after:
-                return f"{now.name} has {what} {_short(before)} there, {_short(after)} now{_order(before, after)}"
-    if said["samples"] != samples.hash:
-        return f"made for another data/samples.parquet ({said['samples'][:8]}, now {samples.hash[:8]}): its rows mean other ids"
-    if said["folds"] != folds.hash:
-        return (
-            f"made with other folds ({said['folds'][:8]}, now {folds.hash[:8]}): its scores would not compare"
-        )
-    for key, wanted in expect.items():
-        if said.get(key) != wanted:
-            return f"{key} is {_short(said.get(key))}, wanted was {_short(wanted)}"
-    return ""
-
-
-def _stale(said: Mapping[str, Any]) -> str:
-    for name, then in said["weights"].items():
-        now = _weights_now(paths.path("runs", name, WEIGHTS))
-        if now is not None and now != then:
-            return f"runs/{name}/{WEIGHTS} changed since these predictions were made; make them again"
-    return ""
+                what = (
+                    f"was predicted with {field} {_short(before)}, now {_short(after)}{_order(before, after)}"
+                )
+                raise UserError("predictions-differ", where=where, key=now.name, what=what)
+    for key, current_hash, reason in (
+        ("samples", samples.hash, "its rows are other ids"),
+        ("folds", folds.hash, "its scores are not comparable"),
+    ):
+        if meta[key] != current_hash:
+            what = f"was predicted with {meta[key][:8]}, now {current_hash[:8]}: {reason}"
+            raise UserError("predictions-differ", where=where, key=f"data/{key}.parquet", what=what)
+    for key, expected in expect.items():
+        if meta.get(key) != expected:
+            what = f"is {_short(meta.get(key))}, expected {_short(expected)}"
+            raise UserError("predictions-differ", where=where, key=key, what=what)
+    for name, sha in meta["weights"].items():
+        now_sha = _weights_now(paths.path("runs", name, WEIGHTS))
+        if now_sha is not None and now_sha != sha:
+            raise UserError(
+                "predictions-stale",
+                where=where,
+                what=f"runs/{name}/{WEIGHTS} changed since these predictions were made",
+                remedy="predict again",
+            )
 
 
 def weights_of(*folders: Path) -> dict[str, str]:
-    """For the metadata: which weights spoke. A set whose weights were trained anew since is refused."""
+    """For the metadata: the hashes of the weights that made the predictions. `read` raises once they change."""
     runs = paths.path("runs")
     return {
         str(folder.relative_to(runs)): artifacts.sha256(artifacts.verified(folder / WEIGHTS))
@@ -177,13 +190,13 @@ def weights_of(*folders: Path) -> dict[str, str]:
 
 
 def _weights_now(file: Path) -> str | None:
-    """None when they were cleaned away: predictions outlive weights."""
+    """The current hash of a weights file; None if it was deleted, since predictions may outlive weights."""
     try:
         weights, manifest = file.stat(), (file.parent / artifacts.MANIFEST).stat()
     except FileNotFoundError:
         return None
-    # Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest's word counts, unless the
-    # file was touched after it.
+    # Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest is trusted unless the file is
+    # newer.
     entry = _entry(file, manifest.st_ino, manifest.st_mtime_ns)
     if entry and entry["size"] == weights.st_size and weights.st_mtime_ns < manifest.st_mtime_ns:
         return str(entry["sha256"])
@@ -220,24 +233,23 @@ def members() -> list[str]:
 
 
 def find(address: str, kind: str) -> Path:
-    """The file of a member. What is not trained or not finished answers with what is missing, an unknown address with the
-    nearest three."""
+    """The file of a member. Raises with what is missing, or with the nearest addresses if there is no such member."""
     file = folder(address) / f"{kind}.arrow"
     if file.exists():
         return file
     known = members()
     if address in known:
-        raise Refused(
-            f"{address}: has no {kind} predictions"
-            + (": it was trained on all data" if kind == "oof" else "")
-        )
-    if why := experiments.absent(address, f"{kind} predictions"):
-        raise Refused(why)
+        reason = ": it was trained on all rows" if kind == "oof" else ""
+        raise UserError("predictions-missing", where=address, what=f"has no {kind} predictions{reason}")
+    if reason := experiments.absent(address, f"{kind} predictions"):
+        raise UserError("predictions-missing", what=reason)
+    what = "no such run, member or ensemble"
     if not known:
-        raise Refused(f"{address}: no such run, member or ensemble; there are none yet: comp train exp001")
-    raise Refused(
-        f"{address}: no such run, member or ensemble; the nearest are {', '.join(nearest(address, known, 3))}"
-    )
+        raise UserError(
+            "member-unknown", where=address, what=f"{what}; there are none yet", remedy="comp train exp001"
+        )
+    near = ", ".join(nearest(address, known, 3))
+    raise UserError("member-unknown", where=address, what=what, remedy=f"the nearest are {near}")
 
 
 def load(address: str, kind: str, samples: Samples, folds: Folds) -> PredictionSet:
@@ -245,7 +257,7 @@ def load(address: str, kind: str, samples: Samples, folds: Folds) -> PredictionS
 
 
 def load_all(addresses: Sequence[str], kind: str, samples: Samples, folds: Folds) -> list[PredictionSet]:
-    """Many at once: files that this process reads for the first time are hashed on all cores."""
+    """Several sets; files read for the first time are hashed on all cores."""
     files = [find(address, kind) for address in addresses]
     artifacts.hash_files(files)
     return [read(file, samples, folds, {"kind": kind}) for file in files]
@@ -258,7 +270,5 @@ def _short(value: Any) -> str:
 
 def _order(before: Any, after: Any) -> str:
     return (
-        " (the same ones in another order)"
-        if isinstance(before, list) and sorted(before) == sorted(after)
-        else ""
+        " (the same in another order)" if isinstance(before, list) and sorted(before) == sorted(after) else ""
     )

@@ -1,4 +1,7 @@
-"""From folds and seeds to members: runs/<exp>/{oof,test}.arrow, runs/<exp>/members/<member>/…, and the run's score."""
+"""Predictions of folds and seeds averaged into those of a run and its members, with their scores.
+
+Writes runs/<exp>/{oof,test}.arrow, score.json and runs/<exp>/members/<member>/…
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ Part = tuple[int, Number]  # seed, fold
 
 
 def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
-    """Merge what is complete: the run over its seeds, each seed where there are several, the refit on all rows, and of both the
-    kept weights."""
+    """Merge what is complete: the run over its seeds, each seed if there are several, the refit on all rows, and the extra
+    weight sets (EMA, SWA, snapshots) of both."""
     refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refitted(experiment)]
     if refits:
         _merge_weight_sets(experiment, cfg, samples, folds, refits, run_members.refit)
@@ -31,8 +34,8 @@ def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> d
         return None
     if len(complete) > 1:
         for seed in complete:
-            one: list[Part] = [(seed, fold) for fold in range(folds.count)]
-            merge_member(experiment, f"seed{seed}", cfg, samples, folds, one)
+            one_seed: list[Part] = [(seed, fold) for fold in range(folds.count)]
+            merge_member(experiment, f"seed{seed}", cfg, samples, folds, one_seed)
     parts: list[Part] = [(seed, fold) for seed in complete for fold in range(folds.count)]
     _merge_weight_sets(experiment, cfg, samples, folds, parts, str)
     return merge_member(experiment, "", cfg, samples, folds, parts)
@@ -44,12 +47,12 @@ def _merge_weight_sets(
     samples: Samples,
     folds: Folds,
     parts: list[Part],
-    named: Callable[[str], str],
+    member_name: Callable[[str], str],
 ) -> None:
-    places = _places(experiment, parts)
+    places = _fold_folders(experiment, parts)
     for name, inside in run_members.merged(cfg).items():
-        if all(artifacts.manifest_entry(place / each / "test.arrow") for place in places for each in inside):
-            merge_member(experiment, named(name), cfg, samples, folds, parts, inside)
+        if all(artifacts.manifest_entry(place / sub / "test.arrow") for place in places for sub in inside):
+            merge_member(experiment, member_name(name), cfg, samples, folds, parts, inside)
 
 
 def merge_member(
@@ -61,17 +64,17 @@ def merge_member(
     parts: list[Part],
     inside: Sequence[str] = ("",),
 ) -> dict[str, Any]:
-    """Average the predictions of (seed, fold) parts. `inside` are folders within each fold's, for other views or weights.
+    """Average the predictions of (seed, fold) parts. inside: subfolders of each fold's folder, for extra weight sets.
 
-    Killed half-way, the next call writes the same bytes over what is there.
+    If it is killed halfway, the next call writes the same bytes.
     """
     folder = paths.member_folder(experiment, name) if name else paths.run_folder(experiment)
-    places = [paths.fold_folder(experiment, seed, fold) / each for each in inside for seed, fold in parts]
+    places = [paths.fold_folder(experiment, seed, fold) / sub for sub in inside for seed, fold in parts]
     facts = {"run": experiment, "member": name, "space": cfg.predict.space}
     kinds = ("test",) if all(fold == run_members.REFIT for _, fold in parts) else ("oof", "test")
-    # A damaged part is refused before anything of what stood there goes.
+    # 1. Read everything first: a damaged part raises before anything is removed.
     read = {kind: [bank.read(place / f"{kind}.arrow", samples, folds) for place in places] for kind in kinds}
-    # Old and new must not be read together: after a kill nothing of this member counts until it is all written again.
+    # 2. Invalidate the old files: after a kill, none of this member's files counts until all are written again.
     for old in ("oof.arrow", "test.arrow", "score.json"):
         artifacts.remove_from_manifest(folder / old)
     for kind, sets in read.items():
@@ -80,20 +83,19 @@ def merge_member(
         )
         if kind == "oof":
             oof = bank.read(folder / "oof.arrow", samples, folds)
-            flattered = (
-                {} if "selected_on_fold" not in oof.meta["marks"] else optimism(experiment, name, parts)
-            )
-            result = score.write(folder, cfg, samples, folds, oof, **flattered)
+            selected = "selected_on_fold" in oof.meta["marks"]
+            extra = optimism(experiment, name, parts) if selected else {}
+            result = score.write(folder, cfg, samples, folds, oof, **extra)
     return result if (folder / "oof.arrow").exists() else {}
 
 
-def _places(experiment: str, parts: list[Part]) -> list[Path]:
+def _fold_folders(experiment: str, parts: list[Part]) -> list[Path]:
     return [paths.fold_folder(experiment, seed, fold) for seed, fold in parts]
 
 
 def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float | None]:
-    """By how much choosing on the scored rows flatters a member: the mean over its folds."""
-    files = [place / "optimism.json" for place in _places(experiment, parts)]
+    """How much too good a score is because the epoch was chosen on the scored rows: the mean over the folds."""
+    files = [folder / "optimism.json" for folder in _fold_folders(experiment, parts)]
     key = name if name == "greedy" else ""
     known = [
         value
@@ -104,7 +106,7 @@ def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float |
 
 
 def print_result(experiment: str, name: str = "") -> None:
-    """The last lines of a verb: the score, where it lies, what to do next."""
+    """The last lines of a command: the score, the files written, the next command."""
     folder = paths.member_folder(experiment, name) if name else paths.run_folder(experiment)
     address = f"{experiment}:{name}" if name else experiment
     print(f"{address}: {describe_cv(address)}")
@@ -116,11 +118,11 @@ def print_result(experiment: str, name: str = "") -> None:
 
 
 def describe_cv(address: str) -> str:
-    """What is known of its score. A refit on all rows has none of its own: that of the same member of the CV stands for it."""
+    """The CV score in words. A refit on all rows has none; the score of the same member of the CV is given instead."""
     same = run_members.of_cv(address)
     file = bank.folder(same) / "score.json"
     if artifacts.manifest_entry(file):
-        of = f"trained on all rows; the CV of {same}: " if same != address else ""
-        return of + score.summary(artifacts.read_json(artifacts.verified(file)))
-    why = experiments.absent(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
-    return f"trained on all rows; no CV ({why})"
+        prefix = f"trained on all rows; the CV of {same}: " if same != address else ""
+        return prefix + score.summary(artifacts.read_json(artifacts.verified(file)))
+    reason = experiments.absent(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
+    return f"trained on all rows; no CV ({reason})"

@@ -1,7 +1,7 @@
-"""What a set of OOF predictions scores: the same numbers, by the same function, for runs and for ensembles.
+"""Scores of OOF predictions, computed by the same function for runs and ensembles.
 
-Labels from values (grades) need cut points. Those of a fold are fitted on the folds that may teach it, and these decide too
-whether fitted ones are used at all.
+Labels of ordinal and multilabel targets need cut points or thresholds. Those of a fold are fitted on its training folds,
+which also decide whether fitted ones are used at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples, aggregate_rows, unique_rows
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 from comp.engine.store import artifacts
 from comp.engine.tasks.kinds import TASKS, Array, Head
 from comp.metrics import Metric
@@ -30,83 +30,95 @@ from comp.metrics import Metric
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDE = 100  # labels; above, one threshold for all: most have too few rows for one of their own
-PARTS = 5  # of a fold that has to do as several
-LISTED = 100  # columns of a ranking: no metric looks further
+SHARED_THRESHOLD = 100  # with more labels all share one threshold: most have too few rows to fit their own
+PARTS = 5  # parts of a single training fold, to cross-validate within it
+LISTED = 100  # columns of a ranking; no metric uses more
+METRIC_KNOB: dict[str, Any] = {"where": "configs/competition.yaml", "key": "metric"}
 
 
 def metric_of(cfg: Config, head: Head | None = None) -> Metric:
-    """The competition's metric, or that of one target; `metric` is your own function in comp/competition.py."""
-    named, tasks = cfg.competition.metric, cfg.competition.tasks
-    where = "configs/competition.yaml: metric"
-    if isinstance(named, dict):
-        each = [_found(where, named[t], tasks[t]) for t in tasks]
-        if len({metric.direction for metric in each}) > 1:
-            raise Refused(
-                f"{where}: {', '.join(named.values())} cannot be averaged: of some more is better, of some less"
+    """The competition's metric, or that of one target. `metric: metric` is the function in comp/competition.py."""
+    names, tasks = cfg.competition.metric, cfg.competition.tasks
+    if isinstance(names, dict):
+        by_target = [_find(names[target], tasks[target]) for target in tasks]
+        if len({metric.direction for metric in by_target}) > 1:
+            raise UserError(
+                "metrics-differ",
+                **METRIC_KNOB,
+                what=f"the mean of {', '.join(names.values())} is undefined: some are better when higher, some when lower",
+                remedy="use metrics of one direction",
             )
-        return _found(where, named[head.name], tasks[head.name]) if head else each[0]
-    kinds = [head.task] if head else list(dict.fromkeys(tasks.values()))
-    found = [_found(where, named, task) for task in kinds]
+        return _find(names[head.name], tasks[head.name]) if head else by_target[0]
+    found = [_find(names, task) for task in ([head.task] if head else dict.fromkeys(tasks.values()))]
     return found[0]
 
 
-def _found(where: str, name: str, task: str) -> Metric:
+def _find(name: str, task: str) -> Metric:
     if name == "metric":
-        hook = pages.get("metric")
-        if hook is None:
-            raise Refused(
-                f"{where}: metric is your own function, and comp/competition.py defines none of that name"
+        function = pages.get("metric")
+        if function is None:
+            raise UserError(
+                "metric-missing",
+                **METRIC_KNOB,
+                what="comp/competition.py defines no function named metric",
+                remedy="define it, or name a metric of comp/metrics.py",
             )
-        return metrics.custom(hook)
+        return metrics.custom(function)
     try:
         found = metrics.find(name)
-    except UserError as refused:
-        raise Refused(f"{where}: {refused}") from None
+    except UserError as error:
+        raise UserError(
+            error.code, **METRIC_KNOB, what=f"{name}: {error.what}", remedy=error.remedy
+        ) from None
     if found.tasks and task not in found.tasks:
-        fit = [m.name for m in metrics.METRICS.values() if task in m.tasks]
-        raise Refused(
-            f"{where}: {name} does not fit the task {task}; its own is {TASKS[task].metric}, {', '.join(fit)} fit"
+        usable = [metric.name for metric in metrics.METRICS.values() if task in metric.tasks]
+        raise UserError(
+            "metric-task",
+            **METRIC_KNOB,
+            what=f"{name} is not defined for the task {task}",
+            remedy=f"use {TASKS[task].metric} (the default), or one of {', '.join(usable)}",
         )
     return found
 
 
 def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
-    """The record that score.json holds.
+    """The content of score.json.
 
-    oof: over all rows at once. folds, mean, std: fold by fold; n of them have a score. With several targets each number is
-    the mean over them. cuts: what turns the values of new rows into grades, fitted on all OOF rows.
+    oof: the score of all rows at once. folds, mean, std: of the scores by fold; n folds have one. With several targets each
+    number is the mean over targets. cuts: cut points or thresholds for new rows, fitted on all OOF rows.
     """
     assert predictions.fold is not None, "only OOF predictions are scored"
-    kept = predictions.predicted
-    rows, fold = predictions.row[kept].astype(np.int64), predictions.fold[kept].astype(np.int64)
-    here = scored_rows(samples, rows, fold)
+    predicted = predictions.predicted
+    rows, fold = predictions.row[predicted].astype(np.int64), predictions.fold[predicted].astype(np.int64)
+    scored = scored_rows(samples, rows, fold)
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
         try:
-            ask = metric_input(cfg, head, predictions.probability(head)[kept], samples, folds, here)
-            whole.append(ask.metric(ask.truth, ask.prediction, ask.frame))
-            by_fold = nested_cv.fold_table(ask.metric, ask.truth, ask.prediction, here.fold, ask.frame)
-        except MetricUndefined as fault:
-            undefined.append(f"{head.name}: {fault}")
+            given = metric_input(cfg, head, predictions.probability(head)[predicted], samples, folds, scored)
+            whole.append(given.metric(given.truth, given.prediction, given.frame))
+            by_fold = nested_cv.fold_table(
+                given.metric, given.truth, given.prediction, scored.fold, given.frame
+            )
+        except MetricUndefined as error:
+            undefined.append(f"{head.name}: {error}")
             continue
         table.append([score for *_, score in by_fold.folds])
         undefined += [f"{head.name}: {reason}" for reason in by_fold.undefined]
-        if ask.cuts is not None:
-            cuts[head.name] = [float(cut) for cut in ask.cuts]
-    every = len(table) == len(samples.heads)
-    scores = [_mean(list(column)) for column in zip(*table, strict=True)] if every else []
+        if given.cuts is not None:
+            cuts[head.name] = [float(cut) for cut in given.cuts]
+    complete = len(table) == len(samples.heads)
+    scores = [_mean(list(column)) for column in zip(*table, strict=True)] if complete else []
     known = [score for score in scores if score is not None]
-    partial = [] if kept.all() else ["partial"]
+    partial = [] if predicted.all() else ["partial"]
     return {
         "metric": ", ".join(dict.fromkeys(metric_of(cfg, head).name for head in samples.heads)),
         "direction": metric_of(cfg).direction,
-        "oof": _mean(whole) if every else None,
+        "oof": _mean(whole) if complete else None,
         "folds": scores,
         "mean": _mean(known),
         "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
         "n": len(known),
-        "rows": len(here.rows),
+        "rows": len(scored.rows),
         "marks": sorted({*predictions.meta["marks"], *partial}),
         "undefined": undefined,
         "cuts": cuts,
@@ -124,39 +136,39 @@ def write(
 
 
 class ScoredRows(NamedTuple):
-    """Scored rows. Of several samples of one row the first speaks for all."""
+    """Samples grouped into the rows that the host scores. Truth and metadata of a row are those of its first sample."""
 
-    keys: NDArray[Any]  # of every sample, its row
-    order: list[str]
-    rows: Positions
-    fold: NDArray[np.int64]
+    keys: NDArray[Any]  # of every sample: the name of its row
+    order: list[str]  # the names of the rows
+    rows: Positions  # of every row: the position of its first sample
+    fold: NDArray[np.int64]  # of every row
 
 
 def scored_rows(samples: Samples, rows: Positions, fold: NDArray[np.int64]) -> ScoredRows:
     keys = samples.frame["row"].to_numpy()[rows]
     order = unique_rows(keys)
-    return ScoredRows(keys, order, *_one_fold_a_row(keys, order, rows, fold))
+    return ScoredRows(keys, order, *_one_fold_per_row(keys, order, rows, fold))
 
 
 class MetricInput(NamedTuple):
-    """What the metric of a head is asked. A score, its interval and every comparison are of these and nothing else."""
+    """The arguments of one head's metric. Scores, intervals and comparisons all use these."""
 
     metric: Metric
     truth: NDArray[Any]
     prediction: NDArray[Any]
     frame: pd.DataFrame
-    cuts: Array | None  # what new rows get, where anything was fitted
+    cuts: Array | None  # for new rows, where any were fitted
 
 
 def metric_input(
-    cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, here: ScoredRows
+    cfg: Config, head: Head, probability: Array, samples: Samples, folds: Folds, scored: ScoredRows
 ) -> MetricInput:
     """probability: of every sample."""
     metric = metric_of(cfg, head)
-    merged = aggregate_rows(here.keys, probability, here.order, cfg.competition.merge)
-    said, cuts = metric_predictions(metric, head, merged, samples, folds, here.rows, here.fold)
-    truth = scored_columns(head, samples.truth(head, here.rows))
-    return MetricInput(metric, truth, said, metric_frame(samples, here.rows), cuts)
+    aggregated = aggregate_rows(scored.keys, probability, scored.order, cfg.competition.merge)
+    prediction, cuts = metric_predictions(metric, head, aggregated, samples, folds, scored.rows, scored.fold)
+    truth = scored_columns(head, samples.truth(head, scored.rows))
+    return MetricInput(metric, truth, prediction, metric_frame(samples, scored.rows), cuts)
 
 
 def metric_predictions(
@@ -168,54 +180,52 @@ def metric_predictions(
     rows: Positions,
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array | None]:
-    """What the metric takes, each fold by parameters of the folds that may teach it; and the cut points that new rows get,
-    where there are any."""
+    """The prediction in the form the metric needs (probability, label, ranking or value), each fold by cut points of its
+    training folds; and the cut points for new rows, if there are any."""
     if head.unknown and metric.needs in ("label", "ranking"):
         return _with_unknown(metric, head, probability, samples, folds, rows, fold)
     if not (metric.needs == "label" and (is_ordinal(head) or head.task == "multilabel")):
         return default_predictions(metric, head, probability), None
-    cut = Thresholding(metric, head, probability, samples.truth(head, rows), metric_frame(samples, rows))
-    fits: dict[bytes, Cuts] = {}  # without folds 1 and 2: asked for by both
+    labels = Thresholding(metric, head, probability, samples.truth(head, rows), metric_frame(samples, rows))
+    fits: dict[bytes, Cuts] = {}  # the fit without folds 1 and 2 is needed for both
 
     def fit(at: Positions) -> Cuts:
         key = at.tobytes()
         if key not in fits:
-            fits[key] = cut.fit(at)
+            fits[key] = labels.fit(at)
         return fits[key]
 
-    def fit_where_it_gains(at: Positions) -> Cuts:
-        """Fitted cut points only where they score more than plain rounding on rows, all of `at`, that did not fit them. Chosen by
-        the rows that are scored, the luckier of the two would be reported."""
-        plain_ = cut.unfitted(at)
-        number, rule = fold[at], True
-        if len(np.unique(number)) == 1:  # two folds, or the second of a split by time
+    def fit_if_better(at: Positions) -> Cuts:
+        """Fitted cut points if they score better than default ones in a cross-validation within `at`. Choosing by the
+        scored rows instead would report the luckier of the two."""
+        default = labels.default(at)
+        inner, by_split = fold[at], True
+        if len(np.unique(inner)) == 1:  # two folds, or the second fold of a split by time
             place = folds.shuffled_groups(rows[at], "parts of a fold")[1]
-            number, rule = place * PARTS // (place.max() + 1), False
+            inner, by_split = place * PARTS // (place.max() + 1), False
         try:
-            own = nested_predict(
-                samples, folds, rows[at], number,
-                lambda few: fit(at[few]), lambda cuts, few: cut.apply(cuts, at[few]), plain_, rule,
+            nested = nested_predict(
+                samples, folds, rows[at], inner,
+                lambda few: fit(at[few]), lambda cuts, few: labels.apply(cuts, at[few]), default, by_split,
             ).prediction  # fmt: skip
-            gain = cut.reached(own, at) - cut.reached(cut.apply(plain_, at), at)
+            gain = labels.signed_score(nested, at) - labels.signed_score(labels.apply(default, at), at)
         except MetricUndefined:
-            return plain_
-        return fit(at) if gain > 0 else plain_
+            return default
+        return fit(at) if gain > 0 else default
 
-    everywhere = np.arange(len(rows))
-    found = nested_predict(
-        samples, folds, rows, fold, fit_where_it_gains, cut.apply, cut.unfitted(everywhere[:0])
-    )
+    no_rows = np.arange(0)
+    found = nested_predict(samples, folds, rows, fold, fit_if_better, labels.apply, labels.default(no_rows))
     return scored_columns(head, found.prediction.astype(np.int64)), found.final.cuts
 
 
 class Cuts(NamedTuple):
-    cuts: Array  # between grades, or one threshold a label
-    at_least_one: bool = False  # a row has one label at least
+    cuts: Array  # between grades, or one threshold per label
+    at_least_one: bool = False  # every row gets at least one label
 
 
 @dataclass(frozen=True)
 class Thresholding:
-    """Values or probabilities to labels, by any rows of a head."""
+    """Labels of one head from its values or probabilities. `at`: positions among the rows."""
 
     metric: Metric
     head: Head
@@ -223,32 +233,33 @@ class Thresholding:
     truth: NDArray[Any]
     frame: pd.DataFrame
 
-    def unfitted(self, at: Positions) -> Cuts:
-        """Plain rounding; a floor where all the rows have a label."""
+    def default(self, at: Positions) -> Cuts:
+        """Rounding; at least one label per row if all rows `at` have one."""
         if self.head.task == "multilabel":
-            return Cuts(np.full(len(self.head.outputs), 0.5), self._always_labelled(at))
+            return Cuts(np.full(len(self.head.outputs), 0.5), self._all_labelled(at))
         return Cuts(np.arange(1.0, len(self.head.classes)) - 0.5)
 
     def fit(self, at: Positions) -> Cuts:
         truth, value, frame = self.truth[at], self.probability[at], self.frame.iloc[at]
         if self.head.task == "multilabel":
-            shared = len(self.head.outputs) > WIDE
+            shared = len(self.head.outputs) > SHARED_THRESHOLD
             return Cuts(
-                thresholds.fit_thresholds(truth, value, self.metric, frame, shared), self._always_labelled(at)
+                thresholds.fit_thresholds(truth, value, self.metric, frame, shared), self._all_labelled(at)
             )
         return Cuts(thresholds.fit_cuts(value[:, 0], truth, len(self.head.classes), self.metric, frame))
 
-    def apply(self, found: Cuts, at: Positions) -> NDArray[np.int64]:
+    def apply(self, cuts: Cuts, at: Positions) -> NDArray[np.int64]:
         if self.head.task == "multilabel":
-            return thresholds.apply_threshold(self.probability[at], found.cuts, found.at_least_one)
-        return thresholds.apply_cuts(self.probability[at, 0], found.cuts)
+            return thresholds.apply_threshold(self.probability[at], cuts.cuts, cuts.at_least_one)
+        return thresholds.apply_cuts(self.probability[at, 0], cuts.cuts)
 
-    def reached(self, labels: NDArray[Any], at: Positions) -> float:
-        """sign * score: more is better."""
-        truth, said = (scored_columns(self.head, each) for each in (self.truth[at], labels.astype(np.int64)))
-        return self.metric.sign * self.metric(truth, said, self.frame.iloc[at])
+    def signed_score(self, labels: NDArray[Any], at: Positions) -> float:
+        """sign * score, so that higher is better."""
+        truth = scored_columns(self.head, self.truth[at])
+        labels = scored_columns(self.head, labels.astype(np.int64))
+        return self.metric.sign * self.metric(truth, labels, self.frame.iloc[at])
 
-    def _always_labelled(self, at: Positions) -> bool:
+    def _all_labelled(self, at: Positions) -> bool:
         return bool(len(at) and (self.truth[at].sum(axis=1) > 0).all())
 
 
@@ -260,13 +271,14 @@ def nested_predict(
     fit: Callable[[Positions], Any],
     apply: Callable[[Any, Positions], NDArray[Any]],
     fallback: Any,
-    rule: bool = True,
+    by_split: bool = True,
 ) -> nested_cv.NestedPrediction:
-    """honest.nested, group-aware where samples have groups, and by the rule of this project's folds where `fold` holds these."""
+    """nested_cv.nested_predict with the groups of the samples. by_split: `fold` holds the project's folds, so training rows
+    are those that folds.split allows."""
     groups = groups_of(samples, rows)
     if folds.meta.get("blind_to_groups"):
-        groups = None  # folds that mix groups on purpose: nobody would be left to teach
-    train_mask = (lambda number: np.isin(rows, folds.split(number)[0])) if rule else None
+        groups = None  # folds that split groups on purpose: hardly a row would be left to train on
+    train_mask = (lambda k: np.isin(rows, folds.split(k)[0])) if by_split else None
     return nested_cv.nested_predict(fold, fit, apply, train_mask=train_mask, groups=groups, fallback=fallback)
 
 
@@ -283,7 +295,7 @@ def _with_unknown(
     rows: Positions,
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array]:
-    """Where the class that stands for none of the others comes in the ranking: fitted on the folds that may teach."""
+    """Rankings in which the log probability of the unknown class is shifted; the shift is fitted on the training folds."""
     truth, code = samples.truth(head, rows), head.classes.index(head.unknown)
 
     def fit(positions: NDArray[np.int64]) -> Array:
@@ -300,7 +312,7 @@ def _with_unknown(
 
 
 def metric_frame(samples: Samples, rows: Positions) -> pd.DataFrame:
-    """What a metric sees of the rows. The weights teach; the host scores every row alike."""
+    """The `rows` argument of a metric. Without the weights: they are for training, the host weighs every row alike."""
     return without_weights(samples.frame.iloc[rows])
 
 
@@ -309,7 +321,7 @@ def without_weights(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def default_predictions(metric: Metric, head: Head, probability: Array) -> NDArray[Any]:
-    """What the metric takes, with nothing fitted: grades by rounding."""
+    """The prediction in the form the metric needs, without fitted parameters: ordinal values are rounded."""
     probability = scored_columns(head, probability)
     if metric.needs == "ranking":
         return np.argsort(-probability, axis=1, kind="stable")[:, :LISTED]
@@ -320,22 +332,26 @@ def default_predictions(metric: Metric, head: Head, probability: Array) -> NDArr
 
 
 def scored_columns(head: Head, columns: NDArray[Any]) -> NDArray[Any]:
-    """What the host scores of several columns."""
+    """The columns that the host scores, where it does not score all of them."""
     return columns[:, head.scored] if head.graded and columns.ndim == 2 else columns
 
 
-def _one_fold_a_row(
+def _one_fold_per_row(
     keys: NDArray[Any], order: list[str], rows: Positions, fold: NDArray[np.int64]
 ) -> tuple[Positions, NDArray[np.int64]]:
     if len(order) == len(rows):
         return rows, fold
     place = {key: i for i, key in reversed(list(enumerate(keys.tolist())))}
     first = np.array([place[key] for key in order], np.int64)
-    mine = dict(zip(order, fold[first].tolist(), strict=True))
-    for key, number in zip(keys.tolist(), fold.tolist(), strict=True):
-        if mine[key] != number:
-            raise Refused(
-                f"row {key!r} stands in folds {mine[key]} and {number}: its samples must share one, see folds.scheme"
+    fold_of = dict(zip(order, fold[first].tolist(), strict=True))
+    for key, other in zip(keys.tolist(), fold.tolist(), strict=True):
+        if fold_of[key] != other:
+            raise UserError(
+                "row-in-two-folds",
+                where="data/folds.parquet",
+                key=f"row {key!r}",
+                what=f"has samples in folds {fold_of[key]} and {other}",
+                remedy="all samples of a row must share a fold: see folds.scheme",
             )
     return rows[first], fold[first]
 
@@ -347,11 +363,13 @@ def is_ordinal(head: Head) -> bool:
 def validation_score(
     cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions
 ) -> float:
-    """A number to watch during training; NaN where the rows have none. The score called CV comes from `of` alone."""
+    """A score to follow during training, or NaN if it is undefined. Only `evaluate` computes the score called CV."""
     metric = metric_of(cfg, head)
     try:
-        said = default_predictions(metric, head, head.row.probability(np.asarray(stored, np.float64)))
-        return metric(scored_columns(head, samples.truth(head, rows)), said, metric_frame(samples, rows))
+        prediction = default_predictions(metric, head, head.row.probability(np.asarray(stored, np.float64)))
+        return metric(
+            scored_columns(head, samples.truth(head, rows)), prediction, metric_frame(samples, rows)
+        )
     except MetricUndefined:
         return float("nan")
 
@@ -361,16 +379,19 @@ def summary(record: Mapping[str, Any]) -> str:
     if record["oof"] is None:
         return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
     marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
-    return f"{record['metric']} {mean_std(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}{_flattery(record)}"
+    return (
+        f"{record['metric']} {mean_std(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}"
+        f"{_optimism(record)}"
+    )
 
 
-def _flattery(record: Mapping[str, Any]) -> str:
-    """What is left of a score whose weights were chosen on the scored rows."""
+def _optimism(record: Mapping[str, Any]) -> str:
+    """By how much choosing the epoch on the scored rows biased the score, where it was chosen so."""
     optimism = record.get("optimism")
     if optimism is None:
         return ""
-    left = record["oof"] - (optimism if record["direction"] == "max" else -optimism)
-    return f", about {abs(optimism):.4f} too {'good' if optimism >= 0 else 'bad'} by the choice: {left:.4f}"
+    corrected = record["oof"] - (optimism if record["direction"] == "max" else -optimism)
+    return f", optimism {optimism:+.4f} from choosing the epoch on the scored rows, corrected {corrected:.4f}"
 
 
 def mean_std(record: Mapping[str, Any]) -> str:
