@@ -187,7 +187,7 @@ def teacher(root: Path) -> None:
     network = models.build(project.cfg, project.samples.heads, pretrained=False)
     models.save_weights(network, paths.fold_folder("teacher", 0, 1) / bank.WEIGHTS)
     run(project, "teacher")
-    pseudo_labels.write("teacher", "teacher", pseudo_labels.Wish(None, 0.2, True, 1.0))
+    pseudo_labels.write("teacher", "teacher", pseudo_labels.Selection(None, 0.2, True, 1.0))
 
 
 def declare(project: Project, name: str, text: str) -> None:

@@ -385,4 +385,4 @@ def test_two_steps_predictions_a_picture_and_an_export(project: Path, name: str)
             f"base: exp001\nmodel: {{name: {name}, pretrained: false}}\ndata: {{size: 96}}\n"
         )
         features.features("frozen", ["track=none", "machine.progress=false"], "linear")
-        assert np.load(paths.run_folder("frozen") / features.FILE).shape == (len(samples.load().frame), 192)
+        assert np.load(paths.run_folder("frozen") / "features.npy").shape == (len(samples.load().frame), 192)

@@ -18,7 +18,7 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, verify
 from comp.engine.errors import UserError
-from comp.engine.extras import explain, export, features, measure
+from comp.engine.extras import explain, export, extract_features, features, fit_heads, measure
 from comp.engine.run import frozen_heads, runner
 from comp.engine.run.normalize import Normalize
 from comp.engine.store import artifacts, paths
@@ -175,13 +175,13 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
 # --- frozen --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(features.HEADS))
-def test_each_head_learns_what_features_say(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(fit_heads.HEADS))
+def test_each_kind_of_head_fits_separable_features(name: str) -> None:
     draw = np.random.default_rng(0)
     codes = draw.integers(0, 3, 400)
     x = np.eye(3)[codes] @ draw.normal(0, 2, (3, 8)) + draw.normal(0, 0.7, (400, 8))
     many = Head("kind", "multiclass", ("a", "b", "c", "never"), ("target.kind",))
-    said = features.fitted(name, many, x[:300], codes[:300, None].astype(float))(x[300:])
+    said = fit_heads.predictor(name, many, x[:300], codes[:300, None].astype(float))(x[300:])
     assert (
         said.shape == (100, 4)
         and np.allclose(said.sum(1), 1)
@@ -189,15 +189,15 @@ def test_each_head_learns_what_features_say(name: str) -> None:
     )
     two = Head("has", "multilabel", ("a", "b"), ("target.a", "target.b"))
     labels = np.column_stack([codes == 0, codes == 1]).astype(float)
-    said = features.fitted(name, two, x[:300], labels[:300])(x[300:])
+    said = fit_heads.predictor(name, two, x[:300], labels[:300])(x[300:])
     assert said.shape == (100, 2) and ((said > 0.5) == labels[300:]).mean() > 0.9
     value = Head("age", "regression", ("age",), ("target.age",))
     truth = (x @ draw.normal(0, 1, 8))[:, None] + 30
     if name == "logistic":
         with pytest.raises(UserError, match="linear, mlp, knn"):
-            features.fitted(name, value, x, truth)
+            fit_heads.predictor(name, value, x, truth)
         return
-    guess = features.fitted(name, value, x[:300], truth[:300])(x[300:])
+    guess = fit_heads.predictor(name, value, x[:300], truth[:300])(x[300:])
     assert guess.shape == (100, 1) and np.corrcoef(guess[:, 0], truth[300:, 0])[0, 1] > 0.8
 
 
@@ -213,29 +213,29 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert artifacts.read_json(paths.member_folder("exp003", "knn") / "score.json")["oof"] > 0.4, (
         "chance is 0.1"
     )
-    before = artifacts.sha256(paths.run_folder("exp003") / features.FILE)
+    before = artifacts.sha256(paths.run_folder("exp003") / frozen_heads.FILE)
     capsys.readouterr()
     features.features("exp003", quiet, "linear")
-    assert "kept from before" in capsys.readouterr().out
+    assert "reused" in capsys.readouterr().out
     image = project / "data/raw" / table.frame["images"].iloc[0][0]
     cv2.imwrite(str(image), np.full((9, 9), 200, np.uint8))
     with pytest.raises(UserError, match=r"1 of its 1797 image files .*--fresh"):
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
-    assert artifacts.sha256(paths.run_folder("exp003") / features.FILE) != before
+    assert artifacts.sha256(paths.run_folder("exp003") / frozen_heads.FILE) != before
     cfg = config(*quiet, experiment="exp003")
     context = runner.gather(cfg)
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
     reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
     for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):
-        with pytest.raises(UserError, match=f"stale, made of other {what}"):
-            features.of_run(replace(context, cfg=other), "exp003", False)
-    with pytest.raises(UserError, match="nearest is linear"):
+        with pytest.raises(UserError, match=f"made of other {what}"):
+            extract_features.of_backbone(replace(context, cfg=other), "exp003", False)
+    with pytest.raises(UserError, match="did you mean linear"):
         features.features("exp003", quiet, "linaer")
 
 
-@pytest.mark.parametrize("name", sorted(features.HEADS))
+@pytest.mark.parametrize("name", sorted(fit_heads.HEADS))
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: int) -> None:
     """Kernels ask numbers, without a pickle; a class that no training row has gets next to nothing."""
@@ -245,9 +245,9 @@ def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: in
     codes = draw.integers(0, classes, 300)
     x = np.eye(classes)[codes] @ draw.normal(0, 1, (classes, 6)) + draw.normal(0, 1, (300, 6))
     head = Head("kind", "multiclass", tuple("abcde"), ("target.kind",), tuple("abcde"))
-    said = features.fitted(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
+    said = fit_heads.predictor(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
     knn = KNeighborsClassifier(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
-    estimator = (knn if name == "knn" else features.HEADS[name]()).fit(x[:200], codes[:200])
+    estimator = (knn if name == "knn" else fit_heads.HEADS[name]()).fit(x[:200], codes[:200])
     assert said[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
     assert said[:, classes:].max() < 1e-5
 
@@ -260,10 +260,10 @@ def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
     x = draw.normal(size=(300, 6))
     y = x @ draw.normal(size=(6, 2)) + 30
     head = Head("v", "regression", ("a", "b"), ("target.a", "target.b"))
-    said = features.fitted(name, head, x[:200], y[:200])(x[200:])
+    said = fit_heads.predictor(name, head, x[:200], y[:200])(x[200:])
     knn = KNeighborsRegressor(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
     middle, spread = y[:200].mean(0), y[:200].std(0)
-    estimator = (knn if name == "knn" else features.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
+    estimator = (knn if name == "knn" else fit_heads.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
     assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)
 
 

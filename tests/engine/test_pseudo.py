@@ -19,9 +19,9 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.ensemble import blend
 from comp.engine.errors import UserError
-from comp.engine.extras import audit_pseudo, audit_runs, pseudo_labels
+from comp.engine.extras import audit_pseudo, audit_runs, audit_statistics, pseudo_labels
 from comp.engine.extras.findings import Finding, Leak, NotChecked
-from comp.engine.extras.pseudo_labels import Wish
+from comp.engine.extras.pseudo_labels import Selection
 from comp.engine.run import (
     model_selection,
     pixel_stats,
@@ -33,11 +33,11 @@ from comp.engine.run import (
 )
 from comp.engine.store import artifacts, paths
 
-SURE = Wish(None, None, False, 1.0)
+CONFIDENT = Selection(None, None, False, 1.0)
 
 
-def written(source: str = "exp001", wish: Wish = SURE) -> pd.DataFrame:
-    pseudo_labels.write(source, source, wish)
+def written(source: str = "exp001", selection: Selection = CONFIDENT) -> pd.DataFrame:
+    pseudo_labels.write(source, source, selection)
     return pseudo_rows.read(source)
 
 
@@ -45,10 +45,10 @@ def test_another_folds_models_have_no_say(empty: Path) -> None:
     """What the model of fold 2 says moves the labels of fold 2, those of the refit on all data, and no others."""
     project = banked.lay_out(empty)
     run(project, "exp001")
-    before = written(wish=Wish(0.6, None, False, 1.0))
+    before = written(selection=Selection(0.6, None, False, 1.0))
     assert set(before["fold"]) == {*range(5), pseudo_rows.FULL}
     said(project, "exp001", 0, 2, 77)
-    after = written(wish=Wish(0.6, None, False, 1.0))
+    after = written(selection=Selection(0.6, None, False, 1.0))
     moved = [
         n
         for n in (*range(5), -1)
@@ -62,7 +62,7 @@ def test_another_folds_models_have_no_say(empty: Path) -> None:
 def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    lines = written(wish=Wish(0.6, None, False, 0.5))
+    lines = written(selection=Selection(0.6, None, False, 0.5))
     for number in (*range(5), "full"):
         more = pseudo_rows.add_rows(project.samples, lines, "exp001", number)
         split = folds.Folds(project.folds.frame, project.folds.meta, more)
@@ -96,22 +96,20 @@ def test_the_surest_of_each_class(empty: Path) -> None:
         sorted(sure.loc[sure["fold"] == 3, "id"])
         == project.samples.frame["id"].iloc[mean.row[p.max(1) >= 0.9]].tolist()
     )
-    share = written(wish=Wish(None, 0.25, False, 1.0))
+    share = written(selection=Selection(None, 0.25, False, 1.0))
     for code, name in enumerate(banked.CLASSES):
         mine = np.flatnonzero(p.argmax(1) == code)
         best = mine[np.argsort(-p[mine].max(1))][: round(0.25 * len(mine))]
         taken = share[(share["fold"] == 3) & (share["label"] == name)]
         assert set(taken["id"]) == set(project.samples.frame["id"].iloc[mean.row[best]])
-    with pytest.raises(
-        UserError, match=r"fold 0: no test row is as sure as 0.9999, the surest is 0.\d+; --confidence"
-    ):
-        written(wish=Wish(0.9999, None, False, 1.0))
+    with pytest.raises(UserError, match=r"fold 0: .* 0.9999, the highest is 0.\d+; --confidence"):
+        written(selection=Selection(0.9999, None, False, 1.0))
 
 
 def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    lines = written(wish=Wish(0.6, None, True, 1.0))
+    lines = written(selection=Selection(0.6, None, True, 1.0))
     more = pseudo_rows.add_rows(project.samples, lines, "exp001", 1)
     target = pseudo_rows.training_target(more, project.head)
     mine = lines[lines["fold"] == 1].set_index("id")
@@ -129,7 +127,7 @@ def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
 def test_other_tasks(empty: Path, task: str) -> None:
     project = banked.lay_out(empty, task)
     run(project, "exp001", seeds=2)
-    lines = written(wish=Wish(None, 0.3, False, 1.0))
+    lines = written(selection=Selection(None, 0.3, False, 1.0))
     columns = list(project.head.columns)
     if task == "regression":
         both = [
@@ -153,11 +151,13 @@ def test_other_tasks(empty: Path, task: str) -> None:
 
 def test_one_model_does_not_say_how_sure_it_is_of_a_value(empty: Path) -> None:
     run(banked.lay_out(empty, "regression"), "exp001")
-    with pytest.raises(UserError, match="train a second seed"):
+    with pytest.raises(UserError, match="comp train RUN --seed 1"):
         written()
-    assert len(written(wish=Wish(None, 1.0, False, 1.0))) == 6 * banked.TEST
-    with pytest.raises(UserError, match="--soft: has no effect on values"):
-        written(wish=Wish(None, 1.0, True, 1.0))
+    assert len(written(selection=Selection(None, 1.0, False, 1.0))) == 6 * banked.TEST
+    with pytest.raises(
+        UserError, check=lambda error: error.code == "option-unused" and error.where == "--soft"
+    ):
+        written(selection=Selection(None, 1.0, True, 1.0))
 
 
 def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
         said(project, name, 0, 1, 50 + seed)
     banked.declare(project, "mean", "members: [exp002, exp003]\nmethod: mean")
     blend.blend("mean")
-    lines = written("mean", Wish(None, 1.0, True, 1.0))
+    lines = written("mean", Selection(None, 1.0, True, 1.0))
     p = [
         bank.read(paths.fold_folder(n, 0, 1) / "test.arrow", project.samples, project.folds).probability(
             project.head
@@ -232,11 +232,11 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
         return pd.concat([lines[lines["fold"] == -1].assign(fold=n) for n in (*range(5), -1)])
 
     resealed(of_all)
-    assert found() == ["pseudo-labels that saw the fold"] * 5
+    assert found() == ["pseudo-labels from models trained on the fold"] * 5
     resealed(lambda lines: original.assign(fold=original["fold"].replace({0: 1, 1: 0})))
-    assert found() == ["pseudo-labels that saw the fold"] * 2
+    assert found() == ["pseudo-labels from models trained on the fold"] * 2
     resealed(lambda lines: original.assign(**{"target.label": 0.0}))
-    assert set(found()) == {"pseudo-labels that their models do not repeat"}
+    assert set(found()) == {"pseudo-labels that differ from those of their models"}
 
 
 QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
@@ -245,7 +245,7 @@ QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train
 def test_the_rows_teach(project: Path) -> None:
     digits = banked.digits(project)
     run(digits, "teacher")
-    pseudo_labels.write("teacher", "teacher", Wish(None, 0.2, False, 1.0))
+    pseudo_labels.write("teacher", "teacher", Selection(None, 0.2, False, 1.0))
     runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
     (epoch,) = [
         line for line in tracking.read(paths.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
@@ -257,7 +257,7 @@ def test_the_rows_teach(project: Path) -> None:
     test = bank.read(paths.fold_folder("taught", 0, 1) / "test.arrow", digits.samples, digits.folds)
     assert np.array_equal(oof.row, digits.folds.split(1)[1]) and oof.predicted.all()
     assert np.array_equal(test.row, digits.samples.positions("test"))
-    pseudo_labels.write("teacher", "teacher", Wish(None, 0.1, False, 1.0))
+    pseudo_labels.write("teacher", "teacher", Selection(None, 0.1, False, 1.0))
     with pytest.raises(UserError, match=r"trained with another data/pseudo/teacher.parquet"):
         runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         declare_values(project, 1000.0, 9500.0)
     digits = banked.digits(project)
     run(digits, "teacher", seeds=2)
-    pseudo_labels.write("teacher", "teacher", Wish(None, 0.5, False, 1.0))
+    pseudo_labels.write("teacher", "teacher", Selection(None, 0.5, False, 1.0))
     runner.train(
         "exp001",
         [*QUIET, "data.pseudo=teacher", "data.normalize=data", "data.size=8"],
@@ -287,7 +287,6 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     assert found() == []
     place = paths.fold_folder("taught", 0, 1)
     file, context = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
-    sets = {place / "oof.arrow": bank.read(place / "oof.arrow", context.samples, context.folds)}
     right = load_file(file)
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
@@ -295,7 +294,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     joined = pseudo_rows.fold_context(context, 1)
     own = model_selection.fold_rows(joined, 1)[0]
     for rows, what in (
-        (context.folds.split(1)[0], "statistics that the training part does not repeat"),
+        (context.folds.split(1)[0], "statistics that differ from those of the training rows"),
         (np.union1d(own, scored), "statistics fitted on validation rows"),
     ):
         module = models.build(context.cfg, context.samples.heads, pretrained=False, loader=context.loader)
@@ -304,7 +303,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
         save_file(right | measured, file)
         artifacts.add_to_manifest(file)
-        assert [(type(each), each[0]) for each in audit_runs._statistics(context, sets)] == [(Leak, what)]
+        assert [(type(each), each[0]) for each in audit_statistics.leaks(context, [file])] == [(Leak, what)]
     save_file(right, file)
     artifacts.add_to_manifest(file)
     assert found() == []
@@ -318,10 +317,10 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     for change, why in (
         (damage, "damaged"),
         (
-            lambda: pseudo_labels.write("teacher", "teacher", Wish(None, 0.3, False, 1.0)),
-            "not there as it taught it",
+            lambda: pseudo_labels.write("teacher", "teacher", Selection(None, 0.3, False, 1.0)),
+            "is gone or changed since the training",
         ),
-        (table.unlink, "not there as it taught it"),
+        (table.unlink, "is gone or changed since the training"),
     ):
         change()
         unseen = found()
@@ -335,7 +334,9 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 def test_a_short_run_tries_them_too(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
-    more = pseudo_rows.add_rows(project.samples, written(wish=Wish(0.6, None, False, 1.0)), "exp001", 2)
+    more = pseudo_rows.add_rows(
+        project.samples, written(selection=Selection(0.6, None, False, 1.0)), "exp001", 2
+    )
     taught_ = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
     few = model_selection.limit_rows(taught_, more, 40)
     assert (

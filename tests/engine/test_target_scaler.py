@@ -96,7 +96,7 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
 def test_the_audit_measures_targets_again(project: Path) -> None:
     from safetensors.torch import save_file
 
-    from comp.engine.extras import audit_runs
+    from comp.engine.extras import audit_statistics
     from comp.engine.extras.findings import Leak
     from comp.engine.run import target_scaler
 
@@ -104,15 +104,14 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     table = samples.load()
     split, place = folds.load(table), paths.fold_folder("x", 0, 0)
     context = runner.gather(runner.stored_config("x"))
-    sets = {place / "oof.arrow": bank.read(place / "oof.arrow", table, split)}
-    assert audit_runs._statistics(context, sets) == []
+    assert audit_statistics.leaks(context, [place / "weights.safetensors"]) == []
     taught, scored = (rows[:48] for rows in split.split(0))
     numbers = target_scaler.mean_and_std(table.heads[0], table, np.union1d(taught, scored))
     mean, deviation = (torch.tensor(each).float() for each in numbers)
     file = place / "weights.safetensors"
     save_file(load_file(file) | {"target_mean": mean, "target_std": deviation}, file)
     artifacts.add_to_manifest(file)
-    (found,) = audit_runs._statistics(context, sets)
+    (found,) = audit_statistics.leaks(context, [place / "weights.safetensors"])
     assert isinstance(found, Leak) and found.name == "statistics fitted on validation rows"
     assert "fold0" in found.where
 

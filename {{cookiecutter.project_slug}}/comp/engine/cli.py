@@ -102,12 +102,11 @@ VERBS = {
         instead={"plots": "ensemble.plots:blend_and_draw"}),
     "slices": Verb("predictions", "extras.slices:slices", "scores by class, group and metadata, each with n and a confidence interval", (
         argument("name", help="a run, a member or an ensemble"),), locks=False),
-    "label-errors": Verb("predictions", "extras.label_errors:contradicted", "list likely label errors: rows where all models agree against the label", (
+    "label-errors": Verb("predictions", "extras.label_errors:label_errors", "list likely label errors: rows where all models agree against the label", (
         argument("names", nargs="*", help="runs, members or ensembles; default: all runs"),)),
-    "audit": Verb("predictions", "extras.leak_audit:audit", "search for leaks in files, runs and ensembles, and in the pipeline on random labels", (
-        argument("--seeds", type=int, default=1, help="number of random data sets, about 10 s each; default: 1"),
-        argument("--drift", dest="run", metavar="RUN", help="instead: adversarial validation, train against test, on the features of a finished run")),
-        instead={"run": "extras.adversarial_validation:drift"}),
+    "audit": Verb("predictions", "extras.audit:audit", "search for leaks in files, folds, runs and ensembles", (
+        argument("--drift", dest="run", metavar="RUN", help="instead: adversarial validation, train against test, on the features of a finished run"),),
+        instead={"run": "extras.adversarial_validation:adversarial_validation"}),
 
     "tune": Verb("search", "tune.tune:tune", "search the knobs of configs/tune/SPACE.yaml; typed again, here or on another machine, it joins the study", (
         EXPERIMENT, OVERRIDES, ON,

@@ -116,7 +116,7 @@ def _drifted(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
     """What comp audit --drift wrote of every training row; other people's data keep their weight."""
     import pandas as pd
 
-    file = paths.path("data", "drift.csv")
+    file = paths.path("data", "adversarial_validation.csv")
     if not file.is_file():
         raise Refused(
             f"configs/competition.yaml: drift: wants {paths.relative(file)}, which comp audit --drift RUN makes"

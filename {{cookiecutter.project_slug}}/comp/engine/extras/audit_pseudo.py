@@ -1,11 +1,12 @@
-"""For comp audit: whose labels taught a run. Where they came from is written beside them; the labels themselves are made again from
-the predictions that they should be from, which needs no network.
+"""For comp audit: the pseudo-labels that a run was trained on. Which models made them is in their manifest entry; the labels
+themselves are made again from stored predictions, which needs no network.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,24 +15,26 @@ from comp.engine.config.schema import Config
 from comp.engine.data import exact_duplicates
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 from comp.engine.extras import pseudo_labels
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.run import pseudo_rows, teachers
 from comp.engine.store import artifacts, paths
 
-SAW = "pseudo-labels that saw the fold"
+LEAK = "pseudo-labels from models trained on the fold"
 
 
-def refuse_other_labels(run: str, cfg: Config, split: Folds) -> None:
-    """Nothing that comes from the pseudo-labels of a run can be made again from others."""
+def validate_labels(run: str, cfg: Config, split: Folds) -> None:
+    """The table of pseudo-labels must be the one that the run was trained on, or nothing about it can be recomputed."""
     if cfg.data.pseudo is None:
         return
     file = paths.pseudo_file(cfg.data.pseudo)
     entry = artifacts.manifest_entry(file)
-    then = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))["pseudo"]
-    if entry is None or entry["sha256"] != then or entry["folds"] != split.hash:
-        raise Refused(f"{paths.relative(file)} is not there as it taught it")
+    trained_on = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))["pseudo"]
+    if entry is None or entry["sha256"] != trained_on or entry["folds"] != split.hash:
+        raise UserError(
+            "pseudo-labels-changed", where=paths.relative(file), what="is gone or changed since the training"
+        )
     artifacts.verified(file)
 
 
@@ -41,70 +44,74 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
         return []
     file = paths.pseudo_file(name)
     try:
-        refuse_other_labels(run, cfg, split)
-    except UserError as refused:
-        return [NotChecked(f"{run}, its pseudo-labels", refused.lines[0])]
+        validate_labels(run, cfg, split)
+    except UserError as error:
+        return [NotChecked(f"{run}, its pseudo-labels", error.lines[0])]
     entry, table = artifacts.manifest_entry(file) or {}, pseudo_rows.read(name)
     found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
-    for number, weights in entry["weights"].items():
-        if wrong := [each for each in weights if Path(each).name != f"fold{number}"]:
-            found.append(Leak(SAW, f"{run}: fold {number} is taught by {', '.join(wrong)}", "provenance"))
+    for fold, weights in entry["weights"].items():
+        if wrong := [checkpoint for checkpoint in weights if Path(checkpoint).name != f"fold{fold}"]:
+            where = f"{run}: fold {fold} was trained on labels by {', '.join(wrong)}"
+            found.append(Leak(LEAK, where, "provenance"))
     try:
         again = _again(entry, rows, split)
-    except UserError as refused:
-        why = f"{paths.relative(file)} cannot be made again: {refused.lines[0]}"
-        return [*found, NotChecked(f"{run}, its pseudo-labels", why)]
-    by_all = again[again["fold"] == pseudo_rows.FULL]
-    for number in range(split.count):
-        mine, wanted = (each[each["fold"] == number] for each in (table, again))
-        if _same(mine, wanted):
+    except UserError as error:
+        reason = f"{paths.relative(file)} cannot be made again: {error.lines[0]}"
+        return [*found, NotChecked(f"{run}, its pseudo-labels", reason)]
+    return found + _recomputed(f"{run}: {paths.relative(file)}", table, again, split.count)
+
+
+def _recomputed(file: str, table: pd.DataFrame, again: pd.DataFrame, folds: int) -> list[Finding]:
+    """Compares the labels of every fold with those made again."""
+    found: list[Finding] = []
+    by_fold = {f"of fold {fold}": again[again["fold"] == fold] for fold in range(folds)}
+    for fold in range(folds):
+        stored, own = table[table["fold"] == fold], f"of fold {fold}"
+        if _equal(stored, by_fold[own]):
             continue
-        others = {f"of fold {n}": again[again["fold"] == n] for n in range(split.count) if n != number}
-        guilty = next(
-            (who for who, each in {"of all folds": by_all, **others}.items() if _same(mine, each)), None
+        others = {"of all folds": again[again["fold"] == pseudo_rows.FULL], **by_fold}
+        source = next(
+            (which for which, lines in others.items() if which != own and _equal(stored, lines)), None
         )
-        where = f"{run}: {paths.relative(file)}, fold {number}"
-        if guilty is None:
-            found.append(Leak("pseudo-labels that their models do not repeat", where, "recomputation"))
+        where = f"{file}, fold {fold}"
+        if source is None:
+            found.append(Leak("pseudo-labels that differ from those of their models", where, "recomputation"))
         else:
-            found.append(Leak(SAW, f"{where}: they are those {guilty}", "recomputation"))
+            found.append(Leak(LEAK, f"{where}: they are those {source}", "recomputation"))
     return found
 
 
 def _copies(
     run: str, cfg: Config, table: pd.DataFrame, name: str, rows: Samples, split: Folds
 ) -> list[Finding]:
-    """Pseudo-labelled test rows whose files have the bytes of rows that their fold scores."""
+    """Pseudo-labelled test rows whose files have the same bytes as validation rows of their fold."""
     images = exact_duplicates.find_by_bytes(cfg, rows)
     found: list[Finding] = []
-    for number in range(split.count):
-        joined = pseudo_rows.add_rows(rows, table, name, number)
-        taught, scored = replace(split, samples=joined).split(number)
-        test = taught[(rows.frame["source"].to_numpy()[taught] == "test")]
-        code = [images.by_bytes[np.isin(images.sample, side)] for side in (test, scored)]
-        if len(both := np.intersect1d(code[0], code[1])):
-            where = f"{run}: {len(both)} images that fold {number} scores are among its pseudo-labels"
+    for fold in range(split.count):
+        joined = pseudo_rows.add_rows(rows, table, name, fold)
+        train_rows, valid_rows = replace(split, samples=joined).split(fold)
+        test = train_rows[(rows.frame["source"].to_numpy()[train_rows] == "test")]
+        codes = [images.by_bytes[np.isin(images.sample, part)] for part in (test, valid_rows)]
+        if len(both := np.intersect1d(codes[0], codes[1])):
+            where = f"{run}: {len(both)} images that fold {fold} is scored on are among its pseudo-labels"
             found.append(Leak("duplicates across folds", where, "hash"))
     return found
 
 
-def _again(entry: dict[str, object], rows: Samples, split: Folds) -> pd.DataFrame:
-    wish = pseudo_labels.Wish(**entry["wish"])  # type: ignore[arg-type]
-    who = teachers.load(str(entry["source"]), split, "comp audit")
-    numbers: list[int | str] = [*range(split.count), "full"]
-    return pd.concat(
-        [
-            pseudo_labels.lines(pseudo_labels.of_fold(who, n, rows, split, wish), n, rows, wish)
-            for n in numbers
-        ],
-        ignore_index=True,
-    )
+def _again(entry: dict[str, Any], rows: Samples, split: Folds) -> pd.DataFrame:
+    selection = pseudo_labels.Selection(**entry["selection"])
+    models = teachers.load(str(entry["source"]), split, "comp audit")
+    tables = []
+    for fold in pseudo_labels.all_folds(split):
+        predicted = pseudo_labels.predicted(models, fold, rows, split, selection)
+        tables.append(pseudo_labels.select(predicted, fold, rows, selection))
+    return pd.concat(tables, ignore_index=True)
 
 
-def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
-    said = [each for each in map(str, one) if each.startswith(("target.", "soft.", "confidence"))]
+def _equal(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    columns = [name for name in map(str, one) if name.startswith(("target.", "soft.", "confidence"))]
     return (
         len(one) == len(other)
         and one["id"].tolist() == other["id"].tolist()
-        and bool(np.allclose(one[said], other[said], atol=1e-6))
+        and bool(np.allclose(one[columns], other[columns], atol=1e-6))
     )

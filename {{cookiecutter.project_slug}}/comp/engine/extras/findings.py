@@ -1,4 +1,4 @@
-"""What comp audit comes to: leaks by name, and by name too whatever could not be looked at, since silence would read as innocence."""
+"""The results of comp audit: leaks, and what could not be checked, since a silent gap would look like a clean result."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 class Leak(NamedTuple):
     name: str
     where: str
-    knew: str  # hash | provenance | recomputation (on permuted labels) | re-prediction
+    method: str  # how it was found: hash, provenance, recomputation or re-prediction
 
 
 class NotChecked(NamedTuple):
     what: str
-    why: str
+    reason: str
 
 
 Finding = Leak | NotChecked

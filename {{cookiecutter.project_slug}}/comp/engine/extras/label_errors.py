@@ -1,12 +1,11 @@
-"""comp label-errors: rows whose label several models deny, out of fold and with one voice. Often it is the label that is wrong.
+"""comp label-errors: likely label errors, that is rows where all models agree against the label, out of fold.
 
-A model denies a row as far as it prefers another answer to the given one; a row counts as far as the mildest of them does.
+Rows are sorted by margin: by how much the least certain of the models prefers its answer to the label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,148 +15,147 @@ from comp.engine import text_table
 from comp.engine.bank import bank
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import resolve
-from comp.engine.config.schema import Config
-from comp.engine.data import folds, image_reader, samples
+from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.errors import Refused
-from comp.engine.readers import arrays
-from comp.engine.readers.arrays import DamagedImage
-from comp.engine.report import plots
+from comp.engine.errors import UserError
+from comp.engine.extras import contact_sheet
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DRAWN, SHOWN = 40, 15
-COLUMNS = ("id", "target", "given", "models say", "denied")
+DRAWN, PRINTED = 40, 15
+COLUMNS = ("id", "target", "label", "predicted", "margin")
 
 
-def contradicted(names: Sequence[str]) -> pd.DataFrame:
-    """data/contradicted.csv and .png. Without names every run that has OOF predictions of all rows."""
+def label_errors(names: Sequence[str]) -> pd.DataFrame:
+    """Write data/label_errors.csv and .png, by all of `names` together; default: every run with OOF predictions of all rows."""
     import pandas as pd
 
     cfg = resolve.load(paths.root(), "base").config
     rows = samples.load()
     split = folds.load(rows)
-    found_sets = {name: bank.load(name, "oof", rows, split) for name in names} or _whole(rows, split)
-    if not found_sets:
-        raise Refused("no run has OOF predictions of all rows yet: comp train exp001")
-    names, sets = list(found_sets), list(found_sets.values())
-    kept = np.logical_and.reduce([each.predicted for each in sets])
-    if not kept.any():
-        raise Refused(f"{', '.join(names)}: no row was predicted by all of them")
-    at = np.asarray(sets[0].row, np.int64)[kept]
-    found = [line for head in rows.heads for line in _denied(rows, at, kept, head, sets)]
-    found.sort(key=lambda line: -line["denied"])
+    by_name = {name: bank.load(name, "oof", rows, split) for name in names} or _complete_runs(rows, split)
+    if not by_name:
+        raise UserError(
+            "predictions-missing",
+            where="comp label-errors",
+            what="no run has OOF predictions of all rows",
+            remedy="comp train exp001",
+        )
+    names, sets = list(by_name), list(by_name.values())
+    common = np.logical_and.reduce([predictions.predicted for predictions in sets])
+    if not common.any():
+        raise UserError(
+            "predictions-missing", where=", ".join(names), what="no row is predicted by all of them"
+        )
+    found = [line for head in rows.heads for line in _lines(rows, common, head, sets)]
+    found.sort(key=lambda line: -line["margin"])
     frame = pd.DataFrame(found, columns=[*COLUMNS, "fold", "image", "position"])
-    file, sheet = paths.path("data", "contradicted.csv"), paths.path("data", "contradicted.png")
+    file, sheet = paths.path("data", "label_errors.csv"), paths.path("data", "label_errors.png")
     artifacts.write_text(file, frame.drop(columns="position").to_csv(index=False))
-    print(f"{len(frame)} rows of {len(at)} are denied by all of {', '.join(names)}")
+    print(
+        f"{len(frame)} of {int(common.sum())} rows are likely label errors: {', '.join(names)} agree against the label"
+    )
     if len(names) == 1:
-        print("one model alone is often wrong by itself: name several, like comp label-errors exp001 exp002")
+        print("a single model is often wrong itself; name several, like comp label-errors exp001 exp002")
     if len(frame):
         cells = [
-            [str(line[name]) for name in COLUMNS[:-1]] + [f"{line['denied']:.3f}"] for line in found[:SHOWN]
+            [str(line[name]) for name in COLUMNS[:-1]] + [f"{line['margin']:.3f}"] for line in found[:PRINTED]
         ]
-        print(text_table.render(COLUMNS, cells, ["denied"]))
-        _drawn(cfg, found[:DRAWN], sheet)
+        print(text_table.render(COLUMNS, cells, ["margin"]))
+        captions = ((line["image"], f"{line['label']} -> {line['predicted']}") for line in found[:DRAWN])
+        title = "label -> prediction of all models, largest margin first"
+        contact_sheet.write(cfg, captions, sheet, title)
         print(
             f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first {min(DRAWN, len(found))}"
         )
-    print("next: look; a wrong label belongs out of the training table, then comp prepare")
+    print("next: check them by eye; take wrong rows out of the training table, then comp prepare")
     return frame
 
 
-def _whole(rows: Samples, split: Folds) -> dict[str, PredictionSet]:
-    """Runs that predict every row. One of --debug, or of folds that were made anew since, would leave next to nothing to look
-    at; it is left out with its reason."""
+def _complete_runs(rows: Samples, split: Folds) -> dict[str, PredictionSet]:
+    """Runs that predict every row. A --debug run would leave next to no common rows, and one on other folds cannot be read; both
+    are left out, with the reason printed."""
     found = {}
-    places = sorted(paths.path("runs").glob("*/oof.arrow"))
-    for name in (p.parent.name for p in places if p.parent.name[0] != "." and artifacts.manifest_entry(p)):
+    files = sorted(paths.path("runs").glob("*/oof.arrow"))
+    for name in (
+        file.parent.name for file in files if file.parent.name[0] != "." and artifacts.manifest_entry(file)
+    ):
         try:
-            said = bank.load(name, "oof", rows, split)
-        except Refused as refused:
-            print(f"left out: {refused}")
+            oof = bank.load(name, "oof", rows, split)
+        except UserError as error:
+            print(f"left out: {error}")
             continue
-        if said.predicted.all():
-            found[name] = said
+        if oof.predicted.all():
+            found[name] = oof
         else:
-            print(f"left out: {name} predicts {said.predicted.sum()} of {len(said.row)} rows")
+            print(f"left out: {name} predicts {oof.predicted.sum()} of {len(oof.row)} rows")
     return found
 
 
-def _denied(
-    rows: Samples, at: NDArray[np.int64], kept: NDArray[np.bool_], head: Head, sets: Sequence[PredictionSet]
+def _lines(
+    rows: Samples, common: NDArray[np.bool_], head: Head, sets: Sequence[PredictionSet]
 ) -> list[dict[str, Any]]:
-    """A line a row (and label, of several) that every model denies in the same sense."""
+    """One line per row (and label, if a row has several) where all models agree against the label."""
+    at = np.asarray(sets[0].row, np.int64)[common]
+    fold = np.asarray(sets[0].fold)[common]
     target = rows.targets(head)[at]
-    said = [np.asarray(each.probability(head), np.float64)[kept] for each in sets]  # (rows, outputs) each
-    ways = {"value": _values, "multilabel": _labels}
-    way = ways.get("value" if head.row.space == "value" else head.task, _classes)
+    values = [np.asarray(oof.probability(head), np.float64)[common] for oof in sets]  # (rows, outputs) each
+    find = {"value": _value_errors, "multilabel": _multilabel_errors}.get(
+        "value" if head.row.space == "value" else head.task, _class_errors
+    )
     lines = []
-    fold = np.asarray(sets[0].fold)[kept]
-    for row, given, instead, denied in way(head, target, said):
+    for row, label, predicted, margin in find(head, target, values):
         position = int(at[row])
         lines.append(
             {
-                "id": rows.frame["id"].iloc[position], "target": head.name, "given": given, "models say": instead,
-                "denied": denied, "fold": int(fold[row]), "image": rows.frame["images"].iloc[position][0],
+                "id": rows.frame["id"].iloc[position], "target": head.name, "label": label, "predicted": predicted,
+                "margin": margin, "fold": int(fold[row]), "image": rows.frame["images"].iloc[position][0],
                 "position": position,
             }
         )  # fmt: skip
     return lines
 
 
-Denied = list[tuple[int, str, str, float]]  # row, given, what the models say, how sure the mildest is
+Errors = list[tuple[int, str, str, float]]  # row, label, prediction, smallest margin over models
 
 
-def _classes(head: Head, target: NDArray[Any], said: list[NDArray[Any]]) -> Denied:
-    """All models name the same other class; denied by how much likelier it is to each."""
-    if said[0].shape[1] == 1:
-        said = [np.hstack([1 - p, p]) for p in said]
-    given = np.rint(target[:, 0]).astype(int) if target.shape[1] == 1 else target.argmax(axis=1)
+def _class_errors(head: Head, target: NDArray[Any], probability: list[NDArray[Any]]) -> Errors:
+    """All models predict the same other class. Margin: difference of the two probabilities."""
+    if probability[0].shape[1] == 1:
+        probability = [np.hstack([1 - p, p]) for p in probability]
+    label = np.rint(target[:, 0]).astype(int) if target.shape[1] == 1 else target.argmax(axis=1)
     names = head.classes or ("0", "1")
-    other = said[0].argmax(axis=1)
-    every = np.arange(len(given))
-    margin = np.min([p[every, other] - p[every, given] for p in said], axis=0)
-    one_voice = np.all([p.argmax(axis=1) == other for p in said], axis=0) & (other != given)
-    return [(int(i), names[given[i]], names[other[i]], float(margin[i])) for i in np.flatnonzero(one_voice)]
+    other = probability[0].argmax(axis=1)
+    every = np.arange(len(label))
+    margin = np.min([p[every, other] - p[every, label] for p in probability], axis=0)
+    unanimous = np.all([p.argmax(axis=1) == other for p in probability], axis=0) & (other != label)
+    return [(int(i), names[label[i]], names[other[i]], float(margin[i])) for i in np.flatnonzero(unanimous)]
 
 
-def _labels(head: Head, target: NDArray[Any], said: list[NDArray[Any]]) -> Denied:
-    """Each label by itself: all models above a half where it is 0, or below where it is 1."""
-    against = np.min([np.where(target > 0.5, 1 - p, p) for p in said], axis=0)
+def _multilabel_errors(head: Head, target: NDArray[Any], probability: list[NDArray[Any]]) -> Errors:
+    """Each label by itself: all models above 0.5 where it is 0, or below where it is 1."""
+    against = np.min([np.where(target > 0.5, 1 - p, p) for p in probability], axis=0)
     return [
-        (int(i), f"{head.outputs[j]} {target[i, j]:g}", f"{np.mean([p[i, j] for p in said]):.3f}", float(2 * against[i, j] - 1))
+        (int(i), f"{head.outputs[j]} {target[i, j]:g}", f"{np.mean([p[i, j] for p in probability]):.3f}", float(2 * against[i, j] - 1))
         for i, j in np.argwhere(against > 0.5)
     ]  # fmt: skip
 
 
-def _values(head: Head, target: NDArray[Any], said: list[NDArray[Any]]) -> Denied:
-    """All models miss to the same side, by more than two standard deviations of what they usually miss."""
+def _value_errors(head: Head, target: NDArray[Any], values: list[NDArray[Any]]) -> Errors:
+    """All models are off to the same side by more than two standard deviations of their error. Margin: in standard deviations."""
     lines = []
     for column in range(target.shape[1]):
-        off = np.stack([p[:, column] - target[:, column] for p in said])  # (models, rows)
-        off = off / np.maximum(np.nanstd(off, axis=1, keepdims=True), 1e-12)
-        same = (np.sign(off) == np.sign(off[0])).all(axis=0)
-        least = np.where(same, np.abs(off).min(axis=0), 0)
-        mean = np.mean([p[:, column] for p in said], axis=0)
+        error = np.stack([p[:, column] - target[:, column] for p in values])  # (models, rows)
+        error = error / np.maximum(np.nanstd(error, axis=1, keepdims=True), 1e-12)
+        same_side = (np.sign(error) == np.sign(error[0])).all(axis=0)
+        margin = np.where(same_side, np.abs(error).min(axis=0), 0)
+        mean = np.mean([p[:, column] for p in values], axis=0)
         lines += [
-            (int(i), f"{target[i, column]:.5g}", f"{mean[i]:.5g}", float(least[i]))
-            for i in np.flatnonzero(least > 2)
+            (int(i), f"{target[i, column]:.5g}", f"{mean[i]:.5g}", float(margin[i]))
+            for i in np.flatnonzero(margin > 2)
         ]
     return lines
-
-
-def _drawn(cfg: Config, lines: list[dict[str, Any]], file: Any) -> None:
-    reader = replace(image_reader.from_config(cfg), size=plots.TILE, resize="contain")
-    tiles = []
-    for line in lines:
-        try:
-            image = arrays.to_uint8(reader.image(line["image"]))
-        except DamagedImage:
-            image = np.zeros((plots.TILE, plots.TILE, 3), np.uint8)
-        tiles.append((image, f"{line['given']}? {line['models say']}!"))
-    plots.image_grid(tiles, file, title="given? what the models say!  the most denied first")

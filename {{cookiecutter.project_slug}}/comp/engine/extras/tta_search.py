@@ -1,176 +1,227 @@
-"""comp tta: which views of a picture, averaged where, are worth their time. Every view is predicted once for all OOF rows, then
-choosing costs nothing; views and space are scored on folds that chose neither."""
+"""comp tta: which test-time views are worth their time, and the space they are averaged in.
+
+Every candidate is predicted once for all OOF rows (tta_views.py). The search is greedy: from the plain view on it adds the view with
+the largest gain in score per millisecond, as long as one gains, within a time limit. It runs once per space, and the space with the
+best result is taken. The nested score of a fold comes from a search on the other folds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from comp.engine import hardware, text_table
-from comp.engine.bank import bank, predictions, score
-from comp.engine.config import experiments, resolve
-from comp.engine.config.schema import Config
-from comp.engine.data import folds, samples
-from comp.engine.ensemble import latency, report
-from comp.engine.errors import Refused
-from comp.engine.extras import view_search
-from comp.engine.run import fingerprint, runner
-from comp.engine.store import artifacts, locks, paths
+from comp.engine import text_table
+from comp.engine.bank import score
+from comp.engine.bank.metric_formulas import MetricUndefined
+from comp.engine.bank.predictions import PredictionSet, average
+from comp.engine.config import resolve
+from comp.engine.ensemble import report
+from comp.engine.errors import UserError
+from comp.engine.extras import tta_views
+from comp.engine.extras.tta_views import PLAIN, Candidates
+from comp.engine.store import artifacts, paths
+from comp.engine.tasks.kinds import Array, Head
+from comp.metrics import Metric
 
 SPACES = ("probability", "logit", "geometric")
-DRAWS = 3  # of the run's recipe, a view each
-ONE_PASS = (
-    0.3  # a view whose time differs by less from that of the plain one costs as much: the rest is the clock
-)
+
+
+# --- the search ----------------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    space: str
+    views: tuple[str, ...]
+
+
+PLAIN_CHOICE = Choice("probability", (PLAIN,))
+
+
+@dataclass(frozen=True)
+class ViewSearch:
+    predictions: Mapping[str, NDArray[Any]]  # view -> (rows, outputs of all heads), as stored
+    truths: Sequence[NDArray[Any]]  # of each head
+    heads: Sequence[Head]
+    metrics: Sequence[Metric]  # of each head
+    spaces: Sequence[str]
+    ms: Mapping[str, float]  # view -> milliseconds per image
+    max_ms: float = float("inf")  # per image, all views together
+    frame: Any = None  # what metrics of groups and weights need
+
+    def search(self, at: Any = slice(None)) -> Choice:
+        """The best choice on these rows; of equal spaces the first."""
+        choices = [self.search_space(space, at) for space in self.spaces]
+        scores = [self._score(choice, at) for choice in choices]
+        best = max(scores)
+        return next(choice for own, choice in zip(scores, choices, strict=True) if own >= best - 1e-12)
+
+    def search_space(self, space: str, at: Any = slice(None)) -> Choice:
+        """The plain view, and those that gain when averaged with it in this space."""
+        chosen = Choice(space, (PLAIN,))
+        reached, spent = self._score(chosen, at), self.ms[PLAIN]
+        while True:
+            left = [
+                name
+                for name in self.predictions
+                if name not in chosen.views and spent + self.ms[name] <= self.max_ms + 1e-9
+            ]
+            larger = [Choice(space, (*chosen.views, name)) for name in left]
+            gains = [self._score(choice, at) - reached for choice in larger]
+            rates = [gain / self.ms[name] for gain, name in zip(gains, left, strict=True)]
+            best = int(np.argmax(rates)) if rates else -1
+            if best < 0 or not gains[best] > 1e-12:
+                return chosen
+            chosen, reached, spent = larger[best], reached + gains[best], spent + self.ms[left[best]]
+
+    def average(self, choice: Choice, at: Any = slice(None)) -> Array:
+        """(rows, outputs of all heads): the mean over the chosen views."""
+        views = [by_head(self.heads, self.predictions[name][at]) for name in choice.views]
+        return np.hstack(
+            [average([view[i] for view in views], head, choice.space) for i, head in enumerate(self.heads)]
+        )
+
+    def _score(self, choice: Choice, at: Any) -> float:
+        """sign * score, the mean over heads: more is better."""
+        frame = None if self.frame is None else self.frame.iloc[at]
+        predictions = by_head(self.heads, self.average(choice, at))
+        try:
+            return float(np.mean([
+                metric.sign * metric(score.scored_columns(head, truth[at]), score.default_predictions(metric, head, head.row.probability(own)), frame)
+                for head, metric, truth, own in zip(self.heads, self.metrics, self.truths, predictions, strict=True)
+            ]))  # fmt: skip
+        except MetricUndefined:
+            return -np.inf
+
+
+def by_head(heads: Sequence[Head], stored: NDArray[Any]) -> list[NDArray[Any]]:
+    """(rows, outputs of all heads) -> (rows, outputs) of each head."""
+    return np.split(stored, np.cumsum([len(head.outputs) for head in heads])[:-1], axis=1)
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------------
 
 
 def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict[str, Any]:
-    """max_ms: of one image and one checkpoint, all views together. names: views by commas, all that there are otherwise."""
-    cfg = runner.stored_config(run)
-    hardware.set_threads(cfg.train.threads)
-    rows = samples.load()
-    split = folds.load(rows)
-    seeds = experiments.complete(run, split.count)
-    if not seeds:
-        raise experiments.refusal(run, "OOF predictions to compare views on")
-    heads, now = rows.heads, resolve.load(paths.root(), "base").config  # the metric of now, not of then
-    metrics = [score.metric_of(now, head) for head in heads]
-    predicted, cost = _predicted(run, cfg, seeds, rows, split, names)
-    plain = predicted[view_search.PLAIN]
-    kept = plain.predicted
-    assert plain.fold is not None
-    at, fold = plain.row[kept].astype(np.int64), plain.fold[kept].astype(np.int64)
-    values = {
-        name: np.hstack([each.heads[head.name][kept] for head in heads]) for name, each in predicted.items()
-    }
-    ceiling = float("inf") if max_ms is None else max_ms
-    if ceiling < cost[view_search.PLAIN]:
-        raise Refused(
-            f"--max-ms {max_ms:g}: one view alone takes {cost[view_search.PLAIN]:.2f} ms an image here"
-        )
-    spaces = [space for space in SPACES if all(space in head.row.spaces for head in heads)]
-    truths = [rows.truth(head, at) for head in heads]
-    question = view_search.Question(
-        values, truths, heads, metrics, spaces, cost, ceiling, score.metric_frame(rows, at)
-    )
-    here = score.scored_rows(rows, at, fold)
-
-    def as_set(stored: Any) -> predictions.PredictionSet:
-        parts = view_search.by_head(heads, np.asarray(stored, np.float64))
-        by_name = {head.name: part for head, part in zip(heads, parts, strict=True)}
-        return predictions.PredictionSet(plain.row[kept], plain.fold[kept], by_name, plain.meta)
-
-    def scored(stored: Any) -> float:
-        """The mean over heads, with cut points of other folds where the metric wants them."""
-        found, every = [], as_set(stored)
-        for head in heads:
-            ask = score.metric_input(now, head, every.probability(head), rows, split, here)
-            found.append(ask.metric(ask.truth, ask.prediction, ask.frame))
-        return float(np.mean(found))
-
-    alone = {name: scored(each) for name, each in values.items()}
-    base, metric = alone[view_search.PLAIN], metrics[0]
-    _tell_alone(metric, alone, cost)
-    options = []
-    for space in spaces:
-        chosen = question.within(space)
-        ms = sum(cost[name] for name in chosen.views)
-        in_sample = scored(question.said(chosen))
-        options.append({"space": space, "views": list(chosen.views), "in_sample": in_sample})
-        print(
-            f"{space}: {', '.join(chosen.views)}: {in_sample:.4f} on the rows that chose them, {ms:.2f} ms an image"
-        )
-    found = score.nested_predict(
-        rows, split, at, fold, question.choose, question.said, view_search.PLAIN_CHOICE
-    )
-    best: view_search.Choice = found.final
-    reached = scored(found.prediction)
-    ms = sum(cost[name] for name in best.views)
-    compared = report.compare(
-        now, rows, split, as_set(found.prediction), {view_search.PLAIN: as_set(values[view_search.PLAIN])}
-    )
-    says = (
-        compared["against"][view_search.PLAIN]["text"]
-        if compared["against"]
-        else f"no comparison: {compared['undefined_interval']}"
-    )
-    in_sample = scored(question.said(best))
+    """`max_ms`: limit per image and checkpoint, all views together. `names`: candidate views, separated by commas."""
+    cfg = resolve.load(paths.root(), "base").config  # the metric of configs/ now, not of the stored config
+    candidates = tta_views.predict_candidates(run, names)
+    scorer = Scorer(candidates, cfg)
+    search = _view_search(candidates, scorer, max_ms)
+    alone = {name: scorer.score(values) for name, values in search.predictions.items()}
+    metric, base = search.metrics[0], alone[PLAIN]
+    _print_alone(metric, alone, search.ms)
+    options = _by_space(search, scorer)
+    nested = score.nested_predict(
+        scorer.samples, scorer.folds, scorer.rows, scorer.fold, search.search, search.average, PLAIN_CHOICE
+    )  # fmt: skip
+    best: Choice = nested.final
+    nested_score, in_sample = scorer.score(nested.prediction), scorer.score(search.average(best))
+    comparison = scorer.compare(nested.prediction, search.predictions[PLAIN])
+    more_ms = sum(search.ms[name] for name in best.views) - search.ms[PLAIN]
     print(
-        f"chosen on other folds, views and space: honest {reached:.4f}, in-sample {in_sample:.4f}, plain {base:.4f}: {says}; "
-        f"{ms - cost[view_search.PLAIN]:.2f} ms more an image"
+        f"views and space chosen on other folds: nested score {nested_score:.4f}, in-sample {in_sample:.4f}, plain {base:.4f}: "
+        f"{comparison}; {more_ms:.2f} ms more per image"
     )
-    worthwhile = metric.sign * (reached - base) > 0 and len(best.views) > 1
-    chosen_ = {
-        "views": list(best.views),
-        "space": best.space,
-        "honest": reached,
-        "in_sample": in_sample,
-        "text": says,
-    }
-    record = {"plain": base, "alone": alone, "options": options, "chosen": chosen_ if worthwhile else None}
+    better = metric.sign * (nested_score - base) > 0 and len(best.views) > 1
+    chosen = {
+        "views": list(best.views), "space": best.space, "nested": nested_score, "in_sample": in_sample, "text": comparison,
+    }  # fmt: skip
+    record = {"plain": base, "alone": alone, "options": options, "chosen": chosen if better else None}
     artifacts.write_json(paths.run_folder(run) / "tta.json", record)
-    if worthwhile:
-        shown = ",".join(best.views)
+    if better:
+        views = ",".join(best.views)
         print(
-            f"worth it: {shown} in {best.space}\nnext: comp predict {run} --tta {shown} --space {best.space}"
+            f"recommended: {views} in {best.space}\nnext: comp predict {run} --tta {views} --space {best.space}"
         )
     else:
         print(
-            f"no views beat the plain picture ({base:.4f}) on folds that did not choose them: stay with predict.tta: [identity]\nnext: comp bank"
+            f"recommended: predict.tta: [{PLAIN}]; no views beat the plain one ({base:.4f}) in the nested score\nnext: comp bank"
         )
     return record
 
 
-def tried(cfg: Config, names: str | None) -> list[str]:
-    """Flips, zooms, crops, as many draws of the run's own recipe as DRAWS, and what the run predicts with already."""
-    from comp.engine.run.views import CROPS, VIEWS
+class Scorer:
+    """Scores predictions of the rows that have any, with thresholds fitted on other folds."""
 
-    recipe = cfg.augment.recipe
-    drawn = (
-        [f"{recipe}{draw if draw > 1 else ''}" for draw in range(1, DRAWS + 1)] if recipe != "none" else []
+    def __init__(self, candidates: Candidates, cfg: Any):
+        self.cfg, self.samples, self.folds = cfg, candidates.context.samples, candidates.context.folds
+        self.plain = candidates.sets[PLAIN]
+        self.predicted = self.plain.predicted
+        assert self.plain.fold is not None
+        self.rows = self.plain.row[self.predicted].astype(np.int64)
+        self.fold = self.plain.fold[self.predicted].astype(np.int64)
+        self.scored_rows = score.scored_rows(self.samples, self.rows, self.fold)
+
+    def as_set(self, stored: NDArray[Any]) -> PredictionSet:
+        plain, heads = self.plain, self.samples.heads
+        assert plain.fold is not None
+        parts = by_head(heads, np.asarray(stored, np.float64))
+        by_name = {head.name: part for head, part in zip(heads, parts, strict=True)}
+        return PredictionSet(plain.row[self.predicted], plain.fold[self.predicted], by_name, plain.meta)
+
+    def score(self, stored: NDArray[Any]) -> float:
+        """The mean over heads."""
+        found, predictions = [], self.as_set(stored)
+        for head in self.samples.heads:
+            own = score.metric_input(
+                self.cfg, head, predictions.probability(head), self.samples, self.folds, self.scored_rows
+            )
+            found.append(own.metric(own.truth, own.prediction, own.frame))
+        return float(np.mean(found))
+
+    def compare(self, stored: NDArray[Any], plain: NDArray[Any]) -> str:
+        """A paired comparison with the plain view, as a sentence."""
+        others = {PLAIN: self.as_set(plain)}
+        found = report.compare(self.cfg, self.samples, self.folds, self.as_set(stored), others)
+        if not found["against"]:
+            return f"no comparison: {found['undefined_interval']}"
+        return str(found["against"][PLAIN]["text"])
+
+
+def _view_search(candidates: Candidates, scorer: Scorer, max_ms: float | None) -> ViewSearch:
+    samples, ms = candidates.context.samples, candidates.ms
+    if max_ms is not None and max_ms < ms[PLAIN]:
+        raise UserError(
+            "time-limit-too-low",
+            where=f"--max-ms {max_ms:g}",
+            what=f"the plain view alone takes {ms[PLAIN]:.2f} ms per image here",
+        )
+    heads, rows = samples.heads, scorer.rows
+    return ViewSearch(
+        {
+            name: np.hstack([predictions.heads[head.name][scorer.predicted] for head in heads])
+            for name, predictions in candidates.sets.items()
+        },
+        [samples.truth(head, rows) for head in heads],
+        heads,
+        [score.metric_of(scorer.cfg, head) for head in heads],
+        [space for space in SPACES if all(space in head.row.spaces for head in heads)],
+        ms,
+        float("inf") if max_ms is None else max_ms,
+        score.metric_frame(samples, rows),
     )
-    given = [*VIEWS, *CROPS, *drawn, *cfg.predict.tta]
-    if names is not None:
-        given = [view_search.PLAIN, *(name.strip() for name in names.split(","))]
-    return list(dict.fromkeys(given))
 
 
-def _tell_alone(metric: Any, alone: dict[str, float], cost: dict[str, float]) -> None:
-    base, lines = alone[view_search.PLAIN], []
+def _by_space(search: ViewSearch, scorer: Scorer) -> list[dict[str, Any]]:
+    """The choice of each space on all rows."""
+    options = []
+    for space in search.spaces:
+        chosen = search.search_space(space)
+        ms = sum(search.ms[name] for name in chosen.views)
+        in_sample = scorer.score(search.average(chosen))
+        options.append({"space": space, "views": list(chosen.views), "in_sample": in_sample})
+        print(f"{space}: {', '.join(chosen.views)}: in-sample {in_sample:.4f}, {ms:.2f} ms per image")
+    return options
+
+
+def _print_alone(metric: Metric, alone: Mapping[str, float], ms: Mapping[str, float]) -> None:
+    base, lines = alone[PLAIN], []
     for name, value in alone.items():
         gain = metric.sign * (value - base)
-        lines.append([name, f"{value:.4f}", f"{gain:+.4f}", f"{cost[name]:.2f}"])
-    numbers = [metric.name, "gain", "ms an image"]
+        lines.append([name, f"{value:.4f}", f"{gain:+.4f}", f"{ms[name]:.2f}"])
+    numbers = [metric.name, "gain", "ms per image"]
     print(text_table.render(["view alone", *numbers], lines, numbers))
-
-
-def _predicted(
-    run: str, cfg: Config, seeds: list[int], rows: Any, split: Any, names: str | None
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Each view as a whole OOF set, and its milliseconds an image. Kept fold by fold, so a killed call goes on where it was."""
-    fingerprint.validate_images(run, cfg)
-    context = runner.gather(cfg)
-    from comp import predict
-    from comp.engine.run import views as looks
-
-    known = tried(cfg, names)
-    looks.views(known)  # a name that there is not is refused before the first is predicted
-    said, cost = {}, {}
-    with locks.lock(paths.run_folder(run) / "members", f"trying views of {run}"):
-        for name in known:
-            one = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": [name]})})
-            inside, parts, seconds = f"view-{name}", [], []
-            for seed in seeds:
-                for number in range(split.count):
-                    file = predict.write_fold(
-                        replace(context, cfg=one), run, seed, number, "oof", inside=inside
-                    )
-                    parts.append(bank.read(file, rows, split))
-                    speed = file.with_name(latency.FILE)
-                    seconds.append(artifacts.read_json(speed)["oof"] if speed.exists() else np.nan)
-            said[name] = predictions.merge(parts, rows, split, cfg.predict.space)
-            cost[name] = 1000 * float(np.nanmedian(seconds))
-    plain = cost[view_search.PLAIN]
-    return said, {n: plain if abs(ms - plain) < ONE_PASS * plain else ms for n, ms in cost.items()}

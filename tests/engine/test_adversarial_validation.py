@@ -1,4 +1,4 @@
-"""Train against test: found where it is, not where it is not, and what comes of it."""
+"""Adversarial validation: a difference between train and test is found if there is one, and becomes weights and folds."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ def test_drift_is_found_and_becomes_weights_and_folds(
 ) -> None:
     fewer(project, darker=True)
     trained(project)
-    record = adversarial_validation.drift("x")
+    record = adversarial_validation.adversarial_validation("x")
     out = capsys.readouterr().out
     assert record["auc"] > 0.8 and "strong drift" in out and "training rows most like test" in out
-    frame = pd.read_csv(project / "data" / "drift.csv", dtype={"id": str}).set_index("id")
+    frame = pd.read_csv(project / "data" / "adversarial_validation.csv", dtype={"id": str}).set_index("id")
     train = frame[frame["source"] == "train"]
     dark = pd.read_csv(project / "data" / "raw" / "train.csv", dtype=str)["id"][::5]
     others = train.index.difference(list(dark))
     assert train.loc[dark, "weight"].mean() > 3 * train.loc[others, "weight"].mean()
     assert train["weight"].mean() == pytest.approx(1, abs=1e-4)
-    assert Image.open(project / "data" / "drift.png").width > 800
+    assert Image.open(project / "data" / "adversarial_validation.png").width > 800
     declared = project / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "drift: [weights, folds]\n")
     prepare.prepare(config(experiment="base"))
@@ -84,18 +84,20 @@ def test_drift_is_found_and_becomes_weights_and_folds(
     assert abs((of[dark] == 0).sum() - 30) <= 3
 
 
-def test_where_there_is_none_none_is_found(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_drift_is_reported_without_a_difference(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fewer(project, darker=False)
     trained(project)
-    assert abs(adversarial_validation.drift("x")["auc"] - 0.5) < 0.12
-    assert "no drift to speak of" in capsys.readouterr().out
+    assert abs(adversarial_validation.adversarial_validation("x")["auc"] - 0.5) < 0.12
+    assert "no significant drift" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_said(project: Path) -> None:
+def test_a_missing_or_incomplete_table_is_an_error(project: Path) -> None:
     declared = project / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "drift: [weights]\n")
-    with pytest.raises(UserError, match=r"wants data/drift\.csv, which comp audit --drift RUN makes"):
+    with pytest.raises(UserError, match=r"data/adversarial_validation\.csv"):
         prepare.prepare(config(experiment="base"))
-    artifacts.write_text(paths.path("data", "drift.csv"), "id,source,like_test,weight\nx,train,0.5,1\n")
+    artifacts.write_text(
+        paths.path("data", "adversarial_validation.csv"), "id,source,like_test,weight\nx,train,0.5,1\n"
+    )
     with pytest.raises(UserError, match="knows nothing of the row"):
         prepare.prepare(config(experiment="base"))

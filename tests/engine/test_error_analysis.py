@@ -1,4 +1,4 @@
-"""Where models are wrong: slices with n and interval, rows that several models deny."""
+"""comp slices and comp label-errors: scores by class, group and metadata, and rows where all models agree against the label."""
 
 from __future__ import annotations
 
@@ -154,19 +154,21 @@ def test_nothing_to_slice_by_is_said(empty: object) -> None:
         slices.slices("exp001")
 
 
-def test_wrong_labels_are_denied_by_all_and_drawn(empty: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_errors_that_all_models_agree_on_are_listed_and_drawn(
+    empty: object, capsys: pytest.CaptureFixture[str]
+) -> None:
     project = banked.lay_out(empty)  # type: ignore[arg-type]
     both, one = np.array([3, 77, 210]), np.array([5, 90])
     said(project, "exp001", 1, np.concatenate([both, one]))
     said(project, "exp002", 2, both)
-    frame = label_errors.contradicted([])
-    assert set(frame["position"]) == set(both) and (frame["denied"] > 0.3).all()
+    frame = label_errors.label_errors([])
+    assert set(frame["position"]) == set(both) and (frame["margin"] > 0.3).all()
     line = frame[frame["position"] == 77].iloc[0]
-    given = project.head.classes[int(project.samples.targets(project.head)[77, 0])]
-    assert line["given"] == given and line["models say"] != given and line["id"] == "00077"
+    label = project.head.classes[int(project.samples.targets(project.head)[77, 0])]
+    assert line["label"] == label and line["predicted"] != label and line["id"] == "00077"
     out = capsys.readouterr().out
-    assert "3 rows of 400 are denied by all of exp001, exp002" in out and "00077" in out
-    assert Image.open(empty / "data" / "contradicted.png").width > 800  # type: ignore[operator]
+    assert "3 of 400 rows are likely label errors: exp001, exp002" in out and "00077" in out
+    assert Image.open(empty / "data" / "label_errors.png").width > 800  # type: ignore[operator]
 
 
 def test_a_run_of_a_few_rows_or_of_other_folds_is_left_out(
@@ -181,9 +183,9 @@ def test_a_run_of_a_few_rows_or_of_other_folds_is_left_out(
     bank.write(bank.folder("exp001-debug") / "oof.arrow", replace(few, heads=heads))
     other = bank.load("other", "oof", project.samples, project.folds)
     bank.write(bank.folder("other") / "oof.arrow", replace(other, meta=other.meta | {"folds": "f" * 64}))
-    assert set(label_errors.contradicted([])["position"]) == set(both)
+    assert set(label_errors.label_errors([])["position"]) == set(both)
     out = capsys.readouterr().out
-    assert "3 rows of 400 are denied by all of exp001, exp002" in out
+    assert "3 of 400 rows are likely label errors: exp001, exp002" in out
     assert "exp001-debug predicts 50 of 400 rows" in out and "left out: runs/other/oof.arrow" in out
 
 
@@ -194,5 +196,5 @@ def test_other_tasks(empty: object, task: str, rows: list[int]) -> None:
         rows = np.argsort(-np.abs(project.samples.targets(project.head)[: banked.TRAIN, 0]))[:3].tolist()
     for seed, run in enumerate(("exp001", "exp002")):
         said(project, run, seed, np.array(rows))
-    frame = label_errors.contradicted(["exp001", "exp002"])
+    frame = label_errors.label_errors(["exp001", "exp002"])
     assert set(frame["position"]) >= set(rows) and len(frame) <= len(rows) + 6

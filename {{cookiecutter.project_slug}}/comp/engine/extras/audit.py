@@ -1,0 +1,61 @@
+"""comp audit: searches the samples, folds, runs and ensembles of this project for leaks.
+
+duplicates across folds               hash                          bytes of every training image, in archives too
+a split group                         provenance                    groups of the samples against the folds
+in-sample base predictions            provenance, re-prediction     some rows again, by the weights of the fold
+misaligned rows                       re-prediction, recomputation  the right values in the wrong rows
+statistics fitted on validation rows  recomputation                 mean, deviation and whitening of the training part again
+best epoch picked on the scored fold  provenance                    log.jsonl against the score of the OOF rows
+in-sample meta-model                  recomputation                 the ensemble fitted again, fold by fold
+pseudo-labels from models trained on the fold  provenance, recomputation  which models made the labels of a fold
+
+What could not be checked is listed too, and so is whatever was selected on the rows that it is scored on (selected_on_fold).
+That the engine itself does not leak is tested in the template's own tests (tests/engine/test_coin_flips.py).
+"""
+
+from __future__ import annotations
+
+from comp.engine import text_table
+from comp.engine.config import resolve
+from comp.engine.data import folds, samples
+from comp.engine.extras import audit_ensembles, audit_folds, audit_runs
+from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.store import artifacts, paths
+
+
+def audit() -> int:
+    """Prints what was checked and every leak. Exit code 1 if there is one."""
+    cfg = resolve.load(paths.root(), "base").config
+    rows = samples.load()
+    split = folds.load(rows)
+    runs = [
+        folder.name
+        for folder in sorted(paths.path("runs").glob("*"))
+        if artifacts.manifest_entry(folder / "config.yaml") and folder.name[0] != "."
+    ]
+    folders = sorted(paths.path("ensembles").glob("*"))
+    ensembles = [folder.name for folder in folders if artifacts.manifest_entry(folder / "apply.json")]
+    found: list[Finding] = [
+        *audit_folds.duplicates(cfg, rows, split),
+        *audit_folds.groups(rows, split),
+        *audit_folds.pseudo_sources(rows, split),
+    ]
+    for run in runs:
+        found += audit_runs.of_run(run, rows, split)
+    for name in ensembles:
+        found += audit_ensembles.of_ensemble(name, cfg, rows, split)
+    print(
+        f"checked: {len(rows.positions('train'))} training rows, runs {', '.join(runs) or '-'}, "
+        f"ensembles {', '.join(ensembles) or '-'}"
+    )
+    for line in audit_ensembles.selected_on_fold():
+        print(line)
+    leaks = [finding for finding in found if isinstance(finding, Leak)]
+    gaps = [finding for finding in found if isinstance(finding, NotChecked)]
+    for gap in gaps:
+        print(f"not checked: {gap.what}: {gap.reason}")
+    if leaks:
+        print(text_table.render(["LEAK", "where", "found by"], [[*leak] for leak in leaks]))
+    also = f"; {len(gaps)} not checked, see above" if gaps else ""
+    print(f"{len(leaks) or 'no'} leak{'s' * (len(leaks) != 1)}{also}\nnext: comp runs")
+    return 1 if leaks else 0
