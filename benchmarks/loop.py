@@ -29,7 +29,7 @@ class Enough(Exception):
 def settings(network: str, side: int, batch: int, recipe: str, *more: str) -> list[str]:
     return [
         "competition.raw=raw", f"model.name={network}", "model.pretrained=false", f"data.size={side}", "data.channels=3",
-        f"augment={recipe}", f"train.batch_size={batch}", "train.ema=0.999", "train.epochs=1", "schedule.warmup=10%",
+        f"augment={recipe}", f"train.batch_size={batch}", "train.ema_decay=0.999", "train.epochs=1", "schedule.warmup=10%",
         "optim.clip_grad=1.0", "machine.progress=true", *more,
     ]  # fmt: skip
 

@@ -74,7 +74,7 @@ def training(root: Path, table: Any) -> None:
     from comp.engine.run.context import Context
 
     cfg = config(
-        "model.name=resnet18", "data.size=64", "augment=none", f"train.batch_size={BATCH}", "train.ema=0.999", "train.epochs=1",
+        "model.name=resnet18", "data.size=64", "augment=none", f"train.batch_size={BATCH}", "train.ema_decay=0.999", "train.epochs=1",
         "schedule.warmup=10%", "track=offline",
     )  # fmt: skip
     device = torch.device("cpu")

@@ -47,7 +47,7 @@ data: {{size: 32, channels: 1}}
 augment: {{recipe: light}}
 model: {{name: test_resnet, pretrained: false}}
 optim: {{lr: 5e-3}}
-train: {{epochs: {EPOCHS}, limit: 800}}
+train: {{epochs: {EPOCHS}, max_samples: 800}}
 schedule: {{warmup: 0}}
 snapshots: {{cycles: {CYCLES}, last: {LAST}}}
 machine: {{num_workers: 0, progress: false}}

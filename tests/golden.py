@@ -54,8 +54,8 @@ def number(row: Row) -> Row:
 COMPETITIONS: dict[str, tuple[str, dict[str, str], Callable[[Row], Row], dict[str, str]]] = {
     "shipped": ("", {
         "snapshots": f"{TINY}train: {{epochs: 6}}\nsnapshots: {{cycles: 3}}\n",
-        "averages": f"{TINY}train: {{epochs: 4, ema: 0.98, grad_accum_steps: 2}}\n"
-                    "average: {predict_with: swa, members: [raw, ema], swa_from: 0.5}\nschedule: {name: constant, warmup: 10 steps}\n",
+        "averages": f"{TINY}train: {{epochs: 4, ema_decay: 0.98, grad_accum_steps: 2}}\n"
+                    "average: {predict_with: swa, members: [raw, ema], swa_start: 0.5}\nschedule: {name: constant, warmup: 10 steps}\n",
     }, dict, {"label": "0"}),
     "multilabel": (
         f"{COMMON}{TABLES}target: [even, large, round]\ntask: multilabel\nmetric: f1_micro\n{SPLIT}\n"

@@ -47,7 +47,7 @@ submission: {sample: sample_submission.csv, form: label}
 """
 EXPERIMENTS = {
     "exp001": "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
-    "optim: {lr: 5e-3}\ntrain: {epochs: 15, ema: 0.98}\n",
+    "optim: {lr: 5e-3}\ntrain: {epochs: 15, ema_decay: 0.98}\n",
     "exp002": "base: exp001\nmodel: {name: test_efficientnet}\n",
 }
 

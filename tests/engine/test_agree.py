@@ -21,7 +21,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.run import consistency, small_stem
 
-VIEWS = ["augment.views=3", "train.batch_size=30"]
+VIEWS = ["augment.jsd_views=3", "train.batch_size=30"]
 
 
 def test_the_divergence_is_that_of_timm(empty: Path) -> None:
@@ -41,7 +41,7 @@ def test_the_divergence_is_that_of_timm(empty: Path) -> None:
 
 def test_of_labels_each_by_itself(empty: Path) -> None:
     head, output = banked.HEADS["multilabel"], torch.randn(4, 3)
-    each = consistency.consistency_loss(config("augment.views=2", experiment="base"), (head,))(output)
+    each = consistency.consistency_loss(config("augment.jsd_views=2", experiment="base"), (head,))(output)
     p = output.sigmoid().unflatten(0, (2, 2))
     both = torch.stack([p, 1 - p], -1)
     middle = both.mean(1, keepdim=True)
@@ -62,11 +62,11 @@ def test_what_does_not_go_together(empty: Path) -> None:
     with pytest.raises(
         UserError, match=r"train.batch_size: 32 would part the views of a picture; a multiple of 3"
     ):
-        config("augment.views=3", experiment="base")
-    with pytest.raises(UserError, match=r"augment.views: 2 of a picture stand side by side, so mixup"):
-        config("augment.views=2", "augment.mixup=0.2", experiment="base")
-    with pytest.raises(UserError, match=r"augment.views: label is a value"):
-        consistency.validate(config("augment.views=2", experiment="base"), (banked.HEADS["regression"],))
+        config("augment.jsd_views=3", experiment="base")
+    with pytest.raises(UserError, match=r"augment.jsd_views: 2 of a picture stand side by side, so mixup"):
+        config("augment.jsd_views=2", "augment.mixup=0.2", experiment="base")
+    with pytest.raises(UserError, match=r"augment.jsd_views: label is a value"):
+        consistency.validate(config("augment.jsd_views=2", experiment="base"), (banked.HEADS["regression"],))
 
 
 @pytest.mark.parametrize(

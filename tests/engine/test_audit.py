@@ -24,7 +24,7 @@ from comp.engine.run import runner
 from comp.engine.store import artifacts, paths
 
 RECIPE = [
-    "track=none", "augment=none", "train.epochs=3", "train.limit=48", "train.batch_size=8", "machine.num_workers=0",
+    "track=none", "augment=none", "train.epochs=3", "train.max_samples=48", "train.batch_size=8", "machine.num_workers=0",
     "machine.progress=false", "optim.lr=0.01", "data.normalize=data",
 ]  # fmt: skip
 

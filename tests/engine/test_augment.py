@@ -20,7 +20,7 @@ from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
 SEEDS = fold_in(1, spread=np.arange(400))
-TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=48"]
+TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.max_samples=48"]
 
 
 def refusal(*overrides: str) -> str:
@@ -92,7 +92,7 @@ def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
 def test_a_policy_that_timm_would_ignore_in_part_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         policies.create(name, 3)
-    assert (caught.value.code, caught.value.key) == ("policy-unknown", "augment.policy")
+    assert (caught.value.code, caught.value.key) == ("policy-unknown", "augment.auto_augment")
 
 
 def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
     def drawn(*overrides: str) -> list[bytes]:
         cfg = config(
             *TINY[2:],
-            "augment.policy=rand-m9-n2",
+            "augment.auto_augment=rand-m9-n2",
             "train.epochs=3",
             "augment.disable_last_epochs=1",
             *overrides,
@@ -118,7 +118,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 
     alone = drawn("machine.num_workers=0")
     assert drawn("machine.num_workers=1") == alone
-    plain = drawn("machine.num_workers=0", "augment.policy=null", "augment.disable_last_epochs=0")
+    plain = drawn("machine.num_workers=0", "augment.auto_augment=null", "augment.disable_last_epochs=0")
     assert sum(a != b for a, b in zip(alone[:16], plain[:16], strict=True)) > 4
     assert alone[16:] == plain[16:], "the last epoch is without it"
 
@@ -231,7 +231,7 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
         criterion(output, [codes], weight, parts), losses.cross_entropy(output, soft, 0.1), atol=1e-6
     )
     # a threshold looks at the mixture, as in timm: whatever has a fifth of it is a yes
-    firm = by(config("loss.name=bce", "loss.threshold=0.2"), losses.bce_multiclass, 0.0, 0.2)
+    firm = by(config("loss.name=bce", "loss.target_threshold=0.2"), losses.bce_multiclass, 0.0, 0.2)
     wanted = losses.bce_multiclass(output, (soft > 0.2).float(), 0.0, None)
     assert torch.allclose(firm(output, [codes], weight, parts), wanted, atol=1e-6)
     # squared errors: the same gradient as against the mixed value
@@ -265,7 +265,7 @@ def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> N
 def test_knobs_without_effect_are_refused(empty: Path) -> None:
     assert "augment.disable_last_epochs" in refusal("augment.disable_last_epochs=2")
     assert "leaves no epoch" in refusal("augment.disable_last_epochs=15", "augment.random_erasing=0.5")
-    assert "augment.mix_share" in refusal("augment.mix_share=0.5", "augment.mosaic=0.5")
+    assert "augment.mixup_prob" in refusal("augment.mixup_prob=0.5", "augment.mosaic=0.5")
     assert "augment.progressive_sizes" in refusal(
         "augment.progressive_sizes=[16,24,32]", "train.epochs=2", "schedule.warmup=0"
     )
@@ -305,7 +305,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     every = [
-        "augment.policy=trivial", "augment.random_erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
+        "augment.auto_augment=trivial", "augment.random_erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
         "augment.disable_last_epochs=1", "augment.progressive_sizes=[24,32]", "train.epochs=3", "train.grad_accum_steps=2", "train.batch_size=8",
     ]  # fmt: skip
     runner.augmentation_sheet("exp001", every)

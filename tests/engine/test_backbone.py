@@ -29,8 +29,8 @@ from comp.engine.tasks.kinds import Head
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 TINY = [
-    "track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "model.pretrained=false", "train.ema=null",
-    "train.epochs=1", "train.limit=16", "train.batch_size=8",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "model.pretrained=false", "train.ema_decay=null",
+    "train.epochs=1", "train.max_samples=16", "train.batch_size=8",
 ]  # fmt: skip
 HEAD = Head("label", "multiclass", ("a", "b", "c"), ("target.label",), ("a", "b", "c"))
 FAMILIES = {
@@ -142,17 +142,17 @@ def test_what_is_no_classifier_is_refused(empty: Path) -> None:
 
 
 def test_other_arguments_of_create_model_reach_it(empty: Path) -> None:
-    assert built(f"model.name={VIT}", "data.size=32", "model.options={depth: 3}").blocks.__len__() == 3
+    assert built(f"model.name={VIT}", "data.size=32", "model.kwargs={depth: 3}").blocks.__len__() == 3
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (["model.options={patch_dropp_rate: 0.3}"], ("model.options.patch_dropp_rate:", "nearest is patch_drop_rate")),
-        (["model.options={depth: lots}"], ("model.options.depth:", "'lots'")),
-        (["model.options={img_size: 64}"], ("model.options.img_size:", "data.size")),
-        (["model.options={num_classes: 4}"], ("model.options.num_classes:",)),
-        (["model.name=resnet18", "model.options={patch_size: 8}"], ("model.options.patch_size:", "takes no such argument")),
+        (["model.kwargs={patch_dropp_rate: 0.3}"], ("model.kwargs.patch_dropp_rate:", "nearest is patch_drop_rate")),
+        (["model.kwargs={depth: lots}"], ("model.kwargs.depth:", "'lots'")),
+        (["model.kwargs={img_size: 64}"], ("model.kwargs.img_size:", "data.size")),
+        (["model.kwargs={num_classes: 4}"], ("model.kwargs.num_classes:",)),
+        (["model.name=resnet18", "model.kwargs={patch_size: 8}"], ("model.kwargs.patch_size:", "takes no such argument")),
         (["model.name=vgg11", "model.drop_path_rate=0.1"], ("model.drop_path_rate:", "set it to 0")),
         ([f"model.name={VIT}.augreg_in21"], ("model.name:", f"nearest is {VIT}.augreg_in21k")),
         (["model.name=vit_tinny_patch16_224"], ("model.name:", VIT)),

@@ -30,7 +30,7 @@ from comp.engine.tasks.kinds import Head
 
 TINY = (
     "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {num_workers: 0, progress: false}\n"
-    "optim: {lr: 0.02}\ntrain: {epochs: 1, limit: 48, batch_size: 8, ema: null}\nschedule: {warmup: 0}\n"
+    "optim: {lr: 0.02}\ntrain: {epochs: 1, max_samples: 48, batch_size: 8, ema_decay: null}\nschedule: {warmup: 0}\n"
 )
 
 

@@ -37,8 +37,10 @@ def test_precedence_and_origins(root: Path) -> None:
         "configs/exp001.yaml:"
     )
     assert loaded.config.train.epochs == 3 and "command" not in loaded.origins["train.epochs"]
-    assert loaded.config.train.limit == 64 and loaded.origins["train.limit"].startswith("configs/debug.yaml:")
-    assert resolve.load(root, "exp001").config.train.limit is None
+    assert loaded.config.train.max_samples == 64 and loaded.origins["train.max_samples"].startswith(
+        "configs/debug.yaml:"
+    )
+    assert resolve.load(root, "exp001").config.train.max_samples is None
 
 
 def test_every_config_of_this_project_loads() -> None:
@@ -64,7 +66,13 @@ def test_a_plain_value_goes_to_the_head_of_a_section(root: Path) -> None:
 
 def test_what_changes_results() -> None:
     moving = ["optim.lr=1", "train.threads=2", "competition.id=x"]
-    free = ["machine.num_workers=4", "track=none", "track.mode=online", "train.seeds=[1]", "keep.state=true"]
+    free = [
+        "machine.num_workers=4",
+        "track=none",
+        "track.mode=online",
+        "train.seeds=[1]",
+        "keep.optimizer_state=true",
+    ]
     assert resolve.changes_results([*free, *moving]) == moving
 
 
@@ -101,7 +109,7 @@ MISTAKES = {
 
 # What no reader expects: each was an exception of Python, or a process that never ended.
 HOSTILE = {
-    "recursive alias": ("model: &m {options: *m}", ("exp.yaml:2", "model.options", "alias")),
+    "recursive alias": ("model: &m {kwargs: *m}", ("exp.yaml:2", "model.kwargs", "alias")),
     "recursive list": ("train: {stages: &s [*s]}", ("exp.yaml:2", "train.stages.0", "alias")),
     "alias bomb": (
         "\n".join(
@@ -188,7 +196,7 @@ def mutated(seed: int) -> tuple[str, str]:
     rng = random.Random(seed)
     sections = {n: f.annotation for n, f in schema.Config.model_fields.items() if n != "competition"}
     section = rng.choice(sorted(sections))
-    fields = set(sections[section].model_fields) - {"options"}  # type: ignore[union-attr]  # where any name is welcome
+    fields = set(sections[section].model_fields) - {"kwargs"}  # type: ignore[union-attr]  # where any name is welcome
     key = rng.choice(sorted(fields))
     broken = {
         "misspelt key": f"{section}: {{{key}x: 1}}",

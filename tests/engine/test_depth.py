@@ -1,4 +1,4 @@
-"""data.depth: 16 bit files and arrays come whole through decoder, cache, loader and views."""
+"""data.bit_depth: 16 bit files and arrays come whole through decoder, cache, loader and views."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def deep_project(root: Path, depth: int, count: int = 5) -> tuple[Any, list[str]
     raw.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         (raw / f"{i}.png").write_bytes(encoded(".png", np.roll(DEEP, i, axis=0)))
-    cfg = config(f"data.depth={depth}", "data.size=24", "data.channels=3", "augment=fast", experiment="base")
+    cfg = config(
+        f"data.bit_depth={depth}", "data.size=24", "data.channels=3", "augment=fast", experiment="base"
+    )
     return cfg, [f"{i}.png" for i in range(count)]
 
 
@@ -148,10 +150,10 @@ def test_people_see_8_bits() -> None:
 
 
 def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
-    cfg = config("data.depth=16", "augment=medium", experiment="base")
+    cfg = config("data.bit_depth=16", "augment=medium", experiment="base")
     with pytest.raises(UserError, match=r"16 bits, and RandomResizedCrop of augment.recipe medium") as caught:
         transforms.epoch_recipe(cfg, transforms.epoch_augments(cfg)[0])
-    assert (caught.value.code, caught.value.key) == ("depth-unsupported", "data.depth")
+    assert (caught.value.code, caught.value.key) == ("depth-unsupported", "data.bit_depth")
 
 
 def test_five_channels_go_from_file_to_output(empty: Path) -> None:
@@ -199,7 +201,7 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
     prepare.prepare(config(experiment="base"))
     make_folds.make(config(), samples.load(), remake=True)
     (project / "configs" / "exp003.yaml").write_text(
-        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{random_erasing: 0.5}}\ntrain: {{limit: 16, batch_size: 8, epochs: 1, ema: null}}\n"
+        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{random_erasing: 0.5}}\ntrain: {{max_samples: 16, batch_size: 8, epochs: 1, ema_decay: null}}\n"
         "schedule: {warmup: 0}\nmachine: {num_workers: 0, progress: false}\ntrack: {mode: none}\n"
     )
     assert cli.main(["augment", "exp003"]) == 0

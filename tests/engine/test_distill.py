@@ -29,7 +29,7 @@ from comp.engine.tasks.kinds import Head
 BATCH, T = 6, 3.0
 ROWS = np.arange(BATCH)
 QUIET = [
-    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.limit=64", "train.batch_size=16", "augment=none",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema_decay=null", "train.epochs=1", "schedule.warmup=0", "train.max_samples=64", "train.batch_size=16", "augment=none",
 ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_of_values_there_is_only_the_answer(empty: Path) -> None:
     assert grades.told.min() >= 0 and grades.told.max() <= 3, "a grade beyond the last is the last"
 
 
-@pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.threshold=0.2", "distill.kind=hard"]])
+@pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.target_threshold=0.2", "distill.kind=hard"]])
 def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[str]) -> None:
     a = lesson("multiclass", *more)
     mixture = mixup.mixed_loss(a.cfg, (a.head,), a.loss)

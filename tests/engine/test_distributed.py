@@ -35,10 +35,10 @@ from comp.engine.tune import search
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
     "track=none", "machine.num_workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
-    "optim.lr=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=100", "keep.state=true",
+    "optim.lr=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema_decay=0.9", "train.epochs=2", "train.max_samples=100", "keep.optimizer_state=true",
 ]  # fmt: skip
 
-TAUGHT = [*SHARED, "distill.teacher=teacher", "data.pseudo=teacher"]
+TAUGHT = [*SHARED, "distill.teacher=teacher", "data.pseudo_labels=teacher"]
 
 
 def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
@@ -141,7 +141,13 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
     (project / "configs" / "tune" / "p.yaml").write_text(
         "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
     )
-    told = ["track=none", "machine.num_workers=0", "train.epochs=3", "train.limit=32", "schedule.warmup=0"]
+    told = [
+        "track=none",
+        "machine.num_workers=0",
+        "train.epochs=3",
+        "train.max_samples=32",
+        "schedule.warmup=0",
+    ]
 
     def judge(rank: int) -> None:
         optuna.trial.Trial.should_prune = lambda trial: rank == 0 and trial.number == 1  # type: ignore[assignment, method-assign]

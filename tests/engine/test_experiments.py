@@ -31,7 +31,7 @@ def of_as(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def work() -> None:
         few(root)
-        (root / "configs" / "tiny.yaml").write_text(TINY.replace("limit: 48, ", ""))
+        (root / "configs" / "tiny.yaml").write_text(TINY.replace("max_samples: 48, ", ""))
         runner.train("tiny", ["optim.lr=1e-3"], name="a")
         runner.train("tiny", ["optim.lr=2e-3"], name="half", fold="0")
 
@@ -61,7 +61,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     assert loaded.origins["optim.lr"] == f"runs/half/config.yaml:{1 + lines.index('  rate: 0.002')}"
     assert loaded.origins["optim.momentum"].startswith("configs/base.yaml:"), "as base.yaml has it"
     assert loaded.config.competition.metric == "log_loss", "what is scored now"
-    assert experiments.load("half", debug=True).config.train.limit == 64
+    assert experiments.load("half", debug=True).config.train.max_samples == 64
     before = experiments.load("half", ["competition.metric=accuracy"]).config
     assert before == runner.stored_config("half")
 

@@ -21,7 +21,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import launcher, runner
 from comp.engine.store import artifacts, paths
 
-SMALL = ["track=none", "machine.num_workers=0", "train.limit=64", "schedule.warmup=0"]
+SMALL = ["track=none", "machine.num_workers=0", "train.max_samples=64", "schedule.warmup=0"]
 
 
 @pytest.fixture

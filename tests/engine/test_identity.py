@@ -176,7 +176,7 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
 
 def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runner.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
-    runner.train("exp001", ["machine.progress=false", "train.limit=20"], fold="0", debug=True, name="y")
+    runner.train("exp001", ["machine.progress=false", "train.max_samples=20"], fold="0", debug=True, name="y")
     words = shlex.split(fingerprint.resume_command("x"))
     assert words[:5] == ["comp", "train", "exp001", "--as", "x"] and "predict.tta=[identity, hflip]" in words
     assert shlex.split(fingerprint.resume_command("y"))[:6] == [

@@ -74,7 +74,7 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
 ) -> None:
     """Weights of its own within each fold, and nothing of the project beside them."""
     monkeypatch.setattr(kernel, "needed", list)
-    few = ["train.epochs=2", "snapshots.cycles=2", "train.limit=40"]
+    few = ["train.epochs=2", "snapshots.cycles=2", "train.max_samples=40"]
     runner.train("exp001", [*QUICK, *few], name="snaps")
     bundle = kernel.build("snaps:snap1") / "bundle"
     assert len(list(bundle.rglob("fold*/snap1/weights.safetensors"))) == 5

@@ -334,8 +334,8 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     )
     with pytest.raises(UserError, match="trained on one each"):
         Loader(config(), replace(table, multi_image=False), context.device)
-    with pytest.raises(UserError, match=r"model.pool: max has no effect"):
-        runner.gather(config("model.pool=max", "data.images=1"))
+    with pytest.raises(UserError, match=r"model.image_pool: max has no effect"):
+        runner.gather(config("model.image_pool=max", "data.max_images=1"))
 
 
 def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:

@@ -362,7 +362,7 @@ def test_two_containers_do_not_train_one_fold(project: Path, namespace: list[str
     (project / "comp" / "competition.py").write_text("")
     train = [
         *[*namespace, sys.executable, "-m", "comp", "train", "exp001", "--as", "run", "--fold", "0", "track=none"],
-        *["machine.num_workers=0", "machine.progress=false", "train.epochs=12", "train.limit=64", "schedule.warmup=0"],
+        *["machine.num_workers=0", "machine.progress=false", "train.epochs=12", "train.max_samples=64", "schedule.warmup=0"],
     ]  # fmt: skip
     log = paths.fold_folder("run", 0, 0) / "log.jsonl"
     first = subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

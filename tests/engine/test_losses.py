@@ -65,7 +65,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.BinaryCrossEntropy(smoothing=0.2, smooth_dense=True, reduction="none")(OUTPUT, LABELS),
     ),
     "bce, threshold": (
-        said("bce", OUTPUT, SHARES, threshold=0.3),
+        said("bce", OUTPUT, SHARES, target_threshold=0.3),
         timm.loss.BinaryCrossEntropy(smoothing=0, target_threshold=0.3, reduction="none")(OUTPUT, SHARES),
     ),
     "bce of classes": (
@@ -99,16 +99,16 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "asymmetric, with other knobs": (
-        said("asymmetric", OUTPUT, LABELS, gamma=2.0, gamma_positive=0.5, shift=0.2),
+        said("asymmetric", OUTPUT, LABELS, gamma=2.0, gamma_pos=0.5, clip=0.2),
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=2, gamma_pos=0.5, clip=0.2, smoothing=0.0, reduction="none")(OUTPUT, LABELS),
     ),
     "jensen_shannon": (  # with equal shares it is scipy's distance squared, scaled by 1 / (0.5 log 2)
-        said("jensen_shannon", OUTPUT, SHARES, share=0.5),
+        said("jensen_shannon", OUTPUT, SHARES, js_weight=0.5),
         torch.tensor([jensenshannon(t, p) ** 2 for t, p in zip(SHARES.numpy(), OUTPUT.softmax(1).numpy(), strict=True)])
         / (0.5 * np.log(2)),
     ),
     "jensen_shannon of a small share": (
-        said("jensen_shannon", OUTPUT.double(), CODES, share=1e-8), F.cross_entropy(OUTPUT.double(), CODES, reduction="none"),
+        said("jensen_shannon", OUTPUT.double(), CODES, js_weight=1e-8), F.cross_entropy(OUTPUT.double(), CODES, reduction="none"),
     ),
     "mse": (said("mse", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]) ** 2),
     "l1": (said("l1", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]).abs()),
@@ -123,7 +123,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
     "cumulative": (  # above 0 yes, above 1 no
         said("cumulative", torch.tensor([[3.0, -3.0]]), torch.tensor([1.0])), torch.tensor([2 * np.log1p(np.exp(-3.0))]),
     ),
-    "soft_labels": (said("soft_labels", OUTPUT, GRADES, spread=1.0), -(NEAR * OUTPUT.log_softmax(1)).sum(1)),
+    "soft_labels": (said("soft_labels", OUTPUT, GRADES, sigma=1.0), -(NEAR * OUTPUT.log_softmax(1)).sum(1)),
     "bins": (  # 1.25 lies a quarter of the way from 1 to 2
         said("bins", OUTPUT[:1], torch.tensor([1.25]), bins=5, range=[0.0, 4.0]),
         -(0.75 * OUTPUT[:1].log_softmax(1)[:, 1:2] + 0.25 * OUTPUT[:1].log_softmax(1)[:, 2:3]),
@@ -328,12 +328,12 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
         ("regression", {"loss.label_smoothing": 0.1}, "loss.label_smoothing: 0.1 has no effect"),
         ("regression", {"loss.class_weights": "balanced"}, "loss.class_weights: balanced has no effect on regression"),
         ("regression", {"loss.name": "bins"}, r"loss.range: bins needs .*\[0, 100\]"),
-        ("multilabel", {"loss.threshold": 0.2, "loss.label_smoothing": 0.1}, "undone by loss.threshold"),
+        ("multilabel", {"loss.target_threshold": 0.2, "loss.label_smoothing": 0.1}, "undone by loss.target_threshold"),
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
         ("retrieval", {"loss.name": "triplet"}, "set sampling.m_per_class"),
         ("retrieval", {"loss.name": "triplet", "sampling.m_per_class": 2, "select.name": "best"}, "nothing can be chosen"),
-        ("multiclass", {"model.embedding": 64}, "model.embedding: 64 has no effect on loss cross_entropy; arcface"),
-        ("retrieval", {"loss.name": "focal", "predict.neighbours": 3}, "predict.neighbours: 3 has no effect"),
+        ("multiclass", {"model.embedding_size": 64}, "model.embedding_size: 64 has no effect on loss cross_entropy; arcface"),
+        ("retrieval", {"loss.name": "focal", "predict.n_neighbors": 3}, "predict.n_neighbors: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),
         ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "twice; choose one"),
     ],
@@ -352,7 +352,7 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
         "range": [-20.0, 20.0],
         "bins": 16,
         "sub_centers": 3,
-        "threshold": 0.4,
+        "target_threshold": 0.4,
         "alpha": 0.3,
         "margin_rare": 0.5,
     }

@@ -23,7 +23,7 @@ QUICK = [
     "machine.progress=false",
     "train.epochs=1",
     "schedule.warmup=0",
-    "train.limit=64",
+    "train.max_samples=64",
 ]
 
 
@@ -71,7 +71,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
 
 
 def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
-    cfg = config(*QUICK, "train.batch_size=16", "optim.base_batch=64")
+    cfg = config(*QUICK, "train.batch_size=16", "optim.lr_base_size=64")
     context = runner.gather(cfg)
     points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
     assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
@@ -101,7 +101,7 @@ def test_a_curve_is_drawn_without_pictures(
     for image in (project / "data/raw").rglob("*.png"):
         image.unlink()
     monkeypatch.setitem(__import__("sys").modules, "comp.data", None)  # what needs torch cannot be imported
-    said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.base_batch=256"]
+    said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.lr_base_size=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0
     out = capsys.readouterr().out
     assert "one_cycle: 270 steps, 18 an epoch, 64 images each (32 x 2)" in out

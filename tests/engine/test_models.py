@@ -25,7 +25,7 @@ from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 TINY = [
-    "track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=96", "train.epochs=1", "schedule.warmup=0",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.max_samples=96", "train.epochs=1", "schedule.warmup=0",
     "data.size=16", "model.pretrained=false",
 ]  # fmt: skip
 

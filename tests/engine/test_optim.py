@@ -274,7 +274,7 @@ def test_kron_without_what_orders_its_sums_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_options_reach_the_optimizer() -> None:
-    groups = optim.optimizer(config("optim.options={eps: 1e-4, betas: [0.8, 0.9]}"), network()).param_groups
+    groups = optim.optimizer(config("optim.kwargs={eps: 1e-4, betas: [0.8, 0.9]}"), network()).param_groups
     assert all(group["eps"] == 1e-4 and group["betas"] == (0.8, 0.9) for group in groups)
 
 
@@ -283,7 +283,7 @@ def test_options_reach_the_optimizer() -> None:
     [
         (["optim.name=adamm"], "optim.name: timm has no 'adamm'; the nearest are adam"),
         (["optim.name=fusedadam"], "optim.name: fusedadam is apex's"),
-        (["optim.options={epss: 1e-3}"], "optim.options.epss: adamw takes no such option; the nearest is eps"),
+        (["optim.kwargs={epss: 1e-3}"], "optim.kwargs.epss: adamw takes no such option; the nearest is eps"),
         (["optim.name=adagrad", "optim.momentum=0.9"], "optim.momentum: adagrad has none; set it to null"),
         (["optim.name=adagrad", f"schedule={CYCLING[0]}"], "schedule.momentum: adagrad has none that could cycle"),
         (["optim.name=lbfgs"], "optim.weight_decay: 0.05 has no effect on lbfgs"),

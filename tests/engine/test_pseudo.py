@@ -176,7 +176,7 @@ def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
         written("exp001:full")
     with pytest.raises(UserError, match="no such run or ensemble; the nearest are exp001"):
         written("exp01")
-    picks = config("select.name=best", "select.on=fold", "train.ema=null", experiment="base")
+    picks = config("select.name=best", "select.on=fold", "train.ema_decay=null", experiment="base")
     run(project, "picked", cfg=picks)
     with pytest.raises(UserError, match="picked is selected_on_fold"):
         written("picked")
@@ -218,7 +218,7 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     written()
-    cfg = config("data.pseudo=exp001", experiment="base")
+    cfg = config("data.pseudo_labels=exp001", experiment="base")
 
     def found() -> list[str]:
         run(project, "exp002", cfg=cfg)
@@ -239,14 +239,14 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
     assert set(found()) == {"pseudo-labels that differ from those of their models"}
 
 
-QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.ema_decay=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
 
 
 def test_the_rows_teach(project: Path) -> None:
     digits = banked.digits(project)
     run(digits, "teacher")
     pseudo_labels.write("teacher", "teacher", Selection(None, 0.2, False, 1.0))
-    runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="1", name="taught")
+    runner.train("exp001", [*QUIET, "data.pseudo_labels=teacher"], fold="1", name="taught")
     (epoch,) = [
         line for line in tracking.read(paths.fold_folder("taught", 0, 1) / "log.jsonl") if "epoch" in line
     ]
@@ -259,11 +259,12 @@ def test_the_rows_teach(project: Path) -> None:
     assert np.array_equal(test.row, digits.samples.positions("test"))
     pseudo_labels.write("teacher", "teacher", Selection(None, 0.1, False, 1.0))
     with pytest.raises(UserError, match=r"trained with another data/pseudo/teacher.parquet"):
-        runner.train("exp001", [*QUIET, "data.pseudo=teacher"], fold="2", name="taught")
+        runner.train("exp001", [*QUIET, "data.pseudo_labels=teacher"], fold="2", name="taught")
     with pytest.raises(
-        UserError, match=r"data.pseudo: data/pseudo/techer.parquet: no such table; the nearest are teacher"
+        UserError,
+        match=r"data.pseudo_labels: data/pseudo/techer.parquet: no such table; the nearest are teacher",
     ):
-        runner.train("exp001", [*QUIET, "data.pseudo=techer"], name="other")
+        runner.train("exp001", [*QUIET, "data.pseudo_labels=techer"], name="other")
 
 
 @pytest.mark.parametrize("task", ["multiclass", "regression"])
@@ -276,7 +277,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
     pseudo_labels.write("teacher", "teacher", Selection(None, 0.5, False, 1.0))
     runner.train(
         "exp001",
-        [*QUIET, "data.pseudo=teacher", "data.normalize=data", "data.size=8"],
+        [*QUIET, "data.pseudo_labels=teacher", "data.normalize=data", "data.size=8"],
         fold="1",
         name="taught",
     )

@@ -58,7 +58,7 @@ def test_an_error_ends_the_run_as_failed(empty: Path) -> None:
 
 
 def open_quietly(folder: Path) -> tracking.RunLogger:
-    settings = Settings(mode="none", project=None, entity=None, checkpoints=False)
+    settings = Settings(mode="none", project=None, entity=None, log_model=False)
     return tracking.open_log(
         folder, run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )

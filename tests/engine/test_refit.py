@@ -25,7 +25,13 @@ from comp.engine.store import artifacts, paths
 
 
 def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path) -> None:
-    told = [*TINY, "train.limit=null", "train.batch_size=64", "train.epochs=2", "predict.batch_size=256"]
+    told = [
+        *TINY,
+        "train.max_samples=null",
+        "train.batch_size=64",
+        "train.epochs=2",
+        "predict.batch_size=256",
+    ]
     for which in ("1", "full"):
         runner.train("exp001", told, fold=which, name="x")
     table = samples.load()
@@ -46,7 +52,7 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
 
 # --- a run of which only the refit was trained ---------------------------------------------------------------------------
 
-KEPT = ["train.epochs=2", "train.limit=null", "snapshots.cycles=2", "train.ema=0.9", "average.members=[raw, swa]", "average.swa_from=0"]  # fmt: skip
+KEPT = ["train.epochs=2", "train.max_samples=null", "snapshots.cycles=2", "train.ema_decay=0.9", "average.members=[raw, swa]", "average.swa_start=0"]  # fmt: skip
 MADE = ["full", "full-last2", "full-raw", "full-snap1", "full-snap2", "full-swa"]
 
 

@@ -25,7 +25,7 @@ from comp.engine.store import artifacts, locks, paths
 
 # Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving rate.
 RECIPE = [
-    "track=none", "augment=heavy", "model.drop_rate=0.3", "train.ema=0.9", "train.epochs=2", "train.limit=96", "train.batch_size=8",
+    "track=none", "augment=heavy", "model.drop_rate=0.3", "train.ema_decay=0.9", "train.epochs=2", "train.max_samples=96", "train.batch_size=8",
     "train.grad_accum_steps=2", "train.checkpoint_every=2", "machine.num_workers=0", "machine.progress=false",
 ]  # fmt: skip
 

@@ -21,27 +21,27 @@ from comp.engine.store import artifacts
 
 # Few steps, a state every second of them, and nothing that the line itself does not ask for.
 PLAIN = [
-    "track=none", "machine.num_workers=0", "machine.progress=false", "augment=light", "train.ema=null", "train.epochs=4", "train.limit=48",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "augment=light", "train.ema_decay=null", "train.epochs=4", "train.max_samples=48",
     "train.batch_size=8", "train.checkpoint_every=2", "schedule.warmup=0",
 ]  # fmt: skip
 
 STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
 RECIPES = {  # what does not touch each other shares a line
-    "ema": ["train.ema=0.9"],
+    "ema": ["train.ema_decay=0.9"],
     "accumulation, balanced draws, hardest samples": ["train.grad_accum_steps=3", "model.drop_rate=0.3", "sampling.balance=weighted", "loss.ohem=0.5"],
     "one-cycle, sgd without clipping, bf16": ["schedule.name=one_cycle", "optim.name=sgd", "optim.lr=0.02", "optim.clip_grad=null", "train.amp=bf16"],
     "fp16, whose scaler has a state, gradient checkpointing": ["train.amp=fp16", "train.grad_checkpointing=true", "model.drop_rate=0.3"],
     "plateau, normalised by the data": ["schedule.name=plateau", "schedule.patience=0", "schedule.factor=0.5", "data.normalize=data"],
     "cosine restarts, growing pictures": ["schedule.name=cosine_restarts", "schedule.cycles=2", "augment.progressive_sizes=[16, 32]"],
-    "swa beside raw, whitened": ["average.predict_with=swa", "average.members=[raw]", "average.swa_from=0.4", "data.whiten=zca"],
+    "swa beside raw, whitened": ["average.predict_with=swa", "average.members=[raw]", "average.swa_start=0.4", "data.whiten=zca"],
     "snapshots, channels_last": ["snapshots.cycles=2", "average.members=[uniform]", "train.channels_last=true"],
-    "greedy soup of the tail, chosen on inner rows": ["average.predict_with=greedy", "average.tail=3", "select.share=0.3"],
-    "best epoch": ["select.name=best", "select.patience=2", "train.ema=0.9"],
+    "greedy soup of the tail, chosen on inner rows": ["average.predict_with=greedy", "average.tail_epochs=3", "select.validation_fraction=0.3"],
+    "best epoch": ["select.name=best", "select.patience=2", "train.ema_decay=0.9"],
     "mixup, cutmix and mosaic, off at the end": ["augment.mixup=0.4", "augment.cutmix=1.0", "augment.mosaic=0.3", "augment.disable_last_epochs=1"],
-    "views that agree, policy and erasing": ["augment.views=2", "augment.policy=rand-m9-n2-mstd0.5", "augment.random_erasing=0.3"],
+    "views that agree, policy and erasing": ["augment.jsd_views=2", "augment.auto_augment=rand-m9-n2-mstd0.5", "augment.random_erasing=0.3"],
     "stages": [STAGES],
     "kron": ["optim.name=kron", "optim.lr=1e-3"],
-    "a teacher and pseudo-labels": ["distill.teacher=teacher", "data.pseudo=teacher"],
+    "a teacher and pseudo-labels": ["distill.teacher=teacher", "data.pseudo_labels=teacher"],
 }  # fmt: skip
 QUICK = ("ema",)
 
@@ -86,8 +86,8 @@ def test_killed_and_run_again_gives_the_same_bytes(root: Path, name: str) -> Non
 
 
 ON_VALUES = {
-    "ema": ["train.ema=0.9", "train.epochs=2"],
-    "snapshots, swa beside raw, mixup": ["snapshots.cycles=2", "average.predict_with=swa", "average.members=[raw]", "average.swa_from=0.4", "augment.mixup=0.4"],
+    "ema": ["train.ema_decay=0.9", "train.epochs=2"],
+    "snapshots, swa beside raw, mixup": ["snapshots.cycles=2", "average.predict_with=swa", "average.members=[raw]", "average.swa_start=0.4", "augment.mixup=0.4"],
     "stages, fp16, accumulation": [STAGES, "train.amp=fp16", "train.grad_accum_steps=3"],
     "plateau, huber, best epoch": ["schedule.name=plateau", "schedule.patience=0", "loss.name=huber", "select.name=best"],
 }  # fmt: skip

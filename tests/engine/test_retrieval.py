@@ -192,7 +192,7 @@ submission: {sample: sample.csv, form: ranking, k: 5}
 TINY = [
     "track=none", "machine.num_workers=0", "machine.progress=false", "data.size=32", "data.channels=3", "model.name=test_resnet",
     "model.pretrained=false", "augment.recipe=none", "train.epochs=10", "train.batch_size=16", "optim.lr=5e-3",
-    "train.ema=null", "model.global_pool=gem", "model.embedding=32",
+    "train.ema_decay=null", "model.global_pool=gem", "model.embedding_size=32",
 ]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     run = [*TINY, "loss.margin_rare=0.5", "loss.sub_centers=2"]
     runner.train("exp001", run, name="x")
     runner.train(
-        "exp001", [*TINY, "loss=triplet", "sampling.m_per_class=4", "predict.neighbours=3"], name="y"
+        "exp001", [*TINY, "loss=triplet", "sampling.m_per_class=4", "predict.n_neighbors=3"], name="y"
     )
     table = samples.load()
     split = folds.load(table)

@@ -60,20 +60,23 @@ CLOSED = {
     "constant": ([], lambda s: 1.0),
     "linear": (["min_lr_ratio=0.1"], lambda s: 1 - 0.9 * s / STEPS),
     "cosine": (["min_lr_ratio=0.1"], lambda s: 0.1 + 0.9 * half_wave(s / STEPS)),
-    "step": (["every=3 epochs", "factor=0.5"], lambda s: 0.5 ** (s // 30)),
+    "step": (["step_size=3 epochs", "factor=0.5"], lambda s: 0.5 ** (s // 30)),
     "cosine_restarts": (
-        ["cycles=3", "min_lr_ratio=0", "decay=0.5"],
+        ["cycles=3", "min_lr_ratio=0", "cycle_decay=0.5"],
         lambda s: 0.5 ** (s // 40) * half_wave(s % 40 / 40),
     ),
     "triangular": (
-        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.5", "decay=0.5"],
+        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.5", "cycle_decay=0.5"],
         lambda s: 0.2 + 0.8 * 0.5 ** (s // 40) * (1 - abs(s % 40 / 20 - 1)),
     ),
-    "exponential": (
-        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.25", "decay=0.5"],
+    "exp_range": (
+        ["cycles=3", "min_lr_ratio=0.2", "pct_start=0.25", "cycle_decay=0.5"],
         lambda s: 0.2 + 0.8 * 0.5 ** (s / 40) * min(s % 40 / 10, (40 - s % 40) / 30),
     ),
-    "wsd": (["cooldown=25%", "anneal=linear", "min_lr_ratio=0"], lambda s: min(1.0, (STEPS - s) / 30)),
+    "wsd": (
+        ["cooldown=25%", "anneal_strategy=linear", "min_lr_ratio=0"],
+        lambda s: min(1.0, (STEPS - s) / 30),
+    ),
 }
 
 
@@ -84,7 +87,7 @@ def test_a_curve_equals_its_closed_form(name: str) -> None:
 
 
 def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
-    dropped = rates("name=step", "every=[50%, 9 epochs, 110 steps]")
+    dropped = rates("name=step", "step_size=[50%, 9 epochs, 110 steps]")
     assert [step for step in range(1, STEPS) if dropped[step] < dropped[step - 1]] == [60, 90, 110]
     assert rates("name=wsd", "cooldown=60 steps", "min_lr_ratio=0") == pytest.approx(
         [half_wave(max(0, step - 60) / 60) for step in range(STEPS)]
@@ -95,7 +98,7 @@ def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
 def test_restarts_are_those_of_torch(times: int) -> None:
     first, cycles = (30, 4) if times == 1 else (8, 4)
     whole = first * (cycles if times == 1 else 2**cycles - 1)
-    said = ["name=cosine_restarts", f"cycles={cycles}", f"multiplier={times}", "min_lr_ratio=0.1"]
+    said = ["name=cosine_restarts", f"cycles={cycles}", f"cycle_mul={times}", "min_lr_ratio=0.1"]
     make = lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, first, times, eta_min=0.1)  # noqa: E731
     assert rates(*said, steps=whole) == pytest.approx(of_torch(make, whole)[0])
     ends = [sum(first * times**i for i in range(k + 1)) for k in range(cycles)]
@@ -111,7 +114,7 @@ def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
             o, 1.0, STEPS + 1, pct_start=share, anneal_strategy=torchs, div_factor=25, final_div_factor=4, base_momentum=0.8,
             max_momentum=0.95), STEPS,
     )  # fmt: skip
-    drawn = curve("name=one_cycle", f"anneal={anneal}", "min_lr_ratio=0.01", "momentum=[0.8, 0.95]")
+    drawn = curve("name=one_cycle", f"anneal_strategy={anneal}", "min_lr_ratio=0.01", "momentum=[0.8, 0.95]")
     assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
 
@@ -149,8 +152,8 @@ def test_warmup_leads_up_to_every_schedule(name: str) -> None:
     assert [drawn.share(step) for step in range(30)] == pytest.approx(
         [first * (s + 1) / 31 for s in range(30)]
     )
-    shorter = curve(f"name={name}", "every=40 steps", "cooldown=20 steps", steps=90)
-    drawn = curve(f"name={name}", "every=40 steps", "cooldown=20 steps", "warmup=3 epochs")
+    shorter = curve(f"name={name}", "step_size=40 steps", "cooldown=20 steps", steps=90)
+    drawn = curve(f"name={name}", "step_size=40 steps", "cooldown=20 steps", "warmup=3 epochs")
     assert [drawn.share(30 + s) for s in range(90)] == pytest.approx([shorter.share(s) for s in range(90)])
 
 
@@ -176,8 +179,8 @@ def test_each_stage_has_a_warmup_of_its_own() -> None:
 
 
 def test_durations() -> None:
-    written = config("schedule.warmup=2", "schedule.every=[1, 50%]").model_dump()["schedule"]
-    assert (written["warmup"], written["every"]) == (2.0, [1.0, "50%"])
+    written = config("schedule.warmup=2", "schedule.step_size=[1, 50%]").model_dump()["schedule"]
+    assert (written["warmup"], written["step_size"]) == (2.0, [1.0, "50%"])
     assert duration.parse("500 steps").in_steps(1000, 10) == 500
     assert duration.parse("1.5 epochs").in_steps(1000, 10) == duration.parse(1.5).in_steps(1000, 10) == 15
     assert duration.parse("12.5%").in_steps(1000, 10) == 125 and duration.parse("12.5 %").in_epochs(8) == 1
@@ -192,9 +195,9 @@ def test_durations() -> None:
     [
         (["name=wsd", "warmup=50%", "cooldown=60%"], "schedule.cooldown: 60% after a warm-up of 60 steps"),
         (["name=cosine_restarts", "cycles=121"], "schedule.cycles: 121 cycles in 120 steps"),
-        (["name=cosine_restarts", "cycles=12", "multiplier=3"], "schedule.cycles: 12 cycles in 120 steps"),
+        (["name=cosine_restarts", "cycles=12", "cycle_mul=3"], "schedule.cycles: 12 cycles in 120 steps"),
         (["warmup=3 epohs"], "schedule.warmup: should be like 500 steps, 3 epochs or 10%, not '3 epohs'"),
-        (["every=[1 epoch, x]"], "schedule.every: should be like"),
+        (["step_size=[1 epoch, x]"], "schedule.step_size: should be like"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
@@ -204,12 +207,12 @@ def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
 
 
 def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
-    cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.base_batch=256")
+    cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.lr_base_size=256")
     span = schedule.train_length(cfg, 1000)
     assert (span.effective, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
     assert schedule.lr_schedule(cfg, span).rate(10**3) != 0
     assert schedule.peak_lr(cfg, span.effective) == pytest.approx(0.1 / 8)
-    root = config("optim.lr=0.1", "optim.base_batch=256", "optim.scaling=root")
+    root = config("optim.lr=0.1", "optim.lr_base_size=256", "optim.lr_base_scale=sqrt")
     assert schedule.peak_lr(root, 64) == pytest.approx(0.1 / 2)
     assert schedule.peak_lr(config("optim.lr=0.1"), 64) == 0.1
     assert schedule.train_length(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
@@ -223,9 +226,9 @@ def test_an_idle_knob_is_named_with_its_place() -> None:
     assert idle_lines("schedule=cosine_restarts", "schedule.cycles=3") == []
     assert idle_lines("schedule=constant", "schedule.cycles=3") == [
         "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "
-        "cosine_restarts, triangular, exponential looks at it"
+        "cosine_restarts, triangular, exp_range looks at it"
     ]
-    assert len(idle_lines("optim.scaling=root", "optim.clip_grad=null", "optim.clip_mode=agc")) == 2
+    assert len(idle_lines("optim.lr_base_scale=sqrt", "optim.clip_grad=null", "optim.clip_mode=agc")) == 2
     assert "schedule.momentum: null" in idle_lines("schedule=one_cycle", "optim.momentum=0.8")[0]
     assert idle_lines("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
     assert set(unused_knobs.SCHEDULES) == set(schema.Schedule.model_fields) - {"name", "warmup"}
@@ -234,8 +237,8 @@ def test_an_idle_knob_is_named_with_its_place() -> None:
 @pytest.mark.parametrize("knob", unused_knobs.SCHEDULES)
 def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> None:
     other: dict[str, Any] = {
-        "min_lr_ratio": 0.3, "every": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "multiplier": 2, "decay": 0.5, "start": 0.4, "pct_start": 0.6,
-        "anneal": "linear", "momentum": "[0.5, 0.6]", "cooldown": "50%",
+        "min_lr_ratio": 0.3, "step_size": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "cycle_mul": 2, "cycle_decay": 0.5, "start_lr_ratio": 0.4, "pct_start": 0.6,
+        "anneal_strategy": "linear", "momentum": "[0.5, 0.6]", "cooldown": "50%",
     }  # fmt: skip
     for name in schedule.SHAPES:
         if name.startswith("range"):

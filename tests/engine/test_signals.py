@@ -23,8 +23,8 @@ from comp.engine.run import checkpoint, launcher, tracking
 from comp.engine.store import artifacts, locks, paths
 
 TRAIN = [
-    *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema=0.9", "train.epochs=2"],
-    *["train.limit=48", "train.batch_size=8", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false"],
+    *["train", "exp001", "--as", "run", "--fold", "1", "track=none", "augment=heavy", "train.ema_decay=0.9", "train.epochs=2"],
+    *["train.max_samples=48", "train.batch_size=8", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false"],
 ]  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def alone(project: Path) -> Path:
 
 
 LONG = [
-    *["exp001", "track=none", "machine.num_workers=0", "machine.progress=false", "train.limit=64", "schedule.warmup=0"],
+    *["exp001", "track=none", "machine.num_workers=0", "machine.progress=false", "train.max_samples=64", "schedule.warmup=0"],
     "train.epochs=30",
 ]  # fmt: skip
 

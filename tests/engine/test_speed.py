@@ -86,8 +86,8 @@ def test_a_network_that_cannot_says_so(empty: Path, knob: str) -> None:
 AROUND: dict[str, tuple[str, list[str]]] = {
     "metadata": ("test_vit", ["model.metadata=true"]),
     "gem": ("test_convnext", ["model.global_pool=gem"]),
-    "several images": ("test_vit", ["model.pool=attention"]),
-    "embeddings": ("test_vit", ["loss.name=arcface", "model.embedding=8"]),
+    "several images": ("test_vit", ["model.image_pool=attention"]),
+    "embeddings": ("test_vit", ["loss.name=arcface", "model.embedding_size=8"]),
     "gem, metadata and several images": ("test_resnet", ["model.global_pool=gem", "model.metadata=true"]),
 }
 PICTURES = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))

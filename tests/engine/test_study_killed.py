@@ -29,7 +29,7 @@ TINY = [
     "machine.num_workers=0",
     "machine.progress=false",
     "train.epochs=2",
-    "train.limit=32",
+    "train.max_samples=32",
     "train.batch_size=16",
     "schedule.warmup=0",
 ]

@@ -20,7 +20,7 @@ from comp.engine.run import runner, tracking
 from comp.engine.store import artifacts, paths
 
 FORTY_STEPS = [
-    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema=null", "train.limit=160", "train.batch_size=16",
+    "track=none", "machine.num_workers=0", "machine.progress=false", "train.ema_decay=null", "train.max_samples=160", "train.batch_size=16",
     "train.epochs=4", "augment=none",
 ]  # fmt: skip
 
@@ -74,11 +74,11 @@ def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, sh
 def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_average(project: Path) -> None:
     kinds = ["raw", "swa", "tail", "uniform", "greedy"]
     learn(
-        project, 1000.0, 9500.0, "train.ema=0.9", f"average.members=[{','.join(kinds)}]", "snapshots.cycles=2",
-        "average.tail=2", "train.limit=96",
+        project, 1000.0, 9500.0, "train.ema_decay=0.9", f"average.members=[{','.join(kinds)}]", "snapshots.cycles=2",
+        "average.tail_epochs=2", "train.max_samples=96",
     )  # fmt: skip
     table = samples.load()
-    taught = folds.load(table).inner_split(0, config().select.share)[0][:96]
+    taught = folds.load(table).inner_split(0, config().select.validation_fraction)[0][:96]
     values = table.targets(table.heads[0])[taught, 0]
     for inside in ("", *kinds, "snap1"):
         place = paths.fold_folder("x", 0, 0) / inside
@@ -87,7 +87,9 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
         assert found["target_std"].tolist() == pytest.approx([values.std()], rel=1e-6), inside
         oof = bank.read(place / "oof.arrow", table, folds.load(table))
         assert abs(oof.heads["label"].mean() - values.mean()) < 2 * values.std(), inside
-    runner.train("exp001", [*FORTY_STEPS, "model.pretrained=run:x", "train.limit=64"], fold="0", name="y")
+    runner.train(
+        "exp001", [*FORTY_STEPS, "model.pretrained=run:x", "train.max_samples=64"], fold="0", name="y"
+    )
     again = load_file(paths.fold_folder("y", 0, 0) / "weights.safetensors")["target_mean"]
     own = table.targets(table.heads[0])[folds.load(table).split(0)[0][:64], 0]
     assert again.tolist() == pytest.approx([own.mean()], rel=1e-6), "measured anew, not taken over"
@@ -100,7 +102,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     from comp.engine.extras.findings import Leak
     from comp.engine.run import target_scaler
 
-    learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.limit=48")
+    learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.max_samples=48")
     table = samples.load()
     split, place = folds.load(table), paths.fold_folder("x", 0, 0)
     context = runner.gather(runner.stored_config("x"))

@@ -332,7 +332,7 @@ def test_a_server_gets_every_line_once_across_a_kill(tmp_path: Path, server: Cal
 
 @pytest.mark.slow
 def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(mode="offline", project=None, entity=None, checkpoints=False)
+    settings = Settings(mode="offline", project=None, entity=None, log_model=False)
     run = tracking.open_log(
         empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )

@@ -31,7 +31,7 @@ TINY = [
     "machine.progress=false",
     "train.epochs=1",
     "schedule.warmup=0",
-    "train.limit=48",
+    "train.max_samples=48",
 ]
 
 
@@ -239,8 +239,8 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
 
 def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
     """Not what the tracker can do, but what a real fold tells it."""
-    told = ["track=offline", "track.checkpoints=true", "machine.progress=false", "machine.num_workers=0"]
-    runner.train("exp001", [*told, "train.epochs=2", "train.limit=48"], fold="0", name="x")
+    told = ["track=offline", "track.log_model=true", "machine.progress=false", "machine.num_workers=0"]
+    runner.train("exp001", [*told, "train.epochs=2", "train.max_samples=48"], fold="0", name="x")
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     (part,) = [part for part in parts if part.run.job_type == "fold"]
     assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"

@@ -22,7 +22,7 @@ from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
 STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
-QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.limit=32", "train.batch_size=8", "train.ema=null"]  # fmt: skip
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.max_samples=32", "train.batch_size=8", "train.ema_decay=null"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])

@@ -174,7 +174,7 @@ def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_
     (tuned / "configs/tune/few.yaml").write_text(
         "search:\n  model.drop_rate: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]\nfolds: 1\npruner: none\n"
     )
-    small = ["machine.num_workers=0", "train.epochs=1", "train.limit=32", "schedule.warmup=0"]
+    small = ["machine.num_workers=0", "train.epochs=1", "train.max_samples=32", "schedule.warmup=0"]
     assert cli.main(["tune", "exp001", "--space", "few", "--trials", "4", *small]) == 0
     parts = [wandb_reader.read(part) for part in sorted((tuned / "wandb").glob("offline-run-*"))]
     assert {part.run.run_group for part in parts} == {"exp001-few"}

@@ -28,10 +28,10 @@ from comp.engine.errors import UserError
 from comp.engine.run import averaging, model_selection, runner, schedule, tracking
 from comp.engine.store import artifacts, paths
 
-QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "train.limit=48", "train.batch_size=16"]  # fmt: skip
+QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "train.max_samples=48", "train.batch_size=16"]  # fmt: skip
 EVERYTHING = [
-    *QUIET, "train.epochs=3", "train.ema=0.9", "snapshots.cycles=3", "snapshots.last=2", "average.predict_with=raw",
-    "average.members=[ema,swa,tail,uniform,greedy]", "average.swa_from=0.4", "average.tail=2",
+    *QUIET, "train.epochs=3", "train.ema_decay=0.9", "snapshots.cycles=3", "snapshots.last=2", "average.predict_with=raw",
+    "average.members=[ema,swa,tail,uniform,greedy]", "average.swa_start=0.4", "average.tail_epochs=2",
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_the_average_is_the_one_of_timm() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
-    """One run makes both: train.ema changes no step of it. In two epochs a network learns these digits."""
+    """One run makes both: train.ema_decay changes no step of it. In two epochs a network learns these digits."""
     quiet = ["track=none", "machine.num_workers=0", "machine.progress=false", "average.members=[raw]"]
     runner.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
     table = samples.load()
@@ -119,7 +119,7 @@ def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
     halves: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once for all folds; the preview says it too."""
-    few = ["train.epochs=1", "train.limit=32", "train.batch_size=8", "augment=none"]
+    few = ["train.epochs=1", "train.max_samples=32", "train.batch_size=8", "augment=none"]
     runner.draw_schedule("exp001", few)
     assert "schedule.warmup: 4 steps" in capsys.readouterr().out
     runner.train("exp001", [*few, "track=none", "machine.num_workers=0", "machine.progress=false"], name="x")
@@ -135,7 +135,9 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
 ) -> None:
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
     module = timm.create_model("test_resnet", num_classes=3)
-    cfg = config("average.predict_with=swa", "train.ema=null", "train.epochs=4", "average.swa_from=0.25")
+    cfg = config(
+        "average.predict_with=swa", "train.ema_decay=null", "train.epochs=4", "average.swa_start=0.25"
+    )
     kept_weights = averaging.WeightSets(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
@@ -206,7 +208,7 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
 
 
 def test_what_speaks_is_said_beforehand(project: Path) -> None:
-    run = [*QUIET, "train.epochs=2", "average.tail=2", "train.ema=null"]
+    run = [*QUIET, "train.epochs=2", "average.tail_epochs=2", "train.ema_decay=null"]
     runner.train(
         "exp001", [*run, "average.predict_with=tail", "average.members=[raw]"], fold="0", name="tail"
     )
@@ -248,7 +250,7 @@ def epochs(run: str) -> list[dict[str, float]]:
 def test_the_best_epoch_speaks_and_patience_ends_it(
     halves: Path, on: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = [*QUIET, "train.epochs=8", "train.ema=null", "optim.lr=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
+    run = [*QUIET, "train.epochs=8", "train.ema_decay=null", "optim.lr=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
     runner.train("exp001", run, name="x")
     lines = epochs("x")
     scores = [line["select_score"] for line in lines]
@@ -287,7 +289,7 @@ def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
 
 def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
     """On the scored rows, so that the score of every part can be read from the members."""
-    run = [*QUIET, "train.epochs=3", "train.ema=null", "snapshots.cycles=3", "average.members=[greedy,uniform]", "select.on=fold"]  # fmt: skip
+    run = [*QUIET, "train.epochs=3", "train.ema_decay=null", "snapshots.cycles=3", "average.members=[greedy,uniform]", "select.on=fold"]  # fmt: skip
     runner.train("exp001", run, fold="0", name="x")
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
@@ -311,10 +313,10 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
         (["snapshots.cycles=20"], "20 cycles do not fit into 15 epochs"),
         (["snapshots.cycles=3", "schedule=constant"], "schedule.name: constant has no effect"),
         (["average.members=[ema]"], "ema is the run itself"),
-        (["average.predict_with=raw"], "train.ema: has no effect"),
-        (["average.predict_with=uniform", "train.ema=null"], "set snapshots.cycles"),
-        (["average.members=[tail]", "average.tail=16"], "more than there are"),
-        (["average.predict_with=swa", "train.ema=null", "select=best"], "one of the two"),
+        (["average.predict_with=raw"], "train.ema_decay: has no effect"),
+        (["average.predict_with=uniform", "train.ema_decay=null"], "set snapshots.cycles"),
+        (["average.members=[tail]", "average.tail_epochs=16"], "more than there are"),
+        (["average.predict_with=swa", "train.ema_decay=null", "select=best"], "one of the two"),
         (["select.patience=2"], "without select.name: best"),
         (["select=best", "select.patience=2", "snapshots.cycles=3"], "select.patience"),
         (["select.on=fold"], "nothing is chosen"),

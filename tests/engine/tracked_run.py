@@ -48,7 +48,7 @@ def main(mode: str, kill: str | None, only_numbers: bool) -> None:
         group="exp001",
         job_type="fold",
         config=CONFIG,
-        settings=Settings(mode=mode, project=None, entity=None, checkpoints=True),  # type: ignore[arg-type]
+        settings=Settings(mode=mode, project=None, entity=None, log_model=True),  # type: ignore[arg-type]
         resume_at=state["offset"],
     )
     with run as log:

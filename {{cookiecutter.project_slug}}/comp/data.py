@@ -36,7 +36,7 @@ class Index(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     samples: Positions  # (batch,) rows of the samples table
-    images: torch.Tensor  # (images, height, width, channels), uint8 or the dtype of data.depth
+    images: torch.Tensor  # (images, height, width, channels), uint8 or the dtype of data.bit_depth
     seeds: NDArray[np.int64] | None  # (images,)
     damaged: dict[int, str]  # sample -> reason; the images of such a sample are black
     owner: torch.Tensor | None = None  # (images,) index into `samples`; None: one image a sample

@@ -55,14 +55,16 @@ def kl(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     ).sum(1)
 
 
-def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, share: float) -> Tensor:
-    """Distance of answer and target from what lies between them, `share` of it target. A label that is wrong costs at most
+def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, js_weight: float) -> Tensor:
+    """Distance of answer and target from what lies between them, `js_weight` of it target. A label that is wrong costs at most
     so much. Scaled so that a small share gives cross entropy and one near 1 the absolute error."""
     truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
-    between = torch.logaddexp(torch.log(share * truth), math.log(1 - share) + log_p)
+    between = torch.logaddexp(torch.log(js_weight * truth), math.log(1 - js_weight) + log_p)
     from_truth = (torch.xlogy(truth, truth) - truth * between).sum(1)
     from_answer = (log_p.exp() * (log_p - between)).sum(1)
-    return (share * from_truth + (1 - share) * from_answer) / (-(1 - share) * math.log(1 - share))
+    return (js_weight * from_truth + (1 - js_weight) * from_answer) / (
+        -(1 - js_weight) * math.log(1 - js_weight)
+    )
 
 
 # --- each output by itself, or one of many: told by the target -----------------------------------------------------------
@@ -77,18 +79,20 @@ def _wrong(truth: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return (truth * no + (1 - truth) * yes).clamp(min=TINY)
 
 
-def bce(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
-    if threshold is not None:
-        target = (target > threshold).to(output.dtype)
+def bce(output: Tensor, target: Tensor, label_smoothing: float, target_threshold: float | None) -> Tensor:
+    if target_threshold is not None:
+        target = (target > target_threshold).to(output.dtype)
     return F.binary_cross_entropy_with_logits(
         output, _labels(output, target, label_smoothing), reduction="none"
     )
 
 
-def bce_multiclass(output: Tensor, target: Tensor, label_smoothing: float, threshold: float | None) -> Tensor:
+def bce_multiclass(
+    output: Tensor, target: Tensor, label_smoothing: float, target_threshold: float | None
+) -> Tensor:
     """Each class is asked for by itself, so none has to lose for another to win: mixed pictures hold two."""
     truth = class_targets(output, target, label_smoothing)
-    return bce(output, truth, 0.0, threshold).mean(1)
+    return bce(output, truth, 0.0, target_threshold).mean(1)
 
 
 def focal(
@@ -119,14 +123,14 @@ def poly_multiclass(output: Tensor, target: Tensor, label_smoothing: float, epsi
 
 
 def asymmetric(
-    output: Tensor, target: Tensor, label_smoothing: float, gamma: float, gamma_positive: float, shift: float
+    output: Tensor, target: Tensor, label_smoothing: float, gamma: float, gamma_pos: float, clip: float
 ) -> Tensor:
-    """Easy no's count less than easy yes's, and those below `shift` nothing: of many labels most are no."""
+    """Easy no's count less than easy yes's, and those below `clip` nothing: of many labels most are no."""
     truth = _labels(output, target, label_smoothing)
-    yes, no = output.sigmoid(), ((-output).sigmoid() + shift).clamp(max=1)
+    yes, no = output.sigmoid(), ((-output).sigmoid() + clip).clamp(max=1)
     loss = truth * yes.clamp(min=TINY).log() + (1 - truth) * no.clamp(min=TINY).log()
     wrong = 1 - (truth * yes + (1 - truth) * no)
-    return -loss * wrong.clamp(min=TINY) ** (gamma_positive * truth + gamma * (1 - truth))
+    return -loss * wrong.clamp(min=TINY) ** (gamma_pos * truth + gamma * (1 - truth))
 
 
 # --- values and grades ---------------------------------------------------------------------------------------------------
@@ -169,10 +173,10 @@ def cumulative(output: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output, above, reduction="none").sum(1)
 
 
-def soft_labels(output: Tensor, target: Tensor, spread: float) -> Tensor:
+def soft_labels(output: Tensor, target: Tensor, sigma: float) -> Tensor:
     """Ordinal: an output a grade, and the grades beside the true one are right a little."""
     grades = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
-    near = F.softmax(-0.5 * ((grades - target[:, None]) / spread) ** 2, 1)
+    near = F.softmax(-0.5 * ((grades - target[:, None]) / sigma) ** 2, 1)
     return -(near * F.log_softmax(output, 1)).sum(1)
 
 

@@ -77,8 +77,8 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loa
         module = make(cfg, total if embeds is None else embeds.knobs["embedding"])
         assert isinstance(module, nn.Module)
         if embeds is not None:
-            return MultiInputModel(module, cfg.model.pool, embeds.knobs["embedding"], last=last)
-        return MultiInputModel(module, cfg.model.pool, total) if several else module
+            return MultiInputModel(module, cfg.model.image_pool, embeds.knobs["embedding"], last=last)
+        return MultiInputModel(module, cfg.model.image_pool, total) if several else module
     gem = cfg.model.global_pool == "gem"
     if not several and not width and not gem and embeds is None:
         return backbone.create(cfg, total, pretrained)
@@ -86,14 +86,14 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loa
     features = _width(inside)
     inside = GeM(inside, features, cfg.model.name) if gem else inside
     return MultiInputModel(
-        inside, cfg.model.pool, features, width, last or partial(nn.Linear, out_features=total)
+        inside, cfg.model.image_pool, features, width, last or partial(nn.Linear, out_features=total)
     )
 
 
 def headless(cfg: Config, pretrained: bool, loader: Loader) -> nn.Module:
     """The network without its last layer; several images of a sample become one."""
     module = backbone.create(cfg, 0, pretrained)
-    return MultiInputModel(module, cfg.model.pool, _width(module)) if loader.multi_image else module
+    return MultiInputModel(module, cfg.model.image_pool, _width(module)) if loader.multi_image else module
 
 
 def validate(cfg: Config) -> None:

@@ -66,12 +66,12 @@ def optimizer_class(cfg: Config) -> type[torch.optim.Optimizer]:
         )
     made: Any = LBFGS if name == "lbfgs" else get_optimizer_info(name).opt_class
     takes = inspect.signature(torch.optim.LBFGS if name == "lbfgs" else made).parameters
-    for option in optim.options:
+    for option in optim.kwargs:
         if option in ("params", "lr", "weight_decay", "momentum") or option not in takes:
             close = nearest(option, [n for n in takes if n not in ("params", "lr", "weight_decay")])[0]
-            raise Refused(f"optim.options.{option}: {name} takes no such option; the nearest is {close}")
-    if optim.options.get("update_each", 1) != 1:
-        raise Refused("optim.options.update_each: what it keeps between steps cannot be resumed; set it to 1")
+            raise Refused(f"optim.kwargs.{option}: {name} takes no such option; the nearest is {close}")
+    if optim.kwargs.get("update_each", 1) != 1:
+        raise Refused("optim.kwargs.update_each: what it keeps between steps cannot be resumed; set it to 1")
     if "momentum" not in takes and "betas" not in takes:
         if optim.momentum is not None:
             raise Refused(f"optim.momentum: {name} has none; set it to null")
@@ -101,8 +101,8 @@ def optimizer_class(cfg: Config) -> type[torch.optim.Optimizer]:
 def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     made, optim = optimizer_class(cfg), cfg.optim
     if made is LBFGS:
-        return LBFGS([p for p in module.parameters() if p.requires_grad], optim.lr, **optim.options)
-    given: dict[str, Any] = dict(optim.options)
+        return LBFGS([p for p in module.parameters() if p.requires_grad], optim.lr, **optim.kwargs)
+    given: dict[str, Any] = dict(optim.kwargs)
     if optim.momentum is not None:
         takes = inspect.signature(made).parameters
         if "betas" in takes:

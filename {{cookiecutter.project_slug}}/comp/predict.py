@@ -48,7 +48,7 @@ def write_fold(
     if artifacts.manifest_entry(file):
         return file
     rows = context.samples.positions("test") if kind == "test" else context.folds.split(number)[1]
-    rows = rows[: cfg.train.limit]
+    rows = rows[: cfg.train.max_samples]
     began = time.perf_counter()
     if loss_knobs.embedding(cfg, context.samples.heads):
         _gallery(context, weights, context.folds.split(number)[0], stop)
@@ -70,7 +70,7 @@ def write_fold(
         "weights": bank.weights_of(weights.parent),
         "marks": run_members.marks(cfg, own),
     }
-    facts |= {"tta": cfg.predict.tta, "space": cfg.predict.space, "damaged": len(damaged)}
+    facts |= {"tta": cfg.predict.tta, "space": cfg.predict.averaging_space, "damaged": len(damaged)}
     fold = np.full(len(rows), int(number), np.int16) if kind == "oof" else None
     meta = predictions.build_meta(kind, context.samples, context.folds, facts)
     return bank.write(file, predictions.PredictionSet(rows.astype(np.int32), fold, heads, meta))
@@ -96,7 +96,7 @@ def predict(
     else:
         each = [models.decode(cfg, heads, view) for view in raw]  # views x heads
         answers = [
-            predictions.average([view[i] for view in each], head, cfg.predict.space)
+            predictions.average([view[i] for view in each], head, cfg.predict.averaging_space)
             for i, head in enumerate(heads)
         ]
     return _stored(context, rows, answers, damaged, fallback), damaged
@@ -162,7 +162,7 @@ def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | No
     if artifacts.manifest_entry(file):
         return
     (head,) = context.samples.heads
-    rows = metric_learning.drop_unknown_class(cfg, context.samples, taught[: cfg.train.limit])
+    rows = metric_learning.drop_unknown_class(cfg, context.samples, taught[: cfg.train.max_samples])
     raw, damaged = _said(context, weights, rows, "gallery", stop)
     whole = ~np.isin(rows, list(damaged))
     seen = knn.mean_embedding(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
@@ -173,7 +173,7 @@ def _by_neighbours(
     context: Context, weights: Path, raw: NDArray[np.float32], size: int
 ) -> list[NDArray[np.float64]]:
     (head,) = context.samples.heads
-    k = context.cfg.predict.neighbours or loss_knobs.NEIGHBOURS
+    k = context.cfg.predict.n_neighbors or loss_knobs.NEIGHBOURS
     asked = knn.mean_embedding(raw, size)
     return [knn.class_scores(asked, *knn.read(knn.gallery_file(weights)), head, k, context.device)]
 

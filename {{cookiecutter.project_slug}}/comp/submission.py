@@ -130,7 +130,7 @@ def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:
     left = [each for each in ids if each not in predicted]
     if left:
         raise Refused(
-            f"{name}: row {left[0]!r} was never predicted, nor were {len(left) - 1} others (train.limit cuts a --debug run short)"
+            f"{name}: row {left[0]!r} was never predicted, nor were {len(left) - 1} others (train.max_samples cuts a --debug run short)"
         )
 
 

@@ -250,7 +250,7 @@ def fold(
     # --- finish --------------------------------------------------------------------------------------------------------
     bar.close()
     kept.seal(renew, judge, log.offset())
-    if not cfg.keep.state:
+    if not cfg.keep.optimizer_state:
         checkpoint.delete(folder)
 
 

@@ -8,10 +8,10 @@ The kind of an op decides where it runs, on every machine:
   albumentations transforms, and policies (engine/run/policies.py)   on a sample, in loader processes
   functions of engine/run/cv2_ops.py                                 on a sample, in threads
   functions of engine/run/gpu_augment.py                             on a batch, on the device
-A sample leaves the loader as uint8, or in the dtype of data.depth, never normalized. A recipe of your own: define `recipe(size)`
+A sample leaves the loader as uint8, or in the dtype of data.bit_depth, never normalized. A recipe of your own: define `recipe(size)`
 in comp/competition.py and set `augment.recipe: recipe`.
 
-augment.policy is appended to `colour` and augment.random_erasing to `batch`. mixup, cutmix and mosaic are in engine/run/mixup.py.
+augment.auto_augment is appended to `colour` and augment.random_erasing to `batch`. mixup, cutmix and mosaic are in engine/run/mixup.py.
 """
 
 from __future__ import annotations
@@ -141,19 +141,19 @@ def epoch_augments(cfg: Config) -> list[EpochAugment]:
 
 
 def epoch_recipe(cfg: Config, epoch: EpochAugment) -> Recipe:
-    """augment.recipe with augment.policy and augment.random_erasing."""
+    """augment.recipe with augment.auto_augment and augment.random_erasing."""
     recipe, knobs = from_config(cfg, epoch.size), cfg.augment
     colour, batch = list(recipe.colour), list(recipe.batch)
-    if epoch.strong and knobs.policy is not None:
-        colour.append(policies.create(knobs.policy, cfg.data.channels))
+    if epoch.strong and knobs.auto_augment is not None:
+        colour.append(policies.create(knobs.auto_augment, cfg.data.channels))
     if epoch.strong and knobs.random_erasing:
         batch.append(gpu_augment.random_erasing(knobs.random_erasing))
     complete = Recipe(recipe.geometry, colour, batch)
-    if cfg.data.depth > 8 and (only_8_bit := [op for op in complete.sample_ops if op_type(op) != "cv2"]):
+    if cfg.data.bit_depth > 8 and (only_8_bit := [op for op in complete.sample_ops if op_type(op) != "cv2"]):
         raise UserError(
             "depth-unsupported",
-            key="data.depth",
-            what=f"{cfg.data.depth} bits, and {type(only_8_bit[0]).__name__} of augment.recipe {knobs.recipe} works on 8",
+            key="data.bit_depth",
+            what=f"{cfg.data.bit_depth} bits, and {type(only_8_bit[0]).__name__} of augment.recipe {knobs.recipe} works on 8",
             remedy="use none, fast, resident, or a recipe of your own with ops of comp/engine/run/cv2_ops.py and gpu_augment.py",
         )
     return complete

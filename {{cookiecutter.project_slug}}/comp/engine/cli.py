@@ -83,7 +83,7 @@ VERBS = {
     "predict": Verb("predictions", "run.runner:predict", "merge the predictions of a run's folds and seeds; with --tta, predict again with other views", (
         argument("experiment", nargs="?", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
-        argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged; default: predict.space"),
+        argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged; default: predict.averaging_space"),
         flag("--last-look", "score the rows held out by folds.holdout; how often that was done is recorded"),
         flag("--kernel", "in a Kaggle notebook: predict its test set with the bundle of comp kernel")),
         instead={"kernel": "deliver.kernel_predict:predict"}, needs=TORCH),

@@ -70,7 +70,7 @@ def merge_member(
     """
     folder = paths.member_folder(experiment, name) if name else paths.run_folder(experiment)
     places = [paths.fold_folder(experiment, seed, fold) / sub for sub in inside for seed, fold in parts]
-    facts = {"run": experiment, "member": name, "space": cfg.predict.space}
+    facts = {"run": experiment, "member": name, "space": cfg.predict.averaging_space}
     kinds = ("test",) if all(fold == run_members.REFIT for _, fold in parts) else ("oof", "test")
     # 1. Read everything first: a damaged part raises before anything is removed.
     read = {kind: [bank.read(place / f"{kind}.arrow", samples, folds) for place in places] for kind in kinds}
@@ -79,7 +79,8 @@ def merge_member(
         artifacts.remove_from_manifest(folder / old)
     for kind, sets in read.items():
         bank.write(
-            folder / f"{kind}.arrow", predictions.merge(sets, samples, folds, cfg.predict.space, facts=facts)
+            folder / f"{kind}.arrow",
+            predictions.merge(sets, samples, folds, cfg.predict.averaging_space, facts=facts),
         )
         if kind == "oof":
             oof = bank.read(folder / "oof.arrow", samples, folds)

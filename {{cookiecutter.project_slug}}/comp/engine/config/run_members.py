@@ -16,7 +16,7 @@ def final_weights(cfg: Config) -> str:
     """raw | ema | swa | tail | uniform | greedy"""
     if cfg.average.predict_with != "default":
         return cfg.average.predict_with
-    return "raw" if cfg.train.ema is None else "ema"
+    return "raw" if cfg.train.ema_decay is None else "ema"
 
 
 def snapshots(cfg: Config) -> list[str]:

@@ -48,37 +48,39 @@ class Data(Section):
     resize: Literal["stretch", "cover", "contain"]
     cache_scale: Annotated[float, Field(ge=1, le=2)]
     channels: Annotated[int, Field(ge=1, le=64)]
-    depth: Literal[8, 16, 32]
-    images: Count
+    bit_depth: Literal[8, 16, 32]
+    max_images: Count
     normalize: Literal["model", "data", "minmax", "none"]
     whiten: Literal["none", "pca", "zca"]
     whiten_eps: NotNegative
-    pseudo: Text | None
+    pseudo_labels: Text | None
     cache: bool
 
 
 class Augment(Section):
     recipe: Text
-    policy: Text | None
+    auto_augment: Text | None
     random_erasing: Share
     mixup: NotNegative
     cutmix: NotNegative
-    mix_share: Share
+    mixup_prob: Share
     mosaic: Share
-    views: Annotated[int, Field(ge=1, le=8)]
+    jsd_views: Annotated[int, Field(ge=1, le=8)]
     disable_last_epochs: Annotated[int, Field(ge=0)]
     progressive_sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
 
     @property
     def whole(self) -> int:
         """Neighbours in the epoch's list that belong together: no pass may part them."""
-        return 4 if self.mosaic else 2 if self.mixup or self.cutmix else self.views
+        return 4 if self.mosaic else 2 if self.mixup or self.cutmix else self.jsd_views
 
     @property
     def strong(self) -> list[str]:
         """What is on of what augment.disable_last_epochs can switch off."""
         return [
-            name for name in ("policy", "random_erasing", "mixup", "cutmix", "mosaic") if getattr(self, name)
+            name
+            for name in ("auto_augment", "random_erasing", "mixup", "cutmix", "mosaic")
+            if getattr(self, name)
         ]
 
 
@@ -91,14 +93,14 @@ class Sampling(Section):
 class Model(Section):
     name: Text
     stem: Literal["default", "small"]
-    options: dict[Text, bool | int | float | str | list[bool | int | float | str]]
+    kwargs: dict[Text, bool | int | float | str | list[bool | int | float | str]]
     pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.(safetensors|pth|pt|bin)$")]
     freeze_norm: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne
-    pool: Literal["mean", "max", "attention"]
+    image_pool: Literal["mean", "max", "attention"]
     global_pool: Literal["default", "gem"]
-    embedding: Count | None
+    embedding_size: Count | None
     metadata: bool
 
 
@@ -108,16 +110,16 @@ class Loss(Section):
     name: Text
     label_smoothing: BelowOne
     gamma: NotNegative | None
-    gamma_positive: NotNegative | None
+    gamma_pos: NotNegative | None
     alpha: Share | None
-    shift: BelowOne | None
+    clip: BelowOne | None
     epsilon: float | None
-    share: Annotated[float, Field(gt=0, lt=1)] | None
-    threshold: BelowOne | None
+    js_weight: Annotated[float, Field(gt=0, lt=1)] | None
+    target_threshold: BelowOne | None
     delta: Positive | None
     bins: Annotated[int, Field(ge=2)] | None
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
-    spread: Positive | None
+    sigma: Positive | None
     margin: NotNegative | None
     margin_rare: NotNegative | None
     scale: Positive | None
@@ -137,10 +139,10 @@ class Distill(Section):
 class Optim(Section):
     name: Text
     lr: Positive
-    base_batch: Count | None
-    scaling: Literal["linear", "root"]
+    lr_base_size: Count | None
+    lr_base_scale: Literal["linear", "sqrt"]
     momentum: BelowOne | None
-    options: dict[Text, bool | int | float | str | list[float]]
+    kwargs: dict[Text, bool | int | float | str | list[float]]
     weight_decay: NotNegative
     weight_decay_head: NotNegative | None
     l1: NotNegative
@@ -152,7 +154,7 @@ class Optim(Section):
 
 
 ScheduleName = Literal[
-    "constant", "linear", "step", "plateau", "cosine", "cosine_restarts", "one_cycle", "triangular", "exponential", "wsd"
+    "constant", "linear", "step", "plateau", "cosine", "cosine_restarts", "one_cycle", "triangular", "exp_range", "wsd"
 ]  # fmt: skip
 
 
@@ -160,15 +162,15 @@ class Schedule(Section):
     name: ScheduleName
     warmup: Duration
     min_lr_ratio: Share
-    every: Durations
+    step_size: Durations
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Annotated[int, Field(ge=0)]
     cycles: Count
-    multiplier: Annotated[float, Field(ge=1)]
-    decay: Annotated[float, Field(gt=0, le=1)]
-    start: Share
+    cycle_mul: Annotated[float, Field(ge=1)]
+    cycle_decay: Annotated[float, Field(gt=0, le=1)]
+    start_lr_ratio: Share
     pct_start: Annotated[float, Field(gt=0, lt=1)]
-    anneal: Literal["cosine", "linear"]
+    anneal_strategy: Literal["cosine", "linear"]
     momentum: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] | None
     cooldown: Duration
 
@@ -185,14 +187,14 @@ class Train(Section):
     batch_size: Count
     grad_accum_steps: Count
     amp: Literal["fp32", "fp16", "bf16"]
-    ema: BelowOne | None
+    ema_decay: BelowOne | None
     grad_checkpointing: bool
     channels_last: bool
     compile: bool
     threads: Count
     checkpoint_every: Annotated[int, Field(ge=0)]
     seeds: Annotated[list[int], Field(min_length=1)]
-    limit: Count | None
+    max_samples: Count | None
 
 
 WeightsName = Literal["raw", "ema", "swa", "tail", "uniform", "greedy"]
@@ -207,21 +209,21 @@ class Snapshots(Section):
 class Average(Section):
     predict_with: Literal["default", "raw", "ema", "swa", "tail", "uniform", "greedy"]
     members: list[WeightsName]
-    swa_from: BelowOne
-    tail: Annotated[int, Field(ge=2)]
+    swa_start: BelowOne
+    tail_epochs: Annotated[int, Field(ge=2)]
 
 
 class Select(Section):
     name: Literal["last", "best"]
     on: Literal["inner", "fold"]
-    share: Annotated[float, Field(gt=0, le=0.5)]
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)]
     patience: Count | None
 
 
 class Predict(Section):
     tta: Many
-    neighbours: Count | None
-    space: Literal["probability", "logit", "geometric"]
+    n_neighbors: Count | None
+    averaging_space: Literal["probability", "logit", "geometric"]
     batch_size: Count
 
 
@@ -236,11 +238,11 @@ class Track(Section):
     mode: Literal["none", "offline", "online"]
     project: str | None
     entity: str | None
-    checkpoints: bool
+    log_model: bool
 
 
 class Keep(Section):
-    state: bool
+    optimizer_state: bool
 
 
 class Config(Section):
@@ -280,20 +282,20 @@ class Config(Section):
         knobs, epochs = self.augment, self.train.epochs
         if knobs.disable_last_epochs and not knobs.strong:
             raise ValueError(
-                f"augment.disable_last_epochs: {knobs.disable_last_epochs} has no effect, there is no policy, random_erasing, mixup, cutmix or mosaic; set it to 0"
+                f"augment.disable_last_epochs: {knobs.disable_last_epochs} has no effect, there is no auto_augment, random_erasing, mixup, cutmix or mosaic; set it to 0"
             )
         if knobs.strong and knobs.disable_last_epochs >= epochs:
             raise ValueError(
                 f"augment.disable_last_epochs: {knobs.disable_last_epochs} leaves no epoch with augment.{knobs.strong[0]}, train.epochs is {epochs}"
             )
-        if knobs.mix_share != 1 and not (knobs.mixup or knobs.cutmix):
+        if knobs.mixup_prob != 1 and not (knobs.mixup or knobs.cutmix):
             raise ValueError(
-                f"augment.mix_share: {knobs.mix_share} has no effect without mixup or cutmix; set it to 1"
+                f"augment.mixup_prob: {knobs.mixup_prob} has no effect without mixup or cutmix; set it to 1"
             )
         mixes = bool(knobs.mixup or knobs.cutmix or knobs.mosaic)
-        if mixes and knobs.views > 1:
+        if mixes and knobs.jsd_views > 1:
             raise ValueError(
-                f"augment.views: {knobs.views} of a picture stand side by side, so mixup, cutmix and mosaic would mix it with itself; set it to 1"
+                f"augment.jsd_views: {knobs.jsd_views} of a picture stand side by side, so mixup, cutmix and mosaic would mix it with itself; set it to 1"
             )
         if self.train.batch_size % knobs.whole:
             those = {
@@ -328,7 +330,7 @@ def weights_fault(cfg: Config) -> str:
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
     said = average.predict_with
-    speaks = ("raw" if cfg.train.ema is None else "ema") if said == "default" else said
+    speaks = ("raw" if cfg.train.ema_decay is None else "ema") if said == "default" else said
     wanted = {speaks, *average.members}
     chooses = select.name == "best" or "greedy" in wanted
     tail = "tail" in wanted or ("greedy" in wanted and cycles is None)
@@ -343,12 +345,12 @@ def weights_fault(cfg: Config) -> str:
         f"average.members: {speaks} is the run itself": speaks in average.members,
         "snapshots.restarts: has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
         "average.members: names one twice": len(set(average.members)) < len(average.members),
-        "average: ema needs train.ema, a decay like 0.999": "ema" in wanted and cfg.train.ema is None,
-        f"train.ema: has no effect where average.predict_with is {speaks} and average.members has no ema":
-            cfg.train.ema is not None and "ema" not in wanted,
+        "average: ema needs train.ema_decay, a decay like 0.999": "ema" in wanted and cfg.train.ema_decay is None,
+        f"train.ema_decay: has no effect where average.predict_with is {speaks} and average.members has no ema":
+            cfg.train.ema_decay is not None and "ema" not in wanted,
         "average: uniform is the mean of snapshots, and there are none; set snapshots.cycles, or take tail":
             "uniform" in wanted and cycles is None,
-        f"average.tail: the last {average.tail} of {epochs} epochs are more than there are": tail and average.tail > epochs,
+        f"average.tail_epochs: the last {average.tail_epochs} of {epochs} epochs are more than there are": tail and average.tail_epochs > epochs,
         f"select.name: best picks an epoch, and average.predict_with: {speaks} is made of several; one of the two":
             select.name == "best" and speaks not in ("raw", "ema"),
         "select.patience: has no effect without select.name: best": select.patience is not None and select.name != "best",

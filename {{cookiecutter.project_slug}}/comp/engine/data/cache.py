@@ -75,7 +75,7 @@ class CachedImages:
         return {key: value for key, value in self.__dict__.items() if key != "pages"}
 
 
-# images[i]: (height, width, channels) of data.depth; raises DamagedImage, whose text names file and reason.
+# images[i]: (height, width, channels) of data.bit_depth; raises DamagedImage, whose text names file and reason.
 Images = UncachedImages | CachedImages
 
 

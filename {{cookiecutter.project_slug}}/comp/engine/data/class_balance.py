@@ -31,7 +31,7 @@ def shuffle(rows: Positions, random: np.random.Generator) -> Positions:
 
 def make_sampler(cfg: Config, samples: Samples, taught: Positions) -> Sampler:
     """How `sampling` makes the list of an epoch. Its length is the same in every epoch."""
-    rules, views = cfg.sampling, cfg.augment.views
+    rules, views = cfg.sampling, cfg.augment.jsd_views
     if views > 1:  # side by side, each a draw of its own
         once = make_sampler(
             cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"views": 1})}), samples, taught

@@ -103,7 +103,7 @@ def _read_small(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
     listed = images.pages.table["hash"] if isinstance(images, cache.CachedImages) else None
     for at, name in enumerate(names):
         try:
-            grey[at] = images[at].mean(axis=2) / (arrays.MAX_VALUE[cfg.data.depth] // 255)
+            grey[at] = images[at].mean(axis=2) / (arrays.MAX_VALUE[cfg.data.bit_depth] // 255)
         except DamagedImage:
             continue
         if listed is not None and isinstance(images, cache.CachedImages) and images.where[at] >= 0:

@@ -118,7 +118,7 @@ class Folds:
             raise UserError(
                 "select-share-too-large",
                 where=f"fold {fold}",
-                key="select.share",
+                key="select.validation_fraction",
                 what=f"{share:.0%} of the training rows held out leaves no row to train on",
                 remedy="lower it",
             )

@@ -125,7 +125,7 @@ def _files(cfg: Config) -> dict[str, list[str]]:
     are channels of one image are one, as making.stamp takes them."""
     reader = image_reader.from_config(cfg)
     listed = samples.load().frame["images"]
-    keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.images]}
+    keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.max_images]}
     archives: dict[str, str] = {}  # by folder; empty for a real folder
     files: dict[str, list[str]] = {}
     for joined, key in sorted(keys.items()):

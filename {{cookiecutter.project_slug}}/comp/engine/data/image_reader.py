@@ -59,7 +59,7 @@ class ImageReader:
 
     @property
     def dtype(self) -> Any:
-        """Of a pixel, by data.depth."""
+        """Of a pixel, by data.bit_depth."""
         return DTYPES[self.pixel_format.depth]
 
     @property
@@ -172,7 +172,7 @@ def from_config(cfg: Config) -> ImageReader:
     pixels = cfg.competition.pixels
     low, high = (pixels.range if pixels else None) or (None, None)
     shape = tuple((pixels.shape if pixels else None) or ())
-    pixel_format = PixelFormat(low, high, shape, cfg.data.depth, bool(pixels and pixels.lenient))
+    pixel_format = PixelFormat(low, high, shape, cfg.data.bit_depth, bool(pixels and pixels.lenient))
     size = round(cfg.data.size * cfg.data.cache_scale)
     return ImageReader(cfg.competition.raw, size, cfg.data.resize, cfg.data.channels, pixel_format)
 

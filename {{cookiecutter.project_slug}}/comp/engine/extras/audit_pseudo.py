@@ -26,9 +26,9 @@ LEAK = "pseudo-labels from models trained on the fold"
 
 def validate_labels(run: str, cfg: Config, split: Folds) -> None:
     """The table of pseudo-labels must be the one that the run was trained on, or nothing about it can be recomputed."""
-    if cfg.data.pseudo is None:
+    if cfg.data.pseudo_labels is None:
         return
-    file = paths.pseudo_file(cfg.data.pseudo)
+    file = paths.pseudo_file(cfg.data.pseudo_labels)
     entry = artifacts.manifest_entry(file)
     trained_on = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))["pseudo"]
     if entry is None or entry["sha256"] != trained_on or entry["folds"] != split.hash:
@@ -39,7 +39,7 @@ def validate_labels(run: str, cfg: Config, split: Folds) -> None:
 
 
 def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
-    name = cfg.data.pseudo
+    name = cfg.data.pseudo_labels
     if name is None:
         return []
     file = paths.pseudo_file(name)

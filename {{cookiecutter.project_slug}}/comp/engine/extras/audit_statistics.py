@@ -43,7 +43,7 @@ def leaks(context: Context, weights: Sequence[Path]) -> list[Leak]:
         stored = _read(models.load_weights(_build(context), artifacts.verified(file)))
         if _equal(stored, by_fold[fold]):
             continue
-        with_valid = np.union1d(train_rows, valid_rows[: context.cfg.train.limit])
+        with_valid = np.union1d(train_rows, valid_rows[: context.cfg.train.max_samples])
         wider = (with_valid, joined.folds.split("full")[0])
         leaked = any(_equal(stored, _fit(joined, rows)) for rows in wider)
         name = (

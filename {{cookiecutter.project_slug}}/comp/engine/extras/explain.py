@@ -102,7 +102,7 @@ def _of_some_folds(context: Context, run: str) -> PredictionSet:
         raise experiments.refusal(run, "predictions to explain")
     print(f"{experiments.refusal(run, 'predictions of all rows')}; the rows of the others are explained")
     sets = [bank.read(file, context.samples, context.folds) for file in parts]
-    return predictions.merge(sets, context.samples, context.folds, context.cfg.predict.space)
+    return predictions.merge(sets, context.samples, context.folds, context.cfg.predict.averaging_space)
 
 
 def _weights(run: str, fold: int) -> Path:

@@ -92,8 +92,8 @@ def _inputs(context: Context, backbone: nn.Module) -> dict[str, Any]:
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().numpy().tobytes())
     loader = image_reader.from_config(cfg)
-    files = sorted({image for images in samples.frame["images"] for image in images[: cfg.data.images]})
-    knobs = [cfg.model.name, cfg.model.options, cfg.model.pool, cfg.data.images, cfg.data.normalize, cfg.train.amp]  # fmt: skip
+    files = sorted({image for images in samples.frame["images"] for image in images[: cfg.data.max_images]})
+    knobs = [cfg.model.name, cfg.model.kwargs, cfg.model.image_pool, cfg.data.max_images, cfg.data.normalize, cfg.train.amp]  # fmt: skip
     return {
         "weights": weights.hexdigest()[:16],
         "sizes or decoding": loader.key,

@@ -65,12 +65,12 @@ def _validate(cfg: Config) -> None:
         )
     for key, unsuitable, value in (
         ("data.normalize", cfg.data.normalize == "data", "model"),
-        ("data.pseudo", cfg.data.pseudo is not None, "null"),
+        ("data.pseudo_labels", cfg.data.pseudo_labels is not None, "null"),
         ("distill.teacher", cfg.distill.teacher is not None, "null"),
         ("data.whiten", cfg.data.whiten != "none", "none"),
         ("model.pretrained", str(cfg.model.pretrained).startswith("run:"), "true, false or a file"),
         ("model.metadata", cfg.model.metadata, "false"),
-        ("model.pool", cfg.model.pool == "attention", "mean"),
+        ("model.image_pool", cfg.model.image_pool == "attention", "mean"),
         ("model.global_pool", cfg.model.global_pool == "gem", "default"),
     ):
         if unsuitable:

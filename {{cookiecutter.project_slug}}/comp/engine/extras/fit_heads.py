@@ -34,7 +34,7 @@ def fit_member(context: Context, run: str, name: str, features: NDArray[np.float
         "member": name,
         "config": artifacts.digest(resolve.identity(context.cfg)),
         "tta": ["identity"],
-        "space": context.cfg.predict.space,
+        "space": context.cfg.predict.averaging_space,
     }
     sets: dict[str, list[predictions.PredictionSet]] = {"oof": [], "test": []}
     for fold in range(folds.count):
@@ -42,7 +42,7 @@ def fit_member(context: Context, run: str, name: str, features: NDArray[np.float
             sets[kind].append(part)
     folder = paths.member_folder(run, name)
     for kind, parts in sets.items():
-        merged = predictions.merge(parts, table, folds, context.cfg.predict.space, facts=facts)
+        merged = predictions.merge(parts, table, folds, context.cfg.predict.averaging_space, facts=facts)
         bank.write(folder / f"{kind}.arrow", merged)
     record = score.write(folder, context.cfg, table, folds, bank.read(folder / "oof.arrow", table, folds))
     print(f"{run}:{name}: {score.summary(record)}, {time.perf_counter() - began:.1f} s")

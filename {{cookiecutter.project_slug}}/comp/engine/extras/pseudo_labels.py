@@ -96,7 +96,7 @@ def write(source: str, name: str, selection: Selection) -> None:
     _report(frame, rows, split)
     print(f"written: {paths.relative(file)}, from {', '.join(voice.address for voice in models.voices)}")
     run = models.voices[0].run
-    print(f"next: comp train {run} --as {run}p data.pseudo={name}")
+    print(f"next: comp train {run} --as {run}p data.pseudo_labels={name}")
 
 
 def _command(source: str, name: str, selection: Selection) -> str:

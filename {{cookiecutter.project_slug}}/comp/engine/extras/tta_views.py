@@ -79,4 +79,6 @@ def _predict_view(context: Context, run: str, seeds: list[int], name: str) -> tu
             parts.append(bank.read(file, rows, split))
             speed = file.with_name(SPEED)
             seconds.append(artifacts.read_json(speed)["oof"] if speed.exists() else np.nan)
-    return predictions.merge(parts, rows, split, cfg.predict.space), 1000 * float(np.nanmedian(seconds))
+    return predictions.merge(parts, rows, split, cfg.predict.averaging_space), 1000 * float(
+        np.nanmedian(seconds)
+    )

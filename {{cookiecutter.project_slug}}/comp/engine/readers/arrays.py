@@ -4,7 +4,7 @@
 high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
 refused.
 
-`data.depth` says how fine the levels are: 8 bits, 16 (0 to 65535, so that 16 bit files stay whole), or 32 (floating point in units
+`data.bit_depth` says how fine the levels are: 8 bits, 16 (0 to 65535, so that 16 bit files stay whole), or 32 (floating point in units
 of 8 bits; nothing is cut off at the ends, and without a range numbers stay as they are).
 """
 
@@ -21,7 +21,7 @@ from PIL import Image, TiffImagePlugin
 
 from comp.engine.readers import records
 
-Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.depth
+Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.bit_depth
 DTYPES: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
 PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
 MAX_VALUE = {8: 255, 16: 65535, 32: 255}
@@ -40,7 +40,7 @@ class DamagedImage(Exception):
 
 
 class PixelFormat(NamedTuple):
-    """What competition.pixels says, and data.depth."""
+    """What competition.pixels says, and data.bit_depth."""
 
     low: float | None = None
     high: float | None = None

@@ -1,11 +1,11 @@
-"""From the bytes of an image file to pixels of 8 bits, or of data.depth: one decoder for cache, training, inference and Kaggle.
+"""From the bytes of an image file to pixels of 8 bits, or of data.bit_depth: one decoder for cache, training, inference and Kaggle.
 
 JPEG is decoded at the smallest power-of-two scale that still covers the wanted size (the inverse cosine transform does it for
 next to nothing) and area-resized from there: twice as fast as decoding every pixel first. Everything else is decoded whole.
 
 Rules for every kind of file: RGB or grey, turned as EXIF says, alpha dropped, first frame or page, 16 bit becomes its high
 byte (the same for all pictures: 12 bit in 16 comes out dark, and load_image of comp/competition.py is the place to window
-it; with data.depth: 16 both bytes), floating point refused (with data.depth: 32 taken). A cut file is damaged even where a decoder would make half a picture of it.
+it; with data.bit_depth: 16 both bytes), floating point refused (with data.bit_depth: 32 taken). A cut file is damaged even where a decoder would make half a picture of it.
 
 So is a JPEG that libjpeg warns about: nothing else tells half a picture that ends in an end marker from a whole one. Of the three
 decoders here only simplejpeg reports the warning (OpenCV prints it, Pillow drops it), so no JPEG is taken without simplejpeg.
@@ -287,7 +287,7 @@ def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: st
         made = made[:, :, :3] if channels != 4 else made
     if pixel_format.depth < 32 and made.dtype != np.uint16 and pixel_format.low is None:
         raise DamagedImage(
-            name, f"pixels of {made.dtype} have no one way to 16 bit; take data.depth: 32, or {HOOK}"
+            name, f"pixels of {made.dtype} have no one way to 16 bit; take data.bit_depth: 32, or {HOOK}"
         )
     grey = made.reshape(height, width, -1).astype(np.float64) if channels == 1 and made.ndim == 3 else None
     if grey is not None:

@@ -33,7 +33,7 @@ State = dict[str, Any]
 Score = Callable[[nn.Module], Scores]
 UpdateBN = Callable[[nn.Module], None]
 WEIGHTS = "weights.safetensors"
-WARMUP = 0.1  # the average reaches back over this share of the steps so far, until train.ema is shorter
+WARMUP = 0.1  # the average reaches back over this share of the steps so far, until train.ema_decay is shorter
 
 
 class Ema:
@@ -70,7 +70,7 @@ class WeightSets:
     def __init__(self, cfg: Config, module: nn.Module, folder: Path, ends: Sequence[int]):
         self.cfg, self.module, self.folder = cfg, module, folder
         self.wanted = {run_members.final_weights(cfg), *cfg.average.members}
-        self.ema = None if cfg.train.ema is None else Ema(module, cfg.train.ema)
+        self.ema = None if cfg.train.ema_decay is None else Ema(module, cfg.train.ema_decay)
         # One tensor after the other: all at once, as torch does by itself on a GPU, it refuses the whole numbers of a batch norm.
         one_by_one = get_swa_avg_fn()
         self.swa = (
@@ -101,7 +101,7 @@ class WeightSets:
 
     def after_epoch(self, epoch: int, judge: Score | None) -> dict[str, float]:
         """`epoch` counts from 1. What there is to log: the score that chooses."""
-        if self.swa is not None and epoch > self.cfg.average.swa_from * self.cfg.train.epochs:
+        if self.swa is not None and epoch > self.cfg.average.swa_start * self.cfg.train.epochs:
             self.swa.update_parameters(self.module)
         if self.cfg.select.name == "best" and judge is not None:
             self.scores.append(judge(self.current))
@@ -122,7 +122,7 @@ class WeightSets:
         """Epochs whose weights may still be asked for, once `epoch` of them are over."""
         needed = {model_selection.best(self.scores) + 1} if self.scores else set()
         if "tail" in self.wanted or ("greedy" in self.wanted and not self.ends):
-            first = self.cfg.train.epochs - self.cfg.average.tail
+            first = self.cfg.train.epochs - self.cfg.average.tail_epochs
             needed |= set(range(first + 1, epoch + 1))
         return needed
 
@@ -204,7 +204,7 @@ class WeightSets:
         if self.ends and name != "tail":
             return [self._snapshot(number) for number in range(len(self.ends))]
         epochs = self.cfg.train.epochs
-        return [self._epoch(epoch) for epoch in range(epochs - self.cfg.average.tail + 1, epochs + 1)]
+        return [self._epoch(epoch) for epoch in range(epochs - self.cfg.average.tail_epochs + 1, epochs + 1)]
 
     def _mean(self, files: Sequence[Path], renew: UpdateBN) -> nn.Module:
         """Into the trained module, whose own weights are saved by now."""

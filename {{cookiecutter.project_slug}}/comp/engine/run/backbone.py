@@ -25,7 +25,7 @@ from comp.engine.run import small_stem
 from comp.engine.store import paths
 
 RATES = ("drop_rate", "drop_path_rate")
-# What create_model and the knobs beside model.options already say.
+# What create_model and the knobs beside model.kwargs already say.
 TAKEN = {
     "model_name": "model.name", "pretrained": "model.pretrained", "checkpoint_path": "model.pretrained", "num_classes": "the targets",
     "in_chans": "data.channels", "img_size": "data.size", "global_pool": "model.global_pool", "drop_rate": "model.drop_rate",
@@ -71,7 +71,7 @@ def request(cfg: Config) -> Request:
         sizes=tuple(cfg.augment.progressive_sizes or ()),
         channels=cfg.data.channels,
         rates=tuple((key, rate) for key in RATES if (rate := getattr(cfg.model, key))),
-        options=json.dumps(cfg.model.options, sort_keys=True),
+        options=json.dumps(cfg.model.kwargs, sort_keys=True),
         stem=cfg.model.stem,
         unpooled=cfg.model.global_pool == "gem",
     )
@@ -232,15 +232,15 @@ def _refuse_options(wanted: Request) -> None:
                 raise Refused(f"model.{key}: {wanted.name} does not know it; set it to 0") from error
             if key in takes:
                 raise Refused(
-                    f"model.options.{key}: {wanted.name} does not take {value!r}: {_line(error)}"
+                    f"model.kwargs.{key}: {wanted.name} does not take {value!r}: {_line(error)}"
                 ) from error
             close = nearest(key, [each for each in takes if each not in TAKEN])
             raise Refused(
-                f"model.options.{key}: {wanted.name} takes no such argument; the nearest is {close[0] if close else 'none'}"
+                f"model.kwargs.{key}: {wanted.name} takes no such argument; the nearest is {close[0] if close else 'none'}"
             ) from error
         except FAULTS as error:
             raise Refused(
-                f"model.options.{key}: {wanted.name} does not take {value!r}: {_line(error)}"
+                f"model.kwargs.{key}: {wanted.name} does not take {value!r}: {_line(error)}"
             ) from error
 
 
@@ -250,9 +250,9 @@ def _refuse_options(wanted: Request) -> None:
 def validate(cfg: Config, asks: Callable[[nn.Module, Tensor], object]) -> None:
     """A forward pass of every size, and one of a training batch, on the meta device. `asks` looks at network and output for what
     stands behind it."""
-    for key in cfg.model.options:
+    for key in cfg.model.kwargs:
         if key in TAKEN:
-            raise Refused(f"model.options.{key}: is said by {TAKEN[key]}")
+            raise Refused(f"model.kwargs.{key}: is said by {TAKEN[key]}")
     validate_name(cfg)
     wanted = request(cfg)
     module = _whole(wanted)
@@ -298,7 +298,7 @@ def forward_error(module: nn.Module, channels: int, size: int) -> Exception | No
 
 def _refuse_batch(cfg: Config, module: nn.Module, size: int) -> None:
     """Batch norm has nothing to normalise over, where one picture is one number a channel."""
-    count = min(cfg.train.batch_size, cfg.train.limit or cfg.train.batch_size)
+    count = min(cfg.train.batch_size, cfg.train.max_samples or cfg.train.batch_size)
     module.train()
     if cfg.model.freeze_norm:
         for layer in module.modules():

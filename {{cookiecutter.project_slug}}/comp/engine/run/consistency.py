@@ -1,4 +1,4 @@
-"""augment.views: a picture stands several times in a batch, augmented anew each time, and what is said of it should be the same.
+"""augment.jsd_views: a picture stands several times in a batch, augmented anew each time, and what is said of it should be the same.
 
 In the epoch's list its views are neighbours, and whatever cuts a batch keeps neighbours together. So the epoch is that many times as long,
 draws stay functions of their place in it, and nothing else need know.
@@ -24,19 +24,19 @@ OutputLoss = Callable[[Tensor], Tensor]
 
 
 def validate(cfg: Config, heads: tuple[Head, ...]) -> None:
-    if cfg.augment.views == 1:
+    if cfg.augment.jsd_views == 1:
         return
     if value := next((head.name for head in heads if head.row.spaces is VALUES), ""):
         raise Refused(
-            f"augment.views: {value} is a value, and the divergence is one of probabilities; set it to 1"
+            f"augment.jsd_views: {value} is a value, and the divergence is one of probabilities; set it to 1"
         )
     if loss_knobs.embedding(cfg, heads):
-        raise Refused("augment.views: embeddings have no probabilities that could agree; set it to 1")
+        raise Refused("augment.jsd_views: embeddings have no probabilities that could agree; set it to 1")
 
 
 def consistency_loss(cfg: Config, heads: tuple[Head, ...]) -> OutputLoss:
     """(batch, all outputs) -> (batch,): what is added to each sample's loss."""
-    views = cfg.augment.views
+    views = cfg.augment.jsd_views
     if views == 1:
         return zero
     sizes, whole = output_sizes(cfg, heads), loss_knobs.of(cfg, heads)

@@ -47,18 +47,18 @@ class Loader:
     """Workers stay alive over epochs and folds."""
 
     def __init__(self, cfg: Config, samples: Samples, device: torch.device):
-        paths = samples.frame["images"].map(lambda images: images[: cfg.data.images])
+        paths = samples.frame["images"].map(lambda images: images[: cfg.data.max_images])
         start = np.concatenate([[0], np.cumsum(paths.map(len).to_numpy())]).astype(np.int64)
         codes, unique = paths.explode().factorize()
         images = cache.open_images(cfg, list(unique), cfg.machine.progress)
         self.images = ImageDataset(cfg, images, codes.astype(np.int64), start)
-        self.multi_image = samples.multi_image and cfg.data.images > 1
+        self.multi_image = samples.multi_image and cfg.data.max_images > 1
         if len(codes) > len(paths) and not self.multi_image:
             raise UserError(
                 "images-per-sample",
-                key="data.images",
+                key="data.max_images",
                 what="some samples have several images, and the model was trained on one image a sample",
-                remedy="data.images=1 takes the first",
+                remedy="data.max_images=1 takes the first",
             )
         self.metadata = tabular.encode_metadata(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device

@@ -124,7 +124,11 @@ def validate_name(name: str) -> None:
 
 def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
     hooks = {hook: _text(hook) for hook in HOOKS if pages.get(hook) is not None}
-    labels = None if cfg.data.pseudo is None else artifacts.manifest_entry(paths.pseudo_file(cfg.data.pseudo))
+    labels = (
+        None
+        if cfg.data.pseudo_labels is None
+        else artifacts.manifest_entry(paths.pseudo_file(cfg.data.pseudo_labels))
+    )
     return {
         "samples": folds.samples.hash,
         "folds": folds.hash,
@@ -176,7 +180,7 @@ def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
         "folds": "other folds",
         "competition.py": "another comp/competition.py",
         "teacher": f"another {cfg.distill.teacher}",
-        "pseudo": f"another data/pseudo/{cfg.data.pseudo}.parquet",
+        "pseudo": f"another data/pseudo/{cfg.data.pseudo_labels}.parquet",
     }
     if differ := [words for key, words in what.items() if then.get(key) != now[key]]:
         raise Refused(

@@ -34,7 +34,7 @@ def score_holdout(context: Context, run: str) -> str:
     lines = []
     metric = score.metric_of(cfg)
     for head in samples.heads:
-        stored = predictions.average([each[head.name] for each in said], head, cfg.predict.space)
+        stored = predictions.average([each[head.name] for each in said], head, cfg.predict.averaging_space)
         value = score.validation_score(cfg, head, np.asarray(stored), samples, rows)
         lines.append(f"{head.name}: {metric.name} {value:.4f}")
     looks = paths.run_folder(run) / "last_looks.txt"

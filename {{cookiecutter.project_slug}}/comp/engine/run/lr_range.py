@@ -74,16 +74,16 @@ def range_config(cfg: Config, low: float, high: float, steps: int, linear: bool)
     """The experiment itself, but for its rate, and for what only costs time here."""
     shape = {
         "name": "range_linear" if linear else "range_exponential",
-        "start": low / high,
-        "every": f"{steps} steps",
+        "start_lr_ratio": low / high,
+        "step_size": f"{steps} steps",
     }
     return _with(
         cfg,
-        data={"pseudo": None},
+        data={"pseudo_labels": None},
         distill={"teacher": None},
         schedule={**shape, "warmup": 0, "momentum": None},
-        optim={"lr": high, "base_batch": None},
-        train={"ema": None, "checkpoint_every": 0},
+        optim={"lr": high, "lr_base_size": None},
+        train={"ema_decay": None, "checkpoint_every": 0},
         snapshots={"cycles": None},
         average={"predict_with": "default", "members": []},
         select={"name": "last"},
@@ -111,7 +111,7 @@ def suggest(points: list[Point]) -> float:
 
 
 def to_base_lr(context: Context, rate: float) -> float:
-    """What optim.lr has to say for it, where optim.base_batch scales that."""
+    """What optim.lr has to say for it, where optim.lr_base_size scales that."""
     return rate * context.cfg.optim.lr / schedule.peak_lr(context.cfg, _span(context).effective)
 
 
@@ -186,7 +186,7 @@ class _Unscored(Folds):
 
 def _span(context: Context) -> schedule.TrainLength:
     cfg = context.cfg
-    taught = context.folds.split(0)[0][: cfg.train.limit]
+    taught = context.folds.split(0)[0][: cfg.train.max_samples]
     drawn = data.epoch_rows(taught, 0, 0, class_balance.make_sampler(cfg, context.samples, taught))
     return schedule.train_length(cfg, len(drawn))
 

@@ -40,7 +40,7 @@ def epoch_mix(cfg: Config, day: EpochAugment) -> Mix:
 
     def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
         assert seeds is not None, "only what is augmented is mixed"
-        return mix_images(images, seeds, knobs.mixup, knobs.cutmix, knobs.mix_share, knobs.mosaic)
+        return mix_images(images, seeds, knobs.mixup, knobs.cutmix, knobs.mixup_prob, knobs.mosaic)
 
     return mix
 
@@ -132,13 +132,13 @@ def mixed_loss(
 ) -> Callable[[Tensor, list[Tensor], Tensor, list[MixPart]], Tensor]:
     """(output, truth, weight, parts) -> (batch,): each sample's loss times its weight; of a mixture, the sum over its parts.
 
-    Only loss.threshold must see the soft target itself: it turns every class of a mixture that is large enough into a yes.
+    Only loss.target_threshold must see the soft target itself: it turns every class of a mixture that is large enough into a yes.
     """
 
     def mixture(output: Tensor, truth: list[Tensor], weight: Tensor, parts: list[MixPart]) -> Tensor:
         if not parts:
             return criterion(output, truth) * weight
-        if cfg.loss.threshold is not None:
+        if cfg.loss.target_threshold is not None:
             both = zip(truth, (*heads, *heads), strict=False)  # of a teacher's there is one more each
             soft = [_mean([_shares(target, head)[who] for who, _ in parts], parts) for target, head in both]
             return criterion(output, soft) * _mean([weight[who] for who, _ in parts], parts)

@@ -40,7 +40,7 @@ def fold_rows(context: Context, number: int | str) -> tuple[Positions, Positions
     judged = taught[:0]
     if run_members.chooses(cfg):
         if cfg.select.on == "inner":
-            taught, judged = folds.inner_split(number, cfg.select.share)
+            taught, judged = folds.inner_split(number, cfg.select.validation_fraction)
         elif number == "full":
             raise Refused(
                 "--fold full: there are no scored rows to choose on; select.on=inner, or select.name=last and no greedy soup"
@@ -48,9 +48,9 @@ def fold_rows(context: Context, number: int | str) -> tuple[Positions, Positions
         else:
             judged = scored
     return (
-        limit_rows(taught, context.samples, cfg.train.limit),
-        scored[: cfg.train.limit],
-        judged[: cfg.train.limit],
+        limit_rows(taught, context.samples, cfg.train.max_samples),
+        scored[: cfg.train.max_samples],
+        judged[: cfg.train.max_samples],
     )
 
 
@@ -107,7 +107,7 @@ class Scorer:
         found = np.array([of(part) for part in self.parts])
         if np.isnan(found[0]):
             raise Refused(
-                f"{score.metric_of(self.cfg).name} is undefined on the {len(self.rows)} rows that choose; raise select.share"
+                f"{score.metric_of(self.cfg).name} is undefined on the {len(self.rows)} rows that choose; raise select.validation_fraction"
             )
         return found
 

@@ -23,11 +23,13 @@ def plot(loaded: Loaded, experiment: str) -> None:
     split = folds.load(table)
     folds.validate_plan(split, loaded)
     cfg = loaded.config
-    if cfg.data.pseudo is not None:
+    if cfg.data.pseudo_labels is not None:
         pseudo_rows.validate(cfg, split)
-        table = pseudo_rows.add_rows(table, pseudo_rows.read(cfg.data.pseudo), cfg.data.pseudo, 0)
-    taught = replace(split, samples=table).split(0)[0][: cfg.train.limit]
-    drawn = len(taught) * cfg.augment.views
+        table = pseudo_rows.add_rows(
+            table, pseudo_rows.read(cfg.data.pseudo_labels), cfg.data.pseudo_labels, 0
+        )
+    taught = replace(split, samples=table).split(0)[0][: cfg.train.max_samples]
+    drawn = len(taught) * cfg.augment.jsd_views
     if cfg.sampling.balance != "none":  # rare classes may be drawn more often than they are there
         from comp import data
         from comp.engine.data import class_balance
@@ -55,7 +57,7 @@ def summary(cfg: Config, curve: LRSchedule | StagedLRSchedule, span: TrainLength
     ]
     if first.peak != cfg.optim.lr and not later:
         lines.append(
-            f"optim.lr {cfg.optim.lr:g} is meant for {cfg.optim.base_batch} images; {cfg.optim.scaling} scaling makes it {first.peak:.4g}"
+            f"optim.lr {cfg.optim.lr:g} is meant for {cfg.optim.lr_base_size} images; {cfg.optim.lr_base_scale} scaling makes it {first.peak:.4g}"
         )
     momenta = [m for step in range(span.steps) if (m := curve.momentum(step)) is not None]
     if momenta:

@@ -1,4 +1,4 @@
-"""RandAugment, AugMix, TrivialAugment and AutoAugment as one op of a recipe: `augment.policy`, written as timm writes it.
+"""RandAugment, AugMix, TrivialAugment and AutoAugment as one op of a recipe: `augment.auto_augment`, written as timm writes it.
 
 The policy runs after the recipe's geometry and colour, on images of the final size. timm and torchvision draw from the global
 generators of the process: those are seeded before each image and restored after it, so a policy runs in loader processes,
@@ -71,7 +71,7 @@ def create(name: str, channels: int) -> Policy:
     if channels not in (1, 3):
         raise UserError(
             "policy-unsupported",
-            key="augment.policy",
+            key="augment.auto_augment",
             what=f"{name} is for grey and RGB images, and data.channels is {channels}",
             remedy="set it to null",
         )
@@ -88,7 +88,7 @@ def create(name: str, channels: int) -> Policy:
         example = EXAMPLES[(nearest(kind, EXAMPLES) or ["rand"])[0]]
         raise UserError(
             "policy-unknown",
-            key="augment.policy",
+            key="augment.auto_augment",
             what=f"{name!r} is no policy of timm" + (f" ({error})" if str(error) else ""),
             remedy=f"write it like {example}",
         ) from None

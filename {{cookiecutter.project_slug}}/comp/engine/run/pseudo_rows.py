@@ -35,7 +35,7 @@ def soft_columns(head: Head) -> list[str]:
 
 def validate(cfg: Config, folds: Folds) -> None:
     """Before anything is spent: is there such a table, and was it made for these rows and folds?"""
-    name = cfg.data.pseudo
+    name = cfg.data.pseudo_labels
     if name is None:
         return
     file = paths.pseudo_file(name)
@@ -44,22 +44,22 @@ def validate(cfg: Config, folds: Folds) -> None:
         known = sorted(each.stem for each in file.parent.glob("*.parquet"))
         there = f"the nearest are {', '.join(nearest(name, known, 3))}; " if known else ""
         raise Refused(
-            f"data.pseudo: {paths.relative(file)}: no such table; {there}comp pseudo RUN writes one"
+            f"data.pseudo_labels: {paths.relative(file)}: no such table; {there}comp pseudo RUN writes one"
         )
     for what, now in (("samples", folds.samples.hash), ("folds", folds.hash)):
         if entry[what] != now:
             raise Refused(
-                f"data.pseudo: {paths.relative(file)}: made for other {what}; make it again: {entry['command']}"
+                f"data.pseudo_labels: {paths.relative(file)}: made for other {what}; make it again: {entry['command']}"
             )
     if folds.meta["rule"] == "earlier":
         raise Refused(
-            "data.pseudo: has no effect on folds by time: earlier rows teach a fold, and test rows come later; set it to null"
+            "data.pseudo_labels: has no effect on folds by time: earlier rows teach a fold, and test rows come later; set it to null"
         )
 
 
 def fold_context(context: Context, number: int | str) -> Context:
     """The context of one fold: its pseudo-labelled test rows join the training rows, with a label, a weight and another source."""
-    name = context.cfg.data.pseudo
+    name = context.cfg.data.pseudo_labels
     if name is None:
         return context
     validate(context.cfg, context.folds)

@@ -18,8 +18,10 @@ def predict(context: Context, run: str, views: list[str], space: str, refit_only
     call goes on where it was."""
     tta.views(views)
     cfg = context.cfg
-    inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.space else f"-{space}")
-    cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update={"tta": views, "space": space})})
+    inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.averaging_space else f"-{space}")
+    cfg = cfg.model_copy(
+        update={"predict": cfg.predict.model_copy(update={"tta": views, "averaging_space": space})}
+    )
     other = replace(context, cfg=cfg)
     count = context.folds.count
     cv = [] if refit_only else [(s, n) for s in experiments.complete(run, count) for n in range(count)]

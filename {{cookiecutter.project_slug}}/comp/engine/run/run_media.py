@@ -36,7 +36,7 @@ def log_results(context: Context, log: tracking.RunLogger, run: str, folder: Pat
         log_errors(context, log, head, oof, folder)
     label = "-".join(folder.relative_to(paths.path("runs")).parts)
     log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
-    if context.cfg.track.checkpoints:
+    if context.cfg.track.log_model:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
 
 

@@ -106,7 +106,7 @@ def _command(experiment: str, overrides: list[str], name: str | None, debug: boo
 
 def _check_teachers(cfg: Config) -> None:
     """Who teaches beside the labels is needed to train, and not to predict."""
-    if cfg.data.pseudo is None and cfg.distill.teacher is None:
+    if cfg.data.pseudo_labels is None and cfg.distill.teacher is None:
         return
     from comp.engine.data import folds, samples
     from comp.engine.run import pseudo_rows, teachers
@@ -187,9 +187,9 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
     distillation.validate(cfg, table.heads)
     consistency.validate(cfg, table.heads)
     mixup.validate(cfg, table.heads, loader.multi_image)
-    if cfg.model.pool != "mean" and not loader.multi_image:
+    if cfg.model.image_pool != "mean" and not loader.multi_image:
         raise Refused(
-            f"model.pool: {cfg.model.pool} has no effect, since every sample has one image; set it to mean"
+            f"model.image_pool: {cfg.model.image_pool} has no effect, since every sample has one image; set it to mean"
         )
     return Context(cfg, table, split, loader, device)
 
@@ -314,7 +314,7 @@ def predict(
         return
     views = [view.strip() for view in tta.split(",")] if tta else cfg.predict.tta
     for made in repredict.predict(
-        gather(cfg), name, views, space or cfg.predict.space, refit_only=bool(member)
+        gather(cfg), name, views, space or cfg.predict.averaging_space, refit_only=bool(member)
     ):
         merge.print_result(name, made)
 

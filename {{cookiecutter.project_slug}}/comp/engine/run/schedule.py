@@ -42,11 +42,11 @@ def train_length(cfg: Config, drawn: int) -> TrainLength:
 
 
 def peak_lr(cfg: Config, effective: int) -> float:
-    """The highest rate: optim.lr is meant for optim.base_batch images a step, if that is said."""
-    if cfg.optim.base_batch is None:
+    """The highest rate: optim.lr is meant for optim.lr_base_size images a step, if that is said."""
+    if cfg.optim.lr_base_size is None:
         return cfg.optim.lr
-    power = {"linear": 1.0, "root": 0.5}[cfg.optim.scaling]
-    return float(cfg.optim.lr * (effective / cfg.optim.base_batch) ** power)
+    power = {"linear": 1.0, "sqrt": 0.5}[cfg.optim.lr_base_scale]
+    return float(cfg.optim.lr * (effective / cfg.optim.lr_base_size) ** power)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LRSchedule:
                 f"schedule.cooldown: {self.schedule.cooldown} after a warm-up of {self.warmup} steps is more than the {self.steps} steps of the run"
             )
         if (
-            self.schedule.name in ("cosine_restarts", "triangular", "exponential")
+            self.schedule.name in ("cosine_restarts", "triangular", "exp_range")
             and min(length for _, length in self.cycles) < 1
         ):
             raise Refused(
@@ -99,7 +99,7 @@ class LRSchedule:
     @property
     def cycles(self) -> list[tuple[int, int]]:
         """(first step, steps) of each cycle. They fill the run after the warm-up, so that the last one ends with it."""
-        count, times = self.schedule.cycles, self.schedule.multiplier
+        count, times = self.schedule.cycles, self.schedule.cycle_mul
         if self.schedule.name != "cosine_restarts":
             times = 1.0
         ends = [sum(times**i for i in range(k)) for k in range(count + 1)]
@@ -172,7 +172,12 @@ def snapshot_steps(cfg: Config, span: TrainLength) -> list[int]:
 def _cyclic(cfg: Config) -> Schedule:
     """Of the snapshot-ensembles paper: cosines of one length and height."""
     return cfg.schedule.model_copy(
-        update={"name": "cosine_restarts", "cycles": cfg.snapshots.cycles, "multiplier": 1.0, "decay": 1.0}
+        update={
+            "name": "cosine_restarts",
+            "cycles": cfg.snapshots.cycles,
+            "cycle_mul": 1.0,
+            "cycle_decay": 1.0,
+        }
     )
 
 
@@ -189,7 +194,7 @@ def constant(curve: LRSchedule, step: int) -> Point:
 
 def step_decay(curve: LRSchedule, step: int) -> Point:
     """One drop every so often, or one at each of the times listed."""
-    every = curve.schedule.every
+    every = curve.schedule.step_size
     if isinstance(every, list):
         drops = sum(step + curve.warmup >= curve.in_steps(at) for at in every)
     else:
@@ -218,15 +223,16 @@ def cosine(curve: LRSchedule, step: int) -> Point:
 
 def cosine_restarts(curve: LRSchedule, step: int) -> Point:
     number, done = _place(curve, step)
-    top = curve.schedule.decay**number
+    top = curve.schedule.cycle_decay**number
     return Point(_between(curve.schedule.min_lr_ratio, top, _half_wave(done)))
 
 
 def one_cycle(curve: LRSchedule, step: int) -> Point:
     """Up from `start` to the peak, then down to `final`."""
-    height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal])
+    height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal_strategy])
     return Point(
-        _between(curve.schedule.start if rising else curve.schedule.min_lr_ratio, 1.0, height), height
+        _between(curve.schedule.start_lr_ratio if rising else curve.schedule.min_lr_ratio, 1.0, height),
+        height,
     )
 
 
@@ -234,15 +240,18 @@ def triangular(curve: LRSchedule, step: int) -> Point:
     """Cycles between `final` and the peak, each lower than the one before by `decay`."""
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
-    return Point(_between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.decay**number), height)
+    return Point(
+        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.cycle_decay**number), height
+    )
 
 
-def exponential(curve: LRSchedule, step: int) -> Point:
+def exp_range(curve: LRSchedule, step: int) -> Point:
     """Like triangular, but lower with every step: by `decay` over a cycle."""
     number, done = _place(curve, step)
     height, _ = _wave(curve, done, SLOPES["linear"])
     return Point(
-        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.decay ** (number + done)), height
+        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.cycle_decay ** (number + done)),
+        height,
     )
 
 
@@ -252,21 +261,23 @@ def wsd(curve: LRSchedule, step: int) -> Point:
     left = curve.steps - curve.warmup - step
     if left >= length:
         return Point(1.0)
-    return Point(_between(curve.schedule.min_lr_ratio, 1.0, SLOPES[curve.schedule.anneal](1 - left / length)))
+    return Point(
+        _between(curve.schedule.min_lr_ratio, 1.0, SLOPES[curve.schedule.anneal_strategy](1 - left / length))
+    )
 
 
 def range_linear(curve: LRSchedule, step: int) -> Point:
     """comp lr-range: from `start` to the peak, in `every`."""
-    return Point(_between(curve.schedule.start, 1.0, min(1.0, step / max(1, _climb(curve) - 1))))
+    return Point(_between(curve.schedule.start_lr_ratio, 1.0, min(1.0, step / max(1, _climb(curve) - 1))))
 
 
 def range_exponential(curve: LRSchedule, step: int) -> Point:
-    return Point(curve.schedule.start ** (1 - min(1.0, step / max(1, _climb(curve) - 1))))
+    return Point(curve.schedule.start_lr_ratio ** (1 - min(1.0, step / max(1, _climb(curve) - 1))))
 
 
 def _climb(curve: LRSchedule) -> int:
-    assert not isinstance(curve.schedule.every, list)
-    return curve.in_steps(curve.schedule.every)
+    assert not isinstance(curve.schedule.step_size, list)
+    return curve.in_steps(curve.schedule.step_size)
 
 
 SHAPES: dict[str, Callable[[LRSchedule, int], Point]] = {
@@ -281,7 +292,7 @@ SHAPES: dict[str, Callable[[LRSchedule, int], Point]] = {
             cosine_restarts,
             one_cycle,
             triangular,
-            exponential,
+            exp_range,
             wsd,
             range_linear,
             range_exponential,

@@ -9,19 +9,19 @@ from comp.engine.config import resolve
 from comp.engine.config.resolve import Loaded
 from comp.engine.config.schema import Config
 
-CYCLIC = ("cosine_restarts", "triangular", "exponential")
-CYCLING = ("one_cycle", "triangular", "exponential")
+CYCLIC = ("cosine_restarts", "triangular", "exp_range")
+CYCLING = ("one_cycle", "triangular", "exp_range")
 SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
     "min_lr_ratio": ("linear", "plateau", "cosine", *CYCLIC, "one_cycle", "wsd"),
-    "every": ("step",),
+    "step_size": ("step",),
     "factor": ("step", "plateau"),
     "patience": ("plateau",),
     "cycles": CYCLIC,
-    "multiplier": ("cosine_restarts",),
-    "decay": CYCLIC,
-    "start": ("one_cycle",),
+    "cycle_mul": ("cosine_restarts",),
+    "cycle_decay": CYCLIC,
+    "start_lr_ratio": ("one_cycle",),
     "pct_start": CYCLING,
-    "anneal": ("one_cycle", "wsd"),
+    "anneal_strategy": ("one_cycle", "wsd"),
     "momentum": CYCLING,
     "cooldown": ("wsd",),
 }
@@ -56,7 +56,7 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"distill.{knob}", "without distill.teacher"
     elif cfg.distill.kind == "hard":
         yield "distill.temperature", "with distill.kind: hard"
-    if cfg.optim.base_batch is None:
-        yield "optim.scaling", "without optim.base_batch"
+    if cfg.optim.lr_base_size is None:
+        yield "optim.lr_base_scale", "without optim.lr_base_size"
     if cfg.optim.clip_grad is None:
         yield "optim.clip_mode", "with optim.clip_grad: null"

@@ -1,6 +1,6 @@
 """Views of an image for test-time augmentation (TTA): small functions on the batch as it was loaded (batch, channels, height, width).
 
-`predict.tta` lists them by name; the predictions of all views are averaged in `predict.space`. No view has to be undone, since
+`predict.tta` lists them by name; the predictions of all views are averaged in `predict.averaging_space`. No view has to be undone, since
 classification and regression do not depend on where in the image something is. Every recipe of transforms.py is a view as well.
 """
 

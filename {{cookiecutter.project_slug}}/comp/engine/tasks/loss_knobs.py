@@ -20,16 +20,16 @@ TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
     "kl": {"label_smoothing": 0.0},
     "focal": {"label_smoothing": 0.0, "gamma": 2.0, "alpha": OFF},
     "poly": {"label_smoothing": 0.0, "epsilon": 1.0},
-    "jensen_shannon": {"label_smoothing": 0.0, "share": 0.5},
-    "bce": {"label_smoothing": 0.0, "threshold": OFF},
-    "asymmetric": {"label_smoothing": 0.0, "gamma": 4.0, "gamma_positive": 1.0, "shift": 0.05},
+    "jensen_shannon": {"label_smoothing": 0.0, "js_weight": 0.5},
+    "bce": {"label_smoothing": 0.0, "target_threshold": OFF},
+    "asymmetric": {"label_smoothing": 0.0, "gamma": 4.0, "gamma_pos": 1.0, "clip": 0.05},
     "mse": {},
     "l1": {},
     "huber": {"delta": 1.0},
     "log_cosh": {},
     "bins": {"label_smoothing": 0.0, "bins": 32, "range": OFF},
     "cumulative": {},
-    "soft_labels": {"spread": 0.5},
+    "soft_labels": {"sigma": 0.5},
     "arcface": {"margin": 0.3, "margin_rare": OFF, "scale": 30.0, "sub_centers": 1},
     "contrastive": {"margin": 1.0},
     "triplet": {"margin": 0.3},
@@ -68,7 +68,7 @@ def _one(cfg: Config, head: Head) -> Objective:
     given = cfg.loss.model_dump()
     knobs = {key: own if given[key] is None else given[key] for key, own in TAKES[name].items()}
     if name in EMBEDS:
-        knobs["embedding"] = cfg.model.embedding or SIZE
+        knobs["embedding"] = cfg.model.embedding_size or SIZE
     return Objective(name, knobs)
 
 
@@ -93,8 +93,8 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
         )
     embeds = [objective.name for objective in found if objective.name in EMBEDS]
     for knob, value in (
-        ("model.embedding", cfg.model.embedding),
-        ("predict.neighbours", cfg.predict.neighbours),
+        ("model.embedding_size", cfg.model.embedding_size),
+        ("predict.n_neighbors", cfg.predict.n_neighbors),
     ):
         if value is not None and not embeds:
             out.append((knob, f"{value} has no effect on loss {names}; {', '.join(EMBEDS)} takes it"))
@@ -121,8 +121,8 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
             out.append(
                 ("loss.alpha", f"parts yes from no; the classes of {head.task} are weighed by class_weights")
             )
-        if objective.knobs.get("threshold") is not None and objective.knobs["label_smoothing"]:
-            out.append(("loss.label_smoothing", "is undone by loss.threshold; set one of them"))
+        if objective.knobs.get("target_threshold") is not None and objective.knobs["label_smoothing"]:
+            out.append(("loss.label_smoothing", "is undone by loss.target_threshold; set one of them"))
         if objective.name == "bins" and objective.knobs["range"] is None:
             out.append(("loss.range", "bins needs the lowest and highest target that can be, like [0, 100]"))
     return out

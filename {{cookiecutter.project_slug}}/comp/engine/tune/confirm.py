@@ -63,7 +63,9 @@ def _score(joined: Joined, context: Any, name: str, seed: int) -> float:
     sets = [
         bank.read(paths.fold_folder(name, seed, n) / "oof.arrow", *facts) for n in range(count_of(joined))
     ]
-    record = score.evaluate(context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.space))
+    record = score.evaluate(
+        context.cfg, *facts, predictions.merge(sets, *facts, context.cfg.predict.averaging_space)
+    )
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
         raise Refused(score.summary(record))

@@ -28,7 +28,7 @@ HEADER = ("search", "objectives", "sampler", "pruner", "folds", "trials")
 WORDS = ("low", "high", "log", "step", "choices", "when")
 USELESS = {
     "train.threads": "changes nothing but the last digit",
-    "train.limit": "fewer rows are only cheaper",
+    "train.max_samples": "fewer rows are only cheaper",
     "data.cache": "changes time, not pixels",
     "predict.batch_size": "changes time, not predictions",
 }

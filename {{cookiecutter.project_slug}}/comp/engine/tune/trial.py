@@ -233,7 +233,7 @@ def scored(joined: Joined, name: str, context: Context) -> dict[str, Any]:
         bank.read(paths.fold_folder(name, seed, number) / "oof.arrow", *facts)
         for number in range(count_of(joined))
     ]
-    whole = predictions.merge(sets, *facts, context.cfg.predict.space)
+    whole = predictions.merge(sets, *facts, context.cfg.predict.averaging_space)
     record = score.evaluate(context.cfg, *facts, whole)
     value = record["oof"] if record["oof"] is not None else record["mean"]
     if value is None:
