@@ -1,4 +1,4 @@
-"""The image cache: the pixels of a fresh decode, and whatever happens to files and processes, never other ones."""
+"""The image cache gives the pixels of a fresh decode, whatever happens to files and processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from comp import competition
 from comp.engine import pages
 from comp.engine.data import cache, image_reader
 from comp.engine.errors import UserError
-from comp.engine.readers import decode as images
+from comp.engine.readers import decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.store import paths
 
@@ -61,17 +61,17 @@ def opened(names: list[str], *overrides: str, **more: Any) -> cache.Images:
 
 
 def cached(names: list[str], *overrides: str) -> cache.CachedImages:
-    pictures = opened(names, *overrides)
-    assert isinstance(pictures, cache.CachedImages)
-    return pictures
+    images = opened(names, *overrides)
+    assert isinstance(images, cache.CachedImages)
+    return images
 
 
-def seen(pictures: cache.Images) -> list[bytes | str]:
-    """All pictures, or why not."""
+def seen(images: cache.Images) -> list[bytes | str]:
+    """The bytes of every image, or why it is damaged."""
     out: list[bytes | str] = []
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         try:
-            out.append(pictures[i].tobytes())
+            out.append(images[i].tobytes())
         except DamagedImage as damaged:
             out.append(str(damaged))
     return out
@@ -89,65 +89,65 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def child(code: str, names: list[str]) -> subprocess.Popen[str]:
-    """A process that opens the pictures, after `code`."""
+    """A process that runs `code` and then opens the images."""
     script = f"""
 import os, signal, sys
 from pathlib import Path
 from comp.engine.config import resolve
-from comp.engine.data import build_cache, cache, cache_index
+from comp.engine.data import cache
 from comp.engine.store import artifacts, paths
-build_cache.COMMIT, build_cache.CHUNK = 4, 2
+cache.COMMIT, cache.CHUNK = 4, 2
 {code}
-pictures = cache.open_images(resolve.load(paths.root(), "exp001").config, {names!r}, progress=False)
+images = cache.open_images(resolve.load(paths.root(), "exp001").config, {names!r}, progress=False)
 """
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", script], text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-@pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
+@pytest.mark.parametrize("resize", ["stretch", "cover", "contain"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_same_pixels_with_and_without_a_cache(names: list[str], fit: str, channels: int) -> None:
-    knobs = [f"data.resize={fit}", f"data.channels={channels}"]
+def test_the_same_pixels_with_and_without_a_cache(names: list[str], resize: str, channels: int) -> None:
+    knobs = [f"data.resize={resize}", f"data.channels={channels}"]
     direct = opened(names, *knobs, "data.cache=false")
-    pictures = cached(names, *knobs)
-    assert isinstance(direct, cache.UncachedImages) and len(pictures) == len(direct) == COUNT
-    assert seen(pictures) == seen(direct) == seen(cached(names, *knobs))
-    reasons = {i: text for i, text in enumerate(seen(pictures)) if isinstance(text, str)}
+    images = cached(names, *knobs)
+    assert isinstance(direct, cache.UncachedImages) and len(images) == len(direct) == COUNT
+    assert seen(images) == seen(direct) == seen(cached(names, *knobs))
+    reasons = {i: text for i, text in enumerate(seen(images)) if isinstance(text, str)}
     assert reasons.keys() == {CUT, GONE}
     assert "cut off" in reasons[CUT] and "no such file" in reasons[GONE]
     assert (
-        pictures[0].shape
-        == {"stretch": (32, 32, channels), "cover": (32, 48, channels), "contain": (32, 32, channels)}[fit]
+        images[0].shape
+        == {"stretch": (32, 32, channels), "cover": (32, 48, channels), "contain": (32, 32, channels)}[resize]
     )
     with pytest.raises(ValueError, match="read-only"):
-        pictures[0][0, 0] = 0
+        images[0][0, 0] = 0
 
 
 def test_loader_processes_read_the_same(names: list[str]) -> None:
-    pictures = cached(names)
-    expected = seen(pictures)
-    travelled = pickle.loads(pickle.dumps(pictures))
-    assert seen(travelled) == expected
+    images = cached(names)
+    expected = seen(images)
+    unpickled = pickle.loads(pickle.dumps(images))
+    assert seen(unpickled) == expected
     reader, writer = os.pipe()
     if not os.fork():
-        os.write(writer, hashlib.sha256(repr(seen(pictures)).encode()).digest())
+        os.write(writer, hashlib.sha256(repr(seen(images)).encode()).digest())
         os._exit(0)
     assert os.read(reader, 99) == hashlib.sha256(repr(expected).encode()).digest()
 
 
-def test_what_travels_to_a_loader_process_does_not_grow_with_names(names: list[str]) -> None:
+def test_what_is_pickled_for_a_loader_process_does_not_grow_with_names(names: list[str]) -> None:
     few, many = cached(names), cached(names * 50)
     assert len(pickle.dumps(many)) - len(pickle.dumps(few)) < COUNT * 49 * (4 + 40 * 1 / COUNT), (
-        "four bytes a picture, and the absent"
+        "four bytes an image, and the absent names"
     )
 
 
-def test_views_stay_right_when_mapped_pages_are_given_back(
+def test_views_stay_valid_when_mapped_pages_are_released(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache._Pages, "KEEP", 2000)
-    pictures = cached(names)
-    views = [(i, pictures[i]) for i in range(COUNT) if i not in (CUT, GONE)]
+    monkeypatch.setattr(cache._Pages, "MAX_MAPPED", 2000)
+    images = cached(names)
+    views = [(i, images[i]) for i in range(COUNT) if i not in (CUT, GONE)]
     fresh = opened(names, "data.cache=false")
     assert all(np.array_equal(view, fresh[i]) for i, view in views)
 
@@ -155,21 +155,19 @@ def test_views_stay_right_when_mapped_pages_are_given_back(
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are decoded from here on."""
     decoded: list[str] = []
-    decode = images.decode
+    original = decode.decode
 
     def counting(
-        data: bytes, size: int | None, fit: images.Resize, channels: int, name: str, *numbers: Any
-    ) -> images.Pixels:
+        data: bytes, size: int | None, resize: decode.Resize, channels: int, name: str, *pixel_format: Any
+    ) -> decode.Pixels:
         decoded.append(name)
-        return decode(data, size, fit, channels, name, *numbers)
+        return original(data, size, resize, channels, name, *pixel_format)
 
-    monkeypatch.setattr(images, "decode", counting)
+    monkeypatch.setattr(decode, "decode", counting)
     return decoded
 
 
-def test_only_what_is_new_or_has_changed_is_decoded(
-    names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_new_and_changed_files_are_decoded(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = cached(names[:30])
     expected = seen(before)
     decoded = counted(monkeypatch)
@@ -180,18 +178,20 @@ def test_only_what_is_new_or_has_changed_is_decoded(
     decoded.clear()
 
     os.utime(raw(names[3]), ns=(1, 1))  # touched: read again, not decoded
-    raw(names[4]).write_bytes(raw(names[5]).read_bytes())  # another picture
+    raw(names[4]).write_bytes(raw(names[5]).read_bytes())  # another image
     raw(names[CUT]).write_bytes(raw(names[6]).read_bytes())  # whole now
     os.truncate(raw(names[8]), 60)  # damaged now
     now = seen(cached(names))
     assert set(decoded) == {names[8]}
     assert (now[3], now[4], now[CUT], now[9]) == (expected[3], expected[5], expected[6], expected[9])
     assert "cut off" in now[8]
-    assert seen(before) == expected, "who has the cache open goes on reading what it was opened with"
+    assert seen(before) == expected, "an open cache goes on with the index that it was opened with"
     assert now == seen(opened(names, "data.cache=false"))
 
 
-def test_a_cut_file_is_noted_and_not_decoded_again(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_file_is_recorded_and_not_decoded_again(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached(names)
     decoded = counted(monkeypatch)
     with pytest.raises(DamagedImage, match=names[CUT]):
@@ -199,7 +199,7 @@ def test_a_cut_file_is_noted_and_not_decoded_again(names: list[str], monkeypatch
     assert decoded == []
 
 
-def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
+def test_every_size_and_every_version_of_the_hook_has_its_own_folder(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(*overrides: str) -> str:
@@ -213,9 +213,9 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
         key("competition.raw=data"),
     }
     assert len(keys) == 5
-    assert key("data.size=40") == key("data.cache_scale=1.25"), "the same pixels are not kept twice"
+    assert key("data.size=40") == key("data.cache_scale=1.25"), "the same pixels are not stored twice"
     assert key("augment.recipe=none") == key()
-    monkeypatch.setattr(images, "DECODER", "2")
+    monkeypatch.setattr(decode, "DECODER", "2")
     keys.add(key())
     for brightness in (1, 2):
         keys.add(
@@ -229,7 +229,7 @@ def test_every_size_has_its_own_folder_and_so_has_every_version_of_the_hook(
 
 
 def hooked(monkeypatch: pytest.MonkeyPatch, code: str, then: Callable[[], Any]) -> Any:
-    """What `then` gives while competition.py holds this code."""
+    """The result of `then` while competition.py has this code."""
     file = Path(paths.path(f"competition_{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"))
     file.write_text("import numpy as np\n" + code)
     space: dict[str, Any] = {"__name__": competition.__name__}
@@ -244,12 +244,11 @@ def test_load_image_decides_the_pixels(names: list[str], monkeypatch: pytest.Mon
     negative = "def load_image(row, decode):\n    return 255 - decode(row['image'])\n"
     assert np.array_equal(hooked(monkeypatch, negative, lambda: cached(names))[0], 255 - plain)
     whole = "def load_image(row, decode):\n    assert row['file'].is_file()\n    return decode(row['image'], full=True)[:30]\n"
-    assert hooked(monkeypatch, whole, lambda: cached(names[:1])[0].shape) == plain.shape, (
-        "brought to size afterwards"
-    )
+    assert hooked(monkeypatch, whole, lambda: cached(names[:1])[0].shape) == plain.shape, "resized afterwards"
     wrong = "def load_image(row, decode):\n    return decode(row['image']) / 255\n"
-    with pytest.raises(UserError, match=r"load_image gave float64 .* for train/00.png; a uint8 array"):
+    with pytest.raises(UserError, match=r"load_image returned float64 .* for train/00.png") as caught:
         hooked(monkeypatch, wrong, lambda: cached(names))
+    assert caught.value.code == "load-image-invalid" and "a uint8 array" in caught.value.remedy
     with (
         monkeypatch.context() as patch,
         pytest.raises(UserError, match="load_image must be a plain function"),

@@ -1,4 +1,4 @@
-"""The cache of pictures when something goes wrong: kills, torn lines, several builders, flipped bytes, full disks."""
+"""The image cache when something goes wrong: kills, torn lines, several builders, flipped bytes, full disks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from test_cache import COPY, COUNT, GONE, bytes_of, cached, child, counted, folder, forty, opened, raw, seen
 
-from comp.engine.data import build_cache, cache
+from comp.engine.data import cache
 from comp.engine.errors import UserError
 from comp.engine.store import paths
 
@@ -41,14 +41,14 @@ def after(module, name, number, half=False):
 """
 EVENTS = {
     "pixels written, their line not yet": "after(os, 'fsync', 5)",
-    "before the index": "after(build_cache, '_published', 1, half=True)",
+    "before the index": "after(cache, '_publish', 1, half=True)",
     "after the index, before the manifest": "after(artifacts, 'write_json', 1, half=True)",
 }
 MORE_EVENTS = {
-    "after the first line of the journal": "after(build_cache, '_commit', 1)",
-    "before the first line of the journal": "after(build_cache, '_commit', 1, half=True)",
-    "after the fifth line of the journal": "after(build_cache, '_commit', 5)",
-    "before the last line of the journal": "after(build_cache, '_commit', 10, half=True)",
+    "after the first line of the journal": "after(cache, '_commit', 1)",
+    "before the first line of the journal": "after(cache, '_commit', 1, half=True)",
+    "after the fifth line of the journal": "after(cache, '_commit', 5)",
+    "before the last line of the journal": "after(cache, '_commit', 10, half=True)",
     "after the manifest": "after(artifacts, 'write_json', 1)",
 }
 
@@ -104,16 +104,16 @@ def test_a_build_killed_while_adding_ends_with_the_same_bytes(names: list[str]) 
 
 def stopped_after(lines: int, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that ends when so many lines of its journal are written."""
-    commit = build_cache._commit
+    commit = cache._commit
 
-    def stopping(*given: Any) -> Any:
+    def stopping(*arguments: Any) -> Any:
         if len(journal_lines()) == lines:
             raise KeyboardInterrupt
-        return commit(*given)
+        return commit(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_cache, "COMMIT", 4)
-        patch.setattr(build_cache, "_commit", stopping)
+        patch.setattr(cache, "COMMIT", 4)
+        patch.setattr(cache, "_commit", stopping)
         with pytest.raises(KeyboardInterrupt):
             cached(names)
 
@@ -130,7 +130,7 @@ def test_a_file_that_changes_between_kill_and_resume_is_decoded_as_it_is_now(
     assert len(listed) == len(set(listed))
 
 
-def test_a_torn_line_of_the_journal_never_happened(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_line_of_the_journal_is_ignored(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cached(names)
     never_stopped = bytes_of(folder())
     shutil.rmtree(paths.path("data", "cache"))
@@ -143,19 +143,19 @@ def test_a_torn_line_of_the_journal_never_happened(names: list[str], monkeypatch
 
 def test_a_second_process_waits_for_the_first_and_decodes_nothing(names: list[str]) -> None:
     pause = """
-real = build_cache._commit
+real = cache._commit
 def commit(*a):
     print("building", flush=True)
     sys.stdin.readline()
-    build_cache._commit = real
+    cache._commit = real
     return real(*a)
-build_cache._commit = commit
+cache._commit = commit
 """
-    refuse = "build_cache._made = None  # whoever decodes falls over\n"
+    no_decoding = "cache._decode_chunk = None  # decoding fails\n"
     first = child(pause, names)
     assert first.stdin and first.stdout
-    assert "39 pictures" in first.stdout.readline() and first.stdout.readline() == "building\n"
-    second = child(refuse, names)
+    assert "39 images" in first.stdout.readline() and first.stdout.readline() == "building\n"
+    second = child(no_decoding, names)
     assert second.stdin and second.stdout
     waiting = second.stdout.readline()
     assert f"process {first.pid} is already filling the image cache" in waiting and "waiting" in waiting
@@ -168,18 +168,19 @@ build_cache._commit = commit
 
 def test_a_flipped_byte_of_the_pixels_is_named(names: list[str]) -> None:
     images = cached(names)
-    line = images.where[5]
-    position = int(images.pages.offset[line]) + 100
+    row = images.rows[5]
+    position = int(images.pages.offset[row]) + 100
     with (folder() / "pixels.bin").open("r+b") as file:
         file.seek(position)
         flipped = bytes([file.read(1)[0] ^ 4])
         file.seek(position)
         file.write(flipped)
     again = cached(names)
-    with pytest.raises(
-        UserError, match=rf"pixels.bin: the picture of {names[5]} is damaged .*; delete data/cache/"
-    ):
+    with pytest.raises(UserError) as caught:
         again[5]
+    error = caught.value
+    assert error.code == "cache-damaged" and error.where.endswith("pixels.bin") and names[5] in error.what
+    assert "delete data/cache/" in error.remedy
     assert again[6].shape == (32, 32, 1), "the others are still good"
     shutil.rmtree(folder())
     assert cached(names)[5].shape == (32, 32, 1)
@@ -201,12 +202,12 @@ def test_a_damaged_file_of_the_cache_is_refused_by_name(names: list[str], file: 
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         try:
             expected = seen(cached(names))
-        except UserError as refused:
-            assert path.name in str(refused) and len(refused.lines) == 1
+        except UserError as error:
+            assert path.name in str(error) and len(error.lines) == 1
         else:
             assert file == "manifest.json" and json.loads(path.read_text()), (
                 position
-            )  # a fact for people, not for us
+            )  # a fact that nothing reads
             assert expected == seen(opened(names, "data.cache=false"))
     path.write_bytes(data)
     cached(names)
@@ -215,11 +216,11 @@ def test_a_damaged_file_of_the_cache_is_refused_by_name(names: list[str], file: 
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
+def test_on_a_small_disk_decoding_goes_on_without_a_cache_or_is_refused(
     names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 2**28))
-    with pytest.raises(UserError, match=r"39 pictures of 32 px will write 40 KB, and only"):
+    with pytest.raises(UserError, match=r"39 images of 32 px will write 40 KB, and only"):
         opened(names, must_fit=True)
     images = opened(names)
     assert isinstance(images, cache.UncachedImages) and "decoded on the fly" in capsys.readouterr().out
@@ -229,7 +230,7 @@ def test_a_small_disk_is_refused_beforehand_or_decoding_goes_on_without_a_cache(
     assert without == seen(cached(names))
 
 
-def test_where_nothing_can_be_written_decoding_goes_on(
+def test_decoding_goes_on_where_no_cache_can_be_written(
     names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths.path("data", "cache").write_text(
@@ -242,7 +243,7 @@ def test_where_nothing_can_be_written_decoding_goes_on(
         opened(names, must_fit=True)
 
 
-def test_a_disk_that_fills_up_costs_one_line_and_nothing_that_was_done(names: list[str]) -> None:
+def test_a_full_disk_is_one_line_and_loses_nothing(names: list[str]) -> None:
     expected = seen(cached(names))
     never_full = bytes_of(folder())
     shutil.rmtree(paths.path("data", "cache"))
@@ -250,24 +251,26 @@ def test_a_disk_that_fills_up_costs_one_line_and_nothing_that_was_done(names: li
     _, error = full.communicate()
     assert (
         full.returncode == 1
-        and "Refused: data/cache/" in error
+        and "UserError: data/cache/" in error
         and "could not be written (File too large)" in error
     )
     assert len(journal_lines()) > 1
     assert seen(cached(names)) == expected and bytes_of(folder()) == never_full
 
 
-def test_a_build_says_what_it_writes_and_where(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_build_prints_what_it_writes_and_where(
+    names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     cached(names)
     first, last = capsys.readouterr().out.splitlines()
     place = paths.relative(folder())
-    assert first == f"{place}: 39 pictures of 32 px, about 40 KB"
-    assert last == f"{place}: 39 pictures, 1 of them damaged, 38 KB"
+    assert first == f"{place}: 39 images of 32 px, about 40 KB"
+    assert last == f"{place}: 39 images, 1 of them damaged, 38 KB"
     cached(names)
     assert capsys.readouterr().out == ""
 
 
-def test_the_index_holds_what_it_says(names: list[str]) -> None:
+def test_the_index_describes_files_and_pixels(names: list[str]) -> None:
     images = cached(names)
     table = images.pages.table
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -276,5 +279,5 @@ def test_the_index_holds_what_it_says(names: list[str]) -> None:
         data = raw(row["name"]).read_bytes()
         assert row["bytes"] == len(data) and row["hash"] == hashlib.sha256(data).hexdigest()[:32]
     offsets: NDArray[np.int64] = table["offset"].to_numpy()
-    assert rows[COPY]["offset"] == rows[COPY - 1]["offset"], "a copy is kept once"
+    assert rows[COPY]["offset"] == rows[COPY - 1]["offset"], "a copy is stored once"
     assert offsets.max() + 32 * 32 == (folder() / "pixels.bin").stat().st_size == 37 * 32 * 32

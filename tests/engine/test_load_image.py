@@ -88,9 +88,7 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
     }
     read = opened(table)
     assert (
-        isinstance(read, cache.CachedImages)
-        and len(set(read.where.tolist())) == 12
-        and (read.where >= 0).all()
+        isinstance(read, cache.CachedImages) and len(set(read.rows.tolist())) == 12 and (read.rows >= 0).all()
     )
     direct = image_reader.from_config(config())
     for at, key in enumerate(keys):

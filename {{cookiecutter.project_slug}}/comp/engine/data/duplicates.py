@@ -106,8 +106,8 @@ def _read_small(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
             grey[at] = images[at].mean(axis=2) / (arrays.MAX_VALUE[cfg.data.bit_depth] // 255)
         except DamagedImage:
             continue
-        if listed is not None and isinstance(images, cache.CachedImages) and images.where[at] >= 0:
-            hashes[at] = listed[int(images.where[at])].as_py()
+        if listed is not None and isinstance(images, cache.CachedImages) and images.rows[at] >= 0:
+            hashes[at] = listed[int(images.rows[at])].as_py()
         else:
             hashes[at] = artifacts.digest(image_reader.from_config(cfg).read(name).hex())
     return grey, hashes

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from comp.engine import hardware
 from comp.engine.config.schema import Config
-from comp.engine.data import cache_index, image_key, image_reader
+from comp.engine.data import cache, image_key, image_reader
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
@@ -105,7 +105,7 @@ def _content_ids(
     if not len(candidates):
         return content
     chosen = [names[at] for at in candidates]
-    hashes = cache_index.known_hashes(reader.raw, pa.array(chosen, pa.string()), stamps[candidates])
+    hashes = cache.known_hashes(reader.raw, pa.array(chosen, pa.string()), stamps[candidates])
     new = hashes == ""
     # 1. No hash of this size is known: the middle of the files tells most of them apart.
     hash_known = np.isin(size[candidates], size[candidates][~new])

@@ -1,8 +1,8 @@
-"""data/images/<digest>.parquet: the image files that runs were made of, so that a run notices when some of them are replaced.
+"""data/images/<digest>.parquet: the image files that runs were trained on, so that a run notices when files are replaced.
 
-A line a file: name, bytes, mtime, and the hash that an image cache took when it read the file; empty where no cache knows it. All
-members of an archive are one line, that of the archive. The digest is of names and hashes, of sizes where there is no hash, and so
-the same in a copied project; mtimes only spare the reading. To compare costs one stat a file, and of a file that was touched its bytes.
+A row a file: name, bytes, mtime, and the hash from an image cache; empty where no cache has read the file. An archive is one
+row for all its members. The digest is of names and hashes (of sizes where there is no hash), so it is the same in a copied
+project; mtimes only save reading. A comparison costs one stat a file, and reads the files whose mtime has changed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
-from comp.engine.data import cache_index, exact_duplicates, image_key, image_reader, samples
-from comp.engine.errors import Refused
+from comp.engine.data import cache, exact_duplicates, image_key, image_reader, samples
+from comp.engine.errors import UserError
 from comp.engine.readers import containers
 from comp.engine.store import artifacts, paths
 
@@ -28,24 +28,24 @@ Stamps = NDArray[np.int64]  # (files, 2): size and mtime
 Hashes = Literal["none", "cached", "all"]
 
 
-class Compared(NamedTuple):
+class Comparison(NamedTuple):
     files: int
     changed: list[str]
     missing: list[str]
-    touched: int  # other mtime, same bytes
-    sized: int  # other mtime, same size, and no hash to compare
+    touched: int  # new mtime, same bytes
+    sized: int  # new mtime, same size, and no hash to compare
 
 
 def record(cfg: Config) -> str:
-    """Written for the files as they are now. The digest, for made_of.json."""
-    return _written(_table(cfg, "cached"))
+    """Writes a record of the files as they are now and returns its digest, for made_of.json."""
+    return _write(_table(cfg, "cached"))
 
 
-def compare(cfg: Config, digest: str) -> Compared:
-    """The files of a record as they are now."""
+def compare(cfg: Config, digest: str) -> Comparison:
+    """The files of a record with those that are there now."""
     old = _read(cfg, digest)
     names, hashed = old["name"].to_pylist(), old["hash"].to_numpy(zero_copy_only=False)
-    then = np.stack([cache_index.column(old, name) for name in ("bytes", "mtime")], 1)
+    then = np.stack([cache.column(old, name) for name in ("bytes", "mtime")], 1)
     reader = image_reader.from_config(cfg)
     now = reader.stamps(names)
     missing = (now[:, 0] < 0) & (then[:, 0] >= 0)
@@ -60,9 +60,9 @@ def compare(cfg: Config, digest: str) -> Compared:
         same = read[again == hashed[read]]
         then[same] = now[same]
         if len(same):  # so that they are not read the next time
-            _written(pa.table([old["name"], *map(pa.array, then.T), old["hash"]], schema=SCHEMA))
+            _write(pa.table([old["name"], *map(pa.array, then.T), old["hash"]], schema=SCHEMA))
     touched = moved & ~changed
-    return Compared(
+    return Comparison(
         len(names),
         [names[at] for at in np.flatnonzero(changed)],
         [names[at] for at in np.flatnonzero(missing)],
@@ -76,16 +76,16 @@ def _file(digest: str) -> Path:
 
 
 def _digest(table: pa.Table) -> str:
-    held = [
+    contents = [
         hash or str(size)
         for hash, size in zip(table["hash"].to_pylist(), table["bytes"].to_pylist(), strict=True)
     ]
-    text = "\n".join([*table["name"].to_pylist(), *held])
+    text = "\n".join([*table["name"].to_pylist(), *contents])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _written(table: pa.Table) -> str:
-    """Named by what it says, so it needs no manifest, and whoever reads it meanwhile reads one of two that say the same."""
+def _write(table: pa.Table) -> str:
+    """Named by its content, so it needs no manifest, and a reader at the same time reads the same content in any case."""
     digest = _digest(table)
     with artifacts.atomic(_file(digest)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -93,36 +93,38 @@ def _written(table: pa.Table) -> str:
 
 
 def _read(cfg: Config, digest: str) -> pa.Table:
-    """A record that is gone or damaged is made again, if the files are still those."""
+    """A record that is missing or damaged is written again, if the files are still the same."""
     try:
         table = pq.read_table(_file(digest), schema=SCHEMA)
         if _digest(table) == digest:
             return table
         what = "damaged"
     except FileNotFoundError:
-        what = "gone"
+        what = "missing"
     except (pa.ArrowException, OSError):
         what = "damaged"
     ways: tuple[Hashes, ...] = ("none", "cached", "all")
     for table in (_table(cfg, hashes) for hashes in ways):
         if _digest(table) == digest:
-            _written(table)
+            _write(table)
             return table
-    raise Refused(
-        f"{paths.relative(_file(digest))}: {what}, and the image files are not those that it was made of"
+    raise UserError(
+        "image-record-lost",
+        where=paths.relative(_file(digest)),
+        what=f"{what}, and the image files have changed since it was written",
     )
 
 
 def _table(cfg: Config, hashes: Hashes) -> pa.Table:
     reader, files = image_reader.from_config(cfg), _files(cfg)
-    found = reader.stamps(list(files))
-    hashed = _hashes(reader, files, found, hashes)
-    return pa.table([list(files), found[:, 0], found[:, 1], hashed], schema=SCHEMA)
+    stamps = reader.stamps(list(files))
+    hashed = _hashes(reader, files, stamps, hashes)
+    return pa.table([list(files), stamps[:, 0], stamps[:, 1], hashed], schema=SCHEMA)
 
 
 def _files(cfg: Config) -> dict[str, list[str]]:
-    """file -> the images in it: of an archive its members, of any other file one of the images that are made from it. Files that
-    are channels of one image are one, as making.stamp takes them."""
+    """file -> images in it: the members of an archive; of any other file one of the images made from it. Files that are channels of
+    one image count as one, as in ImageReader.stamp."""
     reader = image_reader.from_config(cfg)
     listed = samples.load().frame["images"]
     keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.max_images]}
@@ -140,9 +142,9 @@ def _files(cfg: Config) -> dict[str, list[str]]:
 
 
 def _hashes(
-    reader: image_reader.ImageReader, files: dict[str, list[str]], found: Stamps, hashes: Hashes
+    reader: image_reader.ImageReader, files: dict[str, list[str]], stamps: Stamps, hashes: Hashes
 ) -> list[str]:
-    """Of each file; of an archive one over its members."""
+    """The hash of each file; of an archive a hash of those of its members."""
     if hashes == "none":
         return [""] * len(files)
     names = list(files)
@@ -150,19 +152,23 @@ def _hashes(
         [at for at, name in enumerate(names) if image_key.paths(files[name][0]) == name], np.int64
     )
     hashed = [""] * len(names)
-    for at, each in zip(
-        single, _of(reader, [files[names[at]][0] for at in single], found[single], hashes), strict=True
+    for at, file_hash in zip(
+        single,
+        _file_hashes(reader, [files[names[at]][0] for at in single], stamps[single], hashes),
+        strict=True,
     ):
-        hashed[at] = each
+        hashed[at] = file_hash
     for at in np.setdiff1d(np.arange(len(names)), single):
         members = files[names[at]]
-        inside = _of(reader, members, reader.stamps(members), hashes)
+        inside = _file_hashes(reader, members, reader.stamps(members), hashes)
         hashed[at] = artifacts.digest([*zip(members, inside, strict=True)]) if all(inside) else ""
     return hashed
 
 
-def _of(reader: image_reader.ImageReader, names: list[str], found: Stamps, hashes: Hashes) -> list[str]:
-    known = cache_index.known_hashes(reader.raw, pa.array(names, pa.string()), found)
+def _file_hashes(
+    reader: image_reader.ImageReader, names: list[str], stamps: Stamps, hashes: Hashes
+) -> list[str]:
+    known = cache.known_hashes(reader.raw, pa.array(names, pa.string()), stamps)
     if hashes == "all":
         new = np.flatnonzero(known == "")
         unread: dict[str, str] = {}

@@ -1,11 +1,11 @@
-"""How data/samples.parquet names one image: the files under raw that make it, and the values that load_image reads of its row.
+"""The text that names one image in data/samples.parquet: its files under raw, and the values of its row for load_image.
 
     train/7.png                      one file
     red/7.png//green/7.png           two files that are channels of one image
     train/7.png///{"x":"3","w":"9"}  the values of competition.image_columns in this row
 
-A path has no empty part, so neither mark can stand in the name of a file: a + or a brace there is part of the name. The text is
-the key of the image cache, so two rows that crop one file have an entry each.
+A path has no empty part, so neither separator can be part of a file's name, while + or a brace can. The text is the key of the
+image cache, so two rows that crop one file have an entry each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 CHANNELS, ROW = "//", "///"
 
-Row = Mapping[str, str | None]  # column -> cell as the host wrote it; None where it is empty
+Row = Mapping[str, str | None]  # column -> the cell as it is in the file; None for an empty one
 
 
 def joined(files: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""How a file of the raw data becomes a picture of the run: decoded to size, or by load_image of competition.py."""
+"""From a file of the raw data to an image of the run: decoded and resized, or made by load_image of competition.py."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ from numpy.typing import NDArray
 from comp.engine import pages
 from comp.engine.config.schema import Config
 from comp.engine.data import image_key
-from comp.engine.errors import Refused, UserError
-from comp.engine.readers import containers
-from comp.engine.readers import decode as images
+from comp.engine.errors import UserError
+from comp.engine.readers import containers, decode
 from comp.engine.readers.arrays import DTYPES, DamagedImage, PixelFormat
 from comp.engine.readers.decode import Pixels, Resize
 from comp.engine.store import artifacts, paths
 
 
 def content_hash(data: bytes) -> str:
-    """Names the bytes of a file, in the index of a cache and wherever two files are compared."""
+    """Of a file, in the index of a cache and wherever two files are compared."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """All that decides the pixels of a picture, except the bytes of its file."""
+    """Everything that decides the pixels of an image except the bytes of its file."""
 
     raw: str
     size: int
     resize: Resize
     channels: int
-    pixel_format: PixelFormat = images.DEFAULT_FORMAT
+    pixel_format: PixelFormat = decode.DEFAULT_FORMAT
 
     @cached_property
     def key(self) -> str:
-        """Names the folder of a cache: what gives other pixels has another one."""
+        """The folder of the cache: other pixels have another key."""
         hook = pages.get("load_image")
         return artifacts.digest(
             [
@@ -52,7 +51,7 @@ class ImageReader:
                 self.resize,
                 self.channels,
                 list(self.pixel_format),
-                images.DECODER,
+                decode.DECODER,
                 _source(hook) if hook else None,
             ]
         )
@@ -60,7 +59,7 @@ class ImageReader:
     @property
     def dtype(self) -> Any:
         """Of a pixel, by data.bit_depth."""
-        return DTYPES[self.pixel_format.depth]
+        return DTYPES[self.pixel_format.bit_depth]
 
     @property
     def uses_hook(self) -> bool:
@@ -74,13 +73,13 @@ class ImageReader:
         return Path(self.folder, image_key.paths(name))
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Size and mtime: what tells that a file, or a member of an archive, is still the same. -1 where there is none."""
+        """Size and mtime, by which a file or a member of an archive counts as unchanged. -1, -1 if there is no such file."""
         if image_key.CHANNELS in name:
-            return self._stamp_inside(name)
+            return self._member_stamp(name)
         try:
             status = os.stat(f"{self.folder}/{name}")
         except OSError:
-            return self._stamp_inside(name)
+            return self._member_stamp(name)
         return status.st_size, status.st_mtime_ns
 
     def stamps(self, names: Sequence[str]) -> NDArray[np.int64]:
@@ -89,25 +88,31 @@ class ImageReader:
             -1, 2
         )
 
-    def _stamp_inside(self, name: str) -> tuple[int, int]:
+    def _member_stamp(self, name: str) -> tuple[int, int]:
         parts = [containers.stat(self.file(part)) for part in image_key.files(name)]
-        there = [part for part in parts if part is not None]
-        if len(there) < len(parts):
+        existing = [part for part in parts if part is not None]
+        if len(existing) < len(parts):
             return -1, -1
-        return sum(size for size, _ in there), max(mtime for _, mtime in there)
+        return sum(size for size, _ in existing), max(mtime for _, mtime in existing)
 
     def read(self, name: str) -> bytes:
-        """Of several files that are channels the bytes of all, one after the other."""
-        return b"".join(images.read(self.file(part), part) for part in image_key.files(name))
+        """The bytes of the file; of several files that are channels, one after the other."""
+        return b"".join(decode.read(self.file(part), part) for part in image_key.files(name))
 
     def image(self, name: str, data: bytes | None = None) -> Pixels:
-        """`data`: the bytes of the file where they are already read."""
+        """(height, width, channels), resized. `data`: the bytes of the file if they are read already."""
         hook = pages.get("load_image")
         if hook is None:
             return self._decoded(name, self.size, data)
-        row = self._row(name)
+        image = self._from_hook(hook, name)
+        if not image.size:
+            raise DamagedImage(image_key.shown(name), f"load_image returned no pixels, {image.shape}")
+        return decode.resize_image(image, self.size, self.resize, image_key.shown(name))
+
+    def _from_hook(self, hook: Callable[..., Any], name: str) -> Pixels:
+        row = self._hook_row(name)
         try:
-            made = hook(dict(row), self.decode)
+            image = hook(dict(row), self.decode)
         except (DamagedImage, UserError):
             raise
         except Exception as error:
@@ -116,54 +121,54 @@ class ImageReader:
                 "load_image",
                 error,
                 f"for {image_key.shown(name)}",
-                f"; of the table it has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
+                f"; the row has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
                 if unknown
                 else "",
             ) from error
-        if not (
-            isinstance(made, np.ndarray)
-            and made.dtype == self.dtype
-            and made.ndim == 3
-            and made.shape[2] == self.channels
+        if (
+            isinstance(image, np.ndarray)
+            and image.dtype == self.dtype
+            and image.ndim == 3
+            and image.shape[2] == self.channels
         ):
-            got = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
-            wanted = f"a {np.dtype(self.dtype)} array (height, width, {self.channels})"
-            raise Refused(
-                f"comp/competition.py: load_image gave {got} for {image_key.shown(name)}; {wanted} is wanted"
-            )
-        if not made.size:
-            raise DamagedImage(image_key.shown(name), f"load_image gave no pixels, {made.shape}")
-        return images.resize_image(made, self.size, self.resize, image_key.shown(name))
+            return image
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(
+            "load-image-invalid",
+            where="comp/competition.py",
+            what=f"load_image returned {got} for {image_key.shown(name)}",
+            remedy=f"return a {np.dtype(self.dtype)} array (height, width, {self.channels})",
+        )
 
-    def _row(self, name: str) -> dict[str, Any]:
-        """What load_image is handed of its row."""
-        joined = image_key.paths(name)
-        return {**image_key.row(name), "image": joined, "file": self.file(image_key.files(name)[0])}
+    def _hook_row(self, name: str) -> dict[str, Any]:
+        """The argument `row` of load_image."""
+        paths = image_key.paths(name)
+        return {**image_key.row(name), "image": paths, "file": self.file(image_key.files(name)[0])}
 
     def decode(self, name: str, full: bool = False) -> Pixels:
-        """What load_image is handed: a picture as it would be without the hook, or at its full size."""
+        """The argument `decode` of load_image: an image as it would be without the hook, or at its full size."""
         return self._decoded(name, None if full else self.size)
 
     def _decoded(self, name: str, size: int | None, data: bytes | None = None) -> Pixels:
-        parts = image_key.files(name)
-        if len(parts) == 1:
+        files = image_key.files(name)
+        if len(files) == 1:
             data = self.read(name) if data is None else data
-            return images.decode(data, size, self.resize, self.channels, parts[0], self.pixel_format)
-        each, rest = divmod(self.channels, len(parts))
-        if rest or not each:
+            return decode.decode(data, size, self.resize, self.channels, files[0], self.pixel_format)
+        channels, rest = divmod(self.channels, len(files))  # of each file
+        if rest or not channels:
             raise DamagedImage(
                 image_key.shown(name),
-                f"{len(parts)} files cannot be {self.channels} channels (data.channels)",
+                f"{len(files)} files cannot be {self.channels} channels (data.channels)",
             )
         planes = [
-            images.decode(
-                images.read(self.file(part), part), size, self.resize, each, part, self.pixel_format
+            decode.decode(
+                decode.read(self.file(file), file), size, self.resize, channels, file, self.pixel_format
             )
-            for part in parts
+            for file in files
         ]
         if len({plane.shape for plane in planes}) > 1:
             raise DamagedImage(
-                image_key.shown(name), "its files differ in size, so they cannot be channels of one picture"
+                image_key.shown(name), "its files differ in size, so they cannot be channels of one image"
             )
         return np.concatenate(planes, axis=2)
 
@@ -178,10 +183,12 @@ def from_config(cfg: Config) -> ImageReader:
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:
-    """The text of a hook and of what it uses from its own module, so that an edit there makes new pictures."""
+    """The source of the hook and of everything of its module that it uses: an edit of any of it changes the cache's key."""
     if not isinstance(hook, FunctionType):
-        raise Refused(
-            "comp/competition.py: load_image must be a plain function, so that an edit of it is noticed"
+        raise UserError(
+            "load-image-invalid",
+            where="comp/competition.py",
+            what="load_image must be a plain function, since its source is part of the cache's key",
         )
     text: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [(hook.__name__, hook)]

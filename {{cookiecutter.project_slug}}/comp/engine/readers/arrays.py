@@ -45,7 +45,7 @@ class PixelFormat(NamedTuple):
     low: float | None = None
     high: float | None = None
     shape: tuple[int, ...] = ()
-    depth: int = 8
+    bit_depth: int = 8
     lenient: bool = False  # JPEGs that libjpeg warns about are taken as far as they decode
 
 
@@ -109,12 +109,12 @@ def _wanted(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
 
 def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
     if pixel_format.low is not None and pixel_format.high is not None:
-        return _between(array, pixel_format.low, pixel_format.high, pixel_format.depth)
+        return _between(array, pixel_format.low, pixel_format.high, pixel_format.bit_depth)
     if array.dtype == np.uint8:
-        return to_depth(array, pixel_format.depth)
-    if array.dtype == np.uint16 and pixel_format.depth < 32:
-        return np.ascontiguousarray(array) if pixel_format.depth == 16 else (array >> 8).astype(np.uint8)
-    if pixel_format.depth == 32:
+        return to_depth(array, pixel_format.bit_depth)
+    if array.dtype == np.uint16 and pixel_format.bit_depth < 32:
+        return np.ascontiguousarray(array) if pixel_format.bit_depth == 16 else (array >> 8).astype(np.uint8)
+    if pixel_format.bit_depth == 32:
         if not np.isfinite(array).all():
             raise DamagedImage(
                 name, "holds NaN or infinity; say competition.pixels.range, or mend it in load_image"
@@ -123,7 +123,7 @@ def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
         # grey levels that a table or json carries as other numbers
-        return to_depth(array.astype(np.uint8), pixel_format.depth)
+        return to_depth(array.astype(np.uint8), pixel_format.bit_depth)
     raise DamagedImage(
         name, f"numbers from {low:g} to {high:g}: say competition.pixels.range, what becomes 0 and 255"
     )
@@ -180,13 +180,13 @@ def _dicom(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
         array = np.moveaxis(array, 0, -1) if not colour and len(array) == channels else array[0]
     if not colour:
         low, high = _window(file, array, pixel_format)
-        array = _between(array, low, high, pixel_format.depth)
+        array = _between(array, low, high, pixel_format.bit_depth)
         if meaning == "MONOCHROME1":  # the lowest number is the brightest
-            array = DTYPES[pixel_format.depth](MAX_VALUE[pixel_format.depth]) - array
+            array = DTYPES[pixel_format.bit_depth](MAX_VALUE[pixel_format.bit_depth]) - array
     elif array.dtype == np.uint8:
-        array = to_depth(array, pixel_format.depth)
+        array = to_depth(array, pixel_format.bit_depth)
     wanted = _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name)
-    return wanted.astype(DTYPES[pixel_format.depth])
+    return wanted.astype(DTYPES[pixel_format.bit_depth])
 
 
 def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[float, float]:

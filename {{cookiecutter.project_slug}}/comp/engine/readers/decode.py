@@ -130,12 +130,12 @@ def decode(
         made = _jpeg(data, size, resize, channels, name, pixel_format.lenient)
     elif reason := formats.cut(data):
         raise DamagedImage(name, reason)
-    elif pixel_format.depth > 8 and (deep := _deep(data, channels, pixel_format, name)) is not None:
+    elif pixel_format.bit_depth > 8 and (deep := _deep(data, channels, pixel_format, name)) is not None:
         made = _Decoded(deep, *deep.shape[:2])
     else:
         made = _pillow(data, channels, name)
-    if made.pixels.dtype != arrays.DTYPES[pixel_format.depth]:
-        made = made._replace(pixels=arrays.to_depth(made.pixels, pixel_format.depth))
+    if made.pixels.dtype != arrays.DTYPES[pixel_format.bit_depth]:
+        made = made._replace(pixels=arrays.to_depth(made.pixels, pixel_format.bit_depth))
     return _resized_made(made, size, resize, name)
 
 
@@ -285,7 +285,7 @@ def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: st
     if made.ndim == 3:
         made = cv2.cvtColor(made, cv2.COLOR_BGRA2RGBA if made.shape[2] == 4 else cv2.COLOR_BGR2RGB)
         made = made[:, :, :3] if channels != 4 else made
-    if pixel_format.depth < 32 and made.dtype != np.uint16 and pixel_format.low is None:
+    if pixel_format.bit_depth < 32 and made.dtype != np.uint16 and pixel_format.low is None:
         raise DamagedImage(
             name, f"pixels of {made.dtype} have no one way to 16 bit; take data.bit_depth: 32, or {HOOK}"
         )
