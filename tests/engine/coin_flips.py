@@ -363,14 +363,14 @@ AUC = Scoring(
     "roc_auc",
     0.5,
     lambda rows: ((rows + 1) / (3 * rows**2)) ** 0.5,
-    lambda w, values: (w.y, HEAD.row.probability(values)[:, 0]),
+    lambda w, values: (w.y, HEAD.spec.to_probability(values)[:, 0]),
 )
 SCORING = {
     "thresholds": Scoring(
         "balanced_accuracy",
         0.5,
         lambda rows: 0.5 / rows**0.5,
-        lambda w, values: (w.y, HEAD.row.label(HEAD.row.probability(values)).astype(np.float64)),
+        lambda w, values: (w.y, HEAD.spec.to_label(HEAD.spec.to_probability(values)).astype(np.float64)),
     ),
     "cut points": Scoring(
         "qwk",

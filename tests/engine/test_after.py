@@ -55,17 +55,17 @@ def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
     metric = metrics.find("mean_column_log_loss")
     assert not calibration.not_applicable(step, LABELS, metric, told)
     found = calibration.fit(step, stored, told, LABELS, metric, None)
-    p = LABELS.row.probability(calibration.apply(found, stored, LABELS))
+    p = LABELS.spec.to_probability(calibration.apply(found, stored, LABELS))
     assert np.isfinite(p).all()
     if step == "isotonic":
         known = ~np.isnan(told[:, 1])
         alone = calibration.fit(step, stored[known, 1:2], truth[known, 1], BINARY, metric, None)
-        one = BINARY.row.probability(calibration.apply(alone, stored[:, 1:2], BINARY))
+        one = BINARY.spec.to_probability(calibration.apply(alone, stored[:, 1:2], BINARY))
         assert p[:, 1] == pytest.approx(one[:, 0], abs=1e-9)
-        assert p[:, 2] == pytest.approx(LABELS.row.probability(stored)[:, 2], abs=1e-5), (
+        assert p[:, 2] == pytest.approx(LABELS.spec.to_probability(stored)[:, 2], abs=1e-5), (
             "nothing to learn from"
         )
-    raw = LABELS.row.probability(stored)
+    raw = LABELS.spec.to_probability(stored)
     assert log_loss(truth[:, 0], p[:, 0]) < log_loss(truth[:, 0], raw[:, 0]) - 0.05
 
 
@@ -130,8 +130,8 @@ def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.Ca
     step = calibration.prior(own, np.array([0.5, 0.5]), BINARY)
     assert step["shares"][1] == pytest.approx(0.8, abs=0.03)
     corrected = calibration.apply(step, own, BINARY)
-    assert log_loss(truth, BINARY.row.probability(corrected)[:, 0]) < log_loss(
-        truth, BINARY.row.probability(own)[:, 0]
+    assert log_loss(truth, BINARY.spec.to_probability(corrected)[:, 0]) < log_loss(
+        truth, BINARY.spec.to_probability(own)[:, 0]
     )
     project = three(lay_out(empty, "binary", metric="log_loss"))
     for kind in ("prior", "rank"):

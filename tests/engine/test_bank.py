@@ -235,10 +235,10 @@ def test_means_by_space(task: str) -> None:
     head = HEADS[task]
     parts = [probabilities(50, len(head.outputs)) for _ in range(3)]
     weights = [3.0, 1.0, 2.0]
-    stored = [head.row.store(p) for p in parts]
+    stored = [head.spec.from_probability(p) for p in parts]
 
     def mean(space: str) -> np.ndarray:
-        return head.row.probability(predictions.average(stored, head, space, weights))
+        return head.spec.to_probability(predictions.average(stored, head, space, weights))
 
     assert np.allclose(mean("probability"), np.average(parts, axis=0, weights=weights), atol=1e-12)
     product = np.exp(np.average(np.log(parts), axis=0, weights=weights))
@@ -270,9 +270,9 @@ def test_nothing_saturates() -> None:
 def test_weights_below_zero_still_leave_probabilities() -> None:
     for task in ("binary", "multiclass"):
         head = HEADS[task]
-        parts = [head.row.store(probabilities(200, len(head.outputs))) for _ in range(2)]
+        parts = [head.spec.from_probability(probabilities(200, len(head.outputs))) for _ in range(2)]
         for space in ("probability", "logit", "geometric"):
-            p = head.row.probability(predictions.average(parts, head, space, [3.0, -2.0]))
+            p = head.spec.to_probability(predictions.average(parts, head, space, [3.0, -2.0]))
             assert np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1
             if task == "multiclass":
                 assert np.allclose(p.sum(axis=1), 1, atol=1e-12)

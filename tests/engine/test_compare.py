@@ -181,7 +181,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         noise, (truth,), (head,), (auc,), ("probability", "logit"), dict.fromkeys(noise, 1.0)
     )
     out = nested_cv.nested_predict(fold, search.search, search.average)
-    own, taught = (head.row.probability(p)[:, 0] for p in (out.prediction, search.average(out.final)))
+    own, taught = (head.spec.to_probability(p)[:, 0] for p in (out.prediction, search.average(out.final)))
     assert auc(truth, taught) >= auc(truth, own) - 0.02
     # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
     loud = {

@@ -57,7 +57,7 @@ def lesson(task: str, *overrides: str) -> Lesson:
         (head,),
         "x",
     )
-    truth = torch.tensor(head.row.target(table.targets(head)))
+    truth = torch.tensor(head.spec.encode_target(table.targets(head)))
     torch.manual_seed(0)
     output, stored = torch.randn(2, BATCH, len(head.outputs))
     own = losses.build_loss(cfg, table, ROWS)
@@ -88,7 +88,7 @@ def test_each_label_by_itself(empty: Path) -> None:
 def test_bce_multiclass_is_read_as_its_predictions_are(empty: Path) -> None:
     a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
     p = torch.from_numpy(
-        a.head.row.decode(a.output.double().numpy(), losses.loss_knobs.of(a.cfg, [a.head])[0])
+        a.head.spec.decode(a.output.double().numpy(), losses.loss_knobs.head_losses(a.cfg, [a.head])[0])
     )
     told = torch.from_numpy(distillation.to_target(a.head, p.numpy(), "soft", 1.0))
     assert a.loss(a.output, [a.truth, told]).abs().max() < 1e-5

@@ -151,7 +151,7 @@ def test_what_leaves_is_valid_and_row_by_row_the_same(empty: Path, task: str) ->
             batch = load(project, "blend001", kind)
             p = batch.probability(head)
             assert np.isfinite(p).all()
-            if head.row.space == "logit":
+            if head.spec.space == "logit":
                 assert p.min() >= 0 and p.max() <= 1
             if task == "multiclass":
                 assert np.allclose(p.sum(axis=1), 1, atol=1e-12)

@@ -22,7 +22,7 @@ from comp.engine.data import class_balance
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.tasks import loss_knobs
-from comp.engine.tasks.kinds import TASKS, Head, Objective
+from comp.engine.tasks.kinds import TASKS, Head, HeadLoss
 
 BATCH, CLASSES = 7, 5
 OUTPUT = torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
@@ -39,7 +39,7 @@ NEAR = NEAR / NEAR.sum(1, keepdim=True)
 
 
 def knobs(name: str, **given: Any) -> dict[str, Any]:
-    return {**loss_knobs.TAKES[name], **given}
+    return {**loss_knobs.DEFAULTS[name], **given}
 
 
 def said(name: str, output: Tensor, target: Tensor, **given: Any) -> Tensor:
@@ -177,9 +177,9 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
     for target in TARGETS[task][: 1 if name in PAIRS else 2]:
         table = samples_of(task, target if target.ndim == 1 else LABELS)
         head = table.heads[0]
-        (chosen,) = loss_knobs.of(cfg, table.heads)
+        (chosen,) = loss_knobs.head_losses(cfg, table.heads)
         total = losses.build_loss(cfg, table, np.arange(BATCH))
-        width = head.row.raw_outputs(head, chosen)
+        width = head.spec.num_outputs(head, chosen)
         for output in (
             torch.randn(BATCH, width),
             torch.full((BATCH, width), 120.0),
@@ -192,14 +192,14 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
             assert (
                 output.grad is not None and torch.isfinite(output.grad).all() and torch.isfinite(each).all()
             )
-        stored = head.row.decode(output.detach().double().numpy(), chosen)
+        stored = head.spec.decode(output.detach().double().numpy(), chosen)
         assert (
             stored.shape == (BATCH, 0 if name in PAIRS else len(head.outputs)) and np.isfinite(stored).all()
         )
 
 
 def test_a_value_put_into_bins_is_read_off_again() -> None:
-    chosen = Objective("bins", knobs("bins", bins=9, range=[-2.0, 6.0]))
+    chosen = HeadLoss("bins", knobs("bins", bins=9, range=[-2.0, 6.0]))
     output = torch.zeros(1, 9, requires_grad=True)
     walk = torch.optim.Adam([output], 0.05)
     for _ in range(400):
@@ -213,7 +213,7 @@ def test_a_value_put_into_bins_is_read_off_again() -> None:
 
 def test_grades_are_read_off_as_expected_grades() -> None:
     sure = np.log(np.array([[1e-9, 0.5, 0.5, 1e-9]]))
-    assert TASKS["ordinal"].decode(sure, Objective("soft_labels", {})) == pytest.approx(np.array([[1.5]]))
+    assert TASKS["ordinal"].decode(sure, HeadLoss("soft_labels", {})) == pytest.approx(np.array([[1.5]]))
 
 
 def test_the_hardest_samples_alone_teach() -> None:
@@ -343,7 +343,7 @@ def test_a_knob_without_effect_is_refused_by_name(
 ) -> None:
     target = TARGETS[task][0]
     with pytest.raises(UserError, match=words):
-        loss_knobs.of(cfg_of(empty, **given), samples_of(task, target).heads)
+        loss_knobs.head_losses(cfg_of(empty, **given), samples_of(task, target).heads)
 
 
 def test_every_knob_has_an_effect(empty: Path) -> None:
@@ -361,16 +361,16 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
         table = samples_of(task, LABELS if task == "multilabel" else TARGETS[task][0])
         target = TARGETS[task][0 if name in PAIRS else -1]
         base: dict[str, Any] = {"loss.name": name, **NEEDED.get(name, {})}
-        for knob, own in loss_knobs.TAKES[name].items():
+        for knob, own in loss_knobs.DEFAULTS[name].items():
             if knob == "sub_centers" or (knob == "alpha" and task in ("multiclass", "retrieval")):
                 continue
             value = other.get(knob, 0.3 if not own else own * 0.7)
             heard = []
             for given in (base, base | {f"loss.{knob}": value}):
                 cfg = cfg_of(empty, **given)
-                (chosen,) = loss_knobs.of(cfg, table.heads)
+                (chosen,) = loss_knobs.head_losses(cfg, table.heads)
                 torch.manual_seed(0)
-                output = torch.randn(BATCH, table.heads[0].row.raw_outputs(table.heads[0], chosen))
+                output = torch.randn(BATCH, table.heads[0].spec.num_outputs(table.heads[0], chosen))
                 heard.append(losses.build_loss(cfg, table, np.arange(BATCH))(output, [target]))
             assert not torch.allclose(heard[0], heard[1]), (task, name, knob)
             seen += 1
@@ -381,7 +381,7 @@ def test_base_yaml_says_what_each_loss_takes_by_itself() -> None:
     """Null is the loss's own value; the comment beside the knob is where people read it."""
     lines = (HERE / "configs/base.yaml").read_text()
     section = lines[lines.index("\nloss:") : lines.index("\noptim:")]
-    for name, takes in loss_knobs.TAKES.items():
+    for name, takes in loss_knobs.DEFAULTS.items():
         for knob, own in takes.items():
             comment = re.search(rf"^  {knob}: .*#(.*)$", section, re.M)
             assert comment, knob

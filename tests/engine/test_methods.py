@@ -33,7 +33,7 @@ def test_every_method_leaves_what_is_valid_and_applies_row_by_row(
     every = [
         *AVERAGES,
         *SEARCHED,
-        *(m for m in STACKED if HEADS[task].row.space == "logit" or m != "logistic"),
+        *(m for m in STACKED if HEADS[task].spec.space == "logit" or m != "logistic"),
     ]
     if not has("lightgbm"):
         every.remove("lightgbm")
@@ -43,7 +43,7 @@ def test_every_method_leaves_what_is_valid_and_applies_row_by_row(
         recipe, said = recipe_of("blend001"), load(project, "blend001", "test")
         p = said.probability(project.head)
         assert np.isfinite(p).all() and p.shape[1] == len(project.head.outputs), method
-        if project.head.row.space == "logit":
+        if project.head.spec.space == "logit":
             assert p.min() >= 0 and p.max() <= 1
         if task == "multiclass":
             assert np.allclose(p.sum(axis=1), 1, atol=1e-12)

@@ -85,7 +85,7 @@ def scored(seed: int, rows: int, head: Head, name: str, sizes: tuple[int, ...] =
     table, split, said = world(seed, rows, head, sizes)
     answers, metric = answers_of(table, split, said, name), metrics.find(name)
     random = np.random.default_rng([seed, rows, 1])
-    anew = [head.row.target(labels(head, random, rows)) for _ in range(5)]
+    anew = [head.spec.encode_target(labels(head, random, rows)) for _ in range(5)]
     truth = table.truth(head, np.arange(rows))
     return metric(truth, answers), float(np.mean([metric(each, answers) for each in anew]))
 

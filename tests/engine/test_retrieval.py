@@ -271,7 +271,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     runner.predict("x", tta="identity,hflip")
     under_two = bank.load("x:tta-identity-hflip", "oof", table, split)
     weights, scored = paths.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
-    size = loss_knobs.embedding(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
+    size = loss_knobs.metric_learning_loss(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
     seen = [
         predict._said(runner.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
             0, :, :size
@@ -281,7 +281,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     assert all(np.linalg.norm(each, axis=1) == pytest.approx(np.ones(len(scored)), abs=1e-4) for each in seen)
     mean = (seen[0] + seen[1]) / np.linalg.norm(seen[0] + seen[1], axis=1, keepdims=True)
     gallery = knn.read(knn.gallery_file(weights))
-    by_hand = knn.class_scores(mean, *gallery, head, loss_knobs.NEIGHBOURS, torch.device("cpu"))
+    by_hand = knn.class_scores(mean, *gallery, head, loss_knobs.N_NEIGHBORS, torch.device("cpu"))
     assert under_two.heads["Id"][np.isin(under_two.row, scored)] == pytest.approx(by_hand, abs=1e-3)
     alone = bank.load("x", "oof", table, split).heads["Id"][np.isin(under_two.row, scored)]
     assert not np.allclose(alone, by_hand, atol=1e-3)

@@ -107,7 +107,7 @@ def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
         scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
         taken = [scorer.extract(each) for each in said]
         ours = weight_search.greedy(scorer, taken, 10, weight_search.unlimited(len(said)))
-        shown = [head.row.probability(each.astype(float)) for each in said]
+        shown = [head.spec.to_probability(each.astype(float)) for each in said]
         assert ours == pytest.approx(naive_greedy(truth, shown, call, 10), abs=1e-12)
         blended = sum(w * s for w, s in zip(ours, shown, strict=True))
         found = scorer.exact(weight_search.weighted_sum(taken, ours))
@@ -118,7 +118,7 @@ def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
 def test_hill_climbing_as_written_out(negative: bool) -> None:
     for seed in range(3):
         truth, said = cases(BINARY, 6, 200, seed)
-        shown = [BINARY.row.probability(each.astype(float))[:, 0] for each in said]
+        shown = [BINARY.spec.to_probability(each.astype(float))[:, 0] for each in said]
         scorer = fast_metrics.fast_scorer(
             metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative
         )
@@ -202,7 +202,7 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
         np.log(np.clip(p, 1e-300, None)) if classes > 2 else logit(np.clip(p[:, 1:], 1e-15, 1 - 1e-15))
         for p in whole
     ]
-    ours = head.row.probability(apply.predict(params, again, head, "probability"))
+    ours = head.spec.to_probability(apply.predict(params, again, head, "probability"))
     wanted = theirs.predict_proba(x)
     assert np.abs(ours - (wanted[:, 1:] if classes == 2 else wanted)).max() < 1e-6
 
@@ -214,13 +214,13 @@ def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)
     params = stack.fit(method, LABELS, said, truth, lone(200), fold, strength=1e-3)
-    p = LABELS.row.probability(apply.predict(params, said, LABELS, "logit"))
+    p = LABELS.spec.to_probability(apply.predict(params, said, LABELS, "logit"))
     assert p.shape == truth.shape and p[:, 2].max() < 0.01
     known = ~np.isnan(truth[:, 1])
     again = stack.fit(
         method, LABELS, [s[known] for s in said], truth[known], lone(known.sum()), fold[known], strength=1e-3
     )
-    theirs = LABELS.row.probability(apply.predict(again, said, LABELS, "logit"))
+    theirs = LABELS.spec.to_probability(apply.predict(again, said, LABELS, "logit"))
     assert p[:, 1] == pytest.approx(theirs[:, 1], abs=0.05 if method == "mlp" else 1e-3)
     for k in (0, 1):
         assert roc_auc_score(truth[known, k], p[known, k]) > 0.97

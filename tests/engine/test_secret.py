@@ -74,7 +74,7 @@ def test_what_is_no_key_passes() -> None:
         "score>0.9",
         "postgresql://comp@/postgres?host=/nowhere",
     ):
-        secrets.refuse([text])
+        secrets.validate_arguments([text])
 
 
 def test_keys_of_the_environment_are_in_nothing_that_is_written(
@@ -206,14 +206,14 @@ def test_this_repository_gives_no_alarm() -> None:
         except (UnicodeDecodeError, OSError):
             continue  # pictures; deleted files
         lines += text.count("\n")
-        alarms += [f"{name}:{1 + text.count(chr(10), 0, start)}" for start, _ in secrets.spans(text)]
+        alarms += [f"{name}:{1 + text.count(chr(10), 0, start)}" for start, _ in secrets.find_secrets(text)]
     assert lines > 10_000 and not alarms
 
 
 def test_long_lines_are_read_in_no_time() -> None:
     """A notebook carries pictures as lines of megabytes; a rule that looks back from every letter would take hours."""
     image = base64.b64encode(bytes(range(256)) * 4000).decode()
-    ((start, end),) = secrets.spans(f'"image/png": "{image}"\n"token": "{TOKEN}"')
+    ((start, end),) = secrets.find_secrets(f'"image/png": "{image}"\n"token": "{TOKEN}"')
     assert end - start == len(TOKEN)
 
 

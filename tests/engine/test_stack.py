@@ -42,7 +42,7 @@ def nested(method: str, task: str, rows: int, count: int, strength: float | None
         )
         stored = apply.predict(json.loads(json.dumps(found)), [part[mine] for part in parts], head, "logit")
         hot = np.eye(3)[truth[mine]] if task == "multiclass" else truth[mine][:, None]
-        lost += float(((head.row.probability(stored) - hot) ** 2).sum())
+        lost += float(((head.spec.to_probability(stored) - hot) ** 2).sum())
     return lost / rows
 
 

@@ -106,7 +106,7 @@ def predictions(case: Case, seed: int = 0, spread: float = 3.0) -> PredictionSet
     heads = {}
     for head in case.table.heads:
         values = draw.normal(scale=spread, size=(len(rows), len(head.outputs)))
-        if head.row.space == "value":
+        if head.spec.space == "value":
             values = np.clip(50 + 12 * values, 1, 100)
         heads[head.name] = values.astype(np.float32)
     return PredictionSet(rows, None, heads, {})
@@ -151,7 +151,7 @@ def test_columns_order_ids_and_bytes_are_the_samples(case: Case, capsys: pytest.
 def test_every_row_gets_its_own_prediction_in_full_precision(case: Case) -> None:
     prediction = predictions(case)
     head = case.table.heads[0]
-    expected = head.row.probability(prediction.heads[head.name].astype(np.float64))
+    expected = head.spec.to_probability(prediction.heads[head.name].astype(np.float64))
     keys = case.table.frame["row"].to_numpy()[prediction.row]
     written = list(csv.reader(case.write(prediction).open()))[1:]
     for cells in written:

@@ -22,7 +22,7 @@ from wandb_server import Server
 from comp.engine.config.schema import Track as Settings
 from comp.engine.run import tracking
 from comp.engine.store import artifacts, paths
-from comp.engine.store.secrets import REMOVED
+from comp.engine.store.secrets import REDACTED
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1] / "{{cookiecutter.project_slug}}"
@@ -264,8 +264,8 @@ def test_no_secret_is_kept_and_nothing_lies_outside_the_project(resumed: Project
         for secret in SECRETS:
             assert secret.encode() not in file.read_bytes(), f"{secret} in {file}"
     (part,) = resumed.parts()
-    assert part.config["api_key"] == REMOVED
-    assert "--token=" + REMOVED in part.config["command"]
+    assert part.config["api_key"] == REDACTED
+    assert "--token=" + REDACTED in part.config["command"]
     assert list((resumed.root.parent / "home").rglob("*")) == []
 
 

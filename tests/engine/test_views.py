@@ -88,7 +88,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
             models.save_weights(models.build(cfg, context.samples.heads, False, context.loader), weights)
         head = context.samples.heads[0]
         stored, _ = predict.predict(context, weights, context.samples.positions("test")[:7])
-        said[",".join(names)] = head.row.probability(stored[head.name].astype(np.float64))
+        said[",".join(names)] = head.spec.to_probability(stored[head.name].astype(np.float64))
     mean = np.mean([said[name] for name in views], axis=0)
     assert said[",".join(views)] == pytest.approx(mean, abs=1e-5)
     assert not np.allclose(said["identity"], said["light2"], atol=1e-5)

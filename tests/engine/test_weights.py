@@ -329,4 +329,4 @@ def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], 
 
 
 def test_a_mean_of_members_is_a_mean_of_predictions() -> None:
-    assert run_members.merged(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]
+    assert run_members.extra_members(config("snapshots.cycles=2"))["last2"] == ["snap1", "snap2"]

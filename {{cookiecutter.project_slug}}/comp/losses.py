@@ -25,7 +25,7 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
 from comp.engine.run import metric_learning, target_scaler
 from comp.engine.tasks import loss_knobs
-from comp.engine.tasks.kinds import Head, Objective, bin_centres
+from comp.engine.tasks.kinds import Head, HeadLoss, bin_centers
 from comp.models import output_sizes
 
 POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # of the target's unit: losses of values
@@ -159,7 +159,7 @@ def log_cosh(output: Tensor, target: Tensor) -> Tensor:
 def bins(output: Tensor, target: Tensor, label_smoothing: float, bins: int, range: list[float]) -> Tensor:
     """A value is shared between the two centres beside it, so that the mean that is read off is the value itself."""
     places = torch.as_tensor(
-        bin_centres({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
+        bin_centers({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
     )
     values = target.reshape(len(output), -1, 1).clamp(places[0], places[-1])  # (batch, targets, 1)
     truth = (1 - (values - places).abs() / (places[1] - places[0])).clamp(min=0)  # (batch, targets, bins)
@@ -200,13 +200,13 @@ def build_loss(cfg: Config, samples: Samples, taught: Positions, standardised: b
 def head_losses(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> list[Loss]:
     return [
         _named(cfg, head, loss, samples, taught, standardised)
-        for head, loss in zip(samples.heads, loss_knobs.of(cfg, samples.heads), strict=True)
+        for head, loss in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True)
     ]
 
 
 def has_scaled_targets(cfg: Config, heads: tuple[Head, ...]) -> bool:
     """Whether what is minimised is not what is read, since there are values among the targets."""
-    return any(loss.name in POWERS for loss in loss_knobs.of(cfg, heads))
+    return any(loss.name in POWERS for loss in loss_knobs.head_losses(cfg, heads))
 
 
 def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
@@ -230,7 +230,7 @@ def reduce(each: Tensor, hardest: float) -> Tensor:
 
 
 def _named(
-    cfg: Config, head: Head, chosen: Objective, samples: Samples, taught: Positions, standardised: bool
+    cfg: Config, head: Head, chosen: HeadLoss, samples: Samples, taught: Positions, standardised: bool
 ) -> Loss:
     if chosen.name == "loss":
         hook = pages.get("loss")
@@ -288,7 +288,7 @@ def _by_grade(
     return lambda target: weigh((target * unit(target.device) + mean(target.device)).round())
 
 
-def _within(chosen: Objective, head: Head, values: np.ndarray) -> None:
+def _within(chosen: HeadLoss, head: Head, values: np.ndarray) -> None:
     low, high = chosen.knobs["range"]
     if values.min() < low or values.max() > high:
         raise Refused(

@@ -32,15 +32,15 @@ BESIDE = 32  # what the metadata is brought to before it joins the image
 
 def output_sizes(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
     """Network outputs of each head, in order."""
-    losses = loss_knobs.of(cfg, heads)
-    return [head.row.raw_outputs(head, loss) for head, loss in zip(heads, losses, strict=True)]
+    losses = loss_knobs.head_losses(cfg, heads)
+    return [head.spec.num_outputs(head, loss) for head, loss in zip(heads, losses, strict=True)]
 
 
 def decode(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
     """(rows, network outputs) -> what is stored of each head, in float64."""
     blocks = np.split(raw.astype(np.float64), np.cumsum(output_sizes(cfg, heads))[:-1], axis=1)
-    losses = loss_knobs.of(cfg, heads)
-    return [h.row.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
+    losses = loss_knobs.head_losses(cfg, heads)
+    return [h.spec.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
 
 
 def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None = None) -> nn.Module:
@@ -56,7 +56,7 @@ def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loa
     total = sum(output_sizes(cfg, heads))
     width = 0 if loader is None or loader.metadata is None else int(loader.metadata.shape[1])
     several = loader is not None and loader.multi_image
-    embeds = loss_knobs.embedding(cfg, heads)
+    embeds = loss_knobs.metric_learning_loss(cfg, heads)
     last: Last | None = None
     if embeds is not None:  # its centres are no outputs of a last layer but points of their own
         size, per_class = embeds.knobs["embedding"], embeds.knobs.get("sub_centers", 1)

@@ -43,14 +43,14 @@ def write_fold(
     member with weights of its own."""
     cfg, folder = context.cfg, paths.fold_folder(run, seed, number)
     file = folder / inside / f"{kind}.arrow"
-    own = inside if inside in run_members.kept(cfg) else ""
+    own = inside if inside in run_members.extra_weights(cfg) else ""
     weights = folder / own / bank.WEIGHTS
     if artifacts.manifest_entry(file):
         return file
     rows = context.samples.positions("test") if kind == "test" else context.folds.split(number)[1]
     rows = rows[: cfg.train.max_samples]
     began = time.perf_counter()
-    if loss_knobs.embedding(cfg, context.samples.heads):
+    if loss_knobs.metric_learning_loss(cfg, context.samples.heads):
         _gallery(context, weights, context.folds.split(number)[0], stop)
     heads, damaged = predict(
         context, weights, rows, f"{kind} of seed {seed} fold {number} {inside}".rstrip(), stop=stop
@@ -66,7 +66,7 @@ def write_fold(
     facts: dict[str, Any] = {
         "run": run,
         "seed": seed,
-        "config": artifacts.digest(resolve.identity(cfg)),
+        "config": artifacts.digest(resolve.result_knobs(cfg)),
         "weights": bank.weights_of(weights.parent),
         "marks": run_members.marks(cfg, own),
     }
@@ -91,7 +91,7 @@ def predict(
         answers, damaged = frozen_heads.predict_rows(context, weights, rows)
         return _stored(context, rows, answers, damaged, fallback), damaged
     raw, damaged = _said(context, weights, rows, doing, stop)
-    if embeds := loss_knobs.embedding(cfg, heads):
+    if embeds := loss_knobs.metric_learning_loss(cfg, heads):
         answers = _by_neighbours(context, weights, raw, embeds.knobs["embedding"])
     else:
         each = [models.decode(cfg, heads, view) for view in raw]  # views x heads
@@ -165,7 +165,7 @@ def _gallery(context: Context, weights: Path, taught: Positions, stop: Stop | No
     rows = metric_learning.drop_unknown_class(cfg, context.samples, taught[: cfg.train.max_samples])
     raw, damaged = _said(context, weights, rows, "gallery", stop)
     whole = ~np.isin(rows, list(damaged))
-    seen = knn.mean_embedding(raw[:, whole], loss_knobs.of(cfg, [head])[0].knobs["embedding"])
+    seen = knn.mean_embedding(raw[:, whole], loss_knobs.head_losses(cfg, [head])[0].knobs["embedding"])
     knn.write(file, seen, class_balance.class_codes(head, context.samples, rows[whole]))
 
 
@@ -173,7 +173,7 @@ def _by_neighbours(
     context: Context, weights: Path, raw: NDArray[np.float32], size: int
 ) -> list[NDArray[np.float64]]:
     (head,) = context.samples.heads
-    k = context.cfg.predict.n_neighbors or loss_knobs.NEIGHBOURS
+    k = context.cfg.predict.n_neighbors or loss_knobs.N_NEIGHBORS
     asked = knn.mean_embedding(raw, size)
     return [knn.class_scores(asked, *knn.read(knn.gallery_file(weights)), head, k, context.device)]
 

@@ -39,7 +39,7 @@ def dry_run(name: str) -> Path:
             f"{name}: its file or a member changed since it was made; make it anew: comp ensemble {name}"
         )
     prediction = bank.load(name, "test", table, folds.load(table))
-    if run_members.of_cv(name) != name:
+    if run_members.cv_address(name) != name:
         print(f"{name}: {merge.describe_cv(name)}")
     return write(cfg, table, name, prediction)
 
@@ -137,8 +137,8 @@ def refuse_gaps(name: str, ids: list[str], keys: Any) -> None:
 def fitted_cuts(name: str) -> Cuts:
     """head -> where its values become labels, as the CV fitted them. A refit on all rows takes those of the same member of the
     CV; where it was trained alone nothing was fitted."""
-    file = bank.folder(run_members.of_cv(name)) / "score.json"
-    if run_members.of_cv(name) != name and not file.exists():
+    file = bank.folder(run_members.cv_address(name)) / "score.json"
+    if run_members.cv_address(name) != name and not file.exists():
         return {}
     return dict(artifacts.read_json(artifacts.verified(file))["cuts"])
 

@@ -132,7 +132,7 @@ def fold(
         curve.seen.extend(state["epochs"])
     distributed.validate(cfg, batch_size, accumulate, module)
     distributed.broadcast_module(module)
-    room = MicroBatches(module, state["room"] if state else batch_size, cfg.augment.whole)
+    room = MicroBatches(module, state["room"] if state else batch_size, cfg.augment.group_size)
     looks = NanGuard(log, context.samples, half == torch.float16, room.size)
 
     def save() -> None:
@@ -169,7 +169,7 @@ def fold(
         )
         mix = mixup.epoch_mix(cfg, today)
         plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = context.loader.batches(distributed.shard(plan, accumulate, cfg.augment.whole), today)
+        batches = context.loader.batches(distributed.shard(plan, accumulate, cfg.augment.group_size), today)
         while step < (epoch + 1) * steps_per_epoch:
             optim.set_lr(optimizer, curve.rate(step), curve.momentum(step))
             looks.begin(step + 1, curve.rate(step))

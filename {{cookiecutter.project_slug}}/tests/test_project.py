@@ -78,7 +78,7 @@ def test_an_ensemble_reads(place: Path, name: str) -> None:
 
     file = place / "configs" / "ensembles" / f"{name}.yaml"
     tree, lines = resolve.parse(file, file.name)  # which of its members are trained is not asked here
-    assert resolve.checked(blend_config.Blend, tree, lines, file.name).members
+    assert resolve.validate(blend_config.Blend, tree, lines, file.name).members
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "configs" / "tune").glob("*.yaml")))

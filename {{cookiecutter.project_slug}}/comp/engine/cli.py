@@ -188,7 +188,7 @@ def _interrupted(interrupt: KeyboardInterrupt) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    secrets.refuse(arguments)
+    secrets.validate_arguments(arguments)
     name, *rest = arguments
     if name in ("-h", "--help", "help"):
         print(command.overview(VERBS))

@@ -149,7 +149,7 @@ def _validate(
         now = current[head["name"]]
         for field, before, after in (
             ("task", head["task"], now.task),
-            ("space", head["space"], now.row.space),
+            ("space", head["space"], now.spec.space),
             ("outputs", head["outputs"], list(now.outputs)),
             ("classes", head["classes"], list(now.classes)),
         ):
@@ -241,7 +241,7 @@ def find(address: str, kind: str) -> Path:
     if address in known:
         reason = ": it was trained on all rows" if kind == "oof" else ""
         raise UserError("predictions-missing", where=address, what=f"has no {kind} predictions{reason}")
-    if reason := experiments.absent(address, f"{kind} predictions"):
+    if reason := experiments.why_missing(address, f"{kind} predictions"):
         raise UserError("predictions-missing", what=reason)
     what = "no such run, member or ensemble"
     if not known:

@@ -13,23 +13,23 @@ import numpy as np
 
 from comp.engine.bank import bank, predictions, score
 from comp.engine.config import experiments, run_members
-from comp.engine.config.experiments import Number
+from comp.engine.config.experiments import Fold
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.store import artifacts, paths
 
-Part = tuple[int, Number]  # seed, fold
+Part = tuple[int, Fold]  # seed, fold
 
 
 def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
     """Merge what is complete: the run over its seeds, each seed if there are several, the refit on all rows, and the extra
     weight sets (EMA, SWA, snapshots) of both."""
-    refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refitted(experiment)]
+    refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refit_seeds(experiment)]
     if refits:
-        _merge_weight_sets(experiment, cfg, samples, folds, refits, run_members.refit)
+        _merge_weight_sets(experiment, cfg, samples, folds, refits, run_members.refit_member)
         merge_member(experiment, run_members.REFIT, cfg, samples, folds, refits)
-    complete = experiments.complete(experiment, folds.count)
+    complete = experiments.complete_seeds(experiment, folds.count)
     if not complete:
         return None
     if len(complete) > 1:
@@ -50,7 +50,7 @@ def _merge_weight_sets(
     member_name: Callable[[str], str],
 ) -> None:
     places = _fold_folders(experiment, parts)
-    for name, inside in run_members.merged(cfg).items():
+    for name, inside in run_members.extra_members(cfg).items():
         if all(artifacts.manifest_entry(place / sub / "test.arrow") for place in places for sub in inside):
             merge_member(experiment, member_name(name), cfg, samples, folds, parts, inside)
 
@@ -120,10 +120,10 @@ def print_result(experiment: str, name: str = "") -> None:
 
 def describe_cv(address: str) -> str:
     """The CV score in words. A refit on all rows has none; the score of the same member of the CV is given instead."""
-    same = run_members.of_cv(address)
+    same = run_members.cv_address(address)
     file = bank.folder(same) / "score.json"
     if artifacts.manifest_entry(file):
         prefix = f"trained on all rows; the CV of {same}: " if same != address else ""
         return prefix + score.summary(artifacts.read_json(artifacts.verified(file)))
-    reason = experiments.absent(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
+    reason = experiments.why_missing(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
     return f"trained on all rows; no CV ({reason})"

@@ -34,7 +34,7 @@ class PredictionSet:
 
     def probability(self, head: Head) -> Array:
         """(rows, outputs), as a metric or a submission takes it: probabilities, or values if the task is regression."""
-        return head.row.probability(self.heads[head.name].astype(np.float64))
+        return head.spec.to_probability(self.heads[head.name].astype(np.float64))
 
 
 def build_meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def build_meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, An
             "task": h.task,
             "outputs": list(h.outputs),
             "classes": list(h.classes),
-            "space": h.row.space,
+            "space": h.spec.space,
         }
         for h in samples.heads
     ]
@@ -112,19 +112,19 @@ def prior(head: Head, samples: Samples, folds: Folds) -> Array:
     columns = samples.targets(head)[folds.split("full")[0]]  # all training rows; never the locked hold-out
     if head.exclusive and columns.shape[1] == 1:
         columns = np.eye(len(head.outputs))[columns[:, 0].astype(np.int64)]
-    return head.row.store(columns.mean(axis=0, keepdims=True))
+    return head.spec.from_probability(columns.mean(axis=0, keepdims=True))
 
 
 def _mean(rows: int, parts: Iterable[Part], head: Head, space: str) -> Array:
     """(rows, outputs). Summed part by part, never along an array, so that one row gives the same bits alone and in a batch."""
-    if space not in head.row.spaces:
+    if space not in head.spec.spaces:
         raise UserError(
             "space-unknown",
             key="space",
             what=f"{space} is not defined for the task {head.task}",
-            remedy=f"use one of {', '.join(head.row.spaces)}",
+            remedy=f"use one of {', '.join(head.spec.spaces)}",
         )
-    to_space, from_space = head.row.spaces[space]
+    to_space, from_space = head.spec.spaces[space]
     out = np.full((rows, len(head.outputs)), np.nan)
     total, mass, count = None, np.zeros(rows), np.zeros(rows, np.int64)
     for positions, values, weight in parts:

@@ -327,13 +327,13 @@ def default_predictions(metric: Metric, head: Head, probability: Array) -> NDArr
         return np.argsort(-probability, axis=1, kind="stable")[:, :LISTED]
     if metric.needs != "label":
         return probability
-    codes = head.row.label(probability)
+    codes = head.spec.to_label(probability)
     return np.clip(codes, 0, len(head.classes) - 1) if is_ordinal(head) else codes
 
 
 def scored_columns(head: Head, columns: NDArray[Any]) -> NDArray[Any]:
     """The columns that the host scores, where it does not score all of them."""
-    return columns[:, head.scored] if head.graded and columns.ndim == 2 else columns
+    return columns[:, head.scored_indices] if head.graded and columns.ndim == 2 else columns
 
 
 def _one_fold_per_row(
@@ -357,7 +357,7 @@ def _one_fold_per_row(
 
 
 def is_ordinal(head: Head) -> bool:
-    return head.row.space == "value" and bool(head.classes)
+    return head.spec.space == "value" and bool(head.classes)
 
 
 def validation_score(
@@ -366,7 +366,9 @@ def validation_score(
     """A score to follow during training, or NaN if it is undefined. Only `evaluate` computes the score called CV."""
     metric = metric_of(cfg, head)
     try:
-        prediction = default_predictions(metric, head, head.row.probability(np.asarray(stored, np.float64)))
+        prediction = default_predictions(
+            metric, head, head.spec.to_probability(np.asarray(stored, np.float64))
+        )
         return metric(
             scored_columns(head, samples.truth(head, rows)), prediction, metric_frame(samples, rows)
         )

@@ -36,7 +36,7 @@ def _labels(value: object) -> object:
     return [_label(each) for each in value] if isinstance(value, list) else _listed(value)
 
 
-Many = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
+OneOrMore = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
 FormName = Literal["label", "probability", "probabilities", "value", "labels", "ranking"]
@@ -59,7 +59,7 @@ class Table(Section):
     """
 
     table: Text | None = None
-    image: Many | None = None
+    image: OneOrMore | None = None
     files: Text | None = None
     id: Text | None = None
     long: Long | None = None
@@ -164,7 +164,7 @@ class Competition(Section):
         return list(self.target)
 
     @property
-    def class_of(self) -> dict[str, str] | None:
+    def class_mapping(self) -> dict[str, str] | None:
         """Label of the tables -> the host's class, where competition.classes is a mapping."""
         return self.classes if isinstance(self.classes, dict) else None
 

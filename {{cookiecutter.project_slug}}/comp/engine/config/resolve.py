@@ -23,7 +23,7 @@ __all__ = ["Config", "Refused", "Schedule"]
 
 
 # What may change between two starts of the same run: none of it moves a single weight.
-NOT_RESULTS = (
+NO_EFFECT_ON_RESULTS = (
     "machine",
     "track",
     "keep",
@@ -65,7 +65,7 @@ def load(
         _merge(tree, origins, *_read(folder / "debug.yaml", root))
     for text in overrides:
         _merge(tree, origins, *_override(text, tree))
-    return Loaded(validated(tree, origins), origins)
+    return Loaded(validate_config(tree, origins), origins)
 
 
 def from_yaml(path: Path) -> Config:
@@ -77,18 +77,18 @@ def from_yaml(path: Path) -> Config:
     base = next((f for f in (p / "configs" / "base.yaml" for p in path.parents) if f.is_file()), None)
     tree: Tree = parse(base, "configs/base.yaml")[0] if base else {}
     _update(tree, values)
-    return validated(tree, lines)
+    return validate_config(tree, lines)
 
 
 def to_yaml(config: Config) -> str:
     return yaml_lines.dump(config.model_dump())
 
 
-def validated(tree: Tree, origins: Mapping[str, str]) -> Config:
-    return checked(Config, tree, origins)
+def validate_config(tree: Tree, origins: Mapping[str, str]) -> Config:
+    return validate(Config, tree, origins)
 
 
-def checked(
+def validate(
     model: type[Model], tree: Tree, origins: Mapping[str, str], home: str = "configs/base.yaml"
 ) -> Model:
     """`home` is the file where a missing key belongs."""
@@ -106,30 +106,30 @@ def checked(
         raise Refused(*sorted({_explain(item, origins, model, home) for item in items})) from None
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
     """{'optim': {'lr': 1}} -> {'optim.lr': 1}"""
     out: Tree = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            out |= flat(value, f"{dotted}.")
+            out |= flatten(value, f"{dotted}.")
         else:
             out[dotted] = value
     return out
 
 
-def identity(config: Config) -> Tree:
+def result_knobs(config: Config) -> Tree:
     """The knobs that change results: what two runs of one name must agree on."""
-    return {key: value for key, value in flat(config.model_dump()).items() if not _not_results(key)}
+    return {key: value for key, value in flatten(config.model_dump()).items() if not _has_no_effect(key)}
 
 
-def difference(old: Config, new: Config, everything: bool = False) -> dict[str, tuple[Any, Any]]:
-    before, after = (flat(c.model_dump()) if everything else identity(c) for c in (old, new))
+def diff(old: Config, new: Config, everything: bool = False) -> dict[str, tuple[Any, Any]]:
+    before, after = (flatten(c.model_dump()) if everything else result_knobs(c) for c in (old, new))
     return {k: (before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)}
 
 
 def changes_results(overrides: Iterable[str]) -> list[str]:
-    return [text for text in overrides if not _not_results(text.split("=")[0].strip())]
+    return [text for text in overrides if not _has_no_effect(text.split("=")[0].strip())]
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
@@ -138,8 +138,8 @@ def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
     return [by_lower[each] for each in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
 
 
-def _not_results(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in NOT_RESULTS)
+def _has_no_effect(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in NO_EFFECT_ON_RESULTS)
 
 
 def _chain(folder: Path, experiment: str) -> list[Path]:
@@ -165,7 +165,7 @@ def _of_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
     what competition.yaml says now, as for an experiment."""
     tree, lines = parse(file, str(file.relative_to(root)))
     tree.pop("competition", None)
-    ours, theirs = flat(tree), flat(base)
+    ours, theirs = flatten(tree), flatten(base)
     return tree, {k: line for k, line in lines.items() if k in ours and ours[k] != theirs.get(k)}
 
 
@@ -179,14 +179,14 @@ def _read(file: Path, root: Path) -> tuple[Tree, dict[str, str]]:
 def parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
     try:
         tree, lines = yaml_lines.parse(file.read_bytes())
-    except yaml_lines.Unreadable as error:
+    except yaml_lines.YamlError as error:
         raise Refused(f"{shown}:{error.line}: {error}") from None
     except FileNotFoundError:
         raise Refused(f"{shown}: no such file") from None
     if not isinstance(tree, dict):
         raise Refused(f"{shown}:1: a list of `key: value` lines is wanted, this is {_kind(tree)}")
     where = {key: f"{shown}:{line}" for key, line in lines.items()}
-    if keys := list(secrets.faults(tree, where, shown)):
+    if keys := list(secrets.find_in_config(tree, where, shown)):
         raise Refused(*keys)
     return tree, where
 
@@ -199,9 +199,9 @@ def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
         raise Refused(f"{text!r}: an override is written key=value, like optim.lr=3e-4")
     try:
         parsed, _ = yaml_lines.parse(value.encode())
-    except yaml_lines.Unreadable as error:
+    except yaml_lines.YamlError as error:
         raise Refused(f"{text[:80]!r}: {error}") from None
-    known = flat(tree)
+    known = flatten(tree)
     section = [k for k in known if k.startswith(f"{key}.")]
     if section and not isinstance(parsed, dict):
         heads = [f"{key}.{head}" for head in ("name", "mode", "recipe") if f"{key}.{head}" in known]
@@ -215,7 +215,7 @@ def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
         node = node.setdefault(part, {})
     node[last] = parsed
     return out, dict.fromkeys(
-        [key, *(f"{key}.{k}" for k in flat(parsed))] if isinstance(parsed, dict) else [key], f"{text!r}"
+        [key, *(f"{key}.{k}" for k in flatten(parsed))] if isinstance(parsed, dict) else [key], f"{text!r}"
     )
 
 

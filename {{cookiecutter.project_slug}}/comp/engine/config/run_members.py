@@ -23,21 +23,21 @@ def snapshots(cfg: Config) -> list[str]:
     return [f"snap{i + 1}" for i in range(cfg.snapshots.cycles or 0)]
 
 
-def kept(cfg: Config) -> list[str]:
+def extra_weights(cfg: Config) -> list[str]:
     """Folders within a fold's, each with weights and predictions of its own."""
     return [*snapshots(cfg), *cfg.average.members]
 
 
-def merged(cfg: Config) -> dict[str, list[str]]:
+def extra_members(cfg: Config) -> dict[str, list[str]]:
     """Every member of a finished run beside itself -> the kept weights whose predictions it is the mean of."""
-    found = {name: [name] for name in kept(cfg)}
+    found = {name: [name] for name in extra_weights(cfg)}
     if snaps := snapshots(cfg):
         last = snaps[-cfg.snapshots.last :]
         found[f"last{len(last)}"] = last
     return found
 
 
-def refit(member: str = "") -> str:
+def refit_member(member: str = "") -> str:
     """The name of a member where the refit makes it: full, and full-snap2 of snap2."""
     return f"{REFIT}-{member}" if member else REFIT
 
@@ -46,26 +46,26 @@ def is_refit(member: str) -> bool:
     return member == REFIT or member.startswith(f"{REFIT}-")
 
 
-def within(member: str) -> str:
+def cv_member(member: str) -> str:
     """The member of the CV that is made as this one of the refit is: snap2 of full-snap2, the run itself of full."""
     return member.removeprefix(REFIT).removeprefix("-") if is_refit(member) else member
 
 
-def of_cv(address: str) -> str:
+def cv_address(address: str) -> str:
     """Whose OOF predictions stand for this address: those of exp003 for exp003:full, of exp003:snap2 for exp003:full-snap2."""
     run, _, member = address.partition(":")
-    return f"{run}:{within(member)}" if within(member) else run
+    return f"{run}:{cv_member(member)}" if cv_member(member) else run
 
 
-def chooses(cfg: Config) -> bool:
+def selects_by_score(cfg: Config) -> bool:
     """Whether anything is picked by its score, so that rows are needed to pick on."""
     return cfg.select.name == "best" or "greedy" in (final_weights(cfg), *cfg.average.members)
 
 
-def chosen(cfg: Config, name: str = "") -> bool:
+def selected_by_score(cfg: Config, name: str = "") -> bool:
     """Whether these weights were picked by their score; the run's own have no name."""
     return name == "greedy" or (name == "" and (cfg.select.name == "best" or final_weights(cfg) == "greedy"))
 
 
 def marks(cfg: Config, name: str = "") -> list[str]:
-    return ["selected_on_fold"] if cfg.select.on == "fold" and chosen(cfg, name) else []
+    return ["selected_on_fold"] if cfg.select.on == "fold" and selected_by_score(cfg, name) else []

@@ -14,15 +14,15 @@ from comp.engine.config.competition_schema import (
     BelowOne,
     Competition,
     Count,
-    Many,
     NotNegative,
+    OneOrMore,
     Positive,
     Section,
     Share,
     Text,
 )
 
-WHITENED = 4096  # numbers of a picture: 64 x 64 grey, 36 x 36 in colour; the matrix is their square
+MAX_WHITENED = 4096  # numbers of a picture: 64 x 64 grey, 36 x 36 in colour; the matrix is their square
 
 
 def _lasting(value: object) -> float | str:
@@ -70,12 +70,12 @@ class Augment(Section):
     progressive_sizes: Annotated[list[Annotated[int, Field(ge=8, le=4096)]], Field(min_length=2)] | None
 
     @property
-    def whole(self) -> int:
+    def group_size(self) -> int:
         """Neighbours in the epoch's list that belong together: no pass may part them."""
         return 4 if self.mosaic else 2 if self.mixup or self.cutmix else self.jsd_views
 
     @property
-    def strong(self) -> list[str]:
+    def strong_ops(self) -> list[str]:
         """What is on of what augment.disable_last_epochs can switch off."""
         return [
             name
@@ -221,7 +221,7 @@ class Select(Section):
 
 
 class Predict(Section):
-    tta: Many
+    tta: OneOrMore
     n_neighbors: Count | None
     averaging_space: Literal["probability", "logit", "geometric"]
     batch_size: Count
@@ -280,13 +280,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _fit_together(self) -> Config:
         knobs, epochs = self.augment, self.train.epochs
-        if knobs.disable_last_epochs and not knobs.strong:
+        if knobs.disable_last_epochs and not knobs.strong_ops:
             raise ValueError(
                 f"augment.disable_last_epochs: {knobs.disable_last_epochs} has no effect, there is no auto_augment, random_erasing, mixup, cutmix or mosaic; set it to 0"
             )
-        if knobs.strong and knobs.disable_last_epochs >= epochs:
+        if knobs.strong_ops and knobs.disable_last_epochs >= epochs:
             raise ValueError(
-                f"augment.disable_last_epochs: {knobs.disable_last_epochs} leaves no epoch with augment.{knobs.strong[0]}, train.epochs is {epochs}"
+                f"augment.disable_last_epochs: {knobs.disable_last_epochs} leaves no epoch with augment.{knobs.strong_ops[0]}, train.epochs is {epochs}"
             )
         if knobs.mixup_prob != 1 and not (knobs.mixup or knobs.cutmix):
             raise ValueError(
@@ -297,18 +297,18 @@ class Config(Section):
             raise ValueError(
                 f"augment.jsd_views: {knobs.jsd_views} of a picture stand side by side, so mixup, cutmix and mosaic would mix it with itself; set it to 1"
             )
-        if self.train.batch_size % knobs.whole:
+        if self.train.batch_size % knobs.group_size:
             those = {
                 True: {4: "fours of augment.mosaic", 2: "pairs of mixup and cutmix"},
-                False: {knobs.whole: "views of a picture"},
+                False: {knobs.group_size: "views of a picture"},
             }
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} would part the {those[mixes][knobs.whole]}; a multiple of {knobs.whole} keeps them together"
+                f"train.batch_size: {self.train.batch_size} would part the {those[mixes][knobs.group_size]}; a multiple of {knobs.group_size} keeps them together"
             )
         data = self.data
-        if data.whiten != "none" and (features := data.channels * data.size**2) > WHITENED:
+        if data.whiten != "none" and (features := data.channels * data.size**2) > MAX_WHITENED:
             raise ValueError(
-                f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {WHITENED} the most"
+                f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {MAX_WHITENED} the most"
             )
         if data.whiten != "none" and knobs.progressive_sizes:
             raise ValueError(
@@ -320,12 +320,12 @@ class Config(Section):
             )
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
-        if fault := weights_fault(self):
+        if fault := weights_error(self):
             raise ValueError(fault)
         return self
 
 
-def weights_fault(cfg: Config) -> str:
+def weights_error(cfg: Config) -> str:
     """Why the weights that a run is to keep cannot be had, or would be kept in vain."""
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs

@@ -12,17 +12,17 @@ from typing import Any
 import yaml
 
 
-class Unreadable(Exception):
+class YamlError(Exception):
     def __init__(self, message: str, line: int):
         super().__init__(message)
         self.line = line
 
 
-DEEPEST = 30  # brackets in brackets; PyYAML recurses, and Python allows it about 300
-LARGEST = (
+MAX_DEPTH = 30  # brackets in brackets; PyYAML recurses, and Python allows it about 300
+MAX_VALUES = (
     100_000  # values of a file with its aliases written out: nine lines of aliases can stand for a billion
 )
-DIGITS = 100  # of a whole number; Python converts up to 4,300
+MAX_DIGITS = 100  # of a whole number; Python converts up to 4,300
 
 
 class _Reader(yaml.SafeLoader):
@@ -31,9 +31,9 @@ class _Reader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             line = self.peek_event().start_mark.line + 1
-            raise Unreadable(f"is nested more than {DEEPEST} levels deep", line)
+            raise YamlError(f"is nested more than {MAX_DEPTH} levels deep", line)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -66,14 +66,12 @@ def parse(data: bytes) -> tuple[Any, dict[str, int]]:
         text = data.decode("utf-8-sig")
         node = yaml.compose(text, Loader=_Reader)
     except UnicodeDecodeError as error:
-        raise Unreadable(
-            f"is not UTF-8 text ({error.reason})", 1 + data[: error.start].count(b"\n")
-        ) from None
+        raise YamlError(f"is not UTF-8 text ({error.reason})", 1 + data[: error.start].count(b"\n")) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise Unreadable(f"is not YAML: {error.problem or error.context}", line) from None
+        raise YamlError(f"is not YAML: {error.problem or error.context}", line) from None
     except yaml.reader.ReaderError as error:
-        raise Unreadable(f"is not YAML: {error.reason}", 1 + text[: error.position].count("\n")) from None
+        raise YamlError(f"is not YAML: {error.reason}", 1 + text[: error.position].count("\n")) from None
     if node is None:
         return {}, {}
     return _Values().read(node)
@@ -103,12 +101,12 @@ class _Values:
     def _value(self, node: yaml.Node, prefix: str) -> Any:
         here, key = node.start_mark.line + 1, prefix.rstrip(".")
         self.count += 1
-        if self.count > LARGEST:
-            raise Unreadable(f"{key}: with its aliases written out the file has more than {LARGEST:,} values", here)  # fmt: skip
+        if self.count > MAX_VALUES:
+            raise YamlError(f"{key}: with its aliases written out the file has more than {MAX_VALUES:,} values", here)  # fmt: skip
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node, here)
         if id(node) in self.around:
-            raise Unreadable(f"{key}: is an alias of what it stands in", here)
+            raise YamlError(f"{key}: is an alias of what it stands in", here)
         self.around.add(id(node))
         out = (
             self._mapping(node, prefix)
@@ -123,10 +121,10 @@ class _Values:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise Unreadable("a key must be a word", line)
+                raise YamlError("a key must be a word", line)
             if key in out:
                 first = self.lines[prefix + key]
-                raise Unreadable(f"{prefix}{key} stands here for the second time, first on line {first}", line)  # fmt: skip
+                raise YamlError(f"{prefix}{key} stands here for the second time, first on line {first}", line)  # fmt: skip
             self.lines[prefix + key] = line
             out[key] = self._value(value_node, f"{prefix}{key}.")
         return out
@@ -145,9 +143,9 @@ def _scalar(node: yaml.Node, line: int) -> Any:
     if kind == "bool":
         return text == "true"
     if kind == "int":
-        if len(text) > DIGITS:
-            raise Unreadable(f"a number of {len(text):,} digits; {DIGITS} are the most", line)
+        if len(text) > MAX_DIGITS:
+            raise YamlError(f"a number of {len(text):,} digits; {MAX_DIGITS} are the most", line)
         return int(text)
     if kind == "float":
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    raise Unreadable(f"the tag {node.tag} is not understood; plain values only", line)
+    raise YamlError(f"the tag {node.tag} is not understood; plain values only", line)

@@ -70,7 +70,7 @@ def _head(samples: Samples, balance: str) -> Head:
         raise Refused(
             f"{what}: which of {names} should be balanced? With several targets use loss.class_weights"
         )
-    if not loss_knobs.weighable(samples.heads[0]):
+    if not loss_knobs.has_classes(samples.heads[0]):
         raise Refused(
             f"{what}: has no effect on task {samples.heads[0].task}, which has no classes; set it back"
         )
@@ -137,7 +137,7 @@ def class_weights(
     cfg: Config, head: Head, samples: Samples, taught: Positions
 ) -> Callable[[Tensor], Tensor] | None:
     """target -> a weight a sample, or a weight a label where yes and no are parted. Their mean over the taught rows is 1."""
-    if cfg.loss.class_weights == "none" or not loss_knobs.weighable(head):
+    if cfg.loss.class_weights == "none" or not loss_knobs.has_classes(head):
         return None
     count = class_counts(head, samples, taught)
     beta = loss_knobs.BETA if cfg.loss.beta is None else cfg.loss.beta

@@ -46,7 +46,7 @@ class Samples:
         return self.frame[list(head.columns)].to_numpy(np.float64)
 
     def truth(self, head: Head, positions: Positions) -> NDArray[Any]:
-        return head.row.target(self.targets(head)[positions])
+        return head.spec.encode_target(self.targets(head)[positions])
 
     def label(self, position: int) -> str:
         """What the first head says of a sample, as people write it."""
@@ -56,7 +56,7 @@ class Samples:
             return head.classes[int(values[0])]
         if head.task == "multilabel":
             return " ".join(n for n, value in zip(head.outputs, values, strict=True) if value > 0.5)
-        if head.row.space == "logit" and len(values) > 1:
+        if head.spec.space == "logit" and len(values) > 1:
             return head.outputs[int(np.argmax(values))]
         return " ".join(f"{value:g}" for value in values)
 

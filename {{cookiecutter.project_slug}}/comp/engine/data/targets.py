@@ -69,7 +69,7 @@ def _values(rows: RawRows, names: list[str], known: NDArray) -> Targets:
 def _labels(rows: RawRows, competition: Competition, name: str, task: str, known: NDArray) -> Targets:
     """One label a row, as the code of its class; a binary one may be a share between 0 and 1."""
     text = rows.columns[name].iloc[known]
-    if task == "binary" and competition.class_of is None and _soft(text):
+    if task == "binary" and competition.class_mapping is None and _soft(text):
         values = to_numbers(text)
         head = Head(name, task, (name,), (f"target.{name}",))
         return Targets((head,), {name: values}, _not_numbers(rows, known, name, values))
@@ -117,13 +117,15 @@ def _doubtful(
 def _codes(competition: Competition, classes: Sequence[str]) -> dict[str, float]:
     """Label of the tables, as NFC -> the code of its class."""
     code = {nfc(label): float(i) for i, label in enumerate(classes)}
-    if competition.class_of is None:
+    if competition.class_mapping is None:
         return code
-    return {nfc(label): code[nfc(host)] for label, host in competition.class_of.items() if nfc(host) in code}
+    return {
+        nfc(label): code[nfc(host)] for label, host in competition.class_mapping.items() if nfc(host) in code
+    }
 
 
 def _no_class(label: str, competition: Competition, classes: Sequence[str]) -> str:
-    named = competition.class_of
+    named = competition.class_mapping
     if named is not None and nfc(label) not in map(nfc, named):
         return f"{label!r} is not named by competition.classes, which maps {abbreviated(list(named))}; the nearest is {nearest(label, named)[0]!r}"
     if named is not None:
@@ -134,7 +136,7 @@ def _no_class(label: str, competition: Competition, classes: Sequence[str]) -> s
 def _never(competition: Competition, name: str, labels: set[str]) -> tuple[str, ...]:
     """Labels of the mapping that no row has: a slip of the pen looks the same."""
     there = set(map(nfc, labels))
-    gone = [label for label in competition.class_of or () if nfc(label) not in there]
+    gone = [label for label in competition.class_mapping or () if nfc(label) not in there]
     return (
         (f"note: competition.classes names {abbreviated(gone)}, and no row's {name} is that",) if gone else ()
     )

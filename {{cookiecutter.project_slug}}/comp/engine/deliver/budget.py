@@ -136,7 +136,7 @@ def siblings(member: str) -> list[str]:
         if (
             address.partition(":")[0] != mine["run"]
             or address == member
-            or not (bank.folder(run_members.of_cv(address)) / "oof.arrow").exists()
+            or not (bank.folder(run_members.cv_address(address)) / "oof.arrow").exists()
         ):
             continue
         leaf = kernel.leaves_of(address)[0]
@@ -146,7 +146,7 @@ def siblings(member: str) -> list[str]:
 
 
 def worth(team: Team, space: str, cfg: Config, table: Samples, split: Folds) -> float:
-    sets = [bank.load(run_members.of_cv(each), "oof", table, split) for each in team.members]
+    sets = [bank.load(run_members.cv_address(each), "oof", table, split) for each in team.members]
     nested = {
         each: artifacts.read_json(bank.folder(each) / "apply.json")
         for each in team.members

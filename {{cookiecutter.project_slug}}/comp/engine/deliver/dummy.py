@@ -53,12 +53,12 @@ def made(head: Head, table: Samples, rows: int) -> Array:
     """(rows, outputs) as a run stores them."""
     favoured = np.arange(rows) % max(len(head.outputs), len(head.classes), 1)
     if head.task == "ordinal":
-        return head.row.store(favoured[:, None].astype(np.float64))
+        return head.spec.from_probability(favoured[:, None].astype(np.float64))
     if head.task == "regression":
         taught = table.targets(head)[table.labeled]
         return np.tile(np.nanmean(taught, axis=0), (rows, 1))
     likely = favoured[:, None] == np.arange(len(head.outputs))
     if head.exclusive:
         share = 0.5 / max(len(head.outputs) - 1, 1)
-        return head.row.store(np.where(likely, 0.5, share))
-    return head.row.store(np.where(likely, 0.75, 0.25))
+        return head.spec.from_probability(np.where(likely, 0.5, share))
+    return head.spec.from_probability(np.where(likely, 0.75, 0.25))

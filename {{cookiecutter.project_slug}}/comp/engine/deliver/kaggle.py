@@ -277,4 +277,4 @@ def _short(error: Exception) -> str:
 
 def clean(text: str) -> str:
     """One line without keys: an answer of a server may repeat what it was sent."""
-    return secrets.removed(" ".join(text.split()))[:300] or "no reason given"
+    return secrets.redact(" ".join(text.split()))[:300] or "no reason given"

@@ -176,7 +176,7 @@ def _artefacts(bundle: Path, name: str, leaves: list[dict[str, Any]]) -> None:
     ]
     wanted += [file for file in map(knn.gallery_file, wanted) if file.exists()]
     wanted += [paths.run_folder(leaf["run"]) / "config.yaml" for leaf in leaves]
-    homes = {bank.folder(name), bank.folder(run_members.of_cv(name))}
+    homes = {bank.folder(name), bank.folder(run_members.cv_address(name))}
     wanted += [
         home / each
         for home in sorted(homes)

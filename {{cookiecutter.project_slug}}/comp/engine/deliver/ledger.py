@@ -50,7 +50,7 @@ def secret_free(value: Any) -> Any:
         return {key: secret_free(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [secret_free(inner) for inner in value]
-    return secret.removed(value) if isinstance(value, str) else value
+    return secret.redact(value) if isinstance(value, str) else value
 
 
 def lines() -> list[Record]:

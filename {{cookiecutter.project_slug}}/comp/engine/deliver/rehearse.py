@@ -296,7 +296,7 @@ def compare(name: str, file: Path, half: bool) -> float:
     worst = 0.0
     for head in table.heads:
         before = stored.probability(head)[at]
-        after = head.row.probability(said[f"head.{head.name}"].astype(np.float64))
+        after = head.spec.to_probability(said[f"head.{head.name}"].astype(np.float64))
         off = np.abs(after - before) / np.maximum(1.0, np.abs(before))
         worst = max(worst, float(np.where(np.isnan(off), np.inf, off).max(initial=0.0)))
     tolerance = 1e-3 if half else 1e-5

@@ -211,7 +211,7 @@ def shake_up(cfg: Config, both: Sequence[Entry], rows: Samples, split: Folds) ->
 
 def _scorer(cfg: Config, name: str, rows: Samples, split: Folds) -> report.Scorer:
     """times -> score of the scored rows drawn so often: the mean over targets, each by its own metric, as comp runs has it."""
-    said = bank.load(run_members.of_cv(name), "oof", rows, split)
+    said = bank.load(run_members.cv_address(name), "oof", rows, split)
     assert said.fold is not None
     if not said.predicted.all():
         raise MetricUndefined("not every row is predicted")

@@ -241,7 +241,7 @@ def labels(
             places = ", ".join(f"{each:.4g}" for each in cut)
             notes.append(f"{column}: cut at {places}, as fitted on the OOF rows")
         else:
-            codes = head.row.label(value)
+            codes = head.spec.to_label(value)
         if head.classes:
             yield [head.classes[code] for code in np.clip(codes, 0, len(head.classes) - 1).tolist()]
         else:

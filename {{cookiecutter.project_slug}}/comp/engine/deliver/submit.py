@@ -83,7 +83,7 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
         "competition": cfg.competition.slug,
         "name": name,
         "members": made_from,
-        "configs": {run: artifacts.digest(resolve.identity(runner.stored_config(run))) for run in runs},
+        "configs": {run: artifacts.digest(resolve.result_knobs(runner.stored_config(run))) for run in runs},
         "predictions": artifacts.sha256(bank.find(name, "test")),
         "cv": {key: record.get(key) for key in ("metric", "direction", "mean", "std", "oof")}
         if record
@@ -94,7 +94,7 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
 
 def score_of(name: str) -> dict[str, Any] | None:
     """A refit on all rows has no score of its own: that of the same member of the CV stands for it, where there is one."""
-    file = bank.folder(run_members.of_cv(name)) / "score.json"
+    file = bank.folder(run_members.cv_address(name)) / "score.json"
     return dict(artifacts.read_json(artifacts.verified(file))) if file.exists() else None
 
 

@@ -27,7 +27,7 @@ def verify(name: str) -> None:
     table = samples.load()
     split = folds.load(table)
     said = bank.load(name, "test", table, split).meta
-    member = run_members.within(name.partition(":")[2])
+    member = run_members.cv_member(name.partition(":")[2])
     inside = member if member.startswith("tta-") else ""
     there = [c for c in map(_checkpoint, said["weights"]) if (paths.fold_folder(*c) / WEIGHTS).exists()]
     stored = {}
@@ -57,7 +57,7 @@ def verify(name: str) -> None:
 
         weights = paths.fold_folder(*checkpoint) / WEIGHTS
         again, _ = predict.predict(context(checkpoint.run), weights, rows.astype(np.int64))
-        return np.hstack([h.row.probability(again[h.name].astype(np.float64)) for h in table.heads])
+        return np.hstack([h.spec.to_probability(again[h.name].astype(np.float64)) for h in table.heads])
 
     def tolerance(checkpoint: Checkpoint) -> float:
         return 1e-5 if runner.stored_config(checkpoint.run).train.amp == "fp32" else 1e-3

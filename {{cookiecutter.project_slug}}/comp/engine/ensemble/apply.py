@@ -38,7 +38,7 @@ def weighted(parts: Sequence[NDArray[Any]], head: Head, space: str, weights: Arr
     """weights: (members,), or (members, outputs) where each output has its own."""
     if weights.ndim == 1:
         return average(parts, head, space, weights.tolist())
-    there, back = head.row.spaces[space]
+    there, back = head.spec.spaces[space]
     total: Any = 0.0
     for part, weight in zip(parts, weights, strict=True):
         values = there(np.asarray(part, np.float64))
@@ -48,7 +48,7 @@ def weighted(parts: Sequence[NDArray[Any]], head: Head, space: str, weights: Arr
 
 def _robust(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head, space: str) -> Array:
     """In blocks of rows: these need all members of a row at once, in float64."""
-    there, back = head.row.spaces[space]
+    there, back = head.spec.spaces[space]
     rows = max(1, BLOCK // (len(parts) * len(head.outputs)))
 
     def block(low: int) -> Array:
@@ -108,7 +108,7 @@ def inputs(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head,
 
 def stacker_inputs(parts: Sequence[NDArray[Any]], head: Head, space: str) -> Array:
     said = [to_space(part, head, space) for part in parts]
-    if space == "logit" and head.row.space == "logit":
+    if space == "logit" and head.spec.space == "logit":
         said = [np.clip(each, -LOGIT_RANGE, LOGIT_RANGE) for each in said]
     return np.concatenate(said, axis=1)
 
@@ -174,7 +174,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Array], Array]] = {
 
 def _answer(raw: Array, link: str, head: Head) -> Array:
     """From what a model puts out to what is stored, never surer than SURE."""
-    if head.row.space == "value":
+    if head.spec.space == "value":
         return raw
     if not head.exclusive:
         p = sigmoid(raw) if link == "logistic" else raw

@@ -162,4 +162,4 @@ def _by_rank(
         out[:, column] = 0.0
         for (value, share), weight in zip(knots, shares, strict=True):
             out[:, column] += weight * np.interp(rank, share, value)
-    return head.row.spaces["logit"][1](out)
+    return head.spec.spaces["logit"][1](out)

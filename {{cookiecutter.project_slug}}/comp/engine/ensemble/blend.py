@@ -100,7 +100,7 @@ def member_predictions(declared: BlendConfig, kind: str, rows: Samples, split: F
 def _address_for(member: str, kind: str) -> str:
     """Whose predictions a member is fitted by, and applied to. exp001:full has no OOF rows: it takes the weight that exp001
     earned with its own."""
-    return run_members.of_cv(member) if kind == "oof" else member
+    return run_members.cv_address(member) if kind == "oof" else member
 
 
 def _prediction_set(

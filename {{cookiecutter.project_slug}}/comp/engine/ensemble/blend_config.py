@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from comp.engine.config import resolve
-from comp.engine.config.competition_schema import Count, Many, NotNegative, Positive, Section
+from comp.engine.config.competition_schema import Count, NotNegative, OneOrMore, Positive, Section
 from comp.engine.config.resolve import nearest
 from comp.engine.ensemble import member_filter
 from comp.engine.errors import Refused, UserError
@@ -45,7 +45,7 @@ METHODS_OF_KEY = {
 
 
 class Blend(Section):
-    members: Many  # runs, members, ensembles, exp003:snapshots, exp003:seeds, or a filter like score>0.9
+    members: OneOrMore  # runs, members, ensembles, exp003:snapshots, exp003:seeds, or a filter like score>0.9
     method: Method
     space: Literal["probability", "logit", "geometric", "rank"] | None = None  # where members meet
     weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None  # one a member, in their order
@@ -62,8 +62,8 @@ class Blend(Section):
     max_seconds: Positive | None = None  # no ceiling; of inference, from the latencies measured in prediction
     images: Count | None = None  # that max_seconds must do; the rows of the test table
     strength: Positive | None = None  # of the penalty; chosen on parts of the rows that teach
-    metadata: Many | None = None  # columns of competition.metadata that a stacker reads
-    encoded: Many | None = None  # such columns as target means, those of the other folds
+    metadata: OneOrMore | None = None  # columns of competition.metadata that a stacker reads
+    encoded: OneOrMore | None = None  # such columns as target means, those of the other folds
     after: Annotated[list[After], Field(min_length=1)] | None = (
         None  # tried in this order, kept where the honest score gains
     )
@@ -154,7 +154,7 @@ def read(name: str) -> BlendConfig:
         )
         raise Refused(f"{paths.relative(file)}: no such file; {there}")
     tree, lines = resolve.parse(file, paths.relative(file))
-    blend = resolve.checked(Blend, tree, lines, paths.relative(file))
+    blend = resolve.validate(Blend, tree, lines, paths.relative(file))
     blend = blend.model_copy(update={"members": _expanded(name, blend, lines)})
     declared = BlendConfig(name, blend, lines)
     if faults := _faults(declared):

@@ -86,7 +86,7 @@ def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, ro
     """A rising staircase from probability to probability, one for each output, by the rows whose label is known."""
     from sklearn.isotonic import IsotonicRegression
 
-    p, maps = head.row.probability(stored), []
+    p, maps = head.spec.to_probability(stored), []
     wide = np.eye(len(head.outputs))[truth.astype(np.int64)] if head.exclusive else truth.reshape(len(p), -1)
     for code, target in enumerate(wide.T):
         known = ~np.isnan(target)
@@ -101,7 +101,7 @@ def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, ro
 
 
 def _stairs(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
-    p = head.row.probability(stored)
+    p = head.spec.to_probability(stored)
     out = np.stack([np.interp(p[:, i], m["x"], m["y"]) for i, m in enumerate(step["maps"])], axis=1)
     return log_softmax(np.log(out)) if head.exclusive else logit(out)
 
@@ -112,7 +112,7 @@ def _stairs(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
 def _thresholds(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows: Any) -> dict[str, Any]:
     """As shifts of the logits, so that one half, or the likeliest class, is where the label turns."""
     if head.task == "binary":
-        cut = thresholds.fit_threshold(truth, head.row.probability(stored)[:, 0], metric, rows)
+        cut = thresholds.fit_threshold(truth, head.spec.to_probability(stored)[:, 0], metric, rows)
         return {
             "kind": "scaled",
             "slope": 1.0,
@@ -142,7 +142,7 @@ APPLY: dict[str, Callable[[Mapping[str, Any], Array, Head], Array]] = {}
 
 def not_applicable(name: str, head: Head, metric: Metric, truth: NDArray[Any]) -> str:
     """Why a step has nothing to do here; empty when it has."""
-    if head.row.space != "logit":
+    if head.spec.space != "logit":
         return f"{name} is for classes, and {head.name} has values"
     if name == "thresholds" and (metric.needs != "label" or metric.name in ("precision", "recall")):
         return f"thresholds make labels, and {metric.name} does not score labels by one"
@@ -169,7 +169,7 @@ def fit(
 def prior(stored: Array, truth_shares: Array, head: Head, rounds: int = 200) -> dict[str, Any]:
     """Shares of the classes among rows without labels, by EM (Saerens and others 2002), as a shift of the logits. It needs
     calibrated probabilities, and that within a class test looks like train."""
-    p = head.row.probability(stored)
+    p = head.spec.to_probability(stored)
     p = np.hstack([1 - p, p]) if head.task == "binary" else p
     here = truth_shares
     for _ in range(rounds):

@@ -49,7 +49,7 @@ class Context:
     ) -> tuple[score.MetricInput, score.ScoredRows]:
         """at: places among `rows`, and stored what is said of these."""
         here = score.scored_rows(self.samples, self.rows[at], self.fold[at])
-        said = head.row.probability(np.asarray(stored, np.float64))
+        said = head.spec.to_probability(np.asarray(stored, np.float64))
         return score.metric_input(self.cfg, head, said, self.samples, self.folds, here), here
 
     def nested_predict(self, at: Positions, fit: Any, apply: Any, first: Any) -> nested_cv.NestedPrediction:

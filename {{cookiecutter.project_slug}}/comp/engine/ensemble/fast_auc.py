@@ -51,7 +51,7 @@ def _columns(head: Head, truth: NDArray[Any]) -> list[Column] | None:
         targets = [(code, truth == code) for code in range(len(head.outputs))]
     else:
         wide = truth.reshape(len(truth), -1)
-        targets = [(at, wide[:, at]) for at in (head.scored if wide.shape[1] > 1 else [0])]
+        targets = [(at, wide[:, at]) for at in (head.scored_indices if wide.shape[1] > 1 else [0])]
     found = []
     for at, target in targets:
         known = np.flatnonzero(~np.isnan(target))

@@ -40,11 +40,11 @@ def fast_scorer(
     """cuts: of grades, held during a search. signed: weights below 0 occur, so a sum can leave the range of its task."""
     hard = truth.ndim == 1 and bool((truth == np.rint(truth)).all())
     cut: Array = np.asarray(np.arange(1, len(head.classes)) - 0.5 if cuts is None else cuts, np.float64)
-    if metric.name in fast_auc.AUC_METRICS and head.row.space == "logit":
+    if metric.name in fast_auc.AUC_METRICS and head.spec.space == "logit":
         return fast_auc.auc_scorer(metric, head, space, truth, signed) or any_metric(
             metric, head, space, truth, rows, cut
         )
-    if metric.kind == "custom" or (head.row.space == "logit" and not hard) or np.isnan(truth).any():
+    if metric.kind == "custom" or (head.spec.space == "logit" and not hard) or np.isnan(truth).any():
         return any_metric(metric, head, space, truth, rows, cut)
     if head.task == "binary":
         if metric.name in ("log_loss", "mean_column_log_loss") and space in ("probability", "logit"):
@@ -58,7 +58,7 @@ def fast_scorer(
             return _class_log_loss(head, space, truth)
         if metric.name in COUNTED:
             return _class_labels(metric, head, space, truth)
-    if head.row.space == "value" and space != "rank" and len(head.outputs) == 1:
+    if head.spec.space == "value" and space != "rank" and len(head.outputs) == 1:
         if metric.name == "qwk" and head.classes and np.ptp(truth):
             return _grades(truth.astype(np.int64), cut)
         if metric.name in ("rmse", "mae"):

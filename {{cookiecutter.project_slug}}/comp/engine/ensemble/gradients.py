@@ -23,7 +23,7 @@ def loss(
     parts: Sequence[NDArray[Any]], head: Head, space: str, truth: NDArray[Any]
 ) -> Callable[[Array], tuple[float, Array]]:
     """weights -> (mean loss, gradient). parts: of each member (rows, outputs), as stored."""
-    one = _values if head.row.space == "value" else _probability if space == "probability" else _logit
+    one = _values if head.spec.space == "value" else _probability if space == "probability" else _logit
     part = one(parts, head, space, _shares(truth, head))
     rows = len(truth)
     count = rows * (1 if head.exclusive else len(head.outputs))

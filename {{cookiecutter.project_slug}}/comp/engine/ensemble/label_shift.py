@@ -30,7 +30,7 @@ def fit(
     plain = average.apply(recipe, given, context.samples.frame.iloc[test[0].row.astype(np.int64)])
     for head in context.samples.heads:
         truth, own = context.samples.truth(head, context.rows), oof[head.name][kept].astype(np.float64)
-        if kind == "prior" and head.row.space != "logit":
+        if kind == "prior" and head.spec.space != "logit":
             notes.append(f"correct: prior is for classes, and {head.name} has values; take rank")
             continue
         if kind == "prior" and truth.ndim > 1:

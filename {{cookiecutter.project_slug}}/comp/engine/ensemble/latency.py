@@ -42,7 +42,7 @@ def _files(run: Path, member: str) -> list[Path]:
     """The notes of the checkpoints that a member speaks from."""
     seeds = "seed*" if not member.startswith("seed") else member
     folds = f"fold{run_members.REFIT}" if run_members.is_refit(member) else "fold[0-9]*"
-    inside = "" if member.startswith("seed") else run_members.within(member)
+    inside = "" if member.startswith("seed") else run_members.cv_member(member)
     return sorted(folder / inside / FILE for folder in run.glob(f"{seeds}/{folds}"))
 
 

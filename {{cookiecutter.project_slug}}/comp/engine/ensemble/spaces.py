@@ -25,7 +25,7 @@ class FastScorer:
 def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
     """(rows, outputs), where sums are taken. Ranks come as ranks already."""
     values = np.asarray(stored, np.float64)
-    if space == "rank" or head.row.space == "value":
+    if space == "rank" or head.spec.space == "value":
         return values
     if not head.exclusive:
         return INDEPENDENT[space][0](values)
@@ -34,7 +34,7 @@ def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
 
 def to_prediction(total: Sum, head: Head, space: str) -> Array:
     """A sum as the metric takes it: a probability, a value, or a rank where only order counts."""
-    if space == "rank" or head.row.space == "value":
+    if space == "rank" or head.spec.space == "value":
         return np.asarray(total, np.float64)
     if not head.exclusive:
         return np.clip(INDEPENDENT[space][1](np.asarray(total, np.float64)), 0.0, 1.0)

@@ -142,8 +142,8 @@ def _choose_strength(
 def _loss(stored: Array, target: Array, head: Head, link: str) -> float:
     known = ~np.isnan(target)
     target = np.where(known, target, 0.0)
-    if head.row.space == "value" or link == "identity":
-        return float((((head.row.probability(stored) - target) ** 2) * known).sum())
+    if head.spec.space == "value" or link == "identity":
+        return float((((head.spec.to_probability(stored) - target) ** 2) * known).sum())
     if head.exclusive:
         return float(-(target * stored).sum())
     return float(((np.logaddexp(0.0, stored) - target * stored) * known).sum())
@@ -211,7 +211,7 @@ def _logistic(
 ) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
-    if head.row.space == "value":
+    if head.spec.space == "value":
         raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
 
     def one(x: Array, shares: Array) -> Any:
@@ -298,7 +298,7 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
         "max_iter": 500,
         "random_state": 0,
     }
-    if head.row.space == "value":
+    if head.spec.space == "value":
         model = _converged(MLPRegressor(**options), x, target if target.shape[1] > 1 else target[:, 0])
         return _layers("identity", model.coefs_, model.intercepts_)
     if head.exclusive:
@@ -343,9 +343,9 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
         import lightgbm
     except ImportError:
         raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
-    if head.row.space == "value" and target.shape[1] > 1:
+    if head.spec.space == "value" and target.shape[1] > 1:
         raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
-    values = head.row.space == "value"
+    values = head.spec.space == "value"
     options = {
         "objective": "multiclass" if head.exclusive else "regression" if values else "cross_entropy",
         "num_leaves": 7, "learning_rate": 0.05, "min_data_in_leaf": 20, "lambda_l2": strength, "seed": 0,

@@ -41,9 +41,9 @@ def adversarial_validation(run: str) -> dict[str, Any]:
     rows = samples.load()
     split = folds.load(rows)
     test_rows = rows.positions("test")
-    seeds = experiments.complete(run, split.count)
+    seeds = experiments.complete_seeds(run, split.count)
     if not seeds:
-        raise experiments.refusal(run, "weights of every fold for adversarial validation")
+        raise experiments.missing_predictions(run, "weights of every fold for adversarial validation")
     if not len(test_rows):
         raise UserError(
             "test-rows-missing", where=run, what="there are no test rows to compare training rows with"

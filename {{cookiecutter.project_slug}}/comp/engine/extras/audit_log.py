@@ -19,7 +19,12 @@ from comp.engine.store import paths
 def selected_epoch(folder: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
     """The score of the OOF rows must be what the log has for the last epoch, not for a better one before it."""
     log = folder / "log.jsonl"
-    if not log.exists() or cfg.predict.tta != ["identity"] or len(rows.heads) > 1 or run_members.chosen(cfg):
+    if (
+        not log.exists()
+        or cfg.predict.tta != ["identity"]
+        or len(rows.heads) > 1
+        or run_members.selected_by_score(cfg)
+    ):
         return []  # a selection by config was made on other rows, or is marked
     lines = [json.loads(line) for line in log.read_text().splitlines() if '"valid_metric"' in line]
     by_epoch = {line["epoch"]: line["valid_metric"] for line in lines if "epoch" in line}

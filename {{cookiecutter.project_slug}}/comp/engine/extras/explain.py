@@ -80,7 +80,7 @@ def _chosen(context: Context, run: str, ids: list[str], count: int) -> tuple[NDA
     said = oof.probability(head)[oof.predicted]
     truth = context.samples.truth(head, rows)
     names = context.samples.frame["id"].to_numpy()[rows].tolist()
-    classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
+    classes = head.classes if head.spec.space == "logit" and head.task != "multilabel" else ()
     table = plots.worst_rows(truth, said, names, classes, len(rows) if ids else count)
     if ids:
         unknown = [name for name in ids if name not in set(names)]
@@ -99,8 +99,10 @@ def _of_some_folds(context: Context, run: str) -> PredictionSet:
     """Of a run that is not finished, what its finished folds predict."""
     parts = sorted(paths.run_folder(run).glob("seed*/fold[0-9]*/oof.arrow"))
     if not parts:
-        raise experiments.refusal(run, "predictions to explain")
-    print(f"{experiments.refusal(run, 'predictions of all rows')}; the rows of the others are explained")
+        raise experiments.missing_predictions(run, "predictions to explain")
+    print(
+        f"{experiments.missing_predictions(run, 'predictions of all rows')}; the rows of the others are explained"
+    )
     sets = [bank.read(file, context.samples, context.folds) for file in parts]
     return predictions.merge(sets, context.samples, context.folds, context.cfg.predict.averaging_space)
 
@@ -150,7 +152,7 @@ def _answer(context: Context, output: Tensor) -> tuple[int, int]:
     width = models.output_sizes(context.cfg, context.samples.heads)[0]
     head = context.samples.heads[0]
     if width == 1:
-        return 0, -1 if head.row.space == "logit" and float(output[0, 0]) < 0 else 1
+        return 0, -1 if head.spec.space == "logit" and float(output[0, 0]) < 0 else 1
     return int(output[0, :width].argmax()), 1
 
 

@@ -32,7 +32,7 @@ def fit_member(context: Context, run: str, name: str, features: NDArray[np.float
     facts = {
         "run": run,
         "member": name,
-        "config": artifacts.digest(resolve.identity(context.cfg)),
+        "config": artifacts.digest(resolve.result_knobs(context.cfg)),
         "tta": ["identity"],
         "space": context.cfg.predict.averaging_space,
     }
@@ -72,7 +72,9 @@ def _fit_fold(
     sets = {}
     for kind, rows in (("oof", valid_rows), ("test", test_rows)):
         values = {
-            head.name: head.row.store(frozen_heads.outputs(head, numbers, features[rows])).astype(np.float32)
+            head.name: head.spec.from_probability(frozen_heads.outputs(head, numbers, features[rows])).astype(
+                np.float32
+            )
             for head in table.heads
         }
         of_fold = np.full(len(rows), fold, np.int16) if kind == "oof" else None
@@ -95,7 +97,7 @@ def predictor(name: str, head: Head, x: Array, target: Array) -> Callable[[Array
 
 def fit(name: str, head: Head, x: Array, target: Array) -> Numbers:
     """The arrays that frozen_heads.py predicts with, each under the name of its head."""
-    if head.row.space != "logit":
+    if head.spec.space != "logit":
         mean, std = target.mean(0), target.std(0) + 1e-12
         numbers = {"shift": mean, "scale": std}
         y = (target - mean) / std

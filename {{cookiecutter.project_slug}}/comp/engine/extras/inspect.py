@@ -45,7 +45,7 @@ def kept(file: Path) -> tuple[str, str, str]:
     if file.exists():
         try:
             said, _ = yaml_lines.parse(file.read_bytes())
-        except yaml_lines.Unreadable:
+        except yaml_lines.YamlError:
             print(f"{paths.relative(file)}: cannot be read, so slug and title have to be written anew")
     old = said if isinstance(said, dict) else {}
     usual = {"slug": "competition", "title": "Competition", "raw": "data/raw"}

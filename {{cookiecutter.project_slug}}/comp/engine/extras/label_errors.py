@@ -105,7 +105,7 @@ def _lines(
     target = rows.targets(head)[at]
     values = [np.asarray(oof.probability(head), np.float64)[common] for oof in sets]  # (rows, outputs) each
     find = {"value": _value_errors, "multilabel": _multilabel_errors}.get(
-        "value" if head.row.space == "value" else head.task, _class_errors
+        "value" if head.spec.space == "value" else head.task, _class_errors
     )
     lines = []
     for row, label, predicted, margin in find(head, target, values):

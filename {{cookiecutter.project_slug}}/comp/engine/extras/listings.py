@@ -78,8 +78,8 @@ def _run(folder: Path, base: Config) -> Line:
         record = _record(folder)
     except UserError as refused:
         return [name, "-", "-", "-", "-", "-", refused.lines[0], "-", ""], None
-    count = experiments.count(cfg)
-    by_seed = {seed: len(_scored_folds(name, seed, count)) for seed in experiments.seeds_of(name)}
+    count = experiments.fold_count(cfg)
+    by_seed = {seed: len(_scored_folds(name, seed, count)) for seed in experiments.seeds(name)}
     by_seed = dict.fromkeys(cfg.train.seeds, 0) | {seed: n for seed, n in by_seed.items() if n}
     done, wanted = sum(by_seed.values()), count * len(by_seed)
     marks = _marks(record)
@@ -89,7 +89,7 @@ def _run(folder: Path, base: Config) -> Line:
         marks.append("training now")
     if artifacts.manifest_entry(paths.member_folder(name, run_members.REFIT) / "test.arrow"):
         marks.append(f"has :{run_members.REFIT}")
-    changed = configs.difference(base, cfg)
+    changed = configs.diff(base, cfg)
     cells = [
         name,
         ", ".join(dict.fromkeys(cfg.competition.tasks.values())),
@@ -296,7 +296,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
     """The resolved config as key=value with the place that each value comes from; or what differs from another one."""
     loaded = experiments.load(experiment, overrides, debug)
     if against is None:
-        values = configs.flat(loaded.config.model_dump())
+        values = configs.flatten(loaded.config.model_dump())
         lines = [
             [f"{key}={_plain(value)}", loaded.origins.get(key, "not declared")]
             for key, value in values.items()
@@ -304,7 +304,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
         print(text_table.render(["knob", "from"], lines))
         return
     other = experiments.load(against, (), debug).config
-    changed = configs.difference(other, loaded.config, everything=True)
+    changed = configs.diff(other, loaded.config, everything=True)
     if not changed:
         print(f"{experiment} and {against} are the same")
         return

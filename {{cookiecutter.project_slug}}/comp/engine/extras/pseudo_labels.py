@@ -146,7 +146,7 @@ def _confidence(
 ) -> NDArray[np.float64]:
     """(rows,), 0 to 1. Classes: the largest probability. Several labels: the mean over labels of max(p, 1 - p). Values: how close
     the models are to each other, relative to the deviation of the targets."""
-    if head.row.spaces is VALUES:
+    if head.spec.spaces is VALUES:
         if len(sets) == 1 and selection.share != 1:
             raise UserError(
                 "confidence-unknown",
@@ -166,10 +166,10 @@ def _confidence(
 def select(predicted: Predicted, fold: int | str, rows: Samples, selection: Selection) -> pd.DataFrame:
     """The lines of one fold: the most confident rows of each class, with their labels."""
     head = rows.heads[0]
-    has_classes = head.row.spaces is not VALUES and head.task != "multilabel"
+    has_classes = head.spec.spaces is not VALUES and head.task != "multilabel"
     codes = np.zeros(len(predicted.rows), np.int64)
     if has_classes:
-        codes = head.row.label(predicted.mean.probability(head))
+        codes = head.spec.to_label(predicted.mean.probability(head))
     least = selection.confidence
     if least is None:
         least = DEFAULT_CONFIDENCE if selection.share is None else 0.0
@@ -212,7 +212,7 @@ def labels(head: Head, probability: NDArray[np.float64], soft: bool) -> dict[str
         probability = probability.clip(0, len(head.classes) - 1)
     if head.task == "regression" or soft:
         return dict(zip(head.columns, probability.T, strict=True))
-    label = head.row.label(probability).reshape(len(probability), -1).astype(np.float64)
+    label = head.spec.to_label(probability).reshape(len(probability), -1).astype(np.float64)
     return dict(zip(head.columns, label.T, strict=True))
 
 

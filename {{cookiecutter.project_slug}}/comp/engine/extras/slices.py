@@ -147,7 +147,7 @@ def _by_class(own: Scored, head: Head, probability: Array) -> Iterator[tuple[str
     that is right: most metrics have no value where all rows are of one class, or another meaning."""
     import pandas as pd
 
-    if head.row.space == "value" and not head.classes:
+    if head.spec.space == "value" and not head.classes:
         return
     scored, single = own, own.truth.ndim == 1
     if own.metric.kind != "row":
@@ -165,7 +165,7 @@ def _by_class(own: Scored, head: Head, probability: Array) -> Iterator[tuple[str
         names = np.array(head.classes or head.outputs, object)[codes.astype(np.int64)]
         parts = _by_value(head.name, pd.Series(names))
     else:
-        names_ = [head.outputs[i] for i in head.scored]
+        names_ = [head.outputs[i] for i in head.scored_indices]
         parts = (
             (f"{head.name} {each}", np.flatnonzero(own.truth[:, i] > 0)) for i, each in enumerate(names_)
         )

@@ -90,7 +90,7 @@ class ViewSearch:
         predictions = by_head(self.heads, self.average(choice, at))
         try:
             return float(np.mean([
-                metric.sign * metric(score.scored_columns(head, truth[at]), score.default_predictions(metric, head, head.row.probability(own)), frame)
+                metric.sign * metric(score.scored_columns(head, truth[at]), score.default_predictions(metric, head, head.spec.to_probability(own)), frame)
                 for head, metric, truth, own in zip(self.heads, self.metrics, self.truths, predictions, strict=True)
             ]))  # fmt: skip
         except MetricUndefined:
@@ -199,7 +199,7 @@ def _view_search(candidates: Candidates, scorer: Scorer, max_ms: float | None) -
         [samples.truth(head, rows) for head in heads],
         heads,
         [score.metric_of(scorer.cfg, head) for head in heads],
-        [space for space in SPACES if all(space in head.row.spaces for head in heads)],
+        [space for space in SPACES if all(space in head.spec.spaces for head in heads)],
         ms,
         float("inf") if max_ms is None else max_ms,
         score.metric_frame(samples, rows),

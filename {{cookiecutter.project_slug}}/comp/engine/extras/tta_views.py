@@ -35,9 +35,9 @@ def predict_candidates(run: str, names: str | None) -> Candidates:
     """One pass over all OOF rows per view. Predictions are stored fold by fold, so a killed call continues where it was."""
     cfg = runner.stored_config(run)
     hardware.set_threads(cfg.train.threads)
-    seeds = experiments.complete(run, experiments.count(cfg))
+    seeds = experiments.complete_seeds(run, experiments.fold_count(cfg))
     if not seeds:
-        raise experiments.refusal(run, "OOF predictions to compare views on")
+        raise experiments.missing_predictions(run, "OOF predictions to compare views on")
     fingerprint.validate_images(run, cfg)
     context = runner.gather(cfg)
     from comp.engine.run import views

@@ -86,7 +86,9 @@ def _to_uint8(x: torch.Tensor) -> NDArray[Any]:
 def heading(cfg: Config) -> str:
     """The recipe and the other augmentation knobs that are on, in one line."""
     knobs = cfg.augment
-    return ", ".join([f"recipe {knobs.recipe}", *(f"{name} {getattr(knobs, name)}" for name in knobs.strong)])
+    return ", ".join(
+        [f"recipe {knobs.recipe}", *(f"{name} {getattr(knobs, name)}" for name in knobs.strong_ops)]
+    )
 
 
 def ops(cfg: Config) -> list[str]:
@@ -99,7 +101,7 @@ def ops(cfg: Config) -> list[str]:
             lines.append(f"{'pairs' if name != 'mosaic' else 'fours':9} device     {name}: {what}")
     if cfg.augment.disable_last_epochs:
         lines.append(
-            f"the last {cfg.augment.disable_last_epochs} epochs without {', '.join(cfg.augment.strong)}"
+            f"the last {cfg.augment.disable_last_epochs} epochs without {', '.join(cfg.augment.strong_ops)}"
         )
     if cfg.augment.progressive_sizes:
         lines.append(

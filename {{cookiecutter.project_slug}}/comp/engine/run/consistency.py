@@ -26,11 +26,11 @@ OutputLoss = Callable[[Tensor], Tensor]
 def validate(cfg: Config, heads: tuple[Head, ...]) -> None:
     if cfg.augment.jsd_views == 1:
         return
-    if value := next((head.name for head in heads if head.row.spaces is VALUES), ""):
+    if value := next((head.name for head in heads if head.spec.spaces is VALUES), ""):
         raise Refused(
             f"augment.jsd_views: {value} is a value, and the divergence is one of probabilities; set it to 1"
         )
-    if loss_knobs.embedding(cfg, heads):
+    if loss_knobs.metric_learning_loss(cfg, heads):
         raise Refused("augment.jsd_views: embeddings have no probabilities that could agree; set it to 1")
 
 
@@ -39,7 +39,7 @@ def consistency_loss(cfg: Config, heads: tuple[Head, ...]) -> OutputLoss:
     views = cfg.augment.jsd_views
     if views == 1:
         return zero
-    sizes, whole = output_sizes(cfg, heads), loss_knobs.of(cfg, heads)
+    sizes, whole = output_sizes(cfg, heads), loss_knobs.head_losses(cfg, heads)
 
     def apart(output: Tensor) -> Tensor:
         each = []

@@ -23,7 +23,7 @@ from comp.engine.errors import Refused
 from comp.engine.run import distributed, metric_learning, model_selection, target_scaler
 from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
-from comp.engine.tasks.kinds import VALUES, Head, Objective
+from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
@@ -32,9 +32,9 @@ FILE = "lessons.safetensors"
 
 
 def validate(cfg: Config, heads: Sequence[Head]) -> None:
-    if cfg.distill.teacher is not None and loss_knobs.embedding(cfg, heads):
+    if cfg.distill.teacher is not None and loss_knobs.metric_learning_loss(cfg, heads):
         raise Refused(
-            f"distill.teacher: loss {loss_knobs.of(cfg, heads)[0].name} puts pictures near each other, and a teacher speaks of classes; "
+            f"distill.teacher: loss {loss_knobs.head_losses(cfg, heads)[0].name} puts pictures near each other, and a teacher speaks of classes; "
             "loss.name: cross_entropy listens"
         )
 
@@ -74,13 +74,14 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
 
 def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
     """What a prediction is as a target: shares of classes, the likeliest class, 0 and 1 for each label, or values."""
-    if head.row.spaces is VALUES:
+    if head.spec.spaces is VALUES:
         return np.asarray(
-            head.row.target(stored.clip(0, len(head.classes) - 1) if head.classes else stored), np.float32
+            head.spec.encode_target(stored.clip(0, len(head.classes) - 1) if head.classes else stored),
+            np.float32,
         )
     if kind == "soft":
-        return head.row.probability(stored.astype(np.float64) / temperature).astype(np.float32)
-    hard = head.row.label(head.row.probability(stored.astype(np.float64)))
+        return head.spec.to_probability(stored.astype(np.float64) / temperature).astype(np.float32)
+    hard = head.spec.to_label(head.spec.to_probability(stored.astype(np.float64)))
     return hard if head.exclusive else hard.astype(np.float32)
 
 
@@ -92,10 +93,13 @@ def distillation_loss(
         return own
     heads, soft = samples.heads, cfg.distill.kind == "soft"
     both = zip(
-        heads, loss_knobs.of(cfg, heads), losses.head_losses(cfg, samples, taught, standardised), strict=True
+        heads,
+        loss_knobs.head_losses(cfg, heads),
+        losses.head_losses(cfg, samples, taught, standardised),
+        strict=True,
     )
     each = [
-        _soft(head, which, cfg.distill.temperature) if soft and head.row.spaces is not VALUES else hard
+        _soft(head, which, cfg.distill.temperature) if soft and head.spec.spaces is not VALUES else hard
         for head, which, hard in both
     ]
     told, share = losses.mean_over_heads(cfg, heads, each), cfg.distill.weight
@@ -106,7 +110,7 @@ def distillation_loss(
     return loss
 
 
-def _soft(head: Head, which: Objective, temperature: float) -> losses.Loss:
+def _soft(head: Head, which: HeadLoss, temperature: float) -> losses.Loss:
     """Kullback-Leibler divergence at a temperature, times its square, so that gradients are as large as those of the labels."""
 
     def exclusive(output: Tensor, target: Tensor) -> Tensor:

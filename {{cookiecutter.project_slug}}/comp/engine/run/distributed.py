@@ -229,7 +229,7 @@ def validate(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -
     if n == 1:
         return
     whole = accumulate % n == 0
-    if not whole and batch_size < n * (those := cfg.augment.whole):
+    if not whole and batch_size < n * (those := cfg.augment.group_size):
         together = f", {those} at least each" if those > 1 else ""
         raise CollectiveError(
             f"train.batch_size: {batch_size} pictures a pass cannot be shared by {n} processes{together}"

@@ -68,7 +68,7 @@ def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
     files = folder / "config.yaml", folder / "made_of.json"
     return (
         all(map(artifacts.manifest_entry, files))
-        and not resolve.difference(resolve.from_yaml(artifacts.verified(files[0])), cfg)
+        and not resolve.diff(resolve.from_yaml(artifacts.verified(files[0])), cfg)
         and input_hashes(cfg, folds).items() <= artifacts.read_json(artifacts.verified(files[1])).items()
     )
 
@@ -166,7 +166,7 @@ def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
     """The record of its images, which validate_images compares."""
     folder, ways = paths.run_folder(name), _ways(name, command)
     old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", ways))
-    if changed := resolve.difference(old, cfg):
+    if changed := resolve.diff(old, cfg):
         raise Refused(
             f"runs/{name} was trained with another config; {ways}",
             *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),

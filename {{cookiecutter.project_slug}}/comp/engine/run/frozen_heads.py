@@ -88,7 +88,7 @@ def outputs(head: Head, numbers: Numbers, seen: NDArray[np.floating]) -> Array:
         mine = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
         return _outputs(mine, x, near)
 
-    if head.row.space != "logit":
+    if head.spec.space != "logit":
         return of(f"{head.name}/") * numbers[f"{head.name}/scale"] + numbers[f"{head.name}/shift"]
     if head.task in ("multilabel", "binary"):
         return np.column_stack([
@@ -156,4 +156,6 @@ def predict_rows(context: Context, weights: Path, rows: Positions) -> tuple[list
     heads = context.samples.heads
     if not len(rows):
         return [np.empty((0, len(head.outputs))) for head in heads], damaged
-    return [np.asarray(head.row.store(outputs(head, numbers, seen[0]))) for head in heads], damaged
+    return [
+        np.asarray(head.spec.from_probability(outputs(head, numbers, seen[0]))) for head in heads
+    ], damaged

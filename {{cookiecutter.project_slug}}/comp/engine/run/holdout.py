@@ -22,11 +22,11 @@ def score_holdout(context: Context, run: str) -> str:
         )
     parts = [
         (seed, number)
-        for seed in experiments.seeds_of(run)
-        for number in experiments.finished(run, seed, range(folds.count))
+        for seed in experiments.seeds(run)
+        for number in experiments.finished_folds(run, seed, range(folds.count))
     ]
     if not parts:
-        raise experiments.refusal(run, "weights to look with")
+        raise experiments.missing_predictions(run, "weights to look with")
     said = []
     for seed, number in parts:
         weights = paths.fold_folder(run, seed, number) / "weights.safetensors"

@@ -33,7 +33,7 @@ def gallery_file(weights: Path) -> Path:
 
 def gallery_bytes(cfg: Config, samples: Samples) -> int:
     """Bytes of a fold's gallery, at most."""
-    embeds = loss_knobs.embedding(cfg, samples.heads)
+    embeds = loss_knobs.metric_learning_loss(cfg, samples.heads)
     return 0 if embeds is None else len(samples.labeled) * (4 * int(embeds.knobs["embedding"]) + 4)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import Refused
-from comp.engine.tasks.loss_knobs import embedding
+from comp.engine.tasks.loss_knobs import metric_learning_loss
 
 AT_ONCE = 1024  # rows against all: validation is one batch, and its square may not fit
 TINY = 1e-7  # the slope of a root ends nowhere at 0
@@ -70,7 +70,7 @@ def feature_map(x: Tensor, features: int, name: str) -> Tensor:
 
 def drop_unknown_class(cfg: Config, samples: Samples, rows: Positions) -> Positions:
     """Rows of the unknown class look like nothing in particular: where embeddings are taught they neither teach nor answer."""
-    if embedding(cfg, samples.heads) is None or not samples.heads[0].unknown:
+    if metric_learning_loss(cfg, samples.heads) is None or not samples.heads[0].unknown:
         return rows
     head = samples.heads[0]
     return rows[samples.targets(head)[rows, 0] != head.classes.index(head.unknown)]

@@ -38,7 +38,7 @@ def fold_rows(context: Context, number: int | str) -> tuple[Positions, Positions
     cfg, folds = context.cfg, context.folds
     taught, scored = folds.split(number)
     judged = taught[:0]
-    if run_members.chooses(cfg):
+    if run_members.selects_by_score(cfg):
         if cfg.select.on == "inner":
             taught, judged = folds.inner_split(number, cfg.select.validation_fraction)
         elif number == "full":

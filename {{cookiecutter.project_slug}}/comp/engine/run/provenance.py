@@ -53,7 +53,7 @@ def code(root: Path) -> tuple[dict[str, Any], str]:
         "changed": bool(diff) if inside else None,
         "comp": hashed.hexdigest()[:16],
     }
-    return facts, secrets.removed(diff)
+    return facts, secrets.redact(diff)
 
 
 def hardware() -> dict[str, Any]:
@@ -86,9 +86,9 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if not isinstance(value, str) or name == "commit":  # 40 hexadecimal digits, as W&B's keys have
         return value
     return (
-        secrets.REMOVED
+        secrets.REDACTED
         if value and secrets.NAME.fullmatch(name)
-        else secrets.ARGUMENT.sub(rf"\1{secrets.REMOVED}", secrets.removed(value))
+        else secrets.ARGUMENT.sub(rf"\1{secrets.REDACTED}", secrets.redact(value))
     )
 
 

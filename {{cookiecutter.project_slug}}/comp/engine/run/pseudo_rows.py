@@ -93,7 +93,7 @@ def add_rows(samples: Samples, lines: pd.DataFrame, name: str, number: int | str
 
 def training_target(samples: Samples, head: Head) -> NDArray[Any]:
     """What the loss takes, for every row: class codes, or shares of each class where labels of a few rows are soft."""
-    values = head.row.target(np.nan_to_num(samples.targets(head)))
+    values = head.spec.encode_target(np.nan_to_num(samples.targets(head)))
     if soft_columns(head)[0] not in samples.frame:
         return values
     shares = samples.frame[soft_columns(head)].to_numpy(np.float64)

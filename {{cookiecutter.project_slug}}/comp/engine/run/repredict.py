@@ -24,12 +24,14 @@ def predict(context: Context, run: str, views: list[str], space: str, refit_only
     )
     other = replace(context, cfg=cfg)
     count = context.folds.count
-    cv = [] if refit_only else [(s, n) for s in experiments.complete(run, count) for n in range(count)]
-    refits = [(seed, run_members.REFIT) for seed in experiments.refitted(run)]
-    wanted: dict[str, list[merge.Part]] = {inside: [*cv], run_members.refit(inside): [*refits]}
+    cv = [] if refit_only else [(s, n) for s in experiments.complete_seeds(run, count) for n in range(count)]
+    refits = [(seed, run_members.REFIT) for seed in experiments.refit_seeds(run)]
+    wanted: dict[str, list[merge.Part]] = {inside: [*cv], run_members.refit_member(inside): [*refits]}
     made = {name: parts for name, parts in wanted.items() if parts}
     if not made:
-        raise experiments.refusal(f"{run}:{run_members.REFIT}" if refit_only else run, "predictions")
+        raise experiments.missing_predictions(
+            f"{run}:{run_members.REFIT}" if refit_only else run, "predictions"
+        )
     for name, parts in made.items():  # all of them, before the first begins
         artifacts.require_space(_size(other, name, parts), f"runs/{run}/members/{name}")
     stop = hardware.Stop()

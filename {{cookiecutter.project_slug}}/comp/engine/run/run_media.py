@@ -49,13 +49,13 @@ def log_errors(
     name = "" if len(context.samples.heads) == 1 else f"_{head.name}"
     if head.classes and truth.ndim == 1:
         file = folder / f"confusion{name}.png"
-        codes = np.clip(head.row.label(said), 0, len(head.classes) - 1)
+        codes = np.clip(head.spec.to_label(said), 0, len(head.classes) - 1)
         plots.confusion(truth, codes, head.classes, file, f"{head.name}, out of fold")
     else:
         file = folder / f"residuals{name}.png"
         plots.residuals(truth, said.reshape(truth.shape), file, f"{head.name}, out of fold")
     log.sheet(file.stem, file)
-    classes = head.classes if head.row.space == "logit" and head.task != "multilabel" else ()
+    classes = head.classes if head.spec.space == "logit" and head.task != "multilabel" else ()
     table = plots.worst_rows(truth, said, context.samples.frame["id"].to_numpy()[rows].tolist(), classes)
     log.table(
         f"worst{name}",

@@ -125,7 +125,7 @@ def _side_by_side(
 
     from comp.engine.run import launcher
 
-    left = [(s, n) for s, n in todo if not experiments.finished(name, s, [n])]
+    left = [(s, n) for s, n in todo if not experiments.finished_folds(name, s, [n])]
     job = f"{process.own_id()}-{time.time_ns()}"
     jobs = [
         launcher.Job(f"{name} seed {s} fold {n}", "fold", {"name": name, "seed": s, "number": n, "job": job})
@@ -162,7 +162,7 @@ def gather(cfg: Config, loaded: Loaded | None = None) -> Context:
         folds.validate_plan(split, loaded)
     pretrained.validate(cfg, split)
     score.metric_of(cfg)
-    loss_knobs.of(cfg, table.heads)
+    loss_knobs.head_losses(cfg, table.heads)
     import torch
 
     from comp import models, optim
@@ -216,7 +216,7 @@ def one_fold(
 
     def done() -> bool:
         return bool(
-            experiments.finished(name, seed, [number])
+            experiments.finished_folds(name, seed, [number])
             or (search and artifacts.manifest_entry(folder / "oof.arrow"))
         )
 
@@ -258,7 +258,7 @@ def one_fold(
             if search:
                 return
             for inside in [
-                *run_members.kept(cfg),
+                *run_members.extra_weights(cfg),
                 "",
             ]:  # the run itself last: with it the fold is finished
                 for kind in ("oof", "test") if number != run_members.REFIT else ("test",):
@@ -296,8 +296,8 @@ def predict(
             f"{address}: comp predict takes a run, or its refit: {name} or {name}:{run_members.REFIT}"
         )
     cfg = stored_config(name)
-    if member and not experiments.refitted(name):
-        raise experiments.refusal(address, "test predictions")
+    if member and not experiments.refit_seeds(name):
+        raise experiments.missing_predictions(address, "test predictions")
     if tta is None and space is None and not last_look:
         _merge(name, cfg, asked=member)
         return
@@ -365,7 +365,7 @@ def lr_range(
 
 
 def stored_config(name: str) -> Config:
-    return experiments.stored(name)
+    return experiments.stored_config(name)
 
 
 def _announce(context: Context, name: str, seeds: list[int], numbers: list[int | str]) -> None:
@@ -375,13 +375,13 @@ def _announce(context: Context, name: str, seeds: list[int], numbers: list[int |
     from comp.engine.bank import bank
     from comp.engine.run import knn, pseudo_rows, schedule
 
-    todo = [(s, n) for s in seeds for n in numbers if not experiments.finished(name, s, [n])]
+    todo = [(s, n) for s in seeds for n in numbers if not experiments.finished_folds(name, s, [n])]
     if not todo:
         return
     weights = models.weight_bytes(context.cfg, context.samples.heads)
     weights += knn.gallery_bytes(context.cfg, context.samples)
     # While a fold trains its state holds the weights, two moments and the averaged weights, old and new at once.
-    kept = len(todo) * (1 + len(run_members.kept(context.cfg)))
+    kept = len(todo) * (1 + len(run_members.extra_weights(context.cfg)))
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
     size = kept * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(
@@ -416,11 +416,11 @@ def _merge(name: str, cfg: Config, asked: str = "") -> dict[str, Any] | None:
     split = folds.load(table)
     with locks.lock(paths.run_folder(name), "merging", wait=True):
         score = merge.merge_run(name, cfg, table, split)
-    if asked and not experiments.refitted(name):  # a time limit ended it before
+    if asked and not experiments.refit_seeds(name):  # a time limit ended it before
         print(f"{name}: fold {asked} to go\nnext: {fingerprint.resume_command(name)} --fold {asked}")
     elif asked or score is not None:
         merge.print_result(name, asked)
     else:
-        missing = experiments.missing(name, cfg, split.count) or "another seed"
+        missing = experiments.missing_folds(name, cfg, split.count) or "another seed"
         print(f"{name}: {missing} to go before it has a score\nnext: {fingerprint.resume_command(name)}")
     return score

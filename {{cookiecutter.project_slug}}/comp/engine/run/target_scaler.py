@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.tasks import loss_knobs
-from comp.engine.tasks.kinds import VALUES, Head, Objective
+from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
 
 MEAN, DEVIATION = "target_mean", "target_std"
 OF_CLASSES = ("bins", "cumulative", "soft_labels")  # their outputs are scores of classes, not values
@@ -35,17 +35,17 @@ def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers
     return mean, np.where(constant, 1.0, deviation)
 
 
-def is_scaled(head: Head, chosen: Objective) -> bool:
+def is_scaled(head: Head, chosen: HeadLoss) -> bool:
     """Whether the outputs of a head are values, one for each of its target columns."""
-    return head.row.spaces is VALUES and chosen.name not in OF_CLASSES
+    return head.spec.spaces is VALUES and chosen.name not in OF_CLASSES
 
 
 def register(cfg: Config, heads: tuple[Head, ...], module: nn.Module) -> None:
     """Places for the numbers, one an output of the network, and the hook that applies them."""
-    every = list(zip(heads, loss_knobs.of(cfg, heads), strict=True))
+    every = list(zip(heads, loss_knobs.head_losses(cfg, heads), strict=True))
     if not any(is_scaled(head, chosen) for head, chosen in every):
         return
-    width = sum(head.row.raw_outputs(head, chosen) for head, chosen in every)
+    width = sum(head.spec.num_outputs(head, chosen) for head, chosen in every)
     module.register_buffer(MEAN, torch.zeros(width))
     module.register_buffer(DEVIATION, torch.ones(width))
     module.register_forward_hook(to_target_units if cfg.loss.name == "loss" else to_target_units_in_eval)
@@ -63,8 +63,8 @@ def to_target_units_in_eval(module: nn.Module, inputs: object, output: Tensor) -
 def fit(cfg: Config, module: nn.Module, samples: Samples, rows: Positions) -> None:
     """Fill the places from the rows that train the fold."""
     at = 0
-    for head, chosen in zip(samples.heads, loss_knobs.of(cfg, samples.heads), strict=True):
-        width = head.row.raw_outputs(head, chosen)
+    for head, chosen in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True):
+        width = head.spec.num_outputs(head, chosen)
         if is_scaled(head, chosen):
             mean, deviation = mean_and_std(head, samples, rows)
             module.get_buffer(MEAN)[at : at + width] = torch.from_numpy(mean)
@@ -78,7 +78,9 @@ def standardize(
     """Targets of each head as the loss takes them. In float64, so that no unit rounds otherwise than another: a network amplifies
     the last digit."""
     out = []
-    for head, chosen, target in zip(samples.heads, loss_knobs.of(cfg, samples.heads), targets, strict=True):
+    for head, chosen, target in zip(
+        samples.heads, loss_knobs.head_losses(cfg, samples.heads), targets, strict=True
+    ):
         if is_scaled(head, chosen) and chosen.name != "loss":
             mean, deviation = mean_and_std(head, samples, rows)
             values = target.reshape(len(target), -1).astype(np.float64)

@@ -77,7 +77,7 @@ def _teacher(address: str, share: float, folds: Folds, where: str) -> Teacher:
     run, _, member = address.partition(":")
     folder = paths.run_folder(run)
     if not artifacts.manifest_entry(folder / "config.yaml"):
-        if why := experiments.absent(address, "predictions"):
+        if why := experiments.why_missing(address, "predictions"):
             raise Refused(f"{where}: {why}")
         known = experiments.runs()
         there = f"the nearest are {', '.join(nearest(run, known, 3))}" if known else "there are no runs yet"
@@ -92,14 +92,18 @@ def _teacher(address: str, share: float, folds: Folds, where: str) -> Teacher:
         )
     if run_members.is_refit(member):
         raise Refused(
-            f"{where}: {address} was trained on all data, so it has seen the rows of every fold; take {run_members.of_cv(address)}"
+            f"{where}: {address} was trained on all data, so it has seen the rows of every fold; take {run_members.cv_address(address)}"
         )
     seed = int(member.removeprefix("seed")) if member.removeprefix("seed").isdigit() else None
-    inside = ("",) if not member or seed is not None else tuple(run_members.merged(cfg).get(member, [member]))
+    inside = (
+        ("",)
+        if not member or seed is not None
+        else tuple(run_members.extra_members(cfg).get(member, [member]))
+    )
     if not any(folder.glob(f"seed{'*' if seed is None else seed}/fold*/{inside[0]}")):
-        if why := experiments.absent(address, "predictions"):
+        if why := experiments.why_missing(address, "predictions"):
             raise Refused(f"{where}: {why}")
-        known = [f"{run}:{each}" for each in run_members.merged(cfg)] or [run]
+        known = [f"{run}:{each}" for each in run_members.extra_members(cfg)] or [run]
         raise Refused(f"{where}: {address}: no such member; the nearest is {nearest(address, known)[0]}")
     if guilty := [each for each in inside if run_members.marks(cfg, each)]:
         raise Refused(

@@ -35,7 +35,7 @@ def warn(loaded: Loaded) -> Config:
 
 
 def lines(loaded: Loaded) -> list[str]:
-    values = resolve.flat(loaded.config.model_dump())
+    values = resolve.flatten(loaded.config.model_dump())
     out = []
     for key, why in _idle(loaded.config):
         origin = loaded.origins.get(key, DEFAULTS[0])

@@ -26,7 +26,7 @@ from typing import Any
 
 from comp.engine.errors import Refused
 
-REMOVED = "(removed)"
+REDACTED = "(removed)"
 _NAME = r"(?:[\w.-]*(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|credentials?)|(?:[\w.-]*_)?key)"
 NAME = re.compile(_NAME, re.IGNORECASE)
 ARGUMENT = re.compile(rf"(?<![\w.-])(--?{_NAME}[= ]|{_NAME}=)\S+", re.IGNORECASE)
@@ -73,10 +73,10 @@ _LITERAL = re.compile(
 _FILES = re.compile(
     r"kaggle\.json|access_token(\.txt)?|\.?_?netrc|\.env(\..*)?|credentials(\.json)?|.*\.pem|id_(rsa|ed25519|ecdsa)"
 )
-HOMES = "keys belong into the environment or ~/.kaggle and ~/.netrc, never into a command or a config"
+REMEDY = "keys belong into the environment or ~/.kaggle and ~/.netrc, never into a command or a config"
 
 
-def spans(text: str) -> list[tuple[int, int]]:
+def find_secrets(text: str) -> list[tuple[int, int]]:
     """Where keys stand, from left to right."""
     found = [match.span("key") for shape in _SHAPES for match in shape.finditer(text)]
     for pair in _PAIRS:
@@ -87,7 +87,7 @@ def spans(text: str) -> list[tuple[int, int]]:
             if _random(match["key"], sure=bool(match["strong"]) and "quote" in pair.groupindex):
                 found.append(match.span("key"))
     found += [match.span("key") for match in _LITERAL.finditer(text) if _random(match["key"], sure=False)]
-    for held in held_by_environment():
+    for held in environment_secrets():
         found += [match.span() for match in re.finditer(re.escape(held), text)]
     joined: list[tuple[int, int]] = []
     for start, end in sorted(found):
@@ -98,12 +98,12 @@ def spans(text: str) -> list[tuple[int, int]]:
     return joined
 
 
-def removed(text: str) -> str:
+def redact(text: str) -> str:
     """The text without its keys. Lines stay lines, and keep the mark of a diff: git apply counts them."""
     parts, last = [], 0
-    for start, end in spans(text):
+    for start, end in find_secrets(text):
         first, *rest = text[start:end].split("\n")
-        gone = [REMOVED * bool(first), *(line[: line[:1] in ("+", "-", " ")] + REMOVED for line in rest)]
+        gone = [REDACTED * bool(first), *(line[: line[:1] in ("+", "-", " ")] + REDACTED for line in rest)]
         parts += [text[last:start], "\n".join(gone)]
         last = end
     return "".join([*parts, text[last:]])
@@ -122,25 +122,25 @@ def _random(value: str, sure: bool) -> bool:
     return len(kinds) >= 16 and changes >= 0.3 * len(kinds)
 
 
-def held_by_environment() -> list[str]:
+def environment_secrets() -> list[str]:
     """Longest first, so that a key that holds another one goes as a whole."""
-    return _held(tuple(os.environ.items()))
+    return _secret_values(tuple(os.environ.items()))
 
 
 @lru_cache(maxsize=4)  # every line of a log asks, and the environment hardly ever changes
-def _held(variables: tuple[tuple[str, str], ...]) -> list[str]:
+def _secret_values(variables: tuple[tuple[str, str], ...]) -> list[str]:
     found = [value for name, value in variables if len(value) >= 8 and NAME.fullmatch(name)]
     return sorted(found, key=len, reverse=True)
 
 
-def looks(text: str, name: str = "") -> bool:
+def is_secret(text: str, name: str = "") -> bool:
     """A text that a person would have to change if it became public."""
     if len(text) >= 8 and NAME.fullmatch(name):
         return True
-    return bool(spans(text))
+    return bool(find_secrets(text))
 
 
-def refuse(arguments: Sequence[str]) -> None:
+def validate_arguments(arguments: Sequence[str]) -> None:
     """Before the arguments are parsed: a parser repeats what it does not know."""
     for place, text in enumerate(arguments, 1):
         before = arguments[place - 2] if place > 1 else ""
@@ -148,30 +148,30 @@ def refuse(arguments: Sequence[str]) -> None:
         named = (equals and NAME.fullmatch(name) and len(value) >= 8) or (
             before.startswith("-") and NAME.fullmatch(before.lstrip("-")) and len(text) >= 8
         )
-        if named or looks(text):
+        if named or is_secret(text):
             raise Refused(
-                f"argument {place} looks like a key, so nothing was done; {HOMES}. It is in your shell's history now: change it"
+                f"argument {place} looks like a key, so nothing was done; {REMEDY}. It is in your shell's history now: change it"
             )
 
 
-def faults(tree: Any, lines: Mapping[str, str], file: str, key: str = "") -> Iterator[str]:
+def find_in_config(tree: Any, lines: Mapping[str, str], file: str, key: str = "") -> Iterator[str]:
     """One line for each value of a config that looks like a key; the value is not in it."""
     if isinstance(tree, Mapping):
         for name, inner in tree.items():
-            yield from faults(inner, lines, file, f"{key}.{name}" if key else str(name))
+            yield from find_in_config(inner, lines, file, f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list):
         for i, inner in enumerate(tree):
-            yield from faults(inner, lines, file, f"{key}.{i}")
-    elif isinstance(tree, str) and looks(tree, key.rpartition(".")[2]):
-        yield f"{lines.get(key, file)}: {key}: looks like a key; {HOMES}"
-    elif looks(key):
-        yield f"{lines.get(key, file)}: a name that looks like a key; {HOMES}"
+            yield from find_in_config(inner, lines, file, f"{key}.{i}")
+    elif isinstance(tree, str) and is_secret(tree, key.rpartition(".")[2]):
+        yield f"{lines.get(key, file)}: {key}: looks like a key; {REMEDY}"
+    elif is_secret(key):
+        yield f"{lines.get(key, file)}: a name that looks like a key; {REMEDY}"
 
 
 # --- before a commit -----------------------------------------------------------------------------------------------------
 
 
-def staged() -> list[str]:
+def find_in_staged_files() -> list[str]:
     """What must not be committed: file and line, never the text."""
     names = _git("diff", "--cached", "--name-only", "-z", "--diff-filter=ACMR").decode().split("\0")[:-1]
     found = []
@@ -185,8 +185,8 @@ def staged() -> list[str]:
             text = _git("show", f":{name}").decode("utf-8")
         except UnicodeDecodeError:
             continue  # pictures and archives
-        lines = sorted({1 + text.count("\n", 0, start) for start, _ in spans(text)})
-        found += [f"{name}:{number}: looks like a key; take it out, {HOMES}" for number in lines]
+        lines = sorted({1 + text.count("\n", 0, start) for start, _ in find_secrets(text)})
+        found += [f"{name}:{number}: looks like a key; take it out, {REMEDY}" for number in lines]
     return found
 
 
@@ -195,6 +195,6 @@ def _git(*arguments: str) -> bytes:
 
 
 if __name__ == "__main__":
-    wrong = staged()
+    wrong = find_in_staged_files()
     print(*wrong, sep="\n", file=sys.stderr, end="\n" if wrong else "")
     sys.exit(1 if wrong else 0)

@@ -29,22 +29,22 @@ class Head:
     unknown: str = ""  # the class that stands for none of the others
 
     @property
-    def scored(self) -> list[int]:
+    def scored_indices(self) -> list[int]:
         """Places of the outputs that are scored."""
         return [i for i, name in enumerate(self.outputs) if not self.graded or name in self.graded]
 
     @property
-    def row(self) -> Task:
+    def spec(self) -> Task:
         return TASKS[self.task]
 
     @property
     def exclusive(self) -> bool:
         """One of many classes: its outputs are one distribution."""
-        return self.row.spaces is EXCLUSIVE
+        return self.spec.spaces is EXCLUSIVE
 
 
 @dataclass(frozen=True)
-class Objective:
+class HeadLoss:
     """What a head minimises; see comp/engine/tasks/loss_knobs.py."""
 
     name: str
@@ -56,13 +56,13 @@ class Task:
     losses: tuple[str, ...]  # that fit it, the default first
     metric: str  # the default
     space: str  # stored predictions are logits (nothing saturates in float32) or values
-    raw_outputs: Callable[[Head, Objective], int]  # network outputs for a head under a loss
-    target: Callable[[Array], NDArray]  # float columns (rows, columns) -> what loss and metric take
-    decode: Callable[[Array, Objective], Array]  # network output under a loss -> what is stored
-    probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
-    store: Callable[[Array], Array]  # the way back
+    num_outputs: Callable[[Head, HeadLoss], int]  # network outputs for a head under a loss
+    encode_target: Callable[[Array], NDArray]  # float columns (rows, columns) -> what loss and metric take
+    decode: Callable[[Array, HeadLoss], Array]  # network output under a loss -> what is stored
+    to_probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
+    from_probability: Callable[[Array], Array]  # the way back
     spaces: dict[str, Space]  # where predictions are averaged, by name
-    label: Callable[
+    to_label: Callable[
         [Array], NDArray[np.int64]
     ]  # probability or value -> class codes, no fitted cut points; multilabel 0 and 1
 
@@ -95,19 +95,19 @@ def _codes(columns: Array) -> NDArray:
     return columns[:, 0].astype(np.int64) if columns.shape[1] == 1 else columns
 
 
-def bin_centres(knobs: Mapping[str, Any]) -> Array:
+def bin_centers(knobs: Mapping[str, Any]) -> Array:
     low, high = knobs["range"]
     return np.linspace(low, high, knobs["bins"])
 
 
-def _value(raw: Array, loss: Objective) -> Array:
+def _decode_values(raw: Array, loss: HeadLoss) -> Array:
     """What a head of values says, (rows, targets): some losses have several outputs a target, and their mean is the answer."""
     if loss.name == "cumulative":  # output k says how likely the grade is above k
         return sigmoid(raw).sum(axis=1, keepdims=True)
     if loss.name == "soft_labels":  # an output a grade
         return softmax(raw) @ np.arange(raw.shape[1])[:, None]
     if loss.name == "bins":
-        centres = bin_centres(loss.knobs)
+        centres = bin_centers(loss.knobs)
         return np.stack(
             [
                 softmax(raw[:, at : at + len(centres)]) @ centres
@@ -118,12 +118,12 @@ def _value(raw: Array, loss: Objective) -> Array:
     return raw
 
 
-def _one_of_many(raw: Array, loss: Objective) -> Array:
+def _decode_multiclass(raw: Array, loss: HeadLoss) -> Array:
     """bce asks of each class by itself."""
     return log_softmax(_log_sigmoid(raw) if loss.name == "bce" else raw)
 
 
-def _by_centres(raw: Array, loss: Objective) -> Array:
+def _decode_embeddings(raw: Array, loss: HeadLoss) -> Array:
     """To watch: what is stored of embeddings comes from neighbours. Without centres there is nothing to see, (rows, 0)."""
     if "embedding" not in loss.knobs:
         return log_softmax(raw)
@@ -131,12 +131,12 @@ def _by_centres(raw: Array, loss: Objective) -> Array:
     return log_softmax(loss.knobs["scale"] * cosine) if cosine.shape[1] else cosine
 
 
-def _embedded(head: Head, loss: Objective) -> int:
+def _embedding_outputs(head: Head, loss: HeadLoss) -> int:
     beside = 0 if loss.name in ("contrastive", "triplet") else len(head.outputs)
     return beside + loss.knobs.get("embedding", 0)
 
 
-def _grades(head: Head, loss: Objective) -> int:
+def _ordinal_outputs(head: Head, loss: HeadLoss) -> int:
     return {"cumulative": len(head.classes) - 1, "soft_labels": len(head.classes)}.get(loss.name, 1)
 
 
@@ -144,12 +144,12 @@ def _identity(x: Array) -> Array:
     return x
 
 
-def _both_sides(logits: Array) -> Array:
+def _to_both_sides(logits: Array) -> Array:
     """(rows, outputs, 2): p and 1 - p, since a float knows numbers next to 0 far better than those next to 1."""
     return np.stack([sigmoid(logits), sigmoid(-logits)], axis=-1)
 
 
-def _from_sides(sides: Array) -> Array:
+def _from_both_sides(sides: Array) -> Array:
     floor = np.log(np.maximum(sides, 1e-300))  # weights below 0 can leave the range
     return floor[..., 0] - floor[..., 1]
 
@@ -168,7 +168,7 @@ def _to_log(p: Array) -> Array:
 
 
 INDEPENDENT: dict[str, Space] = {  # each output a probability of its own
-    "probability": (_both_sides, _from_sides),
+    "probability": (_to_both_sides, _from_both_sides),
     "logit": (_identity, _identity),
     "geometric": (_log_sigmoid, _from_log),
 }
@@ -186,72 +186,72 @@ TASKS: dict[str, Task] = {
         losses=("bce", "focal", "asymmetric", "poly"),
         metric="roc_auc",
         space="logit",
-        raw_outputs=lambda head, loss: 1,
-        target=lambda columns: columns[:, 0],
+        num_outputs=lambda head, loss: 1,
+        encode_target=lambda columns: columns[:, 0],
         decode=lambda raw, loss: raw,
-        probability=sigmoid,
-        store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        to_probability=sigmoid,
+        from_probability=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
         spaces=INDEPENDENT,
-        label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
+        to_label=lambda p: (p[:, 0] >= 0.5).astype(np.int64),
     ),
     "multiclass": Task(
         losses=("cross_entropy", "kl", "focal", "poly", "jensen_shannon", "bce"),
         metric="accuracy",
         space="logit",
-        raw_outputs=lambda head, loss: len(head.outputs),
-        target=_codes,
-        decode=_one_of_many,
-        probability=softmax,
-        store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        num_outputs=lambda head, loss: len(head.outputs),
+        encode_target=_codes,
+        decode=_decode_multiclass,
+        to_probability=softmax,
+        from_probability=lambda p: np.log(np.clip(p, SMALLEST, None)),
         spaces=EXCLUSIVE,
-        label=lambda p: p.argmax(axis=1),
+        to_label=lambda p: p.argmax(axis=1),
     ),
     "multilabel": Task(
         losses=("bce", "focal", "asymmetric", "poly"),
         metric="mean_column_auc",
         space="logit",
-        raw_outputs=lambda head, loss: len(head.outputs),
-        target=_identity,
+        num_outputs=lambda head, loss: len(head.outputs),
+        encode_target=_identity,
         decode=lambda raw, loss: raw,
-        probability=sigmoid,
-        store=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
+        to_probability=sigmoid,
+        from_probability=lambda p: logit(np.clip(p, SMALLEST, 1 - 2**-53)),
         spaces=INDEPENDENT,
-        label=lambda p: (p >= 0.5).astype(np.int64),
+        to_label=lambda p: (p >= 0.5).astype(np.int64),
     ),
     "retrieval": Task(
         losses=("arcface", "contrastive", "triplet", "cross_entropy", "focal", "poly", "jensen_shannon"),
         metric="map@5",
         space="logit",
-        raw_outputs=_embedded,
-        target=_codes,
-        decode=_by_centres,
-        probability=softmax,
-        store=lambda p: np.log(np.clip(p, SMALLEST, None)),
+        num_outputs=_embedding_outputs,
+        encode_target=_codes,
+        decode=_decode_embeddings,
+        to_probability=softmax,
+        from_probability=lambda p: np.log(np.clip(p, SMALLEST, None)),
         spaces=EXCLUSIVE,
-        label=lambda p: p.argmax(axis=1),
+        to_label=lambda p: p.argmax(axis=1),
     ),
     "regression": Task(
         losses=("mse", "l1", "huber", "log_cosh", "bins"),
         metric="rmse",
         space="value",
-        raw_outputs=lambda head, loss: len(head.outputs) * (loss.knobs["bins"] if loss.name == "bins" else 1),
-        target=lambda columns: columns[:, 0] if columns.shape[1] == 1 else columns,
-        decode=_value,
-        probability=_identity,
-        store=_identity,
+        num_outputs=lambda head, loss: len(head.outputs) * (loss.knobs["bins"] if loss.name == "bins" else 1),
+        encode_target=lambda columns: columns[:, 0] if columns.shape[1] == 1 else columns,
+        decode=_decode_values,
+        to_probability=_identity,
+        from_probability=_identity,
         spaces=VALUES,
-        label=lambda value: np.rint(value[:, 0]).astype(np.int64),
+        to_label=lambda value: np.rint(value[:, 0]).astype(np.int64),
     ),
     "ordinal": Task(
         losses=("mse", "cumulative", "soft_labels", "l1", "huber", "log_cosh"),
         metric="qwk",
         space="value",
-        raw_outputs=_grades,
-        target=lambda columns: columns[:, 0],
-        decode=_value,
-        probability=_identity,
-        store=_identity,
+        num_outputs=_ordinal_outputs,
+        encode_target=lambda columns: columns[:, 0],
+        decode=_decode_values,
+        to_probability=_identity,
+        from_probability=_identity,
         spaces=VALUES,
-        label=lambda value: np.rint(value[:, 0]).astype(np.int64),
+        to_label=lambda value: np.rint(value[:, 0]).astype(np.int64),
     ),
 }

@@ -12,10 +12,10 @@ from comp.engine.config import run_members
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused
-from comp.engine.tasks.kinds import Head, Objective
+from comp.engine.tasks.kinds import Head, HeadLoss
 
 OFF = None
-TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
+DEFAULTS: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
     "cross_entropy": {"label_smoothing": 0.0},
     "kl": {"label_smoothing": 0.0},
     "focal": {"label_smoothing": 0.0, "gamma": 2.0, "alpha": OFF},
@@ -35,53 +35,53 @@ TAKES: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
     "triplet": {"margin": 0.3},
     "loss": {},  # your own
 }
-EMBEDS = ("arcface", "contrastive", "triplet")  # their predictions come from neighbours
-SIZE, NEIGHBOURS = 256, 5  # of an embedding; that vote
+METRIC_LEARNING = ("arcface", "contrastive", "triplet")  # their predictions come from neighbours
+EMBEDDING_SIZE, N_NEIGHBORS = 256, 5  # of an embedding; that vote
 BETA = 0.999  # of class_weights: effective
-EVERY = ("name", "ohem", "class_weights")  # beside those of TAKES
+COMMON = ("name", "ohem", "class_weights")  # beside those of TAKES
 
 
-def embedding(cfg: Config, heads: Sequence[Head]) -> Objective | None:
+def metric_learning_loss(cfg: Config, heads: Sequence[Head]) -> HeadLoss | None:
     """The objective of a run that puts pictures of one class close together, or None."""
-    found = of(cfg, heads)[0]
-    return found if found.name in EMBEDS else None
+    found = head_losses(cfg, heads)[0]
+    return found if found.name in METRIC_LEARNING else None
 
 
-def of(cfg: Config, heads: Sequence[Head]) -> list[Objective]:
+def head_losses(cfg: Config, heads: Sequence[Head]) -> list[HeadLoss]:
     """One for each head. What has no effect on any of them is refused by name, all at once."""
-    found = [_one(cfg, head) for head in heads]
-    faults = [f"{knob}: {why}" for knob, why in _useless(cfg, heads, found)]
+    found = [_head_loss(cfg, head) for head in heads]
+    faults = [f"{knob}: {why}" for knob, why in _errors(cfg, heads, found)]
     if faults:
         raise Refused(*faults)
     return found
 
 
-def _one(cfg: Config, head: Head) -> Objective:
-    fit, name = head.row.losses, cfg.loss.name
+def _head_loss(cfg: Config, head: Head) -> HeadLoss:
+    fit, name = head.spec.losses, cfg.loss.name
     name = fit[0] if name == "default" else name
-    if name not in TAKES:
+    if name not in DEFAULTS:
         raise Refused(
             f"loss.name: there is no {name!r}; the nearest is {nearest(name, fit)[0]}, {head.task} takes {', '.join(fit)}"
         )
     if name != "loss" and name not in fit:
         raise Refused(f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(fit)}")
     given = cfg.loss.model_dump()
-    knobs = {key: own if given[key] is None else given[key] for key, own in TAKES[name].items()}
-    if name in EMBEDS:
-        knobs["embedding"] = cfg.model.embedding_size or SIZE
-    return Objective(name, knobs)
+    knobs = {key: own if given[key] is None else given[key] for key, own in DEFAULTS[name].items()}
+    if name in METRIC_LEARNING:
+        knobs["embedding"] = cfg.model.embedding_size or EMBEDDING_SIZE
+    return HeadLoss(name, knobs)
 
 
-def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> list[tuple[str, str]]:
+def _errors(cfg: Config, heads: Sequence[Head], found: Sequence[HeadLoss]) -> list[tuple[str, str]]:
     names = ", ".join(dict.fromkeys(objective.name for objective in found))
     taken = {knob for objective in found for knob in objective.knobs}
     out = []
     for knob, value in cfg.loss.model_dump().items():
-        if knob in (*EVERY, "beta") or knob in taken or value is None or value == 0:
+        if knob in (*COMMON, "beta") or knob in taken or value is None or value == 0:
             continue
-        fit = [loss for loss, takes in TAKES.items() if knob in takes]
+        fit = [loss for loss, takes in DEFAULTS.items() if knob in takes]
         out.append((f"loss.{knob}", f"{value} has no effect on loss {names}; {', '.join(fit)} takes it"))
-    if cfg.loss.class_weights != "none" and not any(weighable(head) for head in heads):
+    if cfg.loss.class_weights != "none" and not any(has_classes(head) for head in heads):
         out.append(
             ("loss.class_weights", f"{cfg.loss.class_weights} has no effect on {heads[0].task}: no classes")
         )
@@ -91,13 +91,15 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
         out.append(
             ("loss.beta", f"{cfg.loss.beta} has no effect with class_weights: {cfg.loss.class_weights}")
         )
-    embeds = [objective.name for objective in found if objective.name in EMBEDS]
+    embeds = [objective.name for objective in found if objective.name in METRIC_LEARNING]
     for knob, value in (
         ("model.embedding_size", cfg.model.embedding_size),
         ("predict.n_neighbors", cfg.predict.n_neighbors),
     ):
         if value is not None and not embeds:
-            out.append((knob, f"{value} has no effect on loss {names}; {', '.join(EMBEDS)} takes it"))
+            out.append(
+                (knob, f"{value} has no effect on loss {names}; {', '.join(METRIC_LEARNING)} takes it")
+            )
     if embeds and len(heads) > 1:
         out.append(
             (
@@ -109,7 +111,7 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
         out.append(
             ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.m_per_class to 4 or so")
         )
-    if embeds and embeds[0] != "arcface" and run_members.chooses(cfg):
+    if embeds and embeds[0] != "arcface" and run_members.selects_by_score(cfg):
         out.append(
             (
                 "loss.name",
@@ -128,6 +130,6 @@ def _useless(cfg: Config, heads: Sequence[Head], found: Sequence[Objective]) -> 
     return out
 
 
-def weighable(head: Head) -> bool:
+def has_classes(head: Head) -> bool:
     """Has classes that can be rare."""
     return head.task != "regression"

@@ -33,8 +33,8 @@ def export(joined: Joined, name: str, number: int | None) -> None:
     trial = _chosen(joined, number)
     setting = setting_of(joined.space, trial)
     base = joined.experiment if paths.path("configs", f"{joined.experiment}.yaml").exists() else "base"
-    own = resolve.flat(resolve.load(paths.root(), base).config.model_dump())
-    wanted = resolve.flat(joined.cfg.model_dump()) | setting
+    own = resolve.flatten(resolve.load(paths.root(), base).config.model_dump())
+    wanted = resolve.flatten(joined.cfg.model_dump()) | setting
     changed = {k: v for k, v in wanted.items() if own.get(k) != v and resolve.changes_results([f"{k}="])}
     text = (
         _header(joined, trial, name) + f"base: {base}\n\n" + yaml_lines.dump(_nested(changed)) * bool(changed)
@@ -103,7 +103,7 @@ def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
         target.mkdir(parents=True, exist_ok=True)
         for each in FOLD_FILES:
             _copied(place / each, target / each)
-        for inside in run_members.kept(cfg):
+        for inside in run_members.extra_weights(cfg):
             _copied(place / inside / bank.WEIGHTS, target / inside / bank.WEIGHTS)
             artifacts.add_to_manifest(target / inside / bank.WEIGHTS)
         if _copied(place / "optimism.json", target / "optimism.json"):

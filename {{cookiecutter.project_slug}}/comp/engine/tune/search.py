@@ -214,7 +214,7 @@ def _agree(joined: Joined, loaded: resolve.Loaded) -> None:
     split = folds.load(table)
     folds.validate_plan(split, loaded)
     identity: dict[str, Any] = {
-        **{key: space.label(value) for key, value in resolve.identity(joined.cfg).items()},
+        **{key: space.label(value) for key, value in resolve.result_knobs(joined.cfg).items()},
         "space": artifacts.digest([repr(knob) for knob in joined.space.knobs]),
         "objectives": ",".join(joined.space.objectives),
         "folds searched": joined.space.folds,

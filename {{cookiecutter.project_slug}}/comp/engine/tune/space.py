@@ -101,7 +101,7 @@ def label(value: Value) -> Any:
 
 def own(cfg: Config) -> dict[str, Value]:
     """The experiment's values of all knobs."""
-    return resolve.flat(cfg.model_dump())
+    return resolve.flatten(cfg.model_dump())
 
 
 def applied(cfg: Config, setting: Mapping[str, Value], origins: Mapping[str, str] | None = None) -> Config:
@@ -112,4 +112,4 @@ def applied(cfg: Config, setting: Mapping[str, Value], origins: Mapping[str, str
         for part in parents:
             node = node[part]
         node[last] = value
-    return resolve.validated(tree, origins or dict.fromkeys(setting, "trial"))
+    return resolve.validate_config(tree, origins or dict.fromkeys(setting, "trial"))

@@ -32,7 +32,7 @@ def address(name: str, storage: str | None) -> str:
         if storage.startswith(scheme):
             return storage.replace(scheme, "postgresql+psycopg://", 1)
     raise Refused(
-        f"--storage {secrets.removed(storage)}: wants postgresql://user@host/database, or nothing for SQLite in studies/"
+        f"--storage {secrets.redact(storage)}: wants postgresql://user@host/database, or nothing for SQLite in studies/"
     )
 
 
@@ -93,4 +93,4 @@ def _answering() -> Iterator[None]:
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        raise Refused(f"--storage: the database does not answer: {secrets.removed(reason)}") from None
+        raise Refused(f"--storage: the database does not answer: {secrets.redact(reason)}") from None
