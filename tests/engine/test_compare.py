@@ -21,7 +21,7 @@ from comp.engine.ensemble import plots, postprocess_selection, report
 from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
-from comp.engine.extras import compare, tta_search, tta_views
+from comp.engine.extras import compare, seed_noise, tta_search, tta_views
 from comp.engine.report import html
 from comp.engine.run import runner
 from comp.engine.run import views as tta
@@ -51,7 +51,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
     (project / "configs" / "slow.yaml").write_text("base: tiny\noptim: {lr: 1e-3}\n")
-    record = compare.noise("tiny", 2)
+    record = seed_noise.seed_noise("tiny", 2)
     assert record["std"] > 0 and len(record["scores"]) == 2
     weights = (paths.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns
     (pair,) = compare.compare(["tiny", "slow"], 2)
@@ -66,17 +66,17 @@ def test_seeds_recipes_and_views_of_a_real_run(
         ("slow-seeds", {"oof": record["mean"] + record["std"]}),
         ("far", {"oof": 9.0}),
     ]
-    out = "\n".join(compare.by_yardstick(metrics.find("accuracy"), said_of))
+    out = "\n".join(seed_noise.differences(metrics.find("accuracy"), said_of))
     assert (
         "within seed noise" in out
         and "far: " in out
         and "more than seed noise" in out
         and "  tiny: " not in out
     )
-    assert "seeds alone move tiny by ±" in out and "slow-seeds: " in out
-    with pytest.raises(UserError, match="one seed has no spread"):
-        compare.noise("tiny", 1)
-    with pytest.raises(UserError, match="two or more different"):
+    assert "seed noise of tiny: ±" in out and "slow-seeds: " in out
+    with pytest.raises(UserError, check=lambda error: error.code == "seeds-too-few"):
+        seed_noise.seed_noise("tiny", 1)
+    with pytest.raises(UserError, check=lambda error: error.code == "experiments-too-few"):
         compare.compare(["tiny", "tiny"], 2)
 
     said = tta_search.tta("slow-seeds")
@@ -323,6 +323,6 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
 @pytest.mark.parametrize(
     ("significant", "said"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
 )
-def test_what_is_within_noise_is_not_recommended(decided: bool, said: str) -> None:
-    record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "significant": decided}}}
+def test_what_is_within_noise_is_not_recommended(significant: bool, said: str) -> None:
+    record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "significant": significant}}}
     assert report.recommendation("b", record).startswith(said)

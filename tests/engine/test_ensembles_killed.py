@@ -17,7 +17,7 @@ from test_compare import TINY, few
 
 from comp.engine.ensemble import plots
 from comp.engine.ensemble.blend import FILES, blend
-from comp.engine.extras import compare, tta_search
+from comp.engine.extras import compare, seed_noise, tta_search
 from comp.engine.report import plots as pictures_
 from comp.engine.run import runner, views
 from comp.engine.store import artifacts, paths
@@ -123,7 +123,7 @@ def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
         plots.draw("blend001")
 
     commands: dict[str, Callable[[], Any]] = {
-        "noise": lambda: compare.noise("tiny", 2),
+        "noise": lambda: seed_noise.seed_noise("tiny", 2),
         "compare": lambda: compare.compare(["tiny", "slow"], 2),
         "tta": lambda: tta_search.tta("slow-seeds"),
         "ensemble --plots": images,

@@ -15,7 +15,7 @@ from comp import metrics
 from comp.engine.bank import bank, nested_cv, predictions
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
-from comp.engine.extras import label_errors, slices
+from comp.engine.extras import label_errors, slice_statistics, slices
 
 
 def with_columns(project: banked.Project, **columns: Any) -> banked.Project:
@@ -39,9 +39,7 @@ def said(project: banked.Project, run: str, seed: int, wrong: np.ndarray) -> Non
     bank.write(bank.folder(run) / "oof.arrow", whole)
 
 
-def test_the_slice_that_is_worse_stands_first_and_is_told(
-    empty: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_worst_slice_is_first_and_significant(empty: object, capsys: pytest.CaptureFixture[str]) -> None:
     count = banked.TRAIN + banked.TEST
     place = np.arange(count)
     project = with_columns(
@@ -60,7 +58,7 @@ def test_the_slice_that_is_worse_stands_first_and_is_told(
     assert blue["n"] == 100 and black["n"] == 300
     assert blue["score"] == pytest.approx(1 / 3, abs=0.05) and blue["low"] < blue["score"] < blue["high"]
     assert blue["against all"] == "worse" and black["against all"] == "better"
-    assert frame["slice"].iloc[0] == "pen blue" and "pen blue" in out and "slices differ" in out
+    assert frame["slice"].iloc[0] == "pen blue" and "pen blue" in out and "slices differ significantly" in out
     assert set(frame["slice"]) >= {"age missing"} and sum(frame["slice"].str.startswith("age")) == 5
     ages = frame[frame["slice"].str.startswith("age")]
     assert ages["n"].sum() == banked.TRAIN and (ages["against all"] == "").all()
@@ -78,21 +76,23 @@ def test_a_slice_that_is_right_everywhere_by_chance_is_not_called_better(empty: 
     assert blue["low"] == pytest.approx(0.9708, abs=1e-4) and blue["high"] == 1 and blue["p"] > 0.2
 
 
-def test_a_worse_class_is_told(empty: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worse_class_is_significant(empty: Any, capsys: pytest.CaptureFixture[str]) -> None:
     project = banked.lay_out(empty)
     bees = np.flatnonzero(project.samples.truth(project.head, np.arange(banked.TRAIN)) == 1)
     said(project, "exp001", 1, bees[::5])
     frame: Any = slices.slices("exp001").set_index("slice")
     assert frame.index[0] == "label bee" and len(frame) == 3 and frame["n"].sum() == banked.TRAIN
     assert frame["against all"].to_dict()["label bee"] == "worse" and frame.loc["label bee", "p"] < 1e-6
-    assert "3 of 3 slices differ" in capsys.readouterr().out
+    assert "3 of 3 slices differ significantly (corrected for 3 comparisons" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("task", "metric"), [("binary", "roc_auc"), ("ordinal", "qwk"), ("multilabel", "f1_micro")]
 )
-def test_classes_where_the_metric_needs_several(empty: Any, task: str, metric: str) -> None:
-    """Rows of one class have no area and no kappa: there the share of right rows is told."""
+def test_classes_are_scored_by_accuracy_if_the_metric_needs_several(
+    empty: Any, task: str, metric: str
+) -> None:
+    """Rows of one class have no area and no kappa: they are scored by accuracy."""
     place = np.arange(banked.TRAIN + banked.TEST)
     project = with_columns(
         banked.lay_out(empty, task, metric=metric), **{"meta.pen": np.where(place < 90, "blue", "black")}
@@ -122,7 +122,7 @@ def test_slices_that_do_not_differ_are_not_reported(
         truth = random.integers(0, 2, 600) * 1.0
         answer: Any = (2 * truth - 1) * ease + random.normal(0, 1.5, 600)
         answer = (answer > 0) * 1.0 if metric == "accuracy" else 1 / (1 + np.exp(-answer))
-        scored = slices.Scored(
+        scored = slice_statistics.SliceScorer(
             metrics.METRICS[metric],
             truth,
             answer,
@@ -131,10 +131,12 @@ def test_slices_that_do_not_differ_are_not_reported(
         )
         parts = [np.flatnonzero(groups // (60 // per_group) == i) for i in range(10)]
         p = [
-            slices._fisher(scored, each) if metric == "accuracy" else slices._by_draws(scored, each, 10)
+            slice_statistics.fisher_test(scored, each)
+            if metric == "accuracy"
+            else slice_statistics.permutation_test(scored, each, 10)
             for each in parts
         ]
-        reported += bool((nested_cv.holm(np.array(p)) <= slices.ALPHA).any())
+        reported += bool((nested_cv.holm(np.array(p)) <= slice_statistics.ALPHA).any())
     assert reported <= most
 
 
@@ -148,9 +150,9 @@ def test_intervals_of_shares_and_corrected_p_values() -> None:
     )  # R: p.adjust
 
 
-def test_nothing_to_slice_by_is_said(empty: object) -> None:
+def test_no_slices_is_an_error(empty: object) -> None:
     said(banked.lay_out(empty, "regression"), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="nothing to slice by"):
+    with pytest.raises(UserError, check=lambda error: error.code == "slices-missing"):
         slices.slices("exp001")
 
 

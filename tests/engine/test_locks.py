@@ -317,7 +317,7 @@ LOCKING = {
     "comp/engine/run/runner.py": ["train", "tune", "seed-noise", "compare", "predict"],
     "comp/engine/extras/export.py": ["export"],
     "comp/engine/extras/features.py": ["features"],
-    "comp/engine/extras/listings.py": [],  # comp runs only prints the owner
+    "comp/engine/extras/run_status.py": [],  # comp runs only prints the owner
     "comp/engine/run/repredict.py": ["predict"],
     "comp/engine/extras/pseudo_labels.py": ["pseudo"],
     # whatever looks at a picture, or into an archive

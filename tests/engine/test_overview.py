@@ -1,4 +1,4 @@
-"""What the tables say of what lies on the disk, and that cleaning takes nothing that was not named."""
+"""comp runs, comp bank and comp config print what is on disk; comp clean deletes only what was named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.config import resolve
 from comp.engine.ensemble.blend import blend
-from comp.engine.extras import clean, listings
+from comp.engine.extras import clean, list_bank, list_runs, run_status
 from comp.engine.store import artifacts, locks, paths, process
 
 
@@ -99,34 +99,32 @@ def test_a_start_that_saved_nothing_is_no_run(project: Project, capsys: pytest.C
         assert "training now" in row(capsys.readouterr().out, "empty")
 
 
-def test_folds_are_counted_of_every_seed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folds_of_every_seed_are_counted(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001-seeds")
     for seed in (0, 1):
         for number in range(5):
             sealed(fold("exp001-seeds", number, seed) / "oof.arrow")
-    listings.runs()
+    list_runs.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "10/10 of 2 seeds" in line and "unfinished" not in line
     shutil.rmtree(paths.fold_folder("exp001-seeds", 1, 4))
-    listings.runs()
+    list_runs.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "9/10 of 2 seeds" in line and "unfinished" in line
 
 
-def test_what_is_scored_on_a_few_rows_is_neither_best_nor_measured(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_partial_scores_are_not_ranked(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001", noise=2.0)
     member(project, "exp001-debug", noise=0.1)
     file = paths.run_folder("exp001-debug") / "score.json"
     artifacts.write_json(file, artifacts.read_json(file) | {"marks": ["partial"]})
     artifacts.add_to_manifest(file)
     artifacts.write_json(
-        paths.path("runs", "noise.json"),
+        paths.path("runs", "seed_noise.json"),
         {"run": "x-seeds", "experiment": "x", "metric": "accuracy", "seeds": 2, "mean": 0.5, "std": 0.01}
         | {"folds": artifacts.manifest_entry(paths.folds_file())},
     )
-    listings.runs()
+    list_runs.runs()
     out = capsys.readouterr().out
     assert "best: exp001," in out and "next: comp submit exp001 --dry-run" in out
     assert "  exp001: " in out and "  exp001-debug: " not in out
@@ -136,9 +134,9 @@ def test_a_smaller_loss_is_the_better_one(empty: Path, capsys: pytest.CaptureFix
     project = lay_out(empty, "regression")
     member(project, "exp001", noise=0.1)
     member(project, "exp002", noise=5.0)
-    listings.runs()
+    list_runs.runs()
     assert "best: exp001" in capsys.readouterr().out
-    listings.bank()
+    list_bank.bank()
     assert "best: exp001" in capsys.readouterr().out
 
 
@@ -153,7 +151,7 @@ def test_an_ensemble_is_stale_when_a_member_or_its_file_changed(
     capsys.readouterr()
 
     def said() -> str:
-        listings.runs()
+        list_runs.runs()
         return row(capsys.readouterr().out, "blend001")
 
     assert "stale" not in said()
@@ -169,7 +167,7 @@ def test_an_ensemble_is_stale_when_a_member_or_its_file_changed(
 def test_scores_on_other_folds_are_marked(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     member(lay_out(empty), "exp001")
     lay_out(empty, shift=1)
-    listings.runs()
+    list_runs.runs()
     assert "other folds" in row(capsys.readouterr().out, "exp001")
 
 
@@ -179,33 +177,33 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(
     member(project, "exp001")
     member(project, "exp002")
     (paths.run_folder("exp001") / "config.yaml").write_text("nonsense")
-    listings.runs()
+    list_runs.runs()
     out = capsys.readouterr().out
     assert "damaged" in row(out, "exp001") and "±" in row(out, "exp002")
 
 
-def test_time_is_work_and_not_the_night_between_two_starts(project: Project) -> None:
-    assert listings.spent(paths.run_folder("exp001")) == "-"
+def test_training_time_leaves_out_the_pause_between_two_starts(project: Project) -> None:
+    assert run_status.training_time(paths.run_folder("exp001")) == "-"
     days: list[list[float]] = [[0, 100, 200, 200 + 8 * 3600, 8 * 3600 + 300], [0.0, 65.5]]
     for number, clocks in enumerate(days):
         lines = [json.dumps({"clock": clock}) for clock in clocks]
         (fold("exp001", number) / "log.jsonl").write_text("\n".join(lines) + "\n")
-    assert listings.spent(paths.run_folder("exp001")) == "6m05"
+    assert run_status.training_time(paths.run_folder("exp001")) == "6m05"
 
 
 def test_running_folds_are_seen(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001")
     with locks.lock(fold("exp001"), "training"):
-        listings.runs()
+        list_runs.runs()
         assert "training now" in row(capsys.readouterr().out, "exp001")
-    listings.runs()
+    list_runs.runs()
     assert "training now" not in row(capsys.readouterr().out, "exp001")
 
 
 # --- bank ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bank_lists_all_and_says_what_is_refused(
+def test_the_bank_lists_all_with_the_errors_of_unreadable_sets(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     member(project, "exp001", noise=1.0, tta=["identity", "hflip"], weights={"exp001/seed0/fold0": "ab"})
@@ -216,11 +214,11 @@ def test_the_bank_lists_all_and_says_what_is_refused(
     declare(project, "blend001", "members: [exp001, 'exp001:seed1']\nmethod: rank")
     blend("blend001")
     capsys.readouterr()
-    listings.bank()
+    list_bank.bank()
     out = capsys.readouterr().out
     assert "1 checkpoints, identity+hflip" in row(out, "exp001")
     assert row(out, "exp001:full").split()[1] == "test"
-    assert "refused: runs/exp002/oof.arrow: damaged" in row(out, "exp002")
+    assert "error: runs/exp002/oof.arrow: damaged" in row(out, "exp002")
     assert "rank of exp001, exp001:seed1" in row(out, "blend001") and "1.000" in row(out, "blend001")
     assert "best: blend001" in out
 
@@ -238,7 +236,9 @@ def test_one_set_as_csv(project: Project, capsys: pytest.CaptureFixture[str]) ->
     ).all()
 
 
-def test_csv_of_the_refit_and_of_nobody(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_of_the_refit_and_of_an_unknown_member(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     member(project, "exp001:full", kinds=("test",))
     assert cli.main(["bank", "--csv", "exp001:full"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + TEST
@@ -274,7 +274,7 @@ def test_config_compares_two_experiments(project: Project, capsys: pytest.Captur
 
 @pytest.fixture
 def full(project: Project) -> dict[str, Path]:
-    """A little of everything that lies about."""
+    """One file of every kind that clean looks at."""
     done, begun = fold("exp001", 0), fold("exp001", 1)
     made = {
         "weights": sealed(done / "weights.safetensors"),
@@ -299,20 +299,20 @@ GOES = {"trash": {"trash", "orphan", "half"}, "cache": {"cache"}, "state": {"don
 
 
 @pytest.mark.parametrize("flag", GOES)
-def test_only_what_is_named_goes(full: dict[str, Path], flag: str) -> None:
+def test_only_what_is_named_is_deleted(full: dict[str, Path], flag: str) -> None:
     assert cli.main(["clean", f"--{flag}"]) == 0
     assert {name for name, file in full.items() if not file.exists()} == GOES[flag]
     assert artifacts.manifest_entry(full["done"]) is None or full["done"].exists()
 
 
-def test_without_a_flag_nothing_goes(full: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_flag_nothing_is_deleted(full: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["clean"]) == 0
     assert all(file.exists() for file in full.values())
     out = capsys.readouterr().out
     assert "runs/exp001" in out and "next: comp clean --state --cache --trash" in out
 
 
-def test_nothing_is_cleaned_away_under_a_running_job(
+def test_clean_refuses_while_a_job_is_running(
     full: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with locks.lock(paths.fold_folder("exp001", 0, 1), "training seed 0 fold 1"):

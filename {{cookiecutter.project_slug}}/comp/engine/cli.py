@@ -60,7 +60,7 @@ VERBS = {
         argument("--weight", type=float, default=1.0, help="sample weight of a pseudo-labelled row; default: 1, like a labelled one"),
         argument("--as", dest="table", help="name of the table; default: the name of the run")),
         needs=TRAINING),
-    "seed-noise": Verb("training", "extras.compare:noise", "how much the seed alone changes the score; comp runs uses it as the yardstick", (
+    "seed-noise": Verb("training", "extras.seed_noise:seed_noise", "how much the seed alone changes the score; comp runs uses it as the yardstick", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="number of seeds, each trained on all folds; default: 5")),
         needs=TRAINING),
     "compare": Verb("training", "extras.compare:compare", "train experiments on the same seeds and folds, and compare them in pairs", (
@@ -93,7 +93,7 @@ VERBS = {
                  "the run's recipe, each a pass over all out-of-fold rows"),
         argument("--max-ms", type=float, help="most milliseconds per image and checkpoint, all views together")),
         needs=TRAINING),
-    "bank": Verb("predictions", "extras.listings:bank", "list all predictions with their scores", (
+    "bank": Verb("predictions", "extras.list_bank:bank", "list all predictions with their scores", (
         argument("filters", metavar="filter", nargs="*", help="like score>0.9 model~convnext task=binary name~exp0; quote it for the shell"),
         argument("--csv", metavar="NAME", help="print one, like exp001 or exp001:seed1, as csv")), locks=False),
     "ensemble": Verb("predictions", "ensemble.blend:blend", "make the ensemble that configs/ensembles/NAME.yaml describes", (
@@ -122,8 +122,8 @@ VERBS = {
     "studies": Verb("search", "tune.listing:studies", "list the studies", (
         argument("--storage", metavar="URL", help="also list those of this PostgreSQL database"),), needs=("optuna>=5",), locks=False),
 
-    "runs": Verb("overview", "extras.listings:runs", "list runs and ensembles", locks=False),
-    "config": Verb("overview", "extras.listings:config", "print an experiment's resolved config, with the origin of each value", (
+    "runs": Verb("overview", "extras.list_runs:runs", "list runs and ensembles", locks=False),
+    "config": Verb("overview", "extras.show_config:config", "print an experiment's resolved config, with the origin of each value", (
         EXPERIMENT, OVERRIDES, DEBUG,
         argument("--diff", dest="against", metavar="OTHER", help="only what differs from another experiment")), locks=False),
     "clean": Verb("overview", "extras.clean:clean", "list what uses disk space, and delete it", (

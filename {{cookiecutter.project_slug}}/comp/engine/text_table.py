@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 
 
@@ -14,3 +16,11 @@ def render(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
         "  ".join(side(cell, width) for side, cell, width in zip(flush, line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def cut_to_terminal(text: str) -> str:
+    """Cuts long lines at the width of a terminal; in a file or a pipe everything stays."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 60)
+    return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in text.splitlines())

@@ -82,7 +82,10 @@ def _repredict_set(context: Context, file: Path, stored: PredictionSet) -> list[
     cfg, heads = context.cfg, context.samples.heads
     tolerance = TOLERANCE if cfg.train.amp == "fp32" else TOLERANCE_AMP
     scale = {h.name: _deviation(stored.heads[h.name]) if h.spec.space == "value" else 1.0 for h in heads}
-    knobs = {key: stored.meta.get(key, getattr(cfg.predict, key)) for key in ("tta", "space")}
+    knobs = {
+        "tta": stored.meta.get("tta", cfg.predict.tta),
+        "averaging_space": stored.meta.get("space", cfg.predict.averaging_space),
+    }
     same = replace(context, cfg=cfg.model_copy(update={"predict": cfg.predict.model_copy(update=knobs)}))
     at = np.unique(np.linspace(0, len(stored.row) - 1, ROWS).astype(np.int64))
     rows = stored.row[at].astype(np.int64)
