@@ -40,7 +40,7 @@ from comp.engine import hardware
 from comp.engine.config import resolve
 from comp.engine.data import make_folds, prepare, samples
 from comp.engine.extras import practice
-from comp.engine.run import fingerprint, runner
+from comp.engine.run import execute, fingerprint, loading
 from comp.engine.run.distributed import Pruned
 from comp.engine.store import paths
 from comp.engine.tune import confirm, search, study, trial
@@ -169,12 +169,12 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
 
 def retrain(joined: study.Joined, name: str, setting: dict[str, Any]) -> list[float]:
     cfg = trial.config_of(joined, setting)
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     fingerprint.claim(name, cfg, context.folds, "")
     values = []
     for seed in confirm.fresh(joined):
         for number in range(context.folds.count):
-            runner.one_fold(context, name, seed, number, stop=hardware.Stop(), search=True)
+            execute.run_fold(context, name, seed, number, stop=hardware.Stop(), search=True)
         values.append(confirm._score(joined, context, name, seed))
     return values
 

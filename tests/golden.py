@@ -240,14 +240,14 @@ def read(root: Path) -> dict[str, str]:
 DRAWN = """
 import hashlib, json, sys
 from comp.engine.data import folds, samples
-from comp.engine.run import runner
+from comp.engine.config import experiments
 from comp.engine.data import class_balance
 from comp.data import epoch_rows
 table = samples.load()
 split = folds.load(table)
 found = {}
 for run in sys.argv[1:]:
-    cfg = runner.stored_config(run)
+    cfg = experiments.stored_config(run)
     rows = split.split(0)[0]
     draw = class_balance.make_sampler(cfg, table, rows)
     for epoch in (0, 1):

@@ -123,10 +123,10 @@ def finished(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _finish(root: Path) -> None:
     """A run, the same under two views, and a blend of both."""
     from comp.engine.ensemble.blend import blend
-    from comp.engine.run import runner
+    from comp.engine.run import predict_run, runner
 
     runner.train("exp001", QUICK, name="exp001")
-    runner.predict("exp001", tta="identity,hflip")
+    predict_run.predict("exp001", tta="identity,hflip")
     text = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: rank\n"
     (root / "configs/ensembles/blend001.yaml").write_text(text)
     blend("blend001")

@@ -16,11 +16,12 @@ from conftest import config
 
 from comp.engine.bank import bank, score
 from comp.engine.bank.predictions import PredictionSet
+from comp.engine.config import experiments
 from comp.engine.data import folds, samples
 from comp.engine.ensemble import blend as blending
 from comp.engine.extras import audit, audit_ensembles, audit_folds, audit_log, audit_predictions, audit_runs
 from comp.engine.extras.findings import Finding, Leak, NotChecked
-from comp.engine.run import runner
+from comp.engine.run import loading, runner
 from comp.engine.store import artifacts, paths
 
 RECIPE = [
@@ -87,7 +88,7 @@ def test_predictions_of_training_rows_are_found_by_predicting_them_again(run: Pa
     rows = folds.load(table).split(1)[1][
         : len(bank.read_meta(paths.fold_folder("run", 0, 1) / "oof.arrow")) and 48
     ]
-    context = runner.gather(runner.stored_config("run"))
+    context = loading.load_context(experiments.stored_config("run"))
     values = predict.predict(context, paths.fold_folder("run", 0, 2) / "weights.safetensors", rows)[0][
         "label"
     ]
@@ -132,7 +133,8 @@ def test_every_head_is_predicted_again(run: Path, monkeypatch: pytest.MonkeyPatc
     )
     heads = (table.heads[0], replace(table.heads[0], name="second"))
     context = replace(
-        runner.gather(runner.stored_config("run")), samples=samples.Samples(table.frame, heads, table.hash)
+        loading.load_context(experiments.stored_config("run")),
+        samples=samples.Samples(table.frame, heads, table.hash),
     )
     values = {name: column.copy() for name, column in two.items()}
     both = PredictionSet(stored.row, stored.fold, values, stored.meta)
@@ -169,7 +171,7 @@ def test_statistics_of_a_real_run_that_saw_its_validation_rows(
 
 def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
     place = paths.fold_folder("run", 0, 0)
-    cfg, table = runner.stored_config("run"), samples.load()
+    cfg, table = experiments.stored_config("run"), samples.load()
     split = folds.load(table)
     stored = bank.read(place / "oof.arrow", table, split)
     now = score.validation_score(

@@ -15,7 +15,7 @@ from comp import data, losses, transforms
 from comp.engine.data import samples
 from comp.engine.data.seeding import fold_in
 from comp.engine.errors import UserError
-from comp.engine.run import augment_grid, data_loader, gpu_augment, policies, runner
+from comp.engine.run import augment_grid, data_loader, gpu_augment, policies, previews, runner
 from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
@@ -308,7 +308,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "augment.auto_augment=trivial", "augment.random_erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1.0", "augment.mosaic=0.3",
         "augment.disable_last_epochs=1", "augment.progressive_sizes=[24,32]", "train.epochs=3", "train.grad_accum_steps=2", "train.batch_size=8",
     ]  # fmt: skip
-    runner.augmentation_sheet("exp001", every)
+    previews.augment("exp001", every)
     said = capsys.readouterr().out
     for word in (
         "Affine",

@@ -19,6 +19,7 @@ from torch import nn
 
 from comp import models
 from comp.engine import cli
+from comp.engine.config import experiments
 from comp.engine.data import samples
 from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.errors import UserError
@@ -219,7 +220,7 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     (bundle / "configs" / "base.yaml").write_bytes((paths.root() / "configs" / "base.yaml").read_bytes())
     backbone._described.cache_clear()
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "nothing"))
-    stored = runner.stored_config("x")
+    stored = experiments.stored_config("x")
     weights = paths.fold_folder("x", 0, 0) / "weights.safetensors"
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     paths.root.cache_clear()

@@ -15,7 +15,7 @@ from PIL import Image
 from comp import metrics
 from comp.engine import cli
 from comp.engine.bank import predictions, score
-from comp.engine.config import resolve
+from comp.engine.config import experiments, resolve
 from comp.engine.data import make_folds, prepare, samples
 from comp.engine.ensemble import plots, postprocess_selection, report
 from comp.engine.ensemble.blend import blend
@@ -23,7 +23,6 @@ from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
 from comp.engine.extras import compare, seed_noise, tta_search, tta_views
 from comp.engine.report import html
-from comp.engine.run import runner
 from comp.engine.run import views as tta
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
@@ -90,7 +89,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     ] == list(tta_search.SPACES)
     with pytest.raises(UserError, check=lambda error: error.code == "time-limit-too-low"):
         tta_search.tta("slow-seeds", max_ms=1e-9)
-    assert runner.stored_config("slow-seeds") == resolve.load(project, "slow").config
+    assert experiments.stored_config("slow-seeds") == resolve.load(project, "slow").config
 
 
 def test_every_kind_of_view_is_tried(project: Path) -> None:

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from comp import losses, predict
 from comp.engine import hardware
+from comp.engine.config import experiments
 from comp.engine.config.resolve import load
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
-from comp.engine.run import distillation, mixup, runner, teacher_predictions, unused_knobs
+from comp.engine.run import distillation, loading, mixup, runner, teacher_predictions, unused_knobs
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
@@ -136,7 +137,7 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     table = samples.load()
     rows = folds.load(table).split(1)[0][:64]
     assert np.array_equal(found["rows"], rows)
-    context = runner.gather(runner.stored_config("teacher"))  # at its own size
+    context = loading.load_context(experiments.stored_config("teacher"))  # at its own size
     said = [
         predict.predict(context, paths.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
         for n in (1, 2)
@@ -164,8 +165,8 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
         match=r"fold1/lessons.safetensors: runs/teacher/seed0/fold1 was trained anew since it taught",
     ):
         teacher_predictions.prepare(
-            runner.gather(runner.stored_config("taught")),
-            runner.gather,
+            loading.load_context(experiments.stored_config("taught")),
+            loading.load_context,
             1,
             paths.fold_folder("taught", 0, 1),
             hardware.Stop(),
@@ -174,7 +175,9 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
 
 def test_where_it_has_no_effect(empty: Path) -> None:
     def told(*overrides: str) -> list[str]:
-        return [line.partition(": ")[2] for line in unused_knobs.lines(load(paths.root(), "base", overrides))]
+        return [
+            line.partition(": ")[2] for line in unused_knobs.messages(load(paths.root(), "base", overrides))
+        ]
 
     assert told("distill.temperature=4") == ["distill.temperature: 4.0 has no effect without distill.teacher"]
     assert told("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [

@@ -19,12 +19,12 @@ from comp.engine.ensemble import plots
 from comp.engine.ensemble.blend import FILES, blend
 from comp.engine.extras import compare, seed_noise, tta_search
 from comp.engine.report import plots as pictures_
-from comp.engine.run import runner, views
+from comp.engine.run import loading, views
 from comp.engine.store import artifacts, paths
 
 # Of one run of a command and the next these differ: clocks, measured latencies, what a dead process left half-written.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
-ABOUT_TIME = ("log.jsonl", "birth.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
+ABOUT_TIME = ("log.jsonl", "started.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
 
 def bytes_of(*folders: Path) -> dict[str, bytes]:
@@ -106,7 +106,7 @@ def in_a_row(work: Callable[[], Any], count: int, kills: int, chance: random.Ran
 def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner.gather(config())  # torch and all that stands on it, so that no child has to import it
+    loading.load_context(config())  # torch and all that stands on it, so that no child has to import it
     pictures_.new_figure(2, 2)
     monkeypatch.setattr(views, "VIEWS", {name: views.VIEWS[name] for name in ("identity", "hflip")})
     few(project)

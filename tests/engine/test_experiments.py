@@ -63,7 +63,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     assert loaded.config.competition.metric == "log_loss", "what is scored now"
     assert experiments.load("half", debug=True).config.train.max_samples == 64
     before = experiments.load("half", ["competition.metric=accuracy"]).config
-    assert before == runner.stored_config("half")
+    assert before == experiments.stored_config("half")
 
 
 def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
@@ -100,24 +100,27 @@ def test_verbs_that_train_nothing_take_a_run(named: Path, monkeypatch: pytest.Mo
 
 
 def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = artifacts.read_json(named / "runs/a/birth.json")
+    before = artifacts.read_json(named / "runs/a/started.json")
     assert cli.main(["train", "a", "--fold", "full"]) == 0
     assert artifacts.manifest_entry(named / "runs/a/seed0/foldfull/weights.safetensors")
-    assert artifacts.read_json(named / "runs/a/birth.json") == before, "it goes on as it began"
+    assert artifacts.read_json(named / "runs/a/started.json") == before, "it goes on as it began"
     assert cli.main(["seed-noise", "a", "--seeds", "2"]) == 0
     assert cli.main(["compare", "a", "half", "--seeds", "1"]) == 0
     assert (
-        runner.stored_config("a-seeds").optim.lr == 1e-3
-        and runner.stored_config("half-seeds").optim.lr == 2e-3
+        experiments.stored_config("a-seeds").optim.lr == 1e-3
+        and experiments.stored_config("half-seeds").optim.lr == 2e-3
     )
     assert cli.main(["features", "a", "--heads", "linear"]) == 0
     assert bank.find("a:linear", "oof").exists()
     assert cli.main(["train", "a", "--as", "b", "optim.lr=1e-4", "--fold", "0"]) == 0
-    assert runner.stored_config("b").optim.lr == 1e-4 and runner.stored_config("b").augment.recipe == "none"
+    assert (
+        experiments.stored_config("b").optim.lr == 1e-4
+        and experiments.stored_config("b").augment.recipe == "none"
+    )
     assert cli.main(["train", "half"]) == 0, "a run goes on by its name alone"
     began = fingerprint.resume_command("half")
     assert cli.main(["train", "half", "--fresh", "--fold", "1"]) == 0
-    assert runner.stored_config("half").optim.lr == 2e-3 and fingerprint.resume_command("half") == began
+    assert experiments.stored_config("half").optim.lr == 2e-3 and fingerprint.resume_command("half") == began
     assert "score.json" in capsys.readouterr().out
 
 

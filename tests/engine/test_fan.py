@@ -58,29 +58,29 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
 
 @pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
 def test_a_place_that_there_is_not(project: Path, on: str) -> None:
-    with pytest.raises(UserError, match=r"--on .*: wants local"):
+    with pytest.raises(UserError, match=r"--on .*: must be local"):
         launcher.make_executor(on, 1)
 
 
 def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
-    lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "number": 0}) for i in range(3)]
+    lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "fold": 0}) for i in range(3)]
     with pytest.raises(UserError) as refused:
         launcher.run_jobs(
             lost, launcher.LocalExecutor(1, 1, launcher.print_line), hardware.Stop(), lambda left: None
         )
-    assert refused.value.lines[0] == "n0 failed:"
+    assert refused.value.lines[0] == "n0: failed"
     assert "n0: no such run" in refused.value.lines[1]
 
 
-class Waiting:
-    """A executor whose jobs run until they are interrupted."""
+class WaitingExecutor:
+    """An executor whose jobs run until they are interrupted."""
 
     size, machines = 2, 1
 
     def __init__(self) -> None:
         self.futures: list[Future[launcher.JobResult]] = []
 
-    def begin(self, job: launcher.Job) -> Future[launcher.JobResult]:
+    def submit(self, job: launcher.Job) -> Future[launcher.JobResult]:
         self.futures.append(Future())
         return self.futures[-1]
 
@@ -90,9 +90,9 @@ class Waiting:
 
 
 def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
-    executor, stop = Waiting(), hardware.Stop()
+    executor, stop = WaitingExecutor(), hardware.Stop()
     stop.asked = True
-    with pytest.raises(KeyboardInterrupt, match="every job keeps what it has"):
+    with pytest.raises(KeyboardInterrupt, match="every job has saved its state"):
         launcher.run_jobs(
             [launcher.Job("a", "fold", {}), launcher.Job("b", "fold", {})], executor, stop, lambda left: None
         )
@@ -101,9 +101,10 @@ def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
 
 def test_a_job_ends_with_who_started_it(project: Path) -> None:
     code = (
-        "import sys, threading; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
-        "worker.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
-        "worker.main()"
+        "import sys, threading, types; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
+        "module = sys.modules['comp.engine.hold'] = types.ModuleType('hold')\n"
+        "module.hold = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "worker.FUNCTIONS['hold'] = 'hold:hold'; worker.main()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -22,6 +22,7 @@ from test_training import TINY, refusal
 from comp import models
 from comp.engine import cli, pages
 from comp.engine.bank import bank
+from comp.engine.config import experiments
 from comp.engine.data import cache, image_files, make_folds, prepare, samples
 from comp.engine.run import fingerprint, runner
 from comp.engine.store import artifacts, locks, paths
@@ -139,7 +140,7 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
     assert artifacts.manifest_entry(kept) and not (project / "runs/.trash").exists(), "nothing moved"
     (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
     assert cli.main(shlex.split(advice)) == 0
-    assert runner.stored_config("x").optim.lr == 1e-4 and (project / "runs/x/score.json").exists()
+    assert experiments.stored_config("x").optim.lr == 1e-4 and (project / "runs/x/score.json").exists()
 
 
 def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
     assert len(kept) == len(file.read_text().splitlines()) - 1
     file.write_text("\n".join(kept) + "\n")
     artifacts.add_to_manifest(file)
-    assert runner.stored_config("x").model.drop_path_rate == 0.0
+    assert experiments.stored_config("x").model.drop_path_rate == 0.0
     runner.train("exp001", TINY, fold="1", name="x")
 
 

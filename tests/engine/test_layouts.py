@@ -291,7 +291,7 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
 def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
     from comp import models
     from comp.data import sequential_batches
-    from comp.engine.run import runner
+    from comp.engine.run import loading, runner
     from comp.engine.run.data_loader import Loader
 
     for i in range(8):
@@ -310,7 +310,7 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     )
     table = prepared()
     make_folds.make(config(), table)
-    context = runner.gather(config("model.metadata=true"))
+    context = loading.load_context(config("model.metadata=true"))
     batch = next(iter(context.loader.batches(sequential_batches(np.arange(4), 4))))
     assert batch.images.shape[0] == 6 and batch.owner is not None
     assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3]
@@ -335,7 +335,7 @@ def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None
     with pytest.raises(UserError, match="trained on one each"):
         Loader(config(), replace(table, multi_image=False), context.device)
     with pytest.raises(UserError, match=r"model.image_pool: max has no effect"):
-        runner.gather(config("model.image_pool=max", "data.max_images=1"))
+        loading.load_context(config("model.image_pool=max", "data.max_images=1"))
 
 
 def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:

@@ -314,7 +314,8 @@ LOCKING = {
     "comp/engine/extras/tta_search.py": ["tta"],
     "comp/engine/ensemble/blend.py": ["ensemble"],
     "comp/engine/run/fingerprint.py": ["train", "tune", "seed-noise", "compare"],
-    "comp/engine/run/runner.py": ["train", "tune", "seed-noise", "compare", "predict"],
+    "comp/engine/run/execute.py": ["train", "tune", "seed-noise", "compare"],
+    "comp/engine/run/merge_run.py": ["train", "seed-noise", "compare", "predict"],
     "comp/engine/extras/export.py": ["export"],
     "comp/engine/extras/features.py": ["features"],
     "comp/engine/extras/run_status.py": [],  # comp runs only prints the owner

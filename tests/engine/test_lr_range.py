@@ -13,7 +13,7 @@ from PIL import Image
 
 from comp.engine import cli
 from comp.engine.errors import UserError
-from comp.engine.run import lr_range, runner
+from comp.engine.run import loading, lr_range, runner
 from comp.engine.run.lr_range import Point
 from comp.engine.store import artifacts
 
@@ -72,7 +72,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
 
 def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     cfg = config(*QUICK, "train.batch_size=16", "optim.lr_base_size=64")
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
     assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
     assert lr_range.to_base_lr(context, 1e-3) == pytest.approx(4e-3), (

@@ -19,7 +19,7 @@ from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, verify
 from comp.engine.errors import UserError
 from comp.engine.extras import explain, export, extract_features, features, fit_heads, measure
-from comp.engine.run import frozen_heads, runner
+from comp.engine.run import frozen_heads, loading, runner
 from comp.engine.run.normalize import Normalize
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
@@ -162,7 +162,7 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     stored = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     import onnxruntime
 
-    context = runner.gather(config(*TINY))
+    context = loading.load_context(config(*TINY))
     images = export._pictures(context, stored.row[:20].astype(np.int64))
     session = onnxruntime.InferenceSession(str(paths.run_folder("x") / "export" / "model.onnx"))
     raw = session.run(None, {"pictures": images})[0]
@@ -225,7 +225,7 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
     assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
     assert artifacts.sha256(paths.run_folder("exp003") / frozen_heads.FILE) != before
     cfg = config(*quiet, experiment="exp003")
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     sized = cfg.model_copy(update={"data": cfg.data.model_copy(update={"size": 24})})
     reseeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seeds": [7]})})
     for other, what in ((sized, "sizes or decoding"), (reseeded, "weights")):

@@ -16,6 +16,7 @@ from test_target_scaler import declare_values
 
 from comp import models
 from comp.engine.bank import bank
+from comp.engine.config import experiments
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.ensemble import blend
 from comp.engine.errors import UserError
@@ -23,6 +24,7 @@ from comp.engine.extras import audit_pseudo, audit_runs, audit_statistics, pseud
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.extras.pseudo_labels import Selection
 from comp.engine.run import (
+    loading,
     model_selection,
     pixel_stats,
     pretrained,
@@ -287,7 +289,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
 
     assert found() == []
     place = paths.fold_folder("taught", 0, 1)
-    file, context = place / bank.WEIGHTS, runner.gather(runner.stored_config("taught"))
+    file, context = place / bank.WEIGHTS, loading.load_context(experiments.stored_config("taught"))
     right = load_file(file)
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
     # What the labelled rows of this fold are measured without, or of more than the training part, is still found.

@@ -19,10 +19,10 @@ def test_a_log_shorter_than_its_checkpoint_keeps_its_whole_lines(empty: Path) ->
     """After a power cut the file may lack what the checkpoint had already seen."""
     log = empty / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    assert tracking._cut(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
+    assert tracking._truncate(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
     assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert tracking._cut(log, 12) == [b'{"step": 1}']
-    assert tracking._cut(log, 0) == [] and log.read_bytes() == b""
+    assert tracking._truncate(log, 12) == [b'{"step": 1}']
+    assert tracking._truncate(log, 0) == [] and log.read_bytes() == b""
 
 
 def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> None:
@@ -46,7 +46,7 @@ def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> No
         "step": 1, "loss": 0.5, "list": [None, 1], "path": "x", "none": None,
     }  # fmt: skip
     table = json.loads((empty / "run" / "media" / "worst.json").read_text())
-    assert table["rows"] == [["001"], ["002"]] and table["pictures"] == [None, "worst/001.png"]
+    assert table["rows"] == [["001"], ["002"]] and table["images"] == [None, "worst/001.png"]
     assert max(Image.open(empty / "run" / "media" / "worst" / "001.png").size) == tracking.THUMBNAIL
 
 

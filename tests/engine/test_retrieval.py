@@ -18,7 +18,7 @@ from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.ensemble.blend import blend
 from comp.engine.errors import UserError
-from comp.engine.run import knn, metric_learning, runner
+from comp.engine.run import knn, loading, metric_learning, predict_run, runner
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
@@ -268,12 +268,12 @@ def test_the_whole_road_from_training_to_the_kernel(
         assert codes.tolist() == own[own != unknown].tolist() and not set(taught) & set(scored)
         assert np.linalg.norm(held, axis=1) == pytest.approx(np.ones(len(held)), abs=1e-5)
     # views: the normalised embeddings are averaged, then asked
-    runner.predict("x", tta="identity,hflip")
+    predict_run.predict("x", tta="identity,hflip")
     under_two = bank.load("x:tta-identity-hflip", "oof", table, split)
     weights, scored = paths.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
     size = loss_knobs.metric_learning_loss(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
     seen = [
-        predict._said(runner.gather(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
+        predict._said(loading.load_context(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
             0, :, :size
         ]
         for view in ("identity", "hflip")

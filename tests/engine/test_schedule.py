@@ -219,7 +219,7 @@ def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
 
 
 def idle_lines(*said: str) -> list[str]:
-    return unused_knobs.lines(configs.load(paths.root(), "exp001", said))
+    return unused_knobs.messages(configs.load(paths.root(), "exp001", said))
 
 
 def test_an_idle_knob_is_named_with_its_place() -> None:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from postgres import server
 
 from comp.engine import hardware
-from comp.engine.run import runner, tracking
+from comp.engine.run import loading, tracking
 from comp.engine.store import paths, process
 from comp.engine.tune import search, study, trial
 from comp.engine.tune.study import Joined
@@ -48,7 +48,7 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
 def tuned(project: Path) -> Path:
     (project / "configs" / "tune").mkdir()
     (project / "configs" / "tune" / "s.yaml").write_text(SPACE)
-    runner.gather(config(*TINY))  # what is imported here need not be imported by every worker
+    loading.load_context(config(*TINY))  # what is imported here need not be imported by every worker
     return project
 
 

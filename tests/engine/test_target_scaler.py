@@ -15,8 +15,9 @@ from test_losses import samples_of
 
 from comp import competition, losses
 from comp.engine.bank import bank, score
+from comp.engine.config import experiments
 from comp.engine.data import folds, make_folds, prepare, samples
-from comp.engine.run import runner, tracking
+from comp.engine.run import loading, runner, tracking
 from comp.engine.store import artifacts, paths
 
 FORTY_STEPS = [
@@ -105,7 +106,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     learn(project, 1000.0, 9500.0, "train.epochs=1", "schedule.warmup=0", "train.max_samples=48")
     table = samples.load()
     split, place = folds.load(table), paths.fold_folder("x", 0, 0)
-    context = runner.gather(runner.stored_config("x"))
+    context = loading.load_context(experiments.stored_config("x"))
     assert audit_statistics.leaks(context, [place / "weights.safetensors"]) == []
     taught, scored = (rows[:48] for rows in split.split(0))
     numbers = target_scaler.mean_and_std(table.heads[0], table, np.union1d(taught, scored))

@@ -218,7 +218,7 @@ def test_the_offline_part_holds_all_that_was_promised(resumed: Project) -> None:
     assert Image.open(part.media("confusion")).size == Image.open(resumed.folder / "confusion.png").size
     assert part.column("folds")[0]["nrows"] == 2 and table_of(part, "folds")["data"][0] == [0, 50, 0.1]
     worst = table_of(part, "worst")
-    assert worst["columns"] == ["id", "true", "predicted", "error", "position", "picture"]
+    assert worst["columns"] == ["id", "true", "predicted", "error", "position", "image"]
     assert worst["data"][0][:3] == ["00d", "bee", "cat (1.000)"] and worst["data"][0][5]["width"] == 192
 
 
@@ -227,7 +227,7 @@ def table_of(part: wandb_reader.Part, name: str) -> dict[str, Any]:
     contents = part.artifacts[f"run-{part.run.run_id}-{name}"].manifest.contents
     files = {entry.path: Path(entry.local_path) for entry in contents}
     content: dict[str, Any] = json.loads(files[f"{name}.table.json"].read_text())
-    if "picture" in content["columns"]:
+    if "image" in content["columns"]:
         images = [path for path in files if path.endswith(".png")]
         assert len(images) == len(content["data"]) and all(
             Image.open(files[path]).format == "PNG" for path in images
@@ -336,11 +336,11 @@ def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest
     run = tracking.open_log(
         empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
     )
-    assert isinstance(run._feed, tracking.WandbProcess) and run._feed._process is not None
+    assert isinstance(run._wandb, tracking.WandbProcess) and run._wandb._process is not None
     run.log({"step": 1, "loss": 0.5})
-    run._feed._process.kill()
-    run._feed._process.wait()
-    run._feed.report()
+    run._wandb._process.kill()
+    run._wandb._process.wait()
+    run._wandb.report()
     run.log({"step": 2, "loss": 0.25})
     run.finish()
     assert "told once more offline" in capsys.readouterr().err
@@ -352,14 +352,14 @@ def test_patience_ends(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All runs of a process share it, so that ten folds do not wait ten times for the same dead server."""
-    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    monkeypatch.setattr(tracking, "WAIT_ONLINE", 0.01)
     monkeypatch.setattr(tracking.WandbProcess, "_waited", 0.0)
-    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}}, empty)
+    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}})
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as endless:
         feed._process = endless
         feed.wait()
         assert endless.poll() is None
-        assert "goes on without us" in capsys.readouterr().err and tracking.WandbProcess._waited > 0
+        assert "continues in the background" in capsys.readouterr().err and tracking.WandbProcess._waited > 0
         asked: list[float] = []
         monkeypatch.setattr(endless, "wait", asked.append)
         feed.wait()
@@ -372,10 +372,10 @@ def test_one_dead_server_is_enough(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking.WandbProcess, "_online_failed", False)
-    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}}, empty)
+    feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}})
     artifacts.write_json(feed._state, {"mode": "offline", "note": "online failed"})
     feed.report()
     feed.report()
     assert capsys.readouterr().err == "W&B: online failed\n"
-    tracking.WandbProcess({"mode": "online", "run": {"id": "s"}}, empty)
-    assert artifacts.read_json(paths.path("wandb", "feed", "s", "order.json"))["mode"] == "offline"
+    tracking.WandbProcess({"mode": "online", "run": {"id": "s"}})
+    assert artifacts.read_json(paths.path("wandb", "feed", "s", "job.json"))["mode"] == "offline"

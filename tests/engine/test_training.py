@@ -22,7 +22,7 @@ from comp.engine import cli, pages
 from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.errors import UserError
-from comp.engine.run import data_loader, evaluate, runner, views
+from comp.engine.run import data_loader, evaluate, predict_run, runner, views
 from comp.engine.store import artifacts
 
 TINY = [
@@ -111,7 +111,7 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
     for number in range(5):
         runner.train("exp001", run, fold=str(number), name="x")
     for tta in ("identity,hflip", "hflip"):
-        runner.predict("x", tta=tta)
+        predict_run.predict("x", tta=tta)
     table = samples.load()
     split = folds.load(table)
     alone, other, both = (
@@ -323,8 +323,8 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
         runner.train("exp001", [*TINY, *said], fold=str(number), name="x")
     assert not locked & set(bank.load("x", "oof", table, split).row.tolist())
     capsys.readouterr()
-    runner.predict("x", last_look=True)
-    runner.predict("x", last_look=True)
+    predict_run.predict("x", last_look=True)
+    predict_run.predict("x", last_look=True)
     out = capsys.readouterr().out
     assert f"on {len(locked)} locked rows, look number 1" in out and "look number 2" in out
 

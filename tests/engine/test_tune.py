@@ -21,7 +21,7 @@ from comp.engine import cli, hardware
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
-from comp.engine.run import fingerprint, runner
+from comp.engine.run import execute, fingerprint, loading, runner
 from comp.engine.store import paths
 from comp.engine.tune import confirm, confirmed, export, listing, live, report, search, study, trial
 
@@ -118,9 +118,9 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
         for number in range(5):
             paths.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
 
-    material = runner.gather(trial.config_of(joined, {}))
-    monkeypatch.setattr(runner, "gather", lambda *_: material)
-    monkeypatch.setattr(runner, "one_fold", one_fold)
+    material = loading.load_context(trial.config_of(joined, {}))
+    monkeypatch.setattr(loading, "load_context", lambda *_: material)
+    monkeypatch.setattr(execute, "run_fold", one_fold)
     monkeypatch.setattr(trial, "scored", lambda *_: {"value": 0.8, "text": ""})
     monkeypatch.setattr(fingerprint, "claim", lambda *_, **__: begun())
     ends = []

@@ -15,7 +15,7 @@ from studies import FOREVER, SMALL, join, run, states, with_space
 
 from comp import train
 from comp.engine import cli, hardware
-from comp.engine.run import fingerprint, runner, tracking
+from comp.engine.run import execute, fingerprint, loading, tracking
 from comp.engine.store import artifacts
 from comp.engine.tune import study, trial
 from comp.engine.tune.study import Joined
@@ -56,10 +56,10 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     }
 
     cfg = trial.config_of(joined, study.setting_of(joined.space, again))
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     fingerprint.claim("whole", cfg, context.folds, "")
     for number in range(2):
-        runner.one_fold(context, "whole", 0, number, stop=hardware.Stop(), search=True)
+        execute.run_fold(context, "whole", 0, number, stop=hardware.Stop(), search=True)
     whole = {
         f.parent.name: artifacts.sha256(f) for f in (tuned / "runs" / "whole").rglob("weights.safetensors")
     }

@@ -12,7 +12,7 @@ from conftest import config
 from comp import competition, models, predict, transforms
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
-from comp.engine.run import cv2_ops, runner, views
+from comp.engine.run import cv2_ops, loading, views
 from comp.engine.store import paths
 from comp.engine.tasks.kinds import Head
 
@@ -82,7 +82,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
     said = {}
     for names in [views, *([name] for name in views)]:
         cfg = config(f"predict.tta=[{','.join(names)}]", "machine.num_workers=0", "machine.progress=false")
-        context = runner.gather(cfg)
+        context = loading.load_context(cfg)
         weights = paths.path("weights.safetensors")
         if not weights.exists():
             models.save_weights(models.build(cfg, context.samples.heads, False, context.loader), weights)

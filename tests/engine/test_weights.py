@@ -25,7 +25,7 @@ from comp.engine.data import folds, make_folds, samples
 from comp.engine.deliver import kernel, verify
 from comp.engine.ensemble import latency, member_filter
 from comp.engine.errors import UserError
-from comp.engine.run import averaging, model_selection, runner, schedule, tracking
+from comp.engine.run import averaging, model_selection, previews, runner, schedule, tracking
 from comp.engine.store import artifacts, paths
 
 QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0", "train.max_samples=48", "train.batch_size=16"]  # fmt: skip
@@ -120,7 +120,7 @@ def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
 ) -> None:
     """Once for all folds; the preview says it too."""
     few = ["train.epochs=1", "train.max_samples=32", "train.batch_size=8", "augment=none"]
-    runner.draw_schedule("exp001", few)
+    previews.schedule("exp001", few)
     assert "schedule.warmup: 4 steps" in capsys.readouterr().out
     runner.train("exp001", [*few, "track=none", "machine.num_workers=0", "machine.progress=false"], name="x")
     shown = capsys.readouterr()

@@ -74,7 +74,7 @@ def begin(log: tracking.RunLogger, folder: Path) -> None:
     from comp.engine.report import plots
 
     plots.residuals(np.arange(5.0), np.arange(5.0) + 0.1, folder / "sheet.png")
-    log.sheet("augment", folder / "sheet.png")
+    log.image("augment", folder / "sheet.png")
     log.table("folds", pd.DataFrame({"fold": [0, 1], "rows": [50, 50], "share": [0.1, math.nan]}))
 
 
@@ -87,7 +87,7 @@ def finish(log: tracking.RunLogger, folder: Path) -> None:
     probability = np.array([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4], [0.0, 0.0, 1.0]])
     classes = ["ant", "bee", "cat"]
     plots.confusion(truth, probability.argmax(1), classes, folder / "confusion.png")
-    log.sheet("confusion", folder / "confusion.png")
+    log.image("confusion", folder / "confusion.png")
     worst = plots.worst_rows(truth, probability, ["00a", "00b", "00c", "00d"], classes, count=2)
     log.table("worst", worst, [np.full((400, 300, 3), 40 * i, np.uint8) for i in range(len(worst))])
     log.artifact(folder / "oof.arrow", "exp001-seed0-fold1-oof", "oof")
@@ -108,8 +108,13 @@ def die(how: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     # No test is about time, and the machine may be busy.
-    tracking.ANSWER, tracking.UPLOAD, tracking.PATIENCE, tracking.DRAIN = 60.0, 5.0, 100.0, 100.0
+    tracking.INIT_TIMEOUT, tracking.UPLOAD_TIMEOUT, tracking.WAIT_ONLINE, tracking.WAIT_OFFLINE = (
+        60.0,
+        5.0,
+        100.0,
+        100.0,
+    )
     if "hasty" in sys.argv:
-        tracking.ANSWER = 2.0
+        tracking.INIT_TIMEOUT = 2.0
     how = next((word for word in sys.argv[2:] if word in ("kill", "torn")), None)
     main(sys.argv[1], how, "numbers" in sys.argv)

@@ -108,6 +108,12 @@ def validate(cfg: Config) -> None:
     backbone.validate(cfg, asks)
 
 
+def validate_pool(cfg: Config, multi_image: bool) -> None:
+    if cfg.model.image_pool != "mean" and not multi_image:
+        what = f"{cfg.model.image_pool} has no effect, since every sample has one image"
+        raise UserError("knob-unused", key="model.image_pool", what=what, remedy="set it to mean")
+
+
 def check_report(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
     """For comp check: why the network cannot be built for this run, and what its weights want to see."""
     try:

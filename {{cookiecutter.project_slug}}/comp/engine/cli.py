@@ -42,16 +42,16 @@ VERBS = {
         argument("--time-limit", metavar="8h30m", help="save everything and stop before this time is over; the same command continues"),
         flag("--profile", "print at the end how the time was spent")),
         needs=TRAINING),
-    "schedule": Verb("training", "run.runner:draw_schedule", "plot an experiment's learning rate schedule, without training", (
+    "schedule": Verb("training", "run.previews:schedule", "plot an experiment's learning rate schedule, without training", (
         EXPERIMENT, OVERRIDES, DEBUG), needs=TRAINING, locks=False),
-    "lr-range": Verb("training", "run.runner:lr_range", "learning rate range test: train while the rate rises; plot, table and a suggestion", (
+    "lr-range": Verb("training", "run.previews:lr_range", "learning rate range test: train while the rate rises; plot, table and a suggestion", (
         EXPERIMENT, OVERRIDES,
         argument("--low", type=float, default=1e-6, help="first learning rate; default: 1e-6"),
         argument("--high", type=float, default=10.0, help="last learning rate, unless the loss diverges before; default: 10"),
         argument("--steps", type=int, default=200, help="training steps; default: 200"),
         flag("--linear", "raise the rate linearly; default: exponentially")),
         needs=TRAINING),
-    "augment": Verb("training", "run.runner:augmentation_sheet", "draw a grid of augmented images of an experiment", (EXPERIMENT, OVERRIDES), needs=TRAINING),
+    "augment": Verb("training", "run.previews:augment", "draw a grid of augmented images of an experiment", (EXPERIMENT, OVERRIDES), needs=TRAINING),
     "pseudo": Verb("training", "extras.pseudo_labels:label", "write confident test predictions as pseudo-labels, for each fold from its own models only", (
         argument("source", metavar="name", help="a run, a member, or an ensemble that is a plain average"),
         argument("--confidence", type=float, help="lowest confidence of a pseudo-label; default: 0.9, or none with --share"),
@@ -80,7 +80,7 @@ VERBS = {
         argument("--count", type=int, default=8, help="how many of the worst predictions; default: 8")),
         needs=TRAINING),
 
-    "predict": Verb("predictions", "run.runner:predict", "merge the predictions of a run's folds and seeds; with --tta, predict again with other views", (
+    "predict": Verb("predictions", "run.predict_run:predict", "merge the predictions of a run's folds and seeds; with --tta, predict again with other views", (
         argument("experiment", nargs="?", help="name of a run"),
         argument("--tta", help="views, separated by commas: makes the member <run>:tta-<views>"),
         argument("--space", choices=("probability", "logit", "geometric"), help="where the views are averaged; default: predict.averaging_space"),

@@ -16,7 +16,7 @@ from comp.engine import hardware
 from comp.engine.errors import UserError
 
 FUNCTIONS = {  # job -> module:function in comp.engine
-    "fold": "run.runner:part",
+    "fold": "run.runner:run_part",
     "trials": "tune.search:part",
 }
 

@@ -17,7 +17,7 @@ from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
 from comp.engine.store import artifacts, paths
 
-Fold = int | str  # of a fold, or full
+Fold = int | str  # an index, or "full"
 NOT_EXPERIMENTS = ("base", "competition", "debug")
 
 
@@ -85,9 +85,11 @@ def fold_count(cfg: Config) -> int:
     return cfg.competition.folds.k * cfg.competition.folds.repeats
 
 
-def finished_folds(run: str, seed: int, folds: Iterable[Fold]) -> list[Fold]:
-    """The folds of a seed whose predictions are all there."""
-    kinds = {fold: ("test",) if fold == run_members.REFIT else ("oof", "test") for fold in folds}
+def finished_folds(
+    run: str, seed: int, folds: Iterable[Fold], wanted: Iterable[str] = ("oof", "test")
+) -> list[Fold]:
+    """The folds of a seed whose predictions (`wanted`) are all there. A refit has test predictions alone."""
+    kinds = {fold: ("test",) if fold == run_members.REFIT else tuple(wanted) for fold in folds}
     place = {fold: paths.fold_folder(run, seed, fold) for fold in kinds}
     return [
         fold

@@ -20,7 +20,7 @@ import numpy as np
 
 from comp.engine import pages
 from comp.engine.bank import bank
-from comp.engine.config import resolve
+from comp.engine.config import experiments, resolve
 from comp.engine.config.competition_schema import Competition
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, raw_tables, samples
@@ -28,7 +28,6 @@ from comp.engine.data.sample_submission import id_column_candidates, read_sample
 from comp.engine.deliver import kernel, validate
 from comp.engine.deliver.cell_format import rules_of_cells
 from comp.engine.errors import Refused
-from comp.engine.run import runner
 from comp.engine.store import artifacts, locks, paths
 
 ROWS = 512  # of the visible test set that are compared, and the most of a hidden one
@@ -144,7 +143,7 @@ def _run(cfg: Config, name: str, space: Path, hidden: bool, python: str) -> dict
     sample = read_sample(place / "input" / home.slug / home.submission.sample, *id_column_candidates(home))
     rules = rules_of_cells(home.submission, samples.load().heads, sample)
     validate.check((place / "working" / "submission.csv").read_bytes(), "submission.csv", sample, rules)
-    half = any(runner.stored_config(leaf["run"]).train.amp != "fp32" for leaf in kernel.leaves_of(name))
+    half = any(experiments.stored_config(leaf["run"]).train.amp != "fp32" for leaf in kernel.leaves_of(name))
     return {**artifacts.read_json(place / "working" / "report.json"), "isolation": isolation, "half": half}
 
 

@@ -87,7 +87,7 @@ def _tell(cfg: Config, both: Sequence[Entry], said: Sequence[str], image: Path) 
         config={"competition": {"slug": slug}},
         settings=cfg.track,
     ) as log:
-        log.sheet("cv_against_leaderboard", image)
+        log.image("cv_against_leaderboard", image)
         log.summary(
             {
                 "submissions": len(both),

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from comp import submission
 from comp.engine.bank import bank
-from comp.engine.config import resolve, run_members
+from comp.engine.config import experiments, resolve, run_members
 from comp.engine.config.schema import Config
 from comp.engine.deliver import kaggle, ledger, verify
 from comp.engine.ensemble import average
 from comp.engine.errors import Refused, UserError
-from comp.engine.run import runner, tracking
+from comp.engine.run import tracking
 from comp.engine.store import artifacts, locks, paths
 
 POLL, PATIENCE = 10.0, 3600.0  # seconds between looks at a score, and before it is left to comp ledger
@@ -83,7 +83,9 @@ def facts(cfg: Config, name: str) -> dict[str, Any]:
         "competition": cfg.competition.slug,
         "name": name,
         "members": made_from,
-        "configs": {run: artifacts.digest(resolve.result_knobs(runner.stored_config(run))) for run in runs},
+        "configs": {
+            run: artifacts.digest(resolve.result_knobs(experiments.stored_config(run))) for run in runs
+        },
         "predictions": artifacts.sha256(bank.find(name, "test")),
         "cv": {key: record.get(key) for key in ("metric", "direction", "mean", "std", "oof")}
         if record

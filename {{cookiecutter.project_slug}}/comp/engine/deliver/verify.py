@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from comp.engine import hardware
 from comp.engine.bank import bank
-from comp.engine.config import run_members
+from comp.engine.config import experiments, run_members
 from comp.engine.data import folds, samples
 from comp.engine.deliver.recheck import CHECKPOINTS, Checkpoint, drawn, recheck
-from comp.engine.run import runner
+from comp.engine.run import loading
 from comp.engine.store import paths
 
 WEIGHTS = "weights.safetensors"
@@ -37,7 +37,7 @@ def verify(name: str) -> None:
 
     @cache
     def context(run: str) -> Context:
-        cfg = runner.stored_config(run)
+        cfg = experiments.stored_config(run)
         if inside:
             views = {"tta": said["tta"], "space": said["space"]}
             cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update=views)})
@@ -50,7 +50,7 @@ def verify(name: str) -> None:
             }
         )
         hardware.set_threads(cfg.train.threads)
-        return runner.gather(cfg)
+        return loading.load_context(cfg)
 
     def repredict(checkpoint: Checkpoint, rows: NDArray[np.integer]) -> NDArray[np.floating]:
         from comp import predict  # torch comes with it, so only once all names are known to be right
@@ -60,7 +60,7 @@ def verify(name: str) -> None:
         return np.hstack([h.spec.to_probability(again[h.name].astype(np.float64)) for h in table.heads])
 
     def tolerance(checkpoint: Checkpoint) -> float:
-        return 1e-5 if runner.stored_config(checkpoint.run).train.amp == "fp32" else 1e-3
+        return 1e-5 if experiments.stored_config(checkpoint.run).train.amp == "fp32" else 1e-3
 
     print(recheck(name, stored, repredict, tolerance, table.frame["id"].tolist()))
     if gone := len(said["weights"]) - len(there):

@@ -186,5 +186,5 @@ def log_to_wandb(name: str, cfg: Config, files: dict[str, Path], record: Any) ->
     )  # fmt: skip
     with run as log:
         for label, file in files.items():
-            log.sheet(label, file)
+            log.image(label, file)
         log.summary({key: record[key] for key in ("oof", "in_sample", "metric")})

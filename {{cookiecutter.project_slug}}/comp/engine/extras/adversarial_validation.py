@@ -18,7 +18,7 @@ from comp.engine.data import folds, samples
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
 from comp.engine.extras import contact_sheet
-from comp.engine.run import runner
+from comp.engine.run import loading
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def adversarial_validation(run: str) -> dict[str, Any]:
     """Write data/adversarial_validation.csv (every row), .json (AUC) and .png (the most and least similar rows)."""
     from comp.engine.extras import extract_features
 
-    cfg = runner.stored_config(run)
+    cfg = experiments.stored_config(run)
     hardware.set_threads(cfg.train.threads)
     rows = samples.load()
     split = folds.load(rows)
@@ -48,7 +48,7 @@ def adversarial_validation(run: str) -> dict[str, Any]:
         raise UserError(
             "test-rows-missing", where=run, what="there are no test rows to compare training rows with"
         )
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     probability = np.full(len(rows.frame), np.nan)
     of_test, aucs = np.zeros(len(test_rows)), []
     for fold in range(split.count):

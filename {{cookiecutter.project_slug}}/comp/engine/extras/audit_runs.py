@@ -6,18 +6,19 @@ Every prediction set of a fold is checked: kept snapshots and other views as wel
 from __future__ import annotations
 
 from comp.engine import hardware
+from comp.engine.config import experiments
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.extras import audit_log, audit_predictions, audit_pseudo, audit_statistics
 from comp.engine.extras.findings import Finding, NotChecked
-from comp.engine.run import runner
+from comp.engine.run import loading
 from comp.engine.store import artifacts, paths
 
 
 def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
     try:
-        cfg = runner.stored_config(run)
+        cfg = experiments.stored_config(run)
     except UserError as error:
         return [NotChecked(run, error.lines[0])]
     found: list[Finding] = [*audit_pseudo.leaks(run, cfg, rows, split)]
@@ -40,7 +41,7 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
     if with_weights:
         try:
             hardware.set_threads(cfg.train.threads)
-            context = runner.gather(cfg)
+            context = loading.load_context(cfg)
         except UserError as error:
             return [*found, NotChecked(run, error.lines[0])]
         found += audit_predictions.repredict(context, with_weights)

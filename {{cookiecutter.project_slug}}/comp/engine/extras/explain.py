@@ -28,7 +28,7 @@ from comp.engine.data.seeding import fold_in
 from comp.engine.errors import Refused
 from comp.engine.readers import arrays
 from comp.engine.report import plots
-from comp.engine.run import normalize, runner
+from comp.engine.run import loading, normalize
 from comp.engine.run.backbone import inner
 from comp.engine.run.context import Context
 from comp.engine.store import artifacts, paths
@@ -39,9 +39,9 @@ FINE = 4  # a map of fewer squares a side says nothing about where
 
 
 def explain(run: str, ids: list[str], count: int) -> Path:
-    cfg = runner.stored_config(run)
+    cfg = experiments.stored_config(run)
     hardware.set_threads(cfg.train.threads)
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     rows, captions = _chosen(context, run, ids, count)
     sheet = Image.new("RGB", (GAP + 3 * (SIDE + GAP), TITLE + len(rows) * (SIDE + TITLE)), "white")
     pen = ImageDraw.Draw(sheet)

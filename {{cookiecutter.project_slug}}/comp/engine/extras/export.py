@@ -28,11 +28,12 @@ from comp import models
 from comp.data import sequential_batches
 from comp.engine import hardware, text_table
 from comp.engine.bank import score
+from comp.engine.config import experiments
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions
 from comp.engine.errors import Refused
 from comp.engine.extras import measure
-from comp.engine.run import normalize, runner
+from comp.engine.run import loading, normalize
 from comp.engine.run.context import Context
 from comp.engine.store import artifacts, locks, paths
 
@@ -56,7 +57,7 @@ class Whole(nn.Module):
 
 def export(run: str, fold: int, rows: int, prune: str) -> Path:
     shares = _shares(prune)
-    cfg = runner.stored_config(run)
+    cfg = experiments.stored_config(run)
     hardware.set_threads(cfg.train.threads)
     place = {
         "device": "cpu",
@@ -67,7 +68,7 @@ def export(run: str, fold: int, rows: int, prune: str) -> Path:
     if weights is None:
         raise Refused(f"{run}: fold {fold} has no weights; comp train {run} --fold {fold} makes them")
     _needs_onnx()
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     if context.loader.multi_image or context.loader.metadata is not None:
         raise Refused(
             f"{run}: looks at several images or at metadata, and an exported network takes one picture"

@@ -15,7 +15,7 @@ from comp.engine.config import experiments, resolve
 from comp.engine.config.schema import Config
 from comp.engine.errors import UserError
 from comp.engine.extras import extract_features, fit_heads
-from comp.engine.run import fingerprint, runner
+from comp.engine.run import fingerprint, loading
 from comp.engine.store import locks, paths
 
 
@@ -44,7 +44,7 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
     # With --fresh, heads on the old features are removed too.
     old = [paths.member_folder(run, name) for name in fit_heads.HEADS] if fresh else []
     fingerprint.validate_images(run, cfg, old)
-    context = runner.gather(cfg, loaded=loaded)
+    context = loading.load_context(cfg, loaded=loaded)
     fingerprint.claim(run, cfg, context.folds, fingerprint.resume_command(run), old)
     with locks.lock(paths.run_folder(run), "features"):
         extracted = extract_features.of_backbone(context, run, fresh)

@@ -12,7 +12,7 @@ from comp.engine import hardware
 from comp.engine.bank import bank, predictions
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import experiments
-from comp.engine.run import fingerprint, runner
+from comp.engine.run import fingerprint, loading
 from comp.engine.store import artifacts, locks, paths
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Candidates(NamedTuple):
 
 def predict_candidates(run: str, names: str | None) -> Candidates:
     """One pass over all OOF rows per view. Predictions are stored fold by fold, so a killed call continues where it was."""
-    cfg = runner.stored_config(run)
+    cfg = experiments.stored_config(run)
     hardware.set_threads(cfg.train.threads)
     seeds = experiments.complete_seeds(run, experiments.fold_count(cfg))
     if not seeds:
         raise experiments.missing_predictions(run, "OOF predictions to compare views on")
     fingerprint.validate_images(run, cfg)
-    context = runner.gather(cfg)
+    context = loading.load_context(cfg)
     from comp.engine.run import views
 
     candidates = candidate_views(cfg.augment.recipe, cfg.predict.tta, names)

@@ -1,5 +1,8 @@
-"""A name stands for one resolved config, on one table, one set of folds, one competition.py and the same image files. Whatever goes on under a name
-must agree with what began under it; anything else would score rows with a model that has seen them."""
+"""A name stands for one resolved config, one samples table, one set of folds, one competition.py and the same image files.
+
+What continues a run must agree with what started it: otherwise rows could be scored by a model that was trained on them.
+runs/<name>/ holds config.yaml, made_of.json (hashes of the inputs) and started.json (time of the start, command that resumes it).
+"""
 
 from __future__ import annotations
 
@@ -9,62 +12,94 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comp.engine import pages
 from comp.engine.config import resolve
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError, joined
 from comp.engine.run import teachers
 from comp.engine.store import artifacts, locks, paths
 
+if TYPE_CHECKING:
+    from comp.engine.data import cache
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-LISTED = 5  # files that a refusal names
-HOOKS = ("load_image", "model", "loss", "recipe")  # that move weights; the others only read predictions
+LISTED = 5  # files that an error names
+HOOKS = (
+    "load_image",
+    "model",
+    "loss",
+    "recipe",
+)  # those that change weights; the others only read predictions
 
 
-def claim(name: str, cfg: Config, folds: Folds, command: str, fresh: Sequence[Path] = ()) -> None:
-    """Begin or go on with runs/<name>. `fresh` are folders to move to the trash first; they move when nothing is refused any more.
-    `command` is what to type to go on."""
+# --- the name --------------------------------------------------------------------------------------------------------
+
+
+def validate_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        what = "a name consists of letters, digits, _, - and ."
+        raise UserError("name-invalid", where=f"--as {name!r}", what=what)
+    if paths.ensemble_folder(name).exists() or paths.path("configs", "ensembles", f"{name}.yaml").exists():
+        what = "is the name of an ensemble, and predictions are addressed by name"
+        raise UserError("name-taken", where=name, what=what, remedy="use another name for the run")
+
+
+def run_id(name: str) -> str:
+    """Differs from that of an earlier run of the same name, for services that never forget an id."""
+    file = paths.run_folder(name) / "started.json"
+    return artifacts.digest(artifacts.read_json(file)["at"])[:6] if file.exists() else ""
+
+
+def resume_command(name: str) -> str:
+    """`comp train exp001 --as trial optim.lr=1e-4`"""
+    file = paths.run_folder(name) / "started.json"
+    return str(artifacts.read_json(file)["command"]) if file.exists() else f"comp train {name}"
+
+
+# --- starting and resuming -------------------------------------------------------------------------------------------
+
+
+def claim(name: str, cfg: Config, folds: Folds, command: str, replaced: Sequence[Path] = ()) -> None:
+    """Starts or resumes runs/<name>. `command`: resumes it. `replaced`: folders to move to the trash, after the last check."""
     from comp.engine.data import image_files
 
     folder = paths.run_folder(name)
-    _refuse_busy(fresh)
-    if fresh and _stays(folder, fresh):
-        _agree(name, cfg, folds, command)
-    for old in fresh:
+    _validate_unlocked(replaced)
+    if replaced and _remains(folder, replaced):
+        _validate_same_run(name, cfg, folds, command)
+    for old in replaced:
         if old.exists():
-            print(f"{paths.relative(old)} lies in {paths.relative(artifacts.move_to_trash(old))} now")
+            print(f"{paths.relative(old)} was moved to {paths.relative(artifacts.move_to_trash(old))}")
     with locks.lock(folder, "starting", wait=True):
-        # Without a finished file below there is nothing that could disagree, even if a kill left half a start behind.
-        begun = next(_finished(folder), None) is not None
-        images = ""
-        if begun:
-            images = _agree(name, cfg, folds, command)
-        _note_birth(folder, command, anew=not begun and not _same(folder, cfg, folds))
+        # Without a finished file below there is nothing to disagree with, even if a kill left half a start behind.
+        resumed = next(_finished_files(folder), None) is not None
+        images = _validate_same_run(name, cfg, folds, command) if resumed else ""
+        _record_start(folder, command, new=not resumed and not _is_same_start(folder, cfg, folds))
         file = folder / "config.yaml"
-        if begun and resolve.from_yaml(artifacts.verified(file)) == cfg:
+        if resumed and resolve.from_yaml(artifacts.verified(file)) == cfg:
             return
         artifacts.write_text(file, resolve.to_yaml(cfg))
-        made = input_hashes(cfg, folds) | {"images": images or image_files.record(cfg)}
-        artifacts.write_json(folder / "made_of.json", made)
+        inputs = input_hashes(cfg, folds) | {"images": images or image_files.record(cfg)}
+        artifacts.write_json(folder / "made_of.json", inputs)
         artifacts.add_to_manifest(file, folder / "made_of.json")
 
 
-def _finished(folder: Path) -> Iterator[Path]:
+def _finished_files(folder: Path) -> Iterator[Path]:
     """What was made under the config of a run: states and weights of folds, and members."""
     yield from folder.glob("seed*/fold*/manifest.json")
     yield from folder.glob("members/*/manifest.json")
 
 
-def _stays(folder: Path, fresh: Sequence[Path]) -> bool:
-    """Whether anything finished is left once `fresh` is in the trash."""
-    return any(not any(file.is_relative_to(old) for old in fresh) for file in _finished(folder))
+def _remains(folder: Path, replaced: Sequence[Path]) -> bool:
+    """Whether anything finished is left once `replaced` is in the trash."""
+    return any(not any(file.is_relative_to(old) for old in replaced) for file in _finished_files(folder))
 
 
-def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
-    """Whether a start that finished nothing, of which a kill may have left half, was a start of this."""
+def _is_same_start(folder: Path, cfg: Config, folds: Folds) -> bool:
+    """Whether a start that finished nothing, and that a kill may have interrupted, had the same inputs."""
     files = folder / "config.yaml", folder / "made_of.json"
     return (
         all(map(artifacts.manifest_entry, files))
@@ -73,58 +108,27 @@ def _same(folder: Path, cfg: Config, folds: Folds) -> bool:
     )
 
 
-def _note_birth(folder: Path, command: str, anew: bool) -> None:
-    """When a run began, which tells it from an earlier one of its name, and the last command that went on with it."""
-    file = folder / "birth.json"
-    born = {"at": time.time_ns(), "command": command}
-    if file.exists() and not anew:
-        born["at"] = artifacts.read_json(file)["at"]
-        if artifacts.read_json(file) == born:
+def _record_start(folder: Path, command: str, new: bool) -> None:
+    file = folder / "started.json"
+    record = {"at": time.time_ns(), "command": command}
+    if file.exists() and not new:
+        record["at"] = artifacts.read_json(file)["at"]
+        if artifacts.read_json(file) == record:
             return
-    artifacts.write_json(file, born)
+    artifacts.write_json(file, record)
 
 
-def validate_images(name: str, cfg: Config, fresh: Sequence[Path] = (), read: bool = True) -> None:
-    """Refuse to go on with a run whose image files are others now. A stat a file; `read`: they will be read, so none may be missing."""
-    from comp.engine.data import image_files
-
-    folder = paths.run_folder(name)
-    if not _stays(folder, fresh):
-        return
-    ways = _ways(name, resume_command(name))
-    now = image_files.compare(
-        cfg, artifacts.read_json(artifacts.verified(folder / "made_of.json", ways))["images"]
-    )
-    other = [*now.changed, *(now.missing if read else [])]
-    if other:
-        like = ", ".join(other[:LISTED]) + (", …" if len(other) > LISTED else "")
-        raise Refused(
-            f"runs/{name}: {len(other)} of its {now.files} image files are not those that it began with: {like}; old and new would be "
-            f"scored as one: put the old files back, or {ways}"
-        )
-    if now.missing:
-        print(
-            f"note: {len(now.missing)} image files of runs/{name} are missing, like {now.missing[0]}; they are not compared"
-        )
-    for count, what in ((now.touched, "bytes"), (now.sized, "size, and no image cache has hashed them")):
-        if count:
-            print(
-                f"note: {count} image files of runs/{name} have another mtime and the same {what}; it goes on"
-            )
+def _validate_unlocked(folders: Sequence[Path]) -> None:
+    for lock in (lock for folder in folders for lock in folder.rglob(".lock")):
+        if owner := locks.owner(lock.parent):
+            raise UserError("locked", what=owner, remedy="stop it first")
 
 
-def validate_name(name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise Refused(f"--as {name!r}: a name is made of letters, digits, _, - and .")
-    if paths.ensemble_folder(name).exists() or paths.path("configs", "ensembles", f"{name}.yaml").exists():
-        raise Refused(
-            f"{name}: is the name of an ensemble; a run needs another, or nobody could tell them apart"
-        )
+# --- the same inputs -------------------------------------------------------------------------------------------------
 
 
 def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
-    hooks = {hook: _text(hook) for hook in HOOKS if pages.get(hook) is not None}
-    labels = (
+    pseudo = (
         None
         if cfg.data.pseudo_labels is None
         else artifacts.manifest_entry(paths.pseudo_file(cfg.data.pseudo_labels))
@@ -132,72 +136,91 @@ def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
     return {
         "samples": folds.samples.hash,
         "folds": folds.hash,
-        "competition.py": hooks,
-        "pseudo": labels and labels["sha256"],
-        "teacher": {} if cfg.distill.teacher is None else _births(cfg.distill.teacher, folds),
+        "competition.py": {hook: _source_hash(hook) for hook in HOOKS if pages.get(hook) is not None},
+        "pseudo": pseudo and pseudo["sha256"],
+        "teacher": {} if cfg.distill.teacher is None else _teacher_ids(cfg.distill.teacher, folds),
     }
 
 
-def _births(teacher: str, folds: Folds) -> dict[str, str]:
-    """A run that was begun anew under its old name is another teacher."""
-    return {voice.run: run_id(voice.run) for voice in teachers.load(teacher, folds, "distill.teacher").voices}
+def _teacher_ids(teacher: str, folds: Folds) -> dict[str, str]:
+    """A run that was started again under its old name is another teacher."""
+    return {each.run: run_id(each.run) for each in teachers.load(teacher, folds, "distill.teacher").voices}
 
 
-def run_id(name: str) -> str:
-    """Tells a run from an earlier one of the same name, for services that never forget an id."""
-    file = paths.run_folder(name) / "birth.json"
-    return artifacts.digest(artifacts.read_json(file)["at"])[:6] if file.exists() else ""
+def _source_hash(hook: str) -> str:
+    """Of the whole module, since a hook may call anything in it."""
+    function = pages.get(hook)
+    assert function is not None
+    file = inspect.getsourcefile(function)
+    return hashlib.sha256(Path(file).read_bytes() if file and Path(file).exists() else b"").hexdigest()[:16]
 
 
-def resume_command(name: str) -> str:
-    """What goes on with a run: `comp train exp001 --as trial optim.lr=1e-4`."""
-    file = paths.run_folder(name) / "birth.json"
-    return str(artifacts.read_json(file)["command"]) if file.exists() else f"comp train {name}"
+def _remedy(name: str, command: str) -> str:
+    again = command if command.startswith("comp train ") else f"comp train {name}"
+    return f"use another name with --as NAME, or move the old run to the trash: {again} --fresh"
 
 
-def _ways(name: str, command: str) -> str:
-    whole = command if command.startswith("comp train ") else f"comp train {name}"
-    return (
-        f"either give this one a name with --as NAME, or move the whole old run to the trash: {whole} --fresh"
-    )
-
-
-def _agree(name: str, cfg: Config, folds: Folds, command: str) -> str:
-    """The record of its images, which validate_images compares."""
-    folder, ways = paths.run_folder(name), _ways(name, command)
-    old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", ways))
+def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> str:
+    """Against config and hashes of the start. Returns the record of the images, which validate_images compares."""
+    folder, remedy = paths.run_folder(name), _remedy(name, command)
+    old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", remedy))
     if changed := resolve.diff(old, cfg):
-        raise Refused(
-            f"runs/{name} was trained with another config; {ways}",
-            *(f"  {key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items()),
+        values = [(key, f"was trained with {then!r}, now {now!r}") for key, (then, now) in changed.items()]
+        *more, last = [
+            UserError("run-differs", where=f"runs/{name}", key=key, what=what) for key, what in values
+        ]
+        raise joined(
+            [*more, UserError("run-differs", where=last.where, key=last.key, what=last.what, remedy=remedy)]
         )
-    then, now = (
-        artifacts.read_json(artifacts.verified(folder / "made_of.json", ways)),
-        input_hashes(cfg, folds),
-    )
-    what = {
+    then = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))
+    now = input_hashes(cfg, folds)
+    inputs = {
         "samples": "another data/samples.parquet",
         "folds": "other folds",
         "competition.py": "another comp/competition.py",
         "teacher": f"another {cfg.distill.teacher}",
         "pseudo": f"another data/pseudo/{cfg.data.pseudo_labels}.parquet",
     }
-    if differ := [words for key, words in what.items() if then.get(key) != now[key]]:
-        raise Refused(
-            f"runs/{name} was trained with {', '.join(differ)}: its rows and scores would not compare; {ways}"
-        )
+    if differing := [what for key, what in inputs.items() if then.get(key) != now[key]]:
+        what = f"was trained with {', '.join(differing)}, so its scores are not comparable"
+        raise UserError("run-differs", where=f"runs/{name}", what=what, remedy=remedy)
     return str(then["images"])
 
 
-def _refuse_busy(folders: Sequence[Path]) -> None:
-    for lock in (lock for folder in folders for lock in folder.rglob(".lock")):
-        if who := locks.owner(lock.parent):
-            raise Refused(f"{who}; end that first")
+def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read: bool = True) -> None:
+    """Refuses to resume a run whose image files have changed. Costs a stat per file. `read`: they will be read, so a missing file is
+    an error as well."""
+    from comp.engine.data import image_files
+
+    folder = paths.run_folder(name)
+    if not _remains(folder, replaced):
+        return
+    remedy = _remedy(name, resume_command(name))
+    started_with = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))["images"]
+    now = image_files.compare(cfg, started_with)
+    other = [*now.changed, *(now.missing if read else [])]
+    if other:
+        listed = ", ".join(other[:LISTED]) + (", …" if len(other) > LISTED else "")
+        raise UserError(
+            "images-differ",
+            where=f"runs/{name}",
+            what=f"{len(other)} of its {now.files} image files have changed since it was started: {listed}",
+            remedy=f"restore the old files, or {remedy}",
+        )
+    if now.missing:
+        print(
+            f"note: runs/{name}: {len(now.missing)} image files are missing, like {now.missing[0]}; not compared"
+        )
+    for count, what in ((now.touched, "bytes"), (now.sized, "size, and no image cache has hashed them")):
+        if count:
+            print(
+                f"note: runs/{name}: {count} image files have another mtime and the same {what}; it is resumed"
+            )
 
 
-def _text(hook: str) -> str:
-    """The source of the whole module, since a hook may call anything in it."""
-    function = pages.get(hook)
-    assert function is not None
-    file = inspect.getsourcefile(function)
-    return hashlib.sha256(Path(file).read_bytes() if file and Path(file).exists() else b"").hexdigest()[:16]
+def validate_uncached_images(name: str, cfg: Config, images: cache.Images) -> None:
+    """Before each fold. Images in the cache cannot change while a process has it open, files can."""
+    from comp.engine.data import cache
+
+    if isinstance(images, cache.UncachedImages):
+        validate_images(name, cfg)

@@ -1,8 +1,7 @@
-"""Jobs side by side: on this machine, one a GPU or several on the CPU, or over a Ray cluster. What a job is, and how it is begun,
-followed and stopped, is the same for both; they differ in who starts it.
+"""Runs jobs in parallel: on this machine, one a GPU or several on the CPU, or on a Ray cluster.
 
-A job is a call of `leashed.py` in a process of its own. It may run twice (a machine dies, its job starts elsewhere), so whatever
-it does says "done" last. The project's folder must lie at the same place on all machines, on a disk that they share.
+A job is a call of comp/engine/worker.py in a process of its own. It may run twice (a machine dies, its job starts elsewhere), so it
+has to write its "done" last. The project's folder must have the same path on all machines, on a disk that they share.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Protocol
@@ -21,112 +21,141 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from comp.engine import hardware
-from comp.engine.errors import Refused
-from comp.engine.store import locks, paths
+from comp.engine.errors import UserError, joined
+from comp.engine.store import locks, paths, process
 
-LOOK = 0.3  # seconds between two looks whether Ctrl+C was pressed
-LAST = 20  # lines of a job that failed which are shown: all of a traceback, or the one line of a refusal
+POLL = 0.3  # seconds between two checks for Ctrl+C
+LAST_LINES = 20  # of a failed job's output that are shown: all of a traceback, or the one line of a UserError
 
 
 class Job(NamedTuple):
     name: str
-    call: str  # one of leashed.CALLS
-    given: dict[str, Any]
+    function: str  # of worker.FUNCTIONS
+    arguments: dict[str, Any]  # JSON
 
 
 class JobResult(NamedTuple):
     code: int
-    last: list[str]
+    last_lines: list[str]
 
 
 class Executor(Protocol):
     size: int  # jobs that run at a time
     machines: int
 
-    def begin(self, job: Job) -> Future[JobResult]: ...
+    def submit(self, job: Job) -> Future[JobResult]: ...
     def interrupt(self) -> None:
-        """The signal that we got, for every job; those that wait do not begin."""
+        """Send the signal that this process received to every running job; waiting jobs do not start."""
+
+
+def validate_options(on: str | None, *, profile: bool, limited: bool) -> None:
+    """`limited`: --time-limit"""
+    if on is None:
+        return
+    unfit = {"--profile": profile, "--time-limit": limited, "torchrun": hardware.world_size() > 1}
+    for option in [option for option, given in unfit.items() if given]:
+        what = "works for folds that are trained one after the other"
+        raise UserError("options-exclusive", where=f"{option} with --on", what=what, remedy="leave --on out")
+
+
+def new_queue() -> str:
+    """An id for jobs of one call: a job that starts again takes over its own lock (see locks.lock)."""
+    return f"{process.own_id()}-{time.time_ns()}"
 
 
 def print_line(line: str) -> None:
-    """Above a bar, if there is one."""
+    """Above the progress bar, if there is one."""
     tqdm.write(line, end="")
 
 
-def run_jobs(jobs: list[Job], executor: Executor, stop: hardware.Stop, look: Callable[[int], object]) -> None:
-    """All of them; `look` hears again and again how many are left. The first that fails stops the others, which keep what they have."""
+def run_jobs_with_progress(
+    jobs: list[Job], executor: Executor, stop: hardware.Stop, title: str, unit: str, progress: bool
+) -> None:
+    quiet = None if progress else True
+    with tqdm(total=len(jobs), desc=title, unit=unit, disable=quiet, leave=False) as bar:
+        run_jobs(jobs, executor, stop, lambda left: bar.update(len(jobs) - left - bar.n))
+
+
+def run_jobs(
+    jobs: list[Job], executor: Executor, stop: hardware.Stop, on_progress: Callable[[int], object]
+) -> None:
+    """All of them. `on_progress` is called every POLL seconds with the number of unfinished jobs. When one fails, the others are
+    interrupted, which save their state."""
     with stop.listening():
-        _out(jobs, executor, stop, look)
+        _run_jobs(jobs, executor, stop, on_progress)
 
 
-def _out(jobs: list[Job], executor: Executor, stop: hardware.Stop, look: Callable[[int], object]) -> None:
-    running = {executor.begin(job): job for job in jobs}
-    failed: list[str] = []
-    told = False
+def _run_jobs(
+    jobs: list[Job], executor: Executor, stop: hardware.Stop, on_progress: Callable[[int], object]
+) -> None:
+    running = {executor.submit(job): job for job in jobs}
+    failed: list[UserError] = []
+    interrupted = False
     while running:
         try:
-            done, _ = wait(running, LOOK, FIRST_COMPLETED)
+            done, _ = wait(running, POLL, FIRST_COMPLETED)
         except KeyboardInterrupt:  # for the second time
             executor.interrupt()
             raise
-        look(len(running))
+        on_progress(len(running))
         for future in done:
             job = running.pop(future)
-            if future.cancelled() or (ended := future.result()).code in (0, *hardware.STOPPED) or stop.asked:
+            if future.cancelled() or (result := future.result()).code in (0, *hardware.STOPPED) or stop.asked:
                 continue
-            failed = failed or [f"{job.name} failed:", *ended.last]
-        if (stop.asked or failed) and not told:
-            told = True
+            if not failed:
+                lines = [UserError("job-failed", what=line) for line in result.last_lines]
+                failed = [UserError("job-failed", where=job.name, what="failed"), *lines]
+        if (stop.asked or failed) and not interrupted:
+            interrupted = True
             executor.interrupt()
     if failed:
-        raise Refused(*failed)
+        raise joined(failed)
     if stop.asked:
-        raise hardware.Stopped("every job keeps what it has")
+        raise hardware.Stopped("every job has saved its state")
 
 
 def run_job(
     job: Job,
     root: str,
-    extra: dict[str, str],
-    say: Callable[[str], None] = print_line,
-    begun: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+    environment: dict[str, str],
+    on_line: Callable[[str], None] = print_line,
+    on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
 ) -> JobResult:
-    """Start one job's process, show what it says, wait for it. It holds on to our end of its standard input: when this
-    process dies, by whatever, the job dies too, and may begin elsewhere."""
+    """Starts a process for a job, passes its output on, and waits for it. This process holds the other end of its standard input:
+    when it dies, for whatever reason, the job ends as well and may start elsewhere."""
     with subprocess.Popen(
-        [sys.executable, "-m", "comp.engine.worker", job.call, json.dumps(job.given)],
+        [sys.executable, "-m", "comp.engine.worker", job.function, json.dumps(job.arguments)],
         cwd=root,
-        env=os.environ | {"COMP_ROOT": root} | extra,
+        env=os.environ | {"COMP_ROOT": root} | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # the terminal's Ctrl+C reaches us alone, and we pass it on
+        start_new_session=True,  # the terminal's Ctrl+C reaches this process alone, which passes it on
     ) as process:
-        begun(process)
-        last: list[str] = []
+        on_start(process)
+        last_lines: list[str] = []
         assert process.stdout is not None
         while True:
             try:
                 for line in process.stdout:
-                    say(line)
-                    last = [*last, line.rstrip()][-LAST:]
+                    on_line(line)
+                    last_lines = [*last_lines, line.rstrip()][-LAST_LINES:]
                 break
-            except KeyboardInterrupt:  # how Ray cancels
+            except KeyboardInterrupt:  # how Ray cancels a task
                 process.send_signal(signal.SIGINT)
-        return JobResult(process.wait(), last)
+        return JobResult(process.wait(), last_lines)
 
 
-def make_executor(on: str, threads: int, say: Callable[[str], None] = print_line) -> Executor:
-    """`local`, `local:4` or `ray`. What jobs say goes to `say`; from other machines Ray brings it here by itself."""
+def make_executor(on: str, threads: int, on_line: Callable[[str], None] = print_line) -> Executor:
+    """`on`: local, local:4 or ray. `on_line` gets the output of local jobs; that of other machines Ray prints itself."""
     kind, colon, count = on.partition(":")
     if kind == "ray" and not colon:
         return RayExecutor(threads)
     if kind != "local" or (colon and not (count.isdigit() and int(count) > 0)):
-        raise Refused(
-            f"--on {on}: wants local (one job a GPU, or as many as the cores allow), local:N, or ray"
-        )
-    return LocalExecutor(threads, int(count) if count else None, say)
+        what = "must be local (one job a GPU, or as many as the cores allow), local:N, or ray"
+        raise UserError("option-invalid", where=f"--on {on}", what=what)
+    return LocalExecutor(threads, int(count) if count else None, on_line)
 
 
 class LocalExecutor:
@@ -134,96 +163,97 @@ class LocalExecutor:
 
     machines = 1
 
-    def __init__(self, threads: int, count: int | None, say: Callable[[str], None]):
+    def __init__(self, threads: int, count: int | None, on_line: Callable[[str], None]):
         import torch
 
         gpus = torch.cuda.device_count()
         self.size = count or gpus or max(1, hardware.cores() // threads)
-        self._say = say
-        self._slots: queue.Queue[dict[str, str]] = queue.Queue()
+        self._on_line = on_line
+        self._environments: queue.Queue[dict[str, str]] = queue.Queue()  # of the jobs that may run now
         for i in range(self.size):
-            self._slots.put({"CUDA_VISIBLE_DEVICES": _visible(i % gpus)} if gpus else {})
+            self._environments.put({"CUDA_VISIBLE_DEVICES": _gpu(i % gpus)} if gpus else {})
         self._pool = ThreadPoolExecutor(self.size)
         self._processes: list[subprocess.Popen[str]] = []
-        self._waiting: list[Future[JobResult]] = []
+        self._futures: list[Future[JobResult]] = []
         self._stopped = False
 
-    def begin(self, job: Job) -> Future[JobResult]:
-        self._waiting.append(self._pool.submit(self._carry, job))
-        return self._waiting[-1]
+    def submit(self, job: Job) -> Future[JobResult]:
+        self._futures.append(self._pool.submit(self._run, job))
+        return self._futures[-1]
 
-    def _carry(self, job: Job) -> JobResult:
-        slot = self._slots.get()
+    def _run(self, job: Job) -> JobResult:
+        environment = self._environments.get()
         try:
-            return run_job(job, str(paths.root()), slot, self._say, self._begun)
+            return run_job(job, str(paths.root()), environment, self._on_line, self._started)
         finally:
-            self._slots.put(slot)
+            self._environments.put(environment)
 
-    def _begun(self, process: subprocess.Popen[str]) -> None:
+    def _started(self, process: subprocess.Popen[str]) -> None:
         self._processes.append(process)
         if self._stopped:
             process.send_signal(hardware.received())
 
     def interrupt(self) -> None:
         self._stopped = True
-        for future in self._waiting:
+        for future in self._futures:
             future.cancel()
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(hardware.received())
+        for started in self._processes:
+            if started.poll() is None:
+                started.send_signal(hardware.received())
 
 
 class RayExecutor:
-    """Ray picks the machine, and begins a job again when its machine dies."""
+    """Ray picks the machine, and starts a job again when its machine dies."""
 
     def __init__(self, threads: int):
         try:
             import ray
         except ImportError:
-            raise Refused("--on ray: needs the extra ray: pip install ray") from None
+            what, remedy = "the package ray is not installed", "pip install ray"
+            raise UserError("package-missing", where="--on ray", what=what, remedy=remedy) from None
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=os.environ.get("RAY_ADDRESS", "auto"), logging_level=logging.ERROR, log_to_driver=True
             )
         except ConnectionError:
-            raise Refused(
-                "--on ray: no cluster found; ray start --head here, and ray start --address=… on the other machines"
-            ) from None
-        signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits with 15
+            remedy = "ray start --head here, and ray start --address=… on the other machines"
+            raise UserError("no-cluster", where="--on ray", what="no Ray cluster", remedy=remedy) from None
+        signal.signal(signal.SIGTERM, before)  # ray.init installs a handler that exits with 15
         self._ray = ray
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self.machines = len({node["NodeManagerAddress"] for node in nodes})
         gpus, cpus = (int(sum(n["Resources"].get(kind, 0) for n in nodes)) for kind in ("GPU", "CPU"))
         self.size = max(1, gpus or cpus // threads)
-        # A dead machine's jobs begin again without end; a job that fails by itself does not.
         needs = {"num_cpus": 1 if gpus else threads, "num_gpus": 1 if gpus else 0}
+        # Jobs of a machine that died start again without limit; a job that fails by itself does not.
         self._options = {**needs, "max_retries": -1}
-        self._carry = ray.remote(run_job)
-        self._begun: list[Any] = []
+        self._run_job = ray.remote(run_job)
+        self._tasks: list[Any] = []
 
-    def begin(self, job: Job) -> Future[JobResult]:
-        passed = {locks.STEAL: os.environ.get(locks.STEAL, "")}
-        self._begun.append(
-            self._carry.options(name=job.name, **self._options).remote(job, str(paths.root()), passed)
+    def submit(self, job: Job) -> Future[JobResult]:
+        environment = {locks.STEAL: os.environ.get(locks.STEAL, "")}
+        task = self._run_job.options(name=job.name, **self._options).remote(
+            job, str(paths.root()), environment
         )
+        self._tasks.append(task)
         future: Future[JobResult] = Future()
-        self._begun[-1].future().add_done_callback(lambda found: future.set_result(self._ended(found)))
+        task.future().add_done_callback(lambda finished: future.set_result(self._result(finished)))
         return future
 
-    def _ended(self, found: Future[JobResult]) -> JobResult:
-        error = found.exception()
+    def _result(self, finished: Future[JobResult]) -> JobResult:
+        error = finished.exception()
         if error is None:
-            return found.result()
+            return finished.result()
         cancelled = isinstance(error, self._ray.exceptions.TaskCancelledError)
-        return JobResult(130 if cancelled else 1, str(error).splitlines()[-LAST:])
+        return JobResult(130 if cancelled else 1, str(error).splitlines()[-LAST_LINES:])
 
     def interrupt(self) -> None:
-        for reference in self._begun:
-            self._ray.cancel(reference, force=False)
+        for task in self._tasks:
+            self._ray.cancel(task, force=False)
 
 
-def _visible(number: int) -> str:
-    """Of the GPUs that this process may use."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[number] if named else str(number)
+def _gpu(index: int) -> str:
+    """The name of the index-th GPU that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)

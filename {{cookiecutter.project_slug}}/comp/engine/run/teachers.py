@@ -51,6 +51,11 @@ class TeacherEnsemble(NamedTuple):
     space: str  # where they meet
 
 
+def validate(cfg: Config, folds: Folds) -> None:
+    if cfg.distill.teacher is not None:
+        load(cfg.distill.teacher, folds, "distill.teacher")
+
+
 def load(name: str, folds: Folds, where: str) -> TeacherEnsemble:
     """`where`: the knob or verb that named them, for what is refused."""
     folder = paths.ensemble_folder(name)

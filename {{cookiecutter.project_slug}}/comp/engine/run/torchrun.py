@@ -75,12 +75,12 @@ def run_worker() -> int:
 
 def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
     from comp import train
-    from comp.engine.run import distributed, pseudo_rows, runner, tracking
+    from comp.engine.run import distributed, loading, pseudo_rows, tracking
 
     cfg = Config.model_validate(order["config"])
     hardware.set_threads(cfg.train.threads)
     if context is None or context.cfg != cfg:
-        context = runner.gather(cfg)
+        context = loading.load_context(cfg)
     with tempfile.TemporaryDirectory(prefix="comp-") as scratch:
         folder = Path(scratch)
         log = tracking.RunLogger(folder, tracking.NoWandb(), [])

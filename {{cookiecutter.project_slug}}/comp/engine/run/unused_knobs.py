@@ -1,8 +1,7 @@
-"""Knobs that somebody set and that another knob makes idle: said by name, before a run. Where a knob cannot be meant at all it is refused."""
+"""Knobs that were set explicitly and have no effect, because of another knob: reported before a run."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from comp.engine.config import resolve
@@ -11,7 +10,7 @@ from comp.engine.config.schema import Config
 
 CYCLIC = ("cosine_restarts", "triangular", "exp_range")
 CYCLING = ("one_cycle", "triangular", "exp_range")
-SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
+SCHEDULES = {  # knob of `schedule` -> the schedules that use it
     "min_lr_ratio": ("linear", "plateau", "cosine", *CYCLIC, "one_cycle", "wsd"),
     "step_size": ("step",),
     "factor": ("step", "plateau"),
@@ -25,32 +24,30 @@ SCHEDULES = {  # knob of `schedule` -> the schedules that look at it
     "momentum": CYCLING,
     "cooldown": ("wsd",),
 }
-DEFAULTS = ("configs/base.yaml:", "configs/debug.yaml:")  # nobody's wish for this experiment
+DEFAULTS = ("configs/base.yaml:", "configs/debug.yaml:")  # not set for this experiment
 
 
-def warn(loaded: Loaded) -> Config:
-    for line in lines(loaded):
-        print(line, file=sys.stderr)
-    return loaded.config
-
-
-def lines(loaded: Loaded) -> list[str]:
+def messages(loaded: Loaded) -> list[str]:
+    """One line per knob, with the file and line where it is set."""
     values = resolve.flatten(loaded.config.model_dump())
     out = []
-    for key, why in _idle(loaded.config):
+    for key, reason in _unused(loaded.config):
         origin = loaded.origins.get(key, DEFAULTS[0])
         if not origin.startswith(DEFAULTS) and values.get(key) is not None:
-            out.append(f"{origin}: {key}: {values[key]} has no effect {why}")
+            out.append(f"{origin}: {key}: {values[key]} has no effect {reason}")
     return out
 
 
-def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
+def _unused(cfg: Config) -> Iterator[tuple[str, str]]:
     name = cfg.schedule.name
     for knob, names in SCHEDULES.items():
-        if name not in names and not cfg.snapshots.cycles:  # those bring a schedule of their own
-            yield f"schedule.{knob}", f"with schedule.name: {name}; {', '.join(names)} looks at it"
+        if name not in names and not cfg.snapshots.cycles:  # snapshots have a schedule of their own
+            yield f"schedule.{knob}", f"with schedule.name: {name}; it is used by {', '.join(names)}"
     if name in CYCLING and cfg.schedule.momentum is not None:
-        yield "optim.momentum", f"while {name} cycles it; schedule.momentum: null lets it be"
+        yield (
+            "optim.momentum",
+            f"with schedule.name: {name}, which cycles the momentum; schedule.momentum: null keeps it constant",
+        )
     if cfg.distill.teacher is None:
         for knob in ("kind", "temperature", "weight"):
             yield f"distill.{knob}", "without distill.teacher"

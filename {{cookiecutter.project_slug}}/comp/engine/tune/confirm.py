@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from comp.engine import hardware
 from comp.engine.bank import bank, predictions, score
 from comp.engine.errors import Refused
-from comp.engine.run import fingerprint, runner
+from comp.engine.run import execute, loading
 from comp.engine.store import artifacts, paths
 from comp.engine.tune import report
 from comp.engine.tune.confirmed import fresh, spread
@@ -35,15 +35,11 @@ def confirm(joined: Joined, n: int) -> None:
     for trial in chosen:
         cfg = config_of(joined, setting_of(joined.space, trial))
         name = name_of(joined, trial)
-        fingerprint.validate_images(name, cfg)
-        context = runner.gather(cfg)
-        fingerprint.claim(
-            name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}"
-        )
+        context = loading.start_run(name, cfg, f"comp tune {joined.experiment} --space {joined.space.name}")
         values: list[float] = []
         for seed in fresh(joined):
             for number in range(count_of(joined)):
-                runner.one_fold(context, name, seed, number, stop=stop, search=True)
+                execute.run_fold(context, name, seed, number, stop=stop, search=True)
                 if stop.asked:
                     raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
             values.append(_score(joined, context, name, seed))

@@ -41,7 +41,7 @@ def write(joined: Joined) -> list[Path]:
             settings=joined.cfg.track,
         ) as log:
             for image in images:
-                log.sheet(image.stem, image)
+                log.image(image.stem, image)
             best = ranked(joined, done)[0]
             log.summary(
                 {"best_trial": best.number, "best_value": best.values[0], **setting_of(joined.space, best)}

@@ -16,7 +16,7 @@ from comp.engine import hardware
 from comp.engine.bank import bank, predictions, score
 from comp.engine.config.schema import Config
 from comp.engine.errors import Refused, UserError
-from comp.engine.run import fingerprint, runner, tracking
+from comp.engine.run import execute, loading, tracking
 from comp.engine.store import artifacts, paths
 from comp.engine.tune import live
 from comp.engine.tune.space import Setting, applied
@@ -102,9 +102,7 @@ def objective(
     joined: Joined, trial: Trial, setting: Setting, stop: hardware.Stop, until: float
 ) -> tuple[list[float], dict[str, Any]]:
     cfg, name = config_of(joined, setting), name_of(joined, trial)
-    fingerprint.validate_images(name, cfg)
-    context = runner.gather(cfg)
-    fingerprint.claim(name, cfg, context.folds, f"comp tune {joined.experiment} --space {joined.space.name}")
+    context = loading.start_run(name, cfg, f"comp tune {joined.experiment} --space {joined.space.name}")
     folder = paths.run_folder(name)
     (folder / "error.txt").unlink(missing_ok=True)
     log_file = folder / "log.jsonl"
@@ -123,7 +121,7 @@ def objective(
         for number in range(count_of(joined)):
             watch.begin(number)
             # A successor has the run's folder because its predecessor is dead, or was silent for minutes: the same job.
-            runner.one_fold(
+            execute.run_fold(
                 context,
                 name,
                 cfg.train.seeds[0],
