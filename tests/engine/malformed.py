@@ -46,11 +46,11 @@ def of_any(number: int) -> str:
 
 def field_missing(number: int) -> Broken:
     file = of_any(number)
-    return with_row(file, number, lambda row: row[:-1], "fields, where the first line names")
+    return with_row(file, number, lambda row: row[:-1], "fields, where the first line has")
 
 
 def field_too_many(number: int) -> Broken:
-    return with_row(of_any(number), number, lambda row: [*row, "x"], "fields, where the first line names")
+    return with_row(of_any(number), number, lambda row: [*row, "x"], "fields, where the first line has")
 
 
 def id_twice(number: int) -> Broken:
@@ -107,7 +107,7 @@ def not_utf8(number: int) -> Broken:
 def column_twice(number: int) -> Broken:
     file = of_any(number)
     rows = [[*row, row[0]] for row in TABLES[file]]
-    return Broken(file, text(rows), f"{file}:1", "stands there twice")
+    return Broken(file, text(rows), f"{file}:1", "is there twice")
 
 
 def column_renamed(number: int) -> Broken:
@@ -155,7 +155,7 @@ def json_broken(number: int) -> Broken:
     lines = [json.dumps(dict(zip(TRAIN[0], row, strict=True))) for row in TRAIN[1:]]
     at = number * 3 % ROWS
     lines[at] = lines[at][: -2 - number % 9]
-    return Broken("train.jsonl", "\n".join(lines).encode(), f"train.jsonl:{at + 1}", "is broken json")
+    return Broken("train.jsonl", "\n".join(lines).encode(), f"train.jsonl:{at + 1}", "invalid json")
 
 
 KINDS: tuple[Callable[[int], Broken], ...] = (

@@ -81,7 +81,7 @@ def test_an_array_with_any_header(raw: Path, capsys: pytest.CaptureFixture[str],
     whole, broken = (raw / "b.npy").read_bytes(), ARRAYS[kind]
     (raw / "b.npy").write_bytes(broken)
     (line,) = said(capsys)
-    assert line.startswith("data/raw/train.csv:3: image b.npy: no whole array") and "0x" not in line
+    assert line.startswith("data/raw/train.csv:3: image b.npy: no complete array") and "0x" not in line
     (raw / "b.npy").write_bytes(whole)
 
     table = (raw / "train.csv").read_text()
@@ -91,14 +91,14 @@ def test_an_array_with_any_header(raw: Path, capsys: pytest.CaptureFixture[str],
         (raw / "x.npy").write_bytes(broken)
         (raw / "train.csv").write_text(table.replace("b.npy", named))
         (line,) = said(capsys)
-        assert line.startswith(f"data/raw/{named.split('/')[0]}: damaged")
+        assert line.startswith(f"data/raw/{named.split('/')[0]}: is damaged")
     (raw / "train.csv").write_text(table)
 
     declared = raw.parents[1] / "configs" / "competition.yaml"
     for name in ("x.npy", "x.npz"):
         declared.write_text(DECLARED.replace("table: train.csv", f"table: {name}"))
         (line,) = said(capsys)
-        assert line.startswith(f"data/raw/{name}: no whole array")
+        assert line.startswith(f"data/raw/{name}: no complete array")
 
 
 def test_a_zip_that_says_too_little_of_a_member(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_a_zip_that_says_too_little_of_a_member(raw: Path, capsys: pytest.Captur
         packed.writestr("b.npy", out.getvalue()[:-9])
     (raw / "train.csv").write_text((raw / "train.csv").read_text().replace("b.npy", "x.npz/b"))
     (line,) = said(capsys)
-    assert line.startswith("data/raw/x.npz: damaged") and "256 bytes, where 247 follow" in line
+    assert line.startswith("data/raw/x.npz: is damaged") and "256 bytes, and 247 follow" in line
 
 
 def test_a_link_that_leads_to_itself(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -376,7 +376,7 @@ def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: P
         assert record.read_bytes() == whole
     record.unlink()
     replaced(files(trained, "train", 1))
-    assert f"data/images/{record.name}: gone" in refusal(
+    assert f"data/images/{record.name}: missing" in refusal(
         lambda: fingerprint.validate_images("exp001", config())
     )
 

@@ -112,7 +112,7 @@ def test_json_of_every_shape(empty: Path, shape: str) -> None:
     assert table.frame["images"].iloc[1].tolist() == ["a/1.png"]
     assert table.heads[0].classes == ("7", "8")
     put(empty, "train.json", json.dumps(text)[:-3])
-    assert "data/raw/train.json:1: is broken json" in refused()
+    assert "data/raw/train.json:1: invalid json" in refused()
 
 
 def archive(kind: str, prefix: str) -> bytes:
@@ -212,7 +212,7 @@ def test_arrays_by_their_declared_range(empty: Path) -> None:
     ramp = np.linspace(-1, 1, 256).reshape(16, 16)
     np.save(empty / "data.npy", ramp)
     put(empty, "a.npy", (empty / "data.npy").read_bytes())
-    with pytest.raises(DamagedImage, match=r"numbers from -1 to 1: say competition\.pixels\.range"):
+    with pytest.raises(DamagedImage, match=r"numbers from -1 to 1; set competition\.pixels\.range"):
         made("a.npy")
     whole = made("a.npy", pixel_format=decode.arrays.PixelFormat(-1.0, 1.0))[:, :, 0]
     assert np.array_equal(whole, np.rint((ramp + 1) / 2 * 255))
@@ -268,7 +268,7 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
         pixels = made("x.dcm").ravel()
         assert [pixels[0], pixels[-1]] == [first, 255 - first]
     put(empty, "x.dcm", out.getvalue()[:-200])
-    with pytest.raises(DamagedImage, match="broken DICOM"):
+    with pytest.raises(DamagedImage, match="damaged DICOM"):
         made("x.dcm")
     gdcm = pytest.importorskip("gdcm")  # JPEG Lossless, as most hospitals pack them
     put(empty, "x.dcm", out.getvalue())

@@ -106,7 +106,7 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
     )
     capsys.readouterr()
     again = opened(prepared())
-    assert ": 1 pictures of 16 px" in capsys.readouterr().out and again[11].argmax(axis=2).max() == 0
+    assert ": 1 images of 16 px" in capsys.readouterr().out and again[11].argmax(axis=2).max() == 0
     assert not check.check(config(experiment="base"))
 
 

@@ -244,11 +244,11 @@ def test_absent_columns_are_named_with_the_nearest(empty: Path) -> None:
 
 
 ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
-    "short row": ("id,label\na,1\nb\n", {}, "train.csv:3: 1 fields, where the first line names 2 columns"),
+    "short row": ("id,label\na,1\nb\n", {}, "train.csv:3: 1 fields, where the first line has 2 columns"),
     "long row": ("id,label\na,1,1\n", {}, "train.csv:2: 3 fields, where"),
-    "a column twice": ("id,label,id\na,1,b\n", {}, "train.csv:1: the column 'id' stands there twice"),
+    "a column twice": ("id,label,id\na,1,b\n", {}, "train.csv:1: the column 'id' is there twice"),
     "not UTF-8": (b"id,label\na,1\n\xff,2\n", {}, "train.csv:3: is not UTF-8"),
-    "an open quote": ('id,label\n"a,1\nb,2\n', {}, "train.csv:2: the row that begins here is broken"),
+    "an open quote": ('id,label\n"a,1\nb,2\n', {}, "train.csv:2: the row that begins here is damaged"),
     "no rows": ("id,label\n", {}, "train.csv: holds no rows"),
     "no bytes": ("", {}, "train.csv: empty"),
     "lines are lines of the file": (

@@ -63,7 +63,7 @@ def test_a_sample_in_an_archive_is_written_like_any_other(empty: Path, inside: s
     stand(table, {"label": np.log(0.1 + 0.8 * np.eye(2)[truth])}, {"label": logits([[0.1, 0.9], [0.9, 0.1]])})
     assert written() == ["id,label", "1,b", "2,a"]
     put(empty, "train.csv.gz", gzip.compress(b"id,label\n07,a\n")[:-6])
-    assert "data/raw/train.csv.gz: damaged, cannot be opened" in refused()
+    assert "data/raw/train.csv.gz: is damaged and cannot be opened" in refused()
 
 
 def test_cells_of_parquet_are_the_text_that_a_csv_would_have(empty: Path) -> None:
@@ -148,7 +148,7 @@ def test_labels_and_pictures_in_arrays(empty: Path) -> None:
     assert [int(opened(table)[i].max()) for i in (0, 5, 6)] == [0, 5, 3]
     declare(empty, train={"table": "imgs.npz", "image": "{key}"})
     assert refused() == (
-        "data/raw/imgs.npz: holds no table but arr_0 (6, 16, 16); arrays of one dimension and one length are columns"
+        "data/raw/imgs.npz: holds arr_0 (6, 16, 16); columns are arrays of one dimension and of the same length"
     )
 
 

@@ -1,4 +1,4 @@
-"""Archives that mean harm: nothing is written outside, nothing runs, nothing is left half done."""
+"""Hostile archives: nothing is written outside of the folder, nothing runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import unpack
 
 Build = Callable[[Path], Path]
@@ -116,8 +116,8 @@ def inside(build: Build) -> Build:
     return outer
 
 
-def lying_size(data: bytes) -> bytes:
-    """The directory says one byte where 30 MB come."""
+def wrong_size(data: bytes) -> bytes:
+    """The directory declares one byte instead of 30 MB."""
     at = data.rindex(b"PK\1\2")
     return data[: at + 24] + struct.pack("<I", 1) + data[at + 28 :]
 
@@ -160,7 +160,7 @@ HOSTILE: dict[str, Build] = {
     "zip fifo": zip_of("a", external_attr=(stat.S_IFIFO | 0o777) << 16),
     "zip encrypted": changed(zip_of("a"), lambda data: data[:6] + b"\1" + data[7:data.rindex(b"PK\1\2") + 8] + b"\1" + data[data.rindex(b"PK\1\2") + 9 :]),
     "zip bomb": zip_of("a", data=BOMB),
-    "zip bomb, lying": changed(zip_of("a", data=BOMB), lying_size),
+    "zip bomb, wrong size": changed(zip_of("a", data=BOMB), wrong_size),
     "zip overlapping": changed(zip_of("a", "b"), overlapping),
     "zip nested deep": nested(6),
     "zip in zip ..": inside(zip_of("../../evil")),
@@ -207,9 +207,9 @@ def test_hostile(empty: Path, build: Build) -> None:
     archive = build(made)
     target = empty / "place" / "raw"
     before, marks = everything(empty), [Path("/tmp/evil").exists(), os.listdir("/")]
-    with pytest.raises((Refused, unpack.DamagedArchive)) as refused:
+    with pytest.raises((UserError, unpack.DamagedArchive)) as caught:
         unpack.unpack(archive, target, 1_000_000, lambda size: False)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == 1
     outside = {
         name for name in everything(empty) - before if not name.startswith("place/raw") and name != "place"
     }
@@ -223,7 +223,7 @@ def test_hostile(empty: Path, build: Build) -> None:
 
 
 @pytest.mark.parametrize("build", BROKEN.values(), ids=BROKEN)
-def test_broken_bytes_are_told_from_evil_ones(empty: Path, build: Build) -> None:
+def test_damage_has_a_type_of_its_own(empty: Path, build: Build) -> None:
     made = empty / "made"
     made.mkdir()
     with pytest.raises(unpack.DamagedArchive):

@@ -66,7 +66,7 @@ def download(cfg: Config, ceiling: int | None = None) -> None:
 
 def _fetched(slug: str, folder: Path, progress: bool) -> Path:
     archive = kaggle.download(slug, folder, progress and sys.stderr.isatty())
-    if unpack.kind(archive) is None:
+    if unpack.archive_type(archive) is None:
         raise Refused(
             f"{paths.relative(archive)}: is no archive that comp knows; unpack it into data/raw by hand"
         )

@@ -1,11 +1,11 @@
-"""Pictures that are pixel_format: .npy bytes, DICOM, and TIFF whose pages or bands are channels, to grey levels by a rule that one declares.
+"""Images that are arrays of numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels. Numbers become grey levels by
+one declared rule.
 
-`competition.pixels.range: [low, high]` says which numbers become 0 and the brightest level. Without it: uint8 as it is, uint16 its
-high byte (as in PNG), DICOM by the window that stands in the file, else from its lowest to its highest pixel; anything else is
-refused.
+`competition.pixels.range: [low, high]`: the numbers that become 0 and the maximum. Without it: uint8 as it is; uint16 by its high byte
+(as in PNG); DICOM by the window in the file, else from its lowest to its highest pixel; anything else is an error.
 
-`data.bit_depth` says how fine the levels are: 8 bits, 16 (0 to 65535, so that 16 bit files stay whole), or 32 (floating point in units
-of 8 bits; nothing is cut off at the ends, and without a range numbers stay as they are).
+`data.bit_depth`: 8, 16 (0 to 65535, without loss for 16 bit files), or 32 (floats in units of 8 bits; nothing is clipped, and
+without a range numbers stay as they are).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from PIL import Image, TiffImagePlugin
 
 from comp.engine.readers import records
 
-Pixels = NDArray[Any]  # (height, width, channels), in the kind of data.bit_depth
+Pixels = NDArray[Any]  # (height, width, channels), in the dtype of data.bit_depth
 DTYPES: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
 PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338  # TIFF tags: 5 is CMYK; 1 and 2 are alpha
 MAX_VALUE = {8: 255, 16: 65535, 32: 255}
 
 
 class DamagedImage(Exception):
-    """An image file that gives no whole picture: truncated, empty, foreign or absurdly large."""
+    """An image file that gives no complete image: truncated, empty, unknown or absurdly large."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -40,25 +40,25 @@ class DamagedImage(Exception):
 
 
 class PixelFormat(NamedTuple):
-    """What competition.pixels says, and data.bit_depth."""
+    """competition.pixels and data.bit_depth."""
 
     low: float | None = None
     high: float | None = None
     shape: tuple[int, ...] = ()
     bit_depth: int = 8
-    lenient: bool = False  # JPEGs that libjpeg warns about are taken as far as they decode
+    lenient: bool = False  # accept JPEGs that libjpeg warns about
 
 
 def decode_numeric(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> list[Pixels]:
-    """One picture (height, width, channels), or nothing where these bytes are an ordinary image."""
+    """One image (height, width, channels), or none if these bytes are no array but an ordinary image."""
     if data.startswith(b"\x93NUMPY"):
         return [_npy(data, channels, pixel_format, name)]
     if data[128:132] == b"DICM":
         return [_dicom(data, channels, pixel_format, name)]
     if channels > 1 and data[:4] in (b"II*\0", b"MM\0*"):
-        made = _bands(data, channels, pixel_format, name)
-        made = _stack(data, channels, pixel_format, name) if made is None else made
-        return [] if made is None else [made]
+        image = _bands(data, channels, pixel_format, name)
+        image = _pages(data, channels, pixel_format, name) if image is None else image
+        return [] if image is None else [image]
     return []
 
 
@@ -66,7 +66,7 @@ def _npy(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pi
     try:
         array = records.from_npy(data)
     except ValueError as error:
-        raise DamagedImage(name, f"no whole array ({str(error).splitlines()[0]})") from None
+        raise DamagedImage(name, f"no complete array ({str(error).splitlines()[0]})") from None
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if not np.issubdtype(array.dtype, np.number) or not array.size:
@@ -75,41 +75,41 @@ def _npy(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pi
 
 
 def _layout(array: NDArray[Any], channels: int, pixel_format: PixelFormat, name: str) -> NDArray[Any]:
-    """(height, width, channels), whichever way round it is stored; one channel is repeated where more are wanted."""
+    """(height, width, channels), from any order of axes. One channel is repeated to `channels`."""
     if array.ndim == 1:
         side = math.isqrt(array.size // channels)
         square = (side, side) if side * side == array.size else (side, side, channels)
         shape = pixel_format.shape or square
         if math.prod(shape) != array.size:
             raise DamagedImage(
-                name, f"{array.size} numbers are no picture of {shape}; competition.pixels.shape says which"
+                name, f"{array.size} numbers are no image of {shape}; set competition.pixels.shape"
             )
         array = array.reshape(shape)
     array = array.squeeze() if array.ndim > 3 else array
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
-        raise DamagedImage(name, f"an array of shape {array.shape} is no picture")
+        raise DamagedImage(name, f"an array of shape {array.shape} is no image")
     if array.shape[2] not in (1, channels) and (
         array.shape[0] in (1, channels) or array.shape[0] < min(array.shape[1:])
     ):
         array = array.transpose(1, 2, 0)
-    return _wanted(array, channels, name)
+    return _to_channels(array, channels, name)
 
 
-def _wanted(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
+def _to_channels(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
     if array.shape[2] == channels:
         return array
     if array.shape[2] == 1:
         return np.repeat(array, channels, axis=2)
     if channels == 1 and array.shape[2] == 3:
         return array @ np.array([[0.299], [0.587], [0.114]])
-    raise DamagedImage(name, f"has {array.shape[2]} channels, and data.channels wants {channels}")
+    raise DamagedImage(name, f"has {array.shape[2]} channels, and data.channels is {channels}")
 
 
 def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
     if pixel_format.low is not None and pixel_format.high is not None:
-        return _between(array, pixel_format.low, pixel_format.high, pixel_format.bit_depth)
+        return _rescale(array, pixel_format.low, pixel_format.high, pixel_format.bit_depth)
     if array.dtype == np.uint8:
         return to_depth(array, pixel_format.bit_depth)
     if array.dtype == np.uint16 and pixel_format.bit_depth < 32:
@@ -117,36 +117,37 @@ def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
     if pixel_format.bit_depth == 32:
         if not np.isfinite(array).all():
             raise DamagedImage(
-                name, "holds NaN or infinity; say competition.pixels.range, or mend it in load_image"
+                name, "holds NaN or infinity; set competition.pixels.range, or replace them in load_image"
             )
         return np.ascontiguousarray(array, np.float32)
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
-        # grey levels that a table or json carries as other numbers
+        # grey levels that a table or json stores as another type
         return to_depth(array.astype(np.uint8), pixel_format.bit_depth)
     raise DamagedImage(
-        name, f"numbers from {low:g} to {high:g}: say competition.pixels.range, what becomes 0 and 255"
+        name,
+        f"numbers from {low:g} to {high:g}; set competition.pixels.range, the numbers that become 0 and 255",
     )
 
 
-def to_depth(picture: NDArray[np.uint8], depth: int) -> Pixels:
-    """8 bits in another depth: 255 stays the brightest."""
-    return np.ascontiguousarray(picture, DTYPES[depth]) * DTYPES[depth](MAX_VALUE[depth] // 255)
+def to_depth(image: NDArray[np.uint8], bit_depth: int) -> Pixels:
+    """From 8 bits: 255 becomes the maximum."""
+    return np.ascontiguousarray(image, DTYPES[bit_depth]) * DTYPES[bit_depth](MAX_VALUE[bit_depth] // 255)
 
 
-def to_uint8(picture: Pixels) -> NDArray[np.uint8]:
-    """8 bits of any depth, for a person to look at."""
-    if picture.dtype == np.uint8:
-        return picture
-    grey = picture / 257 if picture.dtype == np.uint16 else picture
+def to_uint8(image: Pixels) -> NDArray[np.uint8]:
+    """From any depth, for plots."""
+    if image.dtype == np.uint8:
+        return image
+    grey = image / 257 if image.dtype == np.uint16 else image
     return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
 
 
-def _between(array: NDArray[Any], low: float, high: float, depth: int) -> Pixels:
+def _rescale(array: NDArray[Any], low: float, high: float, bit_depth: int) -> Pixels:
     share = (np.nan_to_num(array.astype(np.float64), nan=low) - low) / max(high - low, 1e-12)
-    if depth == 32:
+    if bit_depth == 32:
         return (share * 255).astype(np.float32)
-    return np.rint(np.clip(share, 0, 1) * MAX_VALUE[depth]).astype(DTYPES[depth])
+    return np.rint(np.clip(share, 0, 1) * MAX_VALUE[bit_depth]).astype(DTYPES[bit_depth])
 
 
 def _dicom(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels:
@@ -159,34 +160,34 @@ def _dicom(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
         ) from None
     try:
         file = pydicom.dcmread(io.BytesIO(data))
-        meaning = str(file.PhotometricInterpretation)
+        photometric = str(file.PhotometricInterpretation)
         array = file.pixel_array
-        if meaning.startswith("YBR"):
-            array = convert_color_space(array, meaning, "RGB", per_frame=True)
+        if photometric.startswith("YBR"):
+            array = convert_color_space(array, photometric, "RGB", per_frame=True)
         colour = int(file.SamplesPerPixel) == 3
         if not colour:
             array = apply_modality_lut(array, file)
-    except Exception as error:  # pydicom and its decoders raise whatever they meet
+    except Exception as error:  # pydicom and its decoders raise various exceptions
         if "missing dependencies" in str(error):
-            kind = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
+            syntax = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
             raise DamagedImage(
                 name,
-                f"is DICOM compressed as {kind}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
+                f"is DICOM compressed as {syntax}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
             ) from None
         raise DamagedImage(
-            name, f"broken DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
+            name, f"damaged DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
         ) from None
-    if array.ndim == (4 if colour else 3):  # frames: channels where their number fits, else the first
+    if array.ndim == (4 if colour else 3):  # frames are channels if there are as many, else the first counts
         array = np.moveaxis(array, 0, -1) if not colour and len(array) == channels else array[0]
     if not colour:
         low, high = _window(file, array, pixel_format)
-        array = _between(array, low, high, pixel_format.bit_depth)
-        if meaning == "MONOCHROME1":  # the lowest number is the brightest
+        array = _rescale(array, low, high, pixel_format.bit_depth)
+        if photometric == "MONOCHROME1":  # the lowest number is white
             array = DTYPES[pixel_format.bit_depth](MAX_VALUE[pixel_format.bit_depth]) - array
     elif array.dtype == np.uint8:
         array = to_depth(array, pixel_format.bit_depth)
-    wanted = _wanted(array[:, :, None] if array.ndim == 2 else array, channels, name)
-    return wanted.astype(DTYPES[pixel_format.bit_depth])
+    image = _to_channels(array[:, :, None] if array.ndim == 2 else array, channels, name)
+    return image.astype(DTYPES[pixel_format.bit_depth])
 
 
 def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[float, float]:
@@ -200,24 +201,24 @@ def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[
 
 
 def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """A TIFF with other bands than grey, RGB and RGBA in each pixel, like near infrared: Pillow drops those, or takes none."""
+    """A TIFF with bands besides grey, RGB and RGBA, like near infrared: Pillow drops those, or refuses the file."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         stream = io.BytesIO(data)
         stream.seek(tags.next)
         tags.load(stream)
         bands, extra = int(tags.get(SAMPLES_PER_PIXEL, 1)), tags.get(EXTRA_SAMPLES, ())
-    except Exception:  # Pillow meets broken files with any exception; whoever decodes it says what is wrong
+    except Exception:  # Pillow raises anything for a damaged file; the decoder reports it
         return None
     usual = bands in (1, 3) or (bands == 4 and (set(extra) & {1, 2} or tags.get(PHOTOMETRIC) == 5))
     if usual or (bands < 5 and bands != channels):
-        return None  # grey, RGB, RGBA, CMYK, or a fourth band that is not wanted
+        return None  # grey, RGB, RGBA, CMYK, or a fourth band that data.channels leaves out
     if bands != channels:
-        raise DamagedImage(name, f"has {bands} bands, and data.channels wants {channels}")
+        raise DamagedImage(name, f"has {bands} bands, and data.channels is {channels}")
     if bands == 4:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if array is None or array.ndim != 3:
-            raise DamagedImage(name, "broken, its four bands cannot be decoded")
+            raise DamagedImage(name, "damaged, its four bands cannot be decoded")
         return levels(cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA), pixel_format, name)
     try:
         import tifffile
@@ -227,16 +228,16 @@ def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
         ) from None
     try:
         array = tifffile.imread(io.BytesIO(data), key=0)
-    except Exception as error:  # as of every decoder here
+    except Exception as error:  # decoders raise various exceptions
         raise DamagedImage(
-            name, f"broken, {str(error).splitlines()[0][:200] or type(error).__name__}"
+            name, f"damaged, {str(error).splitlines()[0][:200] or type(error).__name__}"
         ) from None
     planar = array.ndim == 3 and array.shape[2] != bands
     return levels(np.moveaxis(array, 0, -1) if planar else array, pixel_format, name)
 
 
-def _stack(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """Pages of one grey band each, as many as channels are wanted; any other TIFF is an ordinary picture."""
+def _pages(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
+    """As many pages as channels, of one grey band each; any other TIFF is an ordinary image."""
     try:
         with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
             if getattr(image, "n_frames", 1) != channels or len(image.getbands()) != 1 or image.mode == "P":
@@ -245,8 +246,8 @@ def _stack(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
             for number in range(channels):
                 image.seek(number)
                 pages.append(np.asarray(image))
-    except Exception as error:  # as for every other picture: Pillow meets broken files with any exception
-        raise DamagedImage(name, f"broken, {str(error) or type(error).__name__}") from None
+    except Exception as error:  # Pillow raises anything for a damaged file
+        raise DamagedImage(name, f"damaged, {str(error) or type(error).__name__}") from None
     if len({page.shape for page in pages}) > 1:
         raise DamagedImage(name, "its pages differ in size, so they cannot be channels")
     return levels(np.stack(pages, -1), pixel_format, name)

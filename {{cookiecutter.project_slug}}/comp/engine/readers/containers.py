@@ -1,14 +1,14 @@
-"""Files that hold many: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder is expected.
+"""Files that hold images: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder is expected.
 
     zip, uncompressed tar     read in place
-    7z, compressed tar, .gz   unpacked once into data/unpacked
-    bson                      `train.bson/<_id>/0.jpg`: the pictures of a record, in their order
+    7z, compressed tar, .gz   unpacking once into data/unpacked
+    bson                      `train.bson/<_id>/0.jpg`: the images of a record, in their order
     npz, npy                  `x.npz/<key>` or `x.npz/<key>/17`, `x.npy/17`: one array of it, as .npy bytes
     parquet                   `x.parquet/<first column>`: the numbers of a row, as .npy bytes
     json                      `x.json/<id>/<field>`: a list of numbers, as .npy bytes
 
-What a file is follows from its first bytes, never from its name. Members that lie in a folder of the archive are found without
-it, where that is unambiguous. Everything here hands over bytes, so whoever decodes does not know where they come from.
+The type of a file is taken from its first bytes, never from its name. A member in a folder of the archive is found without the
+folder's name too, if that is unambiguous. Everything here returns bytes, so a decoder does not depend on where they come from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers.records import Bson, Json, Npy, Parquet, as_npy, from_npy, npy_shape
 from comp.engine.readers.unicode_names import nfc, zip_name
 from comp.engine.store import artifacts, locks, paths
@@ -55,26 +55,26 @@ def split(path: Path) -> tuple[Path, str] | None:
 
 
 def read(path: Path) -> bytes:
-    found = split(path)
-    if found is None:
+    parts = split(path)
+    if parts is None:
         raise FileNotFoundError(2, "no such file", str(path))
-    return _read(*found)
+    return _read(*parts)
 
 
 def stat(path: str | Path) -> tuple[int, int] | None:
-    """(bytes, mtime in ns) of a file or of a member; None where there is none."""
+    """(bytes, mtime in ns) of a file or of a member; None if there is none."""
     try:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     except NotADirectoryError:
-        found = split(Path(path))
+        parts = split(Path(path))
     except OSError:
         return None
-    if found is None:
+    if parts is None:
         return None
-    container = open_container(found[0])
-    name = _named(container, found[1])
-    return None if name is None else (container.size(name), os.stat(found[0]).st_mtime_ns)
+    container = open_container(parts[0])
+    name = _find(container, parts[1])
+    return None if name is None else (container.size(name), os.stat(parts[0]).st_mtime_ns)
 
 
 def members(file: Path) -> list[str]:
@@ -82,20 +82,22 @@ def members(file: Path) -> list[str]:
 
 
 def is_container(file: Path) -> bool:
-    return _kind(file) is not None
+    return _container_type(file) is not None
 
 
 def open_container(file: Path) -> Container:
-    """Once a process: a forked loader must not share the place in an open file with its parent."""
+    """Opened once a process: a forked loader process must not share the position in an open file with its parent."""
     return _opened(str(file), os.stat(file).st_mtime_ns, os.getpid())
 
 
 @cache
 def _opened(file: str, mtime: int, process: int) -> Container:
     path = Path(file)
-    kind = _kind(path)
+    kind = _container_type(path)
     if kind is None:
-        raise Refused(f"{paths.relative(path)}: is no archive, and so has no members")
+        raise UserError(
+            "container-unknown", where=paths.relative(path), what="is no archive, so it has no members"
+        )
     try:
         return kind(path)
     except (
@@ -107,28 +109,29 @@ def _opened(file: str, mtime: int, process: int) -> Container:
         struct.error,
         ValueError,
     ) as error:
-        raise Refused(f"{paths.relative(path)}: damaged, cannot be opened ({error})") from None
+        what = f"is damaged and cannot be opened ({error})"
+        raise UserError("file-damaged", where=paths.relative(path), what=what) from None
 
 
 def _read(file: Path, name: str) -> bytes:
     container = open_container(file)
-    known = _named(container, name)
-    if known is None:
+    member = _find(container, name)
+    if member is None:
         raise FileNotFoundError(2, f"no such member of {file.name}", name)
     try:
-        return container.read(known)
+        return container.read(member)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise OSError(5, f"damaged in {file.name} ({error})", name) from None
 
 
-def _named(container: Container, name: str) -> str | None:
-    """The member of that name, or the only one that ends in it."""
+def _find(container: Container, name: str) -> str | None:
+    """The member of that name, or the only one whose path ends in it."""
     if name in _all(container):
         return name
     if name.isdecimal() and isinstance(container, Bson | Npy):
         return None
-    found = _by_ending(container).get(name)
-    return found if found or name.isascii() else _by_spelling(container).get(nfc(name))
+    member = _by_ending(container).get(name)
+    return member if member or name.isascii() else _by_nfc(container).get(nfc(name))
 
 
 @cache
@@ -138,26 +141,26 @@ def _all(container: Container) -> frozenset[str]:
 
 @cache
 def _by_ending(container: Container) -> dict[str, str]:
-    """Every ending of every member that no other member shares."""
-    found: dict[str, str] = {}
+    """Every ending of every path that no other member shares."""
+    by_ending: dict[str, str] = {}
     twice = set()
     for name in container.names:
         ending = name
         while "/" in ending:
             ending = ending.partition("/")[2]
-            twice |= {ending} & found.keys()
-            found[ending] = name
-    return {ending: name for ending, name in found.items() if ending not in twice}
+            twice |= {ending} & by_ending.keys()
+            by_ending[ending] = name
+    return {ending: name for ending, name in by_ending.items() if ending not in twice}
 
 
 @cache
-def _by_spelling(container: Container) -> dict[str, str]:
-    """Of the members that are not plain ASCII, by the name or the ending that no other shares, as NFC."""
-    known = {name: name for name in container.names} | _by_ending(container)
-    return {nfc(name): member for name, member in known.items() if not name.isascii()}
+def _by_nfc(container: Container) -> dict[str, str]:
+    """The members that are not ASCII, by their name or an unshared ending in NFC."""
+    members = {name: name for name in container.names} | _by_ending(container)
+    return {nfc(name): member for name, member in members.items() if not name.isascii()}
 
 
-def _kind(file: Path) -> Callable[[Path], Container] | None:
+def _container_type(file: Path) -> Callable[[Path], Container] | None:
     with file.open("rb") as opened:
         head = opened.read(512)
     for start, kind in MAGIC.items():
@@ -174,7 +177,7 @@ def _kind(file: Path) -> Callable[[Path], Container] | None:
 
 class _Zip:
     def __init__(self, file: Path):
-        self.file = zipfile.ZipFile(file)  # its reads hold a lock, so threads may share it
+        self.file = zipfile.ZipFile(file)  # reading holds a lock, so threads may share it
         self.infos = {zip_name(info): info for info in self.file.infolist() if not info.is_dir()}
         self.sizes = {name: info.file_size for name, info in self.infos.items()}
         self.names = [name for name in self.sizes if not name.startswith("__MACOSX/")]
@@ -182,7 +185,7 @@ class _Zip:
             self._arrays()
 
     def _arrays(self) -> None:
-        """An .npz: its members are known without their suffix too, and one picture of a stack by its number."""
+        """An .npz: its members have names without the suffix too, and each image of a stack has its number."""
         self.names += [name.removesuffix(".npy") for name in self.sizes]
         for name in list(self.sizes):
             shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)), self.sizes[name])
@@ -213,7 +216,7 @@ def _stack(container: _Zip, member: str) -> Any:
 
 
 class _Tar:
-    """Uncompressed: a table of offsets, read in place."""
+    """Uncompressed: read in place, by a table of offsets."""
 
     def __init__(self, file: Path):
         self.path = file
@@ -232,7 +235,7 @@ class _Tar:
 
 
 class _Unpacked:
-    """What cannot be read in place lies in data/unpacked, whole or not at all."""
+    """What cannot be read in place is unpacked into data/unpacked; done.json is written last."""
 
     def __init__(self, file: Path):
         status = file.stat()
@@ -242,7 +245,7 @@ class _Unpacked:
         with locks.lock(self.folder, f"unpacking {file.name}", wait=True):
             if not done.exists():
                 print(
-                    f"{paths.relative(file)}: unpacked once into {paths.relative(self.folder)} …", flush=True
+                    f"{paths.relative(file)}: unpacking once into {paths.relative(self.folder)} …", flush=True
                 )
                 artifacts.write_json(done, sorted(self._unpack(file)))
         self.names = artifacts.read_json(done)
@@ -252,25 +255,28 @@ class _Unpacked:
             try:
                 import py7zr
             except ImportError:
-                raise Refused(
-                    f"{paths.relative(file)}: is a 7z archive; pip install py7zr, or unpack it beside itself"
+                raise UserError(
+                    "package-missing",
+                    where=paths.relative(file),
+                    what="is a 7z archive, which needs py7zr",
+                    remedy="pip install py7zr, or unpack it in its folder",
                 ) from None
             with py7zr.SevenZipFile(file) as archive:
                 names = [info.filename for info in archive.list() if not info.is_directory]
-                _refuse_outside(file, names)
+                _validate_members(file, names)
                 archive.extractall(self.folder)
             yield from names
             return
         if not tarfile.is_tarfile(file):  # `train.csv.gz` is one file
-            yield self._alone(file)
+            yield self._decompress(file)
             return
         with tarfile.open(file) as tar:
             for member in tar:
                 if member.isreg():
-                    tar.extract(member, self.folder, filter="data")  # refuses what leads out of the folder
+                    tar.extract(member, self.folder, filter="data")  # raises for a path out of the folder
                     yield member.name.removeprefix("./")
 
-    def _alone(self, file: Path) -> str:
+    def _decompress(self, file: Path) -> str:
         stream = next(kind for start, kind in STREAMS.items() if file.open("rb").read(8).startswith(start))
         self.folder.mkdir(parents=True, exist_ok=True)
         with stream(file) as packed, (self.folder / file.stem).open("wb") as out:
@@ -284,13 +290,14 @@ class _Unpacked:
         return (self.folder / name).read_bytes()
 
 
-def _refuse_outside(file: Path, names: list[str]) -> None:
+def _validate_members(file: Path, names: list[str]) -> None:
     for name in names:
         if name.startswith("/") or ".." in Path(name).parts:
-            raise Refused(f"{paths.relative(file)}: the member {name!r} leads out of its folder")
+            what = f"the path of the member {name!r} leads out of the folder"
+            raise UserError("archive-hostile", where=paths.relative(file), what=what)
 
 
-STREAMS: dict[bytes, Any] = {  # each opens a path to read
+STREAMS: dict[bytes, Any] = {  # first bytes -> opens a path
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,

@@ -1,15 +1,16 @@
-"""From the bytes of an image file to pixels of 8 bits, or of data.bit_depth: one decoder for cache, training, inference and Kaggle.
+"""From the bytes of an image file to pixels: one decoder for the cache, training, inference and Kaggle.
 
-JPEG is decoded at the smallest power-of-two scale that still covers the wanted size (the inverse cosine transform does it for
-next to nothing) and area-resized from there: twice as fast as decoding every pixel first. Everything else is decoded whole.
+A JPEG is decoded at the smallest power-of-two scale that covers the target size, which the inverse cosine transform does at almost no
+cost, and area-resized from there: twice as fast as decoding every pixel first. Other formats are decoded in full.
 
-Rules for every kind of file: RGB or grey, turned as EXIF says, alpha dropped, first frame or page, 16 bit becomes its high
-byte (the same for all pictures: 12 bit in 16 comes out dark, and load_image of comp/competition.py is the place to window
-it; with data.bit_depth: 16 both bytes), floating point refused (with data.bit_depth: 32 taken). A cut file is damaged even where a decoder would make half a picture of it.
+Rules for every format: RGB or grey, rotated as EXIF says, without alpha, the first frame or page. Of 16 bits the high byte (the same for
+all images: 12 bits in 16 become dark, and load_image of comp/competition.py is the place to window them), or both with
+data.bit_depth: 16. Floats only with data.bit_depth: 32. A file that was cut off is damaged even if a decoder would make half an image
+of it.
 
-So is a JPEG that libjpeg warns about: nothing else tells half a picture that ends in an end marker from a whole one. Of the three
-decoders here only simplejpeg reports the warning (OpenCV prints it, Pillow drops it), so no JPEG is taken without simplejpeg.
-competition.pixels.lenient: true takes such files as far as they decode.
+So is a JPEG that libjpeg warns about: only the warning tells half an image with an end marker from a whole one. Of the three decoders
+here simplejpeg alone reports it (OpenCV prints it, Pillow drops it), so without simplejpeg no JPEG is accepted.
+competition.pixels.lenient: true accepts such files as far as they decode.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ except ImportError:  # Kaggle's image lacks it: comp kernel packs it
 Pixels = arrays.Pixels
 Resize = Literal["stretch", "cover", "contain"]
 
-DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"  # other pixels need another text: it is in every cache's key
-LARGEST = 2**28  # pixels of a picture; 800 MB as RGB
-# Named here, Pillow imports nothing else at the first picture of some thread, and opens nothing that can run a program.
+DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"  # part of every cache key: change it when pixels change
+LARGEST = 2**28  # pixels; 800 MB as RGB
+# Only these: Pillow imports no plugins in the first thread that decodes, and opens no format that can run a program.
 PLUGINS = (
     JpegImagePlugin,
     PngImagePlugin,
@@ -60,26 +61,27 @@ PLUGINS = (
     Jpeg2KImagePlugin,
 )
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
-# The smallest first. A JPEG decoded `scale` times smaller covers the wanted size if it has exactly that, or so many times
-# that. With less to spare, its pixels straddle those wanted: 1.2 grey levels from a full decode to 224 px of 1024 px, not 0.3.
+# scale -> margin, smallest image first. A JPEG decoded `scale` times smaller is used if it has exactly the target size, or `margin`
+# times as much. With a smaller margin its pixels straddle those of the target: from 1024 to 224 px the mean difference to a full
+# decode is 1.2 grey levels instead of 0.3.
 SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
 DEFAULT_FORMAT = arrays.PixelFormat()
-WARNED = "libjpeg warns: "  # begins the reason where a lenient decoder makes a picture
-ABSENT = (
-    "is a JPEG, and without simplejpeg a damaged one cannot be told from a whole one: pip install simplejpeg, "
-    "or say competition.pixels.lenient: true"
+WARNED = "libjpeg warns: "  # begins the reasons that competition.pixels.lenient overrides
+NO_SIMPLEJPEG = (
+    "is a JPEG, and without simplejpeg a damaged one is not recognized; pip install simplejpeg, "
+    "or set competition.pixels.lenient: true"
 )
-HOOK = "say how in load_image of comp/competition.py"
+HOOK = "convert them in load_image of comp/competition.py"
 
-cv2.setNumThreads(0)  # many pictures at a time, each by one thread
-Image.MAX_IMAGE_PIXELS = None  # _refuse_size is stricter about what it says and laxer about what it takes
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # what Photoshop writes beside the pixels is no reason to refuse them
-warnings.filterwarnings("ignore", module="PIL")  # about palettes and metadata, once a picture
+cv2.setNumThreads(0)  # many images at a time, a thread each
+Image.MAX_IMAGE_PIXELS = None  # _validate_size has its own limit
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Photoshop writes long text chunks
+warnings.filterwarnings("ignore", module="PIL")  # about palettes and metadata, once an image
 assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 class _Decoded(NamedTuple):
-    """A picture before it is turned. Of a JPEG it may be one `scale` times smaller than the file's height and width."""
+    """Before EXIF rotation. `height` and `width` are the file's; a JPEG's pixels may be `scale` times smaller."""
 
     pixels: Pixels
     height: int
@@ -89,7 +91,7 @@ class _Decoded(NamedTuple):
 
 
 def read(file: Path | str, name: str) -> bytes:
-    """Never cv2.imread: of a truncated file it gives a picture that is grey from the cut on."""
+    """Not by cv2.imread: of a truncated file it makes an image that is grey from the cut on."""
     try:
         with open(file, "rb") as opened:
             return opened.read()
@@ -104,11 +106,11 @@ def read(file: Path | str, name: str) -> bytes:
 
 
 def shape(file: Path) -> tuple[int, int] | None:
-    """(height, width) from a file's header, None where that says nothing."""
+    """(height, width) from a file's header, or None."""
     try:
         with Image.open(file, formats=KINDS) as image:
             return image.height, image.width
-    except Exception:  # as in _pillow; whoever decodes it will say what is wrong
+    except Exception:  # as in _pillow; the decoder reports it
         return None
 
 
@@ -120,185 +122,185 @@ def decode(
     name: str,
     pixel_format: arrays.PixelFormat = DEFAULT_FORMAT,
 ) -> Pixels:
-    """(height, width, channels). size None is the full picture; stretch: (size, size); cover: the shorter side is size;
-    contain: the longer side is size, and black around it makes a square."""
+    """(height, width, channels). `size` None: the full image. stretch: (size, size); cover: the shorter side becomes size; contain:
+    the longer side becomes size, padded with black to a square."""
     if not data:
         raise DamagedImage(name, "empty, no bytes")
     if numeric := arrays.decode_numeric(data, channels, pixel_format, name):
-        made = _Decoded(numeric[0], *numeric[0].shape[:2])
+        decoded = _Decoded(numeric[0], *numeric[0].shape[:2])
     elif data.startswith(b"\xff\xd8\xff"):
-        made = _jpeg(data, size, resize, channels, name, pixel_format.lenient)
-    elif reason := formats.cut(data):
+        decoded = _jpeg(data, size, resize, channels, name, pixel_format.lenient)
+    elif reason := formats.fault(data):
         raise DamagedImage(name, reason)
     elif pixel_format.bit_depth > 8 and (deep := _deep(data, channels, pixel_format, name)) is not None:
-        made = _Decoded(deep, *deep.shape[:2])
+        decoded = _Decoded(deep, *deep.shape[:2])
     else:
-        made = _pillow(data, channels, name)
-    if made.pixels.dtype != arrays.DTYPES[pixel_format.bit_depth]:
-        made = made._replace(pixels=arrays.to_depth(made.pixels, pixel_format.bit_depth))
-    return _resized_made(made, size, resize, name)
+        decoded = _pillow(data, channels, name)
+    if decoded.pixels.dtype != arrays.DTYPES[pixel_format.bit_depth]:
+        decoded = decoded._replace(pixels=arrays.to_depth(decoded.pixels, pixel_format.bit_depth))
+    return _to_size(decoded, size, resize, name)
 
 
-def resize_image(picture: Pixels, size: int, resize: Resize, name: str) -> Pixels:
-    """Any picture brought to size by the rule of decode."""
-    return _resized_made(_Decoded(picture, picture.shape[0], picture.shape[1]), size, resize, name)
+def resize_image(image: Pixels, size: int, resize: Resize, name: str) -> Pixels:
+    """As `decode` resizes."""
+    return _to_size(_Decoded(image, image.shape[0], image.shape[1]), size, resize, name)
 
 
-def _resized_made(made: _Decoded, size: int | None, resize: Resize, name: str) -> Pixels:
+def _to_size(decoded: _Decoded, size: int | None, resize: Resize, name: str) -> Pixels:
     if size is None:
-        return _turned(made.pixels, made.orientation)
-    height, width = _wanted(made.height, made.width, size, resize)
-    _refuse_size(height, width, name)  # a line of pixels, covering
-    picture = _turned(_resized(made, height, width), made.orientation)
+        return _rotate(decoded.pixels, decoded.orientation)
+    height, width = _target_shape(decoded.height, decoded.width, size, resize)
+    _validate_size(height, width, name)  # with resize=cover, one line of pixels becomes huge
+    image = _rotate(_resized(decoded, height, width), decoded.orientation)
     if resize != "contain" or height == width:
-        return picture
-    high, wide, channels = picture.shape
-    square = np.zeros((size, size, channels), picture.dtype)
-    top, left = (size - high) // 2, (size - wide) // 2
-    square[top : top + high, left : left + wide] = picture
+        return image
+    height, width, channels = image.shape  # after rotation
+    square = np.zeros((size, size, channels), image.dtype)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = image
     return square
 
 
-def _wanted(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
-    """Height and width to resize to. Turned or not yet: all three fits treat both sides alike."""
+def _target_shape(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
+    """Height and width to resize to, before or after rotation: every rule treats both sides alike."""
     if resize == "stretch":
         return size, size
     scale = size / (min if resize == "cover" else max)(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resized(made: _Decoded, height: int, width: int) -> Pixels:
-    """Area where it shrinks, then cubic where it grows (Pillow's: OpenCV's rounds differently from version to version)."""
-    picture, channels = made.pixels, made.pixels.shape[2]
-    low, narrow = min(height, made.height), min(width, made.width)
-    if picture.shape[:2] != (low, narrow):
-        # The last row and column may stand for fewer than `scale` of the file's. Given factors instead of a size, OpenCV
-        # takes exactly the file's share of them, and may add one more line of what is left.
-        down, across = low * made.scale / made.height, narrow * made.scale / made.width
+def _resized(decoded: _Decoded, height: int, width: int) -> Pixels:
+    """Area averaging of a side that shrinks, then bicubic of one that grows (by Pillow: OpenCV's rounding depends on its version)."""
+    image, channels = decoded.pixels, decoded.pixels.shape[2]
+    low, narrow = min(height, decoded.height), min(width, decoded.width)
+    if image.shape[:2] != (low, narrow):
+        # The last row and column may stand for fewer than `scale` of the file's. With factors instead of a size OpenCV weighs
+        # them by their share, and may append a line of the rest, which is cut off.
+        down, across = low * decoded.scale / decoded.height, narrow * decoded.scale / decoded.width
         parts = [
-            cv2.resize(picture[:, :, at : at + 4], None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
-            for at in range(0, channels, 4)  # OpenCV knows four at most
+            cv2.resize(image[:, :, at : at + 4], None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
+            for at in range(0, channels, 4)  # OpenCV takes four channels at most
         ]
-        kept = [part[:low, :narrow].reshape(low, narrow, -1) for part in parts]
-        wide = kept[0] if len(kept) == 1 else np.concatenate(kept, axis=2)
-        picture = wide.astype(picture.dtype, copy=False)
+        parts = [part[:low, :narrow].reshape(low, narrow, -1) for part in parts]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        image = joined.astype(image.dtype, copy=False)
     if (low, narrow) != (height, width):
-        kind = picture.dtype
-        fine = picture if kind == np.uint8 else picture.astype(np.float32)  # Pillow's 16 bit knows no cubic
-        planes = [Image.fromarray(fine[:, :, channel]) for channel in range(channels)]
+        dtype = image.dtype
+        source = image if dtype == np.uint8 else image.astype(np.float32)  # Pillow has no bicubic of 16 bits
+        planes = [Image.fromarray(source[:, :, channel]) for channel in range(channels)]
         larger = [plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
-        picture = np.stack([np.asarray(plane) for plane in larger], -1)
-        if kind == np.uint16:
-            picture = np.rint(picture).clip(0, 65535)
-        picture = picture.astype(kind, copy=False)
-    return picture
+        image = np.stack([np.asarray(plane) for plane in larger], -1)
+        if dtype == np.uint16:
+            image = np.rint(image).clip(0, 65535)
+        image = image.astype(dtype, copy=False)
+    return image
 
 
-def _turned(picture: Pixels, orientation: int) -> Pixels:
-    """By EXIF's number: 1 to 4 keep the sides, 5 to 8 swap them."""
+def _rotate(image: Pixels, orientation: int) -> Pixels:
+    """By EXIF's number: 5 to 8 swap height and width."""
     if orientation > 4:
-        picture = picture.transpose(1, 0, 2)
+        image = image.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
-        picture = picture[::-1]
+        image = image[::-1]
     if orientation in (2, 3, 6, 7):
-        picture = picture[:, ::-1]
-    return np.ascontiguousarray(picture)
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
 
 
 def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: str, lenient: bool) -> _Decoded:
-    """At the smallest scale that covers the wanted size. libjpeg reads all of the file at every scale, so its warnings are the same."""
+    """At the smallest scale that covers the target size. libjpeg reads the whole file at every scale, so the warnings are the same."""
     header = formats.jpeg(data)
     if header is None:
-        made = _pillow(data, channels, name)
+        decoded = _pillow(data, channels, name)
         if lenient:
-            return made
-        raise DamagedImage(name, f"{WARNED}its header makes no sense")
-    if header.cut:
-        raise DamagedImage(name, header.cut)
+            return decoded
+        raise DamagedImage(name, f"{WARNED}its header is invalid")
+    if header.fault:
+        raise DamagedImage(name, header.fault)
     height, width = header.height, header.width
-    _refuse_size(height, width, name)
+    _validate_size(height, width, name)
     scale = 1
     if size is not None:
-        high, wide = _wanted(height, width, size, resize)
+        high, wide = _target_shape(height, width, size, resize)
         scale = next(
             s
-            for s, spare in SCALES.items()
-            if _covers(height, high, s, spare) and _covers(width, wide, s, spare)
+            for s, margin in SCALES.items()
+            if _covers(height, high, s, margin) and _covers(width, wide, s, margin)
         )
-    reason = ABSENT
+    reason = NO_SIMPLEJPEG
     if simplejpeg is not None:
         colours = "CMYK" if header.components == 4 else "RGB" if channels == 3 else "GRAY"
         high, wide = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         try:
             pixels = simplejpeg.decode_jpeg(data, colours, min_height=high, min_width=wide)
             if colours == "CMYK":
-                pixels = _from_inks(pixels, channels, name)
+                pixels = _from_cmyk(pixels, channels, name)
             return _Decoded(pixels, height, width, header.orientation, scale)
         except ValueError as warning:
             reason = f"{WARNED}{str(warning).removeprefix('Corrupt JPEG data: ')}"
-    pixels = _pillow(
-        data, channels, name, scale
-    ).pixels  # has the better reason where there is no picture at all
+    # Where there is no image at all, Pillow's reason is the better one.
+    pixels = _pillow(data, channels, name, scale).pixels
     if not lenient:
         raise DamagedImage(name, reason)
     return _Decoded(pixels, height, width, header.orientation, scale)
 
 
-def _from_inks(inks: Pixels, channels: int, name: str) -> Pixels:
-    """CMYK as Adobe stores it, 255 for no ink; Pillow reads every JPEG of four components so."""
-    height, width = inks.shape[:2]
-    return _uint8(Image.frombytes("CMYK", (width, height), inks.tobytes(), "raw", "CMYK;I"), channels, name)
+def _from_cmyk(cmyk: Pixels, channels: int, name: str) -> Pixels:
+    """Inverted, as Adobe stores it: 255 is no ink. Pillow reads every JPEG of four components like that."""
+    height, width = cmyk.shape[:2]
+    return _uint8(Image.frombytes("CMYK", (width, height), cmyk.tobytes(), "raw", "CMYK;I"), channels, name)
 
 
-def _covers(side: int, wanted: int, scale: int, spare: float) -> bool:
-    return side == scale * wanted or side >= spare * scale * wanted
+def _covers(side: int, target: int, scale: int, margin: float) -> bool:
+    return side == scale * target or side >= margin * scale * target
 
 
 def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
-    """Every kind of file, and the JPEGs that are out of the ordinary. `scale` is heeded by JPEG alone."""
+    """Every other format, and unusual JPEGs. `scale` has an effect on JPEGs alone."""
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
-            _refuse_size(image.height, image.width, name)
+            _validate_size(image.height, image.width, name)
             image.draft("RGB" if channels == 3 else "L", (image.width // scale, image.height // scale))
             image.load()
-            # Pillow turns TIFF by itself, and nothing else.
+            # Pillow rotates TIFF by itself, and nothing else.
             orientation = 1 if image.format == "TIFF" else formats.exif_orientation(_exif(image))
             pixels = _uint8(image, channels, name)
             return _Decoded(pixels, pixels.shape[0], pixels.shape[1], orientation)
     except DamagedImage:
         raise
     except Image.UnidentifiedImageError:
-        raise DamagedImage(name, f"no image: it begins with {data[:8]!r}") from None
-    except Exception as error:  # Pillow meets broken files with any exception there is
-        raise DamagedImage(name, f"broken, {str(error) or type(error).__name__}") from None
+        raise DamagedImage(name, f"is no image: it begins with {data[:8]!r}") from None
+    except Exception as error:  # Pillow raises anything for a damaged file
+        raise DamagedImage(name, f"damaged, {str(error) or type(error).__name__}") from None
 
 
 def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: str) -> Pixels | None:
-    """More than 8 bits of PNG and TIFF: Pillow halves them, or does not know them. None: an ordinary picture."""
+    """PNG and TIFF of more than 8 bits, which Pillow reduces to 8 or cannot read. None: an ordinary image."""
     if not (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16) and data[:4] not in (b"II*\0", b"MM\0*"):
         return None
-    made = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if made is None or made.dtype == np.uint8:
-        return None  # Pillow takes it, or says what is wrong
-    height, width = made.shape[:2]
-    _refuse_size(height, width, name)
-    if made.ndim == 3:
-        made = cv2.cvtColor(made, cv2.COLOR_BGRA2RGBA if made.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-        made = made[:, :, :3] if channels != 4 else made
-    if pixel_format.bit_depth < 32 and made.dtype != np.uint16 and pixel_format.low is None:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype == np.uint8:
+        return None  # Pillow decodes it, or reports what is wrong
+    height, width = image.shape[:2]
+    _validate_size(height, width, name)
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        image = image[:, :, :3] if channels != 4 else image
+    if pixel_format.bit_depth < 32 and image.dtype != np.uint16 and pixel_format.low is None:
         raise DamagedImage(
-            name, f"pixels of {made.dtype} have no one way to 16 bit; take data.bit_depth: 32, or {HOOK}"
+            name,
+            f"pixels of {image.dtype} have no standard conversion to 16 bits; set data.bit_depth: 32, or {HOOK}",
         )
-    grey = made.reshape(height, width, -1).astype(np.float64) if channels == 1 and made.ndim == 3 else None
+    grey = image.reshape(height, width, -1).astype(np.float64) if channels == 1 and image.ndim == 3 else None
     if grey is not None:
-        weighed = grey @ np.array([[0.299], [0.587], [0.114]])
-        made = (np.rint(weighed) if made.dtype == np.uint16 else weighed).astype(made.dtype)
-    made = made.reshape(height, width, -1)
-    if made.shape[2] == 1 and channels > 1:
-        made = np.repeat(made, channels, axis=2)
-    if made.shape[2] != channels:
-        raise DamagedImage(name, f"has {made.shape[2]} channels, and data.channels wants {channels}")
-    return arrays.levels(made, pixel_format, name)
+        luma = grey @ np.array([[0.299], [0.587], [0.114]])
+        image = (np.rint(luma) if image.dtype == np.uint16 else luma).astype(image.dtype)
+    image = image.reshape(height, width, -1)
+    if image.shape[2] == 1 and channels > 1:
+        image = np.repeat(image, channels, axis=2)
+    if image.shape[2] != channels:
+        raise DamagedImage(name, f"has {image.shape[2]} channels, and data.channels is {channels}")
+    return arrays.levels(image, pixel_format, name)
 
 
 def _exif(image: Image.Image) -> bytes:
@@ -308,22 +310,24 @@ def _exif(image: Image.Image) -> bytes:
 
 def _uint8(image: Image.Image, channels: int, name: str) -> Pixels:
     if image.mode == "F":
-        raise DamagedImage(name, f"floating point pixels have no one way to uint8; {HOOK}")
+        raise DamagedImage(name, f"floating point pixels have no standard conversion to uint8; {HOOK}")
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
-            raise DamagedImage(name, f"32 bit pixels have no one way to uint8; {HOOK}")
+            raise DamagedImage(name, f"32 bit pixels have no standard conversion to uint8; {HOOK}")
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     if channels == 3:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if channels == 4:
         return np.asarray(image.convert("RGBA"))
     if channels != 1:
-        raise DamagedImage(name, f"has {len(image.getbands())} channels, and data.channels wants {channels}")
+        raise DamagedImage(name, f"has {len(image.getbands())} channels, and data.channels is {channels}")
     grey = image if image.mode in ("1", "L", "LA", "La") else image.convert("RGB")
     return np.asarray(grey.convert("L"))[:, :, None]
 
 
-def _refuse_size(height: int, width: int, name: str) -> None:
+def _validate_size(height: int, width: int, name: str) -> None:
     if height * width > LARGEST:
-        raise DamagedImage(name, f"{width} x {height} px are absurdly many; {HOOK}")
+        raise DamagedImage(
+            name, f"{width} x {height} px are too many; reduce them in load_image of comp/competition.py"
+        )

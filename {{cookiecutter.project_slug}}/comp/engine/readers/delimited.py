@@ -1,4 +1,4 @@
-"""csv and parquet as text, strictly: a row with a field too few is a fault with its line, never filled up."""
+"""Reads csv and parquet as text, strictly: a row with a missing field is an error with its line, never filled up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import paths
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def as_text(values: pd.Series) -> pd.Series:
-    """Numbers as people write them: a whole number that pandas holds as 3.0, because another row is missing, is 3."""
+    """Numbers as text: a column of integers that pandas holds as 3.0, since another row is missing, becomes 3."""
     import pandas as pd
 
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
@@ -33,8 +33,10 @@ def parquet_frame(file: Path) -> pd.DataFrame:
     try:
         table = pq.read_table(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise Refused(
-            f"{paths.relative(file)}: cannot be read as parquet ({str(error).splitlines()[0]})"
+        raise UserError(
+            "table-damaged",
+            where=paths.relative(file),
+            what=f"cannot be read as parquet ({str(error).splitlines()[0]})",
         ) from None
     return pd.DataFrame({name: _arrow_text(table[name]) for name in table.column_names})
 
@@ -43,11 +45,9 @@ def _arrow_text(values: pa.ChunkedArray) -> pd.Series:
     import pyarrow as pa
 
     kind = values.type
-    if pa.types.is_integer(
-        kind
-    ):  # pandas would make floats of it where some are missing, and lose the last digits
+    if pa.types.is_integer(kind):  # with missing values pandas makes floats of it, and loses the last digits
         return values.cast(pa.string()).to_pandas().astype(object)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # several labels, as a csv would write them
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # several labels, as a csv has them
         return values.to_pandas().map(lambda cell: " ".join(map(str, cell)), na_action="ignore")
     return as_text(values.to_pandas())
 
@@ -58,7 +58,7 @@ def csv_frame(file: Path) -> pd.DataFrame:
 
     header = _header(file)
     try:
-        # Arrow is strict about the number of fields and never guesses; pandas fills short rows silently.
+        # Arrow is strict about the number of fields; pandas fills short rows silently.
         table: pa.Table = arrow.read_csv(
             file,
             parse_options=arrow.ParseOptions(delimiter=delimiter(file), newlines_in_values=True),
@@ -67,9 +67,7 @@ def csv_frame(file: Path) -> pd.DataFrame:
             ),
         )
     except pa.ArrowInvalid as error:
-        raise Refused(
-            _broken(file, len(header)) or f"{paths.relative(file)}: {str(error).splitlines()[0]}"
-        ) from None
+        raise _first_bad_row(file, len(header)) or _table_error(file, str(error).splitlines()[0]) from None
     return table.to_pandas()
 
 
@@ -77,20 +75,29 @@ def _header(file: Path) -> list[str]:
     for _, header in lines(file):
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            raise Refused(f"{paths.relative(file)}:1: the column {twice[0]!r} stands there twice")
+            raise UserError(
+                "column-twice",
+                where=f"{paths.relative(file)}:1",
+                what=f"the column {twice[0]!r} is there twice",
+            )
         return header
-    raise Refused(f"{paths.relative(file)}: empty, not even a line of column names")
+    raise _table_error(file, "is empty, without even a line of column names")
 
 
-def _broken(file: Path, width: int) -> str | None:
+def _first_bad_row(file: Path, width: int) -> UserError | None:
     for line, fields in lines(file):
         if len(fields) != width:
-            return f"{paths.relative(file)}:{line}: {len(fields)} fields, where the first line names {width} columns"
+            return _table_error(file, f"{len(fields)} fields, where the first line has {width} columns", line)
     return None
 
 
+def _table_error(file: Path, what: str, line: int | None = None, remedy: str = "") -> UserError:
+    where = paths.relative(file) + (f":{line}" if line else "")
+    return UserError("table-damaged", where=where, what=what, remedy=remedy)
+
+
 def lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line it begins on, fields), slow and exact: for the header and for telling where a fault is."""
+    """(first line, fields) of each row, slow and exact: for the header, and for the line of an error."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # outlines and masks make long fields
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -103,11 +110,9 @@ def lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError:
         with file.open("rb") as bytes_:
             line = next(i for i, text in enumerate(bytes_, 1) if not _decodes(text))
-        raise Refused(f"{paths.relative(file)}:{line}: is not UTF-8 text; save the table as UTF-8") from None
+        raise _table_error(file, "is not UTF-8 text", line, "save the table as UTF-8") from None
     except csv.Error as error:
-        raise Refused(
-            f"{paths.relative(file)}:{begins}: the row that begins here is broken ({error})"
-        ) from None
+        raise _table_error(file, f"the row that begins here is damaged ({error})", begins) from None
 
 
 def _decodes(text: bytes) -> bool:
@@ -119,7 +124,7 @@ def _decodes(text: bytes) -> bool:
 
 
 def delimiter(file: Path) -> str:
-    """By the first line: hosts' tables are comma separated, some by another mark."""
+    """By the first line."""
     if file.suffix == ".tsv":
         return "\t"
     with file.open("rb") as opened:

@@ -1,8 +1,8 @@
-"""What the structure of an image file says before any pixel is decoded: whether the file is whole, and how to turn it.
+"""Reads the structure of an image file before any pixel is decoded: whether the file is complete, and its orientation.
 
-Decoders are lenient with files that were cut, above all where zeros fill the rest, as after a broken download: they make half
-a picture of it. So the end is looked for here, and zeros inside a JPEG, which costs microseconds. Bit flips are another matter:
-only PNG carries checksums, and Pillow leaves those of the pixels alone.
+Decoders accept files that were cut off, above all where zeros fill the rest, as after an interrupted download, and make half an
+image of them. So the end of the file is checked here, and zeros inside a JPEG, which costs microseconds. Flipped bits are not
+found: only PNG has checksums, and Pillow does not check those of the pixels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 SEGMENT = struct.Struct(">BBH").unpack_from  # of a JPEG: 0xFF, marker, length without these two bytes
 FRAME = struct.Struct(">HHB").unpack_from  # height, width, components
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-SEQUENTIAL = frozenset((0xC0, 0xC1))  # the frames that are not progressive, and coded by Huffman
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame header
+SEQUENTIAL = frozenset((0xC0, 0xC1))  # not progressive, Huffman coded
 SCAN_ENDS = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # any marker but a restart
 ZEROS = bytes(64)
-BARE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # markers without a length
+WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # markers
 
 
 class Jpeg(NamedTuple):
@@ -26,11 +26,11 @@ class Jpeg(NamedTuple):
     width: int
     components: int
     orientation: int
-    cut: str  # empty, or why the file is not whole
+    fault: str  # empty, or why the file is not complete
 
 
 def jpeg(data: bytes) -> Jpeg | None:
-    """What stands before the first scan; None where it makes no sense. In front of every decode, so it is written to be short."""
+    """The header before the first scan; None if it is invalid. Every decode calls it, so it is written for speed."""
     position, last, orientation, frame = 2, len(data) - 10, 1, 0
     tables: list[int] = []
     size: tuple[int, int, int] | None = None
@@ -42,20 +42,20 @@ def jpeg(data: bytes) -> Jpeg | None:
                 break
         elif marker == 0xFF:  # padding
             position += 1
-        elif marker in BARE:
+        elif marker in WITHOUT_LENGTH:
             position += 2
         elif marker == 0xDA:
             if size is None or min(size) == 0:
                 return None
-            # From here on 0xFF of the picture itself is always followed by a zero. Earlier ends are those of thumbnails.
-            scan, cut = position + 2 + length, ""
+            # In the scan 0xFF is always followed by a zero. End markers before it belong to thumbnails.
+            scan, fault = position + 2 + length, ""
             if data.rfind(b"\xff\xd9", scan) < 0:
-                cut = "cut off, its end marker is missing"
+                fault = "cut off, its end marker is missing"
             elif frame in SEQUENTIAL and (hole := data.find(ZEROS, scan)) >= 0:
                 ends = SCAN_ENDS.search(data, scan)
                 if (ends is None or hole < ends.start()) and not _zeros_are_flat(data, tables):
-                    cut = "broken, zeros stand in the middle of its picture"
-            return Jpeg(*size, orientation, cut)
+                    fault = "damaged, there are zeros in the middle of the image"
+            return Jpeg(*size, orientation, fault)
         else:
             if marker in FRAMES:
                 size, frame = FRAME(data, position + 5), marker
@@ -68,9 +68,10 @@ def jpeg(data: bytes) -> Jpeg | None:
 
 
 def _zeros_are_flat(data: bytes, tables: list[int]) -> bool:
-    """Whether a run of zero bits can be a flat part of a picture: where the first code of every AC table, which is all zeros, ends a
-    block. In the usual table of luminance it is a coefficient of -1, and 64 bytes of it are a block and more of nothing else, which no
-    camera sees. One file in eight with such a hole gives a decoder as many blocks as it wants, and so no warning."""
+    """Whether a run of zero bits can be a flat part of an image: if the first code of every AC table, which is all zeros, ends a
+    block. In the usual luminance table it is a coefficient of -1 instead, and 64 bytes of it are more than a block of nothing
+    else, which no camera produces. In one file of eight with such a hole the decoder gets as many blocks as it needs, and does
+    not warn."""
     for position in tables:
         at, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         while at + 17 < end:
@@ -81,7 +82,7 @@ def _zeros_are_flat(data: bytes, tables: list[int]) -> bool:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """1 to 8, as the camera was held: tag 274 of the first directory. 1 where there is none."""
+    """1 to 8: tag 274 of the first directory. 1 if there is none."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return 1
@@ -93,12 +94,12 @@ def exif_orientation(tiff: bytes) -> int:
             if tag == 274:
                 return int(value) if 1 <= value <= 8 else 1
     except struct.error:
-        pass  # a broken block turns nothing
+        pass  # an invalid block counts as none
     return 1
 
 
-def cut(data: bytes) -> str:
-    """Why a PNG, GIF or BMP is not whole; empty if it is. Of WebP, TIFF and the like Pillow takes nothing that was cut."""
+def fault(data: bytes) -> str:
+    """Why a PNG, GIF or BMP is not complete; empty if it is. Pillow itself refuses other formats that were cut off."""
     for start, check in CHECKS.items():
         if data.startswith(start):
             return check(data)
@@ -113,11 +114,11 @@ def _png(data: bytes) -> str:
         end = position + 12 + length
         if end > len(data):
             break
-        # Lower case marks what a decoder may leave out.
+        # A lower case letter marks a chunk that a decoder may ignore.
         if kind[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(
             data[end - 4 : end], "big"
         ):
-            return f"broken, the checksum of its {kind.decode('latin-1')} chunk differs"
+            return f"damaged, the checksum of its {kind.decode('latin-1')} chunk differs"
         if kind == b"IEND":
             return ""
         position = end
@@ -133,7 +134,7 @@ def _gif(data: bytes) -> str:
     try:
         position = 13 + table(data[10])
         while data[position] != 0x3B:
-            if data[position] == 0:  # between blocks some write one zero too many
+            if data[position] == 0:  # some encoders write an extra zero between blocks
                 position += 1
                 continue
             if data[position] == 0x2C:
@@ -141,7 +142,7 @@ def _gif(data: bytes) -> str:
             elif data[position] == 0x21:
                 position += 2
             else:
-                return "broken, no GIF block begins where one should"
+                return "damaged, no GIF block begins where one should"
             while data[position]:
                 position += 1 + data[position]
             position += 1
@@ -151,7 +152,7 @@ def _gif(data: bytes) -> str:
 
 
 def _bmp(data: bytes) -> str:
-    """Pillow makes up as many bytes as a row's padding has. Compressed ones it checks by itself."""
+    """Pillow fills up as many bytes as the padding of a row. It checks compressed files itself."""
     try:
         offset, header, width, height, _, depth, compression = struct.unpack_from("<IIiiHHI", data, 10)
     except struct.error:
@@ -159,10 +160,9 @@ def _bmp(data: bytes) -> str:
     if header < 40 or compression not in (0, 3):
         return ""
     row = abs(width) * depth
-    whole = (
-        offset + (row + 31) // 32 * 4 * (abs(height) - 1) + (row + 7) // 8
-    )  # the last row may lack its padding
-    return "cut off, pixels are missing at its end" if len(data) < whole else ""
+    # The last row may lack its padding.
+    size = offset + (row + 31) // 32 * 4 * (abs(height) - 1) + (row + 7) // 8
+    return "cut off, pixels are missing at its end" if len(data) < size else ""
 
 
 CHECKS = {b"\x89PNG\r\n\x1a\n": _png, b"GIF8": _gif, b"BM": _bmp}

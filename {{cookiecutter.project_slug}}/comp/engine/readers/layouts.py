@@ -1,6 +1,6 @@
-"""Rows from everything that is no csv: json in its many shapes, .bson, and the files themselves where there is no table.
+"""Reads tables that are no csv: json in its many shapes, .bson, arrays, and the files themselves where there is no table.
 
-Values become text here as in sources.py: what a column means is decided in tables.py.
+Values become text, as in delimited.py. What a column means is decided in data/targets.py.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comp.engine.config.resolve import nearest
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import containers, records, unicode_names
 from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE_COLUMN = (
-    "path of the file"  # the column of it, where the files are the rows; no table has one of that name
-)
+# The path, where the files are the rows. No table has a column of that name.
+FILE_COLUMN = "path of the file"
 
 
 def json_frame(file: Path) -> pd.DataFrame:
-    """A list of records, COCO's lists that refer to each other, columns, or id -> label or record."""
+    """A list of records, COCO (lists that refer to each other), columns, or id -> label or record."""
     import pandas as pd
 
-    text, before, data = file.read_bytes(), 0, None
+    text, lines, data = file.read_bytes(), 0, None
     try:
         if file.suffix in (".jsonl", ".ndjson"):
             data = []
-            for line in text.splitlines():
-                data += [json.loads(line)] if line.strip() else []
-                before += 1
+            for record in text.splitlines():
+                data += [json.loads(record)] if record.strip() else []
+                lines += 1
         else:
             data = json.loads(text)
     except ValueError as error:
-        at = before + getattr(error, "lineno", 1)
-        raise Refused(
-            f"{paths.relative(file)}:{at}: is broken json ({str(error).partition(':')[0]})"
+        line = lines + getattr(error, "lineno", 1)
+        raise UserError(
+            "table-damaged",
+            where=f"{paths.relative(file)}:{line}",
+            what=f"invalid json ({str(error).partition(':')[0]})",
         ) from None
     rows = _rows(data, file)
     return pd.DataFrame([{key: _cell(value) for key, value in _flat(row)} for row in rows], dtype=object)
@@ -69,28 +70,30 @@ def _rows(data: Any, file: Path) -> list[dict[str, Any]]:
         ]
         if len(lists) == 1:
             return list(data[lists[0]])
-    raise Refused(
-        f"{paths.relative(file)}: holds no table: a list of records, COCO's images and annotations, or id to record; "
-        "other shapes: read_samples in comp/competition.py"
+    raise UserError(
+        "table-unsupported",
+        where=paths.relative(file),
+        what="holds no list of records, COCO images and annotations, columns, or id to label or record",
+        remedy="read it in read_samples of comp/competition.py",
     )
 
 
 def _coco(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row an annotation, with its image's and category's fields; without annotations one an image."""
+    """A row an annotation, with the fields of its image and category; without annotations a row an image."""
     key = "id" if "id" in data["images"][0] else "image_id"
     annotations = data.get("annotations") or []
     if not annotations:
         return list(data["images"])
     images = {image[key]: image for image in data["images"]}
     categories = data.get("categories") or [{}]
-    named = "id" if "id" in categories[0] else "category_id"
-    category = {each.get(named): each for each in categories}
+    category_key = "id" if "id" in categories[0] else "category_id"
+    category_of = {each.get(category_key): each for each in categories}
     rows = []
-    for note in annotations:
-        image = images.get(note.get("image_id"), {})
-        row = {f"annotation_{k}" if k in image and k != "image_id" else k: v for k, v in note.items()}
-        kind = category.get(note.get("category_id"), {})
-        row |= {f"category_{k}": v for k, v in kind.items() if k not in (named, "id")}
+    for annotation in annotations:
+        image = images.get(annotation.get("image_id"), {})
+        row = {f"annotation_{k}" if k in image and k != "image_id" else k: v for k, v in annotation.items()}
+        category = category_of.get(annotation.get("category_id"), {})
+        row |= {f"category_{k}": v for k, v in category.items() if k not in (category_key, "id")}
         rows.append(row | image)
     return rows
 
@@ -100,7 +103,7 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         elif not (isinstance(value, list) and len(value) > 64 and isinstance(value[0], int | float)):
-            yield f"{prefix}{key}", value  # long lists of numbers are pictures: see containers.py
+            yield f"{prefix}{key}", value  # long lists of numbers are images: see containers.py
 
 
 def _cell(value: Any) -> str | None:
@@ -111,7 +114,7 @@ def _cell(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list):
-        return " ".join(str(_cell(each)) for each in value)  # several labels, as a csv would write them
+        return " ".join(str(_cell(each)) for each in value)  # several labels, as a csv has them
     return str(value)
 
 
@@ -123,69 +126,76 @@ def bson_frame(file: Path) -> pd.DataFrame:
 
 
 def array_frame(file: Path) -> pd.DataFrame:
-    """Labels in .npy or .npz: a row an entry, `key` its number from 0 on, and a column an array; one of images is none."""
+    """Labels in .npy or .npz: a row an entry, with its number as `key`, and a column an array. Arrays of images are left out."""
     import pandas as pd
 
     try:
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as held:
-                arrays = {n.removesuffix(".npy"): records.from_npy(held.read(n)) for n in held.namelist()}
+            with zipfile.ZipFile(file) as npz:
+                arrays = {n.removesuffix(".npy"): records.from_npy(npz.read(n)) for n in npz.namelist()}
         else:
             arrays = {"value": records.from_npy(file.read_bytes())}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise Refused(
-            f"{paths.relative(file)}: no whole array of numbers or text ({str(error).splitlines()[0]})"
+        raise UserError(
+            "file-damaged",
+            where=paths.relative(file),
+            what=f"is no complete array of numbers or text ({str(error).splitlines()[0]})",
         ) from None
-    plain = {name: array for name, array in arrays.items() if array.ndim == 1}
-    lengths = {len(array) for array in plain.values()}
+    columns = {name: array for name, array in arrays.items() if array.ndim == 1}
+    lengths = {len(array) for array in columns.values()}
     if len(lengths) != 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise Refused(
-            f"{paths.relative(file)}: holds no table but {shapes}; arrays of one dimension and one length are columns"
+        raise UserError(
+            "table-unsupported",
+            where=paths.relative(file),
+            what=f"holds {shapes}",
+            remedy="columns are arrays of one dimension and of the same length",
         )
-    rows = {name: [_cell(cell) for cell in array.tolist()] for name, array in plain.items()}
+    rows = {name: [_cell(cell) for cell in array.tolist()] for name, array in columns.items()}
     return pd.DataFrame({"key": [str(i) for i in range(lengths.pop())], **rows}, dtype=object)
 
 
 def files_frame(raw: Path, pattern: str) -> pd.DataFrame:
-    """A row for every file that the pattern matches, with a column for each name in it, and FILE for its path."""
+    """A row for every file that matches the pattern, with a column for each name in the pattern, and FILE_COLUMN for its path."""
     import pandas as pd
 
-    where = f"files: {pattern}"
     try:
-        wanted = re.compile(pattern_regex(unicode_names.nfc(pattern)))
+        regex = re.compile(pattern_regex(unicode_names.nfc(pattern)))
     except re.error as error:
-        raise Refused(f"configs/competition.yaml: {where}: {error}") from None
+        raise _pattern_error("pattern-invalid", f"{pattern}: {error}") from None
     under = unicode_names.on_disk(raw, pattern_folder(pattern))
     rows = [
-        {FILE_COLUMN: name, **found.groupdict()}
+        {FILE_COLUMN: name, **match.groupdict()}
         for name in sorted(list_files(raw, under))
-        if (found := wanted.fullmatch(unicode_names.nfc(name)))
+        if (match := regex.fullmatch(unicode_names.nfc(name)))
     ]
     if not rows:
-        there = sorted(list_files(raw, under))[:2000] or sorted(p.name for p in raw.iterdir())
-        raise Refused(
-            f"configs/competition.yaml: {where} matches no file; the nearest there is {nearest(pattern, there)[0]}"
-        )
+        files = sorted(list_files(raw, under))[:2000] or sorted(p.name for p in raw.iterdir())
+        what, remedy = f"{pattern} matches no file", f"the nearest is {nearest(pattern, files)[0]}"
+        raise _pattern_error("pattern-unmatched", what, remedy)
     frame = pd.DataFrame(rows, dtype=object)
     if "id" not in frame:
         frame["id"] = frame[FILE_COLUMN].map(lambda name: os.path.splitext(name)[0])
     return frame
 
 
+def _pattern_error(code: str, what: str, remedy: str = "") -> UserError:
+    return UserError(code, where="configs/competition.yaml", key="files", what=what, remedy=remedy)
+
+
 def pattern_regex(pattern: str) -> str:
-    """`train/{label}/{id}.jpg` as a regular expression; `{label:cat|dog}` brings its own."""
+    """`train/{label}/{id}.jpg` as a regular expression; `{label:cat|dog}` has its own."""
     out, last = "", 0
-    for found in re.finditer(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}", pattern):
-        out += re.escape(pattern[last : found.start()])
-        name, own = found.groups()
+    for match in re.finditer(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}", pattern):
+        out += re.escape(pattern[last : match.start()])
+        name, own = match.groups()
         out += f"(?P={name})" if f"(?P<{name}>" in out else f"(?P<{name}>{own or '[^/]+?'})"
-        last = found.end()
+        last = match.end()
     return out + re.escape(pattern[last:])
 
 
 def pattern_folder(pattern: str) -> str:
-    """The folder (or archive) that a pattern begins with."""
+    """The folder (or archive) at the beginning of a pattern."""
     return pattern.partition("{")[0].rpartition("/")[0]
 
 
@@ -196,31 +206,35 @@ def list_files(raw: Path, under: str) -> Iterator[str]:
         yield from (f"{under}/{name}" for name in containers.members(start))
     elif start.is_dir():
         for folder, folders, names in os.walk(start, followlinks=True):
-            _refuse_loops(folder, folders)
+            _validate_links(folder, folders)
             inside = os.path.relpath(folder, raw)
             yield from (os.path.normpath(f"{inside}/{name}") for name in names)
-    elif (found := containers.split(start)) is not None:
-        prefix = found[0].relative_to(raw).as_posix()
+    elif (parts := containers.split(start)) is not None:
+        container, inside = parts
+        prefix = container.relative_to(raw).as_posix()
         yield from (
-            f"{prefix}/{name}" for name in containers.members(found[0]) if name.startswith(f"{found[1]}/")
+            f"{prefix}/{name}" for name in containers.members(container) if name.startswith(f"{inside}/")
         )
 
 
-def _refuse_loops(folder: str, folders: list[str]) -> None:
-    """A link to a folder that it stands in would be walked until the system has enough, some 40 levels of the same files."""
+def _validate_links(folder: str, folders: list[str]) -> None:
+    """A link to a parent folder would be followed until the system stops it, after some 40 levels of the same files."""
     for name in folders:
         link = os.path.join(folder, name)
         if os.path.islink(link):
-            above, leads = os.path.realpath(folder), os.path.realpath(link)
-            if os.path.commonpath([above, leads]) == leads:
-                raise Refused(
-                    f"{paths.relative(Path(link))}: is a link that leads back to {paths.relative(Path(leads))}, which it stands in; "
-                    f"remove it: rm {shlex.quote(paths.relative(Path(link)))}"
+            parent, target = os.path.realpath(folder), os.path.realpath(link)
+            if os.path.commonpath([parent, target]) == target:
+                shown = paths.relative(Path(link))
+                raise UserError(
+                    "link-loop",
+                    where=shown,
+                    what=f"is a link to {paths.relative(Path(target))}, a folder above it",
+                    remedy=f"remove it: rm {shlex.quote(shown)}",
                 )
 
 
 class Globs:
-    """`{id}/*.png` in an image template: every file there is, in their order."""
+    """`{id}/*.png` in an image template: every file that matches, in natural order."""
 
     def __init__(self, raw: Path):
         self.raw = raw
@@ -232,15 +246,15 @@ class Globs:
         top = container[0].relative_to(self.raw).as_posix() if container else folder
         if top not in self.by_folder:
             self.by_folder[top] = _grouped(sorted(list_files(self.raw, top), key=_natural))
-        wanted = re.compile(re.escape(unicode_names.nfc(path)).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
-        inside = self.by_folder[top]
+        regex = re.compile(re.escape(unicode_names.nfc(path)).replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
+        files = self.by_folder[top]
         deeper = "/" in path[len(folder) + 1 :]
         names = (
-            [n for each in inside.values() for n in each]
+            [n for each in files.values() for n in each]
             if deeper
-            else inside.get(unicode_names.nfc(folder), [])
+            else files.get(unicode_names.nfc(folder), [])
         )
-        return [name for name in names if wanted.fullmatch(unicode_names.nfc(name))]
+        return [name for name in names if regex.fullmatch(unicode_names.nfc(name))]
 
 
 def _grouped(names: list[str]) -> dict[str, list[str]]:

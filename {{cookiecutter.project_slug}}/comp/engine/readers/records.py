@@ -1,4 +1,4 @@
-"""Records that carry pictures or numbers: .bson, .npy, .parquet and .json as containers of images. See containers.py."""
+"""Containers of images that are records or arrays: .bson, .npy, .parquet and .json. See containers.py."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import paths
 
 
 class Bson:
-    """Records with pictures, as `<_id>/<n>.jpg`: read by their place in the file, which is skimmed once."""
+    """Images in documents, as `<_id>/<n>.jpg`. Their places in the file are found in one pass, when it is opened."""
 
     def __init__(self, file: Path):
         self.path = file
@@ -40,23 +40,27 @@ class Bson:
 
 
 def records(file: Path) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]]:
-    """The documents of a .bson file: plain fields, and (offset, size) of each binary in it, however deep."""
+    """The documents of a .bson file: the fields, and (offset, size) of every binary in it, at any depth."""
     with file.open("rb") as opened:
         at = 0
         while head := opened.read(4):
             size = struct.unpack("<i", head)[0] if len(head) == 4 else 0
             body = opened.read(max(size - 4, 0))
             if size < 5 or len(body) != size - 4:
-                raise Refused(f"{paths.relative(file)}: cut off or damaged at byte {at}")
+                raise UserError(
+                    "file-damaged", where=paths.relative(file), what=f"cut off or damaged at byte {at}"
+                )
             images: list[tuple[int, int]] = []
-            yield _document(head + body, 0, at, images), images
+            yield _document(head + body, 0, at, images, file), images
             at += size
 
 
 _FIXED = {0x01: "<d", 0x10: "<i", 0x12: "<q", 0x09: "<q", 0x08: "<?", 0x11: "<Q"}
 
 
-def _document(data: bytes, start: int, base: int, images: list[tuple[int, int]]) -> dict[str, Any]:
+def _document(
+    data: bytes, start: int, base: int, images: list[tuple[int, int]], file: Path
+) -> dict[str, Any]:
     out: dict[str, Any] = {}
     at = start + 4
     while data[at]:
@@ -71,7 +75,7 @@ def _document(data: bytes, start: int, base: int, images: list[tuple[int, int]])
             at += 4 + size
         elif kind in (0x03, 0x04):
             (size,) = struct.unpack_from("<i", data, at)
-            inner = _document(data, at, base, images)
+            inner = _document(data, at, base, images, file)
             out |= {f"{key}.{name}": value for name, value in inner.items()}
             at += size
         elif kind == 0x05:
@@ -84,7 +88,11 @@ def _document(data: bytes, start: int, base: int, images: list[tuple[int, int]])
         elif kind in (0x06, 0x0A):
             out[key] = None
         else:
-            raise Refused(f"byte {base + at} of a .bson file: the type {kind:#x} of {key!r} is not known")
+            raise UserError(
+                "file-unsupported",
+                where=paths.relative(file),
+                what=f"byte {base + at}: the type {kind:#x} of {key!r} is not supported",
+            )
     return out
 
 
@@ -92,7 +100,7 @@ class Npy:
     def __init__(self, file: Path):
         with file.open("rb") as opened:
             if not npy_shape(opened, file.stat().st_size):
-                raise ValueError("a single number, no array of pictures")
+                raise ValueError("a single number, no array of images")
         self.array = np.load(file, mmap_mode="r")
         self.names = [str(i) for i in range(len(self.array))]
 
@@ -104,25 +112,25 @@ class Npy:
 
 
 class Parquet:
-    """Rows of numbers, by the first column: some hosts store pictures like that."""
+    """Rows of numbers that are images, named by the first column."""
 
     def __init__(self, file: Path):
         import pyarrow.parquet as pq
 
         self.table = pq.read_table(file, memory_map=True)
         self.names = [str(name) for name in self.table.column(0).to_pylist()]
-        self.place = {name: i for i, name in enumerate(self.names)}
+        self.row_of = {name: i for i, name in enumerate(self.names)}
 
     def size(self, name: str) -> int:
         return 8 * (self.table.num_columns - 1)
 
     def read(self, name: str) -> bytes:
-        row = self.table.slice(self.place[name], 1).to_pydict()
+        row = self.table.slice(self.row_of[name], 1).to_pydict()
         return as_npy(np.array([value[0] for value in list(row.values())[1:]]))
 
 
 class Json:
-    """A list of records: fields that are lists of numbers, under the record's id."""
+    """A list of records: fields that are lists of numbers, as `<id>/<field>`."""
 
     def __init__(self, file: Path):
         self.lists: dict[str, Any] = {}
@@ -147,26 +155,24 @@ def as_npy(array: Any) -> bytes:
 
 
 def npy_shape(file: BinaryIO, size: int) -> tuple[int, ...]:
-    """What the header of a .npy of so many bytes says, held against them: np.load reserves memory for any shape that is written there,
-    and takes the header for Python text. ValueError in one line where the file is no whole array."""
+    """The shape in the header of a .npy of `size` bytes. ValueError, in one line, if the file is no complete array: np.load would
+    reserve memory for any shape in the header, and parses the header as Python."""
     try:
         version = np.lib.format.read_magic(file)
         reader = (
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = reader(file)
-    except Exception as error:  # of Python's tokenizer, parser and literals, too
+    except Exception as error:  # Python's tokenizer and parser raise various ones
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        reason = re.sub(
-            r" at 0x\w+", "", reason
-        )  # it becomes part of a cache, which is the same bytes every time
-        raise ValueError(f"no header of an array: {reason}") from None
+        reason = re.sub(r" at 0x\w+", "", reason)  # it is stored in the cache, whose bytes must not vary
+        raise ValueError(f"no valid header of an array: {reason}") from None
     if dtype.hasobject:
-        raise ValueError("its header says Python objects, which are never loaded")
-    wanted, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if min(shape, default=0) < 0 or wanted > there:
+        raise ValueError("it holds Python objects, which are never loaded")
+    expected, present = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if min(shape, default=0) < 0 or expected > present:
         raise ValueError(
-            f"its header says {dtype} of shape {shape}, {wanted:,} bytes, where {there:,} follow"
+            f"its header declares {dtype} of shape {shape}, {expected:,} bytes, and {present:,} follow"
         )
     return tuple(shape)
 
