@@ -91,7 +91,7 @@ class WaitingExecutor:
 
 def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
     executor, stop = WaitingExecutor(), hardware.Stop()
-    stop.asked = True
+    stop.requested = True
     with pytest.raises(KeyboardInterrupt, match="every job has saved its state"):
         launcher.run_jobs(
             [launcher.Job("a", "fold", {}), launcher.Job("b", "fold", {})], executor, stop, lambda left: None

@@ -234,7 +234,7 @@ def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:
     """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so far."""
     ticks = iter([0, 10, 20, 320, 330, 340, 629, 631])
     stop = hardware.Stop(1000, clock=lambda: float(next(ticks)))
-    assert [stop.asked for _ in range(7)] == [False] * 6 + [True]
+    assert [stop.requested for _ in range(7)] == [False] * 6 + [True]
     assert stop.longest == 300 and stop.out_of_time
 
 

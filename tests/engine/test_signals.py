@@ -246,19 +246,19 @@ def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
 
     monkeypatch.setitem(sys.modules, "ray", Fake)
-    with hardware.stoppable():
+    with hardware.stop_on_signals():
         before = signal.getsignal(signal.SIGTERM)
         launcher.RayExecutor(1)
         assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
-    before = [signal.getsignal(number) for number in hardware.STOPS]
+    before = [signal.getsignal(number) for number in hardware.STOP_SIGNALS]
     assert cli.main(["runs"]) == 0
     stop = hardware.Stop()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.asked and [signal.getsignal(number) for number in hardware.STOPS] == before
+    assert stop.requested and [signal.getsignal(number) for number in hardware.STOP_SIGNALS] == before
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
     joined, stop = join(), hardware.Stop()
     taken = study.take(joined)
     assert taken is not None
-    stop.asked = True
+    stop.requested = True
     with pytest.raises(KeyboardInterrupt, match="saved at step 1"):
         trial.run(joined, *taken, stop, FOREVER)
     taken = study.take(joined)

@@ -135,7 +135,7 @@ def _said(
         def told(count: int) -> None:
             bar.update(count)
             if (
-                stop is not None and stop.asked
+                stop is not None and stop.requested
             ):  # its weights are sealed, so a later start begins with the predictions
                 raise Stopped(f"{doing or 'predictions'}: {bar.n} of {len(rows)} images")
 

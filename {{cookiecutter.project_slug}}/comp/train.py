@@ -212,7 +212,7 @@ def fold(
             bar.update(span.effective)
             last = step == (epoch + 1) * steps_per_epoch
             inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            stopping = distributed.any_reduce(stop.asked) and not last
+            stopping = distributed.any_reduce(stop.requested) and not last
             if last or inside or stopping or looks.due or step in kept.ends:
                 losses_seen += looks.look(room.size)
                 bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")

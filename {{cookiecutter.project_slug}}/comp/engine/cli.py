@@ -157,7 +157,7 @@ VERBS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; every way in which it may end becomes an exit code and at most a line on stderr."""
-    with hardware.stoppable():
+    with hardware.stop_on_signals():
         try:
             status = run((sys.argv[1:] if arguments is None else arguments) or ["--help"])
             sys.stdout.flush()
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _interrupted(interrupt: KeyboardInterrupt) -> int:
-    number = hardware.received()
+    number = hardware.received_signal()
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     saved = interrupt or "finished work is saved"
     print(f"stopped{by}: {saved}; the same command continues", file=sys.stderr)

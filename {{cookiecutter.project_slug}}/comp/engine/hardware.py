@@ -1,4 +1,4 @@
-"""What this machine may spend. Threads are a knob of the run, since their number changes sums and so results."""
+"""Threads, devices, processes, signals and time limits of this machine."""
 
 from __future__ import annotations
 
@@ -13,49 +13,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 
 def set_threads(threads: int) -> None:
-    """Fix the thread count of torch, OpenMP and OpenCV. Ray and torchrun set their own: overridden on purpose."""
+    """Sets the thread count of torch, OpenMP and OpenCV, a knob of the run since it changes the order of sums and so results. Overrides
+    what Ray and torchrun set. Call it before torch is imported: OpenMP reads its variables once."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads beside a busy process cost a factor of ten
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would look for updates online at import
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads slow a busy machine down tenfold
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # at import it would connect to look for updates
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
 
 
-def device(wanted: str) -> torch.device:
+def device(name: str) -> torch.device:
+    """Of machine.device."""
     import torch
 
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise Refused(f"machine.device: {wanted}: torch finds no GPU here; auto takes what there is")
-    if world_size() > 1 and wanted.startswith("cuda:"):
-        raise Refused(
-            f"machine.device: {wanted} is one GPU, and torchrun gives each process its own; leave it at auto"
-        )
-    if world_size() > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
-        mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if mine >= there:
-            raise Refused(
-                f"torchrun: {mine + 1} processes on a machine of {there} GPUs; --nproc-per-node {there}"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        what, remedy = f"{name}: torch finds no GPU", "auto takes the device that is available"
+        raise UserError("device-missing", key="machine.device", what=what, remedy=remedy)
+    if world_size() > 1 and name.startswith("cuda:"):
+        what = f"{name} is one GPU, and each process of torchrun needs its own"
+        raise UserError("device-shared", key="machine.device", what=what, remedy="set it to auto")
+    if world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            what, remedy = (
+                f"{local_rank + 1} processes on a machine with {gpus} GPUs",
+                f"--nproc-per-node {gpus}",
             )
-        torch.cuda.set_device(mine)
-        return torch.device("cuda", mine)
-    if wanted != "auto":
-        return torch.device(wanted)
+            raise UserError("device-missing", where="torchrun", what=what, remedy=remedy)
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name != "auto":
+        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def world_size() -> int:
-    """How many torchrun has started, on all machines; 1 without it."""
+    """Processes of torchrun, on all machines; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -63,25 +67,26 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-# Ctrl+C; SLURM, Kubernetes and spot machines that want theirs back; "save and end", for whoever asks.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOPPED = tuple(128 + number for number in STOPS)  # the exit codes of a process that they stopped
-TOGETHER = 5.0  # seconds within which SIGTERM comes more than once: from torchrun and from SLURM, to a process and to its group
+# Ctrl+C; SLURM, Kubernetes and spot machines before they end; "save and stop", for your own scripts.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_EXIT_CODES = tuple(128 + number for number in STOP_SIGNALS)
+# Seconds within which one stop may send SIGTERM several times: torchrun and SLURM both do, to a process and to its group.
+REPEATED_WITHIN = 5.0
 
 
 class _Received:
-    number = 0  # of STOPS, the first
+    number = 0  # of STOP_SIGNALS, the first one that was received
     at = 0.0
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 end the work as Ctrl+C does: by KeyboardInterrupt, which removes what is half-written."""
+def stop_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise KeyboardInterrupt, as Ctrl+C does, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _Received.number = 0
-    before = {number: signal.signal(number, _interrupt) for number in STOPS[1:]}
+    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS[1:]}
     try:
         yield
     finally:
@@ -90,56 +95,55 @@ def stoppable() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    again = _Received.number and time.monotonic() - _Received.at < TOGETHER
-    _note(number)
-    if not again:  # what is half-written is being removed
+    repeated = _Received.number and time.monotonic() - _Received.at < REPEATED_WITHIN
+    _record(number)
+    if not repeated:  # temporary files are being removed already
         raise KeyboardInterrupt
 
 
-def _note(number: int) -> None:
+def _record(number: int) -> None:
     _Received.number, _Received.at = _Received.number or number, time.monotonic()
 
 
-def received() -> int:
-    """The signal that asked this process to stop; Ctrl+C's where nobody noted another."""
+def received_signal() -> int:
+    """The signal that stops this process; default: SIGINT."""
     return _Received.number or signal.SIGINT
 
 
 def exit_code() -> int:
-    return 128 + received()
+    return 128 + received_signal()
 
 
 class Stopped(KeyboardInterrupt):
-    """Stopped where everything is saved, and in all processes at the same place."""
+    """Everything is saved. With torchrun all processes raise it at the same place."""
 
 
 class Stop:
-    """A signal of STOPS asks while somebody looks (`listening`), and so does a time limit: the loop saves its state at the next
-    step and ends. A second Ctrl+C does not wait; a second SIGTERM does, since schedulers send several."""
+    """Requested by a signal while `listening`, or by a time limit: the training loop then saves its state after the current step, and
+    stops. A second Ctrl+C stops at once; a second SIGTERM does not, since schedulers send several."""
 
-    MARGIN = 10.0  # seconds for the end itself: the last state, W&B, the table; a tenth of a limit shorter than 100 s
+    MARGIN = 10.0  # seconds to save, to finish W&B and to print; of limits below 100 s a tenth
 
     def __init__(
         self, limit: float | None = None, quiet: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.limit, self.quiet, self.clock = limit, quiet, clock
-        self.looked = self.began = clock()
-        self.longest = 0.0  # seconds between two looks at the clock: no look, no end
-        self._asked = False
+        self.checked = self.started = clock()
+        self.longest = 0.0  # seconds between two checks of `requested`
+        self._requested = False
         self.signalled = False
         self.out_of_time = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """For work that looks at `asked` every few seconds; elsewhere a signal ends the work at once."""
+        """For work that checks `requested` every few seconds. Elsewhere a signal interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         if _Received.number and signal.getsignal(signal.SIGTERM) is _interrupt:
-            self._asked = self.signalled = (
-                True  # it was raised where Python lets nothing be raised, as in a destructor
-            )
-        before = {number: signal.signal(number, self._ask) for number in STOPS}
+            # The KeyboardInterrupt was lost: Python ignores exceptions in destructors.
+            self._requested = self.signalled = True
+        before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -147,36 +151,38 @@ class Stop:
                 signal.signal(number, handler)
 
     @property
-    def asked(self) -> bool:
-        """True from the moment when another stretch as long as the longest so far might not end in time."""
-        if self.limit is not None and not self._asked:
+    def requested(self) -> bool:
+        """With a limit: true as soon as another interval as long as the longest so far might not end in time."""
+        if self.limit is not None and not self._requested:
             now = self.clock()
-            self.longest, self.looked = max(self.longest, now - self.looked), now
-            left = self.limit - min(self.MARGIN, self.limit / 10) - (now - self.began)
-            self._asked = self.out_of_time = left < 1.2 * self.longest
-        return self._asked
+            self.longest, self.checked = max(self.longest, now - self.checked), now
+            left = self.limit - min(self.MARGIN, self.limit / 10) - (now - self.started)
+            self._requested = self.out_of_time = left < 1.2 * self.longest
+        return self._requested
 
-    @asked.setter
-    def asked(self, asked: bool) -> None:
-        self._asked = asked
+    @requested.setter
+    def requested(self, requested: bool) -> None:
+        self._requested = requested
 
-    def _ask(self, number: int, frame: object) -> None:
-        if self._asked and not self.out_of_time and number == signal.SIGINT:
+    def _request(self, number: int, frame: object) -> None:
+        if self._requested and not self.out_of_time and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number != signal.SIGINT:
-            _note(number)
-        self._asked, self.signalled, self.out_of_time = True, True, False
+            _record(number)
+        self._requested, self.signalled, self.out_of_time = True, True, False
         if number == signal.SIGINT and not self.quiet:
             print("\nstopping after this step; Ctrl+C again to stop at once", file=sys.stderr, flush=True)
 
 
 def parse_duration(option: str, text: str) -> float:
-    """Of 8h30m, 9h, 45m or 90s."""
+    """Seconds of 8h30m, 9h, 45m or 90s. `option`: for the error."""
     number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
-    hours, minutes, rest = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    match = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
+    hours, minutes, rest = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
     if not (total := 3600 * hours + 60 * minutes + rest) > 0:
-        raise Refused(f"{option} {text!r}: a time like 8h30m, 9h, 90m or 600s")
+        raise UserError(
+            "duration-invalid", where=f"{option} {text!r}", what="must be like 8h30m, 9h, 90m or 600s"
+        )
     return total
 
 
@@ -185,12 +191,14 @@ def cores() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process may be given, as CUDA_VISIBLE_DEVICES names them. Without torch, whose threads are not settled yet."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        ask = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Does not import torch, so that set_threads can follow."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         try:
-            named = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.replace("\n", ",")
+            names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.replace(
+                "\n", ","
+            )
         except (OSError, subprocess.CalledProcessError):
-            return []  # none, or none that works
-    return [card.strip() for card in named.split(",") if card.strip()]
+            return []  # no GPU, or no driver
+    return [gpu.strip() for gpu in names.split(",") if gpu.strip()]

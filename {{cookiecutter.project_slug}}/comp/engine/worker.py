@@ -31,7 +31,7 @@ def main() -> int:
     job, arguments = sys.argv[1:]
     threading.Thread(target=exit_with_parent, daemon=True).start()
     module, _, name = FUNCTIONS[job].partition(":")
-    with hardware.stoppable():
+    with hardware.stop_on_signals():
         try:
             getattr(import_module(f"comp.engine.{module}"), name)(**json.loads(arguments))
         except UserError as error:

@@ -25,7 +25,7 @@ def run_folds(
     try:
         for seed, fold in todo:
             run_fold(context, name, seed, fold, stop=stop, profiler=profiler)
-            if stop.asked:
+            if stop.requested:
                 raise Stopped(f"seed {seed} fold {fold} is done")
     except Stopped as stopped:
         if not stop.out_of_time:

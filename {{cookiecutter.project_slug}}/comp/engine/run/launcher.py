@@ -100,17 +100,21 @@ def _run_jobs(
         on_progress(len(running))
         for future in done:
             job = running.pop(future)
-            if future.cancelled() or (result := future.result()).code in (0, *hardware.STOPPED) or stop.asked:
+            if (
+                future.cancelled()
+                or (result := future.result()).code in (0, *hardware.STOP_EXIT_CODES)
+                or stop.requested
+            ):
                 continue
             if not failed:
                 lines = [UserError("job-failed", what=line) for line in result.last_lines]
                 failed = [UserError("job-failed", where=job.name, what="failed"), *lines]
-        if (stop.asked or failed) and not interrupted:
+        if (stop.requested or failed) and not interrupted:
             interrupted = True
             executor.interrupt()
     if failed:
         raise joined(failed)
-    if stop.asked:
+    if stop.requested:
         raise hardware.Stopped("every job has saved its state")
 
 
@@ -191,7 +195,7 @@ class LocalExecutor:
     def _started(self, process: subprocess.Popen[str]) -> None:
         self._processes.append(process)
         if self._stopped:
-            process.send_signal(hardware.received())
+            process.send_signal(hardware.received_signal())
 
     def interrupt(self) -> None:
         self._stopped = True
@@ -199,7 +203,7 @@ class LocalExecutor:
             future.cancel()
         for started in self._processes:
             if started.poll() is None:
-                started.send_signal(hardware.received())
+                started.send_signal(hardware.received_signal())
 
 
 class RayExecutor:

@@ -49,7 +49,7 @@ def _member(
     for seed, number in parts:
         for kind in _kinds(name):
             infer.write_fold(context, run, seed, number, kind, inside, stop=stop)
-            if stop.asked:
+            if stop.requested:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {number} is done")
     merge.merge_member(run, name, context.cfg, samples, folds, parts, inside=[inside])
 

@@ -89,5 +89,5 @@ def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> 
                 fold_context = pseudo_rows.fold_context(context, order["fold"])
                 train.fold(fold_context, order["seed"], order["fold"], folder, log, stop=stop)
         except (distributed.CollectiveError, distributed.Pruned, hardware.Stopped):
-            stop.asked = False  # the first process knows, and says what comes next
+            stop.requested = False  # the first process knows, and says what comes next
     return context

@@ -30,7 +30,7 @@ Job = dict[str, Any]
 
 
 def main(folder: Path, attempt: int) -> None:
-    for number in hardware.STOPS:
+    for number in hardware.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # it ends when its run ends, and sends how that ended
     job = json.loads((folder / "job.json").read_text())
     mode = job["mode"] if attempt == 1 else "offline"

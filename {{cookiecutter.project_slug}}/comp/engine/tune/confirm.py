@@ -40,7 +40,7 @@ def confirm(joined: Joined, n: int) -> None:
         for seed in fresh(joined):
             for number in range(count_of(joined)):
                 execute.run_fold(context, name, seed, number, stop=stop, search=True)
-                if stop.asked:
+                if stop.requested:
                     raise KeyboardInterrupt(f"trial {trial.number} seed {seed} fold {number} is done")
             values.append(_score(joined, context, name, seed))
         artifacts.write_json(

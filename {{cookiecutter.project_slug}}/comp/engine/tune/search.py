@@ -46,7 +46,7 @@ def tune(
         else:
             _side_by_side(joined, stop, deadline, on, overrides, storage)
     except KeyboardInterrupt:
-        if not stop.asked or stop.signalled or time.time() < deadline:
+        if not stop.requested or stop.signalled or time.time() < deadline:
             raise
     live.show(joined, deadline, now=True)
     live.leave()
@@ -99,13 +99,13 @@ def part(
     try:
         _work(joined, stop, end)
     except KeyboardInterrupt:
-        if not stop.asked or stop.signalled or time.time() < end:
+        if not stop.requested or stop.signalled or time.time() < end:
             raise
 
 
 def _work(joined: Joined, stop: hardware.Stop, deadline: float) -> None:
     failed = 0
-    while not stop.asked and time.time() < deadline:
+    while not stop.requested and time.time() < deadline:
         taken = study.take(joined)
         if taken is None:
             return
@@ -123,7 +123,7 @@ def _work(joined: Joined, stop: hardware.Stop, deadline: float) -> None:
             )
         if state == TrialState.COMPLETE:
             trial.keep_best(joined, KEPT)
-    if stop.asked:
+    if stop.requested:
         raise KeyboardInterrupt(f"{joined.name} keeps all that ended, and goes on with what did not")
 
 

@@ -132,7 +132,7 @@ def objective(
                 job=name,
             )
             watch.end(last_epoch(name, cfg.train.seeds[0], number))
-            if stop.asked and number + 1 < count_of(joined):
+            if stop.requested and number + 1 < count_of(joined):
                 raise KeyboardInterrupt(f"trial {trial.number} is saved behind fold {number}")
         facts = scored(joined, name, context)
         values = [facts["value"]]
@@ -189,7 +189,7 @@ class Watch:
             self.judge(step, mean)
         live.show(self.joined, self.until)
         if time.time() > self.until:
-            self.stop.asked = True
+            self.stop.requested = True
 
     def end(self, report: dict[str, Any]) -> None:
         value = watched(report)
