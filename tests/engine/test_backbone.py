@@ -23,7 +23,7 @@ from comp.engine.config import experiments
 from comp.engine.data import samples
 from comp.engine.deliver import kernel, kernel_predict
 from comp.engine.errors import UserError
-from comp.engine.extras import explain, features, measure
+from comp.engine.extras import explain, features, measure, saliency
 from comp.engine.run import backbone, pretrained, runner, tracking
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
@@ -359,12 +359,12 @@ def test_what_is_explained_is_a_map(empty: Path, name: str) -> None:
     """A class token is read alone behind the last attention, and Swin keeps channels last at every width."""
     torch.manual_seed(0)
     network = built(f"model.name={name}", "data.size=96").eval()
-    with explain.kept(network) as layers:
+    with saliency.spatial_features(network) as layers:
         output = network(torch.rand(1, 3, 96, 96))
-    feature, slope = explain.telling(layers, output[0, 0], network)
-    feature, slope = explain.spatial(feature, network), explain.spatial(slope, network)
-    assert feature.shape[2:] == (6, 6) and slope.abs().amax((0, 1)).min() > 0
-    cam = explain.grad_cam(feature, slope, torch.Size((96, 96)))
+    feature, gradient = saliency.choose_layer(layers, output[0, 0], network)
+    feature, gradient = saliency.to_nchw(feature, network), saliency.to_nchw(gradient, network)
+    assert feature.shape[2:] == (6, 6) and gradient.abs().amax((0, 1)).min() > 0
+    cam = saliency.grad_cam(feature, gradient, torch.Size((96, 96)))
     assert cam.shape == (1, 96, 96) and cam.max() == 1
 
 

@@ -1,4 +1,4 @@
-"""What can be done with a network besides training it: measured, explained, exported, frozen."""
+"""comp model, explain, export and features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, verify
 from comp.engine.errors import UserError
-from comp.engine.extras import explain, export, extract_features, features, fit_heads, measure
+from comp.engine.extras import (
+    explain,
+    export,
+    export_variants,
+    extract_features,
+    features,
+    fit_heads,
+    measure,
+    saliency,
+)
 from comp.engine.run import frozen_heads, loading, runner
 from comp.engine.run.normalize import Normalize
 from comp.engine.store import artifacts, paths
@@ -39,7 +48,7 @@ def test_multiply_adds_are_those_on_paper() -> None:
     assert measure.multiply_adds(network, torch.zeros(1, 3, 16, 16)) == on_paper
 
 
-def test_comp_model_says_what_it_counted(
+def test_comp_model_prints_what_it_measured(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
@@ -51,7 +60,7 @@ def test_comp_model_says_what_it_counted(
         "forward of 1 ",
         "forward of 4",
         "training step of 32",
-        "at the peak",
+        "peak memory",
         "next:",
     ):
         assert word in said, word
@@ -63,41 +72,41 @@ def test_comp_model_says_what_it_counted(
 # --- explained -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_map_is_fine_enough_to_look_at() -> None:
-    """resnets end in a single square for 32 px; then an earlier layer speaks."""
+def test_a_feature_map_with_enough_cells_is_chosen() -> None:
+    """resnets end in a single cell for 32 px; then an earlier layer is chosen."""
     import timm
 
     for name in ("test_resnet", "test_vit"):
         network: Any = timm.create_model(name, num_classes=3).eval()
         side = int(network.pretrained_cfg["input_size"][1])
         for px in (32, side) if name == "test_resnet" else (side,):
-            with explain.kept(network) as layers:
+            with saliency.spatial_features(network) as layers:
                 output = network(torch.rand(1, 3, px, px))
-            feature, slope = explain.telling(layers, output[0, 0], network)
-            assert min(explain.spatial(feature, network).shape[2:]) >= explain.FINE
-            assert explain.spatial(slope, network).abs().sum() > 0, (
-                "the answer does not hang on what is shown"
+            feature, gradient = saliency.choose_layer(layers, output[0, 0], network)
+            assert min(saliency.to_nchw(feature, network).shape[2:]) >= saliency.MIN_SIDE
+            assert saliency.to_nchw(gradient, network).abs().sum() > 0, (
+                "the output does not depend on what is shown"
             )
-        assert "forward_features" not in vars(network), "what was hung in is taken out again"
+        assert "forward_features" not in vars(network), "hooks are removed"
 
 
-def test_grad_cam_is_the_weighted_sum_and_looks_where_the_answer_comes_from() -> None:
+def test_grad_cam_is_the_positive_part_of_the_weighted_sum() -> None:
     feature = torch.zeros(1, 2, 4, 4)
     feature[0, 0, 1, 2], feature[0, 1, 3, 0] = 2.0, 5.0
-    slope = torch.ones_like(feature) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
-    cam = explain.grad_cam(feature, slope, torch.Size((4, 4)))[0]
+    gradient = torch.ones_like(feature) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    cam = saliency.grad_cam(feature, gradient, torch.Size((4, 4)))[0]
     wanted = torch.zeros(4, 4)
     wanted[1, 2] = 1.0
-    assert torch.allclose(cam, wanted), "what speaks against the answer is not shown"
+    assert torch.allclose(cam, wanted), "evidence against the class is not shown"
 
 
-def test_features_are_found_in_whatever_order_a_network_keeps_them() -> None:
+def test_features_of_every_memory_layout_become_nchw() -> None:
     wanted = torch.arange(2 * 6 * 3 * 3.0).view(2, 6, 3, 3)
     network = nn.Module()
     network.num_features, network.num_prefix_tokens = 6, 2  # type: ignore[assignment]
     tokens = torch.cat([torch.zeros(2, 2, 6), wanted.flatten(2).transpose(1, 2)], 1)
     for order in (wanted, wanted.permute(0, 2, 3, 1), tokens):
-        assert torch.equal(explain.spatial(order, network), wanted)
+        assert torch.equal(saliency.to_nchw(order, network), wanted)
 
 
 def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(project: Path) -> None:
@@ -117,7 +126,7 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
     rows = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table)).row
     ids = table.frame["id"].iloc[rows[:2]].tolist()
     assert explain.explain("x", ids, 3) == file
-    with pytest.raises(UserError, match="no out-of-fold prediction"):
+    with pytest.raises(UserError, check=lambda error: error.code == "id-unknown"):
         explain.explain("x", ["nobody"], 3)
 
 
@@ -127,9 +136,9 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
 def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
-    whole = export.Whole(module, Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))
+    whole = export_variants.ExportedNetwork(module, Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))
     before = torch.cat([module[0].weight.flatten(), module[2].weight.flatten()]).detach().clone()  # type: ignore[operator]
-    cut: Any = export.pruned(whole, 0.3).module
+    cut: Any = export_variants.pruned(whole, 0.3).module
     after = torch.cat([cut[0].weight.flatten(), cut[2].weight.flatten()]).detach()
     gone = after == 0
     assert int(gone.sum()) == round(0.3 * len(before))
@@ -137,7 +146,7 @@ def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> N
     assert not (before == 0).any() and "0.weight" in cut.state_dict()
 
 
-def test_shares_to_prune_are_read_strictly() -> None:
+def test_shares_to_prune_are_validated() -> None:
     assert export._shares("0.3,0.5") == [0.3, 0.5] and export._shares("none") == []
     for wrong in ("half", "0.3,1.0", "30"):
         with pytest.raises(UserError, match="--prune"):
@@ -145,7 +154,7 @@ def test_shares_to_prune_are_read_strictly() -> None:
 
 
 @pytest.mark.slow
-def test_an_export_says_the_same_and_a_wrong_one_is_refused(
+def test_exported_outputs_equal_those_of_torch_or_are_an_error(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")
@@ -153,22 +162,22 @@ def test_an_export_says_the_same_and_a_wrong_one_is_refused(
     made = artifacts.read_json(artifacts.verified(export.export("x", 0, 60, "0.5")))
     said = {line["name"]: line for line in made["variants"]}
     assert list(said) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
-    assert max(said["torch.export"]["away"], said["onnx"]["away"]) < 1e-4
+    assert max(said["torch.export"]["difference"], said["onnx"]["difference"]) < 1e-4
     assert said["torch"]["score"] == said["onnx"]["score"]
     assert said["onnx int8"]["bytes"] < 0.5 * said["onnx"]["bytes"]
     assert said["pruned 50%"]["bytes"] < said["torch"]["bytes"]
-    assert "away" in capsys.readouterr().out
+    assert "difference" in capsys.readouterr().out
     table = samples.load()
     stored = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
     import onnxruntime
 
     context = loading.load_context(config(*TINY))
-    images = export._pictures(context, stored.row[:20].astype(np.int64))
+    images = export_variants.load_images(context, stored.row[:20].astype(np.int64))
     session = onnxruntime.InferenceSession(str(paths.run_folder("x") / "export" / "model.onnx"))
-    raw = session.run(None, {"pictures": images})[0]
+    raw = session.run(None, {"images": images})[0]
     assert np.allclose(torch.from_numpy(raw).log_softmax(1).numpy(), stored.heads["label"][:20], atol=1e-4)
-    monkeypatch.setattr(export, "NEAR", -1.0)
-    with pytest.raises(UserError, match="not to be used"):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(UserError, check=lambda error: error.code == "export-differs"):
         export.export("x", 0, 20, "none")
 
 
@@ -201,7 +210,9 @@ def test_each_kind_of_head_fits_separable_features(name: str) -> None:
     assert guess.shape == (100, 1) and np.corrcoef(guess[:, 0], truth[300:, 0])[0, 1] > 0.8
 
 
-def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_are_reused_and_stale_ones_are_an_error(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quiet = ["machine.num_workers=0", "machine.progress=false"]
     (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
     features.features("exp003", quiet, "knn")
@@ -237,8 +248,8 @@ def test_features_are_kept_and_stale_ones_refused(project: Path, capsys: pytest.
 
 @pytest.mark.parametrize("name", sorted(fit_heads.HEADS))
 @pytest.mark.parametrize("classes", [2, 4])
-def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: int) -> None:
-    """Kernels ask numbers, without a pickle; a class that no training row has gets next to nothing."""
+def test_stored_heads_predict_what_scikit_learn_predicts(name: str, classes: int) -> None:
+    """Kernels predict from arrays, without a pickle; a class without training rows gets nearly 0."""
     from sklearn.neighbors import KNeighborsClassifier
 
     draw = np.random.default_rng(1)
@@ -253,7 +264,7 @@ def test_the_numbers_of_a_head_say_what_scikit_learn_says(name: str, classes: in
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "knn"])
-def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
+def test_stored_regression_heads_predict_what_scikit_learn_predicts(name: str) -> None:
     from sklearn.neighbors import KNeighborsRegressor
 
     draw = np.random.default_rng(1)
@@ -267,8 +278,8 @@ def test_the_numbers_of_a_value_say_what_scikit_learn_says(name: str) -> None:
     assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)
 
 
-def test_a_head_of_frozen_features_predicts_again_what_is_stored(project: Path) -> None:
-    """Blends, the recheck and kernels take it for a checkpoint."""
+def test_a_head_on_frozen_features_reproduces_its_stored_predictions(project: Path) -> None:
+    """Blends, the recheck and kernels use it like a checkpoint."""
     (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
     features.features("exp003", ["machine.num_workers=0", "machine.progress=false"], "logistic")
     (leaf,) = kernel.leaves_of("exp003:logistic")

@@ -52,6 +52,18 @@ def fold_sets(run: str, rows: Samples, split: Folds) -> tuple[dict[Path, Predict
     return sets, unread
 
 
+def split_by_weights(
+    run: str, sets: Mapping[Path, PredictionSet]
+) -> tuple[dict[Path, PredictionSet], list[NotChecked]]:
+    """Sets whose weights exist, and a line about the others, which cannot be predicted again."""
+    found = {file: stored for file, stored in sets.items() if artifacts.manifest_entry(weights_of(stored))}
+    gone = [paths.relative(file) for file in sets if file not in found]
+    if not gone:
+        return found, []
+    reason = f"the weights are gone, so {len(gone)} sets cannot be predicted again: {', '.join(gone[:3])}"
+    return found, [NotChecked(run, reason + (", …" if len(gone) > 3 else ""))]
+
+
 # --- provenance ----------------------------------------------------------------------------------------------------------
 
 

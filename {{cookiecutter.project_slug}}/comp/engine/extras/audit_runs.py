@@ -13,7 +13,6 @@ from comp.engine.errors import UserError
 from comp.engine.extras import audit_log, audit_predictions, audit_pseudo, audit_statistics
 from comp.engine.extras.findings import Finding, NotChecked
 from comp.engine.run import loading
-from comp.engine.store import artifacts, paths
 
 
 def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
@@ -29,15 +28,8 @@ def of_run(run: str, rows: Samples, split: Folds) -> list[Finding]:
         if file.parent == folder:
             found += audit_log.selected_epoch(folder, cfg, rows, split)
         found += audit_predictions.other_folds(file, stored)
-    with_weights = {
-        file: stored
-        for file, stored in sets.items()
-        if artifacts.manifest_entry(audit_predictions.weights_of(stored))
-    }
-    gone = [paths.relative(file) for file in sets if file not in with_weights]
-    if gone:
-        reason = f"the weights are gone, so {len(gone)} sets cannot be predicted again: {', '.join(gone[:3])}"
-        found.append(NotChecked(run, reason + (", …" if len(gone) > 3 else "")))
+    with_weights, gone = audit_predictions.split_by_weights(run, sets)
+    found += gone
     if with_weights:
         try:
             hardware.set_threads(cfg.train.threads)

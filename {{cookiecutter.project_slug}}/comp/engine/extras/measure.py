@@ -1,4 +1,5 @@
-"""comp model: how large a network is, and what a picture costs, measured here. Nothing is trained or written."""
+"""comp model: parameters, multiply-adds, time and memory of an experiment's network, measured on this machine. Nothing is trained
+or written."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from comp.engine.run import backbone, torch_compile
 from comp.engine.run.evaluate import HALF
 from comp.engine.store import artifacts
 
-SECONDS = 1.5  # of repeating a measurement
-LEAST = 5
+SECONDS, REPEATS = 1.5, 5  # a measurement repeats for at least this long, and this often
 
 
 def measure(experiment: str, overrides: list[str]) -> None:
+    """A forward pass of one image and of a batch, and a training step."""
     cfg = experiments.load(experiment, overrides).config
     hardware.set_threads(cfg.train.threads)
     optim.validate(cfg)
@@ -31,9 +32,9 @@ def measure(experiment: str, overrides: list[str]) -> None:
     device = hardware.device(cfg.machine.device)
     heads = samples.load().heads
     module = models.build(cfg, heads, pretrained=False).to(device)
-    network = torch_compile.prepare(cfg, module)  # as the loop trains it
-    one = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
-    counted = sum(p.numel() for p in module.parameters())
+    network = torch_compile.prepare(cfg, module)  # as the training loop runs it
+    image = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
+    parameters = sum(p.numel() for p in module.parameters())
     classifier = _classifier(module)
     last = 0 if classifier is None else sum(p.numel() for p in classifier.parameters())
     half = HALF[cfg.train.amp]
@@ -46,7 +47,7 @@ def measure(experiment: str, overrides: list[str]) -> None:
         return run
 
     def step() -> None:
-        batch = one.expand(cfg.train.batch_size, -1, -1, -1)
+        batch = image.expand(cfg.train.batch_size, -1, -1, -1)
         with torch.autocast(device.type, half, enabled=half is not None):
             loss = network(batch).float().square().mean()
         loss.backward(create_graph=optim.second_order(optimizer))
@@ -55,22 +56,24 @@ def measure(experiment: str, overrides: list[str]) -> None:
 
     module.eval()
     lines = [
-        ["parameters", f"{counted:,}", f"{last:,} of them in the last layer; {artifacts.format_size(4 * counted)} of weights"],
-        ["multiply-adds", f"{multiply_adds(module, one) / 1e6:,.1f} M", f"a picture of {cfg.data.channels} x {cfg.data.size} x {cfg.data.size}"],
+        ["parameters", f"{parameters:,}", f"{last:,} of them in the last layer; {artifacts.format_size(4 * parameters)} of weights"],
+        ["multiply-adds", f"{multiply_adds(module, image) / 1e6:,.1f} M", f"an image of {cfg.data.channels} x {cfg.data.size} x {cfg.data.size}"],
     ]  # fmt: skip
     for count in dict.fromkeys((1, cfg.predict.batch_size)):
-        run = forward(one.expand(count, -1, -1, -1).contiguous())
+        run = forward(image.expand(count, -1, -1, -1).contiguous())
         took, peak = seconds(run, device), memory(run, device)
-        what = f"{1000 * took / count:.3f} ms a picture, {artifacts.format_size(peak)} at the peak"
-        lines.append([f"forward of {count}", f"{1000 * took:.2f} ms", what])
+        details = f"{1000 * took / count:.3f} ms per image, {artifacts.format_size(peak)} peak memory"
+        lines.append([f"forward of {count}", f"{1000 * took:.2f} ms", details])
     module.train()
     optimizer = optim.optimizer(cfg, module)
     peak = memory(step, device)
     took = seconds(step, device)
-    what = f"{1000 * took / cfg.train.batch_size:.3f} ms a picture, {artifacts.format_size(peak)} at the peak"
-    lines.append([f"training step of {cfg.train.batch_size}", f"{1000 * took:.2f} ms", what])
+    details = (
+        f"{1000 * took / cfg.train.batch_size:.3f} ms per image, {artifacts.format_size(peak)} peak memory"
+    )
+    lines.append([f"training step of {cfg.train.batch_size}", f"{1000 * took:.2f} ms", details])
     print(
-        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, pictures already there"
+        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, without loading images"
     )
     print(text_table.render(["what", "", ""], lines, [""]))
     if pages.get("model") is None:
@@ -79,9 +82,9 @@ def measure(experiment: str, overrides: list[str]) -> None:
 
 
 def _classifier(module: nn.Module) -> nn.Module | None:
-    ask = getattr(module, "get_classifier", None)
-    found = ask() if callable(ask) else None
-    return found if isinstance(found, nn.Module) else None
+    get = getattr(module, "get_classifier", None)  # timm's models have it
+    classifier = get() if callable(get) else None
+    return classifier if isinstance(classifier, nn.Module) else None
 
 
 def multiply_adds(module: nn.Module, image: Tensor) -> float:
@@ -89,15 +92,15 @@ def multiply_adds(module: nn.Module, image: Tensor) -> float:
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(image)
-    return counter.get_total_flops() / 2  # it counts two for a multiply-add
+    return counter.get_total_flops() / 2  # a multiply-add is two operations
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median, warm."""
+    """The median, after a warm-up."""
     run()
     took: list[float] = []
     began = time.perf_counter()
-    while len(took) < LEAST or time.perf_counter() - began < SECONDS:
+    while len(took) < REPEATS or time.perf_counter() - began < SECONDS:
         start = time.perf_counter()
         run()
         if device.type == "cuda":
@@ -107,12 +110,12 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def memory(run: Callable[[], object], device: torch.device) -> float:
-    """Bytes at the peak of a pass: on a GPU all that torch holds, on a CPU what the process takes beyond what it had."""
+    """Peak bytes: on a GPU everything torch has allocated, on a CPU what the process uses in addition to before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return float(torch.cuda.max_memory_allocated(device))
-    try:  # Linux forgets its high-water mark when asked to
+    try:  # Linux: writing 5 resets the peak
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         run()
