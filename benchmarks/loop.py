@@ -103,7 +103,7 @@ def compared(
                 rows = table.positions("train")
                 return rows, rows[:0]
 
-        train._quiet = lambda cfg: False  # the bar is drawn although nobody watches
+        train._disable_bar = lambda cfg: False  # a progress bar although stderr is no terminal
         split: Any = Split()
         context = Context(cfg, table, split, Paused(cfg, table, device), device)
         fold = root / "runs" / "exp001" / "seed0" / "fold0"

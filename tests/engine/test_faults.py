@@ -115,20 +115,21 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
     cramped, given, log = weights(5)
     assert given == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4], "halved twice, each time from the step's beginning"
     assert torch.allclose(whole, cramped, rtol=1e-5, atol=1e-7)
-    assert [line["pass_size"] for line in log if "pass_size" in line] == [4]
-    assert "out of memory: passes of 16 become passes of 8" in capsys.readouterr().err
+    assert [line["micro_batch_size"] for line in log if "micro_batch_size" in line] == [4]
+    assert "micro-batch size 16 is halved to 8" in capsys.readouterr().err
 
 
 def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
     network = torch.nn.BatchNorm1d(3)
-    place = microbatch.MicroBatches(network, 4)
+    micro_batches = microbatch.MicroBatches(network, 4)
     batch = Batch(torch.arange(4).numpy(), torch.randn(4, 3), None, {})
-    place.begin([batch], seed=1)
-    again: list[int] = []
+    micro_batches.start_step([batch], seed=1)
+    restarts: list[int] = []
     cramped = Cramped(network.train(), 3)
-    with place.fits(lambda: again.append(1)):
-        cramped(place.to_do.popleft().images)
-    assert again == [1] and place.size == 2 and [len(piece.samples) for piece in place.to_do] == [2, 2]
+    with micro_batches.retry_on_oom(lambda: restarts.append(1)):
+        cramped(micro_batches.pending.popleft().images)
+    assert restarts == [1] and micro_batches.size == 2
+    assert [len(piece.samples) for piece in micro_batches.pending] == [2, 2]
     assert (
         not network.state_dict()["running_mean"].any()
         and int(network.state_dict()["num_batches_tracked"]) == 0

@@ -74,7 +74,7 @@ def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     cfg = config(*QUICK, "train.batch_size=16", "optim.lr_base_size=64")
     context = loading.load_context(cfg)
     points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
-    assert [point.rate for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
+    assert [point.lr for point in points] == pytest.approx(np.linspace(1e-5, 1e-3, 12).tolist())
     assert lr_range.to_base_lr(context, 1e-3) == pytest.approx(4e-3), (
         "a quarter of the images, a quarter of what the knob says"
     )

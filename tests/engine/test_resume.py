@@ -140,7 +140,7 @@ def forget(part: str) -> Callable[..., Any]:
                 for name in ("exp_avg", "exp_avg_sq"):
                     values[name].zero_()
         if part == "averaged":
-            state["kept"]["ema"] = {k: v.clone() for k, v in state["model"].items()}
+            state["weight_sets"]["ema"] = {k: v.clone() for k, v in state["model"].items()}
         if part == "schedule":
             state["step"] -= 1
         return state

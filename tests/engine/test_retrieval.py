@@ -84,11 +84,11 @@ def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_has_the_nearest_of_its_centres() -> None:
-    last = metric_learning.EmbeddingLayer(5, 4, classes=3, per_class=2)
+    last = metric_learning.EmbeddingLayer(5, 4, classes=3, sub_centers=2)
     out = last(torch.randn(7, 5))
     assert out.shape == (7, 4 + 3) and out[:, :4].norm(dim=1).tolist() == pytest.approx([1.0] * 7)
-    assert last.centres is not None
-    cosine = F.cosine_similarity(out[:, None, :4], last.centres[None], dim=2).view(7, 3, 2)
+    assert last.centers is not None
+    cosine = F.cosine_similarity(out[:, None, :4], last.centers[None], dim=2).view(7, 3, 2)
     assert out[:, 4:].tolist() == [pytest.approx(row, abs=1e-5) for row in cosine.amax(2).tolist()]
 
 

@@ -36,7 +36,7 @@ def curve(*said: str, steps: int = STEPS) -> LRSchedule:
 
 def rates(*said: str, steps: int = STEPS) -> list[float]:
     drawn = curve(*said, steps=steps)
-    return [drawn.rate(step) for step in range(steps)]
+    return [drawn.lr(step) for step in range(steps)]
 
 
 def of_torch(make: Any, steps: int, peak: float = 1.0) -> tuple[list[float], list[float]]:
@@ -115,7 +115,7 @@ def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
             max_momentum=0.95), STEPS,
     )  # fmt: skip
     drawn = curve("name=one_cycle", f"anneal_strategy={anneal}", "min_lr_ratio=0.01", "momentum=[0.8, 0.95]")
-    assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
+    assert [drawn.lr(step) for step in range(STEPS)] == pytest.approx(rate)
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
 
 
@@ -125,7 +125,7 @@ def test_triangles_and_their_momentum_are_those_of_torch() -> None:
             o, 0.2, 1.0, step_size_up=12, step_size_down=28, base_momentum=0.85, max_momentum=0.95), STEPS,
     )  # fmt: skip
     drawn = curve("name=triangular", "cycles=3", "min_lr_ratio=0.2", "pct_start=0.3")
-    assert [drawn.rate(step) for step in range(STEPS)] == pytest.approx(rate)
+    assert [drawn.lr(step) for step in range(STEPS)] == pytest.approx(rate)
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
     assert curve("name=triangular", "momentum=null").momentum(3) is None
     assert curve("name=cosine").momentum(3) is None
@@ -139,8 +139,8 @@ def test_plateau_is_that_of_torch() -> None:
     seen = []
     for loss in losses:
         theirs.step(loss)
-        drawn.seen.append(loss)
-        seen.append(drawn.rate(50))
+        drawn.epoch_losses.append(loss)
+        seen.append(drawn.lr(50))
         assert seen[-1] == pytest.approx(optimizer.param_groups[0]["lr"])
     assert seen[0] == 1 and seen[-1] == 0.02 and len(set(seen)) == 5
 
@@ -148,13 +148,13 @@ def test_plateau_is_that_of_torch() -> None:
 @pytest.mark.parametrize("name", [*CLOSED, "one_cycle", "plateau"])
 def test_warmup_leads_up_to_every_schedule(name: str) -> None:
     drawn = curve(f"name={name}", "warmup=25%")
-    first = drawn.share(30)
-    assert [drawn.share(step) for step in range(30)] == pytest.approx(
+    first = drawn.factor(30)
+    assert [drawn.factor(step) for step in range(30)] == pytest.approx(
         [first * (s + 1) / 31 for s in range(30)]
     )
     shorter = curve(f"name={name}", "step_size=40 steps", "cooldown=20 steps", steps=90)
     drawn = curve(f"name={name}", "step_size=40 steps", "cooldown=20 steps", "warmup=3 epochs")
-    assert [drawn.share(30 + s) for s in range(90)] == pytest.approx([shorter.share(s) for s in range(90)])
+    assert [drawn.factor(30 + s) for s in range(90)] == pytest.approx([shorter.factor(s) for s in range(90)])
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_warmup_leads_up_to_every_schedule(name: str) -> None:
 )
 def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
     drawn = curve("name=cosine", f"warmup={said}", "min_lr_ratio=0")
-    assert drawn.warmup == 60
-    assert max(range(STEPS), key=drawn.rate) == 60 and drawn.rate(STEPS - 1) < 0.001
+    assert drawn.warmup_steps == 60
+    assert max(range(STEPS), key=drawn.lr) == 60 and drawn.lr(STEPS - 1) < 0.001
     (line,) = schedule.shortened_warmups(drawn)
     assert re.findall(r"\d+", line) == [str(asked), "120", "60"] and line.startswith("schedule.warmup:")
-    assert curve("warmup=50%").warmup == 60 and not schedule.shortened_warmups(curve("warmup=50%"))
+    assert curve("warmup=50%").warmup_steps == 60 and not schedule.shortened_warmups(curve("warmup=50%"))
 
 
 def test_each_stage_has_a_warmup_of_its_own() -> None:
@@ -209,13 +209,15 @@ def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
 def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
     cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.lr_base_size=256")
     span = schedule.train_length(cfg, 1000)
-    assert (span.effective, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
-    assert schedule.lr_schedule(cfg, span).rate(10**3) != 0
-    assert schedule.peak_lr(cfg, span.effective) == pytest.approx(0.1 / 8)
+    assert (span.effective_batch_size, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
+    assert schedule.lr_schedule(cfg, span).lr(10**3) != 0
+    assert schedule.peak_lr(cfg, span.effective_batch_size) == pytest.approx(0.1 / 8)
     root = config("optim.lr=0.1", "optim.lr_base_size=256", "optim.lr_base_scale=sqrt")
     assert schedule.peak_lr(root, 64) == pytest.approx(0.1 / 2)
     assert schedule.peak_lr(config("optim.lr=0.1"), 64) == 0.1
-    assert schedule.train_length(cfg, 20).effective == 16, "a set smaller than a step makes smaller steps"
+    assert schedule.train_length(cfg, 20).effective_batch_size == 16, (
+        "a set smaller than a step makes smaller steps"
+    )
 
 
 def idle_lines(*said: str) -> list[str]:
@@ -245,6 +247,6 @@ def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> No
             continue
         one, two = curve(f"name={name}"), curve(f"name={name}", f"{knob}={other[knob]}")
         for drawn in (one, two):
-            drawn.seen.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "min_lr_ratio" else 1))
-        same = all((one.rate(s), one.momentum(s)) == (two.rate(s), two.momentum(s)) for s in range(STEPS))
+            drawn.epoch_losses.extend([1.0, 1.0, 1.0, 1.0, 1.0] * (4 if knob == "min_lr_ratio" else 1))
+        same = all((one.lr(s), one.momentum(s)) == (two.lr(s), two.momentum(s)) for s in range(STEPS))
         assert same == (name not in unused_knobs.SCHEDULES[knob]), name

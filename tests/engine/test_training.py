@@ -332,7 +332,7 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
 def test_a_line_an_epoch_where_nobody_sees_a_bar(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "PULSE", 0)
+    monkeypatch.setattr(train, "LOG_INTERVAL", 0)
     runner.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
     said = capsys.readouterr().out
     found = re.findall(
@@ -341,7 +341,7 @@ def test_a_line_an_epoch_where_nobody_sees_a_bar(
     )
     assert found and found[0][0] == "1" and found[-1][1] == "0"
     shares = dict(re.findall(r"^(\w[\w ]+?) +[\d.]+ s +(\d+)%", said, re.MULTILINE))
-    assert {"waiting for pictures", "forward", "backward", "step", "validation"} <= shares.keys()
+    assert {"data loading", "forward", "backward", "step", "validation"} <= shares.keys()
     assert 95 <= sum(map(int, shares.values())) <= 105 and ("the loader" in said or "the network" in said)
 
 

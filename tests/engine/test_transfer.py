@@ -30,12 +30,12 @@ def test_what_a_stage_freezes_stays_to_the_last_bit(empty: Path, name: str) -> N
     cfg = config(STAGES, "train.epochs=4", f"model.name={name}")
     module = timm.create_model(name, num_classes=3)
     stages = Stages(cfg, module)
-    head, blocks, every = stages.trains
+    head, blocks, every = stages.trained
     assert head < blocks < every and len(every) == len(list(module.named_parameters()))
     optimizer = torch.optim.AdamW(module.parameters(), 1e-2, weight_decay=0.1)
     size = {"test_vit": 160}.get(name, 64)
     for epoch, trains in enumerate([head, blocks, every, every]):
-        stages.enter(epoch)
+        stages.set_trainable(epoch)
         before = {k: v.clone() for k, v in module.state_dict().items()}
         module(torch.randn(4, 3, size, size)).square().sum().backward()
         optimizer.step()
@@ -50,7 +50,7 @@ def test_what_a_stage_freezes_stays_to_the_last_bit(empty: Path, name: str) -> N
 
 def test_frozen_norms(empty: Path) -> None:
     module = timm.create_model("test_resnet")
-    Stages(config("model.freeze_norm=true"), module).enter(0)
+    Stages(config("model.freeze_norm=true"), module).set_trainable(0)
     norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and not any(m.training or m.weight.requires_grad for m in norms) and module.training
     with pytest.raises(UserError, match="no batch norm"):
@@ -78,8 +78,8 @@ def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
 def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
     cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.min_lr_ratio=0")
     curve = schedule.lr_schedule(cfg, schedule.train_length(cfg, 10 * cfg.train.batch_size))
-    assert [curve.rate(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
-    assert curve.rate(9) < 1e-3 and curve.rate(39) < 1e-4
+    assert [curve.lr(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
+    assert curve.lr(9) < 1e-3 and curve.lr(39) < 1e-4
     with pytest.raises(UserError, match="their 4 epochs are not the 5"):
         config(STAGES, "train.epochs=5")
 

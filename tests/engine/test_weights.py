@@ -64,11 +64,11 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
     length = -(-total // cycles)
     paper = [(np.cos(np.pi * ((t - 1) % length) / length) + 1) / 2 for t in range(1, total + 1)]
     curve = schedule.lr_schedule(cfg, span)
-    assert [curve.rate(step) / 5e-3 for step in range(total)] == pytest.approx(paper, abs=1e-12)
+    assert [curve.lr(step) / 5e-3 for step in range(total)] == pytest.approx(paper, abs=1e-12)
     once = config(
         "schedule.warmup=0", f"snapshots.cycles={cycles}", "snapshots.restarts=false", "train.epochs=12"
     )
-    shares = [schedule.lr_schedule(once, span).rate(step) for step in range(total)]
+    shares = [schedule.lr_schedule(once, span).lr(step) for step in range(total)]
     assert shares == sorted(shares, reverse=True) and schedule.snapshot_steps(once, span) == [30, 60, 90, 120]
 
 

@@ -1,9 +1,10 @@
-"""Losses by name: (network output of a head, target, its knobs) -> one number a sample. `loss.name` in a config names one.
+"""Losses by name: `loss.name` in a config names a function of this page.
 
-Targets are class codes (batch,), or shares for each class (batch, classes); 0, 1 or a share for each label; or values. Losses
-that ask of each output by itself give (batch, outputs), so that yes and no can be weighed label by label.
+A loss is a function (network output of a head, target, *, its knobs) -> (batch,). Targets are class codes (batch,), or a share per
+class (batch, classes); 0, 1 or a share per label; or values. Losses that treat each output separately return (batch, outputs), so that
+class weights apply label by label.
 
-Those of timm are not used: the versions that run on Kaggle return means only. The tests hold ours against them.
+timm's losses are not used because the versions on Kaggle return only means. The tests compare ours with them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +24,23 @@ from comp.engine import pages
 from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import metric_learning, target_scaler
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head, HeadLoss, bin_centers
 from comp.models import output_sizes
 
-POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # of the target's unit: losses of values
-TINY = 1e-8  # a power below 1 has no slope at 0
+POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # regression losses: power of the target's unit
+TINY = 1e-8  # a power below 1 has an infinite gradient at 0
 Loss = Callable[[Tensor, Tensor], Tensor]
 Total = Callable[[Tensor, list[Tensor]], Tensor]
 
 
-# --- one of many classes -------------------------------------------------------------------------------------------------
+# --- one of many classes -----------------------------------------------------------------------------
 
 
 def class_targets(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """(batch, classes), whichever way the target came."""
+    """(batch, classes), from class codes or from shares."""
     if target.ndim == 1:
         target = F.one_hot(target, output.shape[1]).to(output.dtype)
     return target * (1 - label_smoothing) + label_smoothing / output.shape[1]
@@ -49,48 +51,46 @@ def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float) -> Ten
 
 
 def kl(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """How far the answer is from a share for each class: cross entropy less what no model can get rid of."""
-    return F.kl_div(
-        F.log_softmax(output, 1), class_targets(output, target, label_smoothing), reduction="none"
-    ).sum(1)
+    """Kullback-Leibler divergence from a share per class: cross-entropy minus the entropy of the target."""
+    truth = class_targets(output, target, label_smoothing)
+    return F.kl_div(F.log_softmax(output, 1), truth, reduction="none").sum(1)
 
 
 def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, js_weight: float) -> Tensor:
-    """Distance of answer and target from what lies between them, `js_weight` of it target. A label that is wrong costs at most
-    so much. Scaled so that a small share gives cross entropy and one near 1 the absolute error."""
+    """Divergence of prediction and target from their mixture, `js_weight` of it target. Bounded, so a wrong label costs little.
+    Scaled: cross-entropy for a small weight, the absolute error for one near 1."""
     truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
-    between = torch.logaddexp(torch.log(js_weight * truth), math.log(1 - js_weight) + log_p)
-    from_truth = (torch.xlogy(truth, truth) - truth * between).sum(1)
-    from_answer = (log_p.exp() * (log_p - between)).sum(1)
-    return (js_weight * from_truth + (1 - js_weight) * from_answer) / (
+    log_mixture = torch.logaddexp(torch.log(js_weight * truth), math.log(1 - js_weight) + log_p)
+    from_truth = (torch.xlogy(truth, truth) - truth * log_mixture).sum(1)
+    from_prediction = (log_p.exp() * (log_p - log_mixture)).sum(1)
+    return (js_weight * from_truth + (1 - js_weight) * from_prediction) / (
         -(1 - js_weight) * math.log(1 - js_weight)
     )
 
 
-# --- each output by itself, or one of many: told by the target -----------------------------------------------------------
+# --- each output separately; for one of many classes, the variant *_multiclass -----------------------
 
 
 def _labels(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     return target.view_as(output) * (1 - label_smoothing) + 0.5 * label_smoothing
 
 
-def _wrong(truth: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """The probability of what is not so."""
-    return (truth * no + (1 - truth) * yes).clamp(min=TINY)
+def _error(truth: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Predicted probability of the wrong answer."""
+    return (truth * negative + (1 - truth) * positive).clamp(min=TINY)
 
 
 def bce(output: Tensor, target: Tensor, label_smoothing: float, target_threshold: float | None) -> Tensor:
     if target_threshold is not None:
         target = (target > target_threshold).to(output.dtype)
-    return F.binary_cross_entropy_with_logits(
-        output, _labels(output, target, label_smoothing), reduction="none"
-    )
+    truth = _labels(output, target, label_smoothing)
+    return F.binary_cross_entropy_with_logits(output, truth, reduction="none")
 
 
 def bce_multiclass(
     output: Tensor, target: Tensor, label_smoothing: float, target_threshold: float | None
 ) -> Tensor:
-    """Each class is asked for by itself, so none has to lose for another to win: mixed pictures hold two."""
+    """One binary loss per class: mixed images may have two classes, and neither has to lower the other."""
     truth = class_targets(output, target, label_smoothing)
     return bce(output, truth, 0.0, target_threshold).mean(1)
 
@@ -100,7 +100,7 @@ def focal(
 ) -> Tensor:
     truth = _labels(output, target, label_smoothing)
     loss = F.binary_cross_entropy_with_logits(output, truth, reduction="none")
-    loss = loss * _wrong(truth, output.sigmoid(), (-output).sigmoid()) ** gamma
+    loss = loss * _error(truth, output.sigmoid(), (-output).sigmoid()) ** gamma
     return loss if alpha is None else loss * (alpha * truth + (1 - alpha) * (1 - truth))
 
 
@@ -113,8 +113,8 @@ def focal_multiclass(
 
 def poly(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
     truth = _labels(output, target, label_smoothing)
-    wrong = _wrong(truth, output.sigmoid(), (-output).sigmoid())
-    return F.binary_cross_entropy_with_logits(output, truth, reduction="none") + epsilon * wrong
+    error = _error(truth, output.sigmoid(), (-output).sigmoid())
+    return F.binary_cross_entropy_with_logits(output, truth, reduction="none") + epsilon * error
 
 
 def poly_multiclass(output: Tensor, target: Tensor, label_smoothing: float, epsilon: float) -> Tensor:
@@ -125,15 +125,15 @@ def poly_multiclass(output: Tensor, target: Tensor, label_smoothing: float, epsi
 def asymmetric(
     output: Tensor, target: Tensor, label_smoothing: float, gamma: float, gamma_pos: float, clip: float
 ) -> Tensor:
-    """Easy no's count less than easy yes's, and those below `clip` nothing: of many labels most are no."""
+    """Focal with a larger gamma for negatives; negatives below a probability of `clip` cost nothing. For many rare labels."""
     truth = _labels(output, target, label_smoothing)
-    yes, no = output.sigmoid(), ((-output).sigmoid() + clip).clamp(max=1)
-    loss = truth * yes.clamp(min=TINY).log() + (1 - truth) * no.clamp(min=TINY).log()
-    wrong = 1 - (truth * yes + (1 - truth) * no)
-    return -loss * wrong.clamp(min=TINY) ** (gamma_pos * truth + gamma * (1 - truth))
+    positive, negative = output.sigmoid(), ((-output).sigmoid() + clip).clamp(max=1)
+    loss = truth * positive.clamp(min=TINY).log() + (1 - truth) * negative.clamp(min=TINY).log()
+    error = 1 - (truth * positive + (1 - truth) * negative)
+    return -loss * error.clamp(min=TINY) ** (gamma_pos * truth + gamma * (1 - truth))
 
 
-# --- values and grades ---------------------------------------------------------------------------------------------------
+# --- values and grades -------------------------------------------------------------------------------
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
@@ -145,119 +145,135 @@ def l1(output: Tensor, target: Tensor) -> Tensor:
 
 
 def huber(output: Tensor, target: Tensor, delta: float | Tensor) -> Tensor:
-    """torch's takes one delta for all targets."""
-    away = (output - target.view_as(output)).abs()
-    return torch.where(away < delta, 0.5 * away**2, delta * (away - 0.5 * delta))
+    """torch's version takes one delta for all targets."""
+    error = (output - target.view_as(output)).abs()
+    return torch.where(error < delta, 0.5 * error**2, delta * (error - 0.5 * delta))
 
 
 def log_cosh(output: Tensor, target: Tensor) -> Tensor:
     """Squared near 0, absolute far away, smooth in between."""
-    away = output - target.view_as(output)
-    return away + F.softplus(-2 * away) - math.log(2)
+    error = output - target.view_as(output)
+    return error + F.softplus(-2 * error) - math.log(2)
 
 
 def bins(output: Tensor, target: Tensor, label_smoothing: float, bins: int, range: list[float]) -> Tensor:
-    """A value is shared between the two centres beside it, so that the mean that is read off is the value itself."""
-    places = torch.as_tensor(
+    """Cross-entropy over bins. A value is split between the two nearest bin centers, so that their mean is the value."""
+    centers = torch.as_tensor(
         bin_centers({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
     )
-    values = target.reshape(len(output), -1, 1).clamp(places[0], places[-1])  # (batch, targets, 1)
-    truth = (1 - (values - places).abs() / (places[1] - places[0])).clamp(min=0)  # (batch, targets, bins)
+    values = target.reshape(len(output), -1, 1).clamp(centers[0], centers[-1])  # (batch, targets, 1)
+    truth = (1 - (values - centers).abs() / (centers[1] - centers[0])).clamp(min=0)  # (batch, targets, bins)
     truth = truth * (1 - label_smoothing) + label_smoothing / bins
     return -(truth * F.log_softmax(output.view(len(output), -1, bins), 2)).sum(2)
 
 
 def cumulative(output: Tensor, target: Tensor) -> Tensor:
-    """Ordinal: output k asks whether the grade is above k."""
+    """Ordinal: output k is the logit of a grade above k."""
     above = (target[:, None] > torch.arange(output.shape[1], device=output.device)).to(output.dtype)
     return F.binary_cross_entropy_with_logits(output, above, reduction="none").sum(1)
 
 
 def soft_labels(output: Tensor, target: Tensor, sigma: float) -> Tensor:
-    """Ordinal: an output a grade, and the grades beside the true one are right a little."""
+    """Ordinal: one output per grade; the target is a Gaussian of width `sigma` around the true grade."""
     grades = torch.arange(output.shape[1], device=output.device, dtype=output.dtype)
-    near = F.softmax(-0.5 * ((grades - target[:, None]) / sigma) ** 2, 1)
-    return -(near * F.log_softmax(output, 1)).sum(1)
+    truth = F.softmax(-0.5 * ((grades - target[:, None]) / sigma) ** 2, 1)
+    return -(truth * F.log_softmax(output, 1)).sum(1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
-        metric_learning.arcface, metric_learning.contrastive, metric_learning.triplet, cross_entropy, kl, jensen_shannon, bce, bce_multiclass, focal, focal_multiclass, poly, poly_multiclass, asymmetric,
-        mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
+        metric_learning.arcface, metric_learning.contrastive, metric_learning.triplet,
+        cross_entropy, kl, jensen_shannon, bce, bce_multiclass, focal, focal_multiclass, poly, poly_multiclass,
+        asymmetric, mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
     )
 }  # fmt: skip
 
 
-# --- of a run ------------------------------------------------------------------------------------------------------------
+# --- the loss of a run -------------------------------------------------------------------------------
 
 
-def build_loss(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> Total:
-    """`standardised`: what is minimised; otherwise in the units of the targets, to be read."""
-    return mean_over_heads(cfg, samples.heads, head_losses(cfg, samples, taught, standardised))
+def build_loss(cfg: Config, samples: Samples, train_rows: Positions, standardized: bool = True) -> Total:
+    """(output, targets) -> (batch,). `standardized`: of standardized targets, to minimize; otherwise in their units, to log."""
+    return mean_over_heads(cfg, samples.heads, head_losses(cfg, samples, train_rows, standardized))
 
 
-def head_losses(cfg: Config, samples: Samples, taught: Positions, standardised: bool = True) -> list[Loss]:
+def head_losses(
+    cfg: Config, samples: Samples, train_rows: Positions, standardized: bool = True
+) -> list[Loss]:
     return [
-        _named(cfg, head, loss, samples, taught, standardised)
-        for head, loss in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True)
+        _head_loss(cfg, head, objective, samples, train_rows, standardized)
+        for head, objective in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True)
     ]
 
 
 def has_scaled_targets(cfg: Config, heads: tuple[Head, ...]) -> bool:
-    """Whether what is minimised is not what is read, since there are values among the targets."""
-    return any(loss.name in POWERS for loss in loss_knobs.head_losses(cfg, heads))
+    """Whether targets are standardized, so that the logged loss differs from the minimized one."""
+    return any(objective.name in POWERS for objective in loss_knobs.head_losses(cfg, heads))
 
 
 def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
-    """The mean over heads of each head's loss: (batch, all outputs), one target a head -> (batch,)"""
+    """(batch, all outputs), one target per head -> (batch,)"""
     sizes = output_sizes(cfg, heads)
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         blocks = output.float().split(sizes, dim=1)
-        each = [one(block, target) for one, block, target in zip(losses, blocks, targets, strict=True)]
-        return torch.stack(each).mean(0)
+        values = [
+            head_loss(block, target) for head_loss, block, target in zip(losses, blocks, targets, strict=True)
+        ]
+        return torch.stack(values).mean(0)
 
     return loss
 
 
-def reduce(each: Tensor, hardest: float) -> Tensor:
-    """(batch,), weighted -> the number that is back-propagated: the mean over all samples, or over the share with the
-    highest loss."""
-    if hardest < 1:
-        each = each.topk(max(1, round(hardest * len(each))), sorted=False).values
-    return each.mean()
+def reduce(per_sample_loss: Tensor, ohem: float) -> Tensor:
+    """(batch,) -> scalar: the mean over all samples, or with ohem < 1 over that share of samples with the highest loss."""
+    if ohem < 1:
+        count = max(1, round(ohem * len(per_sample_loss)))
+        per_sample_loss = per_sample_loss.topk(count, sorted=False).values
+    return per_sample_loss.mean()
 
 
-def _named(
-    cfg: Config, head: Head, chosen: HeadLoss, samples: Samples, taught: Positions, standardised: bool
+def _head_loss(
+    cfg: Config, head: Head, objective: HeadLoss, samples: Samples, train_rows: Positions, standardized: bool
 ) -> Loss:
-    if chosen.name == "loss":
-        hook = pages.get("loss")
-        if hook is None:
-            raise Refused("loss.name: loss: comp/competition.py defines no loss(output, target)")
-        return hook
-    of_classes = f"{chosen.name}_multiclass"
-    function = LOSSES[of_classes if head.exclusive and of_classes in LOSSES else chosen.name]
-    weigh = class_balance.class_weights(cfg, head, samples, taught)
-    knobs = dict(chosen.knobs)
-    if chosen.name == "arcface":
-        count = class_balance.class_counts(head, samples, taught)
+    """The loss of one head with its knobs and class weights: (batch, outputs of the head), target -> (batch,)"""
+    if objective.name == "loss":
+        return _custom_loss()
+    multiclass = f"{objective.name}_multiclass"
+    function = LOSSES[multiclass if head.exclusive and multiclass in LOSSES else objective.name]
+    class_weight = class_balance.class_weights(cfg, head, samples, train_rows)
+    knobs: dict[str, Any] = dict(objective.knobs)
+    if objective.name == "arcface":
+        count = class_balance.class_counts(head, samples, train_rows)
         knobs["margin"] = metric_learning.class_margins(count, knobs["margin"], knobs.pop("margin_rare"))
-        del knobs["sub_centers"]  # of the network
-    if chosen.name == "bins":
-        _within(chosen, head, samples.targets(head)[taught])
-    if chosen.name in POWERS:
-        mean, unit = map(_on_device, target_scaler.mean_and_std(head, samples, taught))
-        function = _in_deviations(function, unit, None if standardised else POWERS[chosen.name])
-        weigh = None if weigh is None else _by_grade(weigh, mean, unit)
+        del knobs["sub_centers"]  # a knob of the network
+    if objective.name == "bins":
+        _validate_range(objective, head, samples.targets(head)[train_rows])
+    if objective.name in POWERS:
+        mean, std = map(_on_device, target_scaler.mean_and_std(head, samples, train_rows))
+        function = _standardized_loss(function, std, None if standardized else POWERS[objective.name])
+        class_weight = None if class_weight is None else _grade_weight(class_weight, mean, std)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        each = function(output, target, **knobs)
-        if weigh is not None:
-            each = each * weigh(target).view_as(each)
-        return each if each.ndim == 1 else each.mean(1)
+        values = function(output, target, **knobs)
+        if class_weight is not None:
+            values = values * class_weight(target).view_as(values)
+        return values if values.ndim == 1 else values.mean(1)
 
+    return loss
+
+
+def _custom_loss() -> Loss:
+    loss = pages.get("loss")
+    if loss is None:
+        raise UserError(
+            "loss-unknown",
+            where="comp/competition.py",
+            key="loss.name",
+            what="loss: no such function",
+            remedy="define loss(output, target)",
+        )
     return loss
 
 
@@ -265,32 +281,35 @@ def _on_device(values: NDArray[np.float64]) -> Callable[[torch.device], Tensor]:
     return cache(lambda device: torch.tensor(values, dtype=torch.float32, device=device))
 
 
-def _in_deviations(
-    function: Callable[..., Tensor], unit: Callable[[torch.device], Tensor], back: int | None
+def _standardized_loss(
+    function: Callable[..., Tensor], std: Callable[[torch.device], Tensor], power: int | None
 ) -> Callable[..., Tensor]:
-    """The loss of standardised values. huber's delta is told in the unit of the target. `back`: the power of that unit which the loss
-    is in, to read it in that unit."""
+    """The loss of standardized values. huber's delta is given in the unit of the target, so it is standardized too.
+    `power`: multiply the result by this power of the deviation, to get it in the unit of the target."""
 
     def loss(output: Tensor, target: Tensor, **knobs: float) -> Tensor:
-        one = unit(output.device)  # (targets,)
-        each = function(output, target, **{key: value / one for key, value in knobs.items()})
-        return each if back is None else each * one**back
+        deviation = std(output.device)  # (targets,)
+        values = function(output, target, **{key: value / deviation for key, value in knobs.items()})
+        return values if power is None else values * deviation**power
 
     return loss
 
 
-def _by_grade(
-    weigh: Callable[[Tensor], Tensor],
+def _grade_weight(
+    class_weight: Callable[[Tensor], Tensor],
     mean: Callable[[torch.device], Tensor],
-    unit: Callable[[torch.device], Tensor],
+    std: Callable[[torch.device], Tensor],
 ) -> Callable[[Tensor], Tensor]:
-    """Weights of classes, of grades that are learned standardised."""
-    return lambda target: weigh((target * unit(target.device) + mean(target.device)).round())
+    """Class weights of grades whose targets are standardized."""
+    return lambda target: class_weight((target * std(target.device) + mean(target.device)).round())
 
 
-def _within(chosen: HeadLoss, head: Head, values: np.ndarray) -> None:
-    low, high = chosen.knobs["range"]
+def _validate_range(objective: HeadLoss, head: Head, values: np.ndarray) -> None:
+    low, high = objective.knobs["range"]
     if values.min() < low or values.max() > high:
-        raise Refused(
-            f"loss.range: {low:g} to {high:g} leaves out targets of {head.name}, which go from {values.min():g} to {values.max():g}"
+        raise UserError(
+            "target-out-of-range",
+            key="loss.range",
+            what=f"{low:g} to {high:g} does not contain the targets of {head.name}, {values.min():g} to {values.max():g}",
+            remedy="widen it",
         )

@@ -1,4 +1,4 @@
-"""The network: any of timm's by name, or your own from competition.py, with one output block a head."""
+"""The network: a timm model by name, or a custom one from competition.py, with one block of outputs per head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from comp.engine import pages
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 from comp.engine.run import backbone, normalize, target_scaler
 from comp.engine.run.backbone import inner
 from comp.engine.run.metric_learning import EmbeddingLayer, GeM, feature_map
@@ -26,26 +26,29 @@ from comp.engine.tasks.kinds import Head
 if TYPE_CHECKING:
     from comp.engine.run.data_loader import Loader
 
-Last = Callable[[int], nn.Module]  # features -> the last layer
-BESIDE = 32  # what the metadata is brought to before it joins the image
+LastLayer = Callable[[int], nn.Module]  # number of features -> the last layer
+METADATA_FEATURES = 32  # of the metadata, appended to those of the image
 
 
 def output_sizes(cfg: Config, heads: tuple[Head, ...]) -> list[int]:
-    """Network outputs of each head, in order."""
-    losses = loss_knobs.head_losses(cfg, heads)
-    return [head.spec.num_outputs(head, loss) for head, loss in zip(heads, losses, strict=True)]
+    """Number of network outputs of each head, in order."""
+    objectives = loss_knobs.head_losses(cfg, heads)
+    return [head.spec.num_outputs(head, objective) for head, objective in zip(heads, objectives, strict=True)]
 
 
 def decode(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> list[NDArray[np.float64]]:
-    """(rows, network outputs) -> what is stored of each head, in float64."""
+    """(rows, network outputs) -> predictions of each head as they are stored, computed in float64."""
     blocks = np.split(raw.astype(np.float64), np.cumsum(output_sizes(cfg, heads))[:-1], axis=1)
-    losses = loss_knobs.head_losses(cfg, heads)
-    return [h.spec.decode(block, loss) for h, block, loss in zip(heads, blocks, losses, strict=True)]
+    objectives = loss_knobs.head_losses(cfg, heads)
+    return [
+        head.spec.decode(block, objective)
+        for head, block, objective in zip(heads, blocks, objectives, strict=True)
+    ]
 
 
 def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None = None) -> nn.Module:
-    """Inference passes pretrained=False: there may be no internet, and our own weights follow. A feed whose samples have
-    several images, or metadata beside them, wants them joined before the last layer."""
+    """Inference passes pretrained=False: the weights of the run are loaded next, and there may be no internet. `loader` tells
+    whether samples have several images or metadata, which join before the last layer."""
     module = _network(cfg, heads, pretrained, loader)
     normalize.register(cfg, module)
     target_scaler.register(cfg, heads, module)
@@ -53,59 +56,65 @@ def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader
 
 
 def _network(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None) -> nn.Module:
-    total = sum(output_sizes(cfg, heads))
-    width = 0 if loader is None or loader.metadata is None else int(loader.metadata.shape[1])
-    several = loader is not None and loader.multi_image
+    outputs = sum(output_sizes(cfg, heads))
+    metadata = 0 if loader is None or loader.metadata is None else int(loader.metadata.shape[1])
+    multi_image = loader is not None and loader.multi_image
     embeds = loss_knobs.metric_learning_loss(cfg, heads)
-    last: Last | None = None
-    if embeds is not None:  # its centres are no outputs of a last layer but points of their own
-        size, per_class = embeds.knobs["embedding"], embeds.knobs.get("sub_centers", 1)
-        last = partial(EmbeddingLayer, size=size, classes=total - size, per_class=per_class)
-    if (make := pages.get("model")) is not None:
-        if cfg.model.global_pool != "default":
-            raise Refused(
-                "model.global_pool: gem has no effect on model(cfg, outputs) of comp/competition.py; set it to default"
-            )
-        if cfg.model.stem != "default":
-            raise Refused(
-                "model.stem: small has no effect on model(cfg, outputs) of comp/competition.py; set it to default"
-            )
-        if width:
-            raise Refused(
-                "model.metadata: true has no effect on model(cfg, outputs) of comp/competition.py; set it to false"
-            )
-        module = make(cfg, total if embeds is None else embeds.knobs["embedding"])
+    last: LastLayer | None = None
+    if embeds is not None:
+        size, sub_centers = embeds.knobs["embedding"], embeds.knobs.get("sub_centers", 1)
+        last = partial(EmbeddingLayer, size=size, classes=outputs - size, sub_centers=sub_centers)
+    if (custom := pages.get("model")) is not None:
+        _validate_custom(cfg, metadata)
+        module = custom(cfg, outputs if embeds is None else embeds.knobs["embedding"])
         assert isinstance(module, nn.Module)
         if embeds is not None:
             return MultiInputModel(module, cfg.model.image_pool, embeds.knobs["embedding"], last=last)
-        return MultiInputModel(module, cfg.model.image_pool, total) if several else module
+        return MultiInputModel(module, cfg.model.image_pool, outputs) if multi_image else module
     gem = cfg.model.global_pool == "gem"
-    if not several and not width and not gem and embeds is None:
-        return backbone.create(cfg, total, pretrained)
-    inside = backbone.create(cfg, 0, pretrained)
-    features = _width(inside)
-    inside = GeM(inside, features, cfg.model.name) if gem else inside
-    return MultiInputModel(
-        inside, cfg.model.image_pool, features, width, last or partial(nn.Linear, out_features=total)
-    )
+    if not multi_image and not metadata and not gem and embeds is None:
+        return backbone.create(cfg, outputs, pretrained)
+    network = backbone.create(cfg, 0, pretrained)
+    features = _num_features(network)
+    network = GeM(network, features, cfg.model.name) if gem else network
+    last = last or partial(nn.Linear, out_features=outputs)
+    return MultiInputModel(network, cfg.model.image_pool, features, metadata, last)
+
+
+def _validate_custom(cfg: Config, metadata: int) -> None:
+    """Knobs of timm networks that a custom model does not get."""
+    for key, value, default in (
+        ("model.global_pool", cfg.model.global_pool, "default"),
+        ("model.stem", cfg.model.stem, "default"),
+        ("model.metadata", "true" if metadata else "false", "false"),
+    ):
+        if value != default:
+            raise UserError(
+                "knob-unused",
+                key=key,
+                what=f"{value} has no effect on model(cfg, outputs) of comp/competition.py",
+                remedy=f"set it to {default}",
+            )
 
 
 def headless(cfg: Config, pretrained: bool, loader: Loader) -> nn.Module:
-    """The network without its last layer; several images of a sample become one."""
+    """The network without its last layer: (images) -> (samples, features)."""
     module = backbone.create(cfg, 0, pretrained)
-    return MultiInputModel(module, cfg.model.image_pool, _width(module)) if loader.multi_image else module
+    if not loader.multi_image:
+        return module
+    return MultiInputModel(module, cfg.model.image_pool, _num_features(module))
 
 
 def validate(cfg: Config) -> None:
-    """Whether pictures of the sizes of this run go through the network, and batches; before anything is spent."""
+    """Run images of this run's sizes through the network, before anything is trained."""
     if pages.get("model") is not None:
         return
 
-    def asks(module: nn.Module, output: Tensor) -> None:
+    def validate_output(module: nn.Module, output: Tensor) -> None:
         if cfg.model.global_pool == "gem":
-            feature_map(output, _width(module), cfg.model.name)
+            feature_map(output, _num_features(module), cfg.model.name)
 
-    backbone.validate(cfg, asks)
+    backbone.validate(cfg, validate_output)
 
 
 def validate_pool(cfg: Config, multi_image: bool) -> None:
@@ -115,71 +124,72 @@ def validate_pool(cfg: Config, multi_image: bool) -> None:
 
 
 def check_report(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
-    """For comp check: why the network cannot be built for this run, and what its weights want to see."""
+    """For comp check: errors of the network of this run, and a description of what its pretrained weights expect."""
     try:
         validate(cfg)
-    except UserError as refused:
-        return refused.lines, []
+    except UserError as error:
+        return error.lines, []
     return [], [] if pages.get("model") is not None else [backbone.describe(cfg)]
 
 
-def _width(module: nn.Module) -> int:
-    """Features before the last layer; some of timm's widen them after pooling."""
-    found = getattr(module, "head_hidden_size", None) or getattr(module, "num_features", None)
-    assert isinstance(found, int)
-    return found
+def _num_features(module: nn.Module) -> int:
+    """Features before the last layer; some of timm's networks have more after pooling than before."""
+    features = getattr(module, "head_hidden_size", None) or getattr(module, "num_features", None)
+    assert isinstance(features, int)
+    return features
 
 
 class MultiInputModel(nn.Module):
-    """Features of several images of a sample become one, the metadata of the sample stands beside them, then the last layer."""
+    """A backbone whose features are pooled over the images of a sample and joined with its metadata, then the last layer."""
 
     def __init__(
-        self, backbone: nn.Module, pool: str, features: int, metadata: int = 0, last: Last | None = None
+        self, backbone: nn.Module, pool: str, features: int, metadata: int = 0, last: LastLayer | None = None
     ):
         super().__init__()
         self.backbone = backbone
         self.pool = {"mean": "mean", "max": "amax", "attention": ""}[pool]
-        self.heard = nn.Linear(features, 1) if pool == "attention" else None
-        self.beside = nn.Sequential(nn.Linear(metadata, BESIDE), nn.SiLU()) if metadata else None
-        self.last = last(features + (BESIDE if metadata else 0)) if last else nn.Identity()
+        self.attention = nn.Linear(features, 1) if pool == "attention" else None
+        self.metadata = nn.Sequential(nn.Linear(metadata, METADATA_FEATURES), nn.SiLU()) if metadata else None
+        self.last = last(features + (METADATA_FEATURES if metadata else 0)) if last else nn.Identity()
         self.pretrained_cfg = getattr(backbone, "pretrained_cfg", {})
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's network would be spared, under the names that its parameters have here."""
-        inside, prefix = inner(self)
-        return {prefix + name for name in getattr(inside, "no_weight_decay", set)()}
+        """Parameters that timm exempts from weight decay, by their names here."""
+        network, prefix = inner(self)
+        return {prefix + name for name in getattr(network, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Depth of a parameter as timm counts it in the network inside; what stands around that is as deep as its last layer."""
-        inside, prefix = inner(self)
+        """Depth of a parameter as timm counts it in the backbone; parameters outside of it have that of its last layer."""
+        network, prefix = inner(self)
         named = ((name.removeprefix(prefix), weight) for name, weight in self.named_parameters())
-        depth = group_with_matcher(named, inside.group_matcher(coarse=coarse), reverse=True)
+        depth = group_with_matcher(named, network.group_matcher(coarse=coarse), reverse=True)
         return lambda name: int(depth[name.removeprefix(prefix)])
 
     def forward(self, images: Tensor, owner: Tensor | None = None, metadata: Tensor | None = None) -> Tensor:
+        """`owner`: (images,), which sample of the batch each image belongs to; None: one image per sample."""
         x = self.backbone(images)  # (images, features)
-        if owner is not None and self.heard is not None:
-            x = attention_pool(x, owner, self.heard)
+        if owner is not None and self.attention is not None:
+            x = attention_pool(x, owner, self.attention)
         elif owner is not None:
-            into = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
-            x = into.scatter_reduce(0, owner[:, None].expand_as(x), x, self.pool, include_self=False)
-        if self.beside is not None:
-            x = torch.cat([x, self.beside(metadata)], 1)
+            pooled = x.new_zeros(int(owner[-1]) + 1, x.shape[1])  # (samples, features)
+            x = pooled.scatter_reduce(0, owner[:, None].expand_as(x), x, self.pool, include_self=False)
+        if self.metadata is not None:
+            x = torch.cat([x, self.metadata(metadata)], 1)
         return self.last(x)
 
 
-def attention_pool(x: Tensor, owner: Tensor, heard: nn.Linear) -> Tensor:
-    """(images, features) -> (samples, features): a mean in which each image has the weight that its features ask for."""
+def attention_pool(x: Tensor, owner: Tensor, attention: nn.Linear) -> Tensor:
+    """(images, features) -> (samples, features): mean over the images of a sample, weighted by a softmax of their scores."""
     samples = int(owner[-1]) + 1
-    ask = heard(x)  # (images, 1)
-    most = ask.new_full((samples, 1), -torch.inf).scatter_reduce(0, owner[:, None], ask, "amax")
-    share = (ask - most[owner]).exp()
-    whole = share.new_zeros(samples, 1).index_add(0, owner, share)
-    return x.new_zeros(samples, x.shape[1]).index_add(0, owner, (x * share / whole[owner]).to(x.dtype))
+    scores = attention(x)  # (images, 1)
+    highest = scores.new_full((samples, 1), -torch.inf).scatter_reduce(0, owner[:, None], scores, "amax")
+    share = (scores - highest[owner]).exp()
+    total = share.new_zeros(samples, 1).index_add(0, owner, share)
+    return x.new_zeros(samples, x.shape[1]).index_add(0, owner, (x * share / total[owner]).to(x.dtype))
 
 
 def weight_bytes(cfg: Config, heads: tuple[Head, ...]) -> int:
-    """Bytes of the weights, without making them: on the meta device a network of a billion costs nothing."""
+    """Size of the weights in bytes, computed on the meta device, which allocates nothing."""
     with torch.device("meta"):
         module = build(cfg, heads, pretrained=False)
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -195,7 +205,7 @@ def load_weights(module: nn.Module, file: Path) -> nn.Module:
 def save_weights(module: nn.Module, file: Path, **facts: Any) -> None:
     from safetensors.torch import save
 
-    # Cloned, because safetensors refuses tensors that share memory and some networks tie theirs.
+    # Cloned, because safetensors rejects tensors that share memory, and some networks tie theirs.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
     with artifacts.atomic(file) as temporary:
         temporary.write_bytes(save(state))

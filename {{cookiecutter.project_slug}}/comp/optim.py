@@ -1,8 +1,8 @@
-"""The optimizer: any of timm's, with four numbers against large weights. Its rate is set before every step: schedule.py.
+"""The optimizer: any of timm's, or lbfgs, with weight decay and l1. Its learning rate is set before every step: schedule.py.
 
-weight_decay is L2 as the optimizer itself does it: apart from the gradient in adamw, lion, lamb, adan, muon, adahessian and names that end
-in w; added to the gradient, and scaled with it, in sgd, adam, nadam, rmsprop, adagrad, kron. l1 is always apart from the gradient: after a
-step every weight goes rate x l1 towards zero and stops there. Norms and biases are spared by both.
+weight_decay is L2 as the optimizer itself applies it: decoupled from the gradient in adamw, lion, lamb, adan, muon, adahessian and
+names that end in w; added to the gradient, and scaled with it, in sgd, adam, nadam, rmsprop, adagrad, kron. l1 is always decoupled:
+after a step, every weight moves lr x l1 towards zero and stops there. Neither applies to norms and biases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import fold_in
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run.backbone import inner
 from comp.engine.run.unused_knobs import CYCLING
 
@@ -33,8 +33,8 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class LBFGS(torch.optim.LBFGS):
-    """torch's, with one look at the loss a step: the loop has the gradient already, and curvature comes from one step's gradient to the
-    next. Noise of small batches is taken for curvature, so it wants a large train.grad_accum_steps."""
+    """torch's, with one evaluation per step: the loop has computed the gradient already, and curvature is estimated from one step's
+    gradient to the next. Gradient noise looks like curvature, so it needs a large train.grad_accum_steps."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, **options: Any):
         super().__init__(params, lr, max_iter=1, **options)
@@ -43,151 +43,187 @@ class LBFGS(torch.optim.LBFGS):
         return super().step(lambda: torch.zeros(()))
 
 
+# --- checks before training --------------------------------------------------------------------------
+
+
 def validate(cfg: Config) -> None:
-    """Before anything is spent."""
     optimizer_class(cfg)
     if cfg.optim.name == "kron" and not torch.backends.opt_einsum.is_available():
-        raise Refused(
-            "optim.name: kron: needs opt_einsum, without which a single step of a convolution takes minutes: make extras, or pip install opt_einsum"
+        raise UserError(
+            "package-missing",
+            key="optim.name",
+            what="kron needs opt_einsum: without it, one step of a convolution takes minutes",
+            remedy="make extras, or pip install opt_einsum",
         )
 
 
 def optimizer_class(cfg: Config) -> type[torch.optim.Optimizer]:
-    """The class behind optim.name; what it cannot do is refused before anything is spent."""
-    name, optim = cfg.optim.name, cfg.optim
-    timms = [str(n) for n in list_optimizers()]
-    names = [n for n in timms if not isinstance(get_optimizer_info(n).opt_class, str)] + ["lbfgs"]
-    if name not in names:
-        outside = name in timms and str(get_optimizer_info(name).opt_class).split(".")[0]
-        if outside:
-            raise Refused(f"optim.name: {name} is {outside}'s, which this project does not bring along")
-        raise Refused(
-            f"optim.name: timm has no {name!r}; the nearest are {', '.join(nearest(name, names, 3))}"
-        )
-    made: Any = LBFGS if name == "lbfgs" else get_optimizer_info(name).opt_class
-    takes = inspect.signature(torch.optim.LBFGS if name == "lbfgs" else made).parameters
-    for option in optim.kwargs:
-        if option in ("params", "lr", "weight_decay", "momentum") or option not in takes:
-            close = nearest(option, [n for n in takes if n not in ("params", "lr", "weight_decay")])[0]
-            raise Refused(f"optim.kwargs.{option}: {name} takes no such option; the nearest is {close}")
-    if optim.kwargs.get("update_each", 1) != 1:
-        raise Refused("optim.kwargs.update_each: what it keeps between steps cannot be resumed; set it to 1")
-    if "momentum" not in takes and "betas" not in takes:
-        if optim.momentum is not None:
-            raise Refused(f"optim.momentum: {name} has none; set it to null")
+    """The class of optim.name; knobs that it does not have are errors."""
+    name = cfg.optim.name
+    _validate_name(name)
+    cls: Any = LBFGS if name == "lbfgs" else get_optimizer_info(name).opt_class
+    arguments = inspect.signature(torch.optim.LBFGS if name == "lbfgs" else cls).parameters
+    _validate_options(cfg, list(arguments))
+    if "momentum" not in arguments and "betas" not in arguments:
+        if cfg.optim.momentum is not None:
+            raise _no_effect("optim.momentum", f"{name} has no momentum", "null")
         if cfg.schedule.name in CYCLING and cfg.schedule.momentum is not None:
-            raise Refused(f"schedule.momentum: {name} has none that could cycle; set it to null")
+            raise _no_effect("schedule.momentum", f"{name} has no momentum", "null")
     if name in ("adahessian", "lbfgs") and cfg.train.amp == "fp16":
-        raise Refused(
-            f"train.amp: fp16 scales the loss, and {name} would take that for curvature; bf16 or fp32"
+        raise UserError(
+            "optimizer-incompatible",
+            key="train.amp",
+            what=f"fp16 scales the loss, which {name} would take for curvature",
+            remedy="set it to bf16 or fp32",
         )
     if name == "lbfgs":
-        for key in (
-            "weight_decay",
-            "weight_decay_head",
-            "l1",
-            "l1_head",
-            "layer_decay",
-            "lookahead",
-        ):
-            if getattr(optim, key):
-                raise Refused(
-                    f"optim.{key}: {getattr(optim, key)} has no effect on lbfgs, which treats all weights alike; set it to "
-                    f"{'null' if key in ('layer_decay', 'lookahead') else 0}"
-                )
-    return made
+        for key, unset in (("weight_decay", "0"), ("weight_decay_head", "0"), ("l1", "0"), ("l1_head", "0"),
+                           ("layer_decay", "null"), ("lookahead", "null")):  # fmt: skip
+            if value := getattr(cfg.optim, key):
+                what = f"{value} has no effect on lbfgs, which treats all weights alike"
+                raise _no_effect(f"optim.{key}", what, unset)
+    return cls
+
+
+def _validate_name(name: str) -> None:
+    timm_names = [str(n) for n in list_optimizers()]
+    # timm gives the class as a string where another package provides it
+    names = [n for n in timm_names if not isinstance(get_optimizer_info(n).opt_class, str)] + ["lbfgs"]
+    if name in names:
+        return
+    closest = f"the nearest are {', '.join(nearest(name, names, 3))}"
+    if name in timm_names:
+        package = str(get_optimizer_info(name).opt_class).split(".")[0]
+        what = f"{name} needs the package {package}, which is no dependency of this project"
+    else:
+        what = f"timm has no {name!r}"
+    raise UserError("optimizer-unknown", key="optim.name", what=what, remedy=closest)
+
+
+def _validate_options(cfg: Config, arguments: list[str]) -> None:
+    for option in cfg.optim.kwargs:
+        if option in ("params", "lr", "weight_decay", "momentum") or option not in arguments:
+            known = [each for each in arguments if each not in ("params", "lr", "weight_decay")]
+            raise UserError(
+                "knob-unknown",
+                key=f"optim.kwargs.{option}",
+                what=f"{cfg.optim.name} has no such option",
+                remedy=f"the nearest is {nearest(option, known)[0]}",
+            )
+    if cfg.optim.kwargs.get("update_each", 1) != 1:
+        raise UserError(
+            "knob-unsupported",
+            key="optim.kwargs.update_each",
+            what="what it keeps between steps is not part of the optimizer's state, so training cannot resume",
+            remedy="set it to 1",
+        )
+
+
+def _no_effect(key: str, what: str, unset: str) -> UserError:
+    return UserError("knob-unused", key=key, what=what, remedy=f"set it to {unset}")
+
+
+# --- the optimizer -----------------------------------------------------------------------------------
 
 
 def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
-    made, optim = optimizer_class(cfg), cfg.optim
-    if made is LBFGS:
+    cls, optim = optimizer_class(cfg), cfg.optim
+    if cls is LBFGS:
         return LBFGS([p for p in module.parameters() if p.requires_grad], optim.lr, **optim.kwargs)
-    given: dict[str, Any] = dict(optim.kwargs)
+    options: dict[str, Any] = dict(optim.kwargs)
     if optim.momentum is not None:
-        takes = inspect.signature(made).parameters
-        if "betas" in takes:
-            rest = (given.get("betas") or takes["betas"].default or (0.9, 0.999))[1:]
-            given["betas"] = (optim.momentum, *rest)
-        if "momentum" in takes:
-            given["momentum"] = optim.momentum
-    elif "betas" in given:
-        given["betas"] = tuple(given["betas"])
-    if made in FUSED and "foreach" not in given:
-        # One pass over all weights, a fifth of the time of the loop over tensors that a CPU gets otherwise.
-        given.setdefault("fused", True)
-    if made is psgd.Kron:
-        given.setdefault(
-            "deterministic", True
-        )  # its draws are part of its state, and the same in every process
+        arguments = inspect.signature(cls).parameters
+        if "betas" in arguments:
+            other_betas = (options.get("betas") or arguments["betas"].default or (0.9, 0.999))[1:]
+            options["betas"] = (optim.momentum, *other_betas)
+        if "momentum" in arguments:
+            options["momentum"] = optim.momentum
+    elif "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    if cls in FUSED and "foreach" not in options:
+        options.setdefault(
+            "fused", True
+        )  # a fifth of the time of the loop over tensors, the default on a CPU
+    if cls is psgd.Kron:
+        options.setdefault("deterministic", True)  # draws from its own state, the same in every process
     try:
-        out = create_optimizer_v2(parameter_groups(cfg, module), optim.name, lr=optim.lr, **given)
+        out = create_optimizer_v2(parameter_groups(cfg, module), optim.name, lr=optim.lr, **options)
     except (TypeError, ValueError) as error:
-        raise Refused(f"optim: {optim.name}: {error}") from error
+        raise UserError("optimizer-options", key="optim", what=f"{optim.name}: {error}") from error
     if isinstance(out, psgd.Kron):
-        # Compiled they would take minutes to start: they are compiled for every shape of a weight.
+        # timm compiles these functions, once for every shape of a weight, which takes minutes.
         for name in ("_calc_A_and_conjB", "_q_terms", "_precond_grad", "_balance_Q"):
             setattr(out, name, getattr(psgd, name))
-    if getattr(out, "is_second_order", False):
-        # The loop drops gradients after each step, and so the cycle that torch warns of.
-        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-        out.register_step_pre_hook(_drawn_anew)
-        for part in module.modules():  # timm's attention: the fused kernel has no second derivative
-            if "fused_attn" in vars(part):
-                vars(part)["fused_attn"] = False
+    if second_order(out):
+        _prepare_second_order(out, module)
     if any(group["l1"] for group in out.param_groups):
-        out.register_step_post_hook(_shrink)
+        out.register_step_post_hook(_apply_l1)
     return Lookahead(out, k=optim.lookahead) if optim.lookahead else out
 
 
+def _prepare_second_order(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    # torch warns of a reference cycle between parameters and gradients; the loop drops gradients after each step.
+    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+    optimizer.register_step_pre_hook(_seed_hessian_draws)
+    for layer in module.modules():  # timm's attention: the fused kernel has no second derivative
+        if "fused_attn" in vars(layer):
+            vars(layer)["fused_attn"] = False
+
+
 def parameter_groups(cfg: Config, module: nn.Module) -> list[Group]:
-    """Weights that are treated alike: timm's groups by depth and by decay, each parted into backbone and head where those differ."""
+    """timm's groups by depth and weight decay, each split into backbone and head where their weight decay or l1 differ."""
     optim = cfg.optim
-    spared: set[str] = getattr(module, "no_weight_decay", set)()
+    no_decay: set[str] = getattr(module, "no_weight_decay", set)()
     if optim.layer_decay is None:
-        found = param_groups_weight_decay(module, 1.0, no_weight_decay_list=spared)
+        timm_groups = param_groups_weight_decay(module, 1.0, no_weight_decay_list=no_decay)
     elif not hasattr(inner(module)[0], "group_matcher"):
-        raise Refused(
-            "optim.layer_decay: only timm's own networks know their layers; give model(cfg, outputs) of comp/competition.py a "
-            "group_matcher like theirs, or set it to null"
+        raise UserError(
+            "knob-unsupported",
+            key="optim.layer_decay",
+            what="the model has no group_matcher to tell the depth of its layers",
+            remedy="give model(cfg, outputs) of comp/competition.py one like timm's, or set it to null",
         )
     else:
-        found = param_groups_layer_decay(
-            module, 1.0, no_weight_decay_list=spared, layer_decay=optim.layer_decay
+        timm_groups = param_groups_layer_decay(
+            module, 1.0, no_weight_decay_list=no_decay, layer_decay=optim.layer_decay
         )
     backbone = (optim.weight_decay, optim.l1)
-    last = (
+    head = (
         optim.weight_decay if optim.weight_decay_head is None else optim.weight_decay_head,
         optim.l1 if optim.l1_head is None else optim.l1_head,
     )
-    in_head = {id(weight) for weight in head_parameters(module)}
+    head_ids = {id(weight) for weight in head_parameters(module)}
     out: list[Group] = []
-    for group in found:
-        parted: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in timm_groups:
+        split: dict[tuple[float, float], list[nn.Parameter]] = {}  # (weight_decay, l1) -> parameters
         for weight in group["params"]:
-            numbers = last if id(weight) in in_head else backbone
-            parted.setdefault(numbers if group["weight_decay"] else (0.0, 0.0), []).append(weight)
-        for (l2, l1), weights in parted.items():
-            out.append({**group, "params": weights, "weight_decay": l2, "l1": l1})
+            decay = head if id(weight) in head_ids else backbone
+            split.setdefault(decay if group["weight_decay"] else (0.0, 0.0), []).append(weight)
+        for (weight_decay, l1), weights in split.items():
+            out.append({**group, "params": weights, "weight_decay": weight_decay, "l1": l1})
     return out
 
 
 def head_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The last layer: what timm calls the classifier, or the last module that has weights."""
+    """Of the last layer: what timm calls the classifier, or the last module that has parameters."""
     last: Any = getattr(module, "last", None)
     if last is None:
         last = getattr(module, "get_classifier", lambda: None)()
-    parts = [part for part in (last if isinstance(last, tuple | list) else [last]) if part is not None]
-    weights = [weight for part in parts for weight in part.parameters()]
+    layers = [layer for layer in (last if isinstance(last, tuple | list) else [last]) if layer is not None]
+    weights = [weight for layer in layers for weight in layer.parameters()]
     if not weights:
-        owners = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+        owners = [each for each in module.modules() if next(each.parameters(recurse=False), None) is not None]
         weights = list(owners[-1].parameters()) if owners else []
     return weights
 
 
-def set_lr(optim: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
-    """momentum None: as it is."""
-    for group in optim.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+# --- in every step -----------------------------------------------------------------------------------
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
+    """momentum None: unchanged."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
         if momentum is not None and group.get("betas"):
             group["betas"] = (momentum, *group["betas"][1:])
         if momentum is not None and "momentum" in group:
@@ -195,35 +231,35 @@ def set_lr(optim: torch.optim.Optimizer, rate: float, momentum: float | None) ->
 
 
 def clip_gradients(cfg: Config, module: nn.Module) -> Tensor:
-    """norm: of all gradients together; value: of each number; agc: of each unit, as a share of its weights, the head left alone.
-    Answers with the norm before."""
+    """norm: of all gradients together; value: of each number; agc: of each unit relative to its weights, except in the head.
+    Returns the norm before."""
     assert cfg.optim.clip_grad is not None
     weights = [weight for weight in module.parameters() if weight.grad is not None]
     if cfg.optim.clip_mode == "norm":
         return nn.utils.clip_grad_norm_(weights, cfg.optim.clip_grad)
     norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if cfg.optim.clip_mode == "agc":
-        spared = {id(weight) for weight in head_parameters(module)}
-        weights = [weight for weight in weights if id(weight) not in spared]
+        head_ids = {id(weight) for weight in head_parameters(module)}
+        weights = [weight for weight in weights if id(weight) not in head_ids]
     dispatch_clip_grad(weights, cfg.optim.clip_grad, cfg.optim.clip_mode)
     return norm
 
 
-def second_order(optim: torch.optim.Optimizer) -> bool:
-    """Whether the gradients must themselves be differentiable; twice the memory and time."""
-    return bool(getattr(optim, "is_second_order", False))
+def second_order(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it differentiates gradients, which doubles memory and time."""
+    return bool(getattr(optimizer, "is_second_order", False))
 
 
 @torch.no_grad()
-def _shrink(optim: torch.optim.Optimizer, args: Any, named: Any) -> None:
-    for group in optim.param_groups:
-        if by := group["lr"] * group["l1"]:
+def _apply_l1(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if shrink := group["lr"] * group["l1"]:
             for weight in group["params"]:
-                weight.copy_(F.softshrink(weight, by))
+                weight.copy_(F.softshrink(weight, shrink))
 
 
-def _drawn_anew(optim: Any, args: Any, named: Any) -> None:
-    """AdaHessian's own draws go on from where its process began; drawn from the step they are the same after a resume."""
-    weight = next(iter(optim.get_params()))
-    optim.generator = torch.Generator(weight.device)
-    optim.generator.manual_seed(fold_in(optim.seed, optim.state[weight]["hessian step"]))
+def _seed_hessian_draws(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """AdaHessian's generator is no part of its state. Seeded from the step, its draws are the same after a resume."""
+    weight = next(iter(optimizer.get_params()))
+    optimizer.generator = torch.Generator(weight.device)
+    optimizer.generator.manual_seed(fold_in(optimizer.seed, optimizer.state[weight]["hessian step"]))

@@ -1,9 +1,9 @@
-"""One fold of one seed, from the first draw to the last weights. Nothing owns this loop but this page."""
+"""The training loop: one fold of one seed, from data and model to the final weights."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from comp import losses, models, optim, transforms
-from comp.data import Batch, epoch_rows, training_batches
+from comp.data import Batch, Index, epoch_rows, training_batches
 from comp.engine.bank import score
 from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
 from comp.engine.data.seeding import fold_in
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.hardware import Stop, Stopped
-from comp.engine.run import (  # fmt: skip
+from comp.engine.run import (
     checkpoint,
     consistency,
     distillation,
@@ -38,23 +38,23 @@ from comp.engine.run import (  # fmt: skip
     target_scaler,
     torch_compile,
     tracking,
-)
+)  # fmt: skip
 from comp.engine.run.averaging import WeightSets, bn_updater
 from comp.engine.run.context import Context
 from comp.engine.run.evaluate import HALF, forward_rows, raise_damaged
 from comp.engine.run.freezing import Stages
 from comp.engine.run.gpu_augment import to_device
 from comp.engine.run.microbatch import MicroBatches
-from comp.engine.run.nan_guard import REMEDY, NanGuard, list_samples
+from comp.engine.run.nan_guard import NanGuard, nan_error
 from comp.engine.run.profiler import Profiler
 
-PULSE = 10  # seconds between two lines where nobody sees a progress bar: under nohup, in a notebook's log
+LOG_INTERVAL = 10  # seconds between two printed lines where there is no progress bar: nohup, a notebook's log
 
 
 def fold(
     context: Context,
     seed: int,
-    number: int | str,
+    fold: int | str,
     folder: Path,
     log: tracking.RunLogger,
     *,
@@ -68,256 +68,257 @@ def fold(
     stop: once requested, the state is saved after the current step and Stopped is raised.
     on_epoch: called with the report of each epoch; may raise distributed.Pruned to end the fold.
     """
-    # --- setup ---------------------------------------------------------------------------------------------------------
+    # --- setup ------------------------------------------------------------------------------------
     cfg, device, heads = context.cfg, context.device, context.samples.heads
     stop, profiler = stop or Stop(), profiler or Profiler(device)
     torch.manual_seed(fold_in(seed, 3))
 
-    # --- data ----------------------------------------------------------------------------------------------------------
-    taught, watched, judged = _rows(context, number)
-    draw = class_balance.make_sampler(cfg, context.samples, taught)
-    span = schedule.train_length(cfg, len(epoch_rows(taught, seed, 0, draw)))
-    batch_size, accumulate, steps_per_epoch, steps = span
-    curve = schedule.lr_schedule(cfg, span)
-    truths = [pseudo_rows.training_target(context.samples, head) for head in heads]
-    targets = [
-        _target(each, device) for each in target_scaler.standardize(cfg, context.samples, taught, truths)
-    ]
-    lessons = distillation.teacher_targets(
-        context, number, folder
-    )  # what a teacher says, one more target a head
+    # --- data -------------------------------------------------------------------------------------
+    train_rows, valid_rows, select_rows = _fold_rows(context, fold)
+    sampler = class_balance.make_sampler(cfg, context.samples, train_rows)
+    length = schedule.train_length(cfg, len(epoch_rows(train_rows, seed, 0, sampler)))
+    batch_size, grad_accum_steps, steps_per_epoch, steps = length
+    lr_schedule = schedule.lr_schedule(cfg, length)
+    values = [pseudo_rows.training_target(context.samples, head) for head in heads]
+    values = target_scaler.standardize(cfg, context.samples, train_rows, values)
+    targets = [_to_tensor(target, device) for target in values]  # one per head, for every row of the samples
+    teacher_targets = distillation.teacher_targets(context, fold, folder)  # one more per head, or none
     weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
-    # --- model ---------------------------------------------------------------------------------------------------------
+    # --- model ------------------------------------------------------------------------------------
     module = models.build(cfg, heads, cfg.model.pretrained is True, context.loader).to(device)
     if checkpoint.log_offset(folder) is None:
-        pretrained.begin(module, cfg, seed, number)
+        pretrained.begin(module, cfg, seed, fold)
     stages = Stages(cfg, module)
-    pixel_stats.fit_pixel_stats(cfg, module, context.loader, taught)
-    target_scaler.fit(cfg, module, context.samples, taught)
+    pixel_stats.fit_pixel_stats(cfg, module, context.loader, train_rows)
+    target_scaler.fit(cfg, module, context.samples, train_rows)
     network = torch_compile.prepare(cfg, module)
-    criterion = losses.build_loss(cfg, context.samples, taught)
-    mixture = mixup.mixed_loss(
-        cfg, heads, distillation.distillation_loss(cfg, context.samples, taught, criterion)
-    )
-    in_units = losses.build_loss(cfg, context.samples, taught, False)  # of the targets: to be read
-    read = mixup.mixed_loss(
-        cfg, heads, distillation.distillation_loss(cfg, context.samples, taught, in_units, False)
-    )
-    scaled = losses.has_scaled_targets(cfg, heads)  # what is read is not what is minimised
-    apart = consistency.consistency_loss(cfg, heads)
+    # Regression targets are standardized: one loss is minimized, the same in the target's units is logged.
+    unit_loss = losses.build_loss(cfg, context.samples, train_rows, standardized=False)
+    criterion = _mixed_criterion(context, train_rows, standardized=True)
+    logged_criterion = _mixed_criterion(context, train_rows, standardized=False)
+    log_other_loss = losses.has_scaled_targets(cfg, heads)
+    consistency_loss = consistency.consistency_loss(cfg, heads)
     optimizer = optim.optimizer(cfg, module)
-    kept = WeightSets(cfg, module, folder, schedule.snapshot_steps(cfg, span))
-    judge = model_selection.build_scorer(
-        context, judged, transforms.Preprocess(normalize.build(cfg, module, device))
-    )
-    renew = bn_updater(
-        context, stages, seed, lambda: training_batches(taught, batch_size, seed, cfg.train.epochs, 0, draw)
-    )
+    weight_sets = WeightSets(cfg, module, folder, schedule.snapshot_steps(cfg, length))  # EMA, SWA, snapshots
+    normalized = transforms.Preprocess(normalize.build(cfg, module, device))  # no augmentation
+    scorer = model_selection.build_scorer(context, select_rows, normalized)
     second_order = optim.second_order(optimizer)
     half = HALF[cfg.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
 
-    # --- resume --------------------------------------------------------------------------------------------------------
-    step, losses_seen = 0, list[float]()  # of this epoch
+    # --- resume -----------------------------------------------------------------------------------
+    step, step_losses = 0, list[float]()  # losses of the current epoch's steps
     state = distributed.broadcast(checkpoint.load_latest(folder, device))
     distributed.validate_resume(state)
     if state is not None:
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        kept.load(state["kept"])
+        weight_sets.load_state_dict(state["weight_sets"])
         distributed.broadcast_files(folder)
-        step, losses_seen = state["step"], state["losses"]
-        curve.seen.extend(state["epochs"])
-    distributed.validate(cfg, batch_size, accumulate, module)
+        step, step_losses = state["step"], state["step_losses"]
+        lr_schedule.epoch_losses.extend(state["epoch_losses"])
+    distributed.validate(cfg, batch_size, grad_accum_steps, module)
     distributed.broadcast_module(module)
-    room = MicroBatches(module, state["room"] if state else batch_size, cfg.augment.group_size)
-    looks = NanGuard(log, context.samples, half == torch.float16, room.size)
+    micro_batch_size = state["micro_batch_size"] if state else batch_size
+    micro_batches = MicroBatches(module, micro_batch_size, cfg.augment.group_size)
+    nan_guard = NanGuard(log, context.samples, half == torch.float16, micro_batches.size)
 
     def save() -> None:
-        looks.weights(module, step)
+        nan_guard.check_weights(module, step)
         checkpoint.save(folder, step, {
-            "step": step, "processes": distributed.world_size(), "room": room.size, "losses": losses_seen, "epochs": curve.seen,
+            "step": step, "world_size": distributed.world_size(), "micro_batch_size": micro_batches.size,
+            "step_losses": step_losses, "epoch_losses": lr_schedule.epoch_losses,
             "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "kept": kept.state(),
+            "weight_sets": weight_sets.state_dict(),
         }, log.offset())  # fmt: skip
 
-    # --- epochs --------------------------------------------------------------------------------------------------------
-    bar = tqdm(
-        total=steps * span.effective,
-        initial=step * span.effective,
-        desc=f"seed {seed} fold {number}",
-        unit=" images",
-        unit_scale=True,
-        disable=_quiet(cfg),
-        leave=False,
-    )
-    watched_last, said = "", time.perf_counter()
+    # --- epochs -----------------------------------------------------------------------------------
+    title = f"seed {seed} fold {fold}"
+    bar = _progress_bar(cfg, length, step, title)
+    valid_text, last_line = "", time.perf_counter()
     profiler.start()
     for epoch in range(step // steps_per_epoch, cfg.train.epochs):
-        if kept.enough():
+        if weight_sets.should_stop():
             break
-        stages.enter(epoch)
-        began, drawn = time.perf_counter(), 0
-        first = (step - epoch * steps_per_epoch) * accumulate
-        today = transforms.epoch_augment(
-            cfg, epoch
-        )  # the size of its pictures, and whether the strong ops are on
-        seen = transforms.Preprocess(
-            normalize.build(cfg, module, device), transforms.epoch_recipe(cfg, today)
-        )
-        mix = mixup.epoch_mix(cfg, today)
-        plan = training_batches(taught, batch_size, seed, epoch, first, draw)
-        batches = context.loader.batches(distributed.shard(plan, accumulate, cfg.augment.group_size), today)
+        stages.set_trainable(epoch)
+        epoch_start, images_seen = time.perf_counter(), 0
+        first_pass = (step - epoch * steps_per_epoch) * grad_accum_steps
+        augment = transforms.epoch_augment(cfg, epoch)  # image size, and whether strong augmentation is on
+        recipe = transforms.epoch_recipe(cfg, augment)
+        preprocess = transforms.Preprocess(normalize.build(cfg, module, device), recipe)
+        mix = mixup.epoch_mix(cfg, augment)
+        plan = training_batches(train_rows, batch_size, seed, epoch, first_pass, sampler)
+        plan = distributed.shard(plan, grad_accum_steps, cfg.augment.group_size)
+        batches = context.loader.batches(plan, augment)
         while step < (epoch + 1) * steps_per_epoch:
-            optim.set_lr(optimizer, curve.rate(step), curve.momentum(step))
-            looks.begin(step + 1, curve.rate(step))
-            room.begin(
-                (_whole(next(batches), context) for _ in range(distributed.local_passes(accumulate))),
-                fold_in(seed, step, 4, distributed.rank()),
-            )
-            drawn += span.effective
-            profiler.lap("waiting for pictures")
-            while room.to_do:
-                with room.fits(looks.again):
-                    batch = room.to_do.popleft()
-                    images = seen(batch.images.permute(0, 3, 1, 2), batch.seeds)  # float, normalised
-                    images, parts = mix(images, batch.seeds)  # parts: whose targets, with which share
-                    profiler.lap("colour and normalising")
+            optim.set_lr(optimizer, lr_schedule.lr(step), lr_schedule.momentum(step))
+            nan_guard.start_step(step + 1, lr_schedule.lr(step))
+            passes = _undamaged(batches, distributed.local_passes(grad_accum_steps), context)
+            micro_batches.start_step(passes, fold_in(seed, step, 4, distributed.rank()))
+            images_seen += length.effective_batch_size
+            profiler.lap("data loading")
+            while micro_batches.pending:
+                with micro_batches.retry_on_oom(nan_guard.restart_step):
+                    batch = micro_batches.pending.popleft()
+                    images = preprocess(batch.images.permute(0, 3, 1, 2), batch.seeds)  # float, normalized
+                    images, mix_parts = mix(images, batch.seeds)  # mix_parts: whose targets, with which share
+                    profiler.lap("augmentation")
                     rows = to_device(batch.samples, device)
-                    truth = [target[rows] for target in (*targets, *lessons)]
+                    target = [each[rows] for each in (*targets, *teacher_targets)]
                     with torch.autocast(device.type, half, enabled=half is not None):
                         output = network(images, **context.loader.extras(batch))  # (batch, all outputs)
-                    each = mixture(output, truth, weight[rows], parts) + apart(output)  # (batch,), weighted
-                    share = len(batch.samples) / span.effective
-                    loss = losses.reduce(each, cfg.loss.ohem) * share
-                    shown = loss
-                    if scaled:
-                        told = read(output.detach(), truth, weight[rows], parts)
-                        shown = losses.reduce(told, cfg.loss.ohem) * share
+                    per_sample_loss = criterion(output, target, weight[rows], mix_parts)  # (batch,), weighted
+                    per_sample_loss = per_sample_loss + consistency_loss(output)
+                    share = len(batch.samples) / length.effective_batch_size
+                    loss = losses.reduce(per_sample_loss, cfg.loss.ohem) * share
+                    logged_loss = loss
+                    if log_other_loss:
+                        logged = logged_criterion(output.detach(), target, weight[rows], mix_parts)
+                        logged_loss = losses.reduce(logged, cfg.loss.ohem) * share
                     profiler.lap("forward")
                     scaler.scale(loss).backward(create_graph=second_order)
                     profiler.lap("backward")
-                    looks.note(batch.samples, each, shown)
+                    nan_guard.record(batch.samples, per_sample_loss, logged_loss)
             distributed.sum_gradients(module)
             if cfg.optim.clip_grad is not None:
                 scaler.unscale_(optimizer)
-                looks.note_gradient(optim.clip_gradients(cfg, module))
+                nan_guard.record_grad_norm(optim.clip_gradients(cfg, module))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             profiler.lap("step")
             step += 1
-            bar.update(span.effective)
-            last = step == (epoch + 1) * steps_per_epoch
-            inside = not last and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
-            stopping = distributed.any_reduce(stop.requested) and not last
-            if last or inside or stopping or looks.due or step in kept.ends:
-                losses_seen += looks.look(room.size)
-                bar.set_postfix_str(f"loss {losses_seen[-1]:.4f}{watched_last}")
-            if step in kept.ends:
-                looks.weights(module, step)
-            kept.after_step(step)
-            if inside or stopping:
+            bar.update(length.effective_batch_size)
+            last_step = step == (epoch + 1) * steps_per_epoch
+            save_now = not last_step and cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0
+            stop_now = distributed.any_reduce(stop.requested) and not last_step
+            snapshot_now = step in weight_sets.snapshot_steps
+            if last_step or save_now or stop_now or nan_guard.due or snapshot_now:
+                step_losses += nan_guard.check(micro_batches.size)
+                bar.set_postfix_str(f"loss {step_losses[-1]:.4f}{valid_text}")
+            if snapshot_now:
+                nan_guard.check_weights(module, step)
+            weight_sets.after_step(step)
+            if save_now or stop_now:
                 save()
-            if stopping:
+            if stop_now:
                 raise Stopped(f"saved at step {step} of {steps}")
         report = {
             "epoch": epoch + 1,
             "step": step,
-            "train_loss": sum(losses_seen) / steps_per_epoch,
-            "images_per_second": round(drawn / (time.perf_counter() - began), 1),
+            "train_loss": sum(step_losses) / steps_per_epoch,
+            "images_per_second": round(images_seen / (time.perf_counter() - epoch_start), 1),
         }
-        curve.seen.append(report["train_loss"])
-        losses_seen.clear()
+        lr_schedule.epoch_losses.append(report["train_loss"])
+        step_losses.clear()
         profiler.lap("log and checkpoint")
-        report |= validate(context, kept.current, seen, in_units, watched, targets, step)
-        report |= kept.after_epoch(epoch + 1, judge)
+        report |= validate(context, weight_sets.eval_model, preprocess, unit_loss, valid_rows, targets, step)
+        report |= weight_sets.after_epoch(epoch + 1, scorer)
         profiler.lap("validation")
         log.log(report)
         distributed.call_on_epoch(on_epoch, report)
-        watched_last = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
-        bar.set_postfix_str(f"loss {report['train_loss']:.4f}{watched_last}")
-        if bar.disable and cfg.machine.progress and time.perf_counter() - said >= PULSE:
-            said = time.perf_counter()
-            left = (steps - step) * span.effective / report["images_per_second"]
-            bar.write(f"seed {seed} fold {number}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}{watched_last}, "
-                      f"{report['images_per_second']:.0f} images/s, {left:.0f} s left")  # fmt: skip
+        valid_text = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
+        bar.set_postfix_str(f"loss {report['train_loss']:.4f}{valid_text}")
+        if bar.disable and cfg.machine.progress and time.perf_counter() - last_line >= LOG_INTERVAL:
+            last_line = time.perf_counter()
+            speed = report["images_per_second"]
+            seconds_left = (steps - step) * length.effective_batch_size / speed
+            bar.write(f"{title}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}"
+                      f"{valid_text}, {speed:.0f} images/s, {seconds_left:.0f} s left")  # fmt: skip
         save()
-        kept.drop(epoch + 1)
+        weight_sets.delete_unneeded(epoch + 1)
 
-    # --- finish --------------------------------------------------------------------------------------------------------
+    # --- finish -----------------------------------------------------------------------------------
     bar.close()
-    kept.seal(renew, judge, log.offset())
+
+    def one_more_epoch() -> Iterator[list[Index]]:  # augmented with draws that no training epoch used
+        return training_batches(train_rows, batch_size, seed, cfg.train.epochs, 0, sampler)
+
+    weight_sets.write(bn_updater(context, stages, seed, one_more_epoch), scorer, log.offset())
     if not cfg.keep.optimizer_state:
         checkpoint.delete(folder)
 
 
-def planned(
-    context: Context, seed: int, number: int | str
-) -> schedule.LRSchedule | schedule.StagedLRSchedule:
-    """The schedule of a fold, before it runs. `context`: that of the fold."""
-    taught, _, _ = _rows(context, number)
-    draw = class_balance.make_sampler(context.cfg, context.samples, taught)
-    span = schedule.train_length(context.cfg, len(epoch_rows(taught, seed, 0, draw)))
-    return schedule.lr_schedule(context.cfg, span)
-
-
-def _rows(context: Context, number: int | str) -> list[Positions]:
-    """Rows that train, rows to watch the score of, rows that a choice is made on."""
-    rows = [
-        metric_learning.drop_unknown_class(context.cfg, context.samples, each)
-        for each in model_selection.fold_rows(context, number)
-    ]
-    if len(rows[0]) == 0:
-        raise Refused(f"fold {number}: no rows to train on")
-    return rows
+def planned_schedule(context: Context, seed: int, fold: int | str) -> schedule.Schedule:
+    """The learning-rate schedule of a fold, before it is trained. `context`: that of the fold."""
+    train_rows, _, _ = _fold_rows(context, fold)
+    sampler = class_balance.make_sampler(context.cfg, context.samples, train_rows)
+    length = schedule.train_length(context.cfg, len(epoch_rows(train_rows, seed, 0, sampler)))
+    return schedule.lr_schedule(context.cfg, length)
 
 
 def validate(
     context: Context,
     module: nn.Module,
-    seen: transforms.Preprocess,
+    preprocess: transforms.Preprocess,
     criterion: losses.Total,
     rows: Positions,
     targets: list[Tensor],
     step: int,
 ) -> dict[str, float]:
-    """Loss and metric on the scored rows, to watch; the score called CV comes from oof.arrow alone."""
+    """Loss and metric on the validation rows, for the log. The CV score comes from oof.arrow instead."""
     if len(rows) == 0:
         return {}
-    cfg = context.cfg
+    cfg, heads = context.cfg, context.samples.heads
     distributed.broadcast_buffers(module)
-    raw, damaged = forward_rows(module, context.loader, rows, cfg.predict.batch_size, seen, cfg.train.amp)
+    raw, damaged = forward_rows(
+        module, context.loader, rows, cfg.predict.batch_size, preprocess, cfg.train.amp
+    )  # (1, rows, all outputs)
     raise_damaged(damaged, context.samples)
-    truth = [target[rows].cpu() for target in targets]
-    loss = criterion(torch.from_numpy(target_scaler.to_loss_units(cfg, module, raw[0])), truth).numpy()
-    if len(bad := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
-        raise distributed.CollectiveError(
-            f"validation behind step {step}: NaN or inf{list_samples(context.samples, bad)}: {REMEDY}; the last checkpoint is from before"
-        )
+    output = torch.from_numpy(target_scaler.to_loss_units(cfg, module, raw[0]))
+    loss = criterion(output, [target[rows].cpu() for target in targets]).numpy()  # (rows,)
+    if len(nan_rows := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
+        where, what = f"validation after step {step}", "outputs or losses are NaN or inf"
+        raise nan_error("validation-not-finite", where, what, context.samples, nan_rows)
     report = {"valid_loss": float(loss.mean())}
-    for head, stored in zip(
-        context.samples.heads, models.decode(cfg, context.samples.heads, raw[0]), strict=True
-    ):
-        if stored.shape[1] == 0:
-            continue  # embeddings without centres
-        name = "valid_metric" if len(context.samples.heads) == 1 else f"valid_metric_{head.name}"
-        report[name] = score.validation_score(cfg, head, stored, context.samples, rows)
+    for head, prediction in zip(heads, models.decode(cfg, heads, raw[0]), strict=True):
+        if prediction.shape[1] == 0:
+            continue  # contrastive and triplet: embeddings without class scores
+        name = "valid_metric" if len(heads) == 1 else f"valid_metric_{head.name}"
+        report[name] = score.validation_score(cfg, head, prediction, context.samples, rows)
     return report
 
 
-def _target(values: NDArray[Any], device: torch.device) -> Tensor:
-    kind = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
-    return torch.tensor(values, dtype=kind, device=device)
+def _fold_rows(context: Context, fold: int | str) -> list[Positions]:
+    """Training rows, validation rows, and the rows that weights are selected on (empty without selection)."""
+    rows = [
+        metric_learning.drop_unknown_class(context.cfg, context.samples, each)
+        for each in model_selection.fold_rows(context, fold)
+    ]
+    if len(rows[0]) == 0:
+        raise UserError("rows-missing", where=f"fold {fold}", what="no rows to train on")
+    return rows
 
 
-def _whole(batch: Batch, context: Context) -> Batch:
-    raise_damaged(batch.damaged, context.samples)
-    return batch
+def _mixed_criterion(context: Context, train_rows: Positions, standardized: bool) -> mixup.MixedLoss:
+    """(output, targets, weight, mix_parts) -> (batch,): loss of labels and teacher, mixed images included."""
+    cfg, samples = context.cfg, context.samples
+    label_loss = losses.build_loss(cfg, samples, train_rows, standardized)
+    loss = distillation.distillation_loss(cfg, samples, train_rows, label_loss, standardized)
+    return mixup.mixed_loss(cfg, samples.heads, loss)
 
 
-def _quiet(cfg: Config) -> bool | None:
-    """None lets tqdm find out whether anybody is watching."""
+def _to_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    dtype = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _undamaged(batches: Iterator[Batch], count: int, context: Context) -> Iterator[Batch]:
+    """The next batches; a damaged image is an error, since half an image is no training sample."""
+    for _ in range(count):
+        batch = next(batches)
+        raise_damaged(batch.damaged, context.samples)
+        yield batch
+
+
+def _progress_bar(cfg: Config, length: schedule.TrainLength, step: int, description: str) -> tqdm[Any]:
+    images = length.effective_batch_size
+    return tqdm(total=length.steps * images, initial=step * images, desc=description, unit=" images",
+                unit_scale=True, disable=_disable_bar(cfg), leave=False)  # fmt: skip
+
+
+def _disable_bar(cfg: Config) -> bool | None:
+    """None: tqdm disables the bar where stderr is no terminal."""
     return None if cfg.machine.progress else True

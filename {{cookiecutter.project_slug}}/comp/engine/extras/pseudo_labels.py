@@ -94,8 +94,10 @@ def write(source: str, name: str, selection: Selection) -> None:
             weights=weights,
         )
     _report(frame, rows, split)
-    print(f"written: {paths.relative(file)}, from {', '.join(voice.address for voice in models.voices)}")
-    run = models.voices[0].run
+    print(
+        f"written: {paths.relative(file)}, from {', '.join(teacher.address for teacher in models.teachers)}"
+    )
+    run = models.teachers[0].run
     print(f"next: comp train {run} --as {run}p data.pseudo_labels={name}")
 
 

@@ -1,7 +1,8 @@
-"""Distillation: beside its labels a network learns from what a teacher says of the same pictures, as each fold's own models say it.
+"""Distillation: beside its labels, a network is trained on a teacher's predictions for the same images, made by the teacher's models
+of the same fold.
 
-predict/lessons.py asks the teacher once and leaves a file with the fold; here it becomes targets that follow the labels. What mixes
-pictures mixes these targets alike, since to the loop they are just more targets.
+teacher_predictions.py writes them to a file of the fold. Here they become additional targets after the labels, so whatever mixes
+images mixes them in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from comp import losses
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import distributed, metric_learning, model_selection, target_scaler
 from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
@@ -28,42 +29,44 @@ from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
 
-FILE = "lessons.safetensors"
+FILE = "teacher_predictions.safetensors"
 
 
 def validate(cfg: Config, heads: Sequence[Head]) -> None:
     if cfg.distill.teacher is not None and loss_knobs.metric_learning_loss(cfg, heads):
-        raise Refused(
-            f"distill.teacher: loss {loss_knobs.head_losses(cfg, heads)[0].name} puts pictures near each other, and a teacher speaks of classes; "
-            "loss.name: cross_entropy listens"
+        raise UserError(
+            "loss-incompatible",
+            key="distill.teacher",
+            what=f"loss {loss_knobs.head_losses(cfg, heads)[0].name} trains embeddings, and a teacher predicts classes",
+            remedy="set loss.name: cross_entropy",
         )
 
 
-def train_rows(context: Context, number: int | str) -> Positions:
-    """The rows that teach this fold, in the order of the file."""
-    return metric_learning.drop_unknown_class(
-        context.cfg, context.samples, model_selection.fold_rows(context, number)[0]
-    )
+def train_rows(context: Context, fold: int | str) -> Positions:
+    """Training rows of the fold, in the order of the teacher's file."""
+    rows, _, _ = model_selection.fold_rows(context, fold)
+    return metric_learning.drop_unknown_class(context.cfg, context.samples, rows)
 
 
-def teacher_targets(context: Context, number: int | str, folder: Path) -> list[Tensor]:
-    """One a head, for every row of the samples; none where there is no teacher."""
+def teacher_targets(context: Context, fold: int | str, folder: Path) -> list[Tensor]:
+    """One per head, for every row of the samples (0 outside of the training rows); empty without a teacher."""
     cfg, samples = context.cfg, context.samples
     if cfg.distill.teacher is None:
         return []
-    found = distributed.broadcast(_read(folder / FILE) if distributed.is_main() else {})
-    rows = found["rows"]
-    assert np.array_equal(rows, train_rows(context, number)), "lessons are made for the rows that teach"
-    said_of = [
-        to_target(head, found[head.name], cfg.distill.kind, cfg.distill.temperature) for head in samples.heads
+    stored = distributed.broadcast(_read(folder / FILE) if distributed.is_main() else {})
+    rows = stored["rows"]
+    assert np.array_equal(rows, train_rows(context, fold)), "the file is made for these training rows"
+    values = [
+        to_target(head, stored[head.name], cfg.distill.kind, cfg.distill.temperature)
+        for head in samples.heads
     ]
-    out = []
-    for said in target_scaler.standardize(cfg, samples, rows, said_of):
-        kind = np.float32 if said.dtype == np.float64 else said.dtype
-        every = np.zeros((len(samples.frame), *said.shape[1:]), kind)
-        every[rows] = said
-        out.append(torch.from_numpy(every).to(context.device))
-    return out
+    targets = []
+    for value in target_scaler.standardize(cfg, samples, rows, values):
+        dtype = np.float32 if value.dtype == np.float64 else value.dtype
+        target = np.zeros((len(samples.frame), *value.shape[1:]), dtype)
+        target[rows] = value
+        targets.append(torch.from_numpy(target).to(context.device))
+    return targets
 
 
 def _read(file: Path) -> dict[str, NDArray[Any]]:
@@ -73,12 +76,10 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
-    """What a prediction is as a target: shares of classes, the likeliest class, 0 and 1 for each label, or values."""
+    """Stored predictions as a target: a probability per class, the most likely class, 0 or 1 per label, or values."""
     if head.spec.spaces is VALUES:
-        return np.asarray(
-            head.spec.encode_target(stored.clip(0, len(head.classes) - 1) if head.classes else stored),
-            np.float32,
-        )
+        values = stored.clip(0, len(head.classes) - 1) if head.classes else stored
+        return np.asarray(head.spec.encode_target(values), np.float32)
     if kind == "soft":
         return head.spec.to_probability(stored.astype(np.float64) / temperature).astype(np.float32)
     hard = head.spec.to_label(head.spec.to_probability(stored.astype(np.float64)))
@@ -86,47 +87,48 @@ def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -
 
 
 def distillation_loss(
-    cfg: Config, samples: Samples, taught: Positions, own: losses.Total, standardised: bool = True
+    cfg: Config, samples: Samples, train_rows: Positions, label_loss: losses.Total, standardized: bool = True
 ) -> losses.Total:
-    """(output, labels and then what the teacher says) -> (batch,). A hard answer and a value are learned by the run's own loss."""
+    """(output, targets of the labels followed by those of the teacher) -> (batch,). Hard predictions and values take the run's
+    own loss; without a teacher, `label_loss` itself."""
     if cfg.distill.teacher is None:
-        return own
+        return label_loss
     heads, soft = samples.heads, cfg.distill.kind == "soft"
-    both = zip(
-        heads,
-        loss_knobs.head_losses(cfg, heads),
-        losses.head_losses(cfg, samples, taught, standardised),
-        strict=True,
-    )
-    each = [
-        _soft(head, which, cfg.distill.temperature) if soft and head.spec.spaces is not VALUES else hard
-        for head, which, hard in both
+    head_losses = losses.head_losses(cfg, samples, train_rows, standardized)
+    per_head = [
+        _soft_loss(head, objective, cfg.distill.temperature)
+        if soft and head.spec.spaces is not VALUES
+        else own_loss
+        for head, objective, own_loss in zip(
+            heads, loss_knobs.head_losses(cfg, heads), head_losses, strict=True
+        )
     ]
-    told, share = losses.mean_over_heads(cfg, heads, each), cfg.distill.weight
+    teacher_loss, share = losses.mean_over_heads(cfg, heads, per_head), cfg.distill.weight
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
-        return (1 - share) * own(output, targets[: len(heads)]) + share * told(output, targets[len(heads) :])
+        labels, teacher = targets[: len(heads)], targets[len(heads) :]
+        return (1 - share) * label_loss(output, labels) + share * teacher_loss(output, teacher)
 
     return loss
 
 
-def _soft(head: Head, which: HeadLoss, temperature: float) -> losses.Loss:
-    """Kullback-Leibler divergence at a temperature, times its square, so that gradients are as large as those of the labels."""
+def _soft_loss(head: Head, objective: HeadLoss, temperature: float) -> losses.Loss:
+    """Kullback-Leibler divergence at a temperature, times its square, which keeps gradients as large as those of the labels."""
 
-    def exclusive(output: Tensor, target: Tensor) -> Tensor:
-        said = F.logsigmoid(output) if which.name == "bce" else output  # as it is read off
-        log_p = F.log_softmax(said / temperature, 1)
+    def multiclass(output: Tensor, target: Tensor) -> Tensor:
+        logits = F.logsigmoid(output) if objective.name == "bce" else output  # as predictions are decoded
+        log_p = F.log_softmax(logits / temperature, 1)
         return F.kl_div(log_p, target, reduction="none").sum(1) * temperature**2
 
-    def labels(output: Tensor, target: Tensor) -> Tensor:
+    def multilabel(output: Tensor, target: Tensor) -> Tensor:
         target = target.view_as(output)
-        apart = F.binary_cross_entropy_with_logits(output / temperature, target, reduction="none")
-        both = torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)
-        return (apart + both).mean(1) * temperature**2
+        cross_entropy = F.binary_cross_entropy_with_logits(output / temperature, target, reduction="none")
+        negative_entropy = torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)
+        return (cross_entropy + negative_entropy).mean(1) * temperature**2
 
-    return exclusive if head.exclusive else labels
+    return multiclass if head.exclusive else multilabel
 
 
 def changed_weights(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """Weights that taught and are others now. What was cleaned away since is no fault: it has spoken."""
+    """Weights with another hash than when the predictions were made. Weights deleted since are no reason to complain."""
     return [name for name in then if name in now and now[name] != then[name]]

@@ -1,11 +1,11 @@
 """One fold on several processes: torchrun --nproc-per-node 2 -m comp train exp001, on one machine or on several.
 
-How many there are is a matter of the machine, not of the run: a step is batch_size x accumulate samples however many share
-it, drawn and augmented as one process would, so the gradient is the same to rounding. Whole passes are dealt out where
-they divide by the processes; otherwise each pass is cut.
+The number of processes belongs to the machine, not to the run: a step is batch_size x grad_accum_steps samples on however many
+processes, drawn and augmented as in one, so gradients are equal up to rounding. Forward passes are distributed whole where their
+number divides by the processes; otherwise each pass is split.
 
-The first process is the run: it decides, locks, logs, prints and writes as if it were alone. The others do what it says
-(comp/engine/run/torchrun.py), and what they write goes into a folder that is thrown away. Alone, every function here does nothing.
+Rank 0 runs the command: it alone locks, logs, prints and writes. The other ranks take part in its collective work
+(comp/engine/run/torchrun.py), and what they write goes into a temporary folder. With one process, every function here does nothing.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from comp.data import Batches, Index
 from comp.engine import hardware
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run.microbatch import active_batch_norm
 from comp.engine.store import artifacts
 
 Value = TypeVar("Value")
-BUCKET = 2**23  # numbers that travel together
-TIMEOUT = datetime.timedelta(days=2)  # the others wait while the first predicts, merges, uploads
+BUCKET = 2**23  # gradient elements per all_reduce
+TIMEOUT = datetime.timedelta(days=2)  # the other ranks wait while rank 0 predicts, merges, uploads
 
 
 class Pruned(Exception):
     """Raised by the epoch callback of a search to end an unpromising trial."""
 
 
-class CollectiveError(Refused):
-    """Raised by all processes at the same place, so that they can go on together with something else."""
+class CollectiveError(UserError):
+    """Raised by all processes at the same place, so that the process group stays usable."""
 
 
-class _Now:
-    together = False  # all processes are inside the same piece of work
-    lost = False  # one left it alone: nothing can be done together any more
+class _State:
+    collective = False  # all processes are inside the same collective work
+    lost = False  # a process left it alone: nothing collective is possible any more
 
 
 def init() -> None:
@@ -55,8 +55,8 @@ def init() -> None:
 
 
 def shutdown() -> None:
-    """The first process lets the others go."""
-    if hardware.world_size() > 1 and not _Now.lost:
+    """On rank 0: ends the loops of the other ranks."""
+    if hardware.world_size() > 1 and not _State.lost:
         init()
         broadcast(None)
         dist.destroy_process_group()
@@ -75,32 +75,37 @@ def is_main() -> bool:
 
 
 @contextmanager
-def collective(order: Any = None) -> Iterator[None]:
-    """All processes do what is inside. The first says what it is; the others come here once they have heard it."""
+def collective(task: Any = None) -> Iterator[None]:
+    """Work that all processes do together. Rank 0 broadcasts the task; the other ranks enter after they have received it."""
     if world_size() == 1:
         yield
         return
-    if _Now.lost:
+    if _State.lost:
         raise KeyboardInterrupt("the other processes were lost; what was saved is kept")
     if is_main():
-        broadcast(order)
-    _Now.together = True
+        broadcast(task)
+    _State.collective = True
     try:
         yield
     except (CollectiveError, Pruned, hardware.Stopped):
         raise
     except BaseException:
-        _Now.lost = True
+        _State.lost = True
         raise
     finally:
-        _Now.together = False
+        _State.collective = False
 
 
-# --- what is said between them -------------------------------------------------------------------------------------------
+def is_collective() -> bool:
+    """Whether all processes are inside the same work, so that rows to predict can be shared among them."""
+    return _State.collective
+
+
+# --- communication -----------------------------------------------------------------------------------
 
 
 def broadcast(value: Value) -> Value:
-    """What the first process has, in all of them."""
+    """Rank 0's value, on all ranks."""
     if world_size() == 1:
         return value
     box = [value if is_main() else None]
@@ -109,31 +114,62 @@ def broadcast(value: Value) -> Value:
 
 
 def receive() -> Any:
-    """What the first process says next; None: it is done."""
+    """On the other ranks: the next task of rank 0; None at the end."""
     return broadcast(None)
 
 
 def any_reduce(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
     if world_size() == 1:
         return flag
-    raised = torch.tensor([int(flag)])
-    dist.all_reduce(raised, dist.ReduceOp.MAX)  # on the CPU, over gloo: the device is not waited for
-    return bool(raised)
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU, over gloo: does not wait for the GPU
+    return bool(flags)
 
 
 def all_reduce(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_gather(value: Value) -> list[Value]:
-    """What each process has, in the order of their ranks."""
+    """The values of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_tensors(*tensors: Tensor) -> None:
+    """In place: all ranks get the tensors of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def broadcast_module(module: nn.Module) -> None:
+    broadcast_tensors(*module.parameters(), *module.buffers())
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Before all ranks predict: batch norm statistics of the run are those of rank 0."""
+    broadcast_tensors(*module.buffers())
+
+
+def broadcast_files(folder: Path) -> None:
+    """Weights saved so far (epoch files, snapshots). Rank 0 reads them; the other ranks may not see its disk."""
+    if world_size() == 1:
+        return
+    files = sorted(file for file in folder.rglob("*.safetensors") if artifacts.manifest_entry(file))
+    for name in broadcast([str(file.relative_to(folder)) for file in files]):
+        content = broadcast((folder / name).read_bytes() if is_main() else b"")
+        if not is_main():
+            with artifacts.atomic(folder / name) as temporary:
+                temporary.write_bytes(content)
+            artifacts.add_to_manifest(folder / name)
 
 
 def call_on_epoch(on_epoch: Callable[[dict[str, Any]], None] | None, report: dict[str, Any]) -> None:
@@ -142,31 +178,32 @@ def call_on_epoch(on_epoch: Callable[[dict[str, Any]], None] | None, report: dic
     try:
         if on_epoch is not None:
             on_epoch(report)
-    except Pruned as raised:
-        pruned = raised
+    except Pruned as error:
+        pruned = error
     if any_reduce(pruned is not None):
         raise pruned or Pruned
 
 
-# --- the work, shared ----------------------------------------------------------------------------------------------------
+# --- sharing the work of a step ----------------------------------------------------------------------
 
 
-def local_passes(accumulate: int) -> int:
-    """Forward passes of a step that are this process's, whole or cut."""
-    return accumulate // world_size() if accumulate % world_size() == 0 else accumulate
+def local_passes(grad_accum_steps: int) -> int:
+    """Forward passes per step on this rank, whole or split."""
+    if grad_accum_steps % world_size() == 0:
+        return grad_accum_steps // world_size()
+    return grad_accum_steps
 
 
-def shard(plan: Batches, accumulate: int, whole: int = 1) -> Iterator[list[Index]]:
-    """This process's part of the passes of an epoch. `whole` neighbours belong together."""
-    for number, draws in enumerate(plan):
-        if accumulate % world_size() == 0:
-            if number % world_size() == rank():
-                yield draws
+def shard(plan: Batches, grad_accum_steps: int, group_size: int = 1) -> Iterator[list[Index]]:
+    """This rank's part of an epoch's forward passes. `group_size` neighbouring samples stay together."""
+    n = world_size()
+    for number, batch in enumerate(plan):
+        if grad_accum_steps % n == 0:
+            if number % n == rank():
+                yield batch
         else:
-            ends = [len(draws) // whole * r // world_size() * whole for r in range(world_size())] + [
-                len(draws)
-            ]
-            yield draws[ends[rank()] : ends[rank() + 1]]
+            ends = [len(batch) // group_size * r // n * group_size for r in range(n)] + [len(batch)]
+            yield batch[ends[rank()] : ends[rank() + 1]]
 
 
 def sum_gradients(module: nn.Module) -> None:
@@ -175,7 +212,10 @@ def sum_gradients(module: nn.Module) -> None:
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if any(gradient.requires_grad for gradient in gradients):
         raise CollectiveError(
-            "optim.name: it differentiates gradients, which a sum over processes ends; train it in one"
+            "optimizer-second-order",
+            key="optim.name",
+            what="differentiates gradients, which is not possible after a sum over processes",
+            remedy="train in one process",
         )
     buckets: list[list[Tensor]] = [[]]
     for gradient in gradients:
@@ -189,72 +229,41 @@ def sum_gradients(module: nn.Module) -> None:
         torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(each, bucket)))
 
 
-def broadcast_tensors(*tensors: Tensor) -> None:
-    """In place, in all processes what the first has."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
-
-
-def broadcast_module(module: nn.Module) -> None:
-    broadcast_tensors(*module.parameters(), *module.buffers())
-
-
-def broadcast_buffers(module: nn.Module) -> None:
-    """Before all predict with it: the first process's batch norm is that of the run."""
-    broadcast_tensors(*module.buffers())
-
-
-def broadcast_files(folder: Path) -> None:
-    """Weights that a fold has put aside so far: the first process reads them on its disk, which may be no other's."""
-    if world_size() == 1:
-        return
-    there = sorted(file for file in folder.rglob("*.safetensors") if artifacts.manifest_entry(file))
-    for name in broadcast([str(file.relative_to(folder)) for file in there]):
-        content = broadcast((folder / name).read_bytes() if is_main() else b"")
-        if not is_main():
-            with artifacts.atomic(folder / name) as temporary:
-                temporary.write_bytes(content)
-            artifacts.add_to_manifest(folder / name)
-
-
-def is_collective() -> bool:
-    """Whether rows to predict are dealt out: all processes are here, and will ask for the same."""
-    return _Now.together
-
-
-def validate(cfg: Config, batch_size: int, accumulate: int, module: nn.Module) -> None:
-    """Refuse what cannot be shared, and say what is no longer the same."""
-    n = world_size()
+def validate(cfg: Config, batch_size: int, grad_accum_steps: int, module: nn.Module) -> None:
+    """An error if a batch cannot be split among the processes; a warning about what changes when it is."""
+    n, group_size = world_size(), cfg.augment.group_size
     if n == 1:
         return
-    whole = accumulate % n == 0
-    if not whole and batch_size < n * (those := cfg.augment.group_size):
-        together = f", {those} at least each" if those > 1 else ""
+    whole_passes = grad_accum_steps % n == 0
+    if not whole_passes and batch_size < n * group_size:
+        at_least = f", at least {group_size} each" if group_size > 1 else ""
         raise CollectiveError(
-            f"train.batch_size: {batch_size} pictures a pass cannot be shared by {n} processes{together}"
+            "batch-too-small",
+            key="train.batch_size",
+            what=f"{batch_size} images per forward pass cannot be split among {n} processes{at_least}",
+            remedy=f"set it to {n * group_size} or more, or train.grad_accum_steps={n}",
         )
-    part = batch_size if whole else batch_size // n
-    told = (
-        [f"loss.ohem chooses among {part} pictures, not {batch_size}"]
-        if cfg.loss.ohem < 1 and not whole
-        else []
-    )
-    if norm := active_batch_norm(module):
-        told += [
-            f"batch norm ({norm}) normalises over {part} pictures, and keeps the statistics of the first process"
-        ]
-    if told and is_main():
-        better = "" if whole else f"; train.grad_accum_steps={n} would deal out whole passes"
-        print(f"{n} processes are not quite one: {'; '.join(told)}{better}", file=sys.stderr)
+    local = batch_size if whole_passes else batch_size // n
+    differences = []
+    if cfg.loss.ohem < 1 and not whole_passes:
+        differences.append(f"loss.ohem selects among {local} images, not {batch_size}")
+    if layer := active_batch_norm(module):
+        differences.append(
+            f"batch norm ({layer}) normalizes over {local} images, and keeps the statistics of rank 0"
+        )
+    if differences and is_main():
+        advice = "" if whole_passes else f"; train.grad_accum_steps={n} would distribute whole passes"
+        print(f"{n} processes differ from one: {'; '.join(differences)}{advice}", file=sys.stderr)
 
 
 def validate_resume(state: dict[str, Any] | None) -> None:
-    """Sums are added in another order by another number of processes: the bytes would differ."""
-    if state is not None and state["processes"] != world_size():
-        n = state["processes"]
-        how = "torchrun --nproc-per-node " + str(n) + " -m comp train" if n > 1 else "comp train"
-        raise CollectiveError(
-            f"this fold was begun by {n} process{'es' if n > 1 else ''} and goes on with as many only: {how} …; or start it again "
-            "with --fresh"
-        )
+    """With another number of processes, sums are added in another order: the weights would differ."""
+    if state is None or state["world_size"] == world_size():
+        return
+    n = state["world_size"]
+    command = f"torchrun --nproc-per-node {n} -m comp train" if n > 1 else "comp train"
+    raise CollectiveError(
+        "world-size-differs",
+        what=f"this fold was started with {n} process{'es' if n > 1 else ''}, now {world_size()}",
+        remedy=f"resume with {command} …, or start it again with --fresh",
+    )

@@ -26,7 +26,7 @@ def announce(context: Context, run: str, todo: list[tuple[int, Fold]], total: in
     size = sets * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(f"{run}: {len(todo)} of {total} folds to train, up to {artifacts.format_size(size)} to write")
     seed, fold = todo[0]
-    first = train.planned(pseudo_rows.fold_context(context, fold), seed, fold)
+    first = train.planned_schedule(pseudo_rows.fold_context(context, fold), seed, fold)
     for line in schedule.shortened_warmups(first):
         print(line, file=sys.stderr)
     artifacts.require_space(size, f"runs/{run}")

@@ -144,7 +144,7 @@ def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
 
 def _teacher_ids(teacher: str, folds: Folds) -> dict[str, str]:
     """A run that was started again under its old name is another teacher."""
-    return {each.run: run_id(each.run) for each in teachers.load(teacher, folds, "distill.teacher").voices}
+    return {each.run: run_id(each.run) for each in teachers.load(teacher, folds, "distill.teacher").teachers}
 
 
 def _source_hash(hook: str) -> str:

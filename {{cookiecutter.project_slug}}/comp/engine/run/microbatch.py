@@ -1,7 +1,8 @@
-"""The forward passes of a step, in pieces as large as memory holds: out of memory halves the pieces and begins the step anew,
-with the same pictures and the same augmentation. So a pass may see fewer pictures, and a step sees all of them.
+"""The forward passes of a step in micro-batches as large as memory allows.
 
-What is not the same: dropout draws, and batch norm, which normalises over a piece. Its statistics are put back first.
+Out of memory, the micro-batch is halved and the step computed again, with the same images and the same augmentation. The batch size
+of the optimizer step does not change. Two things do: dropout masks, and batch norm, which normalizes over a micro-batch; its running
+statistics are restored before the step is repeated.
 """
 
 from __future__ import annotations
@@ -19,63 +20,63 @@ from comp.data import Batch
 
 
 class MicroBatches:
-    """`size` is how many samples go through the network at once; it belongs to the state of a run that is to go on alike. `whole` of them
-    belong together."""
+    """`size`: most samples in a forward pass; part of the training state, so that a resumed run gives the same numbers.
+    `group_size`: neighbouring samples that stay in one micro-batch (views, mixup pairs, mosaics)."""
 
-    def __init__(self, module: nn.Module, size: int, whole: int = 1):
-        self.module, self.size, self.whole = module, size, whole
-        norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-        self.buffers = [buffer for layer in norms for buffer in layer.buffers()]
-        self.kept = [buffer.clone() for buffer in self.buffers]
-        self.step: list[Batch] = []
+    def __init__(self, module: nn.Module, size: int, group_size: int = 1):
+        self.module, self.size, self.group_size = module, size, group_size
+        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        self.bn_buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self.saved_buffers = [buffer.clone() for buffer in self.bn_buffers]
+        self.batches: list[Batch] = []  # of the current step
         self.seed = 0
-        self.to_do: deque[Batch] = deque()
+        self.pending: deque[Batch] = deque()  # micro-batches of the current step still to be computed
 
-    def begin(self, batches: Iterable[Batch], seed: int) -> None:
-        self.step, self.seed = list(batches), seed
-        if self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
-        self._lay_out()
+    def start_step(self, batches: Iterable[Batch], seed: int) -> None:
+        self.batches, self.seed = list(batches), seed
+        if self.bn_buffers:
+            torch._foreach_copy_(self.saved_buffers, self.bn_buffers)
+        self._split()
 
-    def _lay_out(self) -> None:
-        torch.manual_seed(self.seed)  # dropout and whatever else draws on the device
-        self.to_do = deque(piece for batch in self.step for piece in batch.split(self.size))
+    def _split(self) -> None:
+        torch.manual_seed(self.seed)  # dropout and other draws on the device
+        self.pending = deque(piece for batch in self.batches for piece in batch.split(self.size))
 
     @contextmanager
-    def fits(self, again: Callable[[], None]) -> Iterator[None]:
-        """Around forward and backward of one piece. `again` forgets what this step has gathered elsewhere."""
+    def retry_on_oom(self, restart_step: Callable[[], None]) -> Iterator[None]:
+        """Around forward and backward of one micro-batch. `restart_step` discards what the caller recorded of this step."""
         try:
             yield
         except torch.OutOfMemoryError:
-            largest = max(len(batch.samples) for batch in self.step)
-            if min(self.size, largest) <= self.whole:
+            largest = max(len(batch.samples) for batch in self.batches)
+            if min(self.size, largest) <= self.group_size:
                 raise
             self._halve(largest)
-            again()
+            restart_step()
 
     def _halve(self, largest: int) -> None:
         before = min(self.size, largest)
-        self.size = max(self.whole, (before + 1) // 2 // self.whole * self.whole)
+        self.size = max(self.group_size, (before + 1) // 2 // self.group_size * self.group_size)
         self.module.zero_grad()
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.kept)
+        if self.bn_buffers:
+            torch._foreach_copy_(self.bn_buffers, self.saved_buffers)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._lay_out()
-        norm = active_batch_norm(self.module)
+        self._split()
+        layer = active_batch_norm(self.module)
         print(
-            f"out of memory: passes of {before} become passes of {self.size}, as many pictures a step as before"
-            + (f"; batch norm ({norm}) sees {self.size} at a time from here on" if norm else ""),
+            f"out of memory: micro-batch size {before} is halved to {self.size}; the batch size of a step stays the same"
+            + (f"; batch norm ({layer}) now normalizes over {self.size} images" if layer else ""),
             file=sys.stderr,
             flush=True,
         )
 
 
 def active_batch_norm(module: nn.Module) -> str:
-    """The first layer that normalises over the pictures of a pass; empty where there is none, or all are frozen."""
-    found = (
+    """Name of the first batch norm in training mode; empty if there is none, or all are frozen."""
+    names = (
         name
         for name, layer in module.named_modules()
         if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats
     )
-    return next(found, "")
+    return next(names, "")

@@ -1,11 +1,12 @@
-"""What pairs samples: mixup, cutmix and mosaics of four, on normalised batches on the device.
+"""Mixup, cutmix and mosaics of four, on normalized batches on the device.
 
-Who is paired follows from the place in the epoch's list: 0 with 1, 2 with 3, for a mosaic four by four. The list is
-shuffled, so neighbours are as random as any pair; and as long as a micro-batch, or the share of a process, holds whole
-pairs, it does not matter how the batch of a step is cut. What happens to a picture is drawn from its own seed.
+Partners follow from the position in the epoch's list: 0 with 1, 2 with 3; for a mosaic four by four. The list is shuffled, so
+neighbours are random pairs, and as long as a micro-batch, or a process's share of it, holds whole pairs, it does not matter how the
+batch of a step is split. What happens to an image is drawn from its own seed.
 
-Targets are mixed as losses: share by share, the loss against each target. For cross-entropy and BCE that is the loss
-against the soft target, for squared errors it has the same gradient, and any other loss, yours too, need not know of it.
+Targets are mixed as losses: the loss against each target, weighted by its share. For cross-entropy and BCE that equals the loss
+against the soft target, for squared errors it has the same gradient, and any other loss, a custom one too, works without knowing
+about mixing.
 """
 
 from __future__ import annotations
@@ -14,57 +15,57 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import uniform
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run.gpu_augment import Seeds, to_device
 from comp.engine.tasks.kinds import Head
 from comp.transforms import EpochAugment
 
-MixPart = tuple[Tensor, Tensor]  # whose target, by place in the batch, and with which share: (batch,) each
+Array = NDArray[np.float64]
+MixPart = tuple[Tensor, Tensor]  # positions in the batch whose target counts, and its share: (batch,) each
 Mix = Callable[[Tensor, Seeds | None], tuple[Tensor, list[MixPart]]]
-EDGE = (
-    0.25  # the corner where the four pictures of a mosaic meet stays this share of the side away from the rim
-)
+MixedLoss = Callable[[Tensor, list[Tensor], Tensor, list[MixPart]], Tensor]
+MOSAIC_MARGIN = 0.25  # the point where the four images meet is at least this share of the side from the edge
 
 
-def epoch_mix(cfg: Config, day: EpochAugment) -> Mix:
-    """(pictures, seeds) -> pictures, and the parts of their targets; no parts where nothing is mixed."""
-    knobs = cfg.augment
-    if not day.strong or not (knobs.mixup or knobs.cutmix or knobs.mosaic):
-        return no_mix
-
-    def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
-        assert seeds is not None, "only what is augmented is mixed"
-        return mix_images(images, seeds, knobs.mixup, knobs.cutmix, knobs.mixup_prob, knobs.mosaic)
-
-    return mix
-
-
-def validate(cfg: Config, heads: tuple[Head, ...], several: bool) -> None:
-    """Where a mixture of two pictures has no meaning, or the pictures would not find each other."""
+def validate(cfg: Config, heads: tuple[Head, ...], several_images: bool) -> None:
+    """An error where a mixture of two images has no meaning, or partners would not be random."""
     on = [name for name in ("mixup", "cutmix", "mosaic") if getattr(cfg.augment, name)]
     if not on:
         return
-    for head in heads:
-        if head.task == "retrieval":
-            raise Refused(
-                f"augment.{on[0]}: {head.name} is found by likeness, and nothing is like a mixture; set it to 0"
-            )
-    if several:
-        raise Refused(f"augment.{on[0]}: pairs single pictures, and samples here have several; set it to 0")
-    if cfg.model.metadata:
-        raise Refused(
-            f"augment.{on[0]}: mixes pictures, not what model.metadata puts beside them; turn one of them off"
+    what, remedy = "", "set it to 0"
+    if retrieval := [head.name for head in heads if head.task == "retrieval"]:
+        what = f"target {retrieval[0]} is a retrieval target, and a mixture of two images has no nearest neighbours"
+    elif several_images:
+        what = "mixes single images, and samples here have several"
+    elif cfg.model.metadata:
+        what, remedy = "mixes images but not the metadata of model.metadata", "turn one of them off"
+    elif cfg.sampling.m_per_class > 1:
+        what = (
+            "sampling.m_per_class puts images of a class side by side, so a class would be mixed with itself"
         )
-    if cfg.sampling.m_per_class > 1:
-        raise Refused(
-            f"augment.{on[0]}: sampling.m_per_class puts a class side by side, so it would be mixed with itself; turn one of them off"
-        )
+        remedy = "turn one of them off"
+    if what:
+        raise UserError("knob-unused", key=f"augment.{on[0]}", what=what, remedy=remedy)
+
+
+def epoch_mix(cfg: Config, augment: EpochAugment) -> Mix:
+    """(images, seeds) -> images, and the parts of their targets; no parts where nothing is mixed."""
+    knobs = cfg.augment
+    if not augment.strong or not (knobs.mixup or knobs.cutmix or knobs.mosaic):
+        return no_mix
+
+    def mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
+        assert seeds is not None, "only augmented images are mixed"
+        return mix_images(images, seeds, knobs.mixup, knobs.cutmix, knobs.mixup_prob, knobs.mosaic)
+
+    return mix
 
 
 def no_mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
@@ -74,100 +75,131 @@ def no_mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
 def mix_images(
     images: Tensor, seeds: Seeds, mixup: float, cutmix: float, share: float, mosaic: float
 ) -> tuple[Tensor, list[MixPart]]:
-    """mixup and cutmix are alphas; with both on, each has half of the `share` of samples that one of them changes."""
-    count, height, width = len(images), *images.shape[2:]
-    u = uniform(seeds, 5, 7).astype(np.float64)
-    four = u[:, 0] < mosaic
-    pair = ~four & (u[:, 1] < share) & bool(mixup or cutmix)
-    cut = pair & bool(cutmix) & ((u[:, 2] < 0.5) | (not mixup))
-    blend = pair & ~cut
+    """`mixup`, `cutmix`: alpha of the beta distribution; with both on, each gets half of the `share` of samples that are mixed.
+    `mosaic`: share of samples."""
+    count = len(images)
+    u = uniform(seeds, 5, 7).astype(np.float64)  # (batch, 7)
+    use_mosaic = u[:, 0] < mosaic
+    use_pair = ~use_mosaic & (u[:, 1] < share) & bool(mixup or cutmix)
+    use_cutmix = use_pair & bool(cutmix) & ((u[:, 2] < 0.5) | (not mixup))
+    use_mixup = use_pair & ~use_cutmix
     places = np.arange(count)
-    # shares[:, k]: of the own picture, then of its mate, and for mosaics of two more; mates[k]: who they are
+    # shares[:, k]: of the image itself, of its partner, and for mosaics of two more; partners[k]: their positions.
     shares = np.zeros((count, 4))
     shares[:, 0] = 1
-    # Batches, and the passes they are cut into, hold whole pairs and fours; only the very last of an epoch may not.
-    mates = [np.where(places ^ k < count, places ^ k, (places + k) % count) for k in range(4)]
+    # Micro-batches hold whole pairs and fours; only the last of an epoch may not.
+    partners = [np.where(places ^ k < count, places ^ k, (places + k) % count) for k in range(4)]
     out = images
-
-    if blend.any():
-        shares[blend, 0] = betaincinv(mixup, mixup, np.clip(u[blend, 3], 1e-6, 1 - 1e-6))
-        shares[:, 1] = 1 - shares[:, 0]
-        own = _like(shares[:, 0], images).view(-1, 1, 1, 1)
-        out = own * images + (1 - own) * images[_at(mates[1], images)]
-    if cut.any():
-        alpha = cutmix
-        side = np.sqrt(1 - betaincinv(alpha, alpha, np.clip(u[:, 3], 1e-6, 1 - 1e-6)))
-        # The rectangle keeps its size at the rim, so that the share is what was drawn, up to rounding.
-        rows, columns = np.rint(side * height), np.rint(side * width)
-        top, left = np.floor(u[:, 4] * (height - rows + 1)), np.floor(u[:, 5] * (width - columns + 1))
-        inside = (
-            _between(top, rows, height, images)[:, :, None] & _between(left, columns, width, images)[:, None]
-        )
-        inside &= to_device(cut, images.device)[:, None, None]
-        out = torch.where(inside[:, None], images[_at(mates[1], images)], out)
-        area = rows * columns / (height * width)
-        shares[cut, 0], shares[cut, 1] = 1 - area[cut], area[cut]
-    if four.any():
+    if use_mixup.any():
+        out = _mixup(images, partners[1], u, use_mixup, mixup, shares)
+    if use_cutmix.any():
+        out = _cutmix(images, out, partners[1], u, use_cutmix, cutmix, shares)
+    if use_mosaic.any():
         out = out.clone() if out is images else out
-        for i in np.flatnonzero(four).tolist():
-            down, across = (
-                max(1, min(side - 1, round(side * (EDGE + (1 - 2 * EDGE) * u[i, k]))))
-                for side, k in ((height, 4), (width, 5))
-            )
-            corners = [(0, 0, down, across), (0, across, down, width - across),
-                       (down, 0, height - down, across), (down, across, height - down, width - across)]  # fmt: skip
-            turn = int(u[i, 6] * 4)  # which corner is the own picture's
-            for k, (y, x, h, w) in enumerate(corners[turn:] + corners[:turn]):
-                whole = images[mates[k][i]][None]
-                out[i, :, y : y + h, x : x + w] = F.interpolate(
-                    whole, (h, w), mode="bilinear", antialias=True
-                )[0]
-                shares[i, k] = h * w / (height * width)
-    kinds = 4 if four.any() else 2
-    return out, [(_at(mates[k], images), _like(shares[:, k], images)) for k in range(kinds)]
+        for i in np.flatnonzero(use_mosaic).tolist():
+            _mosaic(images, out, partners, u, i, shares)
+    parts = 4 if use_mosaic.any() else 2
+    return out, [(_to(partners[k], images), _like(shares[:, k], images)) for k in range(parts)]
+
+
+def _mixup(
+    images: Tensor, partner: NDArray[np.int64], u: Array, use: NDArray[np.bool_], alpha: float, shares: Array
+) -> Tensor:
+    shares[use, 0] = betaincinv(alpha, alpha, np.clip(u[use, 3], 1e-6, 1 - 1e-6))
+    shares[:, 1] = 1 - shares[:, 0]
+    own = _like(shares[:, 0], images).view(-1, 1, 1, 1)
+    return own * images + (1 - own) * images[_to(partner, images)]
+
+
+def _cutmix(
+    images: Tensor,
+    out: Tensor,
+    partner: NDArray[np.int64],
+    u: Array,
+    use: NDArray[np.bool_],
+    alpha: float,
+    shares: Array,
+) -> Tensor:
+    height, width = images.shape[2:]
+    side = np.sqrt(1 - betaincinv(alpha, alpha, np.clip(u[:, 3], 1e-6, 1 - 1e-6)))
+    # The rectangle is placed inside the image, not clipped at its edge: the share is the drawn one, up to rounding.
+    rows, columns = np.rint(side * height), np.rint(side * width)
+    top, left = np.floor(u[:, 4] * (height - rows + 1)), np.floor(u[:, 5] * (width - columns + 1))
+    inside = (
+        _between(top, rows, height, images)[:, :, None] & _between(left, columns, width, images)[:, None]
+    )  # (batch, height, width)
+    inside &= to_device(use, images.device)[:, None, None]
+    area = rows * columns / (height * width)
+    shares[use, 0], shares[use, 1] = 1 - area[use], area[use]
+    return torch.where(inside[:, None], images[_to(partner, images)], out)
+
+
+def _mosaic(
+    images: Tensor, out: Tensor, partners: list[NDArray[np.int64]], u: Array, i: int, shares: Array
+) -> None:
+    """Write the mosaic of image i into `out`: four whole images, each shrunk into one quarter."""
+    height, width = images.shape[2:]
+    down, across = (
+        max(1, min(side - 1, round(side * (MOSAIC_MARGIN + (1 - 2 * MOSAIC_MARGIN) * u[i, k]))))
+        for side, k in ((height, 4), (width, 5))
+    )
+    corners = [(0, 0, down, across), (0, across, down, width - across),
+               (down, 0, height - down, across), (down, across, height - down, width - across)]  # fmt: skip
+    first = int(u[i, 6] * 4)  # corner of image i itself
+    for k, (y, x, h, w) in enumerate(corners[first:] + corners[:first]):
+        image = images[partners[k][i]][None]
+        out[i, :, y : y + h, x : x + w] = F.interpolate(image, (h, w), mode="bilinear", antialias=True)[0]
+        shares[i, k] = h * w / (height * width)
 
 
 def mixed_loss(
     cfg: Config, heads: tuple[Head, ...], criterion: Callable[[Tensor, list[Tensor]], Tensor]
-) -> Callable[[Tensor, list[Tensor], Tensor, list[MixPart]], Tensor]:
-    """(output, truth, weight, parts) -> (batch,): each sample's loss times its weight; of a mixture, the sum over its parts.
+) -> MixedLoss:
+    """(output, targets, weight, mix_parts) -> (batch,): loss times sample weight; of a mixture, the weighted sum over its parts.
 
-    Only loss.target_threshold must see the soft target itself: it turns every class of a mixture that is large enough into a yes.
+    With loss.target_threshold the criterion gets the soft target instead: it makes every class whose share is large enough a positive.
     """
 
-    def mixture(output: Tensor, truth: list[Tensor], weight: Tensor, parts: list[MixPart]) -> Tensor:
+    def loss(output: Tensor, targets: list[Tensor], weight: Tensor, parts: list[MixPart]) -> Tensor:
         if not parts:
-            return criterion(output, truth) * weight
+            return criterion(output, targets) * weight
         if cfg.loss.target_threshold is not None:
-            both = zip(truth, (*heads, *heads), strict=False)  # of a teacher's there is one more each
-            soft = [_mean([_shares(target, head)[who] for who, _ in parts], parts) for target, head in both]
-            return criterion(output, soft) * _mean([weight[who] for who, _ in parts], parts)
-        each = [weight[who] * criterion(output, [target[who] for target in truth]) for who, _ in parts]
-        return _mean(each, parts)
+            pairs = zip(targets, (*heads, *heads), strict=False)  # with a teacher, a second target per head
+            soft = [
+                _weighted_sum([_soft_target(target, head)[places] for places, _ in parts], parts)
+                for target, head in pairs
+            ]
+            return criterion(output, soft) * _weighted_sum([weight[places] for places, _ in parts], parts)
+        part_losses = [
+            weight[places] * criterion(output, [target[places] for target in targets]) for places, _ in parts
+        ]
+        return _weighted_sum(part_losses, parts)
 
-    return mixture
-
-
-def _mean(each: list[Tensor], parts: list[MixPart]) -> Tensor:
-    """(batch, ...), by the shares of the parts."""
-    shares = [share.view(-1, *[1] * (value.ndim - 1)) for value, (_, share) in zip(each, parts, strict=True)]
-    return torch.stack([share * value for share, value in zip(shares, each, strict=True)]).sum(0)
-
-
-def _shares(target: Tensor, head: Head) -> Tensor:
-    whole = target.ndim == 1 and not target.is_floating_point()
-    return F.one_hot(target, len(head.outputs)).float() if whole else target
+    return loss
 
 
-def _between(start: np.ndarray, length: np.ndarray, side: int, like: Tensor) -> Tensor:
-    """(batch, side): from start, so many."""
+def _weighted_sum(values: list[Tensor], parts: list[MixPart]) -> Tensor:
+    """(batch, ...) of each part -> (batch, ...), weighted by the shares of the parts."""
+    shares = [
+        share.view(-1, *[1] * (value.ndim - 1)) for value, (_, share) in zip(values, parts, strict=True)
+    ]
+    return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(0)
+
+
+def _soft_target(target: Tensor, head: Head) -> Tensor:
+    is_code = target.ndim == 1 and not target.is_floating_point()
+    return F.one_hot(target, len(head.outputs)).float() if is_code else target
+
+
+def _between(start: Array, length: Array, side: int, like: Tensor) -> Tensor:
+    """(batch, side): True from start to start + length."""
     places = np.arange(side)[None]
     return to_device((places >= start[:, None]) & (places < (start + length)[:, None]), like.device)
 
 
-def _at(places: np.ndarray, like: Tensor) -> Tensor:
+def _to(places: NDArray[np.int64], like: Tensor) -> Tensor:
     return to_device(places, like.device)
 
 
-def _like(values: np.ndarray, like: Tensor) -> Tensor:
+def _like(values: Array, like: Tensor) -> Tensor:
     return to_device(values, like.device, like.dtype)

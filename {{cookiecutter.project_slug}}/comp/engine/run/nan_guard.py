@@ -1,5 +1,7 @@
-"""Losses, looked at for many steps at once: each look makes the CPU wait for the GPU. Nothing is saved before it was looked at,
-so that NaN and inf never reach a checkpoint, and each look can say at which step and with which samples they began."""
+"""NaN and inf in losses, gradients and weights, found before they reach a checkpoint and reported with their step and samples.
+
+Reading a loss makes the CPU wait for the GPU, so losses are checked for many steps at once, and always before anything is saved.
+"""
 
 from __future__ import annotations
 
@@ -14,90 +16,99 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.run import distributed, tracking
 from comp.engine.run.distributed import CollectiveError
 
-EVERY = 25  # steps between two looks
-NAMED = 5  # samples that an error lists
-REMEDY = "lower optim.lr, clip with optim.clip_grad, or train.amp=fp32"
+CHECK_EVERY = 25  # steps between two checks
+MAX_IDS = 5  # samples that an error lists
+REMEDY = "lower optim.lr, set optim.clip_grad, or train.amp=fp32; the last checkpoint is from before"
 
 
 class Step(NamedTuple):
-    number: int
+    step: int
     lr: float
-    samples: list[Positions]  # of each pass
-    each: list[Tensor]  # the loss of each of them
+    rows: list[Positions]  # of each forward pass
+    sample_losses: list[Tensor]  # of each pass, (batch,)
     losses: list[Tensor]  # of each pass its part of the step's loss: they add up to it
-    norms: list[Tensor]  # of the gradient, where clipping measures it anyway
+    grad_norms: list[Tensor]  # measured only where gradients are clipped
 
 
 class NanGuard:
-    def __init__(self, log: tracking.RunLogger, samples: Samples, scaled: bool, pass_size: int):
-        self.log, self.samples, self.pass_size = log, samples, pass_size
-        self.scaled = scaled  # fp16: its scaler leaves out a step whose gradient overflows, and goes on with a smaller scale
+    """Collects the losses of steps and checks them every CHECK_EVERY steps."""
+
+    def __init__(self, log: tracking.RunLogger, samples: Samples, fp16: bool, micro_batch_size: int):
+        self.log, self.samples, self.micro_batch_size = log, samples, micro_batch_size
+        self.fp16 = fp16  # GradScaler skips a step whose gradient overflows and lowers its scale
         self.steps: list[Step] = []
 
-    def begin(self, number: int, rate: float) -> None:
-        self.steps.append(Step(number, rate, [], [], [], []))
+    def start_step(self, step: int, lr: float) -> None:
+        self.steps.append(Step(step, lr, [], [], [], []))
 
-    def again(self) -> None:
-        """The step in hand starts anew."""
-        number, rate, *_ = self.steps.pop()
-        self.begin(number, rate)
+    def restart_step(self) -> None:
+        """Discard what was recorded of the current step, which is computed again in smaller micro-batches."""
+        step, lr, *_ = self.steps.pop()
+        self.start_step(step, lr)
 
-    def note(self, samples: Positions, each: Tensor, loss: Tensor) -> None:
-        step = self.steps[-1]
-        step.samples.append(samples)
-        step.each.append(each.detach())
-        step.losses.append(loss.detach())
+    def record(self, rows: Positions, per_sample_loss: Tensor, loss: Tensor) -> None:
+        current = self.steps[-1]
+        current.rows.append(rows)
+        current.sample_losses.append(per_sample_loss.detach())
+        current.losses.append(loss.detach())
 
-    def note_gradient(self, norm: Tensor) -> None:
-        self.steps[-1].norms.append(norm.detach())
+    def record_grad_norm(self, norm: Tensor) -> None:
+        self.steps[-1].grad_norms.append(norm.detach())
 
     @property
     def due(self) -> bool:
-        return len(self.steps) >= EVERY
+        return len(self.steps) >= CHECK_EVERY
 
-    def look(self, pass_size: int) -> list[float]:
-        """One record a step; their losses. `pass_size` is logged when it has changed."""
+    def check(self, micro_batch_size: int) -> list[float]:
+        """Check and log the steps since the last check; returns their losses. `micro_batch_size` is logged when it has changed."""
         steps, self.steps = self.steps, []
-        sums = torch.stack([torch.stack(step.losses).sum() for step in steps]).float()
-        norms = torch.stack([step.norms[0].float() if step.norms else sums.new_zeros(()) for step in steps])
-        seen = torch.stack([sums, norms]).cpu()
-        values, lengths = distributed.all_reduce(seen[0]).tolist(), seen[1].tolist()
-        for step, value, length in zip(steps, values, lengths, strict=True):
-            if not math.isfinite(value):
-                self._refuse(step, f"the loss is {value}", broken=True)
-            if not math.isfinite(length) and not self.scaled:
-                self._refuse(step, f"the gradient is {length}")
-            self.log.log({"step": step.number, "loss": value, "lr": step.lr})
-        if pass_size != self.pass_size:
-            self.log.log({"step": steps[-1].number, "pass_size": pass_size})
-            self.pass_size = pass_size
-        if self.scaled and len(steps) == EVERY and not any(map(math.isfinite, lengths)):
-            self._refuse(steps[0], f"fp16 overflows {EVERY} times on end, first")
-        return list(values)
+        losses = torch.stack([torch.stack(step.losses).sum() for step in steps]).float()
+        norms = torch.stack(
+            [step.grad_norms[0].float() if step.grad_norms else losses.new_zeros(()) for step in steps]
+        )
+        both = torch.stack([losses, norms]).cpu()  # (2, steps), one transfer
+        loss_values, norm_values = distributed.all_reduce(both[0]).tolist(), both[1].tolist()
+        for step, loss, norm in zip(steps, loss_values, norm_values, strict=True):
+            if not math.isfinite(loss):
+                self._raise(step, "loss-not-finite", f"the loss is {loss}", only_nan_losses=True)
+            if not math.isfinite(norm) and not self.fp16:
+                self._raise(step, "gradient-not-finite", f"the gradient norm is {norm}")
+            self.log.log({"step": step.step, "loss": loss, "lr": step.lr})
+        if micro_batch_size != self.micro_batch_size:
+            self.log.log({"step": steps[-1].step, "micro_batch_size": micro_batch_size})
+            self.micro_batch_size = micro_batch_size
+        if self.fp16 and len(steps) == CHECK_EVERY and not any(map(math.isfinite, norm_values)):
+            self._raise(
+                steps[0], "fp16-overflow", f"fp16 overflows in {CHECK_EVERY} consecutive steps, from here on"
+            )
+        return list(loss_values)
 
-    def weights(self, module: nn.Module, step: int) -> None:
-        """Before they are saved: a gradient may break them in the very step before, and without clipping nobody measures it."""
+    def check_weights(self, module: nn.Module, step: int) -> None:
+        """Before weights are saved: the last step may have broken them, and without clipping no gradient norm shows it."""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()]))
         if not bool(norms.isfinite().all()):
             raise CollectiveError(
-                f"the weights are NaN or inf behind step {step}: {REMEDY}; the last checkpoint is from before"
+                "weights-not-finite", where=f"step {step}", what="the weights are NaN or inf", remedy=REMEDY
             )
 
-    def _refuse(self, step: Step, what: str, broken: bool = False) -> None:
-        """`broken`: only those samples are named whose own loss is not finite."""
-        rows = np.concatenate(step.samples)
-        if broken:
-            rows = rows[~torch.cat(step.each).isfinite().cpu().numpy()]
+    def _raise(self, step: Step, code: str, what: str, only_nan_losses: bool = False) -> None:
+        """`only_nan_losses`: list only samples whose own loss is not finite."""
+        rows = np.concatenate(step.rows)
+        if only_nan_losses:
+            rows = rows[~torch.cat(step.sample_losses).isfinite().cpu().numpy()]
         rows = np.concatenate(distributed.all_gather(rows))
-        raise CollectiveError(
-            f"{what} at step {step.number}{list_samples(self.samples, rows)}: {REMEDY}; the last checkpoint is from before"
-        )
+        raise nan_error(code, f"step {step.step}", what, self.samples, rows)
+
+
+def nan_error(code: str, where: str, what: str, samples: Samples, rows: Positions) -> CollectiveError:
+    """Lists the samples. If it is a whole batch, the learning rate is the cause rather than the samples."""
+    return CollectiveError(code, where=where, what=what + list_samples(samples, rows), remedy=REMEDY)
 
 
 def list_samples(samples: Samples, rows: Positions) -> str:
-    """Which samples, in words. Where it is all of a batch, the rate was at fault rather than they."""
+    """Like `, samples a, b and 3 more`; empty without rows."""
     if not len(rows):
         return ""
-    ids = samples.frame["id"].iloc[rows[:NAMED]]
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    ids = samples.frame["id"].iloc[rows[:MAX_IDS]]
+    more = f" and {len(rows) - MAX_IDS} more" if len(rows) > MAX_IDS else ""
     return f", samples {', '.join(ids)}{more}"

@@ -52,7 +52,7 @@ def lr_range(
     png, csv = (paths.path("runs", f"{experiment}-lr-range.{kind}") for kind in ("png", "csv"))
     points = lr_range.sweep(context, low, high, steps, linear)
     lr = lr_range.to_base_lr(context, lr_range.write(cfg, points, png, csv, linear))
-    tested = f"{len(points)} steps, learning rates {points[0].rate:.3g} to {points[-1].rate:.3g}"
+    tested = f"{len(points)} steps, learning rates {points[0].lr:.3g} to {points[-1].lr:.3g}"
     print(f"{tested}; suggested: optim.lr={lr:.2g}")
     print(f"written: {paths.relative(png)}, {paths.relative(csv)}")
     print(f"next: comp train {experiment} --as {experiment}r optim.lr={lr:.2g}")

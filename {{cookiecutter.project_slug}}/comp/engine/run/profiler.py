@@ -17,31 +17,32 @@ class Profiler:
     def __init__(self, device: torch.device, enabled: bool = False):
         self.device = device
         self.enabled = enabled
-        self.laps: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # phase -> seconds
         self._last = time.perf_counter()
 
     def start(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
         if not self.enabled:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def table(self) -> str:
-        whole = sum(self.laps.values()) or 1.0
+        total = sum(self.seconds.values()) or 1.0
         lines = [
-            f"{name:22} {s:8.1f} s  {s / whole:4.0%}  {'#' * round(40 * s / whole)}"
-            for name, s in self.laps.items()
+            f"{phase:22} {s:8.1f} s  {s / total:4.0%}  {'#' * round(40 * s / total)}"
+            for phase, s in self.seconds.items()
         ]
-        waiting = self.laps.get("waiting for pictures", 0.0) / whole
+        loading = self.seconds.get("data loading", 0.0) / total
         verdict = (
-            "the loader holds the network up: augment=fast, a smaller data.cache_scale, or more machine.num_workers"
-            if waiting > 0.15
-            else "the network is what takes the time, not the loader"
+            "the network waits for the loader: augment=fast, a smaller data.cache_scale or more machine.num_workers"
+            if loading > 0.15
+            else "the network takes most of the time, not the loader"
         )
         return "\n".join([*lines, verdict])

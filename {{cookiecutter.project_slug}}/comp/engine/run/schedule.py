@@ -1,7 +1,7 @@
-"""The rate and the momentum as functions of the step. A resumed run needs no state of a scheduler for them.
+"""Learning rate and momentum as functions of the step, so a resumed run needs no scheduler state for them.
 
-Only the plateau schedule looks at how training goes: at one number an epoch, which the checkpoint carries.
-No torch in here, so that `comp schedule` can draw a curve at once.
+Only the plateau schedule depends on training itself: on one loss per epoch, which the checkpoint holds. This module does not import
+torch, so that `comp schedule` draws a schedule at once.
 """
 
 from __future__ import annotations
@@ -12,165 +12,175 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from comp.engine.config import duration
-from comp.engine.config.schema import Config, Schedule
-from comp.engine.errors import Refused
+from comp.engine.config import duration, schema
+from comp.engine.config.schema import Config
+from comp.engine.errors import UserError
 
-BETTER = 1e-4  # plateau: a loss counts as better when it is lower by this share, as in torch
+THRESHOLD = 1e-4  # plateau: a loss is better when it is lower by this share, as in torch
 
 
 class TrainLength(NamedTuple):
-    """How long a fold trains, however many processes share the work."""
+    """How long a fold trains, independent of the number of processes."""
 
-    batch_size: int  # images a forward pass
-    accumulate: int  # forward passes a step
+    batch_size: int  # images per forward pass
+    grad_accum_steps: int  # forward passes per step
     steps_per_epoch: int
     steps: int
 
     @property
-    def effective(self) -> int:
-        """Images a step."""
-        return self.batch_size * self.accumulate
+    def effective_batch_size(self) -> int:
+        """Images per step."""
+        return self.batch_size * self.grad_accum_steps
 
 
-def train_length(cfg: Config, drawn: int) -> TrainLength:
-    """`drawn` is how many samples an epoch draws. A set smaller than a batch is a batch; what does not fill a step is left out."""
-    batch_size = min(cfg.train.batch_size, drawn)
-    accumulate = min(cfg.train.grad_accum_steps, drawn // batch_size)
-    steps_per_epoch = drawn // (batch_size * accumulate)
-    return TrainLength(batch_size, accumulate, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
+def train_length(cfg: Config, epoch_size: int) -> TrainLength:
+    """`epoch_size`: samples per epoch. A dataset smaller than a batch shrinks the batch; an incomplete last step is dropped."""
+    batch_size = min(cfg.train.batch_size, epoch_size)
+    grad_accum_steps = min(cfg.train.grad_accum_steps, epoch_size // batch_size)
+    steps_per_epoch = epoch_size // (batch_size * grad_accum_steps)
+    return TrainLength(batch_size, grad_accum_steps, steps_per_epoch, steps_per_epoch * cfg.train.epochs)
 
 
-def peak_lr(cfg: Config, effective: int) -> float:
-    """The highest rate: optim.lr is meant for optim.lr_base_size images a step, if that is said."""
+def peak_lr(cfg: Config, effective_batch_size: int) -> float:
+    """The highest learning rate: optim.lr, scaled from optim.lr_base_size to the actual batch size if that is set."""
     if cfg.optim.lr_base_size is None:
         return cfg.optim.lr
     power = {"linear": 1.0, "sqrt": 0.5}[cfg.optim.lr_base_scale]
-    return float(cfg.optim.lr * (effective / cfg.optim.lr_base_size) ** power)
+    return float(cfg.optim.lr * (effective_batch_size / cfg.optim.lr_base_size) ** power)
 
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The schedule of one fold."""
+    """The schedule of one fold; steps count from 0."""
 
-    schedule: Schedule
-    peak: float
+    knobs: schema.Schedule  # section schedule of the config
+    peak_lr: float
     steps: int
     steps_per_epoch: int
-    seen: list[float] = field(default_factory=list)  # plateau: the loss of every epoch so far
+    epoch_losses: list[float] = field(default_factory=list)  # training loss of the epochs so far, for plateau
 
     def __post_init__(self) -> None:
-        if self.schedule.name == "wsd" and self.warmup + self.in_steps(self.schedule.cooldown) > self.steps:
-            raise Refused(
-                f"schedule.cooldown: {self.schedule.cooldown} after a warm-up of {self.warmup} steps is more than the {self.steps} steps of the run"
+        name, after_warmup = self.knobs.name, self.steps - self.warmup_steps
+        if name == "wsd" and self.in_steps(self.knobs.cooldown) > after_warmup:
+            raise UserError(
+                "schedule-too-long",
+                key="schedule.cooldown",
+                what=f"{self.knobs.cooldown} after a warm-up of {self.warmup_steps} steps is more than the "
+                f"{self.steps} steps of the run",
+                remedy="shorten one of them",
             )
-        if (
-            self.schedule.name in ("cosine_restarts", "triangular", "exp_range")
-            and min(length for _, length in self.cycles) < 1
-        ):
-            raise Refused(
-                f"schedule.cycles: {self.schedule.cycles} cycles in {self.steps - self.warmup} steps leave one without any"
+        cyclic = ("cosine_restarts", "triangular", "exp_range")
+        if name in cyclic and min(length for _, length in self.cycles) < 1:
+            raise UserError(
+                "schedule-too-long",
+                key="schedule.cycles",
+                what=f"{self.knobs.cycles} cycles in {after_warmup} steps leave a cycle without any step",
+                remedy="lower it",
             )
 
     def in_steps(self, value: float | str) -> int:
         return duration.parse(value).in_steps(self.steps, self.steps_per_epoch)
 
     @property
-    def warmup(self) -> int:
-        """Steps. At most half of the run: the schedule proper, down to low rates, is what a run must not lose."""
-        return min(self.in_steps(self.schedule.warmup), self.steps // 2)
+    def warmup_steps(self) -> int:
+        """At most half of the run: the decay to low learning rates must not be cut off."""
+        return min(self.in_steps(self.knobs.warmup), self.steps // 2)
 
-    def rate(self, step: int) -> float:
-        return self.peak * self.share(step)
+    def lr(self, step: int) -> float:
+        return self.peak_lr * self.factor(step)
 
-    def share(self, step: int) -> float:
-        """The rate at a step (from 0) as a share of the peak: linear warm-up to the first value of the schedule, then the schedule."""
-        share = SHAPES[self.schedule.name](self, max(0, step - self.warmup)).share
-        return share * min(1.0, (step + 1) / (self.warmup + 1))
+    def factor(self, step: int) -> float:
+        """Learning rate relative to the peak: linear warm-up to the schedule's first value, then the schedule."""
+        factor = SHAPES[self.knobs.name](self, max(0, step - self.warmup_steps)).factor
+        return factor * min(1.0, (step + 1) / (self.warmup_steps + 1))
 
     def momentum(self, step: int) -> float | None:
-        """None: the schedule leaves momentum alone."""
-        if self.schedule.momentum is None:
+        """None: the schedule does not change the momentum."""
+        if self.knobs.momentum is None:
             return None
-        height = SHAPES[self.schedule.name](self, max(0, step - self.warmup)).height
-        low, high = self.schedule.momentum
+        height = SHAPES[self.knobs.name](self, max(0, step - self.warmup_steps)).height
+        low, high = self.knobs.momentum
         return None if height is None else high + (low - high) * height
 
     @property
     def cycles(self) -> list[tuple[int, int]]:
-        """(first step, steps) of each cycle. They fill the run after the warm-up, so that the last one ends with it."""
-        count, times = self.schedule.cycles, self.schedule.cycle_mul
-        if self.schedule.name != "cosine_restarts":
-            times = 1.0
-        ends = [sum(times**i for i in range(k)) for k in range(count + 1)]
+        """(first step, steps) of each cycle. Together they fill the run after the warm-up."""
+        count, multiplier = self.knobs.cycles, self.knobs.cycle_mul
+        if self.knobs.name != "cosine_restarts":
+            multiplier = 1.0
+        ends = [sum(multiplier**i for i in range(k)) for k in range(count + 1)]
         edges = [
-            self.warmup + math.floor((self.steps - self.warmup) * end / ends[-1] + 1e-9 + 0.5) for end in ends
+            self.warmup_steps + math.floor((self.steps - self.warmup_steps) * end / ends[-1] + 1e-9 + 0.5)
+            for end in ends
         ]
         return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
 class StagedLRSchedule:
-    """The schedule once for every stage, each with its own peak."""
+    """The schedule once per training stage, each with its own peak."""
 
-    curves: list[LRSchedule]
-    seen: list[float] = field(default_factory=list)
+    stages: list[LRSchedule]
+    epoch_losses: list[float] = field(default_factory=list)
 
     def _at(self, step: int) -> tuple[LRSchedule, int]:
-        for curve in self.curves[:-1]:
-            if step < curve.steps:
-                return curve, step
-            step -= curve.steps
-        return self.curves[-1], step
+        for stage in self.stages[:-1]:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        return self.stages[-1], step
 
-    def rate(self, step: int) -> float:
-        curve, inside = self._at(step)
-        return curve.rate(inside)
+    def lr(self, step: int) -> float:
+        stage, stage_step = self._at(step)
+        return stage.lr(stage_step)
 
     def momentum(self, step: int) -> float | None:
-        curve, inside = self._at(step)
-        return curve.momentum(inside)
+        stage, stage_step = self._at(step)
+        return stage.momentum(stage_step)
 
 
-def lr_schedule(cfg: Config, span: TrainLength) -> LRSchedule | StagedLRSchedule:
+Schedule = LRSchedule | StagedLRSchedule
+
+
+def lr_schedule(cfg: Config, length: TrainLength) -> Schedule:
+    peak, steps_per_epoch = peak_lr(cfg, length.effective_batch_size), length.steps_per_epoch
     if cfg.train.stages:
-        each = span.steps_per_epoch
         return StagedLRSchedule([
-            LRSchedule(cfg.schedule, stage.lr * peak_lr(cfg, span.effective) / cfg.optim.lr, stage.epochs * each, each)
+            LRSchedule(cfg.schedule, stage.lr * peak / cfg.optim.lr, stage.epochs * steps_per_epoch, steps_per_epoch)
             for stage in cfg.train.stages
         ])  # fmt: skip
-    plan = _cyclic(cfg) if cfg.snapshots.cycles and cfg.snapshots.restarts else cfg.schedule
-    return LRSchedule(plan, peak_lr(cfg, span.effective), span.steps, span.steps_per_epoch)
+    restarts = cfg.snapshots.cycles and cfg.snapshots.restarts
+    schedule = _snapshot_cycles(cfg) if restarts else cfg.schedule
+    return LRSchedule(schedule, peak, length.steps, steps_per_epoch)
 
 
-def stage_schedules(curve: LRSchedule | StagedLRSchedule) -> list[LRSchedule]:
-    """One a stage; of a run without stages, the one there is."""
-    return curve.curves if isinstance(curve, StagedLRSchedule) else [curve]
+def stage_schedules(schedule: Schedule) -> list[LRSchedule]:
+    """One per stage; the schedule itself in a run without stages."""
+    return schedule.stages if isinstance(schedule, StagedLRSchedule) else [schedule]
 
 
-def shortened_warmups(curve: LRSchedule | StagedLRSchedule) -> list[str]:
-    """A line for each warm-up that was cut to half of its run or stage."""
-    parts = stage_schedules(curve)
+def shortened_warmups(schedule: Schedule) -> list[str]:
+    """A warning for each warm-up that was cut to half of its run or stage."""
+    stages = stage_schedules(schedule)
     return [
-        f"schedule.warmup: {part.in_steps(part.schedule.warmup):,} steps are more than half of the {part.steps:,} of "
-        f"{'the run' if len(parts) == 1 else f'stage {number}'}; shortened to {part.warmup:,}"
-        for number, part in enumerate(parts, 1)
-        if part.warmup < part.in_steps(part.schedule.warmup)
+        f"schedule.warmup: {stage.in_steps(stage.knobs.warmup):,} steps are more than half of the "
+        f"{stage.steps:,} of {'the run' if len(stages) == 1 else f'stage {number}'}; "
+        f"shortened to {stage.warmup_steps:,}"
+        for number, stage in enumerate(stages, 1)
+        if stage.warmup_steps < stage.in_steps(stage.knobs.warmup)
     ]
 
 
-def snapshot_steps(cfg: Config, span: TrainLength) -> list[int]:
-    """How many steps are over when each snapshot is taken: at the end of every cycle, whether the rate restarts there or not."""
+def snapshot_steps(cfg: Config, length: TrainLength) -> list[int]:
+    """Steps done when each snapshot is taken: at the end of every cycle, whether the learning rate restarts there or not."""
     if not cfg.snapshots.cycles:
         return []
-    return [
-        first + length
-        for first, length in LRSchedule(_cyclic(cfg), 1.0, span.steps, span.steps_per_epoch).cycles
-    ]
+    schedule = LRSchedule(_snapshot_cycles(cfg), 1.0, length.steps, length.steps_per_epoch)
+    return [first + steps for first, steps in schedule.cycles]
 
 
-def _cyclic(cfg: Config) -> Schedule:
-    """Of the snapshot-ensembles paper: cosines of one length and height."""
+def _snapshot_cycles(cfg: Config) -> schema.Schedule:
+    """Snapshot ensembles (Huang et al. 2017): cosine cycles of equal length and height."""
     return cfg.schedule.model_copy(
         update={
             "name": "cosine_restarts",
@@ -181,149 +191,134 @@ def _cyclic(cfg: Config) -> Schedule:
     )
 
 
+# --- shapes: (schedule, step after the warm-up) -> point ---------------------------------------------
+
+
 class Point(NamedTuple):
-    share: float  # of the peak
-    height: float | None = (
-        None  # where between its ends (0) and its peak (1) a cycle stands; momentum runs against it
-    )
+    factor: float  # of the peak learning rate
+    # Position of a cycle between its ends (0) and its peak (1), which momentum mirrors; None: momentum does not cycle.
+    height: float | None = None
 
 
-def constant(curve: LRSchedule, step: int) -> Point:
+def constant(schedule: LRSchedule, step: int) -> Point:
     return Point(1.0)
 
 
-def step_decay(curve: LRSchedule, step: int) -> Point:
-    """One drop every so often, or one at each of the times listed."""
-    every = curve.schedule.step_size
-    if isinstance(every, list):
-        drops = sum(step + curve.warmup >= curve.in_steps(at) for at in every)
+def step_decay(schedule: LRSchedule, step: int) -> Point:
+    """Multiplied by schedule.factor once per `step_size`, or at each of the times listed there."""
+    step_size = schedule.knobs.step_size
+    if isinstance(step_size, list):
+        drops = sum(step + schedule.warmup_steps >= schedule.in_steps(at) for at in step_size)
     else:
-        drops = step // max(1, curve.in_steps(every))
-    return Point(curve.schedule.factor**drops)
+        drops = step // max(1, schedule.in_steps(step_size))
+    return Point(schedule.knobs.factor**drops)
 
 
-def plateau(curve: LRSchedule, step: int) -> Point:
-    """Down by `factor` whenever more than `patience` epochs in a row brought nothing better; never below `final`."""
-    drops, waited, best = 0, 0, math.inf
-    for loss in curve.seen:
-        better = loss < best * (1 - BETTER)
-        best, waited = (loss, 0) if better else (best, waited + 1)
-        if waited > curve.schedule.patience:
-            drops, waited = drops + 1, 0
-    return Point(max(curve.schedule.min_lr_ratio, curve.schedule.factor**drops))
+def plateau(schedule: LRSchedule, step: int) -> Point:
+    """Multiplied by schedule.factor after more than `patience` epochs without a better loss; never below min_lr_ratio."""
+    drops, bad_epochs, best = 0, 0, math.inf
+    for loss in schedule.epoch_losses:
+        better = loss < best * (1 - THRESHOLD)
+        best, bad_epochs = (loss, 0) if better else (best, bad_epochs + 1)
+        if bad_epochs > schedule.knobs.patience:
+            drops, bad_epochs = drops + 1, 0
+    return Point(max(schedule.knobs.min_lr_ratio, schedule.knobs.factor**drops))
 
 
-def linear(curve: LRSchedule, step: int) -> Point:
-    return Point(_between(curve.schedule.min_lr_ratio, 1.0, 1 - step / (curve.steps - curve.warmup)))
+def linear(schedule: LRSchedule, step: int) -> Point:
+    remaining = 1 - step / (schedule.steps - schedule.warmup_steps)
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, 1.0, remaining))
 
 
-def cosine(curve: LRSchedule, step: int) -> Point:
-    return Point(_between(curve.schedule.min_lr_ratio, 1.0, _half_wave(step / (curve.steps - curve.warmup))))
+def cosine(schedule: LRSchedule, step: int) -> Point:
+    height = _cosine_decay(step / (schedule.steps - schedule.warmup_steps))
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, 1.0, height))
 
 
-def cosine_restarts(curve: LRSchedule, step: int) -> Point:
-    number, done = _place(curve, step)
-    top = curve.schedule.cycle_decay**number
-    return Point(_between(curve.schedule.min_lr_ratio, top, _half_wave(done)))
+def cosine_restarts(schedule: LRSchedule, step: int) -> Point:
+    cycle, done = _cycle_at(schedule, step)
+    top = schedule.knobs.cycle_decay**cycle
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, top, _cosine_decay(done)))
 
 
-def one_cycle(curve: LRSchedule, step: int) -> Point:
-    """Up from `start` to the peak, then down to `final`."""
-    height, rising = _wave(curve, step / (curve.steps - curve.warmup), SLOPES[curve.schedule.anneal_strategy])
-    return Point(
-        _between(curve.schedule.start_lr_ratio if rising else curve.schedule.min_lr_ratio, 1.0, height),
-        height,
-    )
+def one_cycle(schedule: LRSchedule, step: int) -> Point:
+    """Up from `start_lr_ratio` to the peak, then down to min_lr_ratio."""
+    done = step / (schedule.steps - schedule.warmup_steps)
+    height, rising = _rise_and_fall(schedule, done, DECAYS[schedule.knobs.anneal_strategy])
+    low = schedule.knobs.start_lr_ratio if rising else schedule.knobs.min_lr_ratio
+    return Point(_interpolate(low, 1.0, height), height)
 
 
-def triangular(curve: LRSchedule, step: int) -> Point:
-    """Cycles between `final` and the peak, each lower than the one before by `decay`."""
-    number, done = _place(curve, step)
-    height, _ = _wave(curve, done, SLOPES["linear"])
-    return Point(
-        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.cycle_decay**number), height
-    )
+def triangular(schedule: LRSchedule, step: int) -> Point:
+    """Cycles between min_lr_ratio and the peak, each lower than the one before by the factor `cycle_decay`."""
+    cycle, done = _cycle_at(schedule, step)
+    height, _ = _rise_and_fall(schedule, done, DECAYS["linear"])
+    scaled = height * schedule.knobs.cycle_decay**cycle
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, 1.0, scaled), height)
 
 
-def exp_range(curve: LRSchedule, step: int) -> Point:
-    """Like triangular, but lower with every step: by `decay` over a cycle."""
-    number, done = _place(curve, step)
-    height, _ = _wave(curve, done, SLOPES["linear"])
-    return Point(
-        _between(curve.schedule.min_lr_ratio, 1.0, height * curve.schedule.cycle_decay ** (number + done)),
-        height,
-    )
+def exp_range(schedule: LRSchedule, step: int) -> Point:
+    """Like triangular, but lower with every step: by the factor `cycle_decay` over a cycle."""
+    cycle, done = _cycle_at(schedule, step)
+    height, _ = _rise_and_fall(schedule, done, DECAYS["linear"])
+    scaled = height * schedule.knobs.cycle_decay ** (cycle + done)
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, 1.0, scaled), height)
 
 
-def wsd(curve: LRSchedule, step: int) -> Point:
+def wsd(schedule: LRSchedule, step: int) -> Point:
     """Warm-up, stable, decay: the peak until the last `cooldown`."""
-    length = curve.in_steps(curve.schedule.cooldown)
-    left = curve.steps - curve.warmup - step
-    if left >= length:
+    cooldown = schedule.in_steps(schedule.knobs.cooldown)
+    left = schedule.steps - schedule.warmup_steps - step
+    if left >= cooldown:
         return Point(1.0)
-    return Point(
-        _between(curve.schedule.min_lr_ratio, 1.0, SLOPES[curve.schedule.anneal_strategy](1 - left / length))
-    )
+    height = DECAYS[schedule.knobs.anneal_strategy](1 - left / cooldown)
+    return Point(_interpolate(schedule.knobs.min_lr_ratio, 1.0, height))
 
 
-def range_linear(curve: LRSchedule, step: int) -> Point:
-    """comp lr-range: from `start` to the peak, in `every`."""
-    return Point(_between(curve.schedule.start_lr_ratio, 1.0, min(1.0, step / max(1, _climb(curve) - 1))))
+def range_linear(schedule: LRSchedule, step: int) -> Point:
+    """comp lr-range: from `start_lr_ratio` to the peak, in `step_size`."""
+    return Point(_interpolate(schedule.knobs.start_lr_ratio, 1.0, _range_done(schedule, step)))
 
 
-def range_exponential(curve: LRSchedule, step: int) -> Point:
-    return Point(curve.schedule.start_lr_ratio ** (1 - min(1.0, step / max(1, _climb(curve) - 1))))
+def range_exponential(schedule: LRSchedule, step: int) -> Point:
+    return Point(schedule.knobs.start_lr_ratio ** (1 - _range_done(schedule, step)))
 
 
-def _climb(curve: LRSchedule) -> int:
-    assert not isinstance(curve.schedule.step_size, list)
-    return curve.in_steps(curve.schedule.step_size)
+def _range_done(schedule: LRSchedule, step: int) -> float:
+    assert not isinstance(schedule.knobs.step_size, list)
+    return min(1.0, step / max(1, schedule.in_steps(schedule.knobs.step_size) - 1))
 
 
 SHAPES: dict[str, Callable[[LRSchedule, int], Point]] = {
-    "step": step_decay,
-    **{
-        shape.__name__: shape
-        for shape in (
-            constant,
-            linear,
-            plateau,
-            cosine,
-            cosine_restarts,
-            one_cycle,
-            triangular,
-            exp_range,
-            wsd,
-            range_linear,
-            range_exponential,
-        )
-    },
-}
+    "constant": constant, "step": step_decay, "plateau": plateau, "linear": linear, "cosine": cosine,
+    "cosine_restarts": cosine_restarts, "one_cycle": one_cycle, "triangular": triangular,
+    "exp_range": exp_range, "wsd": wsd, "range_linear": range_linear, "range_exponential": range_exponential,
+}  # fmt: skip
 
 
-def _between(low: float, high: float, height: float) -> float:
+def _interpolate(low: float, high: float, height: float) -> float:
     return low + (high - low) * height
 
 
-def _half_wave(done: float) -> float:
+def _cosine_decay(done: float) -> float:
     return (1 + math.cos(math.pi * done)) / 2
 
 
-# How far down from 1 to 0 after this share of the way.
-SLOPES: dict[str, Callable[[float], float]] = {"cosine": _half_wave, "linear": lambda done: 1 - done}
+# Share done -> height, from 1 to 0.
+DECAYS: dict[str, Callable[[float], float]] = {"cosine": _cosine_decay, "linear": lambda done: 1 - done}
 
 
-def _place(curve: LRSchedule, step: int) -> tuple[int, float]:
-    """Number of the cycle, and how much of it is done."""
-    at = step + curve.warmup
-    number = max(i for i, (first, _) in enumerate(curve.cycles) if first <= at)
-    first, length = curve.cycles[number]
-    return number, (at - first) / length
+def _cycle_at(schedule: LRSchedule, step: int) -> tuple[int, float]:
+    """Index of the cycle, and the share of it that is done."""
+    at = step + schedule.warmup_steps
+    index = max(i for i, (first, _) in enumerate(schedule.cycles) if first <= at)
+    first, length = schedule.cycles[index]
+    return index, (at - first) / length
 
 
-def _wave(curve: LRSchedule, done: float, slope: Callable[[float], float]) -> tuple[float, bool]:
-    """Up during `rise` of it, down during the rest: (height, still rising)."""
-    rise = curve.schedule.pct_start
+def _rise_and_fall(schedule: LRSchedule, done: float, decay: Callable[[float], float]) -> tuple[float, bool]:
+    """(height, still rising): up during pct_start of the cycle, down during the rest."""
+    rise = schedule.knobs.pct_start
     if done < rise:
-        return 1 - slope(done / rise), True
-    return slope((done - rise) / (1 - rise)), False
+        return 1 - decay(done / rise), True
+    return decay((done - rise) / (1 - rise)), False

@@ -1,10 +1,10 @@
-"""Targets that are values are learned standardised, each column by its mean and deviation in the training part of the fold.
+"""Regression targets are standardized: each column by its mean and standard deviation in the training rows of the fold.
 
-In training mode the network's outputs are in deviations from the mean, as is what the loss compares them with; in evaluation mode a
-hook on it turns them into the unit of the target, so whatever calls it, here, exported or on Kaggle, need not know. The two numbers
-of a column are buffers of the network, as the pixel mean is (normal.py): they are in its weights and in every average of them.
+In training mode the network's outputs are standardized values, as are the targets that the loss compares them with. In evaluation
+mode a forward hook converts them to the unit of the target, so that callers here, exports and Kaggle kernels get plain values. Mean
+and deviation are buffers of the network, as the pixel mean is (normalize.py): stored with its weights and with every average of them.
 
-A loss of your own gets outputs and targets in the unit of the target; there the hook is on in both modes.
+A custom loss gets outputs and targets in the unit of the target; then the hook is active in both modes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
 
-MEAN, DEVIATION = "target_mean", "target_std"
-OF_CLASSES = ("bins", "cumulative", "soft_labels")  # their outputs are scores of classes, not values
-Numbers = NDArray[np.float64]
+MEAN, DEVIATION = "target_mean", "target_std"  # names of the buffers
+CLASS_LOSSES = ("bins", "cumulative", "soft_labels")  # network outputs are class scores, not values
+Array = NDArray[np.float64]
 
 
-def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers, Numbers]:
-    """Mean and deviation of each target column. Missing values do not count; the deviation of a constant is 1."""
+def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Array, Array]:
+    """Mean and standard deviation of each target column. Missing values are left out; the deviation of a constant is 1."""
     values = samples.targets(head)[np.unique(rows)]
     known = ~np.isnan(values)
     count = np.maximum(known.sum(axis=0), 1)
@@ -35,24 +35,24 @@ def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Numbers
     return mean, np.where(constant, 1.0, deviation)
 
 
-def is_scaled(head: Head, chosen: HeadLoss) -> bool:
-    """Whether the outputs of a head are values, one for each of its target columns."""
-    return head.spec.spaces is VALUES and chosen.name not in OF_CLASSES
+def is_scaled(head: Head, objective: HeadLoss) -> bool:
+    """Whether the network outputs of a head are values, one per target column."""
+    return head.spec.spaces is VALUES and objective.name not in CLASS_LOSSES
 
 
 def register(cfg: Config, heads: tuple[Head, ...], module: nn.Module) -> None:
-    """Places for the numbers, one an output of the network, and the hook that applies them."""
-    every = list(zip(heads, loss_knobs.head_losses(cfg, heads), strict=True))
-    if not any(is_scaled(head, chosen) for head, chosen in every):
+    """Add the buffers, one number per network output, and the hook that applies them."""
+    pairs = list(zip(heads, loss_knobs.head_losses(cfg, heads), strict=True))
+    if not any(is_scaled(head, objective) for head, objective in pairs):
         return
-    width = sum(head.spec.num_outputs(head, chosen) for head, chosen in every)
+    width = sum(head.spec.num_outputs(head, objective) for head, objective in pairs)
     module.register_buffer(MEAN, torch.zeros(width))
     module.register_buffer(DEVIATION, torch.ones(width))
     module.register_forward_hook(to_target_units if cfg.loss.name == "loss" else to_target_units_in_eval)
 
 
 def to_target_units(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """(batch, all outputs). What is no value has mean 0 and deviation 1."""
+    """(batch, all outputs). Outputs that are no values have mean 0 and deviation 1."""
     return output * module.get_buffer(DEVIATION) + module.get_buffer(MEAN)  # float32, also under autocast
 
 
@@ -61,36 +61,38 @@ def to_target_units_in_eval(module: nn.Module, inputs: object, output: Tensor) -
 
 
 def fit(cfg: Config, module: nn.Module, samples: Samples, rows: Positions) -> None:
-    """Fill the places from the rows that train the fold."""
-    at = 0
-    for head, chosen in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True):
-        width = head.spec.num_outputs(head, chosen)
-        if is_scaled(head, chosen):
+    """Fill the buffers from the training rows of the fold."""
+    start = 0
+    for head, objective in zip(samples.heads, loss_knobs.head_losses(cfg, samples.heads), strict=True):
+        width = head.spec.num_outputs(head, objective)
+        if is_scaled(head, objective):
             mean, deviation = mean_and_std(head, samples, rows)
-            module.get_buffer(MEAN)[at : at + width] = torch.from_numpy(mean)
-            module.get_buffer(DEVIATION)[at : at + width] = torch.from_numpy(deviation)
-        at += width
+            module.get_buffer(MEAN)[start : start + width] = torch.from_numpy(mean)
+            module.get_buffer(DEVIATION)[start : start + width] = torch.from_numpy(deviation)
+        start += width
 
 
 def standardize(
     cfg: Config, samples: Samples, rows: Positions, targets: list[NDArray[np.generic]]
 ) -> list[NDArray[np.generic]]:
-    """Targets of each head as the loss takes them. In float64, so that no unit rounds otherwise than another: a network amplifies
-    the last digit."""
-    out = []
-    for head, chosen, target in zip(
+    """Targets of each head as the loss takes them.
+
+    In float64: otherwise the unit of a target would change its rounding, and training amplifies the last digit.
+    """
+    standardized = []
+    for head, objective, target in zip(
         samples.heads, loss_knobs.head_losses(cfg, samples.heads), targets, strict=True
     ):
-        if is_scaled(head, chosen) and chosen.name != "loss":
+        if is_scaled(head, objective) and objective.name != "loss":
             mean, deviation = mean_and_std(head, samples, rows)
             values = target.reshape(len(target), -1).astype(np.float64)
             target = ((values - mean) / deviation).reshape(target.shape)
-        out.append(target)
-    return out
+        standardized.append(target)
+    return standardized
 
 
 def to_loss_units(cfg: Config, module: nn.Module, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Outputs of evaluation mode as those of training mode, which the loss takes."""
+    """Network outputs of evaluation mode converted to those of training mode, which the loss takes."""
     if cfg.loss.name == "loss" or not hasattr(module, MEAN):
         return raw
     mean, deviation = (module.get_buffer(name).cpu().double().numpy() for name in (MEAN, DEVIATION))

@@ -1,4 +1,4 @@
-"""What makes a network faster or smaller in memory without changing what it computes, but for rounding."""
+"""Options that make a network faster or smaller in memory without changing what it computes, except for rounding."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run.backbone import inner
 
 
 def prepare(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
-    """The network as the loop calls it. `module` stays what is saved, averaged and validated."""
+    """The network as the training loop calls it. `module` itself is still what is saved, averaged and validated."""
     if cfg.train.grad_checkpointing:
-        _checkpointed(cfg, module)
+        _enable_checkpointing(cfg, module)
     if cfg.train.channels_last:
         if not any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
-            raise Refused(
-                f"train.channels_last: {cfg.model.name} has no convolution to gain by it; set it to false"
+            raise UserError(
+                "knob-unused",
+                key="train.channels_last",
+                what=f"{cfg.model.name} has no convolution",
+                remedy="set it to false",
             )
         module.to(memory_format=torch.channels_last)
     if not cfg.train.compile:
@@ -28,12 +31,17 @@ def prepare(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
     return compiled
 
 
-def _checkpointed(cfg: Config, module: nn.Module) -> None:
+def _enable_checkpointing(cfg: Config, module: nn.Module) -> None:
     network, _ = inner(module)
-    refusal = Refused(f"train.grad_checkpointing: {cfg.model.name} does not know it; set it to false")
+    unsupported = UserError(
+        "knob-unsupported",
+        key="train.grad_checkpointing",
+        what=f"{cfg.model.name} does not support it",
+        remedy="set it to false",
+    )
     if not hasattr(network, "set_grad_checkpointing"):
-        raise refusal
+        raise unsupported
     try:
         network.set_grad_checkpointing(True)
-    except AssertionError:  # how timm says no
-        raise refusal from None
+    except AssertionError:  # timm's networks without it assert that it is off
+        raise unsupported from None

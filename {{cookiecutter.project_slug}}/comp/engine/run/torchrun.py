@@ -1,4 +1,4 @@
-"""torchrun -m comp train exp001: the first process is the run, the others follow it."""
+"""torchrun -m comp train exp001: rank 0 runs the command, the other ranks train the folds that it broadcasts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from comp.engine import hardware
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused, UserError
+from comp.engine.errors import UserError
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
 
 VERBS = ("train", "tune")
-GONE = (
-    "Connection closed",
-    "Connection reset",
-    "Broken pipe",
-    "recv",
-    "Socket",
-)  # how the first process's end looks from here
+# Parts of torch's messages when rank 0 has ended.
+DISCONNECTED = ("Connection closed", "Connection reset", "Broken pipe", "recv", "Socket")
 
 
 def run_command(verb: str, work: Callable[[], int | None]) -> int | None:
-    """What a verb does in this process of several."""
+    """Run a verb as one process of several."""
     if verb not in VERBS:
         if hardware.rank():
             return 2
-        raise Refused(
-            f"torchrun: comp {verb} is work for one process; it shares out {' and '.join(f'comp {v}' for v in VERBS)}"
+        raise UserError(
+            "verb-unsupported",
+            where="torchrun",
+            what=f"comp {verb} runs in one process",
+            remedy=f"torchrun is for {' and '.join(f'comp {v}' for v in VERBS)}",
         )
     if hardware.rank():
         return run_worker()
@@ -47,7 +45,7 @@ def run_command(verb: str, work: Callable[[], int | None]) -> int | None:
 
 
 def run_worker() -> int:
-    """Do what the first process says, until it says nothing more. It is the one to tell how it went."""
+    """Train the folds that rank 0 broadcasts until it ends. Results and errors are reported by rank 0."""
     hardware.set_threads(1)
     import torch.distributed as dist
 
@@ -58,26 +56,27 @@ def run_worker() -> int:
     try:
         distributed.init()
         with stop.listening():
-            while (order := distributed.receive()) is not None:
-                context = _do(order, context, stop)
+            while (task := distributed.receive()) is not None:
+                context = _train(task, context, stop)
     except KeyboardInterrupt:
         return hardware.exit_code()
-    except UserError as refused:
-        print(*refused.lines, sep="\n", file=sys.stderr)
+    except UserError as error:
+        print(*error.lines, sep="\n", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not any(word in str(error) for word in GONE):
+        if not any(text in str(error) for text in DISCONNECTED):
             raise
         return hardware.exit_code() if stop.signalled else 1
     dist.destroy_process_group()
     return hardware.exit_code() if stop.signalled else 0
 
 
-def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
+def _train(task: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
+    """Train one fold into a temporary folder. Returns the context, which is kept for the next fold of the same config."""
     from comp import train
     from comp.engine.run import distributed, loading, pseudo_rows, tracking
 
-    cfg = Config.model_validate(order["config"])
+    cfg = Config.model_validate(task["config"])
     hardware.set_threads(cfg.train.threads)
     if context is None or context.cfg != cfg:
         context = loading.load_context(cfg)
@@ -86,8 +85,8 @@ def _do(order: dict[str, Any], context: Context | None, stop: hardware.Stop) -> 
         log = tracking.RunLogger(folder, tracking.NoWandb(), [])
         try:
             with distributed.collective():
-                fold_context = pseudo_rows.fold_context(context, order["fold"])
-                train.fold(fold_context, order["seed"], order["fold"], folder, log, stop=stop)
+                fold_context = pseudo_rows.fold_context(context, task["fold"])
+                train.fold(fold_context, task["seed"], task["fold"], folder, log, stop=stop)
         except (distributed.CollectiveError, distributed.Pruned, hardware.Stopped):
-            stop.requested = False  # the first process knows, and says what comes next
+            stop.requested = False  # rank 0 has the same exception and decides what follows
     return context
