@@ -65,7 +65,7 @@ def test_what_does_not_go_together(empty: Path) -> None:
         config("augment.jsd_views=3", experiment="base")
     with pytest.raises(UserError, match=r"augment.jsd_views: 2 of a picture stand side by side, so mixup"):
         config("augment.jsd_views=2", "augment.mixup=0.2", experiment="base")
-    with pytest.raises(UserError, match=r"augment.jsd_views: label is a value"):
+    with pytest.raises(UserError, match=r"augment.jsd_views: target label is a value"):
         consistency.validate(config("augment.jsd_views=2", experiment="base"), (banked.HEADS["regression"],))
 
 

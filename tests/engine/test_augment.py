@@ -251,7 +251,7 @@ def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> N
     cfg = config("augment.mosaic=0.5")
     retrieval = (Head("whale", "retrieval", ("a", "b"), ("target.whale",)),)
     for heads, several, words in (
-        (retrieval, False, "likeness"),
+        (retrieval, False, "whale is a retrieval target"),
         (samples.load().heads, True, "several"),
     ):
         with pytest.raises(UserError, match=f"augment.mosaic.*{words}"):

@@ -102,8 +102,9 @@ def test_two_processes_are_one(project: Path) -> None:
     state = paths.fold_folder("two", 0, 1)
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
-    with pytest.raises(UserError, match=r"begun by 2 processes.*torchrun --nproc-per-node 2"):
+    with pytest.raises(UserError, match="torchrun --nproc-per-node 2 -m comp train") as caught:
         runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
+    assert caught.value.code == "world-size-differs" and "2 processes, now 1" in caught.value.what
 
 
 @pytest.mark.slow
@@ -193,15 +194,16 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
 ) -> None:
     as_one_of(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    with pytest.raises(UserError, match="2 pictures a pass cannot be shared by 4 processes"):
+    with pytest.raises(UserError, match="2 images per forward pass .* 4 processes") as caught:
         distributed.validate(config(), 2, 1, network)
+    assert (caught.value.code, caught.value.key) == ("batch-too-small", "train.batch_size")
     distributed.validate(config("loss.ohem=0.5"), 32, 1, network)
     said = capsys.readouterr().err
-    assert "batch norm (1) normalises over 8 pictures" in said and "among 8 pictures, not 32" in said
+    assert "batch norm (1) normalizes over 8 images" in said and "among 8 images, not 32" in said
     assert "train.grad_accum_steps=4" in said
     distributed.validate(config("loss.ohem=0.5"), 32, 4, network)
     said = capsys.readouterr().err
-    assert "over 32 pictures" in said and "ohem" not in said and "train.grad_accum_steps" not in said
+    assert "over 32 images" in said and "ohem" not in said and "train.grad_accum_steps" not in said
     distributed.validate(config(), 32, 1, network[:1])
     assert not capsys.readouterr().err
 

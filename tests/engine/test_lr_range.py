@@ -86,7 +86,7 @@ def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
     losses = 2 - 1.5 / (1 + np.exp(-4 * (place + 3))) + np.exp(3 * (place + 0.5))
     points = [Point(float(r), float(v)) for r, v in zip(rates, losses, strict=True)]
     assert lr_range.suggest(points) == pytest.approx(1e-3, rel=0.2)
-    with pytest.raises(UserError, match="begin lower"):
+    with pytest.raises(UserError, match="start lower, with --low"):
         lr_range.suggest([Point(float(r), float(r)) for r in rates])
 
 
@@ -104,7 +104,7 @@ def test_a_curve_is_drawn_without_pictures(
     said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.lr_base_size=256"]
     assert cli.main(["schedule", "exp001", *said]) == 0
     out = capsys.readouterr().out
-    assert "one_cycle: 270 steps, 18 an epoch, 64 images each (32 x 2)" in out
+    assert "one_cycle: 270 steps, 18 per epoch, 64 images each (32 x 2)" in out
     assert "linear scaling makes it 0.00125" in out and "momentum: 0.85 at the peak" in out
     assert "runs/exp001-schedule.png" in out and out.splitlines()[-1] == "next: comp train exp001"
     with Image.open(project / "runs/exp001-schedule.png") as drawn:

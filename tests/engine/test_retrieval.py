@@ -79,7 +79,7 @@ def test_pair_losses_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_learning, "AT_ONCE", 4)
     parts = [loss(Z, CODES, 0.9, 4) for loss in (metric_learning.contrastive, metric_learning.triplet)]
     assert torch.allclose(torch.stack(whole), torch.stack(parts), atol=1e-6)
-    with pytest.raises(UserError, match="mixed ones have two"):
+    with pytest.raises(UserError, match="mixed images have two"):
         metric_learning.triplet(Z, F.one_hot(CODES).float(), 0.3, 4)
 
 

@@ -34,7 +34,9 @@ def make_sampler(cfg: Config, samples: Samples, taught: Positions) -> Sampler:
     rules, views = cfg.sampling, cfg.augment.jsd_views
     if views > 1:  # side by side, each a draw of its own
         once = make_sampler(
-            cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"views": 1})}), samples, taught
+            cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"jsd_views": 1})}),
+            samples,
+            taught,
         )
         return lambda rows, random: np.repeat(once(rows, random), views)
     if rules.balance == "none" and rules.m_per_class == 1:

@@ -234,7 +234,7 @@ def here(cfg: Config, home: Any, leaf: dict[str, Any]) -> Config:
     changes = {
         "competition": home,
         "data": cfg.data.model_copy(update={"cache": False}),
-        "predict": cfg.predict.model_copy(update={"tta": leaf["tta"], "space": leaf["space"]}),
+        "predict": cfg.predict.model_copy(update={"tta": leaf["tta"], "averaging_space": leaf["space"]}),
         "machine": cfg.machine.model_copy(
             update={"device": "auto", "num_workers": workers, "gpu_cache_mb": 0}
         ),

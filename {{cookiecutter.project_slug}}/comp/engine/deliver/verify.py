@@ -39,7 +39,7 @@ def verify(name: str) -> None:
     def context(run: str) -> Context:
         cfg = experiments.stored_config(run)
         if inside:
-            views = {"tta": said["tta"], "space": said["space"]}
+            views = {"tta": said["tta"], "averaging_space": said["space"]}
             cfg = cfg.model_copy(update={"predict": cfg.predict.model_copy(update=views)})
         # Eight pictures are not worth a cache of all of them: decoded on the fly they are the same pixels.
         here = {"num_workers": 0, "gpu_cache_mb": 0}
