@@ -194,7 +194,7 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
 ) -> None:
     as_one_of(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    with pytest.raises(UserError, match="2 images per forward pass .* 4 processes") as caught:
+    with pytest.raises(UserError, match=r"2 images per forward pass .* 4 processes") as caught:
         distributed.validate(config(), 2, 1, network)
     assert (caught.value.code, caught.value.key) == ("batch-too-small", "train.batch_size")
     distributed.validate(config("loss.ohem=0.5"), 32, 1, network)

@@ -173,7 +173,7 @@ def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
         with pytest.raises(UserError, match=rf"{name} is fitted \({method}\)") as caught:
             written(name)
         assert (caught.value.code, caught.value.key) == ("teacher-leaks", "comp pseudo")
-    with pytest.raises(UserError, match="exp001:full was trained .*; take exp001") as caught:
+    with pytest.raises(UserError, match=r"exp001:full was trained .*; take exp001") as caught:
         written("exp001:full")
     assert caught.value.code == "teacher-leaks"
     with pytest.raises(UserError, match="no such run or ensemble; the nearest are exp001"):
