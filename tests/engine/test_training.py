@@ -326,7 +326,7 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     predict_run.predict("x", last_look=True)
     predict_run.predict("x", last_look=True)
     out = capsys.readouterr().out
-    assert f"on {len(locked)} locked rows, look number 1" in out and "look number 2" in out
+    assert f"on {len(locked)} held-out rows, look 1" in out and "look 2" in out
 
 
 def test_a_line_an_epoch_where_nobody_sees_a_bar(

@@ -1,4 +1,4 @@
-"""Plain tables for a terminal: text to the left, numbers to the right."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 
 def render(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """`right` names the columns that are set flush right."""
+    """`right`: names of columns that are aligned right, as numbers are."""
     lines = [heading, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    flush = [str.rjust if name in right else str.ljust for name in heading]
+    align = [str.rjust if name in right else str.ljust for name in heading]
     return "\n".join(
-        "  ".join(side(cell, width) for side, cell, width in zip(flush, line, widths, strict=True)).rstrip()
+        "  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)).rstrip()
         for line in lines
     )
 

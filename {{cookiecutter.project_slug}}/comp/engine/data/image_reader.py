@@ -121,7 +121,7 @@ class ImageReader:
                 "load_image",
                 error,
                 f"for {image_key.shown(name)}",
-                f"; the row has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
+                f"the row has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
                 if unknown
                 else "",
             ) from error

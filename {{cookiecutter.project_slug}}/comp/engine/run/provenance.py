@@ -1,4 +1,4 @@
-"""What made a run: which code, with which changes, on which machine; and nothing in it that is secret."""
+"""Provenance of a run: code with uncommitted changes, command, machine and versions; without secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from comp.engine.store import secrets
 
-# git knows it in every repository: what a first commit differs from
+# The id of the empty tree, known in every repository: the base of a diff before the first commit
 EMPTY_TREE = hashlib.sha1(b"tree 0\0", usedforsecurity=False).hexdigest()
 CODE = (
     "*.py",
@@ -23,14 +23,14 @@ CODE = (
     "*.sh",
     "Makefile",
     "requirements.txt",
-)  # notebooks carry pictures and outputs
+)  # without notebooks, which contain outputs
 LARGEST_DIFF = 2_000_000
 
 
 def code(root: Path) -> tuple[dict[str, Any], str]:
-    """Commit, whether the tree differs from it, a hash of comp/, and the difference itself, new files included.
+    """(commit, whether the tree differs from it, a hash of comp/) and the diff, new files included.
 
-    `git apply` of the difference on the commit gives the code that ran.
+    `git apply` of the diff to the commit restores the code that ran.
     """
     hashed = hashlib.sha256()
     for file in sorted((root / "comp").rglob("*.py")):
@@ -70,20 +70,22 @@ def hardware() -> dict[str, Any]:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = None
-    torch = sys.modules.get("torch")  # whoever trains has it; nobody else pays for it
+    torch = sys.modules.get(
+        "torch"
+    )  # None in processes that do not train, where importing it would cost a second
     if torch is not None and torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        facts["gpus"] = [f"{card.name}, {card.total_memory / 1e9:.0f} GB" for card in cards]
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        facts["gpus"] = [f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in devices]
     return facts
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The same tree, less what looks like a key: by its name, by its shape, or because the environment holds it."""
+    """The same tree, with keys removed: recognised by name, by form, or because the environment contains them."""
     if isinstance(value, Mapping):
         return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(inner, name) for inner in value]
-    if not isinstance(value, str) or name == "commit":  # 40 hexadecimal digits, as W&B's keys have
+    if not isinstance(value, str) or name == "commit":  # 40 hexadecimal digits, the form of W&B's keys
         return value
     return (
         secrets.REDACTED
@@ -103,7 +105,7 @@ def _as_new(name: str, file: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git says; nothing when it is absent, refuses, or takes longer than anyone wants to wait."""
+    """The output of git; empty if it is not installed, fails, or takes longer than 10 s."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments],
