@@ -219,9 +219,9 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
             opened.write("x")
         return 0
 
-    monkeypatch.setattr(cli, "answer", full)
+    monkeypatch.setattr(cli, "run", full)
     assert cli.main(["runs"]) == 2
-    assert capsys.readouterr().err.startswith("the disk is full; make room, and the same command goes on")
+    assert capsys.readouterr().err.startswith("the disk is full; free some space")
 
 
 def test_a_time_is_read_as_people_write_it() -> None:
@@ -263,7 +263,7 @@ def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
     assert "time limit: saved at step" in said and said.strip().splitlines()[-1].startswith(
         "next: comp train exp001"
     )
-    assert "seed 0 fold 1, 2, 3, 4 to go" in said
+    assert "missing: seed 0 fold 1, 2, 3, 4" in said
     assert (project / "runs/x/seed0/fold0/test.arrow").exists() and list(
         (project / "runs/x/seed0/fold1").glob("state-*.pt")
     )

@@ -57,7 +57,7 @@ def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(p
     runner.train("exp001", TINY, fold="0", name="x")
     before = artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
     said = refusal(lambda: runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x"))
-    assert "optim.lr: 0.005 there, 0.0001 here" in said and "--as" in said and "--fresh" in said
+    assert "optim.lr: was trained with 0.005, now 0.0001" in said and "--as" in said and "--fresh" in said
     assert artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors") == before
     runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x", fresh=True)
     assert artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors") != before
@@ -98,7 +98,7 @@ def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
     make_folds.make(config("competition.folds.seed=7"), samples.load(), remake=True)
     said = refusal(lambda: runner.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
-    assert "folds.seed: 0 there, 7 here" in said
+    assert "folds.seed: was trained with 0, now 7" in said
     cut = pd.read_csv(project / "data/raw/train.csv", dtype=str).iloc[:-3]
     cut.to_csv(project / "data/raw/train.csv", index=False)
     prepare.prepare(config())
@@ -136,7 +136,7 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
     kept = project / "runs/x/seed0/fold0/weights.safetensors"
     other = [*TINY, "optim.lr=1e-4"]
     said = refusal(lambda: runner.train("exp001", other, fold="0", name="x", fresh=True))
-    assert "optim.lr: 0.005 there, 0.0001 here" in said
+    assert "optim.lr: was trained with 0.005, now 0.0001" in said
     assert artifacts.manifest_entry(kept) and not (project / "runs/.trash").exists(), "nothing moved"
     (advice,) = re.findall(r"comp (train exp001 --as x .* --fresh)", said)
     assert cli.main(shlex.split(advice)) == 0
@@ -292,7 +292,7 @@ def test_replaced_images_are_refused_by_name_and_count(
     for file, data in old.items():
         file.write_bytes(data)
     assert typed("--fold", "1", cache) == 0, "the old files again, whatever their mtimes"
-    assert "7 image files of runs/x have another mtime" in capsys.readouterr().out
+    assert "runs/x: 7 image files have another mtime" in capsys.readouterr().out
     assert paths.path("runs/x/seed0/fold0/test.arrow").read_bytes() == left
     replaced(victims)
     assert typed("--fold", "0", "--fresh", cache) == 2, "its other fold has seen the old ones"
@@ -311,7 +311,7 @@ def test_touched_images_go_on_with_a_note(
     assert typed("--fold", "1", cache) == 0
     what = "bytes" if cache == CACHES[0] else "size, and no image cache has hashed them"
     assert (
-        f"note: 1797 image files of runs/x have another mtime and the same {what}; it goes on"
+        f"note: runs/x: 1797 image files have another mtime and the same {what}; it is resumed"
         in capsys.readouterr().out
     )
     fingerprint.validate_images("x", config(cache))
@@ -330,7 +330,7 @@ def test_a_file_of_the_same_size_is_told_by_its_hash(
     shutil.rmtree(trained / "data/cache")
     assert cli.main(["predict", "exp001"]) == 2
     said = capsys.readouterr().err
-    assert f"1 of its 1797 image files are not those that it began with: train/{victim.name};" in said
+    assert f"1 of its 1797 image files have changed since it was started: train/{victim.name};" in said
 
 
 def test_scores_of_old_and_new_images_are_not_merged(
@@ -348,7 +348,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
         capsys.readouterr()
         assert cli.main(command) == 2, command
         assert (
-            f"3 of its 1797 image files are not those that it began with: test/{victims[0].name}"
+            f"3 of its 1797 image files have changed since it was started: test/{victims[0].name}"
             in capsys.readouterr().err
         )
     assert not paths.path("runs/exp001/members/tta-identity-vflip").exists()
@@ -356,7 +356,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
         file.unlink()
     assert cli.main(["predict", "exp001"]) == 0
     assert (
-        f"note: 3 image files of runs/exp001 are missing, like test/{victims[0].name}"
+        f"note: runs/exp001: 3 image files are missing, like test/{victims[0].name}"
         in capsys.readouterr().out
     )
     assert {kind: paths.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in before} == before

@@ -220,24 +220,26 @@ def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
     )
 
 
-def idle_lines(*said: str) -> list[str]:
+def unused_messages(*said: str) -> list[str]:
     return unused_knobs.messages(configs.load(paths.root(), "exp001", said))
 
 
-def test_an_idle_knob_is_named_with_its_place() -> None:
-    assert idle_lines("schedule=cosine_restarts", "schedule.cycles=3") == []
-    assert idle_lines("schedule=constant", "schedule.cycles=3") == [
+def test_a_knob_without_effect_is_named_with_its_place() -> None:
+    assert unused_messages("schedule=cosine_restarts", "schedule.cycles=3") == []
+    assert unused_messages("schedule=constant", "schedule.cycles=3") == [
         "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "
-        "cosine_restarts, triangular, exp_range looks at it"
+        "it is used by cosine_restarts, triangular, exp_range"
     ]
-    assert len(idle_lines("optim.lr_base_scale=sqrt", "optim.clip_grad=null", "optim.clip_mode=agc")) == 2
-    assert "schedule.momentum: null" in idle_lines("schedule=one_cycle", "optim.momentum=0.8")[0]
-    assert idle_lines("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
+    assert (
+        len(unused_messages("optim.lr_base_scale=sqrt", "optim.clip_grad=null", "optim.clip_mode=agc")) == 2
+    )
+    assert "schedule.momentum: null" in unused_messages("schedule=one_cycle", "optim.momentum=0.8")[0]
+    assert unused_messages("schedule=one_cycle", "optim.momentum=0.8", "schedule.momentum=null") == []
     assert set(unused_knobs.SCHEDULES) == set(schema.Schedule.model_fields) - {"name", "warmup"}
 
 
 @pytest.mark.parametrize("knob", unused_knobs.SCHEDULES)
-def test_what_is_called_idle_moves_nothing_and_what_is_not_does(knob: str) -> None:
+def test_a_knob_without_effect_changes_nothing_and_every_other_does(knob: str) -> None:
     other: dict[str, Any] = {
         "min_lr_ratio": 0.3, "step_size": "20%", "factor": 0.3, "patience": 0, "cycles": 2, "cycle_mul": 2, "cycle_decay": 0.5, "start_lr_ratio": 0.4, "pct_start": 0.6,
         "anneal_strategy": "linear", "momentum": "[0.5, 0.6]", "cooldown": "50%",

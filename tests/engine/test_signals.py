@@ -100,7 +100,7 @@ def left_behind(root: Path) -> list[str]:
 def one_line(capfd: pytest.CaptureFixture[str], number: int = signal.SIGTERM) -> str:
     lines = capfd.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("stopped"))
-    assert f" by {signal.Signals(number).name}: " in line and "the same command goes on" in line
+    assert f" by {signal.Signals(number).name}: " in line and "the same command continues" in line
     assert lines == [line]
     return line
 
@@ -313,7 +313,7 @@ def test_jobs_side_by_side_are_saved(alone: Path, number: int, expected: int) ->
     run.send_signal(number)
     said = run.communicate()[0]
     assert run.returncode == expected, said
-    assert "every job keeps what it has" in said
+    assert "every job has saved its state" in said
     assert all(list(paths.fold_folder("run", 0, fold).glob("state-*.pt")) for fold in range(2))
     assert not left_behind(alone)
 

@@ -343,7 +343,7 @@ def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest
     run._wandb.report()
     run.log({"step": 2, "loss": 0.25})
     run.finish()
-    assert "told once more offline" in capsys.readouterr().err
+    assert "sent again offline" in capsys.readouterr().err
     (part,) = Project(empty).parts()
     assert part.column("loss") == [0.5, 0.25]
 
