@@ -43,7 +43,8 @@ from comp.engine.extras import practice
 from comp.engine.run import execute, fingerprint, loading
 from comp.engine.run.distributed import Pruned
 from comp.engine.store import paths
-from comp.engine.tune import confirm, search, study, trial
+from comp.engine.tune import confirm, objective, study, trial
+from comp.engine.tune.open_study import open_study
 
 PROJECT = Path(__file__).resolve().parent.parent / "{{cookiecutter.project_slug}}"
 EPOCHS, FOLD_TRAININGS, FLIPPED = 6, 60, 0.2
@@ -129,31 +130,31 @@ def enter(root: Path) -> None:
 
 def one_arm(arm: str, repetition: int) -> dict[str, Any]:
     """A search until the epochs are spent, through what `comp tune` calls itself."""
-    joined = search.join("exp001", [f"train.seeds=[{repetition}]"], arm, None)
-    spent, watched = 0, trial.Watch.epoch
+    opened = open_study("exp001", [f"train.seeds=[{repetition}]"], arm, None)
+    spent, original = 0, trial.EpochReporter.epoch
 
-    def counting(self: trial.Watch, report: dict[str, Any]) -> None:
+    def counting(self: trial.EpochReporter, record: dict[str, Any]) -> None:
         nonlocal spent
         spent += 1
         if spent > BUDGET:
             raise Pruned
-        watched(self, report)
+        original(self, record)
 
-    trial.Watch.epoch = counting
+    trial.EpochReporter.epoch = counting
     try:
         while spent < BUDGET:
-            taken = study.take(joined)
+            taken = study.next_trial(opened)
             assert taken is not None
-            trial.run(joined, *taken, hardware.Stop(), float("inf"))
+            trial.run(opened, *taken, hardware.Stop(), float("inf"))
     finally:
-        trial.Watch.epoch = watched
-    ended = joined.study.get_trials(deepcopy=False)
+        trial.EpochReporter.epoch = original
+    ended = opened.study.get_trials(deepcopy=False)
     assert not any(t.state == TrialState.FAIL for t in ended), [t.user_attrs for t in ended]
     done = [t for t in ended if t.state == TrialState.COMPLETE]
-    best = trial.ranked(joined, done)[0]
+    best = opened.ranked()[0]
     own = next(t for t in done if t.user_attrs.get("from") == "exp001")
     retrained = {
-        name: float(np.mean(retrain(joined, f"{arm}-{name}", study.setting_of(joined.space, each))))
+        name: float(np.mean(retrain(opened, f"{arm}-{name}", study.setting_of(opened.space, each))))
         for name, each in (("chosen", best), ("first", own))
         if name == "chosen" or arm == "random"
     }
@@ -162,20 +163,20 @@ def one_arm(arm: str, repetition: int) -> dict[str, Any]:
         "completed": len(done),
         "epochs": spent,
         "in_search": best.values[0],
-        "setting": study.setting_of(joined.space, best),
+        "setting": study.setting_of(opened.space, best),
         **retrained,
     }
 
 
-def retrain(joined: study.Joined, name: str, setting: dict[str, Any]) -> list[float]:
-    cfg = trial.config_of(joined, setting)
+def retrain(opened: study.OpenStudy, name: str, setting: dict[str, Any]) -> list[float]:
+    cfg = opened.config(setting)
     context = loading.load_context(cfg)
     fingerprint.claim(name, cfg, context.folds, "")
     values = []
-    for seed in confirm.fresh(joined):
+    for seed in confirm.new_seeds(opened):
         for number in range(context.folds.count):
             execute.run_fold(context, name, seed, number, stop=hardware.Stop(), search=True)
-        values.append(confirm._score(joined, context, name, seed))
+        values.append(objective.cv_score(opened, context, name, seed)["value"])
     return values
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from comp.engine import hardware
-from comp.engine.tune import search, study, trial
-from comp.engine.tune.study import Joined
+from comp.engine.tune import study, trial
+from comp.engine.tune.open_study import open_study
+from comp.engine.tune.study import OpenStudy
 
 SPACE = "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
 SMALL = ["track=none", "machine.num_workers=0", "train.epochs=2", "train.max_samples=64", "schedule.warmup=0"]
@@ -21,15 +22,15 @@ def with_space(project: Path) -> Path:
     return project
 
 
-def join(trials: int | None = None, *more: str, space: str = "s") -> Joined:
-    return search.join("exp001", [*SMALL, *more], space, None, trials)
+def join(trials: int | None = None, *more: str, space: str = "s") -> OpenStudy:
+    return open_study("exp001", [*SMALL, *more], space, None, trials)
 
 
-def states(joined: Joined) -> list[str]:
-    return [t.state.name for t in joined.study.get_trials(deepcopy=False)]
+def states(opened: OpenStudy) -> list[str]:
+    return [t.state.name for t in opened.study.get_trials(deepcopy=False)]
 
 
-def run(joined: Joined) -> TrialState:
-    taken = study.take(joined)
+def run(opened: OpenStudy) -> TrialState:
+    taken = study.next_trial(opened)
     assert taken is not None
-    return trial.run(joined, *taken, hardware.Stop(), FOREVER)
+    return trial.run(opened, *taken, hardware.Stop(), FOREVER)

@@ -21,7 +21,8 @@ from comp import models
 from comp.engine import cli
 from comp.engine.config import experiments
 from comp.engine.data import samples
-from comp.engine.deliver import kernel, kernel_predict
+from comp.engine.deliver import bundle as bundle_module
+from comp.engine.deliver import kernel_models
 from comp.engine.errors import UserError
 from comp.engine.extras import explain, features, measure, saliency
 from comp.engine.run import backbone, pretrained, runner, tracking
@@ -215,7 +216,7 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     # What the bundle holds of it is enough.
     runner.train("exp001", [*TINY, network], fold="0", name="x")
     bundle = tmp_path / "bundle"
-    kernel._backbones(bundle, {"x"})
+    network_folder = bundle_module._write_backbone(bundle, "x")
     (bundle / "configs").mkdir()
     (bundle / "configs" / "base.yaml").write_bytes((paths.root() / "configs" / "base.yaml").read_bytes())
     backbone._described.cache_clear()
@@ -224,8 +225,10 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     weights = paths.fold_folder("x", 0, 0) / "weights.safetensors"
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     paths.root.cache_clear()
-    there = kernel_predict.here(
-        stored, stored.competition, {"run": "x", "tta": ["identity"], "space": "probability"}
+    there = kernel_models.config_here(
+        stored,
+        stored.competition,
+        {"run": "x", "tta": ["identity"], "space": "probability", "backbone": network_folder},
     )
     assert there.model.name == "local-dir:backbones/x"
     module = models.build(there, (HEAD,) * 1, pretrained=False)

@@ -22,8 +22,8 @@ from comp import competition
 from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.data import check, image_reader, make_folds, prepare, samples
-from comp.engine.deliver import dummy
-from comp.engine.deliver.submission_format import FITTING_TASKS
+from comp.engine.deliver import dummy_submission
+from comp.engine.deliver.submission_format import TASKS_OF_FORM
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.tasks.kinds import TASKS
@@ -253,14 +253,14 @@ def test_check_and_submit_say_the_same_of_every_form(
     """Written from random predictions after a training, or refused: comp check has said so before."""
     draw, fine, stands = np.random.default_rng(0), [], ""
     scheme = {"scheme": "quantiles" if task == "regression" else "stratified", "k": 2, "seed": 0}
-    for form in FITTING_TASKS:
+    for form in TASKS_OF_FORM:
         columns = SAMPLES.get(form, {}).get(task, ["label"])
         lines = [["id", *columns], *([each, *["0"] * len(columns)] for each in ("18", "19"))]
         sample = "".join(",".join(line) + "\n" for line in lines)
         metric = TASKS[task].metric
         ten_classes(empty, form, sample, LABELS.get(task, TEN), task=task, metric=metric, folds=scheme)
         table = prepared()
-        told = check.check(config(experiment="base"), dummy.written)
+        told = check.check(config(experiment="base"), dummy_submission.validate_dummy)
         if table.hash != stands:
             (empty / "data/folds.parquet").unlink(missing_ok=True)
             make_folds.make(config(experiment="base"), table)
@@ -277,7 +277,7 @@ def test_check_and_submit_say_the_same_of_every_form(
         else:
             assert told == [], form
             fine.append(form)
-    assert fine == [form for form, tasks in FITTING_TASKS.items() if task in tasks]
+    assert fine == [form for form, tasks in TASKS_OF_FORM.items() if task in tasks]
     capsys.readouterr()
 
 
@@ -296,7 +296,9 @@ def test_what_else_submit_would_refuse(
         ["0.5 0", "1,0.5 0"] if form == "labels" else ["0.5", "1", "2"] if form == "value" else ["c0", "c1"]
     )
     ten_classes(empty, form, sample, [f'"{label}"' for label in labels], **changes)
-    assert any(part in fault for fault in check.check(config(experiment="base"), dummy.written))
+    assert any(
+        part in fault for fault in check.check(config(experiment="base"), dummy_submission.validate_dummy)
+    )
 
 
 def test_functions_of_your_own_write_a_made_up_submission_too(
@@ -308,14 +310,14 @@ def test_functions_of_your_own_write_a_made_up_submission_too(
         return sample.assign(label=[str(row["meta.age"]) for row in rows.to_dict("records")])
 
     monkeypatch.setattr(competition, "write_submission", write_submission, raising=False)
-    (fault,) = check.check(config(experiment="base"), dummy.written)
+    (fault,) = check.check(config(experiment="base"), dummy_submission.validate_dummy)
     assert (
         fault.startswith("comp/competition.py:") and "write_submission fails: KeyError: 'meta.age'" in fault
     )
     monkeypatch.setattr(
         competition, "write_submission", lambda rows, prediction, sample: sample.assign(label="c99")
     )
-    (fault,) = check.check(config(experiment="base"), dummy.written)
+    (fault,) = check.check(config(experiment="base"), dummy_submission.validate_dummy)
     assert "made-up predictions:2: row '18', column 'label': 'c99' is no class" in fault
 
 

@@ -286,12 +286,12 @@ def test_interval_comparison_and_gate_are_of_the_score(
     ]
     assert np.mean([gain.with_step for gain in gate]) == pytest.approx(ours, abs=1e-12)
     assert np.mean([gain.before for gain in gate]) == pytest.approx(theirs, abs=1e-12)
-    from comp.engine.deliver import scores
+    from comp.engine.deliver import shake_up
 
-    sent = scores.report.mean_scorer(
+    sent = shake_up.report.mean_scorer(
         cfg, table, project.folds, sets[0], sets[0].predicted, score.scored_rows(table, rows, fold)
     )
-    assert sent(np.ones(len(scores._scored(table, project.folds)[0]), np.int64)) == pytest.approx(
+    assert sent(np.ones(len(shake_up._oof_rows(table, project.folds)[0]), np.int64)) == pytest.approx(
         ours, abs=1e-12
     )
 

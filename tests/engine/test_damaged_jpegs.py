@@ -15,7 +15,7 @@ from PIL import Image
 from test_images import encoded, photograph
 
 from comp.engine.data import cache, check
-from comp.engine.deliver import kernel_predict
+from comp.engine.deliver import kernel_inputs, kernel_models
 from comp.engine.readers import arrays, decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.store import artifacts, paths
@@ -220,11 +220,11 @@ def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch:
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     paths.root.cache_clear()
     about = artifacts.read_json(bundle / "bundle.json")
-    heads = tuple(kernel_predict._head(each) for each in about["heads"])
-    hidden = kernel_predict.test_rows(
+    heads = tuple(kernel_inputs.head_of(each) for each in about["heads"])
+    hidden = kernel_inputs.test_rows(
         cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
     )
     rows = hidden.positions("test")[:5]
     listed = [Path(names[0]).stem for names in hidden.frame["images"].iloc[rows]]
-    _, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
+    _, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
     assert {listed.index(file.stem) for file in files[1:]} == {rows.tolist().index(at) for at in damaged}

@@ -30,7 +30,7 @@ from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import distributed, runner, tracking
 from comp.engine.store import artifacts, paths
-from comp.engine.tune import search
+from comp.engine.tune.open_study import open_study
 
 # Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an optimizer that does not blow rounding up.
 SHARED = [
@@ -154,7 +154,7 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
         optuna.trial.Trial.should_prune = lambda trial: rank == 0 and trial.number == 1  # type: ignore[assignment, method-assign]
 
     assert forked_twice("tune", "exp001", "--space", "p", "--trials", "3", *told, before=judge) == [0, 0]
-    trials = search.join("exp001", told, "p", None, 3).study.get_trials(deepcopy=False)
+    trials = open_study("exp001", told, "p", None, 3).study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
     assert trials[1].user_attrs["pruned_at"] == {"fold": 0, "step": 1}
     assert [len(t.intermediate_values) for t in trials] == [6, 1, 6]
@@ -223,5 +223,5 @@ def test_the_rows_of_all_processes_are_interleaved_in_their_order() -> None:
     from comp.engine.run.evaluate import _interleaved
 
     whole = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)
-    joined, damaged = _interleaved(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])
-    assert np.array_equal(joined, whole) and damaged == {0: "x", 1: "x", 2: "x"}
+    opened, damaged = _interleaved(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])
+    assert np.array_equal(opened, whole) and damaged == {0: "x", 1: "x", 2: "x"}

@@ -33,7 +33,7 @@ def at_kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Serve
     ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
-    monkeypatch.setattr(kaggle, "PAUSES", [0.0, 0.0, 0.0])
+    monkeypatch.setattr(kaggle, "RETRY_PAUSES", [0.0, 0.0, 0.0])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     kaggle.client.cache_clear()
     yield served
@@ -85,8 +85,8 @@ def test_everything_arrives_once_and_is_left_alone(
         (401, "credentials"),
         (403, "practice/rules"),
         (404, "no competition 'practice'"),
-        (429, "patience"),
-        (500, "out of order"),
+        (429, "too many requests"),
+        (500, "server error"),
         ("drop", "no answer"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_damaged_archive_is_fetched_once_more(
     (empty / "data/raw").rename(empty / "old")
     server.archives = [bytes(bent), bytes(bent)]
     assert download() == 2
-    assert "twice" in capsys.readouterr().err and not (empty / "data/raw").exists()
+    assert "after two downloads" in capsys.readouterr().err and not (empty / "data/raw").exists()
 
 
 def test_a_size_over_the_ceiling_asks(
@@ -221,7 +221,7 @@ def test_a_size_over_the_ceiling_asks(
     from comp.engine.deliver import download as module
 
     server.archive = zipped(CONTENT)
-    monkeypatch.setattr(module, "CEILING", 1e-6)
+    monkeypatch.setattr(module, "MAX_GB", 1e-6)
     assert download() == 2
     assert "--ceiling 1" in capsys.readouterr().err and not (empty / "data/raw").exists()
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
@@ -234,7 +234,7 @@ def test_a_size_over_the_ceiling_asks(
 
     monkeypatch.setattr("builtins.input", question)
     assert [download(), download(), download()] == [2, 2, 0]
-    assert len(asked) == 3 and "unpacked it is 3.3 KB; go on?" in asked[0], asked
+    assert len(asked) == 3 and "unpacked it has 3.3 KB; continue?" in asked[0], asked
     assert raw(empty) == UNPACKED
     (empty / "data/raw").rename(empty / "old")
     assert cli.main(["download", "--ceiling", "1"]) == 0

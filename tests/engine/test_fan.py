@@ -197,14 +197,14 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_bytes(alone: Path, cluste
 
 @pytest.mark.slow
 def test_a_study_on_a_cluster(tuned: Path, cluster: Any) -> None:
-    from comp.engine.tune import search
+    from comp.engine.tune.open_study import open_study
 
     small = [*SMALL, "train.epochs=1"]
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "4", "--on", "ray", *small]) == 0
-    joined = search.join("exp001", small, "s", None)
-    trials = joined.study.get_trials()
+    opened = open_study("exp001", small, "s", None)
+    trials = opened.study.get_trials()
     assert sorted(t.number for t in trials) == list(range(len(trials))) and len(trials) >= 4
-    assert (joined.folder / "report.html").is_file()
+    assert (opened.folder / "report.html").is_file()
 
 
 @pytest.fixture

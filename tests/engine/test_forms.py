@@ -146,7 +146,7 @@ def test_a_row_of_several_samples_is_scored_and_written_once(empty: Path) -> Non
     assert record["rows"] == 8 and record["oof"] == 1.0
     assert [round(float(line.split(",")[1]), 3) for line in written()[1:]] == [0.7, 0.4]
     declare(empty, task="binary", metric="roc_auc", row="{patient}_{side}", test={"table": "test.csv", "image": "{id}.png"}, submission={"sample": "sample.csv", "form": "probability"})  # fmt: skip
-    with pytest.raises(UserError, match="name a group column that holds rows together"):
+    with pytest.raises(UserError, match="declare a group column that keeps them together"):
         make_folds.make(config(experiment="base"), prepared(), remake=True)
 
 

@@ -15,11 +15,11 @@ from conftest import config
 from test_forms import logits, stand, written
 from test_layouts import declare, image, opened, prepared, put, refused
 
-from comp import competition, submission
+from comp import competition
 from comp.engine import cli
 from comp.engine.data import check, samples
 from comp.engine.data.sample_submission import read_sample
-from comp.engine.deliver import dummy, validate
+from comp.engine.deliver import dummy_submission, submission_format, validate
 from comp.engine.errors import UserError
 from comp.engine.readers import containers, unicode_names
 
@@ -27,7 +27,7 @@ NFC, NFD = (unicodedata.normalize(form, "Übung é") for form in ("NFC", "NFD"))
 
 
 def checked() -> list[str]:
-    return check.check(config(experiment="base"), dummy.written)
+    return check.check(config(experiment="base"), dummy_submission.validate_dummy)
 
 
 def lines_of(root: Path) -> list[str]:
@@ -65,8 +65,8 @@ def test_an_index_column_without_a_name_stays_as_it_is(empty: Path, name: str) -
     sample = read_sample(empty / "data/raw/sample.csv", "id")
     assert (sample.columns[sample.key], sample.prediction_columns) == ("Id", ("Category",))
     with pytest.raises(UserError, match=r"x.csv:3: row '7', column '.*': '6', where the sample has '5'"):
-        form = submission.rules_of_cells(config().competition.submission, table.heads, sample)
-        validate.check(f"{name},Id,Category\n0,8,a\n6,7,b\n".encode(), "x.csv", sample, form)
+        form = submission_format.cell_rules(config().competition.submission, table.heads, sample)
+        validate.validate_bytes(f"{name},Id,Category\n0,8,a\n6,7,b\n".encode(), "x.csv", sample, form)
 
 
 def test_a_column_without_a_name_is_the_id_where_there_is_no_other(empty: Path) -> None:
@@ -96,10 +96,10 @@ def test_a_sample_with_another_separator_is_answered_with_it(empty: Path, mark: 
     # Quoted only where the separator stands in a cell.
     assert lines == [f"id{mark}label", f"7{mark}{other}", f'8{mark}"{one}"']
     file = empty / "submissions/exp001.csv"
-    validate.validate(file, empty / "data/raw/sample.csv", "label", classes=[one, other])
+    validate.validate_file(file, empty / "data/raw/sample.csv", "label", classes=[one, other])
     file.write_text(file.read_text().replace(mark, ",", 2))
-    with pytest.raises(UserError, match=r"exp001\.csv:1: column 'id' is missing"):
-        validate.validate(file, empty / "data/raw/sample.csv", "label")
+    with pytest.raises(UserError, match=r"exp001\.csv:1: column 'id': missing"):
+        validate.validate_file(file, empty / "data/raw/sample.csv", "label")
 
 
 def test_ids_that_the_sample_repeats_get_the_same_line_each_time(
@@ -111,14 +111,14 @@ def test_ids_that_the_sample_repeats_get_the_same_line_each_time(
     wanted = ["id,label", "8,a", "7,b", "8,a"]
     assert submitted(empty, table, [[0.1, 0.9], [0.8, 0.2]]) == wanted
     sample = read_sample(empty / "data/raw/sample.csv")
-    form = submission.rules_of_cells(config().competition.submission, table.heads, sample)
+    form = submission_format.cell_rules(config().competition.submission, table.heads, sample)
     for damage, line in {
-        "id,label\n8,a\n7,b\n": "row '8', column 'id': is missing",
-        "id,label\n8,a\n7,b\n7,b\n": "x.csv:4: row '7', column 'id': the id stands in line 3 already",
+        "id,label\n8,a\n7,b\n": "row '8', column 'id': missing",
+        "id,label\n8,a\n7,b\n7,b\n": "x.csv:4: row '7', column 'id': duplicate of line 3",
         "id,label\n8,a\n8,a\n7,b\n": "x.csv:3: row '8', column 'id': the sample has '7' here",
     }.items():
         with pytest.raises(UserError, match=line):
-            validate.check(damage.encode(), "x.csv", sample, form)
+            validate.validate_bytes(damage.encode(), "x.csv", sample, form)
 
     def mine(rows: Any, prediction: Any, sample: Any) -> Any:
         return sample.assign(label=["ab"[p.argmax()] for p in prediction])

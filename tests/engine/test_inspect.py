@@ -12,7 +12,7 @@ from conftest import config
 from PIL import Image
 
 from comp.engine.data import check, prepare, raw_tables, samples
-from comp.engine.deliver import dummy
+from comp.engine.deliver import dummy_submission
 from comp.engine.errors import UserError
 from comp.engine.extras import infer_schema, inspect
 
@@ -142,4 +142,4 @@ def test_a_sample_with_an_index_column_another_separator_and_repeated_ids(empty:
     said = config(experiment="base").competition
     assert (said.id, said.test.id, said.target, said.metadata) == ("id", "Id", ["kind"], [])
     assert table.frame["row"].tolist()[25:] == ["25", "26", "27", "28", "29"]
-    assert not check.check(config(experiment="base"), dummy.written)
+    assert not check.check(config(experiment="base"), dummy_submission.validate_dummy)

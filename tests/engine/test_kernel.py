@@ -25,7 +25,17 @@ from comp.engine.bank import bank, predictions
 from comp.engine.config.resolve import load
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
-from comp.engine.deliver import budget, kernel, kernel_predict, rehearse, verify
+from comp.engine.deliver import (
+    budget,
+    bundle,
+    kernel,
+    kernel_inputs,
+    kernel_models,
+    recheck,
+    rehearsal_inputs,
+    rehearse,
+    wheels,
+)
 from comp.engine.ensemble import latency
 from comp.engine.ensemble.blend import blend
 from comp.engine.errors import UserError
@@ -38,7 +48,7 @@ STACK = "members: [exp001, 'exp001:tta-identity-hflip']\nmethod: logistic\nmetad
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearse, "ROWS", 40)
+    monkeypatch.setattr(rehearsal_inputs, "ROWS", 40)
 
 
 # --- bundle --------------------------------------------------------------------------------------------------------------
@@ -54,11 +64,11 @@ def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
     assert there == set(listed) and "comp/engine/deliver/kernel_predict.py" in there
     assert all(entry["sha256"] == artifacts.sha256(bundle / name) for name, entry in listed.items())
     assert [name for name in there if name.endswith(".whl")] == [
-        f"wheels/timm-{kernel.metadata.version('timm')}-py3-none-any.whl"
+        f"wheels/timm-{wheels.metadata.version('timm')}-py3-none-any.whl"
     ]
     assert sum(name.endswith("weights.safetensors") for name in there) == 5
-    before = kernel.content(made)
-    assert kernel.content(kernel.build("blend001")) == before
+    before = kernel.bundle_hash(made)
+    assert kernel.bundle_hash(kernel.build("blend001")) == before
     facts = artifacts.read_json(made / "notebook" / "kernel-metadata.json")
     assert facts["enable_internet"] is False and facts["competition_sources"] == ["practice"]
     notebook = artifacts.read_json(made / "notebook" / facts["code_file"])
@@ -73,7 +83,7 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of its own within each fold, and nothing of the project beside them."""
-    monkeypatch.setattr(kernel, "needed", list)
+    monkeypatch.setattr(wheels, "of_imports", list)
     few = ["train.epochs=2", "snapshots.cycles=2", "train.max_samples=40"]
     runner.train("exp001", [*QUICK, *few], name="snaps")
     bundle = kernel.build("snaps:snap1") / "bundle"
@@ -87,12 +97,12 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
     monkeypatch.setenv("COMP_ROOT", str(bundle))
     paths.root.cache_clear()
     about = artifacts.read_json(bundle / "bundle.json")
-    heads = tuple(kernel_predict._head(each) for each in about["heads"])
-    hidden = kernel_predict.test_rows(
+    heads = tuple(kernel_inputs.head_of(each) for each in about["heads"])
+    hidden = kernel_inputs.test_rows(
         cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
     )
     rows = hidden.positions("test")[:30]
-    said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
+    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
     assert not damaged and list(said) == ["snaps:snap1"]
     assert said["snaps:snap1"]["label"] == pytest.approx(stored.heads["label"][:30], abs=1e-4)
 
@@ -108,7 +118,7 @@ def test_damaged_weights_are_not_bundled(trained: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("where", ["package", "manifest", "half moved"])
 def test_a_killed_build_is_built_again(trained: Path, where: str) -> None:
-    whole = kernel.content(kernel.build("exp001"))
+    whole = kernel.bundle_hash(kernel.build("exp001"))
     shutil.rmtree(kernel.folder("exp001"))
 
     def work() -> None:
@@ -124,11 +134,11 @@ def test_a_killed_build_is_built_again(trained: Path, where: str) -> None:
 
             os.replace = replace  # type: ignore[assignment]
         else:
-            setattr(kernel, {"package": "_artefacts", "manifest": "_manifest"}[where], die)
+            setattr(bundle, {"package": "_link_artefacts", "manifest": "write_manifest"}[where], die)
         kernel.build("exp001")
 
     assert os.WIFSIGNALED(forked(work))
-    assert kernel.content(kernel.build("exp001")) == whole
+    assert kernel.bundle_hash(kernel.build("exp001")) == whole
 
 
 # --- rehearsal -----------------------------------------------------------------------------------------------------------
@@ -150,17 +160,17 @@ def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.
     said = capsys.readouterr().out
     facts = artifacts.read_json(rehearse.file_of("blend001"))
     assert (
-        facts["apart"] <= 1e-5
+        facts["max_difference"] <= 1e-5
         and facts["peak"] > 0
-        and set(facts["seconds_an_image"]) == {"exp001", "exp001:tta-identity-hflip"}
+        and set(facts["seconds_per_image"]) == {"exp001", "exp001:tta-identity-hflip"}
     )
     assert (
-        "2 pictures damaged" in said
+        "2 images damaged" in said
         and "hidden set of 41 rows" in said
         and "next: comp kernel blend001 --push" in said
     )
-    assert facts["bundle"] == kernel.content(kernel.folder("blend001"))
-    assert "no network at all" in said or "weaker" in said
+    assert facts["bundle"] == kernel.bundle_hash(kernel.folder("blend001"))
+    assert "no network, /kaggle as on Kaggle" in said or "weaker" in said
 
 
 def kill_at(word: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +193,7 @@ def test_pictures_in_archives_are_linked_and_not_copied(trained: Path, tmp_path:
     shutil.rmtree(raw / "test")
     cfg = load(paths.root(), "base", ["competition.test.image=test.zip/test/{id}.png"]).config
     for linked, others in ((True, 2), (False, 1)):
-        rehearse.lay_out(cfg, tmp_path / str(linked), hidden=False, linked=linked)
+        rehearsal_inputs.lay_out(cfg.competition, tmp_path / str(linked), hidden=False, linked=linked)
         laid_out = tmp_path / str(linked) / "test.zip"
         assert laid_out.stat().st_nlink == others and laid_out.read_bytes() == (raw / "test.zip").read_bytes()
 
@@ -193,7 +203,7 @@ IMAGE = Path(__file__).with_name("kaggle_image.txt")
 
 def test_the_image_is_the_one_that_is_written_down() -> None:
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", IMAGE.read_text(), re.MULTILINE))
-    for name, version in kernel.IMAGE.items():
+    for name, version in wheels.IMAGE.items():
         assert (pins[name.lower()] + ".").startswith(f"{version}."), name
     assert "://" not in IMAGE.read_text() and IMAGE.read_text().count("--hash=") > len(pins)
 
@@ -205,7 +215,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     uv = [str(Path(sys.executable).with_name("uv"))]
     if not Path(uv[0]).exists():
         uv = ["uv"]
-    if subprocess.run([*uv, "venv", "-q", "--no-python-downloads", "--python", kernel.PYTHON, str(place)], check=False).returncode:  # fmt: skip
+    if subprocess.run([*uv, "venv", "-q", "--no-python-downloads", "--python", wheels.PYTHON, str(place)], check=False).returncode:  # fmt: skip
         subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(place)], check=True)
     python = place / "bin" / "python"
     subprocess.run(
@@ -226,7 +236,7 @@ def test_under_the_versions_of_kaggles_image(
     blend("stack001")
     kernel.build("stack001")
     facts = rehearse.rehearse("stack001", str(image))
-    assert facts["apart"] <= 1e-5
+    assert facts["max_difference"] <= 1e-5
     print(capsys.readouterr().out, facts)
 
     def comp(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -261,9 +271,12 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     blend("blend002")
     kernel.build("blend002")
     facts = rehearse.rehearse("blend002")
-    assert facts["apart"] <= 1e-5 and set(facts["seconds_an_image"]) >= {"exp003:logistic", "exp003:knn"}
+    assert facts["max_difference"] <= 1e-5 and set(facts["seconds_per_image"]) >= {
+        "exp003:logistic",
+        "exp003:knn",
+    }
     capsys.readouterr()
-    verify.verify("blend002")
+    recheck.recheck("blend002")
     assert "predicted 8 rows again" in capsys.readouterr().out
     assert latency.seconds_per_image("exp003:mlp") > 0
     # Heads that were fitted on another backbone's features are not believed.
@@ -272,7 +285,7 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     artifacts.add_to_manifest(file)
     with pytest.raises(UserError, match="comp features exp003"):
-        verify.verify("exp003:logistic")
+        recheck.recheck("exp003:logistic")
 
 
 @pytest.fixture
@@ -308,19 +321,19 @@ def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
     )
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
     facts = artifacts.read_json(rehearse.file_of("exp001"))
-    assert facts["apart"] <= 1e-5 and "hidden set of 41 rows" in capsys.readouterr().out
-    verify.verify("exp001")
-    assert "predicted 8 rows again through 5 of 5 checkpoints" in capsys.readouterr().out
+    assert facts["max_difference"] <= 1e-5 and "hidden set of 41 rows" in capsys.readouterr().out
+    recheck.recheck("exp001")
+    assert "predicted 8 rows again with 5 of 5 checkpoints" in capsys.readouterr().out
 
     # Not vacuous: stored values that are a ten-thousandth too large are found by both.
     for place in (bank.folder("exp001"), *(paths.fold_folder("exp001", 0, n) for n in range(split.count))):
         kept = bank.read(place / "test.arrow", table, split)
         large = {"label": kept.heads["label"] * np.float32(1.0001)}
         bank.write(place / "test.arrow", predictions.PredictionSet(kept.row, None, large, kept.meta))
-    with pytest.raises(UserError, match=r"exp001, seed 0, fold 0, row .* stored, the checkpoint says"):
-        verify.verify("exp001")
+    with pytest.raises(UserError, match=r"exp001, seed 0, fold 0, row .*: the stored prediction is"):
+        recheck.recheck("exp001")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
-    assert "something else than what is stored, by up to 1.0e-04" in capsys.readouterr().err
+    assert "differ from the stored ones by up to 1.0e-04" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -333,7 +346,7 @@ def test_two_gpus_share_the_rows(trained: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     kernel.build("blend001")
     facts = rehearse.rehearse("blend001")
-    assert facts["cards"] == 2 and facts["apart"] <= 1e-5
+    assert facts["gpus"] == 2 and facts["max_difference"] <= 1e-5
 
 
 @pytest.mark.slow
@@ -369,7 +382,7 @@ def test_without_namespaces_it_is_weaker_and_what_it_found_is_refused(
     other = {name: values[::-1].copy() for name, values in said.heads.items()}
     bank.write(file, predictions.PredictionSet(said.row, None, other, said.meta))
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
-    assert "something else than what is stored" in capsys.readouterr().err
+    assert "differ from the stored ones" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -389,9 +402,9 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
     artifacts.write_json(
         rehearse.file_of("blend001"),
         {
-            "seconds_an_image": {"exp001": 0.1, "exp001:tta-identity-hflip": 0.2},
+            "seconds_per_image": {"exp001": 0.1, "exp001:tta-identity-hflip": 0.2},
             "hidden_rows": 36000,
-            "start": 60.0,
+            "start_seconds": 60.0,
         },
     )
     assert budget.fit("blend001", "4h") == "blend001"
@@ -409,11 +422,15 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
         paths.ensemble_folder("blend001-150m") / "apply.json"
     ).exists()
     assert cli.main(["kernel", "blend001", "--budget", "10m"]) == 2
-    assert "are not enough" in capsys.readouterr().err
+    assert "even with one member" in capsys.readouterr().err
     assert cli.main(["kernel", "blend001", "--budget", "soon"]) == 2
     artifacts.write_json(
         rehearse.file_of("exp001:tta-identity-hflip"),
-        {"seconds_an_image": {"exp001:tta-identity-hflip": 0.2}, "hidden_rows": 36000, "start": 60.0},
+        {
+            "seconds_per_image": {"exp001:tta-identity-hflip": 0.2},
+            "hidden_rows": 36000,
+            "start_seconds": 60.0,
+        },
     )
     assert budget.fit("exp001:tta-identity-hflip", "90m") == "exp001"
 
@@ -423,7 +440,7 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
 
 def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
     """The wheel is a real one: unpacked by itself it is the same timm."""
-    assert kernel.needed() == ["timm"]
+    assert wheels.of_imports() == ["timm"]
     (tmp_path / "no suffix").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
     for name, reader in (
         ("train/1.png", []),
@@ -431,14 +448,14 @@ def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
         ("train/1.JPG", ["simplejpeg"]),
         ("no suffix", ["simplejpeg"]),
     ):
-        assert kernel.readers(Samples(pd.DataFrame({"images": [[name]]}), (), ""), tmp_path) == reader
+        assert wheels.of_images(Samples(pd.DataFrame({"images": [[name]]}), (), ""), tmp_path) == reader
     (tmp_path / "wheels").mkdir()
-    wheel = kernel._wheel(tmp_path / "wheels", "timm")
+    wheel = wheels._wheel(tmp_path / "wheels", "timm")
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
         assert "timm/models/resnet.py" in names and not any(
             name.endswith(".pyc") or ".." in name for name in names
         )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.engine.deliver import kernel_predict; from pathlib import Path; kernel_predict._installed = lambda name: None; before = sys.path[0]; kernel_predict.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.engine.deliver import kernel_inputs; from pathlib import Path; kernel_inputs._installed_version = lambda name: None; before = sys.path[0]; kernel_inputs.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "comp-wheels-" in done.stdout

@@ -182,8 +182,7 @@ def test_rows_gathered_into_one_sample_keep_a_crop_each(empty: Path, monkeypatch
 
 
 def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comp import submission
-    from comp.engine.deliver import kernel, kernel_predict
+    from comp.engine.deliver import dry_run, kernel, kernel_inputs, kernel_models, kernel_predict, wheels
     from comp.engine.run import runner
 
     slides(empty)
@@ -195,8 +194,8 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     stored = bank.load("exp001", "test", table, split)
     left, right = stored.heads["label"]
     assert np.abs(left - right).max() > 1e-3, "two rows of one file, and two predictions"
-    submitted = submission.dry_run("exp001").read_bytes()
-    monkeypatch.setattr(kernel, "needed", list)
+    submitted = dry_run.write("exp001").read_bytes()
+    monkeypatch.setattr(wheels, "of_imports", list)
     bundle = kernel.build("exp001") / "bundle"
     about = json.loads((bundle / "bundle.json").read_text())
     monkeypatch.setenv("COMP_ROOT", str(bundle))
@@ -204,13 +203,13 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     base = config(experiment="base")
     home = base.competition.model_copy(update={"raw": str(empty / "data/raw")})
     at_home = base.model_copy(update={"competition": home})
-    hidden = kernel_predict.test_rows(
-        at_home, tuple(map(kernel_predict._head, about["heads"])), about["multi_image"]
+    hidden = kernel_inputs.test_rows(
+        at_home, tuple(map(kernel_inputs.head_of, about["heads"])), about["multi_image"]
     )
-    said, damaged, _ = kernel_predict.everything(about, home, hidden, hidden.positions("test"))
+    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, hidden.positions("test"))
     assert not damaged and said["exp001"]["label"] == pytest.approx(stored.heads["label"], abs=1e-5)
     assert (
-        kernel_predict.written(at_home, hidden, "exp001", said["exp001"], bundle / "working").read_bytes()
+        kernel_predict.write(at_home, hidden, "exp001", said["exp001"], bundle / "working").read_bytes()
         == submitted
     )
 

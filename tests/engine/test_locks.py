@@ -300,7 +300,7 @@ def test_a_study_takes_up_trials_of_the_dead_alone(
     worker: Callable[[], str], silent: bool, dead: bool
 ) -> None:
     trial: Any = SimpleNamespace(user_attrs={"worker": worker()}, _trial_id=3)
-    assert study._dead(trial, {3} if silent else set()) == dead
+    assert study._is_dead(trial, {3} if silent else set()) == dead
 
 
 # The modules that take a lock or refuse because of one -> the verbs that come to it.

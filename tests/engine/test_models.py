@@ -16,7 +16,7 @@ from torch import nn
 
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
-from comp.engine.deliver import kernel, verify
+from comp.engine.deliver import bundle, kernel, recheck
 from comp.engine.errors import UserError
 from comp.engine.extras import (
     explain,
@@ -282,9 +282,7 @@ def test_a_head_on_frozen_features_reproduces_its_stored_predictions(project: Pa
     """Blends, the recheck and kernels use it like a checkpoint."""
     (project / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
     features.features("exp003", ["machine.num_workers=0", "machine.progress=false"], "logistic")
-    (leaf,) = kernel.leaves_of("exp003:logistic")
-    assert leaf["checkpoints"] == [(0, f"{fold}/logistic") for fold in range(5)] and leaf["tta"] == [
-        "identity"
-    ]
-    assert all(artifacts.manifest_entry(file) for file in kernel.weights_of(leaf))
-    verify.verify("exp003:logistic")
+    (run,) = kernel.member_runs("exp003:logistic")
+    assert run["checkpoints"] == [(0, f"{fold}/logistic") for fold in range(5)] and run["tta"] == ["identity"]
+    assert all(artifacts.manifest_entry(file) for file in bundle.weights_of(run))
+    recheck.recheck("exp003:logistic")

@@ -90,7 +90,7 @@ def test_what_is_too_old_says_which_and_how(
 
 def test_floors_are_those_of_pyproject() -> None:
     listed = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    needs = {need for verb in cli.VERBS.values() for need in verb.needs} | set(kaggle.NEEDS)
+    needs = {need for verb in cli.VERBS.values() for need in verb.needs} | set(kaggle.REQUIREMENTS)
     assert needs <= set(listed)
     training = [verb.needs for verb in cli.VERBS.values() if verb.chapter == "training"]
     assert len(training) == 10 and set(training) == {command.TRAINING}

@@ -56,7 +56,7 @@ def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.Captur
     assert len(server.kernels[slug]["versions"]) == 1 and len(server.datasets[slug]["notes"]) == 1
 
 
-WORDS = {401: "credentials", 403: "403", 404: "404", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
+WORDS = {401: "credentials", 403: "403", 404: "404", 429: "too many requests", 500: "server error", "drop": "no answer"}  # fmt: skip
 # Each step with every failure in a row. A dataset that is not there is no failure; a failed upload the client itself tries again.
 STEPS = {
     "GetSubmissionLimits": (403,),
@@ -115,8 +115,8 @@ def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order in which one push may meet them; after each the same command goes on, and sends nothing twice."""
-    monkeypatch.setattr(push, "PATIENCE", 60.0)
-    monkeypatch.setattr(push.submit, "PATIENCE", 30.0)
+    monkeypatch.setattr(push, "TIMEOUT", 60.0)
+    monkeypatch.setattr(push.submit, "TIMEOUT", 30.0)
 
     def refused(word: str) -> None:
         assert pushes() == 2
@@ -124,7 +124,7 @@ def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
         assert word in said and len(said.splitlines()) == 1, said
 
     server.allowed = 0
-    refused("daily limit is reached; the next one is free at 00:00 UTC")
+    refused("daily limit is reached; the next submission is possible at 00:00 UTC")
     assert not server.datasets and not server.uploads
     server.allowed, server.dataset_states = 5, ["BLOBS_RECEIVED"]
     refused("still blobs_received after")
@@ -152,12 +152,12 @@ def test_a_dataset_that_kaggle_could_not_take_is_uploaded_anew(
 ) -> None:
     server.dataset_states = ["FAILED", "READY"]
     assert pushes() == 2
-    assert "could not take it (failed)" in capsys.readouterr().err
+    assert "could not process it (failed)" in capsys.readouterr().err
     server.fail["CreateDatasetVersion"] = ["after"]
     assert pushes() == 2, "an answer that is lost"
     assert pushes() == 0
     (found,) = server.datasets.values()
-    assert [each["number"] for each in ledger.things(("dataset",), "practice")] == [1, 2]
+    assert [each["number"] for each in ledger.entries(("dataset",), "practice")] == [1, 2]
     assert len(found["notes"]) == 2 and found["files"][0] == found["files"][1]
 
 
@@ -184,7 +184,7 @@ def test_invalid_sources_and_a_cut_upload_are_errors(
 ) -> None:
     server.short = [5]
     assert pushes() == 2
-    assert "parts arrived" in capsys.readouterr().err and not server.datasets
+    assert "files and folders arrived" in capsys.readouterr().err and not server.datasets
     server.invalid = {"invalidDatasetSources": [f"{USER}/comp-practice-exp001"]}
     assert pushes() == 2
     assert f"not to be had: dataset {USER}/comp-practice-exp001" in capsys.readouterr().err
@@ -224,7 +224,7 @@ def killed(where: str) -> Callable[[], object]:
             "it runs": (kaggle_datasets, "kernel_status", die),
             "before the submission": (kaggle, "submit_kernel", die),
             "submitted": (kaggle, "submit_kernel", after(kaggle.submit_kernel)),
-            "waiting for the score": (push.submit, "scored", die),
+            "waiting for the score": (push.submit, "wait_for_score", die),
         }
         module, name, function = places[where]
         setattr(module, name, function)

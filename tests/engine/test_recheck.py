@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_submission import refusal
 
-from comp.engine.deliver.recheck import Checkpoint, recheck
+from comp.engine.deliver.recheck import Checkpoint, compare
 
 # --- predicting again --------------------------------------------------------------------------------------------------------
 
@@ -26,15 +26,15 @@ def test_recheck_asks_for_eight_rows_of_at_most_ten_checkpoints_and_always_the_s
         asked[checkpoint] = rows.tolist()
         return kept[checkpoint][1][rows] + 5e-6
 
-    line = recheck("blend", kept, again, lambda checkpoint: 1e-5, ids)
+    line = compare("blend", kept, again, lambda checkpoint: 1e-5, ids)
     assert "8 rows" in line and "10 of 15" in line
     assert len(asked) == 10 and all(rows == next(iter(asked.values())) for rows in asked.values())
     assert len(set(next(iter(asked.values())))) == 8
     first = dict(asked)
-    recheck("blend", kept, again, lambda checkpoint: 1e-5, ids)
+    compare("blend", kept, again, lambda checkpoint: 1e-5, ids)
     assert asked == first
     asked.clear()
-    recheck("other", kept, again, lambda checkpoint: 1e-5, ids)
+    compare("other", kept, again, lambda checkpoint: 1e-5, ids)
     assert asked != first
 
 
@@ -50,15 +50,15 @@ def test_recheck_refuses_naming_run_fold_id_and_both_values(off: float) -> None:
             values[5, 1] += off
         return values
 
-    line = refusal(lambda: recheck("exp001", kept, again, lambda checkpoint: 1e-5, ids))
+    line = refusal(lambda: compare("exp001", kept, again, lambda checkpoint: 1e-5, ids))
     value = kept[Checkpoint("exp001", 0, 2)][1][culprit["row"], 1]
     for word in ("exp001", "fold 2", f"'id{culprit['row']}'", f"{value:.9g}", f"{value + off:.9g}"):
         assert word in line
     if off == 2e-5:
-        recheck("exp001", kept, again, lambda checkpoint: 1e-3, ids)
+        compare("exp001", kept, again, lambda checkpoint: 1e-3, ids)
 
 
 def test_recheck_of_nothing_is_no_recheck() -> None:
-    assert "no stored checkpoint" in refusal(
-        lambda: recheck("exp001", {}, lambda c, rows: np.zeros((0, 1)), lambda c: 1e-5, [])
+    assert "checkpoints is on this machine" in refusal(
+        lambda: compare("exp001", {}, lambda c, rows: np.zeros((0, 1)), lambda c: 1e-5, [])
     )

@@ -18,7 +18,7 @@ from comp import submission
 from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
-from comp.engine.deliver import kernel, submit
+from comp.engine.deliver import kernel, ledger, submit, wheels
 from comp.engine.ensemble import blend, latency
 from comp.engine.run import runner, tracking
 from comp.engine.store import artifacts, paths
@@ -122,9 +122,9 @@ def test_it_is_submitted_without_a_cv_and_that_is_said(
     (line,) = [line for line in out.splitlines() if line.startswith(f"{name}: trained on all rows")]
     assert "no CV" in line and "comp train x" in line
     assert len(paths.submission_file(name.replace(":", "-")).read_text().splitlines()) == 41
-    facts = submit.facts(config(), name)
-    assert facts["cv"] is None and facts["honest"] is None
-    submit.refuse_worse(name, [])
+    facts = ledger.describe(config(), name)
+    assert facts["cv"] is None and facts["nested"] is None
+    submit.validate_score(name, [])
 
 
 def test_it_is_predicted_again_under_other_views(refit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +138,7 @@ def test_it_is_predicted_again_under_other_views(refit: Path, capsys: pytest.Cap
 
 
 def test_it_is_bundled(refit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "needed", list)
+    monkeypatch.setattr(wheels, "of_imports", list)
     bundle = kernel.build("x:full-snap1") / "bundle"
     files = [str(file.relative_to(bundle)) for file in bundle.rglob("weights.safetensors")]
     assert files == ["runs/x/seed0/foldfull/snap1/weights.safetensors"]

@@ -12,10 +12,10 @@ import torch
 from conftest import config
 from torch.nn import functional as F
 
-from comp import metrics, models, predict, submission
+from comp import metrics, models, predict
 from comp.engine.bank import bank, thresholds
 from comp.engine.data import folds, make_folds, prepare, samples
-from comp.engine.deliver import kernel, kernel_predict
+from comp.engine.deliver import dry_run, kernel, kernel_inputs, kernel_models, kernel_predict, wheels
 from comp.engine.ensemble.blend import blend
 from comp.engine.errors import UserError
 from comp.engine.run import knn, loading, metric_learning, predict_run, runner
@@ -289,10 +289,10 @@ def test_the_whole_road_from_training_to_the_kernel(
     (root / "configs/ensembles/b.yaml").write_text("members: [x, y]\nmethod: mean\n")
     blend("b")
     for name in ("x", "b"):
-        submission.dry_run(name)
+        dry_run.write(name)
         assert map_at_5(root / f"submissions/{name}.csv", answers) > 0.7
     # the same from what a kernel carries, with nothing of the project beside it
-    monkeypatch.setattr(kernel, "needed", list)
+    monkeypatch.setattr(wheels, "of_imports", list)
     bundle = kernel.build("b") / "bundle"
     stored, submitted = bank.load("b", "test", table, split), (root / "submissions/b.csv").read_bytes()
     (root / "runs").rename(root / "gone")
@@ -300,18 +300,18 @@ def test_the_whole_road_from_training_to_the_kernel(
     paths.root.cache_clear()
     about = artifacts.read_json(bundle / "bundle.json")
     home = cfg.competition.model_copy(update={"raw": str(root / "data/raw")})
-    hidden = kernel_predict.test_rows(
+    hidden = kernel_inputs.test_rows(
         cfg.model_copy(update={"competition": home}),
-        (kernel_predict._head(about["heads"][0]),),
+        (kernel_inputs.head_of(about["heads"][0]),),
         about["multi_image"],
     )
     rows = hidden.positions("test")
-    said, damaged, _ = kernel_predict.everything(about, home, hidden, rows)
+    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
     assert not damaged
-    there = kernel_predict.together("b", said, hidden.frame.iloc[rows])
+    there = kernel_predict.blend("b", said, hidden.frame.iloc[rows])
     assert there["Id"] == pytest.approx(stored.heads["Id"], abs=1e-4)
     at_home = cfg.model_copy(update={"competition": home})
-    assert kernel_predict.written(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
+    assert kernel_predict.write(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
 
 
 def test_rows_of_the_unknown_class_do_not_teach(tails: tuple[Path, dict[str, str]]) -> None:

@@ -19,48 +19,48 @@ from comp.engine.tune import space, study_config
 RATE = "  optim.lr: {low: 1e-4, high: 1e-2, log: true}\n"
 MISTAKES = {
     # what the file says: what the answer must contain
-    "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; the nearest is optim.lr",
-    "search:\n  optim: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim: is a section; say which of optim.name",
+    "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; did you mean optim.lr?",
+    "search:\n  optim: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim: is a section; name one of its knobs: optim.name",
     "search:\n  competition.metric: [accuracy, log_loss]\n": "competition.metric: changes what is scored",
-    "search:\n  machine.num_workers: [1, 2]\n": "machine.num_workers: is useless here, it changes no result",
-    "search:\n  train.seeds: [[0], [1]]\n": "train.seeds: is useless here",
-    "search:\n  train.threads: {low: 1, high: 4}\n": "train.threads: is useless here, it changes nothing but the last digit",
+    "search:\n  machine.num_workers: [1, 2]\n": "machine.num_workers: cannot be searched, it changes no result",
+    "search:\n  train.seeds: [[0], [1]]\n": "train.seeds: cannot be searched",
+    "search:\n  train.threads: {low: 1, high: 4}\n": "train.threads: cannot be searched, it changes only rounding errors",
     "search:\n  optim.lr: 3e-4\n": "optim.lr: 0.0003 must be {low: …, high: …} or a list of choices",
-    "search:\n  optim.lr: {lo: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.lr: lo: no such word; the nearest is low",
-    "search:\n  optim.lr: {log: true}\n": "optim.lr: wants either low and high, or choices",
-    "search:\n  optim.lr: {low: 1e-4, high: 1, choices: [1, 2]}\n": "optim.lr: wants either low and high, or choices",
+    "search:\n  optim.lr: {lo: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.lr: lo: no such key; did you mean low?",
+    "search:\n  optim.lr: {log: true}\n": "optim.lr: needs either low and high, or choices",
+    "search:\n  optim.lr: {low: 1e-4, high: 1, choices: [1, 2]}\n": "optim.lr: needs either low and high, or choices",
     "search:\n  optim.lr: {low: 1e-4}\n": "optim.lr: high is missing",
     "search:\n  optim.lr: {low: 1e-2, high: 1e-4}\n": "optim.lr: low 0.01 must be below high 0.0001",
     "search:\n  optim.lr: {low: small, high: 1e-4}\n": "optim.lr: low: 'small' must be a number",
     "search:\n  optim.lr: {low: 1e-4, high: .inf}\n": "optim.lr: high: inf must be a number",
-    "search:\n  optim.lr: {low: 0, high: 1e-2, log: true}\n": "optim.lr: a log range must begin above 0, not at 0",
+    "search:\n  optim.lr: {low: 0, high: 1e-2, log: true}\n": "optim.lr: low must be above 0 for a log range, not 0",
     "search:\n  optim.lr: {low: 1e-4, high: 1e-2, log: yes}\n": "optim.lr: log: 'yes' must be true or false",
-    "search:\n  optim.lr: {low: 1e-4, high: 1e-2, log: true, step: 1e-3}\n": "optim.lr: log and step exclude each other",
+    "search:\n  optim.lr: {low: 1e-4, high: 1e-2, log: true, step: 1e-3}\n": "optim.lr: log and step cannot be combined",
     "search:\n  model.drop_rate: {low: 0, high: 0.5, step: 0.7}\n": "model.drop_rate: step: 0.7 must be above 0 and at most 0.5",
-    "search:\n  train.epochs: {low: 4, high: 8.5}\n": "train.epochs: high: 8.5 must be a whole number",
-    "search:\n  model.name: {low: 1, high: 2}\n": "model.name: is no number; give a list of choices",
+    "search:\n  train.epochs: {low: 4, high: 8.5}\n": "train.epochs: high: 8.5 must be an integer",
+    "search:\n  model.name: {low: 1, high: 2}\n": "model.name: is not a number; give a list of choices",
     "search:\n  model.name: [resnet18]\n": "model.name: choices: ['resnet18'] must be a list of two or more",
-    "search:\n  model.name: [resnet18, resnet18]\n": "model.name: choices: 'resnet18' stands there twice",
+    "search:\n  model.name: [resnet18, resnet18]\n": "model.name: choices: 'resnet18' is there twice",
     "search:\n  model.name: {choices: [a, b], log: true}\n": "model.name: log is for ranges",
     "search:\n  optim.clip_mode: [norm, vlaue]\n": "optim.clip_mode: input should be 'norm', 'value' or 'agc', not 'vlaue' (text); the nearest is value",
     "search:\n  model.drop_rate: {low: 0, high: 1.5}\n": "odd.yaml:2: model.drop_rate: input should be less than 1, not 1.5",
     "search:\n  schedule.warmup: {low: 0, high: 99}\n": "schedule.warmup: 99.0 epochs are shortened to half of train.epochs",
     f"search:\n{RATE}  optim.clip_grad: {{low: 1, high: 2, when: {{optim.nam: sgd}}}}\n": "optim.clip_grad: when: optim.nam is not searched",
     f"search:\n{RATE}  optim.clip_grad: {{low: 1, high: 2, when: {{optim.lr: 1}}}}\n": "optim.clip_grad: when: optim.lr is a range",
-    "search:\n  optim.name: [adamw, sgd]\n  optim.clip_grad: {low: 1, high: 2, when: {optim.name: sg}}\n": "optim.name is never 'sg'; the nearest is sgd",
-    "search:\n  optim.name: {choices: [adamw, sgd], when: {optim.name: sgd}}\n": "optim.name: when: asks for itself",
+    "search:\n  optim.name: [adamw, sgd]\n  optim.clip_grad: {low: 1, high: 2, when: {optim.name: sg}}\n": "'sg' is not a choice of optim.name; did you mean sgd?",
+    "search:\n  optim.name: {choices: [adamw, sgd], when: {optim.name: sgd}}\n": "optim.name: when: names the knob itself",
     "search:\n  optim.name: {choices: [adamw, sgd], when: {train.amp: fp32}}\n"
-    "  train.amp: {choices: [fp32, bf16], when: {optim.name: sgd}}\n": "when: the conditions go round in a circle",
-    f"search:\n{RATE}sampler: tpee\n": "odd.yaml:3: sampler: 'tpee' is none of tpe, gp, cmaes, qmc, random, grid; the nearest is tpe",
+    "  train.amp: {choices: [fp32, bf16], when: {optim.name: sgd}}\n": "when: the conditions form a cycle",
+    f"search:\n{RATE}sampler: tpee\n": "odd.yaml:3: sampler: 'tpee' is none of tpe, gp, cmaes, qmc, random, grid; did you mean tpe?",
     f"search:\n{RATE}pruner: mediann\n": "pruner: 'mediann' is none of median",
     f"search:\n{RATE}objectives: [speed]\n": "objectives: ['speed'] must be [score] or [score, time]",
-    f"search:\n{RATE}objectives: [score, time]\n": "pruner: median compares one number, there are two objectives",
-    f"search:\n{RATE}sampler: grid\n": "sampler: grid wants a step or choices for optim.lr",
-    "search:\n  model.name: [a, b]\nsampler: cmaes\n": "sampler: cmaes knows no choices like model.name",
-    f"search:\n{RATE}folds: 9\n": "folds: 9 must be a whole number from 1 to 5",
-    f"search:\n{RATE}trials: many\n": "trials: 'many' must be a whole number",
-    f"search:\n{RATE}serch: 1\n": "odd.yaml:3: serch: no such key; the nearest is search",
-    "search: {}\n": "odd.yaml:1: search: wants lines like",
+    f"search:\n{RATE}objectives: [score, time]\n": "pruner: median supports one objective only; set pruner: none",
+    f"search:\n{RATE}sampler: grid\n": "sampler: grid needs a step or choices for optim.lr",
+    "search:\n  model.name: [a, b]\nsampler: cmaes\n": "sampler: cmaes does not support choices, like those of model.name",
+    f"search:\n{RATE}folds: 9\n": "folds: 9 must be an integer from 1 to 5",
+    f"search:\n{RATE}trials: many\n": "trials: 'many' must be an integer",
+    f"search:\n{RATE}serch: 1\n": "odd.yaml:3: serch: no such key; did you mean search?",
+    "search: {}\n": "odd.yaml:1: search: no knobs; add lines like",
     f"search:\n{RATE}{RATE}": "stands here for the second time, first on line 2",
     "search:\n  optim.lr: {low: 1e-4, high: 1e-2\n": "odd.yaml:3: is not YAML",
     "- optim.lr\n": "a list of `key: value` lines is wanted",
@@ -115,8 +115,8 @@ def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
         (["--export", "exp014", "--hours", "1"], "--hours: has no effect with --export"),
         (["--confirm", "3", "--on", "local"], "--on: has no effect with --confirm"),
         (["--trial", "7"], "--trial: has no effect without --export NAME"),
-        (["--hours", "1", "--until", "07:30"], "--hours and --until exclude each other"),
-        (["--until", "half past seven"], "a time of day is written like 07:30"),
+        (["--hours", "1", "--until", "07:30"], "--hours: cannot be combined with --until"),
+        (["--until", "half past seven"], "--until half past seven: not a time of day; write it like 07:30"),
     ],
 )
 def test_arguments_that_do_not_go_together(
@@ -130,7 +130,7 @@ def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "quick.yaml").write_text(f"search:\n{RATE}")
     with pytest.raises(
-        UserError, match=r"--space quik: there is no configs/tune/quik.yaml; the nearest is quick"
+        UserError, match=r"--space quik: there is no configs/tune/quik.yaml; did you mean quick\?"
     ):
         study_config.read("quik", config(), "exp001")
 
@@ -139,11 +139,11 @@ def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
 def test_every_space_that_ships_loads(empty: Path, name: str) -> None:
     shutil.copytree(HERE / "configs" / "tune", empty / "configs" / "tune")
     loaded = study_config.read(name, config(), "exp001")
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(20):
-        setting = loaded.drawn(chance)
-        assert loaded.fitted(setting) == setting
-        space.applied(config(), setting)
+        setting = loaded.sample(rng)
+        assert loaded.restrict(setting) == setting
+        space.with_setting(config(), setting)
 
 
 def test_what_a_condition_asks_for_comes_first(empty: Path) -> None:
@@ -153,6 +153,6 @@ def test_what_a_condition_asks_for_comes_first(empty: Path) -> None:
     )
     loaded = study_config.read("s", config(), "exp001")
     assert [knob.key for knob in loaded.knobs] == ["optim.name", "optim.momentum"]
-    drawn = [loaded.drawn(random.Random(seed)) for seed in range(20)]
+    drawn = [loaded.sample(random.Random(seed)) for seed in range(20)]
     assert {len(setting) for setting in drawn} == {1, 2}
     assert all(("optim.momentum" in setting) == (setting["optim.name"] == "sgd") for setting in drawn)

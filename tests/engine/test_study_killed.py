@@ -21,7 +21,8 @@ from comp.engine import hardware
 from comp.engine.run import loading, tracking
 from comp.engine.store import paths, process
 from comp.engine.tune import search, study, trial
-from comp.engine.tune.study import Joined
+from comp.engine.tune.open_study import open_study
+from comp.engine.tune.study import OpenStudy
 
 SPACE = "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\n"
 TINY = [
@@ -100,30 +101,30 @@ def dying(after: int) -> None:
 def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[[], None]:
     def work() -> None:
         began = time.monotonic()  # everything is imported
-        joined = search.join("exp001", TINY, "s", storage, total)
+        opened = open_study("exp001", TINY, "s", storage, total)
         dying(after)
-        told, requeue = trial._tell, study.requeue
+        told, requeue = trial._tell, study.requeue_dead
 
-        def requeued(joined: Joined) -> list[int]:
-            dead = requeue(joined)
+        def requeued(opened: OpenStudy) -> list[int]:
+            dead = requeue(opened)
             note(book, dead=dead, seconds=time.monotonic() - began)
-            study.requeue = requeue
+            study.requeue_dead = requeue
             return dead
 
-        study.requeue = requeued
+        study.requeue_dead = requeued
 
-        def tell(joined: Joined, which: Any, state: TrialState, values: list[float] | None = None) -> None:
-            told(joined, which, state, values)
+        def tell(opened: OpenStudy, which: Any, state: TrialState, values: list[float] | None = None) -> None:
+            told(opened, which, state, values)
             note(book, number=which.number, state=state.name, values=values)
 
         trial._tell = tell  # type: ignore[assignment]
-        search._work(joined, hardware.Stop(), float("inf"))
+        search._run_trials(opened, hardware.Stop(), float("inf"))
 
     return work
 
 
-def looked_at(storage: str | None) -> Joined:
-    return search.join("exp001", TINY, "s", storage, ENDLESS)
+def looked_at(storage: str | None) -> OpenStudy:
+    return open_study("exp001", TINY, "s", storage, ENDLESS)
 
 
 def kill(storage: str | None, book: Path, kills: int) -> set[int]:
@@ -146,12 +147,12 @@ def kill(storage: str | None, book: Path, kills: int) -> set[int]:
 def check(storage: str | None, book: Path, kills: int) -> None:
     looked_at(storage)
     dead = kill(storage, book, kills)
-    spent = len(study.counted(looked_at(storage).study.get_trials()))
+    spent = len(study.budgeted(looked_at(storage).study.get_trials()))
     last = [begun(worker(storage, book, spent + WORKERS, ENDLESS)) for _ in range(WORKERS)]
     assert [os.waitpid(child, 0)[1] for child in last] == [0] * WORKERS
 
-    joined = looked_at(storage)
-    trials = joined.study.get_trials()
+    opened = looked_at(storage)
+    trials = opened.study.get_trials()
     assert [t.number for t in trials] == list(range(len(trials))), "a number twice, or none"
     assert not [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
     noted = [json.loads(line) for line in book.read_text().splitlines()]
@@ -181,8 +182,8 @@ def check(storage: str | None, book: Path, kills: int) -> None:
             )  # as far as it was drawn
 
     done = [t for t in trials if t.state == TrialState.COMPLETE]
-    assert len(done) >= WORKERS and joined.study.best_value == max(t.values[0] for t in done)
-    ended = [t for t in study.counted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(done) >= WORKERS and opened.study.best_value == max(t.values[0] for t in done)
+    ended = [t for t in study.budgeted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(ended) == spent + WORKERS, "the budget is the study's, whoever dies"
 
 
@@ -204,7 +205,7 @@ def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str |
         os.close(gate[1])
         os.close(hold[1])
         os.read(gate[0], 1)  # until it is closed
-        found = study.take(looked_at(storage))
+        found = study.next_trial(looked_at(storage))
         assert found is not None
         os.write(taken[1], f"{found[0].number}\n".encode())
         os.read(hold[0], 1)
@@ -218,12 +219,14 @@ def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str |
         assert more, "one of them ended early"
         said += more
     assert sorted(map(int, said.split())) == list(range(8))
-    joined = looked_at(storage)
-    assert study.requeue(joined) == [], "all of them live"
+    opened = looked_at(storage)
+    assert study.requeue_dead(opened) == [], "all of them live"
     os.close(hold[1])
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
-    assert study.requeue(joined) == list(range(8)), "all of them are dead now, and each has one successor"
-    assert study.requeue(joined) == []
+    assert study.requeue_dead(opened) == list(range(8)), (
+        "all of them are dead now, and each has one successor"
+    )
+    assert study.requeue_dead(opened) == []
 
 
 def test_a_machine_counts_as_dead_by_its_silence(
@@ -231,14 +234,14 @@ def test_a_machine_counts_as_dead_by_its_silence(
 ) -> None:
     from sqlalchemy import text
 
-    joined = looked_at(storage)
+    opened = looked_at(storage)
     with monkeypatch.context() as there:
-        there.setattr(process, "me", lambda: f"00000000-00000000-1-{os.getpid()}-1")
-        assert study.take(joined) is not None
-    assert study.requeue(joined) == [], "it has beaten just now"
-    with joined.storage.engine.begin() as connection:
+        there.setattr(process, "own_id", lambda: f"00000000-00000000-1-{os.getpid()}-1")
+        assert study.next_trial(opened) is not None
+    assert study.requeue_dead(opened) == [], "it has beaten just now"
+    with opened.storage.engine.begin() as connection:
         connection.execute(text("update trial_heartbeats set heartbeat = '2020-01-01 00:00:00'"))
-    assert study.requeue(joined) == [0]
+    assert study.requeue_dead(opened) == [0]
 
 
 @pytest.mark.slow  # where the extras are
@@ -248,9 +251,9 @@ def test_a_database_that_does_not_answer_is_one_line(tuned: Path, capsys: pytest
     pytest.importorskip("psycopg")
     nowhere = "postgresql://comp@/postgres?host=/nowhere"
     assert cli.main(["tune", "exp001", "--space", "s", "--storage", nowhere, *TINY]) == 2
-    assert "--storage: the database does not answer: " in capsys.readouterr().err
+    assert "--storage: cannot connect to the database: " in capsys.readouterr().err
     assert cli.main(["tune", "exp001", "--space", "s", "--storage", "mysql://x", *TINY]) == 2
-    assert "wants postgresql://user@host/database" in capsys.readouterr().err
+    assert "must be postgresql://user@host/database" in capsys.readouterr().err
     assert not paths.study_folder("exp001-s").exists() or not list(
         paths.study_folder("exp001-s").glob("*.db")
     )

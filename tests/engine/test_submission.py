@@ -22,7 +22,8 @@ from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.samples import Samples
-from comp.engine.deliver.validate import validate
+from comp.engine.deliver import dry_run
+from comp.engine.deliver.validate import validate_file
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
@@ -55,7 +56,7 @@ class Case:
         rules = self.cfg.competition.submission
         classes = [each for head in self.table.heads for each in head.classes]
         assert isinstance(rules.form, str)
-        validate(file, self.sample, rules.form, rules.range, rules.form == "probabilities", classes)
+        validate_file(file, self.sample, rules.form, rules.range, rules.form == "probabilities", classes)
 
 
 def lay_out(
@@ -304,8 +305,8 @@ def test_from_the_bank_by_name(empty: Path) -> None:
     )
     scored("exp001", {})
     bank.write(paths.run_folder("exp001") / "test.arrow", whole)
-    assert submission.dry_run("exp001").read_bytes() == lay.write(whole, "again").read_bytes()
-    assert "exp001" in refusal(lambda: submission.dry_run("exp01"))
+    assert dry_run.write("exp001").read_bytes() == lay.write(whole, "again").read_bytes()
+    assert "exp001" in refusal(lambda: dry_run.write("exp01"))
 
 
 # --- competition.py --------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_own_write_submission_is_written_without_index_and_validated(
         return mine(rows, prediction, sample).assign(image_id=range(8))
 
     for hook, words in (
-        (lambda rows, prediction, sample: sample, "is empty"),
+        (lambda rows, prediction, sample: sample, ": empty"),
         (lambda rows, prediction, sample: mine(rows, prediction, sample).iloc[::-1], "order"),
         (lambda rows, prediction, sample: sample.to_csv(), "DataFrame"),
         (numbered, "no such id"),

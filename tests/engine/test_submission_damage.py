@@ -36,7 +36,7 @@ def test_rows_never_predicted_are_refused_and_the_old_file_stays(case: Case) -> 
     assert repr(key) in refusal(lambda: case.write(prediction))
     whole = predictions(case)
     short = replace(whole, row=whole.row[1:], heads={name: v[1:] for name, v in whole.heads.items()})
-    assert "never predicted" in refusal(lambda: case.write(short))
+    assert "no prediction" in refusal(lambda: case.write(short))
     train = replace(whole, row=np.zeros_like(whole.row))
     assert "test rows" in refusal(lambda: case.write(train))
     assert file.read_bytes() == before
@@ -230,7 +230,7 @@ def test_every_damage_of_the_table_is_refused_naming_row_and_column(case: Case) 
         file.write_text(text_of(lines))
         line = refusal(lambda: case.validate(file))
         assert line.startswith("submissions/damaged.csv"), (name, line)
-        assert ("lies outside" in line) == (
+        assert ("is outside" in line) == (
             name.split()[0] in ("above", "below", "negative", "per", "logits")
         ), (name, line)
         if name in FORM_DAMAGE[case.form] or name.startswith("cell"):
@@ -298,15 +298,15 @@ def test_what_the_lines_say(empty: Path) -> None:
     good = list(csv.reader(lay.write(predictions(lay)).open(newline="")))
     file = paths.path("submissions", "damaged.csv")
     for name, words in {
-        ".jpg left on ids": ("suffix", "right is '0012'", "and 7 more"),
-        "leading zeros lost": ("leading zeros", "right is '0012'"),
-        "ids are floats": ("turned into a number", "right is '9'"),
+        ".jpg left on ids": ("suffix", "expected '0012'", "and 7 more"),
+        "leading zeros lost": ("leading zeros", "expected '0012'"),
+        "ids are floats": ("read as a number", "expected '9'"),
         "index column": ("index=False",),
         "missing row": ("row 'a_3'", "missing"),
-        "duplicate row": ("row '0007'", "line 3 already"),
+        "duplicate row": ("row '0007'", "duplicate of line 3"),
         "two rows exchanged": ("row 'a_3'", "'0007' here", "order"),
         "extra row": ("row 'unknown'", "no such id"),
-        "row too short": ("row '0100'", "column 'breed' has no cell"),
+        "row too short": ("row '0100'", "no cell for column 'breed'"),
     }.items():
         lines = [list(line) for line in good]
         TABLE_DAMAGE[name](lines)
@@ -317,7 +317,7 @@ def test_what_the_lines_say(empty: Path) -> None:
     for name, word in {
         "a BOM": "byte order mark",
         "windows line ends": r"\r",
-        "no last line end": "cut off",
+        "no last line end": "truncated",
     }.items():
         file.write_bytes(BYTE_DAMAGE[name](raw))
         assert word in refusal(lambda: lay.validate(file)), name

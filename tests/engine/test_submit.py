@@ -18,7 +18,7 @@ from kaggle_server import KEY, Server
 from test_download import at_kaggle
 
 from comp.engine import cli
-from comp.engine.deliver import kaggle, ledger, verify
+from comp.engine.deliver import kaggle, ledger, recheck
 from comp.engine.deliver import submit as send
 from comp.engine.ensemble.blend import blend
 from comp.engine.store import artifacts, paths
@@ -42,7 +42,7 @@ def sendable(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     entry = artifacts.read_json(paths.samples_file().parent / "manifest.json")
     entry["samples.parquet"]["sample"] = artifacts.sha256(raw / "sample_submission.csv")
     artifacts.write_json(paths.samples_file().parent / "manifest.json", entry)
-    monkeypatch.setattr(verify, "verify", lambda name: None)
+    monkeypatch.setattr(recheck, "recheck", lambda name: None)
     member(project, "exp001", noise=1.5, seed=1)
     member(project, "exp002", noise=1.2, seed=2)
     return project
@@ -98,7 +98,7 @@ def test_the_honest_score_counts(
     artifacts.add_to_manifest(file)
     assert submit("exp001") == 0
     assert submit("exp002") == 2
-    assert "scores 0.1 at home" in capsys.readouterr().err
+    assert "CV score 0.1 is worse" in capsys.readouterr().err
 
 
 def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture
     assert "daily limit" in capsys.readouterr().err and not server.submissions
 
 
-WORDS = {401: "credentials", 403: "practice/rules", 404: "no competition", 429: "patience", 500: "out of order", "drop": "no answer"}  # fmt: skip
+WORDS = {401: "credentials", 403: "practice/rules", 404: "no competition", 429: "too many requests", 500: "server error", "drop": "no answer"}  # fmt: skip
 READING = ("ListSubmissions", "GetSubmissionLimits")
 ONCE = ("StartSubmissionUpload", "CreateSubmission")
 # Quick: every failure at the first call, and one of a kind at the others. Slow: all of them everywhere.
@@ -225,7 +225,7 @@ def test_ctrl_c_while_waiting_says_who_picks_it_up(
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", pressed)
         assert submit() == 130
-    assert "submission 1000 is sent, and comp ledger picks its score up" in capsys.readouterr().err
+    assert "submission 1000 is sent; comp ledger fetches its score later" in capsys.readouterr().err
     assert cli.main(["ledger"]) == 0 and ledger.submissions("practice")[0]["public"] == 0.5
 
 
@@ -258,7 +258,7 @@ def killed(where: str) -> Callable[[], object]:
 
             ledger.add = booked
         elif where == "waiting":
-            send.scored = die
+            send.wait_for_score = die
         return submit()
 
     return run
@@ -371,7 +371,7 @@ def test_without_kaggle_the_book_is_shown_as_it_was(
     server.fail["ListSubmissions"] = [500] * 9
     assert cli.main(["ledger"]) == 2
     out = capsys.readouterr().out
-    assert "out of order" in out and "first try" in out
+    assert "server error" in out and "first try" in out
 
 
 def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
@@ -388,7 +388,7 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
     parts = [wandb_reader.read(folder) for folder in (sendable.root / "wandb").glob("offline-run-*")]
     (book,) = [part for part in parts if part.run.run_id == "submissions-practice"]
     assert book.run.job_type == "submit" and book.media("cv_against_leaderboard").exists()
-    assert book.summary["submissions"] == 2 and "final two: " in book.summary["said"]
+    assert book.summary["submissions"] == 2 and "final two: " in book.summary["summary"]
     assert "rank_correlation" in book.summary
     each = {part.run.display_name: part.summary["public"] for part in parts if part is not book}
     assert each == {"submit/exp001": 0.5, "submit/exp002": 0.5}
@@ -397,7 +397,7 @@ def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
 def test_rank_correlation_is_spearmans() -> None:
     from scipy.stats import spearmanr
 
-    from comp.engine.deliver.scores import rank_correlation
+    from comp.engine.deliver.leaderboard import rank_correlation
 
     a, b = np.array([1.0, 2, 2, 4, 5]), np.array([1.0, 3, 2, 2, 9])
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)

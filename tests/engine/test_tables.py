@@ -18,7 +18,7 @@ from test_layouts import declare, opened, prepared, put, refused
 
 from comp.engine.data import raw_tables
 from comp.engine.data.sample_submission import read_sample
-from comp.engine.deliver.cell_format import rules_of_cells
+from comp.engine.deliver.submission_format import cell_rules
 
 
 def test_annotations_of_one_picture_are_its_labels(empty: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_line_for_each_target_with_a_column_for_each_class(empty: Path) -> Non
     assert [line[0] for line in lines] == ["row_id", "q_right", "q_left", "p_left", "p_right"]
     cells = np.array([line[1:] for line in lines[1:]], float)
     assert np.allclose(cells, [[0.9375, 0.0625], [0.5, 0.5], [0.75, 0.25], [0.125, 0.875]])
-    assert rules_of_cells(
+    assert cell_rules(
         config(experiment="base").competition.submission,
         table.heads,
         read_sample(empty / "data/raw/sample.csv"),

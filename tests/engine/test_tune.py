@@ -23,7 +23,8 @@ from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import execute, fingerprint, loading, runner
 from comp.engine.store import paths
-from comp.engine.tune import confirm, confirmed, export, listing, live, report, search, study, trial
+from comp.engine.tune import confirm, export, live, objective, report, search, storage, study, trial
+from comp.engine.tune.open_study import open_study
 
 
 @pytest.fixture
@@ -35,19 +36,19 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
     tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "3", *SMALL]) == 0
-    joined = join()
-    trials = joined.study.get_trials(deepcopy=False)
-    ended = [t for t in study.counted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    opened = join()
+    trials = opened.study.get_trials(deepcopy=False)
+    ended = [t for t in study.budgeted(trials) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(ended) == 3
     assert trials[0].user_attrs["from"] == "exp001" and trials[0].params["optim.lr"] == 5e-3
     for name in ("history.png", "slice.png", "report.html"):
-        assert (joined.folder / name).stat().st_size > 1000, name
+        assert (opened.folder / name).stat().st_size > 1000, name
     capsys.readouterr()
-    listing.studies(None)
+    report.print_studies(None)
     assert "exp001-s" in capsys.readouterr().out
 
-    export.export(joined, "exp014", None)
-    best = trial.ranked(joined, [t for t in trials if t.state == TrialState.COMPLETE])[0]
+    export.export(opened, "exp014", None)
+    best = opened.ranked()[0]
     text = (tuned / "configs" / "exp014.yaml").read_text()
     assert f"trial {best.number} of" in text and "base: exp001" in text and "batch_size" not in text
     assert config(experiment="exp014").optim.lr == best.params["optim.lr"]
@@ -60,22 +61,22 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
         bank.read(paths.fold_folder("exp014", 0, 0) / "oof.arrow", table, folds.load(table)).meta["run"]
         == "exp014"
     )
-    with pytest.raises(UserError, match=r"configs/exp014.yaml is there already"):
-        export.export(joined, "exp014", None)
-    with pytest.raises(UserError, match="--trial 99: is no completed trial"):
-        export.export(joined, "exp015", 99)
+    with pytest.raises(UserError, match=r"configs/exp014.yaml exists already"):
+        export.export(opened, "exp014", None)
+    with pytest.raises(UserError, match="--trial 99: not a completed trial"):
+        export.export(opened, "exp015", 99)
 
 
 def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -> None:
     (tuned / "configs/tune/few.yaml").write_text("search:\n  model.drop_rate: [0.0, 0.1, 0.2]\nfolds: 1\n")
-    joined = join(space="few")
+    opened = join(space="few")
     seen = []
-    while taken := study.take(joined):
+    while taken := study.next_trial(opened):
         seen.append(taken[1]["model.drop_rate"])
-        joined.study.tell(taken[0], 0.5)
+        opened.study.tell(taken[0], 0.5)
     assert sorted(seen) == [0.0, 0.1, 0.2] and seen[0] == 0.0
     skipped = [
-        t.user_attrs["skipped"] for t in joined.study.get_trials(deepcopy=False) if "skipped" in t.user_attrs
+        t.user_attrs["skipped"] for t in opened.study.get_trials(deepcopy=False) if "skipped" in t.user_attrs
     ]
     assert all(text.startswith("the same setting as trial") for text in skipped)
 
@@ -83,16 +84,16 @@ def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -
 def test_the_best_of_an_earlier_study_is_tried_early(tuned: Path) -> None:
     old = join()
     for value in (0.1, 0.9, 0.2):
-        taken = study.take(old)
+        taken = study.next_trial(old)
         assert taken is not None
         old.study.tell(taken[0], value)
-    best = search.best_of(old.study)
+    best = storage.best_trial(old.study)
     (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.lr: {low: 1e-4, high: 0.1, log: true}\n")
     new = join(space="t")
     queued = [t.user_attrs["from"] for t in new.study.get_trials(deepcopy=False)]
     assert queued == ["exp001", "exp001-s"]
-    study.take(new)
-    taken = study.take(new)
+    study.next_trial(new)
+    taken = study.next_trial(new)
     assert best is not None and taken is not None and taken[1]["optim.lr"] == best.params["optim.lr"]
 
 
@@ -101,7 +102,7 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     (tuned / "configs/tune/p.yaml").write_text(
         f"search:\n  optim.lr: {{low: 1e-3, high: 2e-2, log: true}}\npruner: {pruner}\nsampler: random\n"
     )
-    joined = join(8, space="p")
+    opened = join(8, space="p")
     cost: list[int] = []
 
     def one_fold(material: Any, name: str, seed: int, number: int, on_epoch: Any, **_: Any) -> None:
@@ -116,43 +117,43 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     def begun(*_: Any) -> None:
         assert taken is not None
         for number in range(5):
-            paths.fold_folder(trial.name_of(joined, taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
+            paths.fold_folder(opened.run_name(taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
 
-    material = loading.load_context(trial.config_of(joined, {}))
+    material = loading.load_context(opened.config({}))
     monkeypatch.setattr(loading, "load_context", lambda *_: material)
     monkeypatch.setattr(execute, "run_fold", one_fold)
-    monkeypatch.setattr(trial, "scored", lambda *_: {"value": 0.8, "text": ""})
+    monkeypatch.setattr(objective, "cv_score", lambda *_: {"value": 0.8, "text": ""})
     monkeypatch.setattr(fingerprint, "claim", lambda *_, **__: begun())
     ends = []
-    while taken := study.take(joined):
+    while taken := study.next_trial(opened):
         cost.append(0)
-        ends.append(trial.run(joined, *taken, hardware.Stop(), FOREVER).name)
+        ends.append(trial.run(opened, *taken, hardware.Stop(), FOREVER).name)
     assert ends[-1] == "PRUNED" and cost[-1] < 10, (ends, cost)
     assert ends[0] == "COMPLETE" and cost[0] == 10
 
 
 def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
-    joined, stop = join(), hardware.Stop()
-    taken = study.take(joined)
+    opened, stop = join(), hardware.Stop()
+    taken = study.next_trial(opened)
     assert taken is not None
     stop.requested = True
     with pytest.raises(KeyboardInterrupt, match="saved at step 1"):
-        trial.run(joined, *taken, stop, FOREVER)
-    taken = study.take(joined)
+        trial.run(opened, *taken, stop, FOREVER)
+    taken = study.next_trial(opened)
     assert taken is not None and taken[0].user_attrs["retry_of"] == 0
     with pytest.raises(KeyboardInterrupt):  # the night is over
-        trial.run(joined, *taken, hardware.Stop(), time.time())
-    assert run(joined) == TrialState.COMPLETE
-    trials = joined.study.get_trials(deepcopy=False)
+        trial.run(opened, *taken, hardware.Stop(), time.time())
+    assert run(opened) == TrialState.COMPLETE
+    trials = opened.study.get_trials(deepcopy=False)
     again = next(t for t in trials if t.state == TrialState.COMPLETE)
     assert again.user_attrs["retry_of"] == taken[0].number and again.user_attrs["deaths"]["times"] == 0
     assert 0 < search._deadline(None, "07:30") - time.time() <= 24 * 3600
 
 
 def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined = join()
-    assert run(joined) == TrialState.COMPLETE
-    taken, stop = study.take(joined), hardware.Stop()
+    opened = join()
+    assert run(opened) == TrialState.COMPLETE
+    taken, stop = study.next_trial(opened), hardware.Stop()
     assert taken is not None
 
     def pressed(*_: Any) -> None:
@@ -160,11 +161,11 @@ def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: 
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trial.Watch, "epoch", pressed)
-        trial.run(joined, *taken, stop, FOREVER)
-    assert states(joined)[0] == "COMPLETE" and states(joined)[taken[0].number] == "FAIL"
-    assert run(joined) in (TrialState.COMPLETE, TrialState.PRUNED)
-    again = joined.study.get_trials(deepcopy=False)[-1]
+        patch.setattr(trial.EpochReporter, "epoch", pressed)
+        trial.run(opened, *taken, stop, FOREVER)
+    assert states(opened)[0] == "COMPLETE" and states(opened)[taken[0].number] == "FAIL"
+    assert run(opened) in (TrialState.COMPLETE, TrialState.PRUNED)
+    again = opened.study.get_trials(deepcopy=False)[-1]
     assert again.user_attrs["retry_of"] == taken[0].number and again.params == taken[0].params
 
 
@@ -184,7 +185,7 @@ def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_
         assert (tuned / "studies" / "exp001-few" / f"{name}.png").is_file()
         assert any(name in file for file in whole.files), whole.files
     assert whole.summary["best_value"] == pytest.approx(
-        search.join("exp001", small, "few", None).study.best_value
+        open_study("exp001", small, "few", None).study.best_value
     )
 
     from optuna_dashboard import wsgi
@@ -202,34 +203,34 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     (tuned / "configs/tune/one.yaml").write_text(
         "search:\n  optim.lr: {low: 1e-5, high: 2e-2, log: true}\nfolds: 1\npruner: none\n"
     )
-    monkeypatch.setattr(confirmed, "SEEDS", 2)
-    monkeypatch.setattr(report, "write", lambda joined: [])  # looked at elsewhere
-    joined = search.join("exp001", SMALL, "one", None)
-    joined.study.enqueue_trial({"optim.lr": 1.2e-2})
+    monkeypatch.setattr(confirm, "SEEDS", 2)
+    monkeypatch.setattr(report, "write", lambda opened: [])  # looked at elsewhere
+    opened = open_study("exp001", SMALL, "one", None)
+    opened.study.enqueue_trial({"optim.lr": 1.2e-2})
     for value in (0.5, 0.9):
-        taken = study.take(joined)
+        taken = study.next_trial(opened)
         assert taken is not None
         taken[0].set_user_attr("result", {"text": f"accuracy {value}"})
-        joined.study.tell(taken[0], value)
-    taken = study.take(joined)
+        opened.study.tell(taken[0], value)
+    taken = study.next_trial(opened)
     assert taken is not None
-    table = live.table(joined, time.time() + 60)
+    table = live.table(opened, time.time() + 60)
     assert "2 done, 0 pruned, 0 failed, 1 running, 3 of 50; about " in table[0] and "left" in table[0]
     assert table[1].startswith("  best") and table[2].startswith("  running     2")
-    joined.study.tell(taken[0], state=TrialState.PRUNED)
-    begun, best = joined.study.get_trials()[:2]
-    before = report.sentences(joined)[-1]
+    opened.study.tell(taken[0], state=TrialState.PRUNED)
+    begun, best = opened.study.get_trials()[:2]
+    before = report.summary(opened)[-1]
     assert "0.4000 ahead of exp001 (0.5000) on one seed" in before and "--confirm 3" in before
-    confirm.confirm(joined, 1)
-    fresh = confirmed.scores(joined)
+    confirm.confirm(opened, 1)
+    fresh = report.confirmed_scores(opened)
     assert fresh.keys() == {begun.number, best.number} and len(fresh[best.number]) == 2
-    folder = paths.run_folder(trial.name_of(joined, best))
-    assert all((folder / f"seed{seed}").is_dir() for seed in confirmed.fresh(joined))
+    folder = paths.run_folder(opened.run_name(best))
+    assert all((folder / f"seed{seed}").is_dir() for seed in confirm.new_seeds(opened))
     said = capsys.readouterr().out
-    assert f"trial {best.number} against exp001 on 2 fresh seeds" in said
+    assert f"trial {best.number} against exp001 on 2 new seeds" in said
     for ours, word in (((0.9, 0.91), "better, beyond the noise"), ((0.9, 0.1), "within the noise"), ((0.1, 0.11), "worse, beyond the noise")):  # fmt: skip
         given = {best.number: list(ours), begun.number: [0.5, 0.5]}
-        assert word in confirmed.verdict(joined, best.number, begun.number, given)
+        assert word in report.compared_on_seeds(opened, best.number, begun.number, given)
 
 
 def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
@@ -238,15 +239,15 @@ def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
         "  model.drop_path_rate: {low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
         "  optim.clip_grad: {low: 0.3, high: 3.0, log: true, when: {model.name: test_convnext}}\nfolds: 1\n"
     )
-    joined = join(14, space="c")
+    opened = join(14, space="c")
     own = {"test_resnet": 0, "test_efficientnet": 1, "test_convnext": 2}
     seen = set()
-    while taken := study.take(joined):
+    while taken := study.next_trial(opened):
         name = taken[1]["model.name"]
         assert len(taken[1]) == 1 + own[name] == len(taken[0].params)
-        joined.study.tell(taken[0], own[name] + taken[1].get("model.drop_path_rate", 0.0))
+        opened.study.tell(taken[0], own[name] + taken[1].get("model.drop_path_rate", 0.0))
         seen.add(name)
-    assert seen == own.keys() and joined.study.sampler._group  # type: ignore[union-attr]
+    assert seen == own.keys() and opened.study.sampler._group  # type: ignore[union-attr]
 
 
 def test_another_experiment_does_not_join(tuned: Path) -> None:
@@ -260,10 +261,10 @@ def test_score_and_time_have_a_front(tuned: Path) -> None:
     (tuned / "configs/tune/two.yaml").write_text(
         "search:\n  model.name: [test_resnet, test_efficientnet]\nobjectives: [score, time]\npruner: none\nfolds: 1\n"
     )
-    joined = join(2, space="two")
-    assert run(joined) == run(joined) == TrialState.COMPLETE
-    assert all(t.values[1] > 0 for t in joined.study.trials if t.values)
-    assert joined.folder / "pareto.png" in report.write(joined)
+    opened = join(2, space="two")
+    assert run(opened) == run(opened) == TrialState.COMPLETE
+    assert all(t.values[1] > 0 for t in opened.study.trials if t.values)
+    assert opened.folder / "pareto.png" in report.write(opened)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +278,9 @@ def test_samplers_by_name(tuned: Path, name: str) -> None:
         "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: {low: 0, high: 0.5}\n"
         f"sampler: {name}\n"
     )
-    joined = join(14, space="n")
+    opened = join(14, space="n")
     seen = set()
-    while taken := study.take(joined):
-        joined.study.tell(taken[0], -abs(taken[1]["optim.lr"] - 3e-3))
+    while taken := study.next_trial(opened):
+        opened.study.tell(taken[0], -abs(taken[1]["optim.lr"] - 3e-3))
         seen.add(taken[1]["optim.lr"])
     assert len(seen) == 14

@@ -18,7 +18,7 @@ from comp.engine import cli, hardware
 from comp.engine.run import execute, fingerprint, loading, tracking
 from comp.engine.store import artifacts
 from comp.engine.tune import study, trial
-from comp.engine.tune.study import Joined
+from comp.engine.tune.study import OpenStudy
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def tuned(project: Path) -> Path:
 
 
 def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: Path) -> None:
-    joined = join()
+    opened = join()
 
     def die() -> None:
         seen = 0
@@ -44,9 +44,9 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
         run(join())
 
     assert os.WIFSIGNALED(forked(die))
-    assert states(joined)[0] == "RUNNING"
-    assert run(joined) == TrialState.COMPLETE
-    trials = joined.study.get_trials(deepcopy=False)
+    assert states(opened)[0] == "RUNNING"
+    assert run(opened) == TrialState.COMPLETE
+    trials = opened.study.get_trials(deepcopy=False)
     again = next(t for t in trials if t.state == TrialState.COMPLETE)
     assert trials[0].state == TrialState.FAIL and again.user_attrs["retry_of"] == 0
     assert again.params == trials[0].params and again.user_attrs["folder"] == 0
@@ -55,7 +55,7 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
         for f in (tuned / "runs/.studies/exp001-s/0000").rglob("weights.safetensors")
     }
 
-    cfg = trial.config_of(joined, study.setting_of(joined.space, again))
+    cfg = opened.config(study.setting_of(opened.space, again))
     context = loading.load_context(cfg)
     fingerprint.claim("whole", cfg, context.folds, "")
     for number in range(2):
@@ -67,60 +67,60 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
 
 
 def test_only_the_dead_are_taken_up(tuned: Path) -> None:
-    joined = join(20)
-    living = study.take(joined)
+    opened = join(20)
+    living = study.next_trial(opened)
     assert living is not None
-    forked(lambda: study.take(join(20)))  # ends without a word to the study
-    queued = study.requeue(joined)
-    assert queued == [1] and states(joined)[:2] == ["RUNNING", "FAIL"]
-    assert study.requeue(joined) == [], "one successor each"
-    taken = study.take(joined)
+    forked(lambda: study.next_trial(join(20)))  # ends without a word to the study
+    queued = study.requeue_dead(opened)
+    assert queued == [1] and states(opened)[:2] == ["RUNNING", "FAIL"]
+    assert study.requeue_dead(opened) == [], "one successor each"
+    taken = study.next_trial(opened)
     assert taken is not None and taken[0].user_attrs["retry_of"] == 1
-    assert living[0].number == 0 and states(joined)[0] == "RUNNING"
+    assert living[0].number == 0 and states(opened)[0] == "RUNNING"
 
 
 def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned: Path) -> None:
     old = join()
-    taken = study.take(old)
+    taken = study.next_trial(old)
     assert taken is not None
     old.study.tell(taken[0], 0.5)
     (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.lr: {low: 1e-4, high: 0.1, log: true}\n")
     old.study.add_trial(_told(old, 0.9))
-    forked(lambda: study.take(join(1, space="t")))  # the experiment's own; what exp001-s found waits
-    joined = join(1, space="t")
-    taken = study.take(joined)
+    forked(lambda: study.next_trial(join(1, space="t")))  # the experiment's own; what exp001-s found waits
+    opened = join(1, space="t")
+    taken = study.next_trial(opened)
     assert taken is not None and taken[0].user_attrs["retry_of"] == 0
-    joined.study.tell(taken[0], 0.5)
-    assert study.take(joined) is None
-    taken = study.take(join(2, space="t"))
+    opened.study.tell(taken[0], 0.5)
+    assert study.next_trial(opened) is None
+    taken = study.next_trial(join(2, space="t"))
     assert taken is not None and taken[0].user_attrs["from"] == "exp001-s"
     assert taken[1]["optim.lr"] == 2e-3
 
 
-def _told(joined: Joined, value: float) -> Any:
+def _told(opened: OpenStudy, value: float) -> Any:
     params = {"optim.lr": 2e-3, "model.drop_rate": 0.1}
-    kinds = {knob.key: study.distribution(knob) for knob in joined.space.knobs}
+    kinds = {knob.key: study.distribution(knob) for knob in opened.space.knobs}
     return create_trial(params=params, distributions=kinds, value=value)
 
 
 def test_a_death_between_closing_and_queueing_loses_nothing(tuned: Path) -> None:
-    joined = join(20)
-    forked(lambda: study.take(join(20)))
-    frozen = joined.study.get_trials(deepcopy=False)[0]
-    joined.storage.set_trial_state_values(
+    opened = join(20)
+    forked(lambda: study.next_trial(join(20)))
+    frozen = opened.study.get_trials(deepcopy=False)[0]
+    opened.storage.set_trial_state_values(
         frozen._trial_id, TrialState.FAIL
     )  # as far as the dead process came
-    assert study.requeue(joined) == [0]
+    assert study.requeue_dead(opened) == [0]
 
 
 def test_a_setting_that_kills_its_process_again_and_again_is_given_up(tuned: Path) -> None:
-    joined = join(20)
-    for _ in range(study.DEATHS):
-        forked(lambda: study.take(join(20)))
-    study.requeue(joined)
-    last = joined.study.get_trials(deepcopy=False)[-1]
+    opened = join(20)
+    for _ in range(study.MAX_DEATHS):
+        forked(lambda: study.next_trial(join(20)))
+    study.requeue_dead(opened)
+    last = opened.study.get_trials(deepcopy=False)[-1]
     assert last.state == TrialState.FAIL and last.user_attrs["error"]["kind"] == "killed"
-    assert study.requeue(joined) == []
+    assert study.requeue_dead(opened) == []
 
 
 def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
@@ -129,7 +129,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
     (tuned / "configs/tune/big.yaml").write_text(
         "search:\n  train.batch_size: [8, 16, 32, 64]\nfolds: 1\nsampler: grid\n"
     )
-    joined = join(space="big")
+    opened = join(space="big")
 
     def fold(context: Any, *rest: Any, **more: Any) -> None:
         if context.cfg.train.batch_size >= 32:
@@ -139,9 +139,9 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
     original = train.fold
     monkeypatch.setattr(train, "fold", fold)
     ends = []
-    while taken := study.take(joined):
-        ends.append(trial.run(joined, *taken, hardware.Stop(), FOREVER).name)
-    trials = joined.study.get_trials(deepcopy=False)
+    while taken := study.next_trial(opened):
+        ends.append(trial.run(opened, *taken, hardware.Stop(), FOREVER).name)
+    trials = opened.study.get_trials(deepcopy=False)
     assert trials[0].params["train.batch_size"] == 32 and trials[0].user_attrs["error"]["kind"] == "memory"
     big = next(t for t in trials if t.params["train.batch_size"] == 64)
     assert big.user_attrs["skipped"] == "trial 0 ran out of memory, and this one is no smaller"
@@ -151,7 +151,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
 def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
     tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise KeyError("no such")
 
     monkeypatch.setattr(train, "fold", fail)

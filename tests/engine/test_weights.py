@@ -22,7 +22,7 @@ from torch.optim import swa_utils
 from comp.engine.bank import bank
 from comp.engine.config import run_members
 from comp.engine.data import folds, make_folds, samples
-from comp.engine.deliver import kernel, verify
+from comp.engine.deliver import bundle, kernel, recheck
 from comp.engine.ensemble import latency, member_filter
 from comp.engine.errors import UserError
 from comp.engine.run import averaging, model_selection, previews, runner, schedule, tracking
@@ -179,10 +179,10 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
     torch.testing.assert_close(weights("x", "tail")[norm], weights("x", "swa")[norm], rtol=1e-4, atol=1e-5)
     assert not list((paths.run_folder("x")).rglob("epoch-*")), "what only the average needed is gone"
     # Delivery finds the weights of each.
-    leaf = kernel.leaves_of("x:last2")[0]
-    assert len(leaf["checkpoints"]) == 4 and len(kernel.weights_of(leaf)) == 4
+    run = kernel.member_runs("x:last2")[0]
+    assert len(run["checkpoints"]) == 4 and len(bundle.weights_of(run)) == 4
     for address in ("x:last2", "x:swa"):
-        verify.verify(address)
+        recheck.recheck(address)
     assert latency.seconds_per_image("x:last2") == pytest.approx(
         latency.seconds_per_image("x:snap2") + latency.seconds_per_image("x:snap3")
     )

@@ -119,7 +119,7 @@ VERBS = {
         argument("--export", metavar="NAME", help="write the best trial as configs/NAME.yaml and runs/NAME"),
         argument("--trial", type=int, help="with --export: this trial instead of the best")),
         needs=(*TRAINING, "optuna>=5")),
-    "studies": Verb("search", "tune.listing:studies", "list the studies", (
+    "studies": Verb("search", "tune.report:print_studies", "list the studies", (
         argument("--storage", metavar="URL", help="also list those of this PostgreSQL database"),), needs=("optuna>=5",), locks=False),
 
     "runs": Verb("overview", "extras.list_runs:runs", "list runs and ensembles", locks=False),
@@ -137,7 +137,7 @@ VERBS = {
         flag("--force", "submit even if the same bytes were submitted before"),
         argument("--anyway", metavar="WHY", help="submit although its CV is worse than the best one submitted"),
         argument("--no-wait", dest="wait", action="store_false", help="do not wait for the score; comp ledger fetches it later")),
-        instead={"dry_run": "deliver.submit:dry_run"}),
+        instead={"dry_run": "deliver.dry_run:dry_run"}),
     "kernel": Verb("delivery", "deliver.code_competition:kernel", "for code competitions: build one folder that predicts without internet", (
         argument("name", help="a run, a member or an ensemble"),
         flag("--rehearse", "run it as Kaggle will: no network, read-only inputs, a hidden test set"),
@@ -151,7 +151,7 @@ VERBS = {
         argument("--fold", type=int, default=0, help="whose weights are exported and whose rows are scored; default: 0"),
         argument("--rows", type=int, default=1000, help="number of rows to score, predicted by every variant; default: 1000"),
         argument("--prune", default="0.3,0.5,0.7", metavar="SHARES", help="shares of the weights to prune, separated by commas, or none; default: 0.3,0.5,0.7"))),
-    "ledger": Verb("delivery", "deliver.scores:scores", "list submissions: CV against leaderboard, expected shake-up, and which two to select", locks=False),
+    "ledger": Verb("delivery", "deliver.leaderboard:leaderboard", "list submissions: CV against leaderboard, expected shake-up, and which two to select", locks=False),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from comp.engine.errors import UserError
 
 FUNCTIONS = {  # job -> module:function in comp.engine
     "fold": "run.runner:run_part",
-    "trials": "tune.search:part",
+    "trials": "tune.search:worker",
 }
 
 

@@ -52,7 +52,7 @@ def check(
 ) -> list[str]:
     """Prints and returns the faults; none means that prepare, folds, training and submission will not meet one of these.
     `written` makes a submission of made-up predictions, `network` sends a picture through the experiment's network without weights:
-    deliver/dummy.py and train/model.py, which stand above this package. `exact` opens images
+    deliver/dummy_submission.py and train/model.py, which stand above this package. `exact` opens images
     at the size and fit of `cfg`; otherwise they are made small, which is faster and finds the same damage."""
     competition = cfg.competition
     notes = [f"comp/competition.py: {', '.join(pages.in_force()) or 'nothing'} in force"]

@@ -1,4 +1,5 @@
-"""comp kernel: a notebook that predicts without internet is fitted to the time limit, built, and then rehearsed here or pushed."""
+"""comp kernel: a notebook that predicts without internet is fitted to the time limit, built, and then
+rehearsed here or pushed."""
 
 from __future__ import annotations
 

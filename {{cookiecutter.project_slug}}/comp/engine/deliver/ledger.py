@@ -1,12 +1,15 @@
-"""submissions/ledger.jsonl: what was sent to Kaggle, what it was made of, and what came back. Lines are only ever added.
+"""submissions/ledger.jsonl: what was sent to Kaggle, what it was made from, and its scores. Lines are only
+ever appended.
 
-    intent   written before anything is sent: what, with which bytes, under which token
-    sent     Kaggle's own number for it: the ref of a submission, the version of a dataset or notebook
-    failed   that version of a dataset or notebook is not to be used
-    seen     what Kaggle says of a ref, whenever that changes; a ref that nothing here was sent as is foreign
+    intent   written before anything is sent: what, the hash of its bytes, and a random token
+    sent     the number that Kaggle gave it: the ref of a submission, the version of a dataset or notebook
+    failed   this version of a dataset or notebook must not be used
+    status   status and scores that Kaggle lists for a ref, appended whenever they change
 
-A token stands at the end of the message, so an intent whose process died before `sent` is looked up there before anything
-is sent again. That is the one look-up by text; from then on refs alone count. Times stand in the lines, and are never compared.
+A ref without an intent is a submission that was made elsewhere: its kind is `foreign`. The token stands at
+the end of the message, so that an intent whose process died before `sent` can be found on Kaggle before
+anything is sent again. That is the only look-up by text; everything else goes by ref. Times are written and
+never compared.
 """
 
 from __future__ import annotations
@@ -19,41 +22,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comp.engine.errors import Refused
-from comp.engine.store import paths
-from comp.engine.store import secrets as secret
+from comp.engine.bank import bank
+from comp.engine.config import experiments, resolve, run_members
+from comp.engine.config.schema import Config
+from comp.engine.ensemble import average
+from comp.engine.errors import UserError
+from comp.engine.store import artifacts, paths
+from comp.engine.store import secrets as credentials
 
-Record = dict[str, Any]
-SEEN = ("status", "public", "private", "error")
+Entry = dict[str, Any]
+STATUS = ("status", "public", "private", "error")
 
 
 def file() -> Path:
     return paths.path("submissions", "ledger.jsonl")
 
 
-def add(event: str, **facts: Any) -> Record:
-    """On the disk when it returns. A line torn by a power cut is taken away first: it never happened."""
-    line = secret_free({"event": event, **facts, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+def add(event: str, **fields: Any) -> Entry:
+    """On the disk when it returns. An incomplete last line (power cut) is removed first, as if it had never
+    been written."""
+    line = without_credentials(
+        {"event": event, **fields, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    )
     file().parent.mkdir(parents=True, exist_ok=True)
-    with file().open("a+b") as book:
-        book.seek(0)
-        whole = book.read()
-        book.truncate(whole.rfind(b"\n") + 1)
-        book.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        book.flush()
-        os.fsync(book.fileno())
+    with file().open("a+b") as ledger:
+        ledger.seek(0)
+        whole = ledger.read()
+        ledger.truncate(whole.rfind(b"\n") + 1)
+        ledger.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        ledger.flush()
+        os.fsync(ledger.fileno())
     return line
 
 
-def secret_free(value: Any) -> Any:
+def without_credentials(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: secret_free(inner) for key, inner in value.items()}
+        return {key: without_credentials(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [secret_free(inner) for inner in value]
-    return secret.redact(value) if isinstance(value, str) else value
+        return [without_credentials(inner) for inner in value]
+    return credentials.redact(value) if isinstance(value, str) else value
 
 
-def lines() -> list[Record]:
+def lines() -> list[Entry]:
     if not file().exists():
         return []
     found = []
@@ -61,71 +71,119 @@ def lines() -> list[Record]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            raise Refused(
-                f"{paths.relative(file())}:{number}: damaged, it is not JSON; git has an older copy of it"
+            raise UserError(
+                "file-damaged",
+                where=f"{paths.relative(file())}:{number}",
+                what="not JSON",
+                remedy="restore an older version from git",
             ) from None
     return found
 
 
-def intend(kind: str, **facts: Any) -> Record:
+def intend(kind: str, **fields: Any) -> Entry:
     """kind: file or kernel (submissions), dataset, notebook."""
-    return add("intent", token=secrets.token_hex(4), kind=kind, **facts)
+    return add("intent", token=secrets.token_hex(4), kind=kind, **fields)
 
 
-def things(kinds: Sequence[str], competition: str) -> list[Record]:
-    """Intents with what became of them (`number` is None while that is not known), oldest first."""
-    found: dict[str, Record] = {}
-    seen: dict[int, Record] = {}
+def entries(kinds: Sequence[str], competition: str) -> list[Entry]:
+    """Intents with their outcome (`number` is None if it is not known yet), oldest first."""
+    found: dict[str, Entry] = {}
+    status: dict[int, Entry] = {}
     for line in lines():
         if line["event"] == "intent" and line["kind"] in kinds and line["competition"] == competition:
             found[line["token"]] = {**line, "number": None}
         elif line["event"] == "sent" and line["token"] in found:
             found[line["token"]]["number"] = line["number"]
-        elif line["event"] == "seen" and line["competition"] == competition:
-            seen[line["ref"]] = line
-    for each in found.values():
-        each.update({key: seen.get(each["number"], {}).get(key) for key in SEEN})
+        elif line["event"] == "status" and line["competition"] == competition:
+            status[line["ref"]] = line
+    for entry in found.values():
+        entry.update({key: status.get(entry["number"], {}).get(key) for key in STATUS})
     return list(found.values())
 
 
-def submissions(competition: str) -> list[Record]:
-    """Everything that Kaggle has a ref for, in the order of the refs; what was made elsewhere has kind foreign."""
-    ours = {each["number"]: each for each in things(("file", "kernel"), competition) if each["number"]}
-    latest = {
-        line["ref"]: line
-        for line in lines()
-        if line["event"] == "seen" and line["competition"] == competition
-    }
-    for ref, line in latest.items():
-        if ref not in ours:
-            ours[ref] = {"kind": "foreign", "number": ref, "name": "", "message": line["description"], "cv": None, "honest": None, "at": line["date"]}  # fmt: skip
-            ours[ref] |= {key: line[key] for key in SEEN}
-    return [ours[ref] for ref in sorted(ours)]
+def submissions(competition: str) -> list[Entry]:
+    """Every submission that Kaggle has a ref for, in the order of the refs."""
+    found = {entry["number"]: entry for entry in entries(("file", "kernel"), competition) if entry["number"]}
+    for ref, line in _latest_status(competition).items():
+        if ref not in found:
+            found[ref] = {"kind": "foreign", "number": ref, "name": "", "message": line["description"], "cv": None, "nested": None, "at": line["date"]}  # fmt: skip
+            found[ref] |= {key: line[key] for key in STATUS}
+    return [found[ref] for ref in sorted(found)]
 
 
-def unsettled(kinds: Sequence[str], competition: str) -> list[Record]:
-    """Intents that nobody knows the fate of."""
-    return [each for each in things(kinds, competition) if each["number"] is None]
+def unsettled(kinds: Sequence[str], competition: str) -> list[Entry]:
+    """Intents of which it is not known whether they were sent."""
+    return [entry for entry in entries(kinds, competition) if entry["number"] is None]
 
 
-def settle(listed: Sequence[Record], competition: str) -> None:
-    """Take over what Kaggle's list of submissions says: refs of intents by their token, and every change."""
-    known = {each["number"] for each in things(("file", "kernel"), competition)}
+def settle(listed: Sequence[Entry], competition: str) -> None:
+    """Append what Kaggle's list of submissions adds: refs of intents, found by their token, and every change
+    of a status."""
+    known = {entry["number"] for entry in entries(("file", "kernel"), competition)}
     for intent in unsettled(("file", "kernel"), competition):
         match = [
-            each
-            for each in listed
-            if each["description"].endswith(intent["token"]) and each["ref"] not in known
+            entry
+            for entry in listed
+            if entry["description"].endswith(intent["token"]) and entry["ref"] not in known
         ]
         if match:
             add("sent", token=intent["token"], number=match[0]["ref"])
-    latest = {
+    latest = _latest_status(competition)
+    for entry in listed:
+        old = latest.get(entry["ref"])
+        if old is None or any(old[key] != entry[key] for key in STATUS):
+            fields = {key: entry[key] for key in ("ref", *STATUS, "description")}
+            add("status", competition=competition, **fields, date=entry["at"])
+
+
+def _latest_status(competition: str) -> dict[int, Entry]:
+    """ref -> the last status line of it."""
+    return {
         line["ref"]: line
         for line in lines()
-        if line["event"] == "seen" and line["competition"] == competition
+        if line["event"] == "status" and line["competition"] == competition
     }
-    for each in listed:
-        old = latest.get(each["ref"])
-        if old is None or any(old[key] != each[key] for key in SEEN):
-            facts = {key: each[key] for key in ("ref", *SEEN, "description")}
-            add("seen", competition=competition, **facts, date=each["at"])
+
+
+# --- what a submission is made from, and its CV score -------------------------------------------------------
+
+
+def describe(cfg: Config, name: str) -> Entry:
+    """Member runs, hashes of their configs and of the predictions, and the CV score."""
+    meta = bank.read_meta(bank.find(name, "test"))
+    recipe = bank.folder(name) / "apply.json"
+    members = average.leaves(artifacts.read_json(artifacts.verified(recipe))) if recipe.exists() else [name]
+    runs = sorted({weights.split("/")[0] for weights in meta["weights"]})
+    record = score_record(name)
+    keys = ("metric", "direction", "mean", "std", "oof")
+    return {
+        "competition": cfg.competition.slug,
+        "name": name,
+        "members": members,
+        "configs": {
+            run: artifacts.digest(resolve.result_knobs(experiments.stored_config(run))) for run in runs
+        },
+        "predictions": artifacts.sha256(bank.find(name, "test")),
+        "cv": {key: record.get(key) for key in keys} if record else None,
+        "nested": nested_score(record),
+    }
+
+
+def score_record(name: str) -> Entry | None:
+    """score.json. A refit on all rows has no score of its own: that of the same member of the CV run is
+    taken, if there is one."""
+    score_file = bank.folder(run_members.cv_address(name)) / "score.json"
+    return dict(artifacts.read_json(artifacts.verified(score_file))) if score_file.exists() else None
+
+
+def nested_score(record: Entry | None) -> float | None:
+    """The score on rows that an ensemble's or a TTA search was not fitted on, where score.json has one."""
+    nested = (record or {}).get("honest")
+    return nested.get("oof") if isinstance(nested, dict) else nested
+
+
+def cv_score(entry: Entry) -> float | None:
+    """The CV score of a submission, the nested one if there is one."""
+    if entry.get("nested") is not None:
+        return float(entry["nested"])
+    return entry["cv"]["oof"] if entry.get("cv") else None

@@ -1,4 +1,5 @@
-"""--export NAME: a trial becomes configs/NAME.yaml, with what it differs in, and runs/NAME, with what it has trained."""
+"""comp tune --export NAME: a trial becomes configs/NAME.yaml, with the knobs that it changes, and runs/NAME,
+with the folds that it has trained."""
 
 from __future__ import annotations
 
@@ -8,69 +9,82 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from comp.engine.bank import bank
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config import resolve, run_members, yaml_lines
 from comp.engine.data import folds, samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.run import fingerprint
 from comp.engine.store import artifacts, paths
-from comp.engine.tune.study import Joined, setting_of
-from comp.engine.tune.trial import count_of, name_of, ranked
+from comp.engine.tune.study import OpenStudy, setting_of
 
-FOLD_FILES = ("weights.safetensors", "log.jsonl", "code.diff")
+WEIGHTS = "weights.safetensors"
+FOLD_FILES = (WEIGHTS, "log.jsonl", "code.diff")
 
 
-def export(joined: Joined, name: str, number: int | None) -> None:
+def export(opened: OpenStudy, name: str, number: int | None) -> None:
+    """`number`: the trial (default: the best)."""
     file = paths.path("configs", f"{name}.yaml")
     if not fingerprint.NAME.fullmatch(name):
-        raise Refused(f"--export {name!r}: a name is made of letters, digits, _, - and .")
-    for taken in (file, paths.run_folder(name)):
-        if taken.exists():
-            raise Refused(f"--export {name}: {paths.relative(taken)} is there already; take another name")
-    trial = _chosen(joined, number)
-    setting = setting_of(joined.space, trial)
-    base = joined.experiment if paths.path("configs", f"{joined.experiment}.yaml").exists() else "base"
-    own = resolve.flatten(resolve.load(paths.root(), base).config.model_dump())
-    wanted = resolve.flatten(joined.cfg.model_dump()) | setting
-    changed = {k: v for k, v in wanted.items() if own.get(k) != v and resolve.changes_results([f"{k}="])}
-    text = (
-        _header(joined, trial, name) + f"base: {base}\n\n" + yaml_lines.dump(_nested(changed)) * bool(changed)
-    )
-    artifacts.write_text(file, text)
+        raise UserError(
+            "name-invalid", where=f"--export {name!r}", what="a name consists of letters, digits, _, - and ."
+        )
+    for existing in (file, paths.run_folder(name)):
+        if existing.exists():
+            raise UserError(
+                "name-taken",
+                where=f"--export {name}",
+                what=f"{paths.relative(existing)} exists already",
+                remedy="use another name",
+            )
+    trial = _select(opened, number)
+    base = opened.experiment if paths.path("configs", f"{opened.experiment}.yaml").exists() else "base"
+    inherited = resolve.flatten(resolve.load(paths.root(), base).config.model_dump())
+    values = resolve.flatten(opened.cfg.model_dump()) | setting_of(opened.space, trial)
+    changed = {
+        k: v for k, v in values.items() if inherited.get(k) != v and resolve.changes_results([f"{k}="])
+    }
+    text = _header(opened, trial, name) + f"base: {base}\n\n"
+    artifacts.write_text(file, text + (yaml_lines.dump(_nested(changed)) if changed else ""))
     print(f"written: {paths.relative(file)}, {len(changed)} knobs of {base} changed")
-    moved = _as_run(joined, trial, name)
-    every = joined.cfg.competition.folds.k * joined.cfg.competition.folds.repeats
-    if moved:
-        print(f"written: {paths.relative(paths.run_folder(name))}, {moved} of {every} folds trained already")
+    copied = _copy_folds(opened, trial, name)
+    n_folds = opened.cfg.competition.folds.k * opened.cfg.competition.folds.repeats
+    if copied:
+        print(
+            f"written: {paths.relative(paths.run_folder(name))}, {copied} of {n_folds} folds trained already"
+        )
     else:
         print("its weights are not on this machine any more, so its folds will be trained again")
     print(f"next: comp train {name}")
 
 
-def _chosen(joined: Joined, number: int | None) -> FrozenTrial:
-    trials = joined.study.get_trials(deepcopy=False)
-    done = [t for t in trials if t.state == TrialState.COMPLETE]
-    if not done:
-        raise Refused(f"{joined.name}: no trial is complete yet")
+def _select(opened: OpenStudy, number: int | None) -> FrozenTrial:
+    completed = opened.ranked()
+    if not completed:
+        raise UserError("study-empty", where=opened.name, what="no trial is complete yet")
     if number is None:
-        return ranked(joined, done)[0]
-    found = next((t for t in done if t.number == number), None)
+        return completed[0]
+    found = next((t for t in completed if t.number == number), None)
     if found is None:
-        known = ", ".join(str(t.number) for t in ranked(joined, done)[:10])
-        raise Refused(f"--trial {number}: is no completed trial of {joined.name}; the best are {known}")
+        best = ", ".join(str(t.number) for t in completed[:10])
+        raise UserError(
+            "trial-unknown",
+            where=f"--trial {number}",
+            what=f"not a completed trial of {opened.name}; the best are {best}",
+        )
     return found
 
 
-def _header(joined: Joined, trial: FrozenTrial, name: str) -> str:
+def _header(opened: OpenStudy, trial: FrozenTrial, name: str) -> str:
+    origin = f"trial {trial.number} of {len(opened.study.trials)} in study {opened.name}"
     return (
-        f"# Hypothesis  trial {trial.number} of {len(joined.study.trials)} in study {joined.name} is better than {joined.experiment}\n"
+        f"# Hypothesis  {origin} is better than {opened.experiment}\n"
         f"# Command     comp train {name}\n"
         f"# Expected    {trial.user_attrs['result']['text']}, as the best of a search: a little optimistic\n"
         f"# Result      CV        LB\n"
-        f"# From        comp tune {joined.experiment} --space {joined.space.name}, {time.strftime('%Y-%m-%d')}\n"
+        f"# From        {opened.command}, {time.strftime('%Y-%m-%d')}\n"
     )
 
 
@@ -82,44 +96,45 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _as_run(joined: Joined, trial: FrozenTrial, name: str) -> int:
-    """Copy what is finished and say anew what it belongs to. `comp train` finds it done and adds the test rows."""
+def _copy_folds(opened: OpenStudy, trial: FrozenTrial, name: str) -> int:
+    """Copy the finished folds into runs/NAME and return their number. comp train finds them done and adds the
+    test rows."""
     cfg = resolve.load(paths.root(), name).config
     table = samples.load()
     split = folds.load(table)
-    old, seed = name_of(joined, trial), joined.cfg.train.seeds[0]
-    places = [(n, paths.fold_folder(old, seed, n)) for n in range(count_of(joined))]
-    ready = [
-        (n, place)
-        for n, place in places
-        if artifacts.manifest_entry(place / FOLD_FILES[0]) and artifacts.manifest_entry(place / "oof.arrow")
+    trial_run, seed = opened.run_name(trial), opened.cfg.train.seeds[0]
+    sources = [(fold, paths.fold_folder(trial_run, seed, fold)) for fold in range(opened.n_folds)]
+    finished = [
+        (fold, source)
+        for fold, source in sources
+        if artifacts.manifest_entry(source / WEIGHTS) and artifacts.manifest_entry(source / "oof.arrow")
     ]
-    if not ready:
+    if not finished:
         return 0
-    fingerprint.validate_images(old, cfg)
+    fingerprint.validate_images(trial_run, cfg)
     fingerprint.claim(name, cfg, split, f"comp train {name}")
-    for number, place in ready:
-        target = paths.fold_folder(name, seed, number)
+    for fold, source in finished:
+        target = paths.fold_folder(name, seed, fold)
         target.mkdir(parents=True, exist_ok=True)
-        for each in FOLD_FILES:
-            _copied(place / each, target / each)
-        for inside in run_members.extra_weights(cfg):
-            _copied(place / inside / bank.WEIGHTS, target / inside / bank.WEIGHTS)
-            artifacts.add_to_manifest(target / inside / bank.WEIGHTS)
-        if _copied(place / "optimism.json", target / "optimism.json"):
+        for file in FOLD_FILES:
+            _copy(source / file, target / file)
+        for member in run_members.extra_weights(cfg):
+            _copy(source / member / bank.WEIGHTS, target / member / bank.WEIGHTS)
+            artifacts.add_to_manifest(target / member / bank.WEIGHTS)
+        if _copy(source / "optimism.json", target / "optimism.json"):
             artifacts.add_to_manifest(target / "optimism.json")
-        kept = artifacts.manifest_entry(place / FOLD_FILES[0]) or {}
-        said = bank.read(place / "oof.arrow", table, split)
-        artifacts.verified(place / FOLD_FILES[0])
-        artifacts.add_to_manifest(target / FOLD_FILES[0], log=kept["log"])
-        meta = dict(said.meta) | {"run": name, "weights": bank.weights_of(target)}
-        bank.write(target / "oof.arrow", PredictionSet(said.row, said.fold, said.heads, meta))
-    return len(ready)
+        entry = artifacts.manifest_entry(source / WEIGHTS) or {}
+        oof = bank.read(source / "oof.arrow", table, split)
+        artifacts.verified(source / WEIGHTS)
+        artifacts.add_to_manifest(target / WEIGHTS, log=entry["log"])
+        meta = dict(oof.meta) | {"run": name, "weights": bank.weights_of(target)}
+        bank.write(target / "oof.arrow", PredictionSet(oof.row, oof.fold, oof.heads, meta))
+    return len(finished)
 
 
-def _copied(file: Path, target: Path) -> bool:
-    if not file.exists():
+def _copy(source: Path, target: Path) -> bool:
+    if not source.exists():
         return False
     with artifacts.atomic(target) as temporary:
-        shutil.copy2(file, temporary)
+        shutil.copy2(source, temporary)
     return True

@@ -1,81 +1,74 @@
-"""What a study does just now: a small table that stays in place on a terminal, one line a trial elsewhere."""
+"""The progress of a study: a table that is redrawn in place on a terminal; elsewhere search.py prints one
+line a trial."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
 
-if TYPE_CHECKING:
-    from comp.engine.tune.study import Joined
+from comp.engine.tune.study import OpenStudy, budgeted, setting_of
 
-EVERY = 2.0  # seconds between two looks at the database
+INTERVAL = 2.0  # seconds between two queries of the database
 State = TrialState
 
-_next = 0.0
-_drawn = 0  # lines on the terminal that the next table writes over
+_next = 0.0  # time of the next query
+_drawn = 0  # lines on the terminal that the next table replaces
 
 
-def show(joined: Joined, until: float, now: bool = False) -> None:
+def show(opened: OpenStudy, deadline: float, now: bool = False) -> None:
     global _next, _drawn  # noqa: PLW0603  one terminal, one table
     if not sys.stdout.isatty() or (time.monotonic() < _next and not now):
         return
-    _next = time.monotonic() + EVERY
+    _next = time.monotonic() + INTERVAL
     width = shutil.get_terminal_size().columns
-    lines = [line[: width - 1] for line in table(joined, until)]
+    lines = [line[: width - 1] for line in table(opened, deadline)]
     up = f"\x1b[{_drawn}A\x1b[J" if _drawn else ""
     print(up + "\n".join(lines), flush=True)
     _drawn = len(lines)
 
 
-def leave() -> None:
-    """What is printed next stands below the table."""
+def release() -> None:
+    """What is printed next goes below the table and does not replace it."""
     global _drawn  # noqa: PLW0603
     _drawn = 0
 
 
-def table(joined: Joined, until: float) -> list[str]:
-    from comp.engine.tune.study import counted, setting_of
-
-    trials = joined.study.get_trials(deepcopy=False)
-    spent = counted(trials)
-    of = {state: [t for t in spent if t.state == state] for state in State}
-    done = of[State.COMPLETE]
-    lines = [f"{joined.name}: {len(done)} done, {len(of[State.PRUNED])} pruned, {len(of[State.FAIL])} failed, "
-             f"{len(of[State.RUNNING])} running, {len(spent)} of {joined.total}; {left(joined, until)}"]  # fmt: skip
+def table(opened: OpenStudy, deadline: float) -> list[str]:
+    trials = budgeted(opened.trials())
+    by_state = {state: [t for t in trials if t.state == state] for state in State}
+    done = by_state[State.COMPLETE]
+    lines = [f"{opened.name}: {len(done)} done, {len(by_state[State.PRUNED])} pruned, {len(by_state[State.FAIL])} failed, "
+             f"{len(by_state[State.RUNNING])} running, {len(trials)} of {opened.max_trials}; {time_left(opened, deadline)}"]  # fmt: skip
     if done:
-        sign = -1 if joined.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+        sign = -1 if opened.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
         best = min(done, key=lambda t: sign * t.values[0])
-        lines.append(
-            f"  best     {best.number:4d}  {best.values[0]:.4f}  {words(setting_of(joined.space, best))}"
-        )
-    for trial in of[State.RUNNING]:
+        setting = setting_text(setting_of(opened.space, best))
+        lines.append(f"  best     {best.number:4d}  {best.values[0]:.4f}  {setting}")
+    for trial in by_state[State.RUNNING]:
         step = max(trial.intermediate_values, default=None)
-        at = f"{trial.intermediate_values[step]:.4f}" if step is not None else "     -"
-        place = "" if step is None else f"  (step {step})"
-        lines.append(f"  running  {trial.number:4d}  {at}  {words(setting_of(joined.space, trial))}{place}")
+        score = f"{trial.intermediate_values[step]:.4f}" if step is not None else "     -"
+        progress = "" if step is None else f"  (step {step})"
+        setting = setting_text(setting_of(opened.space, trial))
+        lines.append(f"  running  {trial.number:4d}  {score}  {setting}{progress}")
     return lines
 
 
-def left(joined: Joined, until: float) -> str:
-    """By the pace of the trials that ended, and by the clock where a time is set."""
-    trials = joined.study.get_trials(deepcopy=False)
-    from comp.engine.tune.study import counted
-
-    ended = [t for t in counted(trials) if t.datetime_complete and t.datetime_start]
-    guesses = []
+def time_left(opened: OpenStudy, deadline: float) -> str:
+    """Estimated from the trials that have ended, and at most until the deadline."""
+    ended = [t for t in budgeted(opened.trials()) if t.datetime_complete and t.datetime_start]
+    estimates = []
     if ended:
         first = min(t.datetime_start for t in ended if t.datetime_start)
         last = max(t.datetime_complete for t in ended if t.datetime_complete)
-        pace = (last - first).total_seconds() / len(ended)
-        guesses.append(pace * max(0, joined.total - len(ended)))
-    if until < float("inf"):
-        guesses.append(until - time.time())
-    return f"about {duration(min(guesses))} left" if guesses else "no trial has ended yet"
+        per_trial = (last - first).total_seconds() / len(ended)
+        estimates.append(per_trial * max(0, opened.max_trials - len(ended)))
+    if deadline < float("inf"):
+        estimates.append(deadline - time.time())
+    return f"about {duration(min(estimates))} left" if estimates else "no trial has ended yet"
 
 
 def duration(seconds: float) -> str:
@@ -83,5 +76,5 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}" if minutes >= 60 else f"{minutes}m{seconds:02d}"
 
 
-def words(setting: dict[str, object]) -> str:
+def setting_text(setting: dict[str, object]) -> str:
     return " ".join(f"{key}={v:.3g}" if isinstance(v, float) else f"{key}={v}" for key, v in setting.items())

@@ -1,4 +1,4 @@
-"""comp tune: searches, or confirms and exports what a search found."""
+"""comp tune: search, or confirm and export what a search found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tune(
     export: str | None = None,
     trial: int | None = None,
 ) -> None:
-    """Options that have no effect together are refused before optuna is imported."""
+    """Options without effect are reported before optuna is imported."""
     options = {"trials": trials, "hours": hours, "until": until, "on": on}
     searching = [f"--{name}" for name, value in options.items() if value is not None]
     finishing = "--export" if export is not None else "--confirm" if confirm is not None else ""
@@ -28,15 +28,16 @@ def tune(
         raise UserError("option-unused", where=searching[0], what=what, remedy="leave it out")
     if trial is not None and export is None:
         raise UserError("option-unused", where="--trial", what="has no effect without --export NAME")
-    from comp.engine.tune import confirm as confirming
-    from comp.engine.tune import export as exporting
-    from comp.engine.tune import search
+    from comp.engine.tune.confirm import confirm as confirm_best
+    from comp.engine.tune.export import export as export_trial
+    from comp.engine.tune.open_study import open_study
+    from comp.engine.tune.search import search
 
     if not finishing:
-        search.tune(
+        search(
             experiment,
             overrides,
-            space_name=space,
+            space=space,
             trials=trials,
             hours=hours,
             until=until,
@@ -44,8 +45,8 @@ def tune(
             on=on,
         )
         return
-    joined = search.join(experiment, overrides, space, storage)
+    opened = open_study(experiment, overrides, space, storage)
     if confirm is not None:
-        confirming.confirm(joined, confirm)
+        confirm_best(opened, confirm)
     if export is not None:
-        exporting.export(joined, export, trial)
+        export_trial(opened, export, trial)
