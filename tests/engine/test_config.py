@@ -234,4 +234,4 @@ def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
-    assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is rate"
+    assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is lr"

@@ -58,7 +58,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     loaded = experiments.load("half", ["data.size=16"])
     lines = (named / "runs/half/config.yaml").read_text().splitlines()
     assert loaded.config.optim.lr == 2e-3 and loaded.config.data.size == 16
-    assert loaded.origins["optim.lr"] == f"runs/half/config.yaml:{1 + lines.index('  rate: 0.002')}"
+    assert loaded.origins["optim.lr"] == f"runs/half/config.yaml:{1 + lines.index('  lr: 0.002')}"
     assert loaded.origins["optim.momentum"].startswith("configs/base.yaml:"), "as base.yaml has it"
     assert loaded.config.competition.metric == "log_loss", "what is scored now"
     assert experiments.load("half", debug=True).config.train.max_samples == 64
@@ -84,7 +84,7 @@ def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
 def test_a_name_that_is_neither_is_answered_with_the_nearest(
     named: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for verb in ("train", "noise", "features", "tune", "schedule", "config", "cache", "model"):
+    for verb in ("train", "seed-noise", "features", "tune", "schedule", "config", "cache", "model"):
         assert cli.main([verb, "halff"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "configs/halff.yaml" in line and "half" in line.split("nearest")[1]
@@ -161,7 +161,7 @@ def test_folds_that_competition_yaml_declares_anew_are_made_anew(
 # --- not trained, or not finished ----------------------------------------------------------------------------------------
 
 READERS = (
-    ["submit", "{}", "--dry-run"], ["explain", "{}"], ["export", "{}"], ["slices", "{}"], ["contradicted", "{}"], ["kernel", "{}"],
+    ["submit", "{}", "--dry-run"], ["explain", "{}"], ["export", "{}"], ["slices", "{}"], ["label-errors", "{}"], ["kernel", "{}"],
     ["pseudo", "{}", "--share", "0.2"], ["tta", "{}"], ["audit", "--drift", "{}"], ["bank", "--csv", "{}"], ["predict", "{}", "--tta", "hflip"],
     ["predict", "{}", "--last-look"],
 )  # fmt: skip
@@ -193,7 +193,7 @@ def test_an_unfinished_run_says_what_is_missing(named: Path, capsys: pytest.Capt
     shutil.rmtree(named / "runs/half/seed0")
     for given in (["explain", "half"], ["pseudo", "half"]):
         assert cli.main(given) == 2, given
-        assert "seed 0 fold 0, 1 missing: comp train half" in capsys.readouterr().err, given
+        assert "seed 0 fold 0, 1 missing; comp train half" in capsys.readouterr().err, given
 
 
 def test_what_is_made_by_another_verb_says_which(empty: Path) -> None:

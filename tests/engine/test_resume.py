@@ -19,7 +19,7 @@ from forked import forked
 
 from comp import data
 from comp import train as loop
-from comp.engine.config import resolve
+from comp.engine.errors import UserError
 from comp.engine.run import checkpoint, runner, tracking
 from comp.engine.store import artifacts, locks, paths
 
@@ -189,7 +189,7 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
     said = f"process {os.getpid()} is already training"
     with (
         locks.lock(tmp_path, "training"),
-        pytest.raises(resolve.Refused, match=said),
+        pytest.raises(UserError, match=said),
         locks.lock(tmp_path, "again"),
     ):
         pass

@@ -1,5 +1,5 @@
-"""What configs/competition.yaml may say, typed, and the kinds of values that all sections share. What a competition simply does
-not have (no groups, no time) may be left out; those are the only defaults.
+"""The keys of configs/competition.yaml and their types, and the value types that all sections share. Keys that a competition
+does not need (group, time) have defaults and may be left out.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 def _label(value: object) -> object:
-    """YAML reads 0 as a number; a label is text."""
+    """A label is text, but YAML reads 0 as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _labels(value: object) -> object:
     if isinstance(value, dict):
-        return {_label(ours): _label(theirs) for ours, theirs in value.items()}
-    return [_label(each) for each in value] if isinstance(value, list) else _listed(value)
+        return {_label(label): _label(host) for label, host in value.items()}
+    return [_label(item) for item in value] if isinstance(value, list) else _as_list(value)
 
 
-OneOrMore = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed)]
+OneOrMore = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list)]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
 FormName = Literal["label", "probability", "probabilities", "value", "labels", "ranking"]
 
 
 class Long(Section):
-    """A table with a line for each class of a row: which column says the class, alone or built like `{id}_{class}`, and which
-    one the label. Without the latter a line says that the class is there."""
+    """A table in long format, with a line for each class of a row: the column with the class, alone or in a pattern like
+    `{id}_{class}`, and the column with the label. Without a label column, a line means that the class is present."""
 
     column: Text
     like: Annotated[str, Field(pattern=r"\{class\}")] = "{class}"
@@ -52,10 +52,10 @@ class Long(Section):
 
 
 class Table(Section):
-    """Where rows come from and how a row names its images. `{column}` and `{column[0]}` stand for values of the row.
+    """The rows and the paths of their images. `{column}` and `{column[0]}` are replaced by values of the row.
 
-    Without a table the files are the rows: `files: "train/{label}/{id}.jpg"`, where `{name}` takes anything but a slash and
-    `{name:cat|dog}` what the regular expression says.
+    Without a table, each file is a row: `files: "train/{label}/{id}.jpg"`, where `{name}` matches anything but a slash and
+    `{name:cat|dog}` a regular expression.
     """
 
     table: Text | None = None
@@ -63,24 +63,22 @@ class Table(Section):
     files: Text | None = None
     id: Text | None = None
     long: Long | None = None
-    columns: dict[Text, Text] = {}  # what is called so everywhere else -> what this table calls it
+    columns: dict[Text, Text] = {}  # usual name -> name in this table
 
     @model_validator(mode="after")
-    def _rows_from_somewhere(self) -> Table:
+    def _validate(self) -> Table:
         if (self.table is None) == (self.files is None):
-            raise ValueError(
-                "say either table, with image, or files: a pattern of paths, where there is no table"
-            )
+            raise ValueError("needs either table and image, or files, a pattern of paths")
         if self.table is None and self.long is not None:
-            raise ValueError("long: is of a table, and files have none")
+            raise ValueError("long: needs a table, but the rows come from files")
         if self.table is not None and self.image is None:
-            raise ValueError("table needs image: the path of a row's image, like train/{id}.png")
+            raise ValueError("image: is missing; set it to the path of a row's image, like train/{id}.png")
         return self
 
 
 class Pixels(Section):
-    """For pictures that are numbers (npy, parquet, json, DICOM): which become 0 and 255, and the shape of flat ones. For JPEGs:
-    whether one that libjpeg warns about is taken as far as it decodes, or damaged."""
+    """For images stored as arrays (npy, parquet, json, DICOM): the values that become 0 and 255, and the shape of flattened ones.
+    For JPEGs: whether a file that libjpeg warns about is used as far as it decodes (lenient), or counts as damaged."""
 
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     shape: Annotated[list[Count], Field(min_length=2, max_length=3)] | None = None
@@ -102,7 +100,7 @@ class Submission(Section):
     sample: Text
     form: FormName | dict[Text, FormName]
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    sums_to_one: bool | None = None  # where nothing is said: rows of probabilities that exclude each other do
+    sums_to_one: bool | None = None  # default: true for the probabilities of exclusive classes
     public: Annotated[float, Field(gt=0, lt=1)] | None = None
     rows: Text | None = None
     k: Count = 5
@@ -110,9 +108,11 @@ class Submission(Section):
 
 
 class Kernel(Section):
-    """A code competition: what Kaggle's machine will give the notebook."""
+    """Code competitions: the limits of Kaggle's machine."""
 
-    hidden_rows: Count | None = None  # of the hidden test set, as the host says; as many as now, otherwise
+    hidden_rows: Count | None = (
+        None  # of the hidden test set, as the host states; default: as many as test rows now
+    )
     hours: Positive = 9.0
     ram: Positive = 13.0  # GB
     gpu: Literal["none", "NvidiaTeslaP100", "NvidiaTeslaT4"] = "NvidiaTeslaT4"
@@ -125,7 +125,7 @@ class Competition(Section):
     train: Table
     test: Table
     id: Text
-    target: Annotated[list[Text] | dict[Text, TaskName], Field(min_length=1), BeforeValidator(_listed)]
+    target: Annotated[list[Text] | dict[Text, TaskName], Field(min_length=1), BeforeValidator(_as_list)]
     task: TaskName | None = None
     metric: Text | dict[Text, Text]
     folds: Folds
@@ -153,7 +153,7 @@ class Competition(Section):
 
     @property
     def tasks(self) -> dict[str, TaskName]:
-        """Target column -> task; with several kinds of targets each has its own."""
+        """Target column -> task."""
         if isinstance(self.target, dict):
             return self.target
         assert self.task is not None
@@ -165,93 +165,93 @@ class Competition(Section):
 
     @property
     def class_mapping(self) -> dict[str, str] | None:
-        """Label of the tables -> the host's class, where competition.classes is a mapping."""
+        """Label in the tables -> the host's class, if competition.classes is a mapping."""
         return self.classes if isinstance(self.classes, dict) else None
 
     @property
     def class_list(self) -> list[str] | None:
-        """The declared classes in their order: of a mapping by value where all are numbers, else as they come."""
+        """The declared classes in order. Classes of a mapping are sorted if all are numbers, otherwise in order of appearance."""
         if not isinstance(self.classes, dict):
             return self.classes
-        hosts = list(dict.fromkeys(self.classes.values()))
+        classes = list(dict.fromkeys(self.classes.values()))
         try:
-            return sorted(hosts, key=float)
+            return sorted(classes, key=float)
         except ValueError:
-            return hosts
+            return classes
 
     @model_validator(mode="after")
-    def _classes_of_one_column(self) -> Competition:
+    def _validate_classes(self) -> Competition:
         if isinstance(self.classes, dict) and len(self.targets) > 1:
             raise ValueError(
-                f"classes: a mapping is of the labels of one column, and the targets are {', '.join(self.targets)}"
+                f"classes: a mapping needs a single target, but the targets are {', '.join(self.targets)}"
             )
         if isinstance(self.classes, dict) and "regression" in self.tasks.values():
-            raise ValueError("classes: the numbers of task: regression have none; take classes out")
+            raise ValueError("classes: have no meaning for task: regression; remove the key")
         return self
 
     @model_validator(mode="after")
-    def _with_its_column(self) -> Competition:
+    def _validate_columns(self) -> Competition:
         for key, column in (("group_spelling", "group"), ("time_format", "time")):
             if getattr(self, key) is not None and getattr(self, column) is None:
-                raise ValueError(f"{key}: is of competition.{column}, and that names no column")
+                raise ValueError(f"{key}: has no effect without competition.{column}")
         return self
 
     @model_validator(mode="after")
-    def _a_task_each(self) -> Competition:
+    def _validate_tasks(self) -> Competition:
         if isinstance(self.target, list) and self.task is None:
             raise ValueError(
-                f"task: is missing; what is {self.target[0]!r}, {', '.join(get_args(TaskName))}?"
+                f"task: is missing; {self.target[0]!r} is one of {', '.join(get_args(TaskName))}"
             )
         if isinstance(self.target, dict) and self.task is not None:
-            raise ValueError(f"task: {self.task} and a target that names a task each; leave one of them out")
+            raise ValueError(
+                f"task: {self.task} contradicts target, which has a task for each column; remove one of them"
+            )
         for key, value in (("metric", self.metric), ("submission.form", self.submission.form)):
             if isinstance(value, dict) and set(value) != set(self.targets):
                 raise ValueError(
-                    f"{key}: names {', '.join(value)}, where the targets are {', '.join(self.targets)}"
+                    f"{key}: has {', '.join(value)}, but the targets are {', '.join(self.targets)}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _columns_of_an_image(self) -> Competition:
+    def _validate_image_columns(self) -> Competition:
         for name in self.image_columns if self.image_columns != "all" else ():
             if name in self.targets:
-                raise ValueError(f"image_columns: {name!r} is the target, which test rows do not have")
+                raise ValueError(f"image_columns: {name!r} is a target, which test rows do not have")
             if name in ("image", "file"):
                 raise ValueError(
-                    f"image_columns: load_image has a {name!r} of its own; call the column another way: columns: {{{name}_column: {name}}}"
+                    f"image_columns: {name!r} is an argument of load_image already; rename the column with columns: {{{name}_column: {name}}}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _one_unknown(self) -> Competition:
+    def _validate_unknown(self) -> Competition:
         kinds = set(self.tasks.values())
         if self.unknown is not None and not kinds <= {"retrieval", "multiclass"}:
             raise ValueError(
-                f"unknown: {self.unknown} is a class, and task {', '.join(sorted(kinds))} has none to choose from"
+                f"unknown: {self.unknown} is a class, but task {', '.join(sorted(kinds))} does not predict one of several"
             )
         return self
 
     @model_validator(mode="after")
-    def _declared_together(self) -> Competition:
+    def _validate_folds(self) -> Competition:
         if "group" in self.folds.scheme and self.group is None:
             raise ValueError(
-                f"folds.scheme: {self.folds.scheme} needs competition.group, the column to keep together"
+                f"folds.scheme: {self.folds.scheme} needs competition.group, the column whose groups stay together"
             )
         if "folds" in self.drift and not self.folds.scheme.startswith("stratified"):
             raise ValueError(
-                f"drift: folds of scheme {self.folds.scheme} spread nothing evenly; use stratified or stratified_group"
+                f"drift: folds of scheme {self.folds.scheme} are not stratified; use stratified or stratified_group"
             )
         if self.folds.scheme == "time" and self.time is None:
             raise ValueError("folds.scheme: time needs competition.time, the column to order by")
         if self.folds.scheme == "time" and self.folds.duplicates == "group":
-            raise ValueError(
-                "folds.duplicates: copies of different times cannot stand together; leave it out"
-            )
+            raise ValueError("folds.duplicates: copies with different times cannot be in one fold; remove it")
         if self.folds.scheme == "time" and self.folds.repeats > 1:
-            raise ValueError("folds.repeats: the past comes once; time folds take repeats: 1")
+            raise ValueError("folds.repeats: folds by time cannot be repeated; set it to 1")
         if self.group and "group" not in self.folds.scheme and not self.folds.blind_to_groups:
             raise ValueError(
                 f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, so its groups leak across folds; "
-                "use group or stratified_group, or say folds.blind_to_groups: true on purpose"
+                "use group or stratified_group, or set folds.blind_to_groups: true on purpose"
             )
         return self

@@ -1,11 +1,11 @@
-"""How long something of a training run lasts: 500 steps, 3 epochs, 10%, or a plain number of epochs. Converted here alone."""
+"""Durations of a training run: 500 steps, 3 epochs, 10% of the run, or a plain number of epochs. The only place that converts them."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-FORM = re.compile(r"(\d+\.?\d*|\.\d+)\s*(steps?|epochs?|%)")
+FORMAT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(steps?|epochs?|%)")
 
 
 class Duration(NamedTuple):
@@ -13,19 +13,19 @@ class Duration(NamedTuple):
     unit: str  # steps | epochs | share
 
     def in_steps(self, steps: int, steps_per_epoch: int) -> int:
-        """Of a run of so many steps."""
+        """Number of steps, in a run of `steps` steps."""
         return round(self.amount * {"steps": 1, "epochs": steps_per_epoch, "share": steps}[self.unit])
 
     def in_epochs(self, epochs: float) -> float | None:
-        """Of a run of so many epochs; None when that takes knowing how many steps an epoch has."""
+        """Number of epochs, in a run of `epochs` epochs. None for a duration in steps, which needs the number of steps in an epoch."""
         return {"steps": None, "epochs": self.amount, "share": self.amount * epochs}[self.unit]
 
 
 def parse(value: object) -> Duration:
-    """ValueError where it is none."""
+    """Raises ValueError if the value is not a duration."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
         return Duration(float(value), "epochs")
-    match = FORM.fullmatch(value.strip()) if isinstance(value, str) else None
+    match = FORMAT.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("should be like 500 steps, 3 epochs or 10%")
     amount, unit = float(match[1]), match[2]

@@ -1,7 +1,11 @@
-"""From configs/*.yaml and key=value to one frozen Config (knobs.py), every mistake answered in one line.
+"""Merges configs/*.yaml and key=value into one frozen Config (schema.py). All mistakes of all files are reported at once.
 
-Order of precedence, weakest first: competition.yaml, base.yaml, the chain of `base:` of the experiment, the experiment (or
-the config of a run in their place), debug.yaml with --debug, then key=value.
+Later sources override earlier ones:
+1. competition.yaml
+2. base.yaml
+3. the chain of `base:` of the experiment, then the experiment itself (or, in their place, the config of a run)
+4. debug.yaml with --debug
+5. key=value of the command line
 """
 
 from __future__ import annotations
@@ -16,13 +20,13 @@ from pydantic import BaseModel, ValidationError
 
 from comp.engine.config import yaml_lines
 from comp.engine.config.schema import Config, Schedule
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError, joined
 from comp.engine.store import secrets
 
-__all__ = ["Config", "Refused", "Schedule"]
+__all__ = ["Config", "Schedule"]
 
 
-# What may change between two starts of the same run: none of it moves a single weight.
+# Knobs that may change between two starts of the same run, since no weight depends on them.
 NO_EFFECT_ON_RESULTS = (
     "machine",
     "track",
@@ -30,7 +34,7 @@ NO_EFFECT_ON_RESULTS = (
     "train.seeds",
     "train.checkpoint_every",
     "competition.submission",
-    "competition.metric",  # how a finished run is scored, not what it learned
+    "competition.metric",  # how a finished run is scored
     "competition.kernel",
     "competition.title",
 )
@@ -52,15 +56,15 @@ Model = TypeVar("Model", bound=BaseModel)
 def load(
     root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool = False, run: Path | None = None
 ) -> Loaded:
-    """Resolve an experiment of configs/. All mistakes of all files are reported at once. `run`: the config.yaml of a run, in
-    the place of the experiment's file; see experiments.load."""
+    """Resolves an experiment of configs/. `run`: the config.yaml of a run, used in place of the experiment's file (see
+    experiments.load)."""
     folder = root / "configs"
     tree: Tree = {}
     origins: dict[str, str] = {}
     for file in [folder / "competition.yaml", *_chain(folder, "base" if run else experiment)]:
         _merge(tree, origins, *_read(file, root))
     if run is not None:
-        _merge(tree, origins, *_of_run(run, root, tree))
+        _merge(tree, origins, *_read_run(run, root, tree))
     if debug:
         _merge(tree, origins, *_read(folder / "debug.yaml", root))
     for text in overrides:
@@ -69,10 +73,8 @@ def load(
 
 
 def from_yaml(path: Path) -> Config:
-    """The resolved config that a run carries: from then on the only source.
-
-    A knob that a template update brought later is not in it: then base.yaml speaks, whose defaults change nothing.
-    """
+    """Reads the resolved config.yaml of a run. A knob that a later template update added is missing in it and gets the
+    default of base.yaml, which changes no result."""
     values, lines = parse(path, f"{path.parent.name}/{path.name}")
     base = next((f for f in (p / "configs" / "base.yaml" for p in path.parents) if f.is_file()), None)
     tree: Tree = parse(base, "configs/base.yaml")[0] if base else {}
@@ -89,21 +91,22 @@ def validate_config(tree: Tree, origins: Mapping[str, str]) -> Config:
 
 
 def validate(
-    model: type[Model], tree: Tree, origins: Mapping[str, str], home: str = "configs/base.yaml"
+    model: type[Model], tree: Tree, origins: Mapping[str, str], default_file: str = "configs/base.yaml"
 ) -> Model:
-    """`home` is the file where a missing key belongs."""
+    """Raises one UserError with a line per mistake. `default_file` is where a missing key belongs."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
-        meant = {
-            (*item["loc"][:-1], *nearest(str(item["loc"][-1]), _keys_beside(model, _keys(item))))
+        intended = {
+            (*item["loc"][:-1], *nearest(str(item["loc"][-1]), _sibling_keys(model, _path(item))))
             for item in items
             if item["type"] == "extra_forbidden"
         }
-        # A misspelt key is one mistake, not two: what is missing may be what it was meant for.
-        items = [item for item in items if item["type"] != "missing" or item["loc"] not in meant]
-        raise Refused(*sorted({_explain(item, origins, model, home) for item in items})) from None
+        # A misspelt key is one mistake, not two: the key that is reported as missing is probably the one that was intended.
+        items = [item for item in items if item["type"] != "missing" or item["loc"] not in intended]
+        errors = {(each := _error(item, origins, model, default_file)).line: each for item in items}
+        raise joined([errors[line] for line in sorted(errors)]) from None
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
@@ -119,11 +122,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 
 def result_knobs(config: Config) -> Tree:
-    """The knobs that change results: what two runs of one name must agree on."""
+    """The knobs that change results. They must be equal for a run to be continued."""
     return {key: value for key, value in flatten(config.model_dump()).items() if not _has_no_effect(key)}
 
 
 def diff(old: Config, new: Config, everything: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Knob -> (old value, new value), of those that change results, or of all of them."""
     before, after = (flatten(c.model_dump()) if everything else result_knobs(c) for c in (old, new))
     return {k: (before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)}
 
@@ -133,9 +137,9 @@ def changes_results(overrides: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
-    """By spelling, whatever the case: of `id` the nearest is `ID`."""
-    by_lower = {each.lower(): each for each in reversed(list(words))}
-    return [by_lower[each] for each in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
+    """The n words that are spelt most like `word`; upper and lower case are equal."""
+    by_lower = {candidate.lower(): candidate for candidate in reversed(list(words))}
+    return [by_lower[low] for low in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
 
 
 def _has_no_effect(key: str) -> bool:
@@ -143,30 +147,37 @@ def _has_no_effect(key: str) -> bool:
 
 
 def _chain(folder: Path, experiment: str) -> list[Path]:
-    """base.yaml first, the experiment last, following `base:` upwards."""
+    """The files of an experiment, found by following `base:` upwards: base.yaml first, the experiment last."""
     chain: list[Path] = []
     name: str | None = experiment
     while name is not None:
         file = folder / f"{name}.yaml"
         if not file.is_file():
             known = sorted(f.stem for f in folder.glob("*.yaml") if f.stem not in ("competition", "debug"))
-            where = f"configs/{chain[0].name}: base" if chain else "experiment"
-            raise Refused(f"{where}: there is no configs/{name}.yaml; there are {', '.join(known)}")
+            raise UserError(
+                "experiment-unknown",
+                where=f"configs/{chain[0].name}" if chain else "experiment",
+                key="base" if chain else "",
+                what=f"there is no configs/{name}.yaml",
+                remedy=f"use one of {', '.join(known)}",
+            )
         if file in chain:
-            raise Refused(f"configs/{file.name}: base: {name} leads back to itself")
+            raise UserError(
+                "base-circular", where=f"configs/{file.name}", key="base", what=f"{name} leads back to itself"
+            )
         chain.insert(0, file)
         parent = _read(file, folder.parent)[0].get("base", "base" if name != "base" else None)
         name = str(parent) if parent is not None else None
     return chain
 
 
-def _of_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
-    """The knobs of a run; those that are as in base.yaml keep their place there. How the competition is scored and split is
-    what competition.yaml says now, as for an experiment."""
+def _read_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
+    """The knobs of a run. Those equal to base.yaml keep their origin there. The section competition comes from the current
+    competition.yaml, as for an experiment."""
     tree, lines = parse(file, str(file.relative_to(root)))
     tree.pop("competition", None)
-    ours, theirs = flatten(tree), flatten(base)
-    return tree, {k: line for k, line in lines.items() if k in ours and ours[k] != theirs.get(k)}
+    values, defaults = flatten(tree), flatten(base)
+    return tree, {k: line for k, line in lines.items() if k in values and values[k] != defaults.get(k)}
 
 
 def _read(file: Path, root: Path) -> tuple[Tree, dict[str, str]]:
@@ -176,38 +187,49 @@ def _read(file: Path, root: Path) -> tuple[Tree, dict[str, str]]:
     return tree, lines
 
 
-def parse(file: Path, shown: str) -> tuple[Tree, dict[str, str]]:
+def parse(file: Path, name: str) -> tuple[Tree, dict[str, str]]:
+    """The tree of a YAML file, and dotted key -> file:line. `name` is the file's name in messages."""
     try:
         tree, lines = yaml_lines.parse(file.read_bytes())
     except yaml_lines.YamlError as error:
-        raise Refused(f"{shown}:{error.line}: {error}") from None
+        raise UserError("yaml-invalid", where=f"{name}:{error.line}", what=str(error)) from None
     except FileNotFoundError:
-        raise Refused(f"{shown}: no such file") from None
+        raise UserError("file-missing", where=name, what="no such file") from None
     if not isinstance(tree, dict):
-        raise Refused(f"{shown}:1: a list of `key: value` lines is wanted, this is {_kind(tree)}")
-    where = {key: f"{shown}:{line}" for key, line in lines.items()}
-    if keys := list(secrets.find_in_config(tree, where, shown)):
-        raise Refused(*keys)
+        raise UserError(
+            "yaml-invalid", where=f"{name}:1", what=f"must consist of `key: value` lines, not {_kind(tree)}"
+        )
+    where = {key: f"{name}:{line}" for key, line in lines.items()}
+    if found := list(secrets.find_in_config(tree, where, name)):
+        raise joined(found)
     return tree, where
 
 
 def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
-    """`optim.lr=3e-4`. A plain value given to a section goes to its head: `track=none` is `track.mode=none`."""
+    """Parses `optim.lr=3e-4`. A plain value for a section sets its main knob: `track=none` is `track.mode=none`."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise Refused(f"{text!r}: an override is written key=value, like optim.lr=3e-4")
+        raise UserError(
+            "override-invalid", where=repr(text), what="an override is written key=value, like optim.lr=3e-4"
+        )
     try:
         parsed, _ = yaml_lines.parse(value.encode())
     except yaml_lines.YamlError as error:
-        raise Refused(f"{text[:80]!r}: {error}") from None
+        raise UserError("yaml-invalid", where=repr(text[:80]), what=str(error)) from None
     known = flatten(tree)
     section = [k for k in known if k.startswith(f"{key}.")]
     if section and not isinstance(parsed, dict):
-        heads = [f"{key}.{head}" for head in ("name", "mode", "recipe") if f"{key}.{head}" in known]
-        if not heads:
-            raise Refused(f"{text!r}: {key} is a section; say which of {', '.join(section)}")
-        key = heads[0]
+        main = [f"{key}.{name}" for name in ("name", "mode", "recipe") if f"{key}.{name}" in known]
+        if not main:
+            raise UserError(
+                "override-invalid",
+                where=repr(text),
+                key=key,
+                what="is a section",
+                remedy=f"set one of {', '.join(section)}",
+            )
+        key = main[0]
     out: Tree = {}
     node = out
     *parents, last = key.split(".")
@@ -232,57 +254,70 @@ def _update(into: Tree, tree: Tree) -> None:
             into[key] = value
 
 
-def _explain(error: dict[str, Any], origins: Mapping[str, str], model: type[BaseModel], home: str) -> str:
-    """One line: where, key, what is wrong, what is right."""
-    parts = _keys(error)
-    key = ".".join(str(p) for p in parts)
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        inner = message.split(":")[0]
-        key = next((k for k in (f"competition.{inner}", inner) if k in origins), key)
-        return f"{_where(key, origins)}: {message}"
-    if error["type"] == "extra_forbidden":
-        close = nearest(str(parts[-1]), _keys_beside(model, parts))
-        return f"{_where(key, origins)}: {key}: no such key; the nearest is {close[0] if close else 'none'}"
-    if error["type"] == "missing":
-        file = "configs/competition.yaml" if parts[0] == "competition" else home
-        return f"{_where(key, origins, file)}: {key}: is missing"
-    given = error["input"]
-    hint = ""
-    if error["type"] == "literal_error":
-        hint = f"; the nearest is {nearest(str(given), _choices(error))[0]}"
-    return f"{_where(key, origins)}: {key}: {message[0].lower()}{message[1:]}, not {given!r} ({_kind(given)}){hint}"
+def _error(
+    item: dict[str, Any], origins: Mapping[str, str], model: type[BaseModel], default_file: str
+) -> UserError:
+    """One of pydantic's errors with the file and line of its key."""
+    path = _path(item)
+    key = ".".join(str(part) for part in path)
+    if item["type"] == "value_error":
+        return _own_error(item["msg"].removeprefix("Value error, "), key, origins)
+    where = _where(key, origins)
+    if item["type"] == "extra_forbidden":
+        close = nearest(str(path[-1]), _sibling_keys(model, path))
+        remedy = f"the nearest is {close[0] if close else 'none'}"
+        return UserError("key-unknown", where=where, key=key, what="no such key", remedy=remedy)
+    if item["type"] == "missing":
+        file = "configs/competition.yaml" if path[0] == "competition" else default_file
+        return UserError("key-missing", where=_where(key, origins, file), key=key, what="is missing")
+    value, message = item["input"], item["msg"].removeprefix("Value error, ")
+    what = f"{message[0].lower()}{message[1:]}, not {value!r} ({_kind(value)})"
+    choice = nearest(str(value), _choices(item))[0] if item["type"] == "literal_error" else ""
+    remedy = f"the nearest is {choice}" if choice else ""
+    return UserError("value-invalid", where=where, key=key, what=what, remedy=remedy)
 
 
-def _where(key: str, origins: Mapping[str, str], otherwise: str = "config") -> str:
+def _own_error(message: str, section: str, origins: Mapping[str, str]) -> UserError:
+    """An error that a validator of schema.py raised as ValueError("key: what; remedy"). The key is relative to its section."""
+    key, found, what = message.partition(": ")
+    if not found or " " in key:
+        key, what = "", message
+    candidates = [k for k in (f"{section}.{key}", f"competition.{key}", key) if k.strip(".") in origins]
+    key = candidates[0].strip(".") if candidates else ".".join(part for part in (section, key) if part)
+    what, _, remedy = what.partition("; ")
+    return UserError("value-invalid", where=_where(key, origins), key=key, what=what, remedy=remedy)
+
+
+def _where(key: str, origins: Mapping[str, str], default: str = "config") -> str:
+    """file:line of a key, or of the nearest section around it that has one."""
     while key:
         if key in origins:
             return origins[key]
         key = key.rpartition(".")[0]
-    return otherwise
+    return default
 
 
-def _keys(error: Mapping[str, Any]) -> list[Any]:
-    """Where pydantic found it, without the types of a union."""
-    return [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+def _path(item: Mapping[str, Any]) -> list[Any]:
+    """pydantic's location without the members of a union."""
+    return [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
 
 
-def _keys_beside(model: type[BaseModel], parts: list[Any]) -> list[str]:
-    for part in parts[:-1]:
-        if isinstance(part, str) and part in model.model_fields:  # a number is a place in a list
+def _sibling_keys(model: type[BaseModel], path: list[Any]) -> list[str]:
+    for part in path[:-1]:
+        if isinstance(part, str) and part in model.model_fields:  # a number is an index into a list
             model = _section_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Of Stage, Stage | None or list[Stage] the model."""
+    """The model in an annotation: Stage of Stage, Stage | None or list[Stage]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
 
 
-def _choices(error: dict[str, Any]) -> list[str]:
-    return [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+def _choices(item: dict[str, Any]) -> list[str]:
+    return [part.strip(" '") for part in item["ctx"]["expected"].replace(" or ", ",").split(",")]
 
 
 def _kind(value: Any) -> str:

@@ -1,19 +1,19 @@
-"""Which weights a run keeps and which members it has, as a function of its config alone.
+"""Sets of weights and members of a run, as functions of its config alone.
 
-runs/exp003/seed0/fold1/weights.safetensors          what speaks for the run, fixed beforehand
-runs/exp003/seed0/fold1/snap2/weights.safetensors    kept beside it: a member of its own, exp003:snap2
-runs/exp003/seed0/foldfull/                          the same of the refit on all rows: exp003:full, exp003:full-snap2
+runs/exp003/seed0/fold1/weights.safetensors          the run's own weights (average.predict_with)
+runs/exp003/seed0/fold1/snap2/weights.safetensors    extra weights, which make the member exp003:snap2
+runs/exp003/seed0/foldfull/                          the refit on all rows: exp003:full, exp003:full-snap2
 """
 
 from __future__ import annotations
 
 from comp.engine.config.schema import Config
 
-REFIT = "full"  # name of the fold that trains on all rows, and of the member that it is
+REFIT = "full"  # name of the fold that trains on all rows, and of the member that it makes
 
 
 def final_weights(cfg: Config) -> str:
-    """raw | ema | swa | tail | uniform | greedy"""
+    """The weights that make the run's predictions: raw | ema | swa | tail | uniform | greedy."""
     if cfg.average.predict_with != "default":
         return cfg.average.predict_with
     return "raw" if cfg.train.ema_decay is None else "ema"
@@ -24,21 +24,21 @@ def snapshots(cfg: Config) -> list[str]:
 
 
 def extra_weights(cfg: Config) -> list[str]:
-    """Folders within a fold's, each with weights and predictions of its own."""
+    """Subfolders of a fold's folder, each with weights and predictions of its own."""
     return [*snapshots(cfg), *cfg.average.members]
 
 
 def extra_members(cfg: Config) -> dict[str, list[str]]:
-    """Every member of a finished run beside itself -> the kept weights whose predictions it is the mean of."""
-    found = {name: [name] for name in extra_weights(cfg)}
+    """Members of a finished run besides the run itself -> the extra weights whose mean prediction they are."""
+    members = {name: [name] for name in extra_weights(cfg)}
     if snaps := snapshots(cfg):
         last = snaps[-cfg.snapshots.last :]
-        found[f"last{len(last)}"] = last
-    return found
+        members[f"last{len(last)}"] = last
+    return members
 
 
 def refit_member(member: str = "") -> str:
-    """The name of a member where the refit makes it: full, and full-snap2 of snap2."""
+    """A member's name in the refit: full of the run itself, full-snap2 of snap2."""
     return f"{REFIT}-{member}" if member else REFIT
 
 
@@ -47,25 +47,26 @@ def is_refit(member: str) -> bool:
 
 
 def cv_member(member: str) -> str:
-    """The member of the CV that is made as this one of the refit is: snap2 of full-snap2, the run itself of full."""
+    """The member of the cross-validation that corresponds to one of the refit: snap2 of full-snap2, "" of full."""
     return member.removeprefix(REFIT).removeprefix("-") if is_refit(member) else member
 
 
 def cv_address(address: str) -> str:
-    """Whose OOF predictions stand for this address: those of exp003 for exp003:full, of exp003:snap2 for exp003:full-snap2."""
+    """The address whose OOF predictions are used: exp003 of exp003:full, exp003:snap2 of exp003:full-snap2."""
     run, _, member = address.partition(":")
     return f"{run}:{cv_member(member)}" if cv_member(member) else run
 
 
 def selects_by_score(cfg: Config) -> bool:
-    """Whether anything is picked by its score, so that rows are needed to pick on."""
+    """Whether an epoch or weights are selected by their score, which needs rows to compute it on."""
     return cfg.select.name == "best" or "greedy" in (final_weights(cfg), *cfg.average.members)
 
 
 def selected_by_score(cfg: Config, name: str = "") -> bool:
-    """Whether these weights were picked by their score; the run's own have no name."""
+    """Whether this set of weights was selected by its score; the run's own weights have no name."""
     return name == "greedy" or (name == "" and (cfg.select.name == "best" or final_weights(cfg) == "greedy"))
 
 
 def marks(cfg: Config, name: str = "") -> list[str]:
+    """Marks in the metadata of predictions: their OOF score is optimistic if the weights were selected on the fold itself."""
     return ["selected_on_fold"] if cfg.select.on == "fold" and selected_by_score(cfg, name) else []

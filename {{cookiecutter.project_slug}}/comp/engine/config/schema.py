@@ -1,5 +1,5 @@
-"""Every knob of a run, typed. Knobs have no default here: configs/base.yaml is the one place where defaults, units and costs
-stand. The section `competition` is comp/engine/config/competition_schema.py.
+"""The type of every knob of a run. There are no defaults here: configs/base.yaml has them, with units and costs. The section
+`competition` is in competition_schema.py.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from comp.engine.config.competition_schema import (
     Text,
 )
 
-MAX_WHITENED = 4096  # numbers of a picture: 64 x 64 grey, 36 x 36 in colour; the matrix is their square
+MAX_WHITENED = (
+    4096  # values of an image: 64 x 64 grey, 36 x 36 in color; the whitening matrix has their square
+)
 
 
-def _lasting(value: object) -> float | str:
+def _duration(value: object) -> float | str:
     try:
         duration.parse(value)
     except ValueError as error:
-        raise PydanticCustomError("duration", "{said}", {"said": str(error)}) from None
+        raise PydanticCustomError("duration", "{message}", {"message": str(error)}) from None
     return value if isinstance(value, str) else float(value)  # type: ignore[arg-type]
 
 
-# Kept as it was written: how many steps it is depends on the fold.
-Duration = Annotated[int | float | str, PlainValidator(_lasting)]
+# Stored as it was written, since the number of steps depends on the fold.
+Duration = Annotated[int | float | str, PlainValidator(_duration)]
 Durations = Annotated[
     int | float | str | list[int | float | str],
     PlainValidator(
-        lambda value: [_lasting(v) for v in value] if isinstance(value, list) else _lasting(value)
+        lambda value: [_duration(v) for v in value] if isinstance(value, list) else _duration(value)
     ),
 ]
 
@@ -71,12 +73,12 @@ class Augment(Section):
 
     @property
     def group_size(self) -> int:
-        """Neighbours in the epoch's list that belong together: no pass may part them."""
+        """Number of consecutive samples that belong together and must be in the same forward pass."""
         return 4 if self.mosaic else 2 if self.mixup or self.cutmix else self.jsd_views
 
     @property
     def strong_ops(self) -> list[str]:
-        """What is on of what augment.disable_last_epochs can switch off."""
+        """Which of the ops that augment.disable_last_epochs switches off are on."""
         return [
             name
             for name in ("auto_augment", "random_erasing", "mixup", "cutmix", "mosaic")
@@ -105,7 +107,7 @@ class Model(Section):
 
 
 class Loss(Section):
-    """Which loss takes which knob stands in comp/engine/tasks/loss_knobs.py."""
+    """comp/engine/tasks/loss_knobs.py has the knobs of each loss."""
 
     name: Text
     label_smoothing: BelowOne
@@ -264,99 +266,108 @@ class Config(Section):
     track: Track
     keep: Keep
 
+    # Raise ValueError("section.key: what; remedy"): resolve.py makes a UserError of it.
     @model_validator(mode="after")
-    def _one_cure(self) -> Config:
+    def _validate_balance(self) -> Config:
         balance, weights = self.sampling.balance, self.loss.class_weights
         if balance == "none" and self.sampling.strength != 1:
             raise ValueError(
-                f"sampling.strength: {self.sampling.strength} has no effect with sampling.balance: none"
+                f"sampling.strength: {self.sampling.strength} has no effect with sampling.balance: none; set it to 1"
             )
         if balance != "none" and weights != "none":
             raise ValueError(
-                f"loss.class_weights: {weights} and sampling.balance: {balance} make up for rare classes twice; choose one"
+                f"loss.class_weights: {weights} and sampling.balance: {balance} both compensate for rare classes; use one of them"
             )
         return self
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Config:
-        knobs, epochs = self.augment, self.train.epochs
-        if knobs.disable_last_epochs and not knobs.strong_ops:
+    def _validate_augment(self) -> Config:
+        augment, epochs = self.augment, self.train.epochs
+        last = augment.disable_last_epochs
+        if last and not augment.strong_ops:
             raise ValueError(
-                f"augment.disable_last_epochs: {knobs.disable_last_epochs} has no effect, there is no auto_augment, random_erasing, mixup, cutmix or mosaic; set it to 0"
+                f"augment.disable_last_epochs: {last} has no effect without auto_augment, random_erasing, mixup, cutmix or mosaic; "
+                "set it to 0"
             )
-        if knobs.strong_ops and knobs.disable_last_epochs >= epochs:
+        if augment.strong_ops and last >= epochs:
             raise ValueError(
-                f"augment.disable_last_epochs: {knobs.disable_last_epochs} leaves no epoch with augment.{knobs.strong_ops[0]}, train.epochs is {epochs}"
+                f"augment.disable_last_epochs: {last} leaves no epoch with augment.{augment.strong_ops[0]}, train.epochs is {epochs}"
             )
-        if knobs.mixup_prob != 1 and not (knobs.mixup or knobs.cutmix):
+        if augment.mixup_prob != 1 and not (augment.mixup or augment.cutmix):
             raise ValueError(
-                f"augment.mixup_prob: {knobs.mixup_prob} has no effect without mixup or cutmix; set it to 1"
+                f"augment.mixup_prob: {augment.mixup_prob} has no effect without mixup or cutmix; set it to 1"
             )
-        mixes = bool(knobs.mixup or knobs.cutmix or knobs.mosaic)
-        if mixes and knobs.jsd_views > 1:
+        mixes = bool(augment.mixup or augment.cutmix or augment.mosaic)
+        if mixes and augment.jsd_views > 1:
             raise ValueError(
-                f"augment.jsd_views: {knobs.jsd_views} of a picture stand side by side, so mixup, cutmix and mosaic would mix it with itself; set it to 1"
+                f"augment.jsd_views: {augment.jsd_views} views of an image are consecutive in the batch, so mixup, cutmix and mosaic "
+                "would mix an image with itself; set it to 1"
             )
-        if self.train.batch_size % knobs.group_size:
-            those = {
-                True: {4: "fours of augment.mosaic", 2: "pairs of mixup and cutmix"},
-                False: {knobs.group_size: "views of a picture"},
-            }
+        size = augment.group_size
+        if self.train.batch_size % size:
+            group = f"views of an image (augment.jsd_views: {size})"
+            if mixes:
+                group = "fours of augment.mosaic" if size == 4 else "pairs of mixup and cutmix"
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} would part the {those[mixes][knobs.group_size]}; a multiple of {knobs.group_size} keeps them together"
+                f"train.batch_size: {self.train.batch_size} would split the {group}; use a multiple of {size}"
             )
-        data = self.data
-        if data.whiten != "none" and (features := data.channels * data.size**2) > MAX_WHITENED:
+        return self
+
+    @model_validator(mode="after")
+    def _validate_sizes(self) -> Config:
+        data, sizes = self.data, self.augment.progressive_sizes
+        if data.whiten != "none" and (values := data.channels * data.size**2) > MAX_WHITENED:
             raise ValueError(
-                f"data.whiten: {data.whiten} is for small pictures: {data.channels} x {data.size} x {data.size} are {features} numbers, and {MAX_WHITENED} the most"
+                f"data.whiten: {data.whiten} is for small images: {data.channels} x {data.size} x {data.size} are {values} values, "
+                f"at most {MAX_WHITENED} are supported"
             )
-        if data.whiten != "none" and knobs.progressive_sizes:
+        if data.whiten != "none" and sizes:
             raise ValueError(
-                "data.whiten: knows pictures of data.size only; set augment.progressive_sizes to null"
+                "data.whiten: needs images of one size, data.size; set augment.progressive_sizes to null"
             )
-        if knobs.progressive_sizes and len(knobs.progressive_sizes) > epochs:
+        if sizes and len(sizes) > self.train.epochs:
             raise ValueError(
-                f"augment.progressive_sizes: {len(knobs.progressive_sizes)} sizes do not fit into train.epochs {epochs}"
+                f"augment.progressive_sizes: {len(sizes)} sizes are more than train.epochs: {self.train.epochs}"
             )
         if len(set(self.train.seeds)) < len(self.train.seeds):
-            raise ValueError(f"train.seeds: {self.train.seeds} names a seed twice")
-        if fault := weights_error(self):
-            raise ValueError(fault)
+            raise ValueError(f"train.seeds: {self.train.seeds} contains a seed twice")
+        if error := weights_error(self):
+            raise ValueError(error)
         return self
 
 
 def weights_error(cfg: Config) -> str:
-    """Why the weights that a run is to keep cannot be had, or would be kept in vain."""
+    """Why the sets of weights that a run is to keep are impossible or without effect; empty when they are fine."""
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
-    said = average.predict_with
-    speaks = ("raw" if cfg.train.ema_decay is None else "ema") if said == "default" else said
-    wanted = {speaks, *average.members}
-    chooses = select.name == "best" or "greedy" in wanted
+    default = "raw" if cfg.train.ema_decay is None else "ema"
+    final = default if average.predict_with == "default" else average.predict_with
+    wanted = {final, *average.members}
+    selects = select.name == "best" or "greedy" in wanted
     tail = "tail" in wanted or ("greedy" in wanted and cycles is None)
-    faults = {
-        f"snapshots.cycles: {cycles} cycles do not fit into {epochs} epochs": (cycles or 0) > epochs,
-        f"snapshots.cycles: are cosines; schedule.name: {cfg.schedule.name} has no effect beside them, set it to cosine":
+    errors = {
+        f"snapshots.cycles: {cycles} cycles are more than train.epochs: {epochs}": (cycles or 0) > epochs,
+        f"snapshots.cycles: follow a cosine, so schedule.name: {cfg.schedule.name} has no effect; set it to cosine":
             cycles is not None and cfg.snapshots.restarts and cfg.schedule.name != "cosine",
-        f"train.stages: their {sum(stage.epochs for stage in stages)} epochs are not the {epochs} of train.epochs":
+        f"train.stages: have {sum(stage.epochs for stage in stages)} epochs, train.epochs is {epochs}":
             bool(stages) and sum(stage.epochs for stage in stages) != epochs,
-        "train.stages: each has a schedule of its own, so snapshots.cycles has no place; one of the two": bool(stages) and cycles is not None,
-        "train.stages: plateau looks back over stages; take another schedule.name": bool(stages) and cfg.schedule.name == "plateau",
-        f"average.members: {speaks} is the run itself": speaks in average.members,
-        "snapshots.restarts: has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
-        "average.members: names one twice": len(set(average.members)) < len(average.members),
-        "average: ema needs train.ema_decay, a decay like 0.999": "ema" in wanted and cfg.train.ema_decay is None,
-        f"train.ema_decay: has no effect where average.predict_with is {speaks} and average.members has no ema":
+        "train.stages: each stage has a schedule of its own; remove snapshots.cycles or train.stages": bool(stages) and cycles is not None,
+        "train.stages: plateau would compare losses of different stages; use another schedule.name":
+            bool(stages) and cfg.schedule.name == "plateau",
+        f"average.members: contains {final}, which are the run's own weights; remove it": final in average.members,
+        "snapshots.restarts: false has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
+        "average.members: contains a name twice": len(set(average.members)) < len(average.members),
+        "average: ema needs train.ema_decay; set it to 0.999 or so": "ema" in wanted and cfg.train.ema_decay is None,
+        f"train.ema_decay: has no effect, since average.predict_with is {final} and average.members has no ema":
             cfg.train.ema_decay is not None and "ema" not in wanted,
-        "average: uniform is the mean of snapshots, and there are none; set snapshots.cycles, or take tail":
-            "uniform" in wanted and cycles is None,
-        f"average.tail_epochs: the last {average.tail_epochs} of {epochs} epochs are more than there are": tail and average.tail_epochs > epochs,
-        f"select.name: best picks an epoch, and average.predict_with: {speaks} is made of several; one of the two":
-            select.name == "best" and speaks not in ("raw", "ema"),
+        "average: uniform is the mean of snapshots; set snapshots.cycles, or use tail": "uniform" in wanted and cycles is None,
+        f"average.tail_epochs: {average.tail_epochs} are more than train.epochs: {epochs}": tail and average.tail_epochs > epochs,
+        f"select.name: best selects one epoch, but average.predict_with: {final} averages several; use one of them":
+            select.name == "best" and final not in ("raw", "ema"),
         "select.patience: has no effect without select.name: best": select.patience is not None and select.name != "best",
-        "select.patience: may end training before all snapshots, swa or tail are there; without them, or patience: null":
+        "select.patience: may stop training before all snapshots, swa or tail epochs; remove those, or set patience: null":
             select.patience is not None and (cycles is not None or bool(wanted & {"swa", "tail", "greedy"})),
-        "select.on: has no effect, nothing is chosen; set select.name: best, or average.predict_with: greedy":
-            select.on == "fold" and not chooses,
+        "select.on: has no effect, since nothing is selected; set select.name: best, or average.predict_with: greedy":
+            select.on == "fold" and not selects,
     }  # fmt: skip
-    return next((fault for fault, true in faults.items() if true), "")
+    return next((error for error, wrong in errors.items() if wrong), "")

@@ -1,7 +1,7 @@
-"""YAML as people mean it, with the line of every key.
+"""YAML without its surprises, and the line number of every key.
 
-PyYAML reads `1e-3` as text, `no` as False, `010` as 8 and `1:30` as 90, and lets a duplicate key win silently.
-Here numbers are numbers, only true and false are booleans, ids keep their zeros, and a duplicate key is a mistake.
+PyYAML reads `1e-3` as text, `no` as False, `010` as 8 and `1:30` as 90, and a duplicate key silently overrides the first.
+Here `1e-3` is a number, only true and false are booleans, `010` and `1:30` stay text, and a duplicate key is an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class YamlError(Exception):
         self.line = line
 
 
-MAX_DEPTH = 30  # brackets in brackets; PyYAML recurses, and Python allows it about 300
+MAX_DEPTH = 30  # levels of nesting; PyYAML recurses, and Python's stack ends at about 300
 MAX_VALUES = (
-    100_000  # values of a file with its aliases written out: nine lines of aliases can stand for a billion
+    100_000  # values of a file after expanding aliases: nine lines of aliases can expand to a billion
 )
-MAX_DIGITS = 100  # of a whole number; Python converts up to 4,300
+MAX_DIGITS = 100  # of an integer; Python converts up to 4,300
 
 
 class _Reader(yaml.SafeLoader):
@@ -40,7 +40,7 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    # Must mirror the reader: a text that the reader would take for a number needs quotes, and only that.
+    # Has the same resolvers as the reader, so that exactly the strings that would be read as something else are quoted.
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
@@ -61,7 +61,7 @@ for _tag, _pattern, _first in _PLAIN:
 
 
 def parse(data: bytes) -> tuple[Any, dict[str, int]]:
-    """The value, and for every dotted key the line it stands on (from 1)."""
+    """The value, and dotted key -> line number (from 1)."""
     try:
         text = data.decode("utf-8-sig")
         node = yaml.compose(text, Loader=_Reader)
@@ -82,38 +82,38 @@ def dump(value: Any) -> str:
 
 
 def inline(value: Any) -> str:
-    """On one line, as it stands behind a key."""
+    """One line of flow style, to be written after a key."""
     text = yaml.dump(value, Dumper=_Writer, default_flow_style=True, allow_unicode=True, width=10**6)
     return str(text).removesuffix("...\n").strip()
 
 
 class _Values:
-    """The values of one file, its aliases written out."""
+    """Converts the nodes of one file to Python values; aliases are expanded."""
 
     def __init__(self) -> None:
         self.lines: dict[str, int] = {}
-        self.around: set[int] = set()  # the nodes that the one being read stands in
+        self.parents: set[int] = set()  # ids of the nodes that contain the current one
         self.count = 0
 
     def read(self, node: yaml.Node) -> tuple[Any, dict[str, int]]:
         return self._value(node, ""), self.lines
 
     def _value(self, node: yaml.Node, prefix: str) -> Any:
-        here, key = node.start_mark.line + 1, prefix.rstrip(".")
+        line, key = node.start_mark.line + 1, prefix.rstrip(".")
         self.count += 1
         if self.count > MAX_VALUES:
-            raise YamlError(f"{key}: with its aliases written out the file has more than {MAX_VALUES:,} values", here)  # fmt: skip
+            raise YamlError(f"{key}: with its aliases expanded the file has more than {MAX_VALUES:,} values", line)  # fmt: skip
         if isinstance(node, yaml.ScalarNode):
-            return _scalar(node, here)
-        if id(node) in self.around:
-            raise YamlError(f"{key}: is an alias of what it stands in", here)
-        self.around.add(id(node))
+            return _scalar(node, line)
+        if id(node) in self.parents:
+            raise YamlError(f"{key}: is an alias of a section that contains it", line)
+        self.parents.add(id(node))
         out = (
             self._mapping(node, prefix)
             if isinstance(node, yaml.MappingNode)
             else self._sequence(node, prefix)
         )
-        self.around.remove(id(node))
+        self.parents.remove(id(node))
         return out
 
     def _mapping(self, node: yaml.Node, prefix: str) -> dict[str, Any]:
@@ -121,10 +121,10 @@ class _Values:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise YamlError("a key must be a word", line)
+                raise YamlError("a key must be plain text", line)
             if key in out:
                 first = self.lines[prefix + key]
-                raise YamlError(f"{prefix}{key} stands here for the second time, first on line {first}", line)  # fmt: skip
+                raise YamlError(f"{prefix}{key} is set for the second time, first on line {first}", line)  # fmt: skip
             self.lines[prefix + key] = line
             out[key] = self._value(value_node, f"{prefix}{key}.")
         return out
@@ -144,8 +144,8 @@ def _scalar(node: yaml.Node, line: int) -> Any:
         return text == "true"
     if kind == "int":
         if len(text) > MAX_DIGITS:
-            raise YamlError(f"a number of {len(text):,} digits; {MAX_DIGITS} are the most", line)
+            raise YamlError(f"a number of {len(text):,} digits; at most {MAX_DIGITS} are allowed", line)
         return int(text)
     if kind == "float":
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    raise YamlError(f"the tag {node.tag} is not understood; plain values only", line)
+    raise YamlError(f"the tag {node.tag} is not supported; use plain values", line)
