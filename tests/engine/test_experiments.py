@@ -144,15 +144,20 @@ def test_folds_that_competition_yaml_declares_anew_are_made_anew(
     file.write_text(file.read_text().replace("k: 2, seed: 0", "k: 3, seed: 1"))
     (number,) = [i for i, line in enumerate(file.read_text().splitlines(), 1) if line.startswith("folds:")]
     for given in (
-        ["train", "tiny"], ["train", "half"], ["schedule", "tiny"], ["noise", "tiny"], ["lr-range", "tiny"], ["features", "tiny"],
+        ["train", "tiny"], ["train", "half"], ["schedule", "tiny"], ["seed-noise", "tiny"], ["lr-range", "tiny"], ["features", "tiny"],
         ["tune", "tiny", "--space", "few"], ["compare", "tiny", "a"],
     ):  # fmt: skip
         (named / "configs" / "tune").mkdir(exist_ok=True)
         (named / "configs" / "tune" / "few.yaml").write_text("search:\n  optim.lr: [1e-3, 1e-2]\n")
         assert cli.main(given) == 2, given
-        k, seed, remedy = capsys.readouterr().err.splitlines()
-        assert k.startswith(f"configs/competition.yaml:{number}: folds.k is 3") and k.endswith("made with 2")
-        assert "folds.seed is 1" in seed and seed.endswith("made with 0") and "comp folds --remake" in remedy
+        k, seed = capsys.readouterr().err.splitlines()
+        where = f"configs/competition.yaml:{number}: "
+        assert k.startswith(f"{where}folds.k: is 3") and "made with 2" in k
+        assert (
+            seed.startswith(f"{where}folds.seed: is 1")
+            and "made with 0" in seed
+            and "comp folds --remake" in seed
+        )
     assert sorted(p.name for p in (named / "runs").iterdir() if p.is_dir()) == ["a", "half"]
     assert cli.main(["folds", "--remake"]) == 0
     assert cli.main(["train", "tiny", "--fold", "2"]) == 0, "the remedy"
