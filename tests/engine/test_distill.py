@@ -37,8 +37,8 @@ QUIET = [
 class Lesson(NamedTuple):
     cfg: Config
     head: Head
-    own: losses.Total  # of the labels alone
-    loss: losses.Total
+    own: losses.MultiHeadLoss  # of the labels alone
+    loss: losses.MultiHeadLoss
     output: Tensor
     truth: Tensor
     stored: Tensor  # what the teacher's prediction file holds

@@ -1,8 +1,8 @@
 """Losses by name: `loss.name` in a config names a function of this page.
 
-A loss is a function (network output of a head, target, *, its knobs) -> (batch,). Targets are class codes (batch,), or a share per
-class (batch, classes); 0, 1 or a share per label; or values. Losses that treat each output separately return (batch, outputs), so that
-class weights apply label by label.
+A loss is a function (network output of a head, target, *, its knobs) -> (batch,). Targets are class codes
+(batch,), or a share per class (batch, classes); 0, 1 or a share per label; or values. Losses that treat each
+output separately return (batch, outputs), so that class weights apply label by label.
 
 timm's losses are not used because the versions on Kaggle return only means. The tests compare ours with them.
 """
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +31,7 @@ from comp.models import output_sizes
 POWERS = {"mse": 2, "l1": 1, "huber": 2, "log_cosh": 2}  # regression losses: power of the target's unit
 TINY = 1e-8  # a power below 1 has an infinite gradient at 0
 Loss = Callable[[Tensor, Tensor], Tensor]
-Total = Callable[[Tensor, list[Tensor]], Tensor]
+MultiHeadLoss = Callable[[Tensor, list[Tensor]], Tensor]
 
 
 # --- one of many classes -----------------------------------------------------------------------------
@@ -57,8 +55,8 @@ def kl(output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
 
 
 def jensen_shannon(output: Tensor, target: Tensor, label_smoothing: float, js_weight: float) -> Tensor:
-    """Divergence of prediction and target from their mixture, `js_weight` of it target. Bounded, so a wrong label costs little.
-    Scaled: cross-entropy for a small weight, the absolute error for one near 1."""
+    """Divergence of prediction and target from their mixture, `js_weight` of it target. Bounded, so a wrong
+    label costs little. Scaled: cross-entropy for a small weight, the absolute error for one near 1."""
     truth, log_p = class_targets(output, target, label_smoothing), F.log_softmax(output, 1)
     log_mixture = torch.logaddexp(torch.log(js_weight * truth), math.log(1 - js_weight) + log_p)
     from_truth = (torch.xlogy(truth, truth) - truth * log_mixture).sum(1)
@@ -125,7 +123,8 @@ def poly_multiclass(output: Tensor, target: Tensor, label_smoothing: float, epsi
 def asymmetric(
     output: Tensor, target: Tensor, label_smoothing: float, gamma: float, gamma_pos: float, clip: float
 ) -> Tensor:
-    """Focal with a larger gamma for negatives; negatives below a probability of `clip` cost nothing. For many rare labels."""
+    """Focal with a larger gamma for negatives; negatives below a probability of `clip` cost nothing. For many
+    rare labels."""
     truth = _labels(output, target, label_smoothing)
     positive, negative = output.sigmoid(), ((-output).sigmoid() + clip).clamp(max=1)
     loss = truth * positive.clamp(min=TINY).log() + (1 - truth) * negative.clamp(min=TINY).log()
@@ -157,7 +156,8 @@ def log_cosh(output: Tensor, target: Tensor) -> Tensor:
 
 
 def bins(output: Tensor, target: Tensor, label_smoothing: float, bins: int, range: list[float]) -> Tensor:
-    """Cross-entropy over bins. A value is split between the two nearest bin centers, so that their mean is the value."""
+    """Cross-entropy over bins. A value is split between the two nearest bin centers, so that their mean is
+    the value."""
     centers = torch.as_tensor(
         bin_centers({"bins": bins, "range": range}), dtype=output.dtype, device=output.device
     )
@@ -184,8 +184,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
         metric_learning.arcface, metric_learning.contrastive, metric_learning.triplet,
-        cross_entropy, kl, jensen_shannon, bce, bce_multiclass, focal, focal_multiclass, poly, poly_multiclass,
-        asymmetric, mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
+        cross_entropy, kl, jensen_shannon, bce, bce_multiclass, focal, focal_multiclass, poly,
+        poly_multiclass, asymmetric, mse, l1, huber, log_cosh, bins, cumulative, soft_labels,
     )
 }  # fmt: skip
 
@@ -193,8 +193,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 # --- the loss of a run -------------------------------------------------------------------------------
 
 
-def build_loss(cfg: Config, samples: Samples, train_rows: Positions, standardized: bool = True) -> Total:
-    """(output, targets) -> (batch,). `standardized`: of standardized targets, to minimize; otherwise in their units, to log."""
+def build_loss(
+    cfg: Config, samples: Samples, train_rows: Positions, standardized: bool = True
+) -> MultiHeadLoss:
+    """(output, targets) -> (batch,). `standardized`: of standardized targets, to minimize; otherwise in their
+    units, to log."""
     return mean_over_heads(cfg, samples.heads, head_losses(cfg, samples, train_rows, standardized))
 
 
@@ -212,7 +215,7 @@ def has_scaled_targets(cfg: Config, heads: tuple[Head, ...]) -> bool:
     return any(objective.name in POWERS for objective in loss_knobs.head_losses(cfg, heads))
 
 
-def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> Total:
+def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) -> MultiHeadLoss:
     """(batch, all outputs), one target per head -> (batch,)"""
     sizes = output_sizes(cfg, heads)
 
@@ -227,7 +230,8 @@ def mean_over_heads(cfg: Config, heads: tuple[Head, ...], losses: list[Loss]) ->
 
 
 def reduce(per_sample_loss: Tensor, ohem: float) -> Tensor:
-    """(batch,) -> scalar: the mean over all samples, or with ohem < 1 over that share of samples with the highest loss."""
+    """(batch,) -> scalar: the mean over all samples, or with ohem < 1 over that share of samples with the
+    highest loss."""
     if ohem < 1:
         count = max(1, round(ohem * len(per_sample_loss)))
         per_sample_loss = per_sample_loss.topk(count, sorted=False).values
@@ -237,7 +241,7 @@ def reduce(per_sample_loss: Tensor, ohem: float) -> Tensor:
 def _head_loss(
     cfg: Config, head: Head, objective: HeadLoss, samples: Samples, train_rows: Positions, standardized: bool
 ) -> Loss:
-    """The loss of one head with its knobs and class weights: (batch, outputs of the head), target -> (batch,)"""
+    """One head's loss with its knobs and class weights: (batch, outputs of the head), target -> (batch,)"""
     if objective.name == "loss":
         return _custom_loss()
     multiclass = f"{objective.name}_multiclass"
@@ -251,9 +255,11 @@ def _head_loss(
     if objective.name == "bins":
         _validate_range(objective, head, samples.targets(head)[train_rows])
     if objective.name in POWERS:
-        mean, std = map(_on_device, target_scaler.mean_and_std(head, samples, train_rows))
-        function = _standardized_loss(function, std, None if standardized else POWERS[objective.name])
-        class_weight = None if class_weight is None else _grade_weight(class_weight, mean, std)
+        mean, std = map(target_scaler.on_device, target_scaler.mean_and_std(head, samples, train_rows))
+        power = None if standardized else POWERS[objective.name]
+        function = target_scaler.standardized_loss(function, std, power)
+        if class_weight is not None:
+            class_weight = target_scaler.grade_weight(class_weight, mean, std)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         values = function(output, target, **knobs)
@@ -277,39 +283,13 @@ def _custom_loss() -> Loss:
     return loss
 
 
-def _on_device(values: NDArray[np.float64]) -> Callable[[torch.device], Tensor]:
-    return cache(lambda device: torch.tensor(values, dtype=torch.float32, device=device))
-
-
-def _standardized_loss(
-    function: Callable[..., Tensor], std: Callable[[torch.device], Tensor], power: int | None
-) -> Callable[..., Tensor]:
-    """The loss of standardized values. huber's delta is given in the unit of the target, so it is standardized too.
-    `power`: multiply the result by this power of the deviation, to get it in the unit of the target."""
-
-    def loss(output: Tensor, target: Tensor, **knobs: float) -> Tensor:
-        deviation = std(output.device)  # (targets,)
-        values = function(output, target, **{key: value / deviation for key, value in knobs.items()})
-        return values if power is None else values * deviation**power
-
-    return loss
-
-
-def _grade_weight(
-    class_weight: Callable[[Tensor], Tensor],
-    mean: Callable[[torch.device], Tensor],
-    std: Callable[[torch.device], Tensor],
-) -> Callable[[Tensor], Tensor]:
-    """Class weights of grades whose targets are standardized."""
-    return lambda target: class_weight((target * std(target.device) + mean(target.device)).round())
-
-
 def _validate_range(objective: HeadLoss, head: Head, values: np.ndarray) -> None:
     low, high = objective.knobs["range"]
     if values.min() < low or values.max() > high:
         raise UserError(
             "target-out-of-range",
             key="loss.range",
-            what=f"{low:g} to {high:g} does not contain the targets of {head.name}, {values.min():g} to {values.max():g}",
+            what=f"{low:g} to {high:g} does not contain the targets of {head.name}, "
+            f"{values.min():g} to {values.max():g}",
             remedy="widen it",
         )

@@ -1,4 +1,5 @@
-"""The network: a timm model by name, or a custom one from competition.py, with one block of outputs per head."""
+"""The network: a timm model by name, or a custom one from competition.py, with one block of outputs per
+head."""
 
 from __future__ import annotations
 
@@ -47,8 +48,9 @@ def decode(cfg: Config, heads: tuple[Head, ...], raw: NDArray[np.float32]) -> li
 
 
 def build(cfg: Config, heads: tuple[Head, ...], pretrained: bool, loader: Loader | None = None) -> nn.Module:
-    """Inference passes pretrained=False: the weights of the run are loaded next, and there may be no internet. `loader` tells
-    whether samples have several images or metadata, which join before the last layer."""
+    """Inference passes pretrained=False: the weights of the run are loaded next, and there may be no
+    internet. `loader` tells whether samples have several images or metadata, which join before the last
+    layer."""
     module = _network(cfg, heads, pretrained, loader)
     normalize.register(cfg, module)
     target_scaler.register(cfg, heads, module)
@@ -124,7 +126,8 @@ def validate_pool(cfg: Config, multi_image: bool) -> None:
 
 
 def check_report(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
-    """For comp check: errors of the network of this run, and a description of what its pretrained weights expect."""
+    """For comp check: errors of the network of this run, and a description of what its pretrained weights
+    expect."""
     try:
         validate(cfg)
     except UserError as error:
@@ -140,7 +143,8 @@ def _num_features(module: nn.Module) -> int:
 
 
 class MultiInputModel(nn.Module):
-    """A backbone whose features are pooled over the images of a sample and joined with its metadata, then the last layer."""
+    """A backbone whose features are pooled over the images of a sample and joined with its metadata, then the
+    last layer."""
 
     def __init__(
         self, backbone: nn.Module, pool: str, features: int, metadata: int = 0, last: LastLayer | None = None
@@ -159,7 +163,8 @@ class MultiInputModel(nn.Module):
         return {prefix + name for name in getattr(network, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Depth of a parameter as timm counts it in the backbone; parameters outside of it have that of its last layer."""
+        """Depth of a parameter as timm counts it in the backbone; parameters outside of it have that of its
+        last layer."""
         network, prefix = inner(self)
         named = ((name.removeprefix(prefix), weight) for name, weight in self.named_parameters())
         depth = group_with_matcher(named, network.group_matcher(coarse=coarse), reverse=True)
@@ -179,7 +184,8 @@ class MultiInputModel(nn.Module):
 
 
 def attention_pool(x: Tensor, owner: Tensor, attention: nn.Linear) -> Tensor:
-    """(images, features) -> (samples, features): mean over the images of a sample, weighted by a softmax of their scores."""
+    """(images, features) -> (samples, features): mean over the images of a sample, weighted by a softmax of
+    their scores."""
     samples = int(owner[-1]) + 1
     scores = attention(x)  # (images, 1)
     highest = scores.new_full((samples, 1), -torch.inf).scatter_reduce(0, owner[:, None], scores, "amax")

@@ -1,8 +1,10 @@
-"""The optimizer: any of timm's, or lbfgs, with weight decay and l1. Its learning rate is set before every step: schedule.py.
+"""The optimizer: any of timm's, or lbfgs, with weight decay and l1. Its learning rate is set before every
+step: schedule.py.
 
-weight_decay is L2 as the optimizer itself applies it: decoupled from the gradient in adamw, lion, lamb, adan, muon, adahessian and
-names that end in w; added to the gradient, and scaled with it, in sgd, adam, nadam, rmsprop, adagrad, kron. l1 is always decoupled:
-after a step, every weight moves lr x l1 towards zero and stops there. Neither applies to norms and biases.
+weight_decay is L2 as the optimizer itself applies it: decoupled from the gradient in adamw, lion, lamb, adan,
+muon, adahessian and names that end in w; added to the gradient, and scaled with it, in sgd, adam, nadam,
+rmsprop, adagrad, kron. l1 is always decoupled: after a step, every weight moves lr x l1 towards zero and
+stops there. Neither applies to norms and biases.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class LBFGS(torch.optim.LBFGS):
-    """torch's, with one evaluation per step: the loop has computed the gradient already, and curvature is estimated from one step's
-    gradient to the next. Gradient noise looks like curvature, so it needs a large train.grad_accum_steps."""
+    """torch's, with one evaluation per step: the loop has computed the gradient already, and curvature is
+    estimated from one step's gradient to the next. Gradient noise looks like curvature, so it needs a large
+    train.grad_accum_steps."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, **options: Any):
         super().__init__(params, lr, max_iter=1, **options)
@@ -114,7 +117,7 @@ def _validate_options(cfg: Config, arguments: list[str]) -> None:
         raise UserError(
             "knob-unsupported",
             key="optim.kwargs.update_each",
-            what="what it keeps between steps is not part of the optimizer's state, so training cannot resume",
+            what="the optimizer's state lacks what it keeps between steps, so training cannot resume",
             remedy="set it to 1",
         )
 
@@ -162,7 +165,7 @@ def optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def _prepare_second_order(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    # torch warns of a reference cycle between parameters and gradients; the loop drops gradients after each step.
+    # torch warns of a reference cycle of parameters and gradients; the loop drops gradients after each step.
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
     optimizer.register_step_pre_hook(_seed_hessian_draws)
     for layer in module.modules():  # timm's attention: the fused kernel has no second derivative
@@ -171,7 +174,8 @@ def _prepare_second_order(optimizer: torch.optim.Optimizer, module: nn.Module) -
 
 
 def parameter_groups(cfg: Config, module: nn.Module) -> list[Group]:
-    """timm's groups by depth and weight decay, each split into backbone and head where their weight decay or l1 differ."""
+    """timm's groups by depth and weight decay, each split into backbone and head where their weight decay or
+    l1 differ."""
     optim = cfg.optim
     no_decay: set[str] = getattr(module, "no_weight_decay", set)()
     if optim.layer_decay is None:
@@ -231,8 +235,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) 
 
 
 def clip_gradients(cfg: Config, module: nn.Module) -> Tensor:
-    """norm: of all gradients together; value: of each number; agc: of each unit relative to its weights, except in the head.
-    Returns the norm before."""
+    """norm: of all gradients together; value: of each number; agc: of each unit relative to its weights,
+    except in the head. Returns the norm before."""
     assert cfg.optim.clip_grad is not None
     weights = [weight for weight in module.parameters() if weight.grad is not None]
     if cfg.optim.clip_mode == "norm":
@@ -259,7 +263,8 @@ def _apply_l1(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _seed_hessian_draws(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """AdaHessian's generator is no part of its state. Seeded from the step, its draws are the same after a resume."""
+    """AdaHessian's generator is no part of its state. Seeded from the step, its draws are the same after a
+    resume."""
     weight = next(iter(optimizer.get_params()))
     optimizer.generator = torch.Generator(weight.device)
     optimizer.generator.manual_seed(fold_in(optimizer.seed, optimizer.state[weight]["hessian step"]))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,20 +19,17 @@ from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
 from comp.engine.data.seeding import fold_in
-from comp.engine.errors import UserError
 from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import (
     checkpoint,
     consistency,
     distillation,
     distributed,
-    metric_learning,
     mixup,
     model_selection,
     normalize,
     pixel_stats,
     pretrained,
-    pseudo_rows,
     schedule,
     target_scaler,
     torch_compile,
@@ -74,14 +70,12 @@ def fold(
     torch.manual_seed(fold_in(seed, 3))
 
     # --- data -------------------------------------------------------------------------------------
-    train_rows, valid_rows, select_rows = _fold_rows(context, fold)
+    train_rows, valid_rows, select_rows = model_selection.fold_rows(context, fold)
     sampler = class_balance.make_sampler(cfg, context.samples, train_rows)
     length = schedule.train_length(cfg, len(epoch_rows(train_rows, seed, 0, sampler)))
     batch_size, grad_accum_steps, steps_per_epoch, steps = length
     lr_schedule = schedule.lr_schedule(cfg, length)
-    values = [pseudo_rows.training_target(context.samples, head) for head in heads]
-    values = target_scaler.standardize(cfg, context.samples, train_rows, values)
-    targets = [_to_tensor(target, device) for target in values]  # one per head, for every row of the samples
+    targets = target_scaler.training_targets(cfg, context.samples, train_rows, device)  # one per head
     teacher_targets = distillation.teacher_targets(context, fold, folder)  # one more per head, or none
     weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
@@ -243,21 +237,16 @@ def fold(
 
 def planned_schedule(context: Context, seed: int, fold: int | str) -> schedule.Schedule:
     """The learning-rate schedule of a fold, before it is trained. `context`: that of the fold."""
-    train_rows, _, _ = _fold_rows(context, fold)
+    train_rows, _, _ = model_selection.fold_rows(context, fold)
     sampler = class_balance.make_sampler(context.cfg, context.samples, train_rows)
     length = schedule.train_length(context.cfg, len(epoch_rows(train_rows, seed, 0, sampler)))
     return schedule.lr_schedule(context.cfg, length)
 
 
 def validate(
-    context: Context,
-    module: nn.Module,
-    preprocess: transforms.Preprocess,
-    criterion: losses.Total,
-    rows: Positions,
-    targets: list[Tensor],
-    step: int,
-) -> dict[str, float]:
+    context: Context, module: nn.Module, preprocess: transforms.Preprocess, criterion: losses.MultiHeadLoss,
+    rows: Positions, targets: list[Tensor], step: int,
+) -> dict[str, float]:  # fmt: skip
     """Loss and metric on the validation rows, for the log. The CV score comes from oof.arrow instead."""
     if len(rows) == 0:
         return {}
@@ -281,28 +270,12 @@ def validate(
     return report
 
 
-def _fold_rows(context: Context, fold: int | str) -> list[Positions]:
-    """Training rows, validation rows, and the rows that weights are selected on (empty without selection)."""
-    rows = [
-        metric_learning.drop_unknown_class(context.cfg, context.samples, each)
-        for each in model_selection.fold_rows(context, fold)
-    ]
-    if len(rows[0]) == 0:
-        raise UserError("rows-missing", where=f"fold {fold}", what="no rows to train on")
-    return rows
-
-
 def _mixed_criterion(context: Context, train_rows: Positions, standardized: bool) -> mixup.MixedLoss:
     """(output, targets, weight, mix_parts) -> (batch,): loss of labels and teacher, mixed images included."""
     cfg, samples = context.cfg, context.samples
     label_loss = losses.build_loss(cfg, samples, train_rows, standardized)
     loss = distillation.distillation_loss(cfg, samples, train_rows, label_loss, standardized)
     return mixup.mixed_loss(cfg, samples.heads, loss)
-
-
-def _to_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
-    dtype = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _undamaged(batches: Iterator[Batch], count: int, context: Context) -> Iterator[Batch]:

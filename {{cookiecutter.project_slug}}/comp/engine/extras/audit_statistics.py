@@ -28,7 +28,7 @@ def has_statistics(context: Context) -> bool:
 
 def leaks(context: Context, weights: Sequence[Path]) -> list[Leak]:
     from comp import models
-    from comp.engine.run import metric_learning, model_selection, pseudo_rows
+    from comp.engine.run import model_selection, pseudo_rows
 
     found: list[Leak] = []
     by_fold: dict[str, Statistics] = {}  # seeds share the folds, and so what is fitted on them
@@ -37,7 +37,6 @@ def leaks(context: Context, weights: Sequence[Path]) -> list[Leak]:
         joined = pseudo_rows.fold_context(context, fold)  # pseudo-labelled rows count like others
         valid_rows = joined.folds.split(fold)[1]
         train_rows = model_selection.fold_rows(joined, fold)[0]
-        train_rows = metric_learning.drop_unknown_class(context.cfg, joined.samples, train_rows)
         train_rows = train_rows[~np.isin(train_rows, valid_rows)]  # whatever the functions above returned
         by_fold[fold] = by_fold.get(fold) or _fit(joined, train_rows)
         stored = _read(models.load_weights(_build(context), artifacts.verified(file)))

@@ -1,7 +1,8 @@
-"""Extra weights of a fold beside the trained ones (EMA, SWA, snapshots, tail mean, soups), and which set makes the predictions.
+"""Extra weights of a fold beside the trained ones (EMA, SWA, snapshots, tail mean, soups), and which set
+makes the predictions.
 
-Means over epochs are kept in files (epoch-0007.safetensors, snap2/…) or in the training state, so a resumed run ends with the same
-bytes. Writing a file twice writes the same bytes.
+Means over epochs are kept in files (epoch-0007.safetensors, snap2/…) or in the training state, so a resumed
+run ends with the same bytes. Writing a file twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ State = dict[str, Any]
 Scorer = Callable[[nn.Module], Scores]
 UpdateBN = Callable[[nn.Module], None]
 WEIGHTS = "weights.safetensors"
-WARMUP = 0.1  # the average covers about this share of the steps so far, until train.ema_decay is the shorter window
+WARMUP = 0.1  # the average covers about this share of the steps so far, until train.ema_decay covers less
 
 
 class Ema:
-    """Exponential moving average of the parameters; buffers are copied, since batch norm statistics are moving averages already and
-    averaging them again lags behind in a short run.
+    """Exponential moving average of the parameters; buffers are copied, since batch norm statistics are
+    moving averages already and averaging them again lags behind in a short run.
 
-    Equal to timm's ModelEmaV3 with use_warmup and exclude_buffers. That one lists all tensors at every step and copies counters one
-    by one: 2 ms of CPU time, a third of a step of a small network on a fast GPU.
+    Equal to timm's ModelEmaV3 with use_warmup and exclude_buffers. That one lists all tensors at every step
+    and copies counters one by one: 2 ms of CPU time, a third of a step of a small network on a fast GPU.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -59,9 +60,11 @@ class Ema:
         self.buffers = list(by_dtype.values())
 
     def decay_at(self, step: int) -> float:
-        """The decay at a step (from 1), with warm-up: a decay of 0.98 alone still holds 24 % of the random start after 72 steps.
+        """The decay at a step (from 1), with warm-up: a decay of 0.98 alone still holds 24 % of the random
+        start after 72 steps.
 
-        A function of the step, so resuming needs no state; 0 at the first two steps, when the average equals the weights.
+        A function of the step, so resuming needs no state; 0 at the first two steps, when the average equals
+        the weights.
         """
         return min(self.decay, 1 - 1 / (1 + WARMUP * max(0, step - 2)))
 
@@ -74,13 +77,14 @@ class Ema:
 
 
 class WeightSets:
-    """All weights that a fold writes: those of the run itself and those of its members (average.members, snapshots)."""
+    """All weights that a fold writes: those of the run itself and those of its members (average.members,
+    snapshots)."""
 
     def __init__(self, cfg: Config, module: nn.Module, folder: Path, snapshot_steps: Sequence[int]):
         self.cfg, self.module, self.folder = cfg, module, folder
         self.names = {run_members.final_weights(cfg), *cfg.average.members}
         self.ema = None if cfg.train.ema_decay is None else Ema(module, cfg.train.ema_decay)
-        # One tensor at a time: torch's foreach version, the default on a GPU, fails on the integer counters of batch norm.
+        # One tensor at a time: torch's foreach version, the default on a GPU, fails on batch norm's counters.
         average = get_swa_avg_fn()
         self.swa = AveragedModel(module, avg_fn=average, use_buffers=True) if "swa" in self.names else None
         self.snapshot_steps = list(snapshot_steps)  # steps done at the end of each cycle
@@ -162,7 +166,8 @@ class WeightSets:
     # --- at the end ----------------------------------------------------------------------------------
 
     def write(self, update_bn: UpdateBN, scorer: Scorer | None, log_offset: int) -> None:
-        """Write all weights. The run's own come last: a fold is trained once folder/weights.safetensors exists."""
+        """Write all weights. The run's own come last: a fold is trained once folder/weights.safetensors
+        exists."""
         trained = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
         for name in self.cfg.average.members:
             models.save_weights(self._build(name, update_bn, scorer), self.folder / name / WEIGHTS)
@@ -212,7 +217,8 @@ class WeightSets:
         return self.module
 
     def _greedy_soup(self, files: list[Path], update_bn: UpdateBN, scorer: Scorer) -> nn.Module:
-        """Greedy model soup (Wortsman et al. 2022): the best file, then each other one, best first, if the score does not fall."""
+        """Greedy model soup (Wortsman et al. 2022): the best file, then each other one, best first, if the
+        score does not fall."""
         known: dict[frozenset[int], Scores] = {}
 
         def score_of(soup: frozenset[int]) -> Scores:
@@ -242,7 +248,8 @@ class WeightSets:
 
 
 def average_states(states: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of weights, with one state in memory at a time; integer buffers (num_batches_tracked) come from the last."""
+    """Mean of weights, with one state in memory at a time; integer buffers (num_batches_tracked) come from
+    the last."""
     total: dict[str, Tensor] = {}
     count = 0
     for state in states:
@@ -262,7 +269,8 @@ def _states(files: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
 
 
 def bn_updater(context: Context, stages: Stages, seed: int, plan: Callable[[], Batches]) -> UpdateBN:
-    """A function that recomputes batch norm statistics in one pass over training images, augmented as in the last epoch."""
+    """A function that recomputes batch norm statistics in one pass over training images, augmented as in the
+    last epoch."""
 
     def update(module: nn.Module) -> None:
         cfg, loader = context.cfg, context.loader

@@ -1,7 +1,9 @@
-"""The training state between two steps. A run resumed from it ends with the same bytes as one that was never interrupted.
+"""The training state between two steps. A run resumed from it ends with the same bytes as one that was never
+interrupted.
 
-Random number generators are not part of it: every step seeds its own from (seed, step), every sample from its place in the epoch.
-Each state has its own file name, so a kill between writing and sealing leaves the previous one intact.
+Random number generators are not part of it: every step seeds its own from (seed, step), every sample from its
+place in the epoch. Each state has its own file name, so a kill between writing and sealing leaves the
+previous one intact.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ State = dict[str, Any]
 
 
 def save(folder: Path, step: int, state: State, log_offset: int) -> None:
-    """Only rank 0 saves. `log_offset`: length of log.jsonl at this step; what follows is cut off when training resumes here."""
+    """Only rank 0 saves. `log_offset`: length of log.jsonl at this step; what follows is cut off when
+    training resumes here."""
     if not distributed.is_main():
         return
     file = folder / f"state-{step:08d}.pt"
@@ -51,7 +54,8 @@ def load_latest(folder: Path, device: torch.device) -> State | None:
 
 
 def log_offset(folder: Path) -> int | None:
-    """Where log.jsonl continues: after the final weights or the latest state; None for a fold that was not started."""
+    """Where log.jsonl continues: after the final weights or the latest state; None for a fold that was not
+    started."""
     files = [folder / "weights.safetensors", *sorted(folder.glob("state-*.pt"), reverse=True)]
     return next((entry["log"] for file in files if (entry := artifacts.manifest_entry(file))), None)
 

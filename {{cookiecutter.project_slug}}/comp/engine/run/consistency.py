@@ -1,7 +1,9 @@
-"""Consistency loss between augmented views of an image: augment.jsd_views puts each image several times into a batch.
+"""Consistency loss between augmented views of an image: augment.jsd_views puts each image several times into
+a batch.
 
-The views of an image are neighbours in the epoch's list, and whatever splits a batch keeps neighbours together. So an epoch is that
-many times longer, random draws stay functions of the position in the list, and no other module has to handle views.
+The views of an image are neighbours in the epoch's list, and whatever splits a batch keeps neighbours
+together. So an epoch is that many times longer, random draws stay functions of the position in the list, and
+no other module has to handle views.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def consistency_loss(cfg: Config, heads: tuple[Head, ...]) -> OutputLoss:
 
 
 def jensen_shannon(log_p: Tensor) -> Tensor:
-    """(samples, views, labels, classes) -> (samples, labels): mean divergence of the views from their mean distribution."""
+    """(samples, views, labels, classes) -> (samples, labels): mean divergence of the views from their mean
+    distribution."""
     log_mean = torch.logsumexp(log_p, 1, keepdim=True) - log(log_p.shape[1])
     return (log_p.exp() * (log_p - log_mean)).sum(3).mean(1)
 

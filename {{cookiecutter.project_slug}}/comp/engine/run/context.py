@@ -1,4 +1,5 @@
-"""The configuration and data of an experiment, shared by all of its folds and loaded once per process (see loading.load_context)."""
+"""The configuration and data of an experiment, shared by all of its folds and loaded once per process (see
+loading.load_context)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Distillation: beside its labels, a network is trained on a teacher's predictions for the same images, made by the teacher's models
-of the same fold.
+"""Distillation: beside its labels, a network is trained on a teacher's predictions for the same images, made
+by the teacher's models of the same fold.
 
-teacher_predictions.py writes them to a file of the fold. Here they become additional targets after the labels, so whatever mixes
-images mixes them in the same way.
+teacher_predictions.py writes them to a file of the fold. Here they become additional targets after the
+labels, so whatever mixes images mixes them in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comp import losses
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
-from comp.engine.run import distributed, metric_learning, model_selection, target_scaler
+from comp.engine.run import distributed, model_selection, target_scaler
 from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
@@ -37,19 +37,20 @@ def validate(cfg: Config, heads: Sequence[Head]) -> None:
         raise UserError(
             "loss-incompatible",
             key="distill.teacher",
-            what=f"loss {loss_knobs.head_losses(cfg, heads)[0].name} trains embeddings, and a teacher predicts classes",
+            what=f"loss {loss_knobs.head_losses(cfg, heads)[0].name} trains embeddings, and a teacher predicts "
+            "classes",
             remedy="set loss.name: cross_entropy",
         )
 
 
 def train_rows(context: Context, fold: int | str) -> Positions:
     """Training rows of the fold, in the order of the teacher's file."""
-    rows, _, _ = model_selection.fold_rows(context, fold)
-    return metric_learning.drop_unknown_class(context.cfg, context.samples, rows)
+    return model_selection.fold_rows(context, fold)[0]
 
 
 def teacher_targets(context: Context, fold: int | str, folder: Path) -> list[Tensor]:
-    """One per head, for every row of the samples (0 outside of the training rows); empty without a teacher."""
+    """One per head, for every row of the samples (0 outside of the training rows); empty without a
+    teacher."""
     cfg, samples = context.cfg, context.samples
     if cfg.distill.teacher is None:
         return []
@@ -76,7 +77,8 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -> NDArray[Any]:
-    """Stored predictions as a target: a probability per class, the most likely class, 0 or 1 per label, or values."""
+    """Stored predictions as a target: a probability per class, the most likely class, 0 or 1 per label, or
+    values."""
     if head.spec.spaces is VALUES:
         values = stored.clip(0, len(head.classes) - 1) if head.classes else stored
         return np.asarray(head.spec.encode_target(values), np.float32)
@@ -87,10 +89,14 @@ def to_target(head: Head, stored: NDArray[Any], kind: str, temperature: float) -
 
 
 def distillation_loss(
-    cfg: Config, samples: Samples, train_rows: Positions, label_loss: losses.Total, standardized: bool = True
-) -> losses.Total:
-    """(output, targets of the labels followed by those of the teacher) -> (batch,). Hard predictions and values take the run's
-    own loss; without a teacher, `label_loss` itself."""
+    cfg: Config,
+    samples: Samples,
+    train_rows: Positions,
+    label_loss: losses.MultiHeadLoss,
+    standardized: bool = True,
+) -> losses.MultiHeadLoss:
+    """(output, targets of the labels followed by those of the teacher) -> (batch,). Hard predictions and
+    values take the run's own loss; without a teacher, `label_loss` itself."""
     if cfg.distill.teacher is None:
         return label_loss
     heads, soft = samples.heads, cfg.distill.kind == "soft"
@@ -113,7 +119,8 @@ def distillation_loss(
 
 
 def _soft_loss(head: Head, objective: HeadLoss, temperature: float) -> losses.Loss:
-    """Kullback-Leibler divergence at a temperature, times its square, which keeps gradients as large as those of the labels."""
+    """Kullback-Leibler divergence at a temperature, times its square, which keeps gradients as large as those
+    of the labels."""
 
     def multiclass(output: Tensor, target: Tensor) -> Tensor:
         logits = F.logsigmoid(output) if objective.name == "bce" else output  # as predictions are decoded
@@ -130,5 +137,6 @@ def _soft_loss(head: Head, objective: HeadLoss, temperature: float) -> losses.Lo
 
 
 def changed_weights(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """Weights with another hash than when the predictions were made. Weights deleted since are no reason to complain."""
+    """Weights with another hash than when the predictions were made. Weights deleted since are no reason to
+    complain."""
     return [name for name in then if name in now and now[name] != then[name]]

@@ -1,11 +1,14 @@
-"""One fold on several processes: torchrun --nproc-per-node 2 -m comp train exp001, on one machine or on several.
+"""One fold on several processes: torchrun --nproc-per-node 2 -m comp train exp001, on one machine or on
+several.
 
-The number of processes belongs to the machine, not to the run: a step is batch_size x grad_accum_steps samples on however many
-processes, drawn and augmented as in one, so gradients are equal up to rounding. Forward passes are distributed whole where their
-number divides by the processes; otherwise each pass is split.
+The number of processes belongs to the machine, not to the run: a step is batch_size x grad_accum_steps
+samples on however many processes, drawn and augmented as in one, so gradients are equal up to rounding.
+Forward passes are distributed whole where their number divides by the processes; otherwise each pass is
+split.
 
-Rank 0 runs the command: it alone locks, logs, prints and writes. The other ranks take part in its collective work
-(comp/engine/run/torchrun.py), and what they write goes into a temporary folder. With one process, every function here does nothing.
+Rank 0 runs the command: it alone locks, logs, prints and writes. The other ranks take part in its collective
+work (comp/engine/run/torchrun.py), and what they write goes into a temporary folder. With one process, every
+function here does nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ def is_main() -> bool:
 
 @contextmanager
 def collective(task: Any = None) -> Iterator[None]:
-    """Work that all processes do together. Rank 0 broadcasts the task; the other ranks enter after they have received it."""
+    """Work that all processes do together. Rank 0 broadcasts the task; the other ranks enter after they have
+    received it."""
     if world_size() == 1:
         yield
         return
@@ -160,7 +164,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def broadcast_files(folder: Path) -> None:
-    """Weights saved so far (epoch files, snapshots). Rank 0 reads them; the other ranks may not see its disk."""
+    """Weights saved so far (epoch files, snapshots). Rank 0 reads them; the other ranks may not see its
+    disk."""
     if world_size() == 1:
         return
     files = sorted(file for file in folder.rglob("*.safetensors") if artifacts.manifest_entry(file))

@@ -1,4 +1,5 @@
-"""Training in stages: first the new head alone, then the last blocks, then everything, each with its own learning rate and epochs.
+"""Training in stages: first the new head alone, then the last blocks, then everything, each with its own
+learning rate and epochs.
 
 Frozen parameters do not change by a bit: no gradient, no weight decay, and batch norms keep their statistics.
 """
@@ -18,7 +19,8 @@ LAST_BLOCKS = re.compile(r"last (\d+) blocks?")
 
 
 class Stages:
-    """Which parameters train in which epoch, by train.stages; one stage with all of them where there are none."""
+    """Which parameters train in which epoch, by train.stages; one stage with all of them where there are
+    none."""
 
     def __init__(self, cfg: Config, module: nn.Module):
         self.cfg, self.module = cfg, module
@@ -46,8 +48,8 @@ class Stages:
         return next((i for i, end in enumerate(ends) if epoch < end), len(self.trained) - 1)
 
     def set_trainable(self, epoch: int, module: nn.Module | None = None) -> None:
-        """Training mode for the parameters of this epoch's stage, evaluation mode and no gradients for the others.
-        `module`: a copy to apply it to instead, whose batch norm statistics are recomputed."""
+        """Training mode for the parameters of this epoch's stage, evaluation mode and no gradients for the
+        others. `module`: a copy to apply it to instead, whose batch norm statistics are recomputed."""
         trained, module = self.trained[self.stage_at(epoch)], module or self.module
         module.train()
         for name, parameter in module.named_parameters():

@@ -1,7 +1,8 @@
-"""comp lr-range: the learning-rate range test. Trains a new network with the real loop while the rate rises from far too low to far
-too high, and suggests where the loss falls fastest.
+"""comp lr-range: the learning-rate range test. Trains a new network with the real loop while the rate rises
+from far too low to far too high, and suggests where the loss falls fastest.
 
-Only a plot and a table are kept: it trains in a temporary folder and restores the state of the random number generators.
+Only a plot and a table are kept: it trains in a temporary folder and restores the state of the random number
+generators.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def range_config(cfg: Config, low: float, high: float, steps: int, linear: bool)
 
 
 def smoothed(points: list[Point]) -> tuple[Array, Array]:
-    """Loss and its slope over the logarithm of the learning rate: locally weighted linear regression around each step."""
+    """Loss and its slope over the logarithm of the learning rate: locally weighted linear regression around
+    each step."""
     x, y = np.log([point.lr for point in points]), np.array([point.loss for point in points])
     step = np.arange(len(points))
     weight = np.exp(-0.5 * ((step[:, None] - step) / max(2.0, len(points) / WINDOW)) ** 2)

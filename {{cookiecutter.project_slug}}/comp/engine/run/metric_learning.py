@@ -1,7 +1,8 @@
 """Embeddings for retrieval: the last layer, pooling, and the losses (arcface, contrastive, triplet).
 
-The network gives each image an embedding of length 1, and with arcface also the cosine to the nearest center of each class. Centers
-are used in training only: predictions come from nearest neighbours, see comp/engine/run/knn.py.
+The network gives each image an embedding of length 1, and with arcface also the cosine to the nearest center
+of each class. Centers are used in training only: predictions come from nearest neighbours, see
+comp/engine/run/knn.py.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class EmbeddingLayer(nn.Module):
 
 
 class GeM(nn.Module):
-    """A backbone without pooling, and generalized-mean pooling with learned p: from mean (1) towards max (large)."""
+    """A backbone without pooling, and generalized-mean pooling with learned p: from mean (1) towards max
+    (large)."""
 
     def __init__(self, backbone: nn.Module, features: int, name: str):
         super().__init__()
@@ -75,7 +77,8 @@ def feature_map(x: Tensor, features: int, name: str) -> Tensor:
 
 
 def drop_unknown_class(cfg: Config, samples: Samples, rows: Positions) -> Positions:
-    """Rows without those of the unknown class, where embeddings are trained: images of it have nothing in common."""
+    """Rows without those of the unknown class, where embeddings are trained: images of it have nothing in
+    common."""
     if metric_learning_loss(cfg, samples.heads) is None or not samples.heads[0].unknown:
         return rows
     head = samples.heads[0]
@@ -86,18 +89,20 @@ def drop_unknown_class(cfg: Config, samples: Samples, rows: Positions) -> Positi
 
 
 def arcface(output: Tensor, target: Tensor, margin: Tensor, scale: float, embedding: int) -> Tensor:
-    """Cross-entropy of cosines, after the angle to the true class was enlarged by a margin. Soft labels share the margin."""
+    """Cross-entropy of cosines, after the angle to the true class was enlarged by a margin. Soft labels share
+    the margin."""
     cosine = output[:, embedding:]
     truth = target if target.ndim == 2 else F.one_hot(target, cosine.shape[1]).to(output.dtype)
     m = margin.to(output.device) * truth  # (batch, classes), 0 for other classes
     sine = (1 - cosine**2).clamp(min=TINY).sqrt()
-    # Beyond pi - m the cosine of the enlarged angle would rise again; from there on, a straight line that falls.
+    # Beyond pi - m the cosine of the enlarged angle would rise again; from there on it is a falling line.
     logits = torch.where(cosine > -m.cos(), cosine * m.cos() - sine * m.sin(), cosine - m * m.sin())
     return F.cross_entropy(scale * logits, truth, reduction="none")
 
 
 def class_margins(count: NDArray[np.float64], margin: float, margin_rare: float | None) -> Tensor:
-    """Dynamic margin: `margin` for the most frequent class, `margin_rare` for the rarest, by count^-1/4 in between."""
+    """Dynamic margin: `margin` for the most frequent class, `margin_rare` for the rarest, by count^-1/4 in
+    between."""
     present = count > 0
     root = np.where(present, count, count[present].max()) ** -0.25
     low, high = root[present].min(), root[present].max()
@@ -107,7 +112,8 @@ def class_margins(count: NDArray[np.float64], margin: float, margin_rare: float 
 
 
 def contrastive(output: Tensor, target: Tensor, margin: float, embedding: int) -> Tensor:
-    """Over all pairs with the rest of the batch: one class close together, two classes at least `margin` apart."""
+    """Over all pairs with the rest of the batch: one class close together, two classes at least `margin`
+    apart."""
 
     def loss(squared: Tensor, same: Tensor, other: Tensor) -> Tensor:
         too_close = (margin - (squared + TINY).sqrt()).clamp(min=0) ** 2
@@ -117,7 +123,8 @@ def contrastive(output: Tensor, target: Tensor, margin: float, embedding: int) -
 
 
 def triplet(output: Tensor, target: Tensor, margin: float, embedding: int) -> Tensor:
-    """Batch-hard triplets: the farthest sample of the same class is nearer, by `margin`, than the nearest of another."""
+    """Batch-hard triplets: the farthest sample of the same class is nearer, by `margin`, than the nearest of
+    another."""
 
     def loss(squared: Tensor, same: Tensor, other: Tensor) -> Tensor:
         distance = (squared + TINY).sqrt()
@@ -132,7 +139,8 @@ def triplet(output: Tensor, target: Tensor, margin: float, embedding: int) -> Te
 def _pairwise(
     output: Tensor, target: Tensor, embedding: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`loss` gets some rows against the whole batch: squared distances, masks of the same class and of other classes."""
+    """`loss` gets some rows against the whole batch: squared distances, masks of the same class and of other
+    classes."""
     if target.ndim == 2:
         raise UserError(
             "loss-incompatible",

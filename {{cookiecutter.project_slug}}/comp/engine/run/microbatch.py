@@ -1,8 +1,8 @@
 """The forward passes of a step in micro-batches as large as memory allows.
 
-Out of memory, the micro-batch is halved and the step computed again, with the same images and the same augmentation. The batch size
-of the optimizer step does not change. Two things do: dropout masks, and batch norm, which normalizes over a micro-batch; its running
-statistics are restored before the step is repeated.
+Out of memory, the micro-batch is halved and the step computed again, with the same images and the same
+augmentation. The batch size of the optimizer step does not change. Two things do: dropout masks, and batch
+norm, which normalizes over a micro-batch; its running statistics are restored before the step is repeated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from comp.data import Batch
 
 
 class MicroBatches:
-    """`size`: most samples in a forward pass; part of the training state, so that a resumed run gives the same numbers.
-    `group_size`: neighbouring samples that stay in one micro-batch (views, mixup pairs, mosaics)."""
+    """`size`: most samples in a forward pass; part of the training state, so that a resumed run gives the
+    same numbers. `group_size`: neighbouring samples that stay in one micro-batch (views, mixup pairs,
+    mosaics)."""
 
     def __init__(self, module: nn.Module, size: int, group_size: int = 1):
         self.module, self.size, self.group_size = module, size, group_size
@@ -44,7 +45,8 @@ class MicroBatches:
 
     @contextmanager
     def retry_on_oom(self, restart_step: Callable[[], None]) -> Iterator[None]:
-        """Around forward and backward of one micro-batch. `restart_step` discards what the caller recorded of this step."""
+        """Around forward and backward of one micro-batch. `restart_step` discards what the caller recorded of
+        this step."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -65,7 +67,8 @@ class MicroBatches:
         self._split()
         layer = active_batch_norm(self.module)
         print(
-            f"out of memory: micro-batch size {before} is halved to {self.size}; the batch size of a step stays the same"
+            f"out of memory: micro-batch size {before} is halved to {self.size}; "
+            "the batch size of a step stays the same"
             + (f"; batch norm ({layer}) now normalizes over {self.size} images" if layer else ""),
             file=sys.stderr,
             flush=True,

@@ -1,12 +1,13 @@
 """Mixup, cutmix and mosaics of four, on normalized batches on the device.
 
-Partners follow from the position in the epoch's list: 0 with 1, 2 with 3; for a mosaic four by four. The list is shuffled, so
-neighbours are random pairs, and as long as a micro-batch, or a process's share of it, holds whole pairs, it does not matter how the
-batch of a step is split. What happens to an image is drawn from its own seed.
+Partners follow from the position in the epoch's list: 0 with 1, 2 with 3; for a mosaic four by four. The list
+is shuffled, so neighbours are random pairs, and as long as a micro-batch, or a process's share of it, holds
+whole pairs, it does not matter how the batch of a step is split. What happens to an image is drawn from its
+own seed.
 
-Targets are mixed as losses: the loss against each target, weighted by its share. For cross-entropy and BCE that equals the loss
-against the soft target, for squared errors it has the same gradient, and any other loss, a custom one too, works without knowing
-about mixing.
+Targets are mixed as losses: the loss against each target, weighted by its share. For cross-entropy and BCE
+that equals the loss against the soft target, for squared errors it has the same gradient, and any other loss,
+a custom one too, works without knowing about mixing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def validate(cfg: Config, heads: tuple[Head, ...], several_images: bool) -> None
         return
     what, remedy = "", "set it to 0"
     if retrieval := [head.name for head in heads if head.task == "retrieval"]:
-        what = f"target {retrieval[0]} is a retrieval target, and a mixture of two images has no nearest neighbours"
+        what = f"target {retrieval[0]} is a retrieval target, and a mixed image has no nearest neighbours"
     elif several_images:
         what = "mixes single images, and samples here have several"
     elif cfg.model.metadata:
@@ -75,8 +76,8 @@ def no_mix(images: Tensor, seeds: Seeds | None) -> tuple[Tensor, list[MixPart]]:
 def mix_images(
     images: Tensor, seeds: Seeds, mixup: float, cutmix: float, share: float, mosaic: float
 ) -> tuple[Tensor, list[MixPart]]:
-    """`mixup`, `cutmix`: alpha of the beta distribution; with both on, each gets half of the `share` of samples that are mixed.
-    `mosaic`: share of samples."""
+    """`mixup`, `cutmix`: alpha of the beta distribution; with both on, each gets half of the `share` of
+    samples that are mixed. `mosaic`: share of samples."""
     count = len(images)
     u = uniform(seeds, 5, 7).astype(np.float64)  # (batch, 7)
     use_mosaic = u[:, 0] < mosaic
@@ -84,7 +85,7 @@ def mix_images(
     use_cutmix = use_pair & bool(cutmix) & ((u[:, 2] < 0.5) | (not mixup))
     use_mixup = use_pair & ~use_cutmix
     places = np.arange(count)
-    # shares[:, k]: of the image itself, of its partner, and for mosaics of two more; partners[k]: their positions.
+    # shares[:, k]: of the image itself, of its partner, for mosaics of two more; partners[k]: their positions.
     shares = np.zeros((count, 4))
     shares[:, 0] = 1
     # Micro-batches hold whole pairs and fours; only the last of an epoch may not.
@@ -122,7 +123,7 @@ def _cutmix(
 ) -> Tensor:
     height, width = images.shape[2:]
     side = np.sqrt(1 - betaincinv(alpha, alpha, np.clip(u[:, 3], 1e-6, 1 - 1e-6)))
-    # The rectangle is placed inside the image, not clipped at its edge: the share is the drawn one, up to rounding.
+    # The rectangle is placed inside the image, not clipped at its edge: its share is the drawn one, rounded.
     rows, columns = np.rint(side * height), np.rint(side * width)
     top, left = np.floor(u[:, 4] * (height - rows + 1)), np.floor(u[:, 5] * (width - columns + 1))
     inside = (
@@ -155,9 +156,11 @@ def _mosaic(
 def mixed_loss(
     cfg: Config, heads: tuple[Head, ...], criterion: Callable[[Tensor, list[Tensor]], Tensor]
 ) -> MixedLoss:
-    """(output, targets, weight, mix_parts) -> (batch,): loss times sample weight; of a mixture, the weighted sum over its parts.
+    """(output, targets, weight, mix_parts) -> (batch,): loss times sample weight; of a mixture, the weighted
+    sum over its parts.
 
-    With loss.target_threshold the criterion gets the soft target instead: it makes every class whose share is large enough a positive.
+    With loss.target_threshold the criterion gets the soft target instead: it makes every class whose share is
+    large enough a positive.
     """
 
     def loss(output: Tensor, targets: list[Tensor], weight: Tensor, parts: list[MixPart]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Selecting weights by a score: on training rows held out for it (select.on: inner), or on the scored rows of the CV themselves, with
-an estimate of the optimism of that.
+"""Selecting weights by a score: on training rows held out for it (select.on: inner), or on the scored rows of
+the CV themselves, with an estimate of the optimism of that.
 
-The best of many on some rows has too good a score on those rows. By how much is estimated as for any selection: select on all rows but
-a fifth, score on that fifth, and compare with the selection that used all rows.
+The best of many on some rows has too good a score on those rows. By how much is estimated as for any
+selection: select on all rows but a fifth, score on that fifth, and compare with the selection that used all
+rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
 from comp.engine.run.evaluate import forward_rows, raise_damaged
+from comp.engine.run.metric_learning import drop_unknown_class
 from comp.transforms import Preprocess
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ Scores = NDArray[np.float64]
 
 
 def fold_rows(context: Context, fold: int | str) -> tuple[Positions, Positions, Positions]:
-    """(training rows, scored rows, rows that weights are selected on)"""
+    """(training rows, scored rows, rows that weights are selected on: empty without selection)"""
     cfg, folds = context.cfg, context.folds
     train_rows, scored_rows = folds.split(fold)
     select_rows = train_rows[:0]
@@ -50,15 +52,20 @@ def fold_rows(context: Context, fold: int | str) -> tuple[Positions, Positions, 
             )
         else:
             select_rows = scored_rows
+    train_rows = limit_rows(train_rows, context.samples, cfg.train.max_samples)
+    train_rows = drop_unknown_class(cfg, context.samples, train_rows)
+    if len(train_rows) == 0:
+        raise UserError("rows-missing", where=f"fold {fold}", what="no rows to train on")
     return (
-        limit_rows(train_rows, context.samples, cfg.train.max_samples),
-        scored_rows[: cfg.train.max_samples],
-        select_rows[: cfg.train.max_samples],
+        train_rows,
+        drop_unknown_class(cfg, context.samples, scored_rows[: cfg.train.max_samples]),
+        drop_unknown_class(cfg, context.samples, select_rows[: cfg.train.max_samples]),
     )
 
 
 def limit_rows(rows: Positions, samples: Samples, limit: int | None) -> Positions:
-    """The first rows up to the limit, at most a quarter of them extra or pseudo-labelled: a short run then uses those too."""
+    """The first rows up to the limit, at most a quarter of them extra or pseudo-labelled: a short run then
+    uses those too."""
     if limit is None or len(rows) <= limit:
         return rows
     is_train = samples.frame["source"].to_numpy()[rows] == "train"
@@ -86,7 +93,8 @@ def build_scorer(
 
 
 class Scorer:
-    """The competition's metric on the selection rows, and on parts of them where these are the scored rows."""
+    """The competition's metric on the selection rows, and on parts of them where these are the scored
+    rows."""
 
     def __init__(self, cfg: Config, samples: Samples, folds: Folds, rows: Positions):
         self.cfg, self.samples, self.rows = cfg, samples, rows
@@ -128,9 +136,11 @@ def best(scores: Sequence[Scores], column: int = 0) -> int:
 
 
 def optimism(pick: Callable[[int], Any], score_of: Callable[[Any], Scores]) -> float | None:
-    """By how much the score of a selection is too good on the rows it was made on; None where it cannot be estimated.
+    """By how much the score of a selection is too good on the rows it was made on; None where it cannot be
+    estimated.
 
-    `pick` selects by a column of the scores. Each fifth compares the selection made on all rows with one made without that fifth.
+    `pick` selects by a column of the scores. Each fifth compares the selection made on all rows with one made
+    without that fifth.
     """
     selected = score_of(pick(0))
     gaps = [selected[1 + i] - score_of(pick(1 + FIFTHS + i))[1 + i] for i in range(FIFTHS)]

@@ -1,6 +1,8 @@
-"""NaN and inf in losses, gradients and weights, found before they reach a checkpoint and reported with their step and samples.
+"""NaN and inf in losses, gradients and weights, found before they reach a checkpoint and reported with their
+step and samples.
 
-Reading a loss makes the CPU wait for the GPU, so losses are checked for many steps at once, and always before anything is saved.
+Reading a loss makes the CPU wait for the GPU, so losses are checked for many steps at once, and always before
+anything is saved.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class NanGuard:
         return len(self.steps) >= CHECK_EVERY
 
     def check(self, micro_batch_size: int) -> list[float]:
-        """Check and log the steps since the last check; returns their losses. `micro_batch_size` is logged when it has changed."""
+        """Check and log the steps since the last check; returns their losses. `micro_batch_size` is logged
+        when it has changed."""
         steps, self.steps = self.steps, []
         losses = torch.stack([torch.stack(step.losses).sum() for step in steps]).float()
         norms = torch.stack(
@@ -84,7 +87,8 @@ class NanGuard:
         return list(loss_values)
 
     def check_weights(self, module: nn.Module, step: int) -> None:
-        """Before weights are saved: the last step may have broken them, and without clipping no gradient norm shows it."""
+        """Before weights are saved: the last step may have broken them, and without clipping no gradient norm
+        shows it."""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()]))
         if not bool(norms.isfinite().all()):
             raise CollectiveError(

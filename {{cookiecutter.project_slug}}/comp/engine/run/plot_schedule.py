@@ -50,7 +50,8 @@ def _train_length(loaded: Loaded) -> TrainLength:
 def summary(cfg: Config, lr_schedule: Schedule, length: TrainLength) -> list[str]:
     first, *later = schedule.stage_schedules(lr_schedule)
     lrs = [lr_schedule.lr(step) for step in range(length.steps)]
-    steps = f"{length.steps:,} steps, {length.steps_per_epoch:,} per epoch, {length.effective_batch_size} images each"
+    steps = f"{length.steps:,} steps, {length.steps_per_epoch:,} per epoch, "
+    steps += f"{length.effective_batch_size} images each"
     if length.grad_accum_steps > 1:
         steps += f" ({length.batch_size} x {length.grad_accum_steps})"
     if later:
@@ -105,7 +106,8 @@ def _plot(cfg: Config, lr_schedule: Schedule, length: TrainLength, file: Path) -
         right.set_ylabel("momentum", color="tab:green")
     peaks = ", ".join(f"{stage.peak_lr:.3g}" for stage in (first, *later))
     axes.set_title(
-        f"{first.knobs.name}, peak {peaks}, {length.effective_batch_size} images per step, {length.steps:,} steps",
+        f"{first.knobs.name}, peak {peaks}, {length.effective_batch_size} images per step, "
+        f"{length.steps:,} steps",
         fontsize=10,
     )
     axes.grid(alpha=0.3)

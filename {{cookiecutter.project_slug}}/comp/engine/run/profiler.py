@@ -10,8 +10,8 @@ import torch
 class Profiler:
     """Seconds per phase of the training loop, summed over all steps.
 
-    When enabled, each lap synchronizes the device, so that asynchronous GPU work is counted in the phase that launched it.
-    This makes a run slightly slower. Disabled, every method returns at once.
+    When enabled, each lap synchronizes the device, so that asynchronous GPU work is counted in the phase that
+    launched it. This makes a run slightly slower. Disabled, every method returns at once.
     """
 
     def __init__(self, device: torch.device, enabled: bool = False):
@@ -41,7 +41,8 @@ class Profiler:
         ]
         loading = self.seconds.get("data loading", 0.0) / total
         verdict = (
-            "the network waits for the loader: augment=fast, a smaller data.cache_scale or more machine.num_workers"
+            "the network waits for the loader: augment=fast, a smaller data.cache_scale or more "
+            "machine.num_workers"
             if loading > 0.15
             else "the network takes most of the time, not the loader"
         )

@@ -1,7 +1,9 @@
-"""Pseudo-labelled test rows: data/pseudo/<name>.parquet, written by comp pseudo, joins the training rows of each fold.
+"""Pseudo-labelled test rows: data/pseudo/<name>.parquet, written by comp pseudo, joins the training rows of
+each fold.
 
-A row of the table is for one fold (-1: for the refit on all data), and its label comes from models that were not trained on what this
-fold scores. A fold gets its own rows and no others; folds and the rows that are scored stay the same.
+A row of the table is for one fold (-1: for the refit on all data), and its label comes from models that were
+not trained on what this fold scores. A fold gets its own rows and no others; folds and the rows that are
+scored stay the same.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def validate(cfg: Config, folds: Folds) -> None:
 
 
 def fold_context(context: Context, fold: int | str) -> Context:
-    """The context of one fold: its pseudo-labelled test rows join the training rows, with a label, a weight and another source."""
+    """The context of one fold: its pseudo-labelled test rows join the training rows, with a label, a weight
+    and another source."""
     name = context.cfg.data.pseudo_labels
     if name is None:
         return context
@@ -104,7 +107,8 @@ def add_rows(samples: Samples, table: pd.DataFrame, name: str, fold: int | str) 
 
 
 def training_target(samples: Samples, head: Head) -> NDArray[Any]:
-    """Targets of a head for every row, as the loss takes them: class codes, or a share per class where some labels are soft."""
+    """Targets of a head for every row, as the loss takes them: class codes, or a share per class where some
+    labels are soft."""
     values = head.spec.encode_target(np.nan_to_num(samples.targets(head)))
     if soft_columns(head)[0] not in samples.frame:
         return values

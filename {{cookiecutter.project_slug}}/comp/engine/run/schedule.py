@@ -1,7 +1,7 @@
 """Learning rate and momentum as functions of the step, so a resumed run needs no scheduler state for them.
 
-Only the plateau schedule depends on training itself: on one loss per epoch, which the checkpoint holds. This module does not import
-torch, so that `comp schedule` draws a schedule at once.
+Only the plateau schedule depends on training itself: on one loss per epoch, which the checkpoint holds. This
+module does not import torch, so that `comp schedule` draws a schedule at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class TrainLength(NamedTuple):
 
 
 def train_length(cfg: Config, epoch_size: int) -> TrainLength:
-    """`epoch_size`: samples per epoch. A dataset smaller than a batch shrinks the batch; an incomplete last step is dropped."""
+    """`epoch_size`: samples per epoch. A dataset smaller than a batch shrinks the batch; an incomplete last
+    step is dropped."""
     batch_size = min(cfg.train.batch_size, epoch_size)
     grad_accum_steps = min(cfg.train.grad_accum_steps, epoch_size // batch_size)
     steps_per_epoch = epoch_size // (batch_size * grad_accum_steps)
@@ -42,7 +43,8 @@ def train_length(cfg: Config, epoch_size: int) -> TrainLength:
 
 
 def peak_lr(cfg: Config, effective_batch_size: int) -> float:
-    """The highest learning rate: optim.lr, scaled from optim.lr_base_size to the actual batch size if that is set."""
+    """The highest learning rate: optim.lr, scaled from optim.lr_base_size to the actual batch size if that is
+    set."""
     if cfg.optim.lr_base_size is None:
         return cfg.optim.lr
     power = {"linear": 1.0, "sqrt": 0.5}[cfg.optim.lr_base_scale]
@@ -90,7 +92,8 @@ class LRSchedule:
         return self.peak_lr * self.factor(step)
 
     def factor(self, step: int) -> float:
-        """Learning rate relative to the peak: linear warm-up to the schedule's first value, then the schedule."""
+        """Learning rate relative to the peak: linear warm-up to the schedule's first value, then the
+        schedule."""
         factor = SHAPES[self.knobs.name](self, max(0, step - self.warmup_steps)).factor
         return factor * min(1.0, (step + 1) / (self.warmup_steps + 1))
 
@@ -145,10 +148,12 @@ Schedule = LRSchedule | StagedLRSchedule
 def lr_schedule(cfg: Config, length: TrainLength) -> Schedule:
     peak, steps_per_epoch = peak_lr(cfg, length.effective_batch_size), length.steps_per_epoch
     if cfg.train.stages:
-        return StagedLRSchedule([
-            LRSchedule(cfg.schedule, stage.lr * peak / cfg.optim.lr, stage.epochs * steps_per_epoch, steps_per_epoch)
-            for stage in cfg.train.stages
-        ])  # fmt: skip
+        stages = [
+            (stage.lr * peak / cfg.optim.lr, stage.epochs * steps_per_epoch) for stage in cfg.train.stages
+        ]
+        return StagedLRSchedule(
+            [LRSchedule(cfg.schedule, lr, steps, steps_per_epoch) for lr, steps in stages]
+        )
     restarts = cfg.snapshots.cycles and cfg.snapshots.restarts
     schedule = _snapshot_cycles(cfg) if restarts else cfg.schedule
     return LRSchedule(schedule, peak, length.steps, steps_per_epoch)
@@ -172,7 +177,8 @@ def shortened_warmups(schedule: Schedule) -> list[str]:
 
 
 def snapshot_steps(cfg: Config, length: TrainLength) -> list[int]:
-    """Steps done when each snapshot is taken: at the end of every cycle, whether the learning rate restarts there or not."""
+    """Steps done when each snapshot is taken: at the end of every cycle, whether the learning rate restarts
+    there or not."""
     if not cfg.snapshots.cycles:
         return []
     schedule = LRSchedule(_snapshot_cycles(cfg), 1.0, length.steps, length.steps_per_epoch)
@@ -196,7 +202,7 @@ def _snapshot_cycles(cfg: Config) -> schema.Schedule:
 
 class Point(NamedTuple):
     factor: float  # of the peak learning rate
-    # Position of a cycle between its ends (0) and its peak (1), which momentum mirrors; None: momentum does not cycle.
+    # Position in a cycle, from its ends (0) to its peak (1), which momentum mirrors; None: no such cycle.
     height: float | None = None
 
 
@@ -215,7 +221,8 @@ def step_decay(schedule: LRSchedule, step: int) -> Point:
 
 
 def plateau(schedule: LRSchedule, step: int) -> Point:
-    """Multiplied by schedule.factor after more than `patience` epochs without a better loss; never below min_lr_ratio."""
+    """Multiplied by schedule.factor after more than `patience` epochs without a better loss; never below
+    min_lr_ratio."""
     drops, bad_epochs, best = 0, 0, math.inf
     for loss in schedule.epoch_losses:
         better = loss < best * (1 - THRESHOLD)
@@ -250,7 +257,8 @@ def one_cycle(schedule: LRSchedule, step: int) -> Point:
 
 
 def triangular(schedule: LRSchedule, step: int) -> Point:
-    """Cycles between min_lr_ratio and the peak, each lower than the one before by the factor `cycle_decay`."""
+    """Cycles between min_lr_ratio and the peak, each lower than the one before by the factor
+    `cycle_decay`."""
     cycle, done = _cycle_at(schedule, step)
     height, _ = _rise_and_fall(schedule, done, DECAYS["linear"])
     scaled = height * schedule.knobs.cycle_decay**cycle

@@ -1,13 +1,18 @@
-"""Regression targets are standardized: each column by its mean and standard deviation in the training rows of the fold.
+"""Regression targets are standardized: each column by its mean and standard deviation in the training rows of
+the fold.
 
-In training mode the network's outputs are standardized values, as are the targets that the loss compares them with. In evaluation
-mode a forward hook converts them to the unit of the target, so that callers here, exports and Kaggle kernels get plain values. Mean
-and deviation are buffers of the network, as the pixel mean is (normalize.py): stored with its weights and with every average of them.
+In training mode the network's outputs are standardized values, as are the targets that the loss compares them
+with. In evaluation mode a forward hook converts them to the unit of the target, so that callers here, exports
+and Kaggle kernels get plain values. Mean and deviation are buffers of the network, as the pixel mean is
+(normalize.py): stored with its weights and with every average of them.
 
 A custom loss gets outputs and targets in the unit of the target; then the hook is active in both modes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,16 +21,19 @@ from torch import Tensor, nn
 
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
+from comp.engine.run import pseudo_rows
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import VALUES, Head, HeadLoss
 
 MEAN, DEVIATION = "target_mean", "target_std"  # names of the buffers
 CLASS_LOSSES = ("bins", "cumulative", "soft_labels")  # network outputs are class scores, not values
 Array = NDArray[np.float64]
+OnDevice = Callable[[torch.device], Tensor]  # numbers of each target column, copied once to each device
 
 
 def mean_and_std(head: Head, samples: Samples, rows: Positions) -> tuple[Array, Array]:
-    """Mean and standard deviation of each target column. Missing values are left out; the deviation of a constant is 1."""
+    """Mean and standard deviation of each target column. Missing values are left out; the deviation of a
+    constant is 1."""
     values = samples.targets(head)[np.unique(rows)]
     known = ~np.isnan(values)
     count = np.maximum(known.sum(axis=0), 1)
@@ -72,12 +80,24 @@ def fit(cfg: Config, module: nn.Module, samples: Samples, rows: Positions) -> No
         start += width
 
 
+def training_targets(cfg: Config, samples: Samples, rows: Positions, device: torch.device) -> list[Tensor]:
+    """Targets of each head for every row of the samples, standardized by the training rows."""
+    values = [pseudo_rows.training_target(samples, head) for head in samples.heads]
+    return [_to_tensor(each, device) for each in standardize(cfg, samples, rows, values)]
+
+
+def _to_tensor(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    dtype = torch.long if np.issubdtype(values.dtype, np.integer) else torch.float32
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def standardize(
     cfg: Config, samples: Samples, rows: Positions, targets: list[NDArray[np.generic]]
 ) -> list[NDArray[np.generic]]:
     """Targets of each head as the loss takes them.
 
-    In float64: otherwise the unit of a target would change its rounding, and training amplifies the last digit.
+    In float64: otherwise the unit of a target would change its rounding, and training amplifies the last
+    digit.
     """
     standardized = []
     for head, objective, target in zip(
@@ -97,3 +117,31 @@ def to_loss_units(cfg: Config, module: nn.Module, raw: NDArray[np.float32]) -> N
         return raw
     mean, deviation = (module.get_buffer(name).cpu().double().numpy() for name in (MEAN, DEVIATION))
     return ((raw - mean) / deviation).astype(np.float32)
+
+
+# --- losses of standardized targets ------------------------------------------------------------------
+
+
+def on_device(values: Array) -> OnDevice:
+    return cache(lambda device: torch.tensor(values, dtype=torch.float32, device=device))
+
+
+def standardized_loss(
+    function: Callable[..., Tensor], std: OnDevice, power: int | None
+) -> Callable[..., Tensor]:
+    """The loss of standardized values. huber's delta is given in the unit of the target, so it is standardized
+    too. `power`: multiply the result by this power of the deviation, to get it in the unit of the target."""
+
+    def loss(output: Tensor, target: Tensor, **knobs: float) -> Tensor:
+        deviation = std(output.device)  # (targets,)
+        values = function(output, target, **{key: value / deviation for key, value in knobs.items()})
+        return values if power is None else values * deviation**power
+
+    return loss
+
+
+def grade_weight(
+    class_weight: Callable[[Tensor], Tensor], mean: OnDevice, std: OnDevice
+) -> Callable[[Tensor], Tensor]:
+    """Class weights of grades whose targets are standardized."""
+    return lambda target: class_weight((target * std(target.device) + mean(target.device)).round())

@@ -1,7 +1,8 @@
-"""Predictions of a distillation teacher for the training rows of a fold, written once before the fold is trained.
+"""Predictions of a distillation teacher for the training rows of a fold, written once before the fold is
+trained.
 
-They come from the teacher's models of the same fold, with the image size, TTA views and normalization of the teacher's own config, and
-lie in runs/<run>/seed<s>/fold<k>/teacher_predictions.safetensors.
+They come from the teacher's models of the same fold, with the image size, TTA views and normalization of the
+teacher's own config, and lie in runs/<run>/seed<s>/fold<k>/teacher_predictions.safetensors.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from comp.engine.store import artifacts, paths
 def prepare(
     context: Context, gather: Callable[[Config], Context], fold: int | str, folder: Path, stop: Stop
 ) -> None:
-    """Write the file unless it is there. `context`: that of the fold. `gather` loads the context of a teacher's config."""
+    """Write the file unless it is there. `context`: that of the fold. `gather` loads the context of a
+    teacher's config."""
     name = context.cfg.distill.teacher
     if name is None:
         return

@@ -1,7 +1,9 @@
-"""Teachers of distillation and pseudo-labels: the models of a run, of a member of it, or of a plain average of several, fold by fold.
+"""Teachers of distillation and pseudo-labels: the models of a run, of a member of it, or of a plain average
+of several, fold by fold.
 
-The model of fold k was not trained on the rows that fold k scores, so its predictions may be targets in fold k, and in no other fold.
-A teacher therefore needs a model of its own for each fold, and none that was fitted or selected on scored rows.
+The model of fold k was not trained on the rows that fold k scores, so its predictions may be targets in fold
+k, and in no other fold. A teacher therefore needs a model of its own for each fold, and none that was fitted
+or selected on scored rows.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Teacher(NamedTuple):
     weight: float
 
     def folders(self, fold: int | str, folds: Folds) -> list[Path]:
-        """Folders of the models that may be teachers of a fold: of the same fold, or of all folds for the refit, which scores no rows."""
+        """Folders of the models that may be teachers of a fold: of the same fold, or of all folds for the
+        refit, which scores no rows."""
         indices = range(folds.count) if fold == "full" else [int(fold)]
         run = paths.run_folder(self.run)
         seeds = sorted(run.glob("seed*")) if self.seed is None else [run / f"seed{self.seed}"]
@@ -72,7 +75,8 @@ def load(name: str, folds: Folds, key: str) -> TeacherEnsemble:
         raise UserError(
             "teacher-leaks",
             key=key,
-            what=f"{name} is fitted ({record['method']}) on the labels of all folds, which would leak into the targets",
+            what=f"{name} is fitted ({record['method']}) on the labels of all folds, which would leak into "
+            "the targets",
             remedy=f"name a run, or an ensemble of method {', '.join(UNFITTED)}",
         )
     if nested := [each["address"] for each in recipe["members"] if "recipe" in each]:
@@ -124,8 +128,8 @@ def _teacher(address: str, weight: float, folds: Folds, key: str) -> Teacher:
         raise UserError(
             "teacher-leaks",
             key=key,
-            what=f"{run}{':' if selected[0] else ''}{selected[0]} is selected_on_fold: each model was selected on the "
-            "scored rows of its fold",
+            what=f"{run}{':' if selected[0] else ''}{selected[0]} is selected_on_fold: each model was selected "
+            "on the scored rows of its fold",
             remedy="train it with select.on: inner",
         )
     return Teacher(address, run, cfg, seed, members, weight)

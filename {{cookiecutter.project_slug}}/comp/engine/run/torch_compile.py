@@ -1,4 +1,5 @@
-"""Options that make a network faster or smaller in memory without changing what it computes, except for rounding."""
+"""Options that make a network faster or smaller in memory without changing what it computes, except for
+rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from comp.engine.run.backbone import inner
 
 
 def prepare(cfg: Config, module: nn.Module) -> Callable[..., Tensor]:
-    """The network as the training loop calls it. `module` itself is still what is saved, averaged and validated."""
+    """The network as the training loop calls it. `module` itself is still what is saved, averaged and
+    validated."""
     if cfg.train.grad_checkpointing:
         _enable_checkpointing(cfg, module)
     if cfg.train.channels_last:

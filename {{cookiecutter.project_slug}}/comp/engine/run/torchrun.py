@@ -1,4 +1,5 @@
-"""torchrun -m comp train exp001: rank 0 runs the command, the other ranks train the folds that it broadcasts."""
+"""torchrun -m comp train exp001: rank 0 runs the command, the other ranks train the folds that it
+broadcasts."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def run_worker() -> int:
 
 
 def _train(task: dict[str, Any], context: Context | None, stop: hardware.Stop) -> Context:
-    """Train one fold into a temporary folder. Returns the context, which is kept for the next fold of the same config."""
+    """Train one fold into a temporary folder. Returns the context, which is kept for the next fold of the
+    same config."""
     from comp import train
     from comp.engine.run import distributed, loading, pseudo_rows, tracking
 
