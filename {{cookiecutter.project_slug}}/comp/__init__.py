@@ -1,4 +1,4 @@
-"""From raw files to a submitted, honestly ensembled prediction. Start reading at train.py."""
+"""From raw files to a submitted ensemble with nested scores. Start reading at train.py."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""A verb of the command line: its arguments, the function that it calls, and the packages that this function needs."""
+"""A verb of the command line: its arguments, the function that it calls, and the packages that this function
+needs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from comp.engine.errors import UserError
 
-# The project's own environment has all of it; a notebook's image (Kaggle, Colab) may be older. The lowest versions are pyproject's.
+# For notebooks on Kaggle and Colab, whose packages may be older. The lowest versions are those of pyproject.toml.
 TORCH = ("torch>=2.10",)
 TRAINING = (*TORCH, "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
 OTHER_NAMES = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python")}  # each installs cv2
@@ -53,9 +54,13 @@ DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
 ON = argument(
     "--on",
     metavar="WHERE",
-    help="run in parallel: local (one process a GPU, or as many as the cores allow), local:4, or ray (a Ray cluster)",
+    help="in parallel: local (one process a GPU, or as many as the cores allow), local:4, or ray (a cluster)",
 )
-STEAL_LOCK = flag("--steal-lock", "take over the lock of a process on another host or in another container that has not renewed it for 10 minutes")  # fmt: skip
+STEAL_LOCK = flag(
+    "--steal-lock",
+    "take over the lock of a process on another host or in another container, if it was not renewed for "
+    "10 minutes",
+)
 
 
 def overview(verbs: Mapping[str, Verb]) -> str:
@@ -75,8 +80,9 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> argparse.Namespace:
 
 
 def call(verb: Verb, args: Mapping[str, Any]) -> int:
-    """Calls the verb's function with those arguments that are parameters of it. A parameter `cfg` gets the config of base.yaml and
-    competition.yaml. The exit code is the function's, when it returns an int, and 0 otherwise."""
+    """Calls the verb's function with those arguments that are parameters of it. A parameter `cfg` gets the
+    config of base.yaml and competition.yaml. The exit code is the function's, when it returns an int, and 0
+    otherwise."""
     target = next((function for name, function in verb.instead.items() if args.get(name)), verb.function)
     module, _, function_name = target.partition(":")
     function: Callable[..., object] = getattr(import_module(f"comp.engine.{module}"), function_name)

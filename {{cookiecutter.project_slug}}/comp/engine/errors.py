@@ -63,7 +63,8 @@ def joined(errors: Sequence[UserError]) -> UserError:
 
 
 class Refused(UserError):
-    """Whole sentences instead of fields: what is still raised so is to be made a UserError with its fields."""
+    """Whole sentences instead of fields: what is still raised so is to be made a UserError with its
+    fields."""
 
     def __init__(self, *lines: str):
         super().__init__("refused", what=lines[0], others=[UserError("refused", what=x) for x in lines[1:]])

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def set_threads(threads: int) -> None:
-    """Sets the thread count of torch, OpenMP and OpenCV, a knob of the run since it changes the order of sums and so results. Overrides
-    what Ray and torchrun set. Call it before torch is imported: OpenMP reads its variables once."""
+    """Sets the thread count of torch, OpenMP and OpenCV, a knob of the run since it changes the order of sums
+    and so results. Overrides what Ray and torchrun set. Call it before torch is imported: OpenMP reads its
+    variables once."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads slow a busy machine down tenfold
@@ -70,7 +71,7 @@ def rank() -> int:
 # Ctrl+C; SLURM, Kubernetes and spot machines before they end; "save and stop", for your own scripts.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_EXIT_CODES = tuple(128 + number for number in STOP_SIGNALS)
-# Seconds within which one stop may send SIGTERM several times: torchrun and SLURM both do, to a process and to its group.
+# Seconds within which SIGTERM may come several times: torchrun and SLURM send it to a process and to its group.
 REPEATED_WITHIN = 5.0
 
 
@@ -119,8 +120,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Requested by a signal while `listening`, or by a time limit: the training loop then saves its state after the current step, and
-    stops. A second Ctrl+C stops at once; a second SIGTERM does not, since schedulers send several."""
+    """Requested by a signal while `listening`, or by a time limit: the training loop then saves its state
+    after the current step, and stops. A second Ctrl+C stops at once; a second SIGTERM does not, since
+    schedulers send several."""
 
     MARGIN = 10.0  # seconds to save, to finish W&B and to print; of limits below 100 s a tenth
 
@@ -152,7 +154,8 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """With a limit: true as soon as another interval as long as the longest so far might not end in time."""
+        """With a limit: true as soon as another interval as long as the longest so far might not end in
+        time."""
         if self.limit is not None and not self._requested:
             now = self.clock()
             self.longest, self.checked = max(self.longest, now - self.checked), now
@@ -191,7 +194,8 @@ def cores() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Does not import torch, so that set_threads can follow."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Does not import torch, so that
+    set_threads can follow."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]

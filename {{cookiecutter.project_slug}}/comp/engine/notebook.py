@@ -1,7 +1,8 @@
-"""For notebooks on Kaggle and Colab: working directory, the command `comp`, and keys from the notebook's secrets.
+"""For notebooks on Kaggle and Colab: working directory, the command `comp`, and keys from the notebook's
+secrets.
 
-from comp.engine import notebook
-notebook.setup()        # the first cell, once; then !comp prepare and so on, as in a terminal
+    from comp.engine import notebook
+    notebook.setup()        # in the first cell, once; then !comp prepare and so on, as in a terminal
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ KEYS = ("WANDB_API_KEY", "KAGGLE_API_TOKEN")
 
 
 def setup() -> Path:
-    """Makes `comp` a command, changes to the project's folder, and puts keys from the notebook's secrets into the environment. Returns the
-    folder."""
+    """Makes `comp` a command, changes to the project's folder, and puts keys from the notebook's secrets into
+    the environment. Returns the folder."""
     project = Path(__file__).resolve().parents[2]
     os.chdir(project)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH")]))
@@ -35,7 +36,8 @@ def setup() -> Path:
 
 
 def load_key(name: str) -> str:
-    """Puts a key into the environment, of child processes as well; never prints it. Returns where it was found."""
+    """Puts a key into the environment, of child processes as well; never prints it. Returns where it was
+    found."""
     if os.environ.get(name):
         return "in the environment"
     if (get_secret := _secrets()) is None:

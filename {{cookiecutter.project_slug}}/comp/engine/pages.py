@@ -23,7 +23,8 @@ HOOKS = {
 
 
 def get(name: str) -> Callable[..., Any] | None:
-    """A hook of competition.py, or None. A hook with other parameters than those of HOOKS is refused before it is called."""
+    """A hook of competition.py, or None. A hook with other parameters than those of HOOKS is refused before
+    it is called."""
     hook = getattr(competition, name, None)
     if hook is None:
         return None
@@ -39,7 +40,8 @@ def in_force() -> list[str]:
 
 
 def failed(name: str, error: Exception, what: str = "", remedy: str = "") -> UserError:
-    """An exception inside a hook, with the line of competition.py where it was raised. `what`: was processed."""
+    """An exception inside a hook, with the line of competition.py where it was raised. `what`: was
+    processed."""
     file = inspect.getsourcefile(competition)
     hook = get(name)
     files = {file, hook.__code__.co_filename if inspect.isfunction(hook) else file}

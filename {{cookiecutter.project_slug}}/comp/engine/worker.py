@@ -1,7 +1,8 @@
-"""python -m comp.engine.worker FUNCTION JSON: one job of run/launcher.py, a function of FUNCTIONS with JSON's keyword arguments.
+"""python -m comp.engine.worker FUNCTION JSON: one job of run/launcher.py, a function of FUNCTIONS with JSON's
+keyword arguments.
 
-It ends as soon as its standard input is closed, that is with the process that started it, however that one ended: the job may then
-be started again elsewhere, and finds its folder free.
+It ends as soon as its standard input is closed, that is with the process that started it, however that one
+ended: the job may then be started again elsewhere, and finds its folder free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a run will write, checked against the free disk space before it starts rather than in the middle of the last fold."""
+"""What a run will write, checked against the free disk space before it starts rather than in the middle of
+the last fold."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from comp.engine.store import artifacts
 
 
 def announce(context: Context, run: str, todo: list[tuple[int, Fold]], total: int) -> None:
-    """Prints the bytes of `todo`, out of `total` folds, and warm-ups that the schedule had to shorten. The first fold stands for all,
-    which differ by a few steps."""
+    """Prints the bytes of `todo`, out of `total` folds, and warm-ups that the schedule had to shorten. The
+    first fold stands for all, which differ by a few steps."""
     if not todo:
         return
     weights = models.weight_bytes(context.cfg, context.samples.heads)
     weights += knn.gallery_bytes(context.cfg, context.samples)
     sets = len(todo) * (1 + len(run_members.extra_weights(context.cfg)))
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
-    # A checkpoint holds weights, two moments of the optimizer and averaged weights, the old and the new one at once.
+    # A checkpoint holds weights, two moments of the optimizer and averaged weights; two checkpoints exist at once.
     size = sets * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(f"{run}: {len(todo)} of {total} folds to train, up to {artifacts.format_size(size)} to write")
     seed, fold = todo[0]

@@ -1,7 +1,9 @@
-"""A name stands for one resolved config, one samples table, one set of folds, one competition.py and the same image files.
+"""A name stands for one resolved config, one samples table, one set of folds, one competition.py and the same
+image files.
 
-What continues a run must agree with what started it: otherwise rows could be scored by a model that was trained on them.
-runs/<name>/ holds config.yaml, made_of.json (hashes of the inputs) and started.json (time of the start, command that resumes it).
+What continues a run must agree with what started it: otherwise rows could be scored by a model that was
+trained on them. runs/<name>/ holds config.yaml, made_of.json (hashes of the inputs) and started.json (time of
+the start, command that resumes it).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ HOOKS = (
 )  # those that change weights; the others only read predictions
 
 
-# --- the name --------------------------------------------------------------------------------------------------------
+# --- the name -------------------------------------------------------------------------------------
 
 
 def validate_name(name: str) -> None:
@@ -59,11 +61,12 @@ def resume_command(name: str) -> str:
     return str(artifacts.read_json(file)["command"]) if file.exists() else f"comp train {name}"
 
 
-# --- starting and resuming -------------------------------------------------------------------------------------------
+# --- starting and resuming ------------------------------------------------------------------------
 
 
 def claim(name: str, cfg: Config, folds: Folds, command: str, replaced: Sequence[Path] = ()) -> None:
-    """Starts or resumes runs/<name>. `command`: resumes it. `replaced`: folders to move to the trash, after the last check."""
+    """Starts or resumes runs/<name>. `command`: resumes it. `replaced`: folders to move to the trash, after
+    the last check."""
     from comp.engine.data import image_files
 
     folder = paths.run_folder(name)
@@ -74,7 +77,7 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, replaced: Sequence
         if old.exists():
             print(f"{paths.relative(old)} was moved to {paths.relative(artifacts.move_to_trash(old))}")
     with locks.lock(folder, "starting", wait=True):
-        # Without a finished file below there is nothing to disagree with, even if a kill left half a start behind.
+        # Without a finished file there is nothing to disagree with, even if a kill left half a start behind.
         resumed = next(_finished_files(folder), None) is not None
         images = _validate_same_run(name, cfg, folds, command) if resumed else ""
         _record_start(folder, command, new=not resumed and not _is_same_start(folder, cfg, folds))
@@ -124,7 +127,7 @@ def _validate_unlocked(folders: Sequence[Path]) -> None:
             raise UserError("locked", what=owner, remedy="stop it first")
 
 
-# --- the same inputs -------------------------------------------------------------------------------------------------
+# --- the same inputs ------------------------------------------------------------------------------
 
 
 def input_hashes(cfg: Config, folds: Folds) -> dict[str, Any]:
@@ -161,7 +164,8 @@ def _remedy(name: str, command: str) -> str:
 
 
 def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> str:
-    """Against config and hashes of the start. Returns the record of the images, which validate_images compares."""
+    """Against config and hashes of the start. Returns the record of the images, which validate_images
+    compares."""
     folder, remedy = paths.run_folder(name), _remedy(name, command)
     old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", remedy))
     if changed := resolve.diff(old, cfg):
@@ -188,8 +192,8 @@ def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> st
 
 
 def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read: bool = True) -> None:
-    """Refuses to resume a run whose image files have changed. Costs a stat per file. `read`: they will be read, so a missing file is
-    an error as well."""
+    """Refuses to resume a run whose image files have changed. Costs a stat per file. `read`: they will be
+    read, so a missing file is an error as well."""
     from comp.engine.data import image_files
 
     folder = paths.run_folder(name)
@@ -208,14 +212,12 @@ def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read:
             remedy=f"restore the old files, or {remedy}",
         )
     if now.missing:
-        print(
-            f"note: runs/{name}: {len(now.missing)} image files are missing, like {now.missing[0]}; not compared"
-        )
+        missing = f"{len(now.missing)} image files are missing, like {now.missing[0]}"
+        print(f"note: runs/{name}: {missing}; they are not compared")
     for count, what in ((now.touched, "bytes"), (now.sized, "size, and no image cache has hashed them")):
         if count:
-            print(
-                f"note: runs/{name}: {count} image files have another mtime and the same {what}; it is resumed"
-            )
+            touched = f"{count} image files have another mtime and the same {what}"
+            print(f"note: runs/{name}: {touched}; it is resumed")
 
 
 def validate_uncached_images(name: str, cfg: Config, images: cache.Images) -> None:

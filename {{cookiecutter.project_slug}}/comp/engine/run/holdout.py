@@ -1,5 +1,5 @@
-"""Score a run on the held-out rows (folds.holdout). Each look makes the next one less trustworthy, so each is recorded in
-runs/<run>/last_looks.txt."""
+"""Score a run on the held-out rows (folds.holdout). Each look makes the next one less trustworthy, so each is
+recorded in runs/<run>/last_looks.txt."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Runs jobs in parallel: on this machine, one a GPU or several on the CPU, or on a Ray cluster.
 
-A job is a call of comp/engine/worker.py in a process of its own. It may run twice (a machine dies, its job starts elsewhere), so it
-has to write its "done" last. The project's folder must have the same path on all machines, on a disk that they share.
+A job is a call of comp/engine/worker.py in a process of its own. It may run twice (a machine dies, its job
+starts elsewhere), so it has to write its "done" last. The project's folder must have the same path on all
+machines, on a disk that they share.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def validate_options(on: str | None, *, profile: bool, limited: bool) -> None:
     """`limited`: --time-limit"""
     if on is None:
         return
-    unfit = {"--profile": profile, "--time-limit": limited, "torchrun": hardware.world_size() > 1}
-    for option in [option for option, given in unfit.items() if given]:
+    exclusive = {"--profile": profile, "--time-limit": limited, "torchrun": hardware.world_size() > 1}
+    for option in [option for option, given in exclusive.items() if given]:
         what = "works for folds that are trained one after the other"
         raise UserError("options-exclusive", where=f"{option} with --on", what=what, remedy="leave --on out")
 
@@ -79,8 +80,8 @@ def run_jobs_with_progress(
 def run_jobs(
     jobs: list[Job], executor: Executor, stop: hardware.Stop, on_progress: Callable[[int], object]
 ) -> None:
-    """All of them. `on_progress` is called every POLL seconds with the number of unfinished jobs. When one fails, the others are
-    interrupted, which save their state."""
+    """All of them. `on_progress` is called every POLL seconds with the number of unfinished jobs. When one
+    fails, the others are interrupted, which save their state."""
     with stop.listening():
         _run_jobs(jobs, executor, stop, on_progress)
 
@@ -125,8 +126,8 @@ def run_job(
     on_line: Callable[[str], None] = print_line,
     on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
 ) -> JobResult:
-    """Starts a process for a job, passes its output on, and waits for it. This process holds the other end of its standard input:
-    when it dies, for whatever reason, the job ends as well and may start elsewhere."""
+    """Starts a process for a job, passes its output on, and waits for it. This process holds the other end of
+    its standard input: when it dies, for whatever reason, the job ends as well and may start elsewhere."""
     with subprocess.Popen(
         [sys.executable, "-m", "comp.engine.worker", job.function, json.dumps(job.arguments)],
         cwd=root,
@@ -152,7 +153,8 @@ def run_job(
 
 
 def make_executor(on: str, threads: int, on_line: Callable[[str], None] = print_line) -> Executor:
-    """`on`: local, local:4 or ray. `on_line` gets the output of local jobs; that of other machines Ray prints itself."""
+    """`on`: local, local:4 or ray. `on_line` gets the output of local jobs; that of other machines Ray prints
+    itself."""
     kind, colon, count = on.partition(":")
     if kind == "ray" and not colon:
         return RayExecutor(threads)

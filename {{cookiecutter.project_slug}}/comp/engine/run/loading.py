@@ -1,4 +1,5 @@
-"""From a config to the context that all folds share. Torch is imported here, after everything that is refused without it."""
+"""From a config to the context that all folds share. Torch is imported here, after everything that is refused
+without it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def start_run(name: str, cfg: Config, command: str) -> Context:
 
 
 def load_context(cfg: Config, loaded: Loaded | None = None) -> Context:
-    """Call hardware.set_threads first. `loaded`: of an experiment that is about to be trained, to compare its folds."""
+    """Call hardware.set_threads first. `loaded`: of an experiment that is about to be trained, to compare its
+    folds."""
     table = samples.load()
     split = folds.load(table)
     validate.tables(cfg, split, loaded)

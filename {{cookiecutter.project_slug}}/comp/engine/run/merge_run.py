@@ -13,7 +13,8 @@ from comp.engine.store import locks, paths
 
 
 def merge_run(name: str, cfg: Config, *, refit: bool = False) -> dict[str, Any] | None:
-    """The run's score, or None while folds are missing. `refit`: the refit on all rows was asked for, and is printed last."""
+    """The run's score, or None while folds are missing. `refit`: the refit on all rows was asked for, and is
+    printed last."""
     fingerprint.validate_images(name, cfg, read=False)
     table = samples.load()
     split = folds.load(table)

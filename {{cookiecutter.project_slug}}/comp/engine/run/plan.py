@@ -1,4 +1,5 @@
-"""What a call of comp train will do: the resolved config, the name of the run, its seeds and folds, and the command that resumes it."""
+"""What a call of comp train will do: the resolved config, the name of the run, its seeds and folds, and the
+command that resumes it."""
 
 from __future__ import annotations
 

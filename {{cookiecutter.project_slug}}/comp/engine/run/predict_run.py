@@ -1,4 +1,5 @@
-"""comp predict: merges the folds of a run, predicts it again with other views, or scores the held-out rows."""
+"""comp predict: merges the folds of a run, predicts it again with other views, or scores the held-out
+rows."""
 
 from __future__ import annotations
 

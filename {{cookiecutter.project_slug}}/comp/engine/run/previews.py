@@ -1,5 +1,5 @@
-"""comp augment, comp schedule, comp lr-range: what an experiment does, before it is trained. A config is resolved and refused here
-before the modules that draw import torch."""
+"""comp augment, comp schedule, comp lr-range: what an experiment does, before it is trained. A config is
+resolved and refused here before the modules that draw import torch."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def hardware() -> dict[str, Any]:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The same tree, with keys removed: recognised by name, by form, or because the environment contains them."""
+    """The same tree, with keys removed: recognised by name, by form, or because the environment contains
+    them."""
     if isinstance(value, Mapping):
         return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):

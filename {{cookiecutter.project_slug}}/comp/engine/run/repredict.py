@@ -1,4 +1,5 @@
-"""Predict a finished run, or its refit, again with other views, from its stored weights. The result is a member of its own."""
+"""Predict a finished run, or its refit, again with other views, from its stored weights. The result is a
+member of its own."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from comp.engine.store import artifacts, locks, paths
 
 
 def predict(context: Context, run: str, views: list[str], space: str, refit_only: bool = False) -> list[str]:
-    """Returns the names of the new members: of the folds, of the refit on all rows, or of both. Each fold is stored by itself, so a
-    killed call resumes after its last finished fold."""
+    """Returns the names of the new members: of the folds, of the refit on all rows, or of both. Each fold is
+    stored by itself, so a killed call resumes after its last finished fold."""
     tta.views(views)
     cfg = context.cfg
     inside = f"tta-{'-'.join(views)}" + ("" if space == cfg.predict.averaging_space else f"-{space}")

@@ -1,4 +1,5 @@
-"""What is logged of a run besides numbers: augmented images, the audit of the folds, errors, and its files."""
+"""What is logged of a run besides numbers: augmented images, the audit of the folds, errors, and its
+files."""
 
 from __future__ import annotations
 

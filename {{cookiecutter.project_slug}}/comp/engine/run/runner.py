@@ -1,4 +1,5 @@
-"""comp train: plans a run, validates it, trains its folds one after the other or in parallel, and merges them."""
+"""comp train: plans a run, validates it, trains its folds one after the other or in parallel, and merges
+them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def train(
     time_limit: str | None = None,
     stop: hardware.Stop | None = None,
 ) -> None:
-    """Every (seed, fold) that is not finished; then the score of the run. `stop`: default: one that ends after time_limit."""
+    """Every (seed, fold) that is not finished; then the score of the run. `stop`: default: one that ends
+    after time_limit."""
     if stop is None:
         stop = hardware.Stop(hardware.parse_duration("--time-limit", time_limit) if time_limit else None)
     launcher.validate_options(on, profile=profile, limited=stop.limit is not None)

@@ -1,11 +1,13 @@
 """The log of a run: log.jsonl always, and W&B from it.
 
-log.jsonl is the record: one JSON object per line, on disk before anything else uses it. A process of its own (wandb_worker.py) sends
-that file to W&B, and nothing else. So no server, key or crash of W&B affects the training process, W&B does not capture its arguments
-and output, and a run that was killed is sent again from the lines that are on disk.
+log.jsonl is the record: one JSON object per line, on disk before anything else uses it. A process of its own
+(wandb_worker.py) sends that file to W&B, and nothing else. So no server, key or crash of W&B affects the
+training process, W&B does not capture its arguments and output, and a run that was killed is sent again from
+the lines that are on disk.
 
-A line with `epoch` is an epoch, any other with `step` a training step, one with `event` an image, table, file, summary or the end.
-Every line has `clock`, the time it was written. NaN and infinity, which JSON lacks, are null and listed under `nonfinite`.
+A line with `epoch` is an epoch, any other with `step` a training step, one with `event` an image, table,
+file, summary or the end. Every line has `clock`, the time it was written. NaN and infinity, which JSON lacks,
+are null and listed under `nonfinite`.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def open_log(
             "upload_timeout": UPLOAD_TIMEOUT,
         }
         wandb = WandbProcess(job)
-    # After WandbProcess has written its job: an older worker of this run stops reading the log when it sees a new one.
+    # After WandbProcess has written its job: an older worker of this run then stops reading the log.
     lines = _truncate(folder / "log.jsonl", resume_at or 0)
     wandb.start()
     return RunLogger(folder, wandb, lines)
@@ -167,8 +169,9 @@ class RunLogger:
         self._event("summary", "", None, values=dict(values))
 
     def finish(self, status: str = "finished") -> None:
-        """Ends the run (finished, failed, killed) and waits for W&B, but not long. Call it before the manifest entry of the last
-        file: a run that is killed between the two is then sent twice instead of never."""
+        """Ends the run (finished, failed, killed) and waits for W&B, but not long. Call it before the
+        manifest entry of the last file: a run that is killed between the two is then sent twice instead of
+        never."""
         if self._log.closed:
             return
         self._event("finish", status, None)
@@ -233,7 +236,8 @@ def finished(folder: Path) -> bool:
 
 
 def _truncate(log: Path, offset: int) -> list[bytes]:
-    """Removes what was logged after the checkpoint, and an incomplete last line. Returns the remaining lines."""
+    """Removes what was logged after the checkpoint, and an incomplete last line. Returns the remaining
+    lines."""
     with log.open("a+b") as file:
         file.seek(0)
         content = file.read(offset)
@@ -249,7 +253,8 @@ def _without_clock(line: bytes) -> str:
 
 
 def _valid(value: Any, key: str, nonfinite: dict[str, str]) -> Any:
-    """Anything that a metric may return, as valid JSON; numpy and torch values become numbers. Adds to `nonfinite`."""
+    """Anything that a metric may return, as valid JSON; numpy and torch values become numbers. Adds to
+    `nonfinite`."""
     if isinstance(value, Mapping):
         return {str(k): _valid(v, f"{key}.{k}", nonfinite) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -314,7 +319,8 @@ class WandbProcess:
         self._online = job["mode"] == "online"
 
     def start(self, attempt: int = 1) -> None:
-        # The package's parent folder, since a run may be started from any folder. WANDB_SERVICE would share another run's service.
+        # The package's parent folder, since a run may be started from any folder.
+        # WANDB_SERVICE would share the service of another run.
         environment = {
             k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_RUN_ID", "WANDB_RESUME")
         }
@@ -328,7 +334,7 @@ class WandbProcess:
                 stderr=output,
                 env=environment,
                 cwd=paths.root(),
-                start_new_session=True,  # Ctrl+C reaches the training process alone, which then logs how it ended
+                start_new_session=True,  # Ctrl+C reaches the training process alone, which logs its end
             )
 
     def report(self) -> None:

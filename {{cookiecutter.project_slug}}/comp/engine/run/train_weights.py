@@ -1,4 +1,5 @@
-"""The weights of one fold: its pseudo-labels and teacher predictions first, then the training loop in all processes of a torchrun."""
+"""The weights of one fold: its pseudo-labels and teacher predictions first, then the training loop in all
+processes of a torchrun."""
 
 from __future__ import annotations
 

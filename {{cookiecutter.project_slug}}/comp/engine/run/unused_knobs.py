@@ -46,7 +46,7 @@ def _unused(cfg: Config) -> Iterator[tuple[str, str]]:
     if name in CYCLING and cfg.schedule.momentum is not None:
         yield (
             "optim.momentum",
-            f"with schedule.name: {name}, which cycles the momentum; schedule.momentum: null keeps it constant",
+            f"with schedule.name: {name}, which cycles it; schedule.momentum: null keeps it constant",
         )
     if cfg.distill.teacher is None:
         for knob in ("kind", "temperature", "weight"):

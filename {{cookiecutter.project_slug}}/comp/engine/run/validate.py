@@ -1,7 +1,8 @@
-"""Everything that can be refused before torch is imported. Each check is a function of the module that it concerns.
+"""Everything that can be refused before torch is imported. Each check is a function of the module that it
+concerns.
 
-Checks of one step are independent of each other: all of them run, and their faults are raised together. Checks that need torch
-follow in validate_network.py.
+Checks of one step are independent of each other: all of them run, and their faults are raised together.
+Checks that need torch follow in validate_network.py.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def run_all(*checks: Callable[[], Any]) -> None:
 
 
 def training(loaded: Loaded, name: str, replaced: Sequence[Path]) -> None:
-    """Before training, in this order: 1. knobs without effect are reported; 2. the name; 3. teachers and pseudo-labels, which are
-    needed to train and not to predict; 4. the image files of a run that is resumed."""
+    """Before training, in this order: 1. knobs without effect are reported; 2. the name; 3. teachers and
+    pseudo-labels, which are needed to train and not to predict; 4. the image files of a run that is
+    resumed."""
     cfg = loaded.config
     for message in unused_knobs.messages(loaded):
         print(message, file=sys.stderr)
@@ -51,7 +53,8 @@ def training(loaded: Loaded, name: str, replaced: Sequence[Path]) -> None:
 
 
 def tables(cfg: Config, folds: Folds, loaded: Loaded | None = None) -> None:
-    """A config against samples and folds. `loaded`: of an experiment that is about to be trained, whose folds must be as it declares."""
+    """A config against samples and folds. `loaded`: of an experiment that is about to be trained, whose folds
+    must be as it declares."""
     run_all(
         *([partial(fold_table.validate_plan, folds, loaded)] if loaded is not None else []),
         partial(pretrained.validate, cfg, folds),

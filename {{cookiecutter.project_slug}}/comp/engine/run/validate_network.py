@@ -1,5 +1,5 @@
-"""Everything that can be refused before images are decoded, by checks that need torch: the network, its weights, the optimizer, views,
-distillation, consistency loss, mixup and pooling. See validate.py."""
+"""Everything that can be refused before images are decoded, by checks that need torch: the network, its
+weights, the optimizer, views, distillation, consistency loss, mixup and pooling. See validate.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A process that sends the lines of a log.jsonl to W&B while the run writes them. Started by tracking.WandbProcess.
+"""A process that sends the lines of a log.jsonl to W&B while the run writes them. Started by
+tracking.WandbProcess.
 
-The number of a line is W&B's step: a server that has some lines already gets only the others, and an offline run is always written
-from the first line. So there is one history after a kill, and the fallback (no key, no response, a dead service) is a new start of this
-process with mode offline.
+The number of a line is W&B's step: a server that has some lines already gets only the others, and an offline
+run is always written from the first line. So there is one history after a kill, and the fallback (no key, no
+response, a dead service) is a new start of this process with mode offline.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def _send(wandb: Any, job: Job, mode: str, folder: Path) -> None:
         try:
             _send_record(wandb, run, record, number, clock, source, axes)
         except Exception as error:
-            # Online: everything is written offline instead, and can be synchronized later. Offline: one image less is no problem.
+            # Online: the whole run is written offline instead, and can be synchronized later.
+            # Offline: one image less is no problem.
             if mode == "online" or "event" not in record:
                 raise
             print(f"line {number}: skipped: {type(error).__name__}: {error}", flush=True)
@@ -137,7 +139,8 @@ def _send_record(
 
 
 def _numbers(run: Any, record: dict[str, Any], axes: dict[str, str]) -> dict[str, Any]:
-    """Plots have `step` or `epoch` as their x axis, since W&B's own step counts lines. So no step is logged twice."""
+    """Plots have `step` or `epoch` as their x axis, since W&B's own step counts lines. So no step is logged
+    twice."""
     axis = "epoch" if "epoch" in record else "step"
     record = {key: value for key, value in record.items() if axis == "step" or key != "step"}
     for key in record:
@@ -177,7 +180,8 @@ def _follow(log: Path, alive: Callable[[], bool]) -> Iterator[bytes]:
 
 
 def _trash_offline_runs(wandb_folder: Path, run_id: str, trash: Path) -> None:
-    """Earlier offline runs of this id: the new one contains all of their lines, which would be synchronized twice."""
+    """Earlier offline runs of this id: the new one contains all of their lines, which would be synchronized
+    twice."""
     own = re.compile(rf"offline-run-\d{{8}}_\d{{6}}-{re.escape(run_id)}")
     for part in wandb_folder.glob("offline-run-*"):
         if own.fullmatch(part.name):
@@ -186,7 +190,8 @@ def _trash_offline_runs(wandb_folder: Path, run_id: str, trash: Path) -> None:
 
 
 def _use_project_folders(root: Path, mode: str) -> None:
-    """Nothing is written outside the project. Online, W&B's own config is used: it may hold a self-hosted server's address."""
+    """Nothing is written outside the project. Online, W&B's own config is used: it may hold a self-hosted
+    server's address."""
     os.environ["WANDB_DIR"] = str(root)
     os.environ["WANDB_DATA_DIR"] = str(root / "wandb" / "data")
     os.environ["WANDB_CACHE_DIR"] = str(root / "wandb" / "cache")
