@@ -1,4 +1,4 @@
-"""comp inspect: what it writes for a download prepares without an edit, and what it cannot know it says."""
+"""comp inspect: the competition.yaml that it writes is valid for comp prepare, and lists what is ambiguous."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_a_table_and_archives(empty: Path, capsys: pytest.CaptureFixture[str]) -
     assert "15 values, by its name" in written and "ambiguous: metric" in written
     told = capsys.readouterr().out
     assert "3 labels: a 10, b 10, c 10" in told and "metric: accuracy; also balanced_accuracy" in told
-    assert "of 30 train pictures: 30 JPEG RGB, 12 x 12" in told and "of 24 test pictures" in told
+    assert "of 30 train images: 30 JPEG RGB, 12 x 12" in told and "of 24 test images" in told
     with Image.open(empty / "data" / "inspect.png") as sheet:
-        assert sheet.height > 7 * 112, "30 training pictures and 24 of test, 8 in a row"
-    assert (said.slug, said.title) == ("practice", "Practice"), "no look at the files could say them"
+        assert sheet.height > 7 * 112, "30 training images and 24 of test, 8 in a row"
+    assert (said.slug, said.title) == ("practice", "Practice"), "kept from the existing file"
 
 
 def test_no_table_at_all(empty: Path) -> None:
@@ -109,25 +109,23 @@ def test_labels_rankings_and_label_columns(empty: Path, capsys: pytest.CaptureFi
     put(empty, "sample_submission.csv", "id,size\n" + "".join(f"t{i},0.5\n" for i in range(30)))
     put(empty, "train.csv", "id,size\n" + "".join(f"{i},{i / 10}\n" for i in range(30)))
     assert inspected(empty).heads[0].task == "regression"
-    assert (
-        "size: 0 to 2.9, half of them above 1.45, nine in ten from 0.145 to 2.755" in capsys.readouterr().out
-    )
+    assert "size: 0 to 2.9, median 1.45, 90 % from 0.145 to 2.755" in capsys.readouterr().out
 
 
-def test_the_pictures_shown_are_of_every_class_with_their_labels(empty: Path) -> None:
+def test_examples_are_of_every_class_with_their_labels(empty: Path) -> None:
     for i in range(60):
         put(empty, f"train/{i:02d}.jpg", jpeg())
     rows = "".join(f"{i:02d},{'common' if i < 57 else f'rare{i}'}\n" for i in range(60))
     put(empty, "train.csv", "id,kind\n" + rows)
     put(empty, "sample_submission.csv", "id,kind\n" + "".join(f"t{i},rare57\n" for i in range(9)))
-    found = infer_schema.look(empty / "data" / "raw")
-    assert found.captions == ["common"] * 45 + ["rare57", "rare58", "rare59"]
-    assert found.images["train"][-1] == "train/59.jpg" and found.images["test"][0] == "test/t0.jpg"
+    found = infer_schema.infer(empty / "data" / "raw")
+    assert found.train.captions == ["common"] * 45 + ["rare57", "rare58", "rare59"]
+    assert found.train.paths[-1] == "train/59.jpg" and found.test.paths[0] == "test/t0.jpg"
 
 
-def test_what_is_no_competition_is_refused(empty: Path) -> None:
+def test_a_folder_without_a_sample_submission_is_an_error(empty: Path) -> None:
     put(empty, "notes.txt", "hello")
-    with pytest.raises(UserError, match="no table with `sample` or `submission` in its name"):
+    with pytest.raises(UserError, check=lambda error: error.code == "sample-missing"):
         inspect.inspect()
 
 

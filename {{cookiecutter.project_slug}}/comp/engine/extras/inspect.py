@@ -1,4 +1,4 @@
-"""comp inspect: a first configs/competition.yaml from a look at data/raw, every guess with its reason, and a page of pictures."""
+"""comp inspect: a first configs/competition.yaml from the files in data/raw, each guess with its reason, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from comp.engine.config import resolve, yaml_lines
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.extras import infer_schema
-from comp.engine.extras.find_tables import Found
+from comp.engine.extras.find_tables import Guesses
+from comp.engine.extras.infer_schema import Inferred
 from comp.engine.readers import arrays, decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
@@ -24,137 +25,142 @@ ORDER = ("train", "test", "id", "row", "target", "task", "metric", "group", "met
 
 def inspect() -> Path:
     file = paths.path("configs", "competition.yaml")
-    slug, title, raw_name = kept(file)
+    slug, title, raw_name = existing_values(file)
     raw = paths.path(raw_name)
     if not raw.is_dir() or not any(raw.iterdir()):
-        raise Refused(f"{paths.relative(raw)}: is empty; put the unpacked competition there")
-    found = infer_schema.look(raw)
+        raise UserError(
+            "folder-empty",
+            where=paths.relative(raw),
+            what="is empty",
+            remedy="put the unpacked competition there, or comp download",
+        )
+    inferred = infer_schema.infer(raw)
     if file.exists():
-        print(f"the old one lies in {paths.relative(artifacts.move_to_trash(file))}")
-    artifacts.write_text(file, text(found, slug, title, raw_name))
-    _told(found, raw)
-    _contact_sheet(found, raw, paths.path("data", "inspect.png"))
-    print(f"{paths.relative(file)}: a first guess, every line with its reason; correct it, then: comp check")
-    resolve.load(paths.root(), "base")  # what was written must at least be a competition
+        print(f"the existing file was moved to {paths.relative(artifacts.move_to_trash(file))}")
+    artifacts.write_text(file, to_yaml(inferred.guesses, slug, title, raw_name))
+    _report(inferred, raw)
+    _contact_sheet(inferred, raw, paths.path("data", "inspect.png"))
+    print(f"{paths.relative(file)}: guesses, each with its reason; correct them, then: comp check")
+    resolve.load(paths.root(), "base")  # the file must at least be valid
     return file
 
 
-def kept(file: Path) -> tuple[str, str, str]:
-    """What no look at the files can say, and the old declaration does: slug, title, and where the files are."""
-    said: Any = {}
+def existing_values(file: Path) -> tuple[str, str, str]:
+    """slug, title and raw of the existing file, which cannot be guessed."""
+    parsed: Any = {}
     if file.exists():
         try:
-            said, _ = yaml_lines.parse(file.read_bytes())
+            parsed, _ = yaml_lines.parse(file.read_bytes())
         except yaml_lines.YamlError:
-            print(f"{paths.relative(file)}: cannot be read, so slug and title have to be written anew")
-    old = said if isinstance(said, dict) else {}
-    usual = {"slug": "competition", "title": "Competition", "raw": "data/raw"}
-    slug, title, raw = (str(old.get(key) or value) for key, value in usual.items())
+            print(f"{paths.relative(file)}: cannot be read; set slug and title again")
+    old = parsed if isinstance(parsed, dict) else {}
+    defaults = {"slug": "competition", "title": "Competition", "raw": "data/raw"}
+    slug, title, raw = (str(old.get(key) or value) for key, value in defaults.items())
     return slug, title, raw
 
 
-def text(found: Found, slug: str, title: str, raw: str) -> str:
-    lines = [
-        "# Written by comp inspect. Every guess has its reason beside it; what was ambiguous stands at the end."
-    ]
+def to_yaml(guesses: Guesses, slug: str, title: str, raw: str) -> str:
+    lines = ["# Written by comp inspect. Each guess has its reason; what was ambiguous is listed at the end."]
     lines += [
         f"slug: {yaml_lines.inline(slug)}",
         f"title: {yaml_lines.inline(title)}",
         f"raw: {yaml_lines.inline(raw)}",
     ]
-    says = found.says
+    values = guesses.values
     for key in ORDER:
-        inner = {name.partition(".")[2]: value for name, value in says.items() if name.startswith(f"{key}.")}
-        if key in says:
-            lines.append(f"{key}: {yaml_lines.inline(says[key])}{_why(found, key)}")
+        inner = {
+            name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{key}.")
+        }
+        if key in values:
+            lines.append(f"{key}: {yaml_lines.inline(values[key])}{_reason(guesses, key)}")
         elif inner:
             lines.append(f"{key}:")
             lines += [
-                f"  {name}: {yaml_lines.inline(value)}{_why(found, f'{key}.{name}')}"
+                f"  {name}: {yaml_lines.inline(value)}{_reason(guesses, f'{key}.{name}')}"
                 for name, value in inner.items()
             ]
-    lines += [f"# ambiguous: {line}" for line in found.unsure]
+    lines += [f"# ambiguous: {line}" for line in guesses.ambiguous]
     return "\n".join(lines) + "\n"
 
 
-def _why(found: Found, key: str) -> str:
-    return f"  # {' '.join(found.why[key].split())}" if key in found.why else ""
+def _reason(guesses: Guesses, key: str) -> str:
+    return f"  # {' '.join(guesses.reasons[key].split())}" if key in guesses.reasons else ""
 
 
-def _told(found: Found, raw: Path) -> None:
-    if found.labels:
-        common = found.labels.most_common()
-        shown = ", ".join(f"{label} {count}" for label, count in common[:8])
-        print(
-            f"{len(common)} labels: {shown}"
-            + (f" … {common[-1][0]} {common[-1][1]}" if len(common) > 8 else "")
-        )
-    if found.spread:
-        print(found.spread)
-    for source, names in found.images.items():
-        print(f"of {len(names)} {source} pictures: {_kinds([_look(raw, name) for name in names])}")
-    for line in found.unsure:
+def _report(inferred: Inferred, raw: Path) -> None:
+    guesses = inferred.guesses
+    if guesses.label_counts:
+        common = guesses.label_counts.most_common()
+        first = ", ".join(f"{label} {count}" for label, count in common[:8])
+        last = f" … {common[-1][0]} {common[-1][1]}" if len(common) > 8 else ""
+        print(f"{len(common)} labels: {first}{last}")
+    if guesses.value_range:
+        print(guesses.value_range)
+    for kind, examples in (("train", inferred.train), ("test", inferred.test)):
+        formats = _summary([_image_format(raw, name) for name in examples.paths])
+        print(f"of {len(examples.paths)} {kind} images: {formats}")
+    for line in guesses.ambiguous:
         print(f"ambiguous: {line}")
 
 
-def _kinds(looks: list[Look]) -> str:
-    """`40 JPEG RGB, 512 x 384 to 2048 x 1536; 8 PNG L, 64 x 64`"""
-    lines = []
-    for kind, count in Counter(look.kind for look in looks).most_common(6):
-        sizes = sorted({look.size for look in looks if look.kind == kind and look.size}, key=math.prod)
-        ends = [f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)][:2]]
-        lines.append(f"{count} {kind}" + (f", {' to '.join(ends)}" if ends else ""))
-    return "; ".join(lines)
-
-
-class Look(NamedTuple):
-    kind: str
+class ImageFormat(NamedTuple):
+    name: str
     size: tuple[int, int] | None = None  # width, height
 
 
-def _look(raw: Path, name: str) -> Look:
-    """Format and mode as people say them; of what is no ordinary picture what the decoder makes of it."""
+def _summary(formats: list[ImageFormat]) -> str:
+    """`40 JPEG RGB, 512 x 384 to 2048 x 1536; 8 PNG L, 64 x 64`"""
+    lines = []
+    for name, count in Counter(each.name for each in formats).most_common(6):
+        sizes = sorted({each.size for each in formats if each.name == name and each.size}, key=math.prod)
+        ends = [f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)][:2]]
+        lines.append(f"{count} {name}" + (f", {' to '.join(ends)}" if ends else ""))
+    return "; ".join(lines)
+
+
+def _image_format(raw: Path, name: str) -> ImageFormat:
+    """Format and mode as PIL names them; of other files, DICOM tags or the size after decoding."""
     try:
         data = decode.read(raw / name, name)
         with Image.open(io.BytesIO(data)) as image:
-            return Look(f"{image.format} {image.mode}", image.size)
+            return ImageFormat(f"{image.format} {image.mode}", image.size)
     except DamagedImage as damaged:
-        return Look(f"no picture ({damaged.reason})")
+        return ImageFormat(f"no image ({damaged.reason})")
     except (OSError, Image.UnidentifiedImageError):
         pass
-    if data[128:132] == b"DICM" and (dicom := _dicom(data)):
+    if data[128:132] == b"DICM" and (dicom := _dicom_format(data)):
         return dicom
     try:
         height, width, _ = decode.decode(data, None, "stretch", 1, name).shape
     except DamagedImage as damaged:
-        return Look(f"no ordinary picture ({damaged.reason})")
-    return Look(name.rpartition(".")[2], (width, height))
+        return ImageFormat(f"unreadable image ({damaged.reason})")
+    return ImageFormat(name.rpartition(".")[2], (width, height))
 
 
-def _dicom(data: bytes) -> Look | None:
+def _dicom_format(data: bytes) -> ImageFormat | None:
     try:
         import pydicom
     except ImportError:
-        return None  # the decoder says what is missing
+        return None  # the decoder's error names the missing package
     try:
         head = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
-        kind = f"DICOM {head.PhotometricInterpretation} {head.BitsStored} bit"
-        return Look(kind, (int(head.Columns), int(head.Rows)))
-    except Exception:  # as in arrays.py: whoever decodes it says what is wrong
+        name = f"DICOM {head.PhotometricInterpretation} {head.BitsStored} bit"
+        return ImageFormat(name, (int(head.Columns), int(head.Rows)))
+    except Exception:  # pydicom raises many kinds; the decoder's error says what is wrong with the file
         return None
 
 
-def _contact_sheet(found: Found, raw: Path, file: Path) -> None:
-    """Training pictures with their labels, then some of test."""
+def _contact_sheet(inferred: Inferred, raw: Path, file: Path) -> None:
+    """Training images with their labels, then some of test."""
     tiles = []
-    train, test = found.images["train"], found.images["test"]
-    captions = [*found.captions, *["test"] * len(test)]
-    for name, caption in zip([*train, *test], captions, strict=True):
+    train, test = inferred.train, inferred.test
+    captions = [*train.captions, *test.captions]
+    for name, caption in zip([*train.paths, *test.paths], captions, strict=True):
         try:
             data = decode.read(raw / name, name)
             channels = 1 if arrays.decode_numeric(data, 1, decode.DEFAULT_FORMAT, name) else 3
             tiles.append((decode.decode(data, plots.TILE, "contain", channels, name), caption))
         except DamagedImage:
-            continue  # said above, by kind
-    plots.image_grid(tiles, file, title="training pictures with their labels, then test")
+            continue  # counted in the summary of formats
+    plots.image_grid(tiles, file, title="training images with their labels, then test")
     print(f"{paths.relative(file)}: a contact sheet")
