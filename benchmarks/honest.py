@@ -33,7 +33,7 @@ from comp import metrics
 from comp.engine.bank import nested_cv
 from comp.engine.data import folds, samples
 from comp.engine.ensemble import apply as fitted
-from comp.engine.ensemble import methods, report
+from comp.engine.ensemble import comparison, methods, report
 from comp.engine.ensemble.blend_config import Blend
 from comp.engine.tasks import kinds
 
@@ -112,7 +112,7 @@ def one(seed: int) -> list[dict[str, Any]]:
         )
         said = HEAD.row.probability(found.prediction)
         interval = nested_cv.bootstrap(LOSS, truth, said, n=300)
-        wide = report.test_interval_factor(
+        wide = comparison.interval_widening(
             known, len(y) - known
         )  # as comp ensemble prints it for the test rows
         low, high = (interval.score + wide * (end - interval.score) for end in (interval.low, interval.high))

@@ -18,6 +18,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
+from comp.engine.ensemble.context import Setup
 from comp.engine.run import fingerprint
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head, log_softmax
@@ -45,6 +46,10 @@ class Project(NamedTuple):
     @property
     def head(self) -> Head:
         return self.samples.heads[0]
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(self.cfg, self.samples, self.folds)
 
 
 def lay_out(

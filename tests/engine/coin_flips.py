@@ -27,8 +27,9 @@ from comp import metrics
 from comp.engine.bank import nested_cv, score, thresholds
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.data import folds, samples
-from comp.engine.ensemble import average, calibration, fast_auc, fit, methods, stack
+from comp.engine.ensemble import average, calibration, fast_metrics, fit, methods, stack
 from comp.engine.ensemble.blend_config import AVERAGES, SEARCHED, STACKED, Blend
+from comp.engine.ensemble.context import Setup
 from comp.engine.extras import tta_search
 from comp.engine.extras.findings import Leak
 from comp.engine.tasks.kinds import Array, Head, sigmoid
@@ -309,17 +310,16 @@ class Methods:
             w.samples.frame.assign(**{"target.label": y}), w.samples.heads, w.samples.hash
         )
         split = folds.Folds(w.folds.frame, w.folds.meta, table)
+        setup = Setup(CFG, table, split)
         refits: dict[str, fit.Refit] = {}
         lower = []
         for i in range(LOWER_ENSEMBLES):
             own = [self.as_set(self.members[name]) for name in names[i::LOWER_ENSEMBLES]]
             blend = Blend.model_validate({"members": names[i::LOWER_ENSEMBLES], "method": "ridge"})
-            lower.append(
-                self.as_set(fit.fit_ensemble(CFG, blend, table, split, own, (), {}, {}).nested["label"])
-            )
-            refits[f"level1-{i}"] = partial(fit.refit, CFG, blend, table, split, own, {})
+            lower.append(self.as_set(fit.fit_ensemble(setup, blend, own, (), {}, {}).nested["label"]))
+            refits[f"level1-{i}"] = partial(fit.refit, setup, blend, own, {})
         blend = Blend.model_validate({"members": list(refits), "method": "ridge"})
-        made = fit.fit_ensemble(CFG, blend, table, split, lower, (), {}, refits)
+        made = fit.fit_ensemble(setup, blend, lower, (), {}, refits)
         assert made.in_sample is not None
         return made.nested["label"].astype(np.float64), made.in_sample["label"].astype(np.float64)
 
@@ -408,7 +408,7 @@ def selection_optimism(w: World) -> float:
         truth = w.y[w.fold == fold]
         # Independent noise has no order, so it does not matter which rows are the positives.
         epochs = random.normal(size=(EPOCHS, len(truth)))
-        gains.append(max(fast_auc.exact_auc(values, int(truth.sum())) for values in epochs) - 0.5)
+        gains.append(max(fast_metrics.exact_auc(values, int(truth.sum())) for values in epochs) - 0.5)
     return float(np.mean(gains))
 
 

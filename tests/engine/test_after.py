@@ -41,7 +41,7 @@ def test_calibration_is_kept_only_where_it_gains(empty: Path, capsys: pytest.Cap
         assert recipe_of("blend001")["after"]["label"]
     made(project, "method: mean\nafter: [temperature, isotonic]", "[exp001]")
     out = capsys.readouterr().out
-    assert "isotonic: left out, log_loss" in out and "temperature: kept, log_loss" in out
+    assert "isotonic: not used, log_loss" in out and "temperature: used, log_loss" in out
     assert len(recipe_of("blend001")["after"]["label"]) == 1
 
 
@@ -76,19 +76,17 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
     blend_ = Blend.model_validate(yaml.safe_load(text))
     oof = [load(project, f"exp00{i}") for i in (1, 2, 3)]
 
-    def honest_() -> Any:
-        return fit.fit_ensemble(project.cfg, blend_, project.samples, project.folds, oof, (), {}, {}).nested[
-            "label"
-        ]
+    def nested_() -> Any:
+        return fit.fit_ensemble(project.setup, blend_, oof, (), {}, {}).nested["label"]
 
-    before = honest_()
+    before = nested_()
     frame, fold = project.samples.frame, project.folds.assignment[0][:400]
     rows = np.flatnonzero(fold == 2)
     frame.loc[frame.index[rows], "target.label"] = 1 - frame["target.label"].iloc[rows]
-    now = honest_()
+    now = nested_()
     assert (now[fold == 2] == before[fold == 2]).all() and (now[fold != 2] != before[fold != 2]).any()
     context = Context(
-        project.cfg, blend_, project.samples, project.folds, np.arange(400), fold.astype(np.int64), {}
+        project.cfg, project.samples, project.folds, blend_, np.arange(400), fold.astype(np.int64), {}
     )
     random = np.random.default_rng(0)
     truth = project.samples.truth(project.head, context.rows)

@@ -17,7 +17,7 @@ from comp.engine import cli
 from comp.engine.bank import predictions, score
 from comp.engine.config import experiments, resolve
 from comp.engine.data import make_folds, prepare, samples
-from comp.engine.ensemble import plots, postprocess_selection, report
+from comp.engine.ensemble import comparison, plots, postprocess_selection, report
 from comp.engine.ensemble.blend import blend
 from comp.engine.ensemble.context import Context
 from comp.engine.errors import UserError
@@ -200,7 +200,7 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
     } == {"probability"}
 
 
-def test_pictures_of_an_ensemble(empty: Path) -> None:
+def test_plots_of_an_ensemble(empty: Path) -> None:
     project: Project = lay_out(empty, "binary", metric="log_loss")
     base = empty / "configs" / "base.yaml"
     base.write_text(base.read_text().replace("mode: offline ", "mode: none "))
@@ -214,8 +214,7 @@ def test_pictures_of_an_ensemble(empty: Path) -> None:
     report = (empty / "ensembles" / "blend001" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
     log = [
-        json.loads(line)
-        for line in (empty / "ensembles/blend001/pictures/log.jsonl").read_text().splitlines()
+        json.loads(line) for line in (empty / "ensembles/blend001/plots/log.jsonl").read_text().splitlines()
     ]
     assert {e["name"] for e in log if e["event"] == "image"} == set(
         plots.NAMES
@@ -243,7 +242,7 @@ def test_interval_comparison_and_gate_are_of_the_score(
     empty: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two targets by metrics of their own, outputs that the host does not score, two samples of each row."""
-    monkeypatch.setattr(report, "RESAMPLES", 40)
+    monkeypatch.setattr(comparison, "RESAMPLES", 40)
     project: Any = lay_out(empty, "binary")
     table, cfg, random = project.samples, project.cfg, np.random.default_rng(0)
     column, heads = table.frame["target.label"], table.heads
@@ -274,12 +273,12 @@ def test_interval_comparison_and_gate_are_of_the_score(
         meta = predictions.build_meta("oof", table, project.folds, {})
         sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
     ours, theirs = (score.evaluate(cfg, table, project.folds, each)["oof"] for each in sets)
-    found = report.compare(cfg, table, project.folds, sets[0], {"it": sets[1]})
+    found = comparison.compare(cfg, table, project.folds, sets[0], {"it": sets[1]})
     assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
     assert found["interval"]["low"] < ours < found["interval"]["high"]
     rows = sets[0].row.astype(np.int64)
     fold = sets[0].fold.astype(np.int64)
-    context = Context(cfg, None, table, project.folds, rows, fold, {})  # type: ignore[arg-type]
+    context = Context(cfg, table, project.folds, None, rows, fold, {})  # type: ignore[arg-type]
     gate = [
         postprocess_selection.measure_gain(context, h, sets[1].heads[h.name], sets[0].heads[h.name], rows)
         for h in heads
@@ -288,7 +287,7 @@ def test_interval_comparison_and_gate_are_of_the_score(
     assert np.mean([gain.before for gain in gate]) == pytest.approx(theirs, abs=1e-12)
     from comp.engine.deliver import shake_up
 
-    sent = shake_up.report.mean_scorer(
+    sent = shake_up.comparison.mean_scorer(
         cfg, table, project.folds, sets[0], sets[0].predicted, score.scored_rows(table, rows, fold)
     )
     assert sent(np.ones(len(shake_up._oof_rows(table, project.folds)[0]), np.int64)) == pytest.approx(
@@ -310,7 +309,7 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
     def never(*_: Any) -> Any:
         raise metrics.MetricUndefined("one group only: nothing to resample")
 
-    monkeypatch.setattr(report, "_draws", never)
+    monkeypatch.setattr(comparison, "_resampled_scores", never)
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [1, 30]")
     record = blend("blend001")
     said = capsys.readouterr().out

@@ -70,8 +70,8 @@ MISTAKES = {
     "members: [exp001, exp002]\nmethod: weighted\nweights: [1, true]": ["blend001.yaml:3: weights.1"],
     "members: [exp001, exp002]\nmethod: weighted\nweights: [1, .nan]": ["blend001.yaml:3: weights.1"],
     "members: [exp001, exp002]\nmethod: weighted\nweights: [0, 0]": ["blend001.yaml:3: weights: all are 0"],
-    "members: [exp001, exp002]\nmethod: mean\nweights: [1, 2]": ["blend001.yaml:3: weights: the mean weighs all members alike"],
-    "members:\n  - exp001\n  - exp002\n  - exp001\nmethod: mean": ["blend001.yaml:4: members: exp001 stands here twice"],
+    "members: [exp001, exp002]\nmethod: mean\nweights: [1, 2]": ["blend001.yaml:3: weights: method mean uses equal weights"],
+    "members:\n  - exp001\n  - exp002\n  - exp001\nmethod: mean": ["blend001.yaml:4: members: exp001 is listed twice"],
     "members: [exp001, blend001]\nmethod: mean": ["blend001.yaml:1: members: blend001 is this ensemble itself"],
     "members:\n  - exp001\n  - exp01\n  - exp0O2\nmethod: mean": ["blend001.yaml:3: members: exp01: no such", "blend001.yaml:4: members: exp0O2"],
     "members: [exp001\nmethod: mean": ["blend001.yaml:"],
@@ -94,8 +94,9 @@ def test_an_unknown_ensemble_answers_with_the_nearest(project: Project) -> None:
 
 def test_an_address_means_one_thing(project: Project) -> None:
     declare(project, "exp001", "members: [exp002]\nmethod: mean")
-    with pytest.raises(UserError, match="name of a run already"):
+    with pytest.raises(UserError) as caught:
         blend("exp001")
+    assert (caught.value.code, caught.value.where) == ("name-taken", "configs/ensembles/exp001.yaml")
 
 
 def test_a_setting_without_effect_is_said_aloud(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +113,7 @@ def test_members_that_do_not_fit(empty: Path) -> None:
     lines = lines_of(project, "members:\n  - exp001\n  - exp002\nmethod: mean")
     assert len(lines) == 1
     assert lines[0].startswith(
-        "configs/ensembles/blend001.yaml:2: members: runs/exp001/oof.arrow: made with other folds"
+        "configs/ensembles/blend001.yaml:2: members: runs/exp001/oof.arrow: data/folds.parquet: "
     )
 
 
@@ -133,7 +134,10 @@ def test_a_ring_of_ensembles(project: Project) -> None:
     declare(project, "blend002", "members: [blend001, exp002]\nmethod: mean")
     blend("blend001")
     blend("blend002")
-    assert "itself made from blend001" in lines_of(project, "members: [blend002]\nmethod: mean")[0]
+    assert (
+        "blend002 is itself an ensemble of blend001"
+        in lines_of(project, "members: [blend002]\nmethod: mean")[0]
+    )
 
 
 # --- what leaves ---------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def test_many_rows_are_thinned_out_to_knots_and_keep_their_order() -> None:
 def test_a_value_that_float32_cannot_hold_does_not_leave() -> None:
     described = {"name": "label", "task": "regression", "outputs": ["label"], "classes": []}
     recipe = {"space": "probability", "heads": [described], "members": [{"address": "a", "weight": 1.0}]}
-    with pytest.raises(UserError, match="no number"):
+    with pytest.raises(UserError, match="not finite"):
         average.apply(recipe, {"a": {"label": np.array([[1e300]])}})
 
 

@@ -19,7 +19,7 @@ from comp.engine import cli
 from comp.engine.bank import bank
 from comp.engine.data import folds, samples
 from comp.engine.deliver import kernel, ledger, submit, wheels
-from comp.engine.ensemble import blend, latency
+from comp.engine.ensemble import latency, members
 from comp.engine.run import runner, tracking
 from comp.engine.store import artifacts, paths
 
@@ -165,6 +165,6 @@ def test_a_blend_refuses_it_by_name_until_its_cv_is_there(
     cv = refit / "runs/x/oof.arrow"
     cv.write_bytes(cv.read_bytes()[:-1] + b"x")
     artifacts.add_to_manifest(cv)
-    assert blend.stale("b", artifacts.read_json(refit / "ensembles/b/score.json")), (
+    assert members.stale("b", artifacts.read_json(refit / "ensembles/b/score.json")), (
         "fitted on other OOF predictions"
     )

@@ -24,7 +24,6 @@ from comp.engine.data import folds, samples
 from comp.engine.ensemble import (
     apply,
     average,
-    fast_auc,
     fast_metrics,
     fit,
     gradients,
@@ -33,6 +32,7 @@ from comp.engine.ensemble import (
     weight_search,
 )
 from comp.engine.ensemble.blend_config import STACKED, Blend
+from comp.engine.ensemble.context import Setup
 from comp.engine.tasks.kinds import Head, log_softmax, logit, softmax
 
 FIVE = tuple("abcde")
@@ -264,7 +264,7 @@ def test_exact_auc_with_ties_and_signs() -> None:
         truth[:2] = 0, 1
         value = random.integers(-4, 5, 60) / 3.0
         order = np.argsort(-truth, kind="stable")
-        assert fast_auc.exact_auc(value[order], int(truth.sum())) == pytest.approx(
+        assert fast_metrics.exact_auc(value[order], int(truth.sum())) == pytest.approx(
             roc_auc_score(truth, value), abs=1e-12
         )
 
@@ -301,7 +301,7 @@ def test_memory_of_a_whole_ensemble_is_less_than_twice_the_predictions(empty: Pa
     options = {"rounds": 2} if method == "greedy" else {}
     blend = Blend.model_validate({"members": names, "method": method, **options})
     tracemalloc.start()
-    recipe = fit.fit_ensemble(project.cfg, blend, table, split, oof, (), {}, {}).recipe
+    recipe = fit.fit_ensemble(Setup(project.cfg, table, split), blend, oof, (), {}, {}).recipe
     average.apply(recipe, {name: {"label": each} for name, each in zip(names, said, strict=True)}, frame)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

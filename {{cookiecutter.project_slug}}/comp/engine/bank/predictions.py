@@ -124,14 +124,14 @@ def _mean(rows: int, parts: Iterable[Part], head: Head, space: str) -> Array:
             what=f"{space} is not defined for the task {head.task}",
             remedy=f"use one of {', '.join(head.spec.spaces)}",
         )
-    to_space, from_space = head.spec.spaces[space]
+    forward, inverse = head.spec.spaces[space]
     out = np.full((rows, len(head.outputs)), np.nan)
     total, mass, count = None, np.zeros(rows), np.zeros(rows, np.int64)
     for positions, values, weight in parts:
         values = np.asarray(values, np.float64)
         used = ~np.isnan(values).any(axis=1) & (weight != 0)
         at, values = positions[used], values[used]
-        term = weight * to_space(values)
+        term = weight * forward(values)
         total = np.zeros((rows, *term.shape[1:])) if total is None else total
         total[at] += term
         mass[at] += weight
@@ -139,7 +139,7 @@ def _mean(rows: int, parts: Iterable[Part], head: Head, space: str) -> Array:
         out[at] = values  # a row that only one set predicts keeps its exact bits
     several = count > 1
     if total is not None and several.any():
-        out[several] = from_space(total[several] / mass[several].reshape(-1, *[1] * (total.ndim - 1)))
+        out[several] = inverse(total[several] / mass[several].reshape(-1, *[1] * (total.ndim - 1)))
     return out
 
 

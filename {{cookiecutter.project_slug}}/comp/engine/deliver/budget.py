@@ -26,7 +26,7 @@ def fit(name: str, text: str) -> str:
     is_ensemble = (paths.ensemble_folder(name) / "apply.json").exists()
     declared = blend_config.read(name) if is_ensemble else None
     first = (
-        Blend(tuple(declared.blend.members), tuple(declared.blend.shares))
+        Blend(tuple(declared.blend.members), tuple(declared.blend.normalized_weights))
         if declared
         else Blend((name,), (1.0,))
     )

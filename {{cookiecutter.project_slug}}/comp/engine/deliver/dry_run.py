@@ -9,7 +9,7 @@ from comp.engine.bank import bank, merge
 from comp.engine.config import resolve, run_members
 from comp.engine.data import folds, samples
 from comp.engine.deliver import recheck
-from comp.engine.ensemble import blend
+from comp.engine.ensemble import members
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 
@@ -26,7 +26,7 @@ def write(name: str) -> Path:
     cfg = resolve.load(paths.root(), "base").config
     table = samples.load()
     score_file = paths.ensemble_folder(name) / "score.json"
-    if score_file.exists() and blend.stale(name, artifacts.read_json(score_file)):
+    if score_file.exists() and members.stale(name, artifacts.read_json(score_file)):
         raise UserError(
             "ensemble-stale",
             where=name,

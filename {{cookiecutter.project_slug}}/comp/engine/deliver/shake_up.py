@@ -16,7 +16,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.deliver.ledger import Entry, cv_score
-from comp.engine.ensemble import report
+from comp.engine.ensemble import comparison
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts
 
@@ -61,7 +61,7 @@ def simulate(cfg: Config, scored: Sequence[Entry], table: Samples, split: Folds)
 
 
 def _boards(
-    cfg: Config, scorers: Sequence[report.Scorer], share: float, table: Samples, split: Folds
+    cfg: Config, scorers: Sequence[comparison.Scorer], share: float, table: Samples, split: Folds
 ) -> NDArray[np.float64]:
     """(public and private, draws, submissions): scores with their sign, so that more is better; NaN where
     undefined."""
@@ -113,7 +113,7 @@ def final_two(cfg: Config, scored: Sequence[Entry], table: Samples, split: Folds
     return [*lines, f"  and {second['number']} ({second['name']}), {why} (correlation {correlation:.3f})"]
 
 
-def _scorer(cfg: Config, name: str, table: Samples, split: Folds) -> report.Scorer:
+def _scorer(cfg: Config, name: str, table: Samples, split: Folds) -> comparison.Scorer:
     """times -> score of the OOF rows, each repeated so often: the mean over targets, each by its own
     metric."""
     prediction = bank.load(run_members.cv_address(name), "oof", table, split)
@@ -121,7 +121,7 @@ def _scorer(cfg: Config, name: str, table: Samples, split: Folds) -> report.Scor
     if not prediction.predicted.all():
         raise MetricUndefined("not every row is predicted")
     lines = score.scored_rows(table, prediction.row.astype(np.int64), prediction.fold.astype(np.int64))
-    return report.mean_scorer(cfg, table, split, prediction, prediction.predicted, lines)
+    return comparison.mean_scorer(cfg, table, split, prediction, prediction.predicted, lines)
 
 
 def _oof_rows(table: Samples, split: Folds) -> tuple[NDArray[np.int64], Any]:

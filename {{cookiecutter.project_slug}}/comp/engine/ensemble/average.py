@@ -1,9 +1,9 @@
-"""Mean, weighted, rank and geometric averages of members, applied by one function to OOF rows, test rows and single new ones.
+"""Applies apply.json to the predictions of the members: one function for OOF rows, test rows and single new rows.
 
-What it needs to know stands in apply.json and is fitted on OOF rows alone; nothing looks at the rows beside the one at hand.
+All parameters are in apply.json and were fitted on OOF rows; the result of a row does not depend on other rows.
 
-rank: each member's value becomes the share of its own OOF values below it; the mean of these shares is read back through
-the members' quantiles. So the order is that of the mean rank, and what leaves is a probability or a value again.
+Method rank: each value is replaced by the share of its member's OOF values below it; the mean of these shares is mapped back
+through the members' quantiles. The order is that of the mean rank, the result a probability or value again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.data.samples import Samples
-from comp.engine.ensemble import apply as fitted
-from comp.engine.ensemble import calibration as later
-from comp.engine.errors import Refused
+from comp.engine.ensemble import apply as methods
+from comp.engine.ensemble import calibration
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Array, Head
 
-KNOTS = 2048  # of a quantile map: more OOF values than this are thinned out, and the map is linear between
+KNOTS = 2048  # of a quantile map, which is linear between them
 Values = Mapping[str, NDArray[Any]]  # head -> (rows, outputs), as stored
 
 
@@ -31,39 +31,41 @@ def build_recipe(
     oof: Sequence[PredictionSet],
     shares: Sequence[float],
     space: str,
-    nested: Mapping[str, Any],
+    recipes: Mapping[str, Any],
     params: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What apply.json holds. nested: address of a member that is an ensemble itself -> its own apply.json. params and
-    after: head -> what was fitted for it."""
+    """The content of apply.json. recipes: address of a member that is an ensemble -> its apply.json. params, after: head ->
+    the fitted parameters and steps."""
     heads = [
         {"name": h.name, "task": h.task, "outputs": list(h.outputs), "classes": list(h.classes)}
         for h in samples.heads
     ]
-    said: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     for address, predictions, share in zip(members, oof, shares, strict=True):
-        said.append({"address": address, "weight": share})
+        listed.append({"address": address, "weight": share})
         if space == "rank":
             maps = {head.name: quantiles(predictions.heads[head.name]) for head in samples.heads}
-            said[-1]["quantiles"] = maps
-        if address in nested:
-            said[-1]["recipe"] = nested[address]
-    fitted_ = {"params": dict(params)} if params else {}
+            listed[-1]["quantiles"] = maps
+        if address in recipes:
+            listed[-1]["recipe"] = recipes[address]
+    fitted = {"params": dict(params)} if params else {}
     steps = {"after": dict(after)} if after and any(after.values()) else {}
-    return {"space": space, "heads": heads, "members": said, **fitted_, **steps}
+    return {"space": space, "heads": heads, "members": listed, **fitted, **steps}
 
 
 def apply(
-    recipe: Mapping[str, Any], given: Mapping[str, Values], frame: Any = None, corrected: bool = True
+    recipe: Mapping[str, Any], predictions: Mapping[str, Values], frame: Any = None, corrected: bool = True
 ) -> dict[str, NDArray[np.float32]]:
-    """given: member -> head -> (rows, outputs) as the bank stores them; one row or many, the bits are the same.
+    """predictions: member -> head -> (rows, outputs) as stored. The bits of a row do not depend on the number of rows.
 
-    A member that is an ensemble may be left out when its own members are given. frame: the rows' columns of the samples
-    table, for stackers with metadata. corrected: with what was fitted for test rows; OOF rows go without.
+    A member that is an ensemble can be omitted if its own members are given. frame: the rows of the samples table, for
+    stackers with metadata. corrected: includes the corrections fitted for test rows; OOF rows go without.
     """
     values = [
-        given[member["address"]] if member["address"] in given else _nested_ensemble(member, given, frame)
+        predictions[member["address"]]
+        if member["address"] in predictions
+        else _nested_ensemble(member, predictions, frame)
         for member in recipe["members"]
     ]
     shares = [float(member["weight"]) for member in recipe["members"]]
@@ -73,53 +75,57 @@ def apply(
         head = Head(name, described["task"], tuple(described["outputs"]), (), tuple(described["classes"]))
         parts = [np.asarray(value[name]) for value in values]
         params = recipe.get("params", {}).get(name, {"kind": "weights", "weights": shares})
-        maps = (
-            [member["quantiles"][name] for member in recipe["members"]] if recipe["space"] == "rank" else None
-        )
+        maps = None
+        if recipe["space"] == "rank":
+            maps = [member["quantiles"][name] for member in recipe["members"]]
         blended = combine(params, parts, maps, head, recipe["space"], frame)
         steps = list(recipe.get("after", {}).get(name, []))
         if corrected and name in recipe.get("correct", {}):
             steps.append(recipe["correct"][name])
         for step in steps:
-            blended = later.apply(step, blended, head)
-        out[name] = _valid(blended, parts, head)
+            blended = calibration.apply(step, blended, head)
+        out[name] = _as_stored(blended, parts, head)
     return out
 
 
 def combine(
     params: Mapping[str, Any], parts: Sequence[Array], maps: Any, head: Head, space: str, frame: Any
 ) -> Array:
-    """One head of one blend, as stored: by ranks, where maps has the members' quantiles, or by what was fitted."""
+    """One head, as stored. maps: the members' quantiles for method rank, else None."""
     if maps is not None:
         return _by_rank(parts, maps, params["weights"], head)
-    return fitted.predict(params, parts, head, space, frame)
+    return methods.predict(params, parts, head, space, frame)
 
 
 def leaves(recipe: Mapping[str, Any]) -> list[str]:
-    """The runs and members that have to predict a new row."""
+    """The runs and members of runs that have to predict a new row."""
     found: list[str] = []
     for member in recipe["members"]:
         found += leaves(member["recipe"]) if "recipe" in member else [member["address"]]
     return list(dict.fromkeys(found))
 
 
-def _nested_ensemble(member: Mapping[str, Any], given: Mapping[str, Values], frame: Any) -> Values:
+def _nested_ensemble(member: Mapping[str, Any], predictions: Mapping[str, Values], frame: Any) -> Values:
     if "recipe" not in member:
-        raise Refused(
-            f"{member['address']}: its predictions of these rows are not given, only {', '.join(given)}"
+        raise UserError(
+            "member-missing",
+            where=member["address"],
+            what=f"no predictions of these rows, only of {', '.join(predictions)}",
         )
-    return apply(member["recipe"], given, frame)
+    return apply(member["recipe"], predictions, frame)
 
 
-def _valid(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np.float32]:
-    """What leaves is a finite number for every row that all members predicted, as its task wants it, or it does not leave."""
-    told = ~np.any([np.isnan(part).any(axis=1) for part in parts], axis=0)
+def _as_stored(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np.float32]:
+    """float32, NaN in rows that a member did not predict. Raises if any other row is not finite."""
+    predicted = ~np.any([np.isnan(part).any(axis=1) for part in parts], axis=0)
     with np.errstate(over="ignore"):
-        stored = np.where(told[:, None], blended, np.nan).astype(np.float32)
-    wrong = np.flatnonzero(told & ~np.isfinite(stored).all(axis=1))
+        stored = np.where(predicted[:, None], blended, np.nan).astype(np.float32)
+    wrong = np.flatnonzero(predicted & ~np.isfinite(stored).all(axis=1))
     if len(wrong):
-        raise Refused(
-            f"{head.name}: the blend of row {wrong[0]} is no number that float32 can hold; {len(wrong)} rows are like it"
+        raise UserError(
+            "blend-not-finite",
+            key=head.name,
+            what=f"the blend of row {wrong[0]} is not finite in float32; {len(wrong)} such rows",
         )
     return stored
 
@@ -128,20 +134,22 @@ def _valid(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np.flo
 
 
 def quantiles(values: NDArray[Any]) -> list[dict[str, list[float]]]:
-    """For every output its OOF values, rising, and the share of rows below each (ties count half)."""
+    """Of every output: its OOF values, ascending, and the share of rows below each (ties count half)."""
     maps = []
     for column in np.asarray(values, np.float64).T:
         level, count = np.unique(column[~np.isnan(column)], return_counts=True)
         if not len(level):
-            raise Refused("rank: a member has no OOF predictions to take quantiles from")
+            raise UserError(
+                "member-empty", key="method", what="rank needs OOF predictions, and a member has none"
+            )
         share = (count.cumsum() - count / 2) / count.sum()
-        kept = np.unique(np.linspace(0, len(level) - 1, min(KNOTS, len(level))).round().astype(np.int64))
-        maps.append({"value": level[kept].tolist(), "share": share[kept].tolist()})
+        knots = np.unique(np.linspace(0, len(level) - 1, min(KNOTS, len(level))).round().astype(np.int64))
+        maps.append({"value": level[knots].tolist(), "share": share[knots].tolist()})
     return maps
 
 
 def ranks(part: NDArray[Any], maps: Sequence[Mapping[str, Any]]) -> Array:
-    """Each value as the share of its member's OOF values below it."""
+    """(rows, outputs): the share of the member's OOF values below each value."""
     columns = [
         np.interp(np.asarray(column, np.float64), m["value"], m["share"])
         for column, m in zip(part.T, maps, strict=True)

@@ -1,4 +1,4 @@
-"""What every head of an ensemble stands on while it is fitted: rows, folds, metric, and who may teach whom."""
+"""What the fits of an ensemble share: configuration, samples, folds, the predicted rows, and refits of nested ensembles."""
 
 from __future__ import annotations
 
@@ -10,28 +10,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import nested_cv, score
+from comp.engine.config import resolve
 from comp.engine.config.schema import Config
-from comp.engine.data.folds import Folds
-from comp.engine.data.samples import Samples
+from comp.engine.data import folds, samples
 from comp.engine.ensemble.blend_config import Blend
+from comp.engine.store import paths
 from comp.engine.tasks.kinds import Array, Head
 from comp.metrics import Metric
 
-Stored = dict[str, NDArray[np.float32]]
+HeadValues = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), as stored
 Positions = NDArray[np.int64]
-# Of a member that labels had a hand in: positions among the OOF rows -> what it says of them where only they taught it.
-Refit = Callable[[Positions], Stored]
+# Of a member that was itself fitted on labels: positions among the OOF rows -> its predictions of these rows when they
+# are the only rows it may be fitted on.
+Refit = Callable[[Positions], HeadValues]
 
 
 @dataclass(frozen=True)
-class Context:
+class Setup:
     cfg: Config
+    samples: samples.Samples
+    folds: folds.Folds
+
+
+def load_setup() -> Setup:
+    """Of the current project. The config is base.yaml, not a run's: members may come from several runs, and they are
+    scored by the competition's current metric."""
+    cfg = resolve.load(paths.root(), "base").config
+    table = samples.load()
+    return Setup(cfg, table, folds.load(table))
+
+
+@dataclass(frozen=True)
+class Context(Setup):
+    """One ensemble while it is fitted. `at` in its methods: positions among `rows`."""
+
     blend: Blend
-    samples: Samples
-    folds: Folds
-    rows: Positions  # predicted OOF rows
-    fold: Positions
-    refits: Mapping[int, Refit]  # member -> asked with positions among `rows`
+    rows: Positions  # of the samples table: the OOF rows that all members predict
+    fold: Positions  # of each of these rows
+    refits: Mapping[int, Refit]  # place of a member -> its refit
 
     @property
     def frame(self) -> Any:
@@ -47,11 +63,15 @@ class Context:
     def metric_input(
         self, head: Head, stored: Array, at: Positions
     ) -> tuple[score.MetricInput, score.ScoredRows]:
-        """at: places among `rows`, and stored what is said of these."""
-        here = score.scored_rows(self.samples, self.rows[at], self.fold[at])
-        said = head.spec.to_probability(np.asarray(stored, np.float64))
-        return score.metric_input(self.cfg, head, said, self.samples, self.folds, here), here
+        """stored: predictions of the rows `at`."""
+        scored = score.scored_rows(self.samples, self.rows[at], self.fold[at])
+        probability = head.spec.to_probability(np.asarray(stored, np.float64))
+        return score.metric_input(self.cfg, head, probability, self.samples, self.folds, scored), scored
 
-    def nested_predict(self, at: Positions, fit: Any, apply: Any, first: Any) -> nested_cv.NestedPrediction:
-        """As if there were no other rows than `at`; fit and apply are asked with places among these."""
-        return score.nested_predict(self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, first)
+    def nested_predict(
+        self, at: Positions, fit: Any, apply: Any, fallback: Any
+    ) -> nested_cv.NestedPrediction:
+        """Within the rows `at` alone; fit and apply receive positions among these."""
+        return score.nested_predict(
+            self.samples, self.folds, self.rows[at], self.fold[at], fit, apply, fallback
+        )

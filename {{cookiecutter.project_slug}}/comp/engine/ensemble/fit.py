@@ -1,8 +1,7 @@
-"""A declared ensemble made real: parameters for apply.json, honest predictions of the OOF rows, and what it would look like
-if it were scored on the rows that taught it.
+"""Fits an ensemble: the parameters of apply.json, nested predictions of the OOF rows, and in-sample predictions.
 
-Honest means: all that is fitted, weights as well as the steps after them and whether these are kept, is for each fold what it
-would be in a world without this fold.
+Nested: weights, the steps after the blend, and the decision which of these steps to use are fitted for each fold as if this
+fold did not exist.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from comp.engine.bank.predictions import PredictionSet
-from comp.engine.config.schema import Config
-from comp.engine.data.folds import Folds
-from comp.engine.data.samples import Samples
 from comp.engine.ensemble import (
     average,
     calibration,
@@ -29,229 +25,262 @@ from comp.engine.ensemble import (
     weight_search,
 )
 from comp.engine.ensemble.blend_config import Blend
-from comp.engine.ensemble.context import Context, Positions, Refit, Stored
+from comp.engine.ensemble.context import Context, HeadValues, Positions, Refit, Setup
 from comp.engine.tasks.kinds import Array, Head
 
 
 @dataclass
 class FittedEnsemble:
-    recipe: dict[str, Any]
-    nested: Stored  # OOF rows, each fold from parameters of the others
-    in_sample: Stored | None  # None where nothing was fitted
-    weights: list[float | None]  # of each declared member; None for stackers
-    notes: list[str] = field(default_factory=list)
+    recipe: dict[str, Any]  # content of apply.json
+    nested: HeadValues  # OOF rows, each fold by parameters of the other folds
+    in_sample: HeadValues | None  # OOF rows by parameters of all folds; None if nothing was fitted
+    weights: list[float | None]  # of each member; None for stackers
+    notes: list[str] = field(default_factory=list)  # lines for the user
 
 
 def fit_ensemble(
-    cfg: Config,
+    setup: Setup,
     blend: Blend,
-    samples: Samples,
-    folds: Folds,
     oof: Sequence[PredictionSet],
     test: Sequence[PredictionSet],
-    nested: Mapping[str, Any],
+    recipes: Mapping[str, Any],
     refits: Mapping[str, Refit],
     quiet: bool = False,
 ) -> FittedEnsemble:
-    """nested and refits: address of a member that is an ensemble -> its apply.json, and its fit by some rows alone."""
-    kept = oof[0].predicted
+    """oof, test: of each member. recipes, refits: of the members that are ensembles, by address (see members.py)."""
+    predicted = oof[0].predicted
     assert oof[0].fold is not None
-    rows, fold = oof[0].row[kept].astype(np.int64), oof[0].fold[kept].astype(np.int64)
-    again = {i: _among(refits[a], kept) for i, a in enumerate(blend.members) if a in refits}
-    context = Context(cfg, blend, samples, folds, rows, fold, again)
-    budgets = weight_search.Budgets(_budget(blend, samples), {})
-    honest_, taught, params, later, notes = {}, {}, {}, {}, []
-    count = len(samples.heads) * _fits(blend, len(np.unique(fold)))
+    rows, fold = oof[0].row[predicted].astype(np.int64), oof[0].fold[predicted].astype(np.int64)
+    member_refits = {i: _among(refits[a], predicted) for i, a in enumerate(blend.members) if a in refits}
+    context = Context(setup.cfg, setup.samples, setup.folds, blend, rows, fold, member_refits)
+    heads = setup.samples.heads
+    budgets = weight_search.Budgets(_budget(blend, setup), {})
+    nested, in_sample, fitted, notes = {}, {}, {}, []
+    count = len(heads) * _number_of_fits(blend, len(np.unique(fold)))
     with tqdm(
         total=count, desc=f"fitting {blend.method}", delay=2, disable=quiet or None, leave=False
     ) as bar:
-        for head in samples.heads:
-            parts = [np.asarray(each.heads[head.name]) for each in oof]
-            parts = parts if kept.all() else [part[kept] for part in parts]
+        for head in heads:
+            parts = [np.asarray(member.heads[head.name]) for member in oof]
+            parts = parts if predicted.all() else [part[predicted] for part in parts]
             found, own, all_rows = fit_head(context, head, parts, budgets, bar)
-            params[head.name], later[head.name] = found.params, found.steps
+            fitted[head.name] = found
             notes += [*methods.chosen_strength(blend, head, found.params), *found.notes]
-            honest_[head.name], taught[head.name] = _back(own, kept), _back(all_rows, kept)
-    weights = _weights(params, len(oof))
+            nested[head.name], in_sample[head.name] = (
+                _all_rows(own, predicted),
+                _all_rows(all_rows, predicted),
+            )
+    weights = _member_weights([found.params for found in fitted.values()], len(oof))
     used = [i for i, weight in enumerate(weights) if weight != 0]
-    for each in params.values():
-        if each["kind"] == "weights":
-            each["weights"] = [each["weights"][i] for i in used]
-    shares = [1 / len(used) if weights[i] is None else float(weights[i] or 0.0) for i in used]
-    recipe = average.build_recipe(
-        samples,
-        [blend.members[i] for i in used],
-        [oof[i] for i in used],
-        shares,
-        blend.merge_space,
-        nested,
-        params,
-        later,
-    )
+    recipe = _recipe(setup, blend, oof, weights, used, recipes, fitted)
     if blend.correct:
-        recipe["correct"], said = label_shift.fit(context, recipe, honest_, kept, [test[i] for i in used])
-        notes += said
-    fitted_ = methods.uses_labels(blend) or bool(blend.after)
-    return FittedEnsemble(recipe, honest_, taught if fitted_ else None, weights, notes)
+        recipe["correct"], lines = label_shift.fit(
+            context, recipe, nested, predicted, [test[i] for i in used]
+        )
+        notes += lines
+    uses_labels = methods.uses_labels(blend) or bool(blend.after)
+    return FittedEnsemble(recipe, nested, in_sample if uses_labels else None, weights, notes)
 
 
 def refit(
-    cfg: Config,
+    setup: Setup,
     blend: Blend,
-    samples: Samples,
-    folds: Folds,
     oof: Sequence[PredictionSet],
     refits: Mapping[str, Refit],
     at: NDArray[np.int64],
-) -> Stored:
-    """The OOF predictions of an ensemble in a world that has no other rows than these: fold by fold from the rest of them.
+) -> HeadValues:
+    """Nested OOF predictions of an ensemble fitted on the rows `at` alone.
 
-    A second level must not learn from the first level's own OOF rows. Those of fold 1 come from weights that saw the labels of
-    fold 0, so what is taught by fold 1 and scored on fold 0 would have heard of its answers. It costs K - 1 fits for each of K
-    folds."""
+    A second level must not be fitted on the first level's own OOF predictions: those of fold 1 come from parameters that were
+    fitted on the labels of fold 0, so parameters fitted on fold 1 and scored on fold 0 would be biased by them. The cost is
+    K - 1 fits for each of K folds.
+    """
     assert oof[0].fold is not None
-    few = []
-    for address, each in zip(blend.members, oof, strict=True):
-        heads = refits[address](at) if address in refits else {n: v[at] for n, v in each.heads.items()}
-        few.append(PredictionSet(each.row[at], oof[0].fold[at], heads, each.meta))
-    below = {address: _inside(each, at) for address, each in refits.items()}
-    plain = blend.model_copy(update={"correct": None})  # of test rows alone
-    return fit_ensemble(cfg, plain, samples, folds, few, (), {}, below, quiet=True).nested
+    sets = []
+    for address, part in zip(blend.members, oof, strict=True):
+        heads = refits[address](at) if address in refits else {n: v[at] for n, v in part.heads.items()}
+        sets.append(PredictionSet(part.row[at], oof[0].fold[at], heads, part.meta))
+    inner = {address: _within(member_refit, at) for address, member_refit in refits.items()}
+    uncorrected = blend.model_copy(update={"correct": None})  # the correction is of test rows alone
+    return fit_ensemble(setup, uncorrected, sets, (), {}, inner, quiet=True).nested
 
 
-def _fits(blend: Blend, folds: int) -> int:
-    """Of all rows, of all but each fold; for steps after the blend of all but each two."""
+def _recipe(
+    setup: Setup,
+    blend: Blend,
+    oof: Sequence[PredictionSet],
+    weights: Sequence[float | None],
+    used: Sequence[int],
+    recipes: Mapping[str, Any],
+    fitted: Mapping[str, FittedHead],
+) -> dict[str, Any]:
+    """apply.json with the members that have a weight."""
+    for found in fitted.values():
+        if found.params["kind"] == "weights":
+            found.params["weights"] = [found.params["weights"][i] for i in used]
+    return average.build_recipe(
+        setup.samples,
+        [blend.members[i] for i in used],
+        [oof[i] for i in used],
+        [1 / len(used) if weights[i] is None else float(weights[i] or 0.0) for i in used],
+        blend.merge_space,
+        recipes,
+        {name: found.params for name, found in fitted.items()},
+        {name: found.steps for name, found in fitted.items()},
+    )
+
+
+def _number_of_fits(blend: Blend, folds: int) -> int:
+    """On all rows, and without each fold; with steps after the blend also without each pair of folds."""
     if not methods.uses_labels(blend):
         return 1
     return 1 + folds + (folds * (folds - 1) // 2 if blend.after else 0)
 
 
-def _inside(whole: Refit, at: NDArray[np.int64]) -> Refit:
-    return lambda few: whole(at[few])
+def _within(member_refit: Refit, at: NDArray[np.int64]) -> Refit:
+    return lambda few: member_refit(at[few])
 
 
-def _among(whole: Refit, kept: NDArray[np.bool_]) -> Refit:
-    """Asked with positions among the predicted rows; each head asks for the same ones, so the answers are kept."""
-    everywhere, known = np.flatnonzero(kept), dict[bytes, Stored]()
+def _among(member_refit: Refit, predicted: NDArray[np.bool_]) -> Refit:
+    """The refit for positions among the predicted rows. Cached, since every head needs the same subsets."""
+    positions, known = np.flatnonzero(predicted), dict[bytes, HeadValues]()
 
-    def few(at: NDArray[np.int64]) -> Stored:
-        key = np.packbits(np.isin(everywhere, everywhere[at])).tobytes()
+    def cached(at: NDArray[np.int64]) -> HeadValues:
+        key = np.packbits(np.isin(positions, positions[at])).tobytes()
         if key not in known:
-            known[key] = whole(everywhere[at])
+            known[key] = member_refit(positions[at])
         return known[key]
 
-    return few
+    return cached
 
 
-def _back(values: Array, kept: NDArray[np.bool_]) -> NDArray[np.float32]:
-    out = np.full((len(kept), values.shape[1]), np.nan, np.float32)
-    out[kept] = values
+def _all_rows(values: Array, predicted: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """NaN in the rows that were not predicted."""
+    out = np.full((len(predicted), values.shape[1]), np.nan, np.float32)
+    out[predicted] = values
     return out
 
 
-class FittedHead(NamedTuple):
-    """One head of a blend, by some rows alone."""
+# --- one head ------------------------------------------------------------------------------------------------------------
 
-    params: dict[str, Any]
-    steps: list[dict[str, Any]]
+
+class FittedHead(NamedTuple):
+    """One head of an ensemble, fitted on some rows."""
+
+    params: dict[str, Any]  # of the method
+    steps: list[dict[str, Any]]  # after the blend
     notes: list[str]
 
 
 def fit_head(
     context: Context, head: Head, parts: list[NDArray[Any]], budgets: weight_search.Budgets, bar: tqdm
 ) -> tuple[FittedHead, Array, Array]:
-    """Fitted on all folds, honest predictions, and those of the rows that taught."""
-    blend, space, frame = context.blend, context.blend.merge_space, context.frame
-    maps = [average.quantiles(part) for part in parts] if space == "rank" else None
-    seen = parts if maps is None else [_ranked(p, m) for p, m in zip(parts, maps, strict=True)]
-    truth = context.samples.truth(head, context.rows)
-    given = methods.TrainingData(head, context.metric(head), space, seen, truth, frame, context.fold)
-    fits = methods.uses_labels(blend)
-    known: dict[bytes, dict[str, Any]] = {}  # a world without folds 1 and 2 is asked for by both
+    """(fitted on all rows, nested predictions, in-sample predictions). parts: of each member, as stored."""
+    fits = _HeadFits(context, head, parts, budgets, bar)
+    rows = context.all_rows
+    if not fits.uses_labels and not context.blend.after:
+        fitted = fits.fit(rows)
+        values = fits.predict(fitted, rows)
+        return fitted, values, values
+    params = methods.equal_weights(context.blend, len(parts)) if fits.uses_labels else fits.params(rows)
+    out = context.nested_predict(rows, fits.fit, fits.predict, FittedHead(params, [], []))
+    return out.final, out.prediction, fits.predict(out.final, rows)
 
-    def teaching(at: Positions) -> methods.TrainingData:
-        if len(at) == len(context.rows):
-            return given  # nobody is scored by what everyone teaches
-        few = given.at(at)
-        if not context.refits:
-            return few
-        alone = list(few.parts)
-        for i, again in context.refits.items():
-            said = again(at)[head.name]
-            alone[i] = said if maps is None else _ranked(said, average.quantiles(said))
-        return replace(few, parts=alone)
 
-    def params_of(at: Positions) -> dict[str, Any]:
+class _HeadFits:
+    """Fits of one head on subsets of the rows (`at`: positions among context.rows)."""
+
+    def __init__(
+        self,
+        context: Context,
+        head: Head,
+        parts: list[NDArray[Any]],
+        budgets: weight_search.Budgets,
+        bar: tqdm,
+    ):
+        self.context, self.head, self.parts, self.budgets, self.bar = context, head, parts, budgets, bar
+        self.blend, self.space, self.frame = context.blend, context.blend.merge_space, context.frame
+        self.uses_labels = methods.uses_labels(self.blend)
+        self.maps = [average.quantiles(part) for part in parts] if self.space == "rank" else None
+        inputs = parts if self.maps is None else [_ranks(p, m) for p, m in zip(parts, self.maps, strict=True)]
+        truth = context.samples.truth(head, context.rows)
+        self.data = methods.TrainingData(
+            head, context.metric(head), self.space, inputs, truth, self.frame, context.fold
+        )
+        self.known: dict[bytes, dict[str, Any]] = {}  # the fit without folds 1 and 2 is needed for both
+
+    def training_data(self, at: Positions) -> methods.TrainingData:
+        if len(at) == len(self.context.rows):
+            return self.data  # a fit on all rows is never scored, so members need no refit
+        data = self.data.at(at)
+        if not self.context.refits:
+            return data
+        parts = list(data.parts)
+        for i, member_refit in self.context.refits.items():
+            values = member_refit(at)[self.head.name]
+            parts[i] = values if self.maps is None else _ranks(values, average.quantiles(values))
+        return replace(data, parts=parts)
+
+    def params(self, at: Positions) -> dict[str, Any]:
         key = weight_search.rows_key(at)
-        if key not in known:
-            budget = budgets.for_rows(at)
-            known[key] = methods.fit(blend, teaching(at) if fits else given, budget)
-            budgets.left[key] = budget.remaining(methods.used_members(known[key], len(parts)))
-            bar.update(int(fits))
-        return known[key]
+        if key not in self.known:
+            budget = self.budgets.for_rows(at)
+            data = self.training_data(at) if self.uses_labels else self.data
+            self.known[key] = methods.fit(self.blend, data, budget)
+            self.budgets.left[key] = budget.remaining(methods.used_members(self.known[key], len(self.parts)))
+            self.bar.update(int(self.uses_labels))
+        return self.known[key]
 
-    def apply(params: dict[str, Any], at: Positions) -> Array:
-        everyone = len(at) == len(context.rows)
-        here = parts if everyone else [part[at] for part in parts]
-        return average.combine(params, here, maps, head, space, frame if everyone else frame.iloc[at])
+    def combine(self, params: dict[str, Any], at: Positions) -> Array:
+        every_row = len(at) == len(self.context.rows)
+        parts = self.parts if every_row else [part[at] for part in self.parts]
+        frame = self.frame if every_row else self.frame.iloc[at]
+        return average.combine(params, parts, self.maps, self.head, self.space, frame)
 
-    def fit(at: Positions) -> FittedHead:
-        params = params_of(at)
-        if not blend.after:
+    def fit(self, at: Positions) -> FittedHead:
+        params = self.params(at)
+        if not self.blend.after:
             return FittedHead(params, [], [])
-        own = apply(params, at)
-        if fits:
-            own = context.nested_predict(
+        values = self.combine(params, at)
+        if self.uses_labels:
+            values = self.context.nested_predict(
                 at,
-                lambda few: params_of(at[few]),
-                lambda params, few: apply(params, at[few]),
-                methods.equal_weights(blend, len(parts)),
+                lambda few: self.params(at[few]),
+                lambda params, few: self.combine(params, at[few]),
+                methods.equal_weights(self.blend, len(self.parts)),
             ).prediction
-        return FittedHead(params, *postprocess_selection.select(context, head, own, at))
+        return FittedHead(params, *postprocess_selection.select(self.context, self.head, values, at))
 
-    def said(found: FittedHead, at: Positions) -> Array:
-        out = apply(found.params, at)
-        for step in found.steps:
-            out = calibration.apply(step, out, head)
+    def predict(self, fitted: FittedHead, at: Positions) -> Array:
+        out = self.combine(fitted.params, at)
+        for step in fitted.steps:
+            out = calibration.apply(step, out, self.head)
         return out
 
-    everywhere = context.all_rows
-    if not fits and not blend.after:
-        found = fit(everywhere)
-        own = said(found, everywhere)
-        return found, own, own
-    first = FittedHead(methods.equal_weights(blend, len(parts)) if fits else params_of(everywhere), [], [])
-    out = context.nested_predict(everywhere, fit, said, first)
-    return out.final, out.prediction, said(out.final, everywhere)
+
+def _ranks(part: NDArray[Any], maps: Any) -> NDArray[np.float32]:
+    """float32: enough for a search, and there is one such array per member."""
+    return average.ranks(part, maps).astype(np.float32)
 
 
-def _ranked(part: NDArray[Any], maps: Any) -> NDArray[np.float32]:
-    return average.ranks(part, maps).astype(
-        np.float32
-    )  # a search takes no more, and there are as many as members
-
-
-def _budget(blend: Blend, samples: Samples) -> weight_search.Budget:
+def _budget(blend: Blend, setup: Setup) -> weight_search.Budget:
     if blend.max_seconds is None:
         return weight_search.unlimited(len(blend.members))
-    images = blend.images or len(samples.positions("test"))
-    return weight_search.Budget(
-        [images * latency.seconds_per_image(each) for each in blend.members], blend.max_seconds
-    )
+    images = blend.images or len(setup.samples.positions("test"))
+    seconds = [images * latency.seconds_per_image(member) for member in blend.members]
+    return weight_search.Budget(seconds, blend.max_seconds)
 
 
-def _weights(params: Mapping[str, Any], members: int) -> list[float | None]:
+def _member_weights(params: Sequence[Mapping[str, Any]], members: int) -> list[float | None]:
     """Of each member, the mean over heads and classes."""
-    found = []
-    for each in params.values():
-        if each["kind"] != "weights":
-            return (
-                [None] * members
-                if each["kind"] in ("linear", "network", "trees")
-                else [1 / members] * members
-            )
-        found.append(np.asarray(each["weights"], np.float64).reshape(members, -1))
-    table = np.concatenate(found, axis=1)
+    tables = []
+    for of_head in params:
+        if of_head["kind"] in ("linear", "network", "trees"):
+            return [None] * members
+        if of_head["kind"] != "weights":
+            return [1 / members] * members
+        tables.append(np.asarray(of_head["weights"], np.float64).reshape(members, -1))
+    table = np.concatenate(tables, axis=1)
     mean = table.mean(axis=1)
-    mean[(mean == 0) & (table != 0).any(axis=1)] = 1e-12  # heads that cancel out: it still speaks
+    mean[(mean == 0) & (table != 0).any(axis=1)] = 1e-12  # heads cancel out, but the member is needed
     return [float(weight) for weight in mean]

@@ -1,8 +1,8 @@
-"""Corrections of test predictions where test differs from train: fitted on them without labels, tried on folds."""
+"""Corrections of test predictions for test data that differ from train: fitted without labels, validated on folds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,73 +11,83 @@ from numpy.typing import NDArray
 from comp.engine.bank import nested_cv, score
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet
-from comp.engine.ensemble import average, calibration, report
-from comp.engine.ensemble.context import Context, Stored
+from comp.engine.ensemble import average, calibration, comparison
+from comp.engine.ensemble.context import Context, HeadValues
 from comp.engine.tasks.kinds import Array, Head
+
+# (predictions to correct, mask of the labelled rows) -> the step for calibration.apply
+Fit = Callable[[Array, NDArray[np.bool_]], dict[str, Any]]
 
 
 def fit(
     context: Context,
     recipe: Mapping[str, Any],
-    oof: Stored,
-    kept: NDArray[np.bool_],
+    oof: HeadValues,
+    predicted: NDArray[np.bool_],
     test: Sequence[PredictionSet],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fitted on test predictions without labels. Each fold, treated as if it were the test set, must not lose by it beyond
-    noise; whether test gains only the leaderboard can say."""
-    kind, said, notes = context.blend.correct, {}, []
-    given = {a["address"]: each.heads for a, each in zip(recipe["members"], test, strict=True)}
-    plain = average.apply(recipe, given, context.samples.frame.iloc[test[0].row.astype(np.int64)])
+    """(head -> step, lines for the user). A step is fitted on the test predictions; it is used unless it makes the folds,
+    each treated as if it were the test set, significantly worse. Only the leaderboard can show a gain on test."""
+    kind, steps, notes = context.blend.correct, {}, []
+    values = {m["address"]: part.heads for m, part in zip(recipe["members"], test, strict=True)}
+    uncorrected = average.apply(recipe, values, context.samples.frame.iloc[test[0].row.astype(np.int64)])
     for head in context.samples.heads:
-        truth, own = context.samples.truth(head, context.rows), oof[head.name][kept].astype(np.float64)
+        truth = context.samples.truth(head, context.rows)
+        own = oof[head.name][predicted].astype(np.float64)
         if kind == "prior" and head.spec.space != "logit":
-            notes.append(f"correct: prior is for classes, and {head.name} has values; take rank")
+            notes.append(f"correct: prior is for classes, {head.name} has values; use rank")
             continue
         if kind == "prior" and truth.ndim > 1:
-            notes.append("correct: prior wants hard labels")
+            notes.append("correct: prior needs hard labels")
             continue
-
-        def corrected(
-            rows: Array, others: NDArray[np.bool_], head: Head = head, truth: Any = truth, own: Any = own
-        ) -> Any:
-            if kind == "rank":
-                return calibration.rank(rows, own[others], head)
-            count = 2 if head.task == "binary" else len(head.outputs)
-            shares = np.bincount(truth[others].astype(np.int64), minlength=count) + 0.5
-            return calibration.prior(rows, shares / shares.sum(), head)
-
-        tried = own.copy()
-        for number in np.unique(context.fold):
-            mine = context.fold == number
-            tried[mine] = calibration.apply(corrected(own[mine], ~mine), own[mine], head)
-        (now, here), (before, _) = (
-            context.metric_input(head, each, context.all_rows) for each in (tried, own)
-        )
+        fit_step = _fit_step(str(kind), head, truth, own)
         try:
-            pair = nested_cv.paired(
-                now.metric,
-                now.truth,
-                now.prediction,
-                before.prediction,
-                score.groups_of(context.samples, here.rows),
-                report.RESAMPLES,
-                rows=now.frame,
-            )
-        except MetricUndefined as fault:
-            notes.append(f"correct: {kind} left out: {fault}")
+            pair = _validate(context, head, own, fit_step)
+        except MetricUndefined as error:
+            notes.append(f"correct: {kind} not used: {error}")
             continue
-        there = ~np.isnan(plain[head.name]).any(axis=1)
-        step = corrected(plain[head.name][there].astype(np.float64), np.ones(len(own), bool))
+        at = ~np.isnan(uncorrected[head.name]).any(axis=1)
+        step = fit_step(uncorrected[head.name][at].astype(np.float64), np.ones(len(own), bool))
         if pair.significant and pair.share < 0.5:
-            notes.append(f"correct: {kind} left out: on folds treated as test it is {pair}")
+            notes.append(f"correct: {kind} not used; on folds treated as test it is {pair}")
             continue
-        said[head.name] = step
-        notes.append(f"correct: {kind} in force for test rows; on folds treated as test it is {pair}")
+        steps[head.name] = step
+        notes.append(f"correct: {kind} used for test rows; on folds treated as test it is {pair}")
         if kind == "prior":
             names = head.classes or ("0", "1")
-            pairs = zip(names, step["shares_before"], step["shares"], strict=True)
-            notes.append(
-                "  shares in train and, by EM, in test: "
-                + ", ".join(f"{n} {a:.3f} {b:.3f}" for n, a, b in pairs)
-            )
-    return said, notes
+            shares = zip(names, step["shares_before"], step["shares"], strict=True)
+            listed = ", ".join(f"{name} {train:.3f} {test_:.3f}" for name, train, test_ in shares)
+            notes.append(f"  class shares in train and, by EM, in test: {listed}")
+    return steps, notes
+
+
+def _fit_step(kind: str, head: Head, truth: NDArray[Any], own: Array) -> Fit:
+    """own: the OOF predictions."""
+
+    def fit_step(rows: Array, labelled: NDArray[np.bool_]) -> dict[str, Any]:
+        if kind == "rank":
+            return calibration.rank(rows, own[labelled], head)
+        count = 2 if head.task == "binary" else len(head.outputs)
+        shares = np.bincount(truth[labelled].astype(np.int64), minlength=count) + 0.5
+        return calibration.prior(rows, shares / shares.sum(), head)
+
+    return fit_step
+
+
+def _validate(context: Context, head: Head, own: Array, fit_step: Fit) -> nested_cv.Paired:
+    """Corrected against uncorrected OOF predictions, each fold corrected as if it were the test set."""
+    corrected = own.copy()
+    for k in np.unique(context.fold):
+        in_fold = context.fold == k
+        corrected[in_fold] = calibration.apply(fit_step(own[in_fold], ~in_fold), own[in_fold], head)
+    now, scored = context.metric_input(head, corrected, context.all_rows)
+    before, _ = context.metric_input(head, own, context.all_rows)
+    return nested_cv.paired(
+        now.metric,
+        now.truth,
+        now.prediction,
+        before.prediction,
+        score.groups_of(context.samples, scored.rows),
+        comparison.RESAMPLES,
+        rows=now.frame,
+    )

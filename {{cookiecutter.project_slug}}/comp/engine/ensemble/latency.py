@@ -1,4 +1,4 @@
-"""Seconds of inference an image costs, as measured while runs predicted. Notes beside the artefacts, never in their hashes."""
+"""Seconds of inference per image, as measured while runs predicted. Stored in files of their own that no hash includes."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from pathlib import Path
 
 from comp.engine.bank import bank
 from comp.engine.config import run_members
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 
-FILE = "speed.json"  # {"test": seconds an image}, written by predict/infer.py
+FILE = "speed.json"  # {"test": seconds per image}, written by comp/predict.py
 
 
 def seconds_per_image(address: str) -> float:
-    """Seconds an image: every checkpoint of a member sees every test row; an ensemble costs what its members cost."""
+    """Every checkpoint of a member predicts every test row, so theirs add up; so do those of an ensemble's members."""
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
-        return sum(
-            seconds_per_image(each) for each in _leaf_members(artifacts.read_json(artifacts.verified(recipe)))
-        )
+        leaves = _leaf_members(artifacts.read_json(artifacts.verified(recipe)))
+        return sum(seconds_per_image(leaf) for leaf in leaves)
     name, _, member = address.partition(":")
-    files = _files(paths.run_folder(name), member)
+    files = _checkpoint_files(paths.run_folder(name), member)
     if not any(file.exists() for file in files):
         files = _files_of_weights(address)
-    said = [_measured(file) for file in files]
-    if not said or None in said:
-        raise Refused(
-            f"max_seconds: {address} has no measured latency (it was predicted by an older version, or elsewhere); "
-            f"comp predict {name} --tta identity measures one"
+    seconds = [_measured(file) for file in files]
+    if not seconds or None in seconds:
+        raise UserError(
+            "latency-unknown",
+            key="max_seconds",
+            what=f"{address} has no measured latency (predicted by an older version, or on another machine)",
+            remedy=f"comp predict {name} --tta identity measures one",
         )
-    return sum(each for each in said if each is not None)
+    return sum(value for value in seconds if value is not None)
 
 
 def _leaf_members(recipe: dict) -> list[str]:
@@ -38,8 +39,8 @@ def _leaf_members(recipe: dict) -> list[str]:
     return average.leaves(recipe)
 
 
-def _files(run: Path, member: str) -> list[Path]:
-    """The notes of the checkpoints that a member speaks from."""
+def _checkpoint_files(run: Path, member: str) -> list[Path]:
+    """Of the checkpoints that predict a member."""
     seeds = "seed*" if not member.startswith("seed") else member
     folds = f"fold{run_members.REFIT}" if run_members.is_refit(member) else "fold[0-9]*"
     inside = "" if member.startswith("seed") else run_members.cv_member(member)
@@ -47,7 +48,7 @@ def _files(run: Path, member: str) -> list[Path]:
 
 
 def _files_of_weights(address: str) -> list[Path]:
-    """A mean of several kept weights has no notes of its own; theirs add up."""
+    """Of the weight sets in the metadata: a mean of several weight sets has no file of its own; theirs add up."""
     folder = bank.folder(address)
     if not artifacts.manifest_entry(folder / "test.arrow"):
         return []
@@ -57,5 +58,5 @@ def _files_of_weights(address: str) -> list[Path]:
 def _measured(file: Path) -> float | None:
     if not file.exists():
         return None
-    said = artifacts.read_json(file)
-    return float(said["test"]) if "test" in said else None
+    content = artifacts.read_json(file)
+    return float(content["test"]) if "test" in content else None

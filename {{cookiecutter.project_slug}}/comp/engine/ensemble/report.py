@@ -1,141 +1,147 @@
-"""What an ensemble is worth: every fold predicted with parameters from the other folds, beside the score of the rows that taught.
+"""The scores of an ensemble: nested and in-sample, against its best member and the plain mean; score.json and the printed
+table.
 
-In-sample, honest, the gap between them; where the score would lie on other rows; and whether it really beats the best member
-and the plain mean. A metric is resampled over rows, or over whole groups where there are any.
+The nested score predicts each fold with parameters fitted on the other folds; the in-sample score uses parameters fitted on
+all rows. Their difference is the optimism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from comp.engine.bank import nested_cv, score
-from comp.engine.bank.metric_formulas import MetricUndefined
+from comp.engine import text_table
+from comp.engine.bank import bank, predictions, score
 from comp.engine.bank.predictions import PredictionSet
-from comp.engine.config.schema import Config
-from comp.engine.data.folds import Folds
-from comp.engine.data.samples import Samples
-
-RESAMPLES = 500
-LEVEL = 0.9
-
-
-Scorer = Callable[[NDArray[np.int64]], float]
+from comp.engine.ensemble import comparison, members
+from comp.engine.ensemble.blend_config import BlendConfig
+from comp.engine.ensemble.context import Setup
+from comp.engine.ensemble.fit import FittedEnsemble
+from comp.engine.store import artifacts, paths
 
 
-def mean_scorer(
-    cfg: Config,
-    samples: Samples,
-    folds: Folds,
-    said: PredictionSet,
-    kept: NDArray[np.bool_],
-    here: score.ScoredRows,
-) -> Scorer:
-    """times -> score, the mean over heads, of the rows drawn so often."""
-    each = []
-    for head in samples.heads:
-        ask = score.metric_input(cfg, head, said.probability(head)[kept], samples, folds, here)
-        each.append(nested_cv.bootstrap_scorer(ask.metric, ask.truth, ask.prediction, ask.frame))
-    return lambda times: float(np.mean([one(times) for one in each]))
-
-
-def compare(
-    cfg: Config,
-    samples: Samples,
-    folds: Folds,
-    said: PredictionSet,
-    others: Mapping[str, PredictionSet],
+def write_score(
+    setup: Setup, config: BlendConfig, oof: list[PredictionSet], fitted: FittedEnsemble
 ) -> dict[str, Any]:
-    """The interval of a score, and the paired comparison with others on the same draws, as plain numbers and a sentence."""
-    metrics = [score.metric_of(cfg, head) for head in samples.heads]
-    sign = metrics[0].sign
-    kept = np.logical_and.reduce([said.predicted, *(each.predicted for each in others.values())])
-    assert said.fold is not None
-    here = score.scored_rows(samples, said.row[kept].astype(np.int64), said.fold[kept].astype(np.int64))
-    count = len(here.rows)
-    try:
-        scorers = [mean_scorer(cfg, samples, folds, each, kept, here) for each in (said, *others.values())]
-        scores = _draws(scorers, score.groups_of(samples, here.rows), count)
-        whole = [one(np.ones(count, np.int64)) for one in scorers]
-    except MetricUndefined as fault:
-        return {"interval": None, "against": {}, "undefined_interval": str(fault)}
-    low, high = np.quantile(scores[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    against = {}
-    for name, own, drawn in zip(others, whole[1:], scores[1:], strict=True):
-        gains = sign * (scores[0] - drawn)
-        low_gain, high_gain = (float(q) for q in np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        pair = nested_cv.Paired(
-            sign * (whole[0] - own),
-            float(gains.std(ddof=1)),
-            float(np.mean(gains > 0) + np.mean(gains == 0) / 2),
-            low_gain,
-            high_gain,
-            len(gains),
+    """Writes score.json, after oof.arrow was written."""
+    folder = paths.ensemble_folder(config.name)
+    blended = bank.read(folder / "oof.arrow", setup.samples, setup.folds)
+    facts = _facts(setup, config, oof, blended, fitted)
+    return score.write(folder, setup.cfg, setup.samples, setup.folds, blended, **facts)
+
+
+def _facts(
+    setup: Setup,
+    config: BlendConfig,
+    oof: list[PredictionSet],
+    blended: PredictionSet,
+    fitted: FittedEnsemble,
+) -> dict[str, Any]:
+    """What score.json has besides the score itself: the scores of the members, of the plain mean and in-sample, and the
+    comparison with the best member and the plain mean."""
+    tables = (setup.cfg, setup.samples, setup.folds)
+    blend, listed = config.blend, []
+    for address, weight, part in zip(blend.members, fitted.weights, oof, strict=True):
+        own = score.evaluate(*tables, part)
+        hashes = {kind: artifacts.sha256(members.file(address, kind)) for kind in bank.KINDS}
+        listed.append(
+            {"address": address, "weight": weight, "marks": own["marks"], "sha256": hashes}
+            | {key: own[key] for key in ("oof", "mean", "std")}
         )
-        against[name] = {
-            "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
-            "significant": pair.significant, "text": str(pair),
-        }  # fmt: skip
-    wide = test_interval_factor(count, len(set(samples.frame["row"].to_numpy()[samples.positions("test")])))
-    lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)
-    on_test = {  # no further than a score can go
-        "low": max(float(lowest), whole[0] - wide * (whole[0] - float(low))),
-        "high": min(float(highest), whole[0] + wide * (float(high) - whole[0])),
-    }
-    interval = {
-        "on_test": on_test,
-        "low": float(low),
-        "high": float(high),
-        "level": LEVEL,
-        "error": float(scores[0].std(ddof=1)),
-    }
-    return {"interval": interval, "against": against}
+    plain = predictions.merge(oof, setup.samples, setup.folds, "probability")
+    plain_score = score.evaluate(*tables, plain)
+    in_sample = None
+    if fitted.in_sample is not None:
+        set_in_sample = PredictionSet(blended.row, blended.fold, fitted.in_sample, blended.meta)
+        in_sample = score.evaluate(*tables, set_in_sample)["oof"]
+    others, scores = {}, {}
+    sign = score.metric_of(setup.cfg).sign
+    with_score = [i for i, member in enumerate(listed) if member["oof"] is not None]
+    if with_score:
+        best = max(with_score, key=lambda i: sign * listed[i]["oof"])
+        label = f"the best member {blend.members[best]}"
+        others[label], scores[label] = oof[best], listed[best]["oof"]
+    if (blend.method, blend.merge_space) != ("mean", "probability") and plain_score["oof"] is not None:
+        others["the plain mean"], scores["the plain mean"] = plain, plain_score["oof"]
+    compared = comparison.compare(*tables, blended, others)
+    for label, pair in compared["against"].items():
+        pair["score"] = scores[label]
+    return {
+        "config": config.hash,
+        "method": blend.method,
+        "space": blend.merge_space,
+        "members": listed,
+        "plain_mean": {key: plain_score[key] for key in ("oof", "mean", "std")},
+        "in_sample": in_sample,
+        "after": fitted.notes,
+    } | compared
 
 
-def test_interval_factor(rows: int, test_rows: int) -> float:
-    """How much wider an interval must be to hold the score on a test set: that one is a draw of its own, of so many rows."""
-    return float(np.sqrt(1 + rows / test_rows)) if test_rows else 1.0
+# --- printed -------------------------------------------------------------------------------------------------------------
 
 
-def _draws(scorers: Sequence[Scorer], groups: Any, rows: int) -> NDArray[np.float64]:
-    from tqdm import tqdm
-
-    found, why = [], ""
-    draws = nested_cv.bootstrap_counts(rows, groups, RESAMPLES, seed=0)
-    for times in tqdm(draws, total=RESAMPLES, desc="resampling", delay=2, disable=None, leave=False):
-        try:
-            found.append([one(times) for one in scorers])
-        except MetricUndefined as fault:
-            why = str(fault)
-    if len(found) < RESAMPLES / 2:
-        raise MetricUndefined(f"too few rows of a kind for an interval: {why}")
-    return np.array(found).T
+def print_result(name: str, record: dict[str, Any]) -> None:
+    print(text_table.render(table_header(record), table_lines(name, record), ["weight"]))
+    print(*summary_lines(name, record), sep="\n")
+    folder = paths.relative(paths.ensemble_folder(name))
+    print(
+        f"written: {folder}/oof.arrow, test.arrow, apply.json, score.json\nnext: comp submit {name} --dry-run"
+    )
 
 
-def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
-    """Honest beside in-sample, against the best member and the plain mean, and the simpler thing where it is as good."""
+def table_header(record: dict[str, Any]) -> list[str]:
+    return ["member", "weight", f"{record['metric']}, all rows", "folds", "marks"]
+
+
+def table_lines(name: str, record: dict[str, Any]) -> list[list[str]]:
+    """The members with a weight, the plain mean, and the ensemble itself."""
+
+    def line(label: str, weight: str, scores: dict[str, Any]) -> list[str]:
+        oof = "-" if scores["oof"] is None else f"{scores['oof']:.4f}"
+        return [label, weight, oof, score.mean_std(scores), ", ".join(scores.get("marks", []))]
+
+    shown = [m for m in record["members"] if m["weight"] != 0]
+    rows = [line(m["address"], "-" if m["weight"] is None else f"{m['weight']:.3f}", m) for m in shown]
+    return [
+        *rows,
+        line("plain mean", "", record["plain_mean"]),
+        line(f"{name} ({record['method']})", "", record),
+    ]
+
+
+def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
+    without = sum(m["weight"] == 0 for m in record["members"])
+    lines = [f"{without} of {len(record['members'])} members have no weight"] if without else []
+    lines += [*record["after"], *score_lines(name, record)]
+    if "selected_on_fold" in record["marks"]:
+        marked = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
+        lines.append(
+            f"selected_on_fold: the epoch of {', '.join(marked) or 'a member'} was chosen on the scored rows, "
+            "so these scores are too good"
+        )
+    return lines
+
+
+def score_lines(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Nested and in-sample score, interval, comparisons, recommendation."""
     if record["oof"] is None:
         return [score.summary(record)]
     sign = 1 if record["direction"] == "max" else -1
     lines = []
     if record["in_sample"] is not None:
-        gap = sign * (record["in_sample"] - record["oof"])
+        optimism = sign * (record["in_sample"] - record["oof"])
         lines.append(
-            f"honest {record['oof']:.4f}, in-sample {record['in_sample']:.4f}: {abs(gap):.4f} "
-            f"{'of it was not there' if gap > 0 else 'the other way'}"
+            f"nested score {record['oof']:.4f}, in-sample {record['in_sample']:.4f}: optimism {optimism:.4f}"
         )
     if record["interval"]:
         low, high = record["interval"]["low"], record["interval"]["high"]
-        far = record["interval"]["on_test"]
+        test = record["interval"]["on_test"]
         lines.append(
-            f"on other rows of this kind, as many: {low:.4f} to {high:.4f} in {100 * LEVEL:.0f} % of cases; "
-            f"on the test rows, a draw of their own: {far['low']:.4f} to {far['high']:.4f}"
+            f"{100 * record['interval']['level']:.0f} % interval {low:.4f} to {high:.4f}; "
+            f"of the score on the test rows {test['low']:.4f} to {test['high']:.4f}"
         )
-    elif why := record.get("undefined_interval"):
-        lines.append(f"no interval and no comparison: {why}")
+    elif reason := record.get("undefined_interval"):
+        lines.append(f"no interval and no comparison: {reason}")
     for other, pair in record["against"].items():
         lines.append(f"against {other} ({pair['score']:.4f}): {pair['text']}")
     lines.append(recommendation(name, record))
@@ -143,34 +149,33 @@ def summary_lines(name: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def recommendation(name: str, record: Mapping[str, Any]) -> str:
-    """The ensemble, unless something simpler scores as well."""
+    """The ensemble, unless the best member or the plain mean scores as well."""
     sign = 1 if record["direction"] == "max" else -1
-    simpler = {other: pair["score"] for other, pair in record["against"].items()} or _simpler(record)
     pairs = record["against"]
+    simpler = {other: pair["score"] for other, pair in pairs.items()} or _simpler(record)
 
     def as_good(other: str) -> bool:
         gain = sign * (record["oof"] - simpler[other])
         return gain <= 0 or (other in pairs and not pairs[other]["significant"])
 
-    better = [other for other in simpler if as_good(other)]
-    if not better:
+    candidates = [other for other in simpler if as_good(other)]
+    if not candidates:
         return f"recommended: {name}"
-    best = max(better, key=lambda other: sign * simpler[other])
+    best = max(candidates, key=lambda other: sign * simpler[other])
     if sign * (record["oof"] - simpler[best]) > 0:
         return f"recommended: {best}; within noise: it is simpler and as good as {name}"
-    return f"recommended: {best}, which is simpler and scores {simpler[best]:.4f}, not less than {name}"
+    return f"recommended: {best}, which is simpler and scores {simpler[best]:.4f}, not worse than {name}"
 
 
 def _simpler(record: Mapping[str, Any]) -> dict[str, float]:
-    """Scores of the best member and the plain mean, where no comparison could be drawn."""
+    """The scores of the best member and the plain mean, for a record without comparisons."""
     sign = 1 if record["direction"] == "max" else -1
-    alone = [member for member in record["members"] if member["oof"] is not None]
+    with_score = [member for member in record["members"] if member["oof"] is not None]
     found = {}
-    if alone:
-        best = max(alone, key=lambda member: sign * member["oof"])
+    if with_score:
+        best = max(with_score, key=lambda member: sign * member["oof"])
         found[f"the best member {best['address']}"] = best["oof"]
-    if (record["method"], record["space"]) != ("mean", "probability") and record["plain_mean"][
-        "oof"
-    ] is not None:
+    is_plain = (record["method"], record["space"]) == ("mean", "probability")
+    if not is_plain and record["plain_mean"]["oof"] is not None:
         found["the plain mean"] = record["plain_mean"]["oof"]
     return found

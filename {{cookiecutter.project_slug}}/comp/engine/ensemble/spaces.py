@@ -1,9 +1,8 @@
-"""Weighted sums of members, as a search sees them: what is summed of each member, and what a sum says."""
+"""Conversions of stored predictions to the space in which members are averaged, and of an average to a prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,9 @@ from numpy.typing import NDArray
 
 from comp.engine.tasks.kinds import Array, Head, sigmoid, softmax
 
-Sum = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class FastScorer:
-    extract: Callable[[NDArray[Any]], NDArray[np.float32]]  # stored (rows, outputs) -> what is summed
-    approximate: Callable[[Sum], float]  # of a sum whose weights add up to 1
-    exact: Callable[[Sum], float]
-    is_approximate: bool  # approximate may order two close sums differently from exact
-
 
 def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
-    """(rows, outputs), where sums are taken. Ranks come as ranks already."""
+    """(rows, outputs). In rank space, `stored` must be ranks already."""
     values = np.asarray(stored, np.float64)
     if space == "rank" or head.spec.space == "value":
         return values
@@ -32,8 +21,8 @@ def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
     return softmax(values) if space == "probability" else values
 
 
-def to_prediction(total: Sum, head: Head, space: str) -> Array:
-    """A sum as the metric takes it: a probability, a value, or a rank where only order counts."""
+def to_prediction(total: NDArray[Any], head: Head, space: str) -> Array:
+    """A weighted mean in `space` -> (rows, outputs) for a metric: probabilities, values, or ranks if only order matters."""
     if space == "rank" or head.spec.space == "value":
         return np.asarray(total, np.float64)
     if not head.exclusive:
@@ -56,7 +45,7 @@ def _exp(x: Array) -> Array:
     return np.asarray(np.exp(x))
 
 
-# stored -> what is summed, and a sum -> probability; each column tells both sides of its own label
+# stored -> space, and space -> probability, of binary and multilabel outputs, which do not depend on each other
 INDEPENDENT: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "probability": (sigmoid, _same),
     "logit": (_same, sigmoid),

@@ -1,11 +1,11 @@
-"""Stackers: a model that reads what the members say. Fitted here with scikit-learn (LightGBM where it is installed), kept as
-numbers that fitted.py applies.
+"""Stackers: models whose inputs are the members' predictions. Fitted with scikit-learn (or LightGBM, if installed) and stored
+as numbers that apply.py uses.
 
-    logistic, ridge, elastic_net    one weight a member's output
+    logistic, ridge, elastic_net    one weight per output of a member
     mlp                             one hidden layer
     lightgbm                        100 small trees; pip install lightgbm
 
-Classes that exclude each other have one model; of labels, and of values, each has its own, taught by the rows where it is known.
+Exclusive classes share one model; each label and each value has its own, fitted on the rows where it is known.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from comp.engine.bank import nested_cv
 from comp.engine.ensemble import apply
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Array, Head
 
-# Strengths of the penalty that are tried, the weakest first. A network and trees cost most, so few.
+# Grids of the penalty, weakest first. Networks and trees are slow, so theirs are short.
 STRENGTHS = {
     "logistic": (1.0, 10.0, 100.0, 1e3, 1e4),
     "ridge": (1.0, 10.0, 100.0, 1e3, 1e4),
@@ -31,10 +31,10 @@ STRENGTHS = {
     "mlp": (1.0, 10.0, 100.0),
     "lightgbm": (1.0, 10.0, 100.0),
 }
-INNER_FOLDS = 5  # parts of the teaching rows that a strength is tried on, at most
+INNER_FOLDS = 5  # at most, to choose the strength within the training rows
 HIDDEN = 16
 TREES = 100
-ABSENT_CLASS_INTERCEPT = -30.0  # the intercept of a class that no teaching row has
+ABSENT_CLASS_INTERCEPT = -30.0  # of a class without training rows
 
 
 def fit(
@@ -50,26 +50,26 @@ def fit(
     metadata: Sequence[str] = (),
     encoded: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Numbers for apply.json. Every row given here teaches; fold tells whose target means a row must not see its own part of,
-    and which rows a strength, where none is given, is tried on."""
+    """The parameters for apply.json, fitted on all given rows. fold: for target encoding out of fold, and to choose the
+    strength if none is given."""
 
-    def readied(at: NDArray[np.int64]) -> Inputs:
-        few = [part[at] for part in parts]
-        return _inputs(method, head, few, truth[at], frame.iloc[at], fold[at], space, metadata, encoded)
+    def make_inputs(at: NDArray[np.int64]) -> Inputs:
+        rows = [part[at] for part in parts]
+        return _inputs(method, head, rows, truth[at], frame.iloc[at], fold[at], space, metadata, encoded)
 
     if strength is None:
         strength = _choose_strength(
-            method, head, parts, truth, frame, _inner_folds(fold, frame), space, readied
+            method, head, parts, truth, frame, _inner_folds(fold, frame), space, make_inputs
         )
-    given = readied(np.arange(len(truth)))
-    found = FITS[method](given.x, truth, given.target, head, strength)
-    return {"strength": strength} | given.inputs | found
+    inputs = make_inputs(np.arange(len(truth)))
+    found = FITS[method](inputs.x, truth, inputs.target, head, strength)
+    return {"strength": strength} | inputs.spec | found
 
 
 class Inputs(NamedTuple):
-    x: Array  # (rows, features), as a model takes them
-    target: Array
-    inputs: dict[str, Any]  # how fitted.inputs makes x
+    x: Array  # (rows, features), standardised
+    target: Array  # (rows, outputs)
+    spec: dict[str, Any]  # from which apply.inputs makes x
 
 
 def _inputs(
@@ -84,29 +84,28 @@ def _inputs(
     encoded: Sequence[str],
 ) -> Inputs:
     columns = [_column_spec(f"meta.{name}", frame) for name in metadata]
-    wide = [
+    blocks = [
         apply.stacker_inputs(parts, head, space),
-        *(apply.metadata_features(c, frame[c["name"]]) for c in columns),
+        *(apply.metadata_features(spec, frame[spec["name"]]) for spec in columns),
     ]
     target = class_shares(truth, head)
     for name in encoded:
-        spec, seen = _target_encoding(f"meta.{name}", frame, target, fold)
+        spec, values = _target_encoding(f"meta.{name}", frame, target, fold)
         columns.append(spec)
-        wide.append(seen)
-    x = np.concatenate(wide, axis=1)
+        blocks.append(values)
+    x = np.concatenate(blocks, axis=1)
     mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
-    first = (
-        0 if method == "mlp" else wide[0].shape[1]
-    )  # a network wants all inputs of one size, the others metadata
+    # A network needs all inputs standardised, the others only the metadata.
+    first = 0 if method == "mlp" else blocks[0].shape[1]
     mean[first:] = x[:, first:].mean(axis=0)
     spread = x[:, first:].std(axis=0)
     scale[first:] = np.where(spread > 0, spread, 1.0)
-    inputs = {"space": space, "columns": columns, "mean": mean.tolist(), "scale": scale.tolist()}
-    return Inputs((x - mean) / scale, target, inputs)
+    spec = {"space": space, "columns": columns, "mean": mean.tolist(), "scale": scale.tolist()}
+    return Inputs((x - mean) / scale, target, spec)
 
 
 def _inner_folds(fold: NDArray[np.int64], frame: Any) -> NDArray[np.int64]:
-    """Of every teaching row the part, INNER at most: folds; of a single fold its groups, or what makes one row."""
+    """Of every training row its inner fold: by its fold; if there is only one, by its group or scored row."""
     codes = np.unique(fold, return_inverse=True)[1]
     if not codes.any():
         codes = nested_cv.group_codes(frame["group" if "group" in frame else "row"].to_numpy())
@@ -121,22 +120,22 @@ def _choose_strength(
     frame: Any,
     inner: NDArray[np.int64],
     space: str,
-    readied: Callable[[NDArray[np.int64]], Inputs],
+    make_inputs: Callable[[NDArray[np.int64]], Inputs],
 ) -> float:
-    """The strength whose fits on all but one part lose least on that part: log loss where the model fits it, else squared error.
-    Of equal ones the strongest, as where there is but one part."""
-    tried, target = STRENGTHS[method], class_shares(truth, head)
-    lost = np.zeros(len(tried))
-    for number in np.unique(inner):
-        mine, others = np.flatnonzero(inner == number), np.flatnonzero(inner != number)
-        if not len(others):
+    """The strength with the lowest cross-validated loss: log loss if the model fits it, else squared error. Of equal ones the
+    strongest; so too with a single inner fold."""
+    grid, target = STRENGTHS[method], class_shares(truth, head)
+    losses = np.zeros(len(grid))
+    for k in np.unique(inner):
+        valid, train = np.flatnonzero(inner == k), np.flatnonzero(inner != k)
+        if not len(train):
             continue
-        given, here = readied(others), [part[mine] for part in parts]
-        for i, strength in enumerate(tried):
-            found = given.inputs | TRIED[method](given.x, truth[others], given.target, head, strength)
-            said = apply.predict(found, here, head, space, frame.iloc[mine])
-            lost[i] += _loss(said, target[mine], head, found["link"])
-    return float(tried[len(tried) - 1 - int(lost[::-1].argmin())])
+        inputs, valid_parts = make_inputs(train), [part[valid] for part in parts]
+        for i, strength in enumerate(grid):
+            found = inputs.spec | LOOSE_FITS[method](inputs.x, truth[train], inputs.target, head, strength)
+            values = apply.predict(found, valid_parts, head, space, frame.iloc[valid])
+            losses[i] += _loss(values, target[valid], head, found["link"])
+    return float(grid[len(grid) - 1 - int(losses[::-1].argmin())])
 
 
 def _loss(stored: Array, target: Array, head: Head, link: str) -> float:
@@ -150,7 +149,7 @@ def _loss(stored: Array, target: Array, head: Head, link: str) -> float:
 
 
 def class_shares(truth: NDArray[Any], head: Head) -> Array:
-    """(rows, outputs): labels one-hot, soft ones and values as they are."""
+    """(rows, outputs): one-hot labels; soft labels and values unchanged."""
     if head.exclusive and truth.ndim == 1:
         return np.eye(len(head.outputs))[truth.astype(np.int64)]
     return truth.reshape(len(truth), -1).astype(np.float64)
@@ -163,10 +162,12 @@ def _column_spec(name: str, frame: Any) -> dict[str, Any]:
     import pandas as pd
 
     if name not in frame:
-        there = [each.removeprefix("meta.") for each in frame if each.startswith("meta.")]
-        raise Refused(
-            f"metadata: the samples have no column {name.removeprefix('meta.')}; competition.metadata names "
-            f"{', '.join(there) or 'none'}"
+        known = [column.removeprefix("meta.") for column in frame if column.startswith("meta.")]
+        raise UserError(
+            "column-missing",
+            key="metadata",
+            what=f"the samples have no column {name.removeprefix('meta.')}",
+            remedy=f"competition.metadata lists {', '.join(known) or 'none'}",
         )
     if pd.api.types.is_numeric_dtype(frame[name]):
         mean = float(frame[name].mean())
@@ -181,26 +182,27 @@ def _text(values: Any) -> NDArray[Any]:
 def _target_encoding(
     name: str, frame: Any, target: Array, fold: NDArray[np.int64]
 ) -> tuple[dict[str, Any], Array]:
-    """Target means of each value, and for the teaching rows those of the other folds: a row must not read its own label."""
+    """Target means by value, smoothed with 10 rows of the overall mean; for the training rows those of the other folds, so
+    that no row contains its own label."""
     _column_spec(name, frame)
     text = _text(frame[name])
 
     def table(rows: NDArray[np.int64]) -> dict[str, Any]:
-        seen, word = target[rows], text[rows]
-        known = ~np.isnan(seen)
-        mean = np.nansum(seen, axis=0) / np.maximum(known.sum(axis=0), 1)
+        labels, value = target[rows], text[rows]
+        known = ~np.isnan(labels)
+        mean = np.nansum(labels, axis=0) / np.maximum(known.sum(axis=0), 1)
         means = {
-            str(each): ((np.nansum(seen[word == each], axis=0) + 10 * mean) / (known[word == each].sum(axis=0) + 10)).tolist()
-            for each in sorted(set(word))
+            str(v): ((np.nansum(labels[value == v], axis=0) + 10 * mean) / (known[value == v].sum(axis=0) + 10)).tolist()
+            for v in sorted(set(value))
         }  # fmt: skip
         return {"name": name, "kind": "encoded", "table": means, "else": mean.tolist()}
 
-    seen = np.zeros((len(text), target.shape[1]))
-    for number in np.unique(fold):
-        others = np.flatnonzero(fold != number)
-        mine = np.flatnonzero(fold == number)
-        seen[mine] = apply.metadata_features(table(others if len(others) else mine), frame[name].iloc[mine])
-    return table(np.arange(len(text))), seen
+    values = np.zeros((len(text), target.shape[1]))
+    for k in np.unique(fold):
+        others, in_fold = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        spec = table(others if len(others) else in_fold)
+        values[in_fold] = apply.metadata_features(spec, frame[name].iloc[in_fold])
+    return table(np.arange(len(text))), values
 
 
 # --- models --------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,12 @@ def _logistic(
     from sklearn.linear_model import LogisticRegression
 
     if head.spec.space == "value":
-        raise Refused("method: logistic is for classes; values take ridge, elastic_net, mlp or lightgbm")
+        raise UserError(
+            "method-task",
+            key="method",
+            what="logistic is for classes",
+            remedy="use ridge, elastic_net, mlp or lightgbm",
+        )
 
     def one(x: Array, shares: Array) -> Any:
         codes, weight, x = _class_codes(x, shares)
@@ -236,30 +243,30 @@ def _logistic(
 
 
 def _labels(target: Array) -> list[tuple[NDArray[np.bool_], Array]]:
-    """Of each output the rows where it is known, and what it is there."""
+    """Of each output: (mask of the rows where it is known, its labels there)."""
     known = ~np.isnan(target)
     return [(known[:, at], target[known[:, at], at]) for at in range(target.shape[1])]
 
 
 def _has_both_classes(label: Array) -> bool:
-    """Whether the rows know both sides of a label: a rare one may be absent from all that teach."""
+    """A rare label may be absent from all training rows."""
     return bool(len(label)) and bool(np.ptp(label) > 0)
 
 
 def _constant(label: Array) -> float:
-    """The logit of a label's share, with half a row on either side, for rows that tell no more."""
-    yes = label.sum()
-    return float(np.log((yes + 0.5) / (len(label) - yes + 0.5)))
+    """The logit of a label's share, smoothed by half a row on each side: the model if the rows have one class alone."""
+    positive = label.sum()
+    return float(np.log((positive + 0.5) / (len(label) - positive + 0.5)))
 
 
 def _all_classes(coef: Array, intercept: Array, classes: NDArray[Any], count: int) -> tuple[Array, Array]:
-    whole, start = np.zeros((count, coef.shape[1])), np.full(count, ABSENT_CLASS_INTERCEPT)
-    whole[classes.astype(int)], start[classes.astype(int)] = coef, intercept
-    return whole, start
+    every_coef, every_intercept = np.zeros((count, coef.shape[1])), np.full(count, ABSENT_CLASS_INTERCEPT)
+    every_coef[classes.astype(int)], every_intercept[classes.astype(int)] = coef, intercept
+    return every_coef, every_intercept
 
 
 def _class_codes(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
-    """Codes, and soft labels as every class with its share for a weight."""
+    """(class codes, sample weights, x). A row with soft labels becomes one row per class, weighted by its share."""
     if np.isin(target, (0, 1)).all():
         return target.argmax(axis=1), None, x
     rows, codes = np.nonzero(target > 0)
@@ -308,7 +315,7 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
             last, start = np.vstack([-last / 2, last / 2]), np.append(-start / 2, start / 2)
         last, start = _all_classes(last, start, model.classes_, len(head.outputs))
         return _layers("logistic", [*model.coefs_[:-1], last.T], [*model.intercepts_[:-1], start])
-    coefs, intercepts = [], []  # of each label, side by side in one network afterwards
+    coefs, intercepts = [], []  # of one network per label; then all of them as one block-diagonal network
     for known, label in _labels(target.round()):
         if _has_both_classes(label):
             model = _converged(MLPClassifier(**options), x[known], label)
@@ -321,14 +328,14 @@ def _mlp(x: Array, truth: NDArray[Any], target: Array, head: Head, strength: flo
     return _layers(
         "logistic",
         [np.hstack(hidden), block_diag(*last)],
-        [np.concatenate(each) for each in zip(*intercepts, strict=True)],
+        [np.concatenate(layer) for layer in zip(*intercepts, strict=True)],
     )
 
 
 def _converged(model: Any, x: Array, labels: NDArray[Any]) -> Any:
     from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings():  # to stop early is no fault here: it only overfits less
+    with warnings.catch_warnings():  # stopping early only overfits less
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x, labels)
 
@@ -342,9 +349,19 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
     try:
         import lightgbm
     except ImportError:
-        raise Refused("method: lightgbm is not installed: pip install lightgbm, or take mlp") from None
+        raise UserError(
+            "package-missing",
+            key="method",
+            what="lightgbm is not installed",
+            remedy="pip install lightgbm, or use mlp",
+        ) from None
     if head.spec.space == "value" and target.shape[1] > 1:
-        raise Refused("method: lightgbm takes one value a head; ridge, elastic_net and mlp take several")
+        raise UserError(
+            "method-task",
+            key="method",
+            what="lightgbm predicts one value per head",
+            remedy="ridge, elastic_net and mlp predict several",
+        )
     values = head.spec.space == "value"
     options = {
         "objective": "multiclass" if head.exclusive else "regression" if values else "cross_entropy",
@@ -352,22 +369,22 @@ def _lightgbm(x: Array, truth: NDArray[Any], target: Array, head: Head, strength
         "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
     } | ({"num_class": len(head.outputs)} if head.exclusive else {})  # fmt: skip
 
-    def grown(x: Array, labels: NDArray[Any]) -> list[dict[str, list[float]]]:
+    def fit_trees(x: Array, labels: NDArray[Any]) -> list[dict[str, list[float]]]:
         booster = lightgbm.train(options, lightgbm.Dataset(x, labels), TREES)
-        return [_tree(each["tree_structure"]) for each in booster.dump_model()["tree_info"]]
+        return [_tree(tree["tree_structure"]) for tree in booster.dump_model()["tree_info"]]
 
     if head.exclusive:
-        trees = grown(x, target.argmax(axis=1))
+        trees = fit_trees(x, target.argmax(axis=1))
     else:
-        woods = [
-            grown(x[known], label)
+        forests = [
+            fit_trees(x[known], label)
             if values or _has_both_classes(label)
             else [_tree({"leaf_value": _constant(label)})]
             for known, label in _labels(target)
         ]
-        rounds = max(len(wood) for wood in woods)  # one that found no more splits stopped before the others
-        nothing = _tree({"leaf_value": 0.0})
-        trees = [wood[i] if i < len(wood) else nothing for i in range(rounds) for wood in woods]
+        rounds = max(len(forest) for forest in forests)  # a label without further splits has fewer trees
+        zero = _tree({"leaf_value": 0.0})
+        trees = [forest[i] if i < len(forest) else zero for i in range(rounds) for forest in forests]
     link = "identity" if values else "logistic"
     return {"kind": "trees", "link": link, "outputs": len(head.outputs), "trees": trees}
 
@@ -399,5 +416,5 @@ FITS: dict[str, Fit] = {
     "mlp": _mlp,
     "lightgbm": _lightgbm,
 }
-# To compare strengths: a tenth of the time, and what the log loss still lacks (0.002 of 0.065) is less than they differ by.
-TRIED = FITS | {"logistic": partial(_logistic, tol=1e-4)}
+# To compare strengths: takes a tenth of the time, and its error of the log loss (0.002 of 0.065) is below the differences.
+LOOSE_FITS = FITS | {"logistic": partial(_logistic, tol=1e-4)}

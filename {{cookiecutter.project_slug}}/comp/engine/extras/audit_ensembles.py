@@ -8,7 +8,8 @@ from comp.engine.bank import bank
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.ensemble import blend, blend_config, fit
+from comp.engine.ensemble import blend_config, fit, members
+from comp.engine.ensemble.context import HeadValues, Setup
 from comp.engine.errors import UserError
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.store import artifacts, paths
@@ -18,15 +19,16 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
     """Fits the ensemble again and compares: the stored predictions of a fold must come from a fit on the other folds."""
     try:
         declared = blend_config.read(name)
-        oof, test = (blend.member_predictions(declared, kind, rows, split) for kind in bank.KINDS)
+        setup = Setup(cfg, rows, split)
+        oof, test = (members.predictions(declared, kind, setup) for kind in bank.KINDS)
         stored = bank.load(name, "oof", rows, split)
-        nested, refits = blend.member_recipes(declared), blend.member_refits(cfg, declared, rows, split)
+        recipes, refits = members.recipes(declared), members.refits(declared, setup)
     except UserError as error:
         return [NotChecked(name, error.lines[0])]
-    made = fit.fit_ensemble(cfg, declared.blend, rows, split, oof, test, nested, refits)
+    made = fit.fit_ensemble(setup, declared.blend, oof, test, recipes, refits)
     where = f"{paths.relative(bank.folder(name))}/oof.arrow"
 
-    def equal(values: fit.Stored | None) -> bool:
+    def equal(values: HeadValues | None) -> bool:
         return values is not None and all(
             np.allclose(stored.heads[h.name], values[h.name], atol=1e-5, equal_nan=True) for h in rows.heads
         )

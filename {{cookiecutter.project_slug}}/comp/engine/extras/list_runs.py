@@ -8,7 +8,7 @@ from comp.engine import text_table
 from comp.engine.bank import score
 from comp.engine.config import resolve
 from comp.engine.config.schema import Config
-from comp.engine.ensemble import blend
+from comp.engine.ensemble import members
 from comp.engine.errors import UserError
 from comp.engine.extras import run_status, seed_noise
 from comp.engine.extras.run_status import Record
@@ -86,8 +86,8 @@ def _ensemble_line(folder: Path, base: Config) -> Line:
         return _unreadable(folder.name, error.lines[0])
     if record is None:
         return _unreadable(folder.name, f"unfinished: comp ensemble {folder.name}")
-    stale = ["stale"] if blend.stale(folder.name, record) else []
-    members = " ".join(
+    stale = ["stale"] if members.stale(folder.name, record) else []
+    weights = " ".join(
         member["address"] if member["weight"] is None else f"{member['weight']:.2f} {member['address']}"
         for member in record["members"]
         if member["weight"] != 0
@@ -100,5 +100,5 @@ def _ensemble_line(folder: Path, base: Config) -> Line:
         *run_status.score_cells(record),
         ", ".join(run_status.score_marks(record) + stale),
         "-",
-        members,
+        weights,
     ], record

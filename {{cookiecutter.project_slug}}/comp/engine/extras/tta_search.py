@@ -19,7 +19,7 @@ from comp.engine.bank import score
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet, average
 from comp.engine.config import resolve
-from comp.engine.ensemble import report
+from comp.engine.ensemble import comparison
 from comp.engine.errors import UserError
 from comp.engine.extras import tta_views
 from comp.engine.extras.tta_views import PLAIN, Candidates
@@ -176,7 +176,7 @@ class Scorer:
     def compare(self, stored: NDArray[Any], plain: NDArray[Any]) -> str:
         """A paired comparison with the plain view, as a sentence."""
         others = {PLAIN: self.as_set(plain)}
-        found = report.compare(self.cfg, self.samples, self.folds, self.as_set(stored), others)
+        found = comparison.compare(self.cfg, self.samples, self.folds, self.as_set(stored), others)
         if not found["against"]:
             return f"no comparison: {found['undefined_interval']}"
         return str(found["against"][PLAIN]["text"])
