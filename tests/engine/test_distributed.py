@@ -1,4 +1,4 @@
-"""Several processes train one fold: with real torchrun, over gloo, against one process on the same config."""
+"""One fold trained by several processes, with real torchrun over gloo, against one process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
 
 
 def forked_twice(*arguments: str, before: Callable[[int], None] = lambda rank: None) -> list[int]:
-    """The same without torchrun: forks of this process that find each other, and need not import everything again."""
+    """The same without torchrun: forks of this process, which need not import torch again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -78,8 +78,8 @@ def away(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def test_two_processes_are_one(project: Path) -> None:
-    """Weights to 1e-5, losses and validation too; every row is predicted once; nothing is left by the second process."""
+def test_two_processes_give_the_results_of_one(project: Path) -> None:
+    """Weights to 1e-5, losses and validation; every row is predicted once; rank 1 leaves no file."""
     assert distributed.world_size() == 1
     banked.teacher(project)
     runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
@@ -109,7 +109,7 @@ def test_two_processes_are_one(project: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: Path) -> None:
-    """With passes dealt out whole, and batch norm, whose statistics are those of the first process."""
+    """With whole forward passes per process, and batch norm, whose statistics are those of rank 0."""
     told = [
         *SHARED,
         "model.name=test_resnet",
@@ -136,8 +136,8 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
     shutil.rmtree(paths.run_folder("whole"))
 
 
-def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> None:
-    """The second process would wait for ever where the first had left it alone, and the third trial would not begin."""
+def test_a_trial_pruned_on_rank_0_ends_on_all_ranks(project: Path) -> None:
+    """Otherwise rank 1 would wait forever, and the third trial would not start."""
     (project / "configs" / "tune").mkdir()
     (project / "configs" / "tune" / "p.yaml").write_text(
         "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
@@ -161,19 +161,19 @@ def test_a_trial_that_the_first_process_prunes_ends_in_all(project: Path) -> Non
     assert not list(Path(paths.root()).glob("**/comp-*"))
 
 
-def as_one_of(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_rank(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: count)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
 
 
 @pytest.mark.parametrize(("accumulate", "passes"), [(1, 1), (2, 1), (3, 3), (4, 2)])
-def test_each_draw_of_a_step_is_somebodys_once(
+def test_each_sample_of_a_step_is_computed_by_one_rank(
     monkeypatch: pytest.MonkeyPatch, accumulate: int, passes: int
 ) -> None:
     plan = [[Index(8 * number + i, i) for i in range(8)] for number in range(2 * accumulate)]
     shares = []
     for rank in range(2):
-        as_one_of(2, rank, monkeypatch)
+        pretend_rank(2, rank, monkeypatch)
         assert distributed.local_passes(accumulate) == passes
         shares.append(list(distributed.shard(plan, accumulate, 4)))
         assert all(part[0].sample % 4 == 0 and len(part) % 4 == 0 for part in shares[-1]), (
@@ -189,10 +189,10 @@ def test_each_draw_of_a_step_is_somebodys_once(
         )
 
 
-def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
+def test_batches_too_small_to_split_are_errors_and_differences_are_warnings(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    as_one_of(4, 0, monkeypatch)
+    pretend_rank(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     with pytest.raises(UserError, match=r"2 images per forward pass .* 4 processes") as caught:
         distributed.validate(config(), 2, 1, network)
@@ -208,7 +208,7 @@ def test_what_cannot_be_shared_is_refused_and_what_differs_is_named(
     assert not capsys.readouterr().err
 
 
-def test_a_verb_for_one_process_says_so(
+def test_verbs_for_one_process_are_errors_under_torchrun(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from comp.engine import cli

@@ -1,4 +1,4 @@
-"""What goes wrong in a training, and what is left of it: NaN, no memory, dead loaders, no time."""
+"""Failures during training, and what is saved: NaN, out of memory, killed loader workers, time limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from comp.engine.store import artifacts
 
 
 def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the step on (counted in passes) a loss, or only its gradient, is not finite for the second sample of the batch."""
+    """From this step on, the loss of the second sample of a batch, or only its gradient, is not finite."""
     passes = 0
     whole = losses.build_loss
 
@@ -52,7 +52,7 @@ def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("part", "clip"), [("loss", "1.0"), ("gradient", "1.0"), ("gradient", "null")])
-def test_nan_names_step_and_samples_and_is_never_saved(
+def test_nan_is_reported_with_step_and_samples_and_never_saved(
     project: Path, monkeypatch: pytest.MonkeyPatch, part: str, clip: str
 ) -> None:
     broken(3, float("nan"), part, monkeypatch)
@@ -67,7 +67,7 @@ def test_nan_names_step_and_samples_and_is_never_saved(
 
 
 class Cramped(torch.nn.Module):
-    """A network that holds at most `most` samples at once, and says what it was given."""
+    """A network that runs out of memory above `most` samples, and records its batch sizes."""
 
     def __init__(self, module: torch.nn.Module, most: int):
         super().__init__()
@@ -83,10 +83,10 @@ class Cramped(torch.nn.Module):
         return self.inside(images, **more)
 
 
-def test_out_of_memory_halves_the_passes_and_keeps_the_step(
+def test_out_of_memory_halves_micro_batches_and_keeps_the_batch_size(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a network without batch norm the weights come out the same, to rounding; the log says what happened."""
+    """Without batch norm the weights are the same up to rounding; the log has the new micro-batch size."""
 
     def weights(most: int) -> tuple[torch.Tensor, list[int], list[dict[str, Any]]]:
         made: list[Cramped] = []
@@ -119,7 +119,7 @@ def test_out_of_memory_halves_the_passes_and_keeps_the_step(
     assert "micro-batch size 16 is halved to 8" in capsys.readouterr().err
 
 
-def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
+def test_a_repeated_step_restores_batch_norm_statistics() -> None:
     network = torch.nn.BatchNorm1d(3)
     micro_batches = microbatch.MicroBatches(network, 4)
     batch = Batch(torch.arange(4).numpy(), torch.randn(4, 3), None, {})
@@ -136,7 +136,7 @@ def test_a_step_begun_anew_leaves_no_trace_in_batch_norm() -> None:
     )
 
 
-def test_pieces_of_several_images_a_sample_keep_their_owners() -> None:
+def test_micro_batches_keep_the_owner_of_each_image() -> None:
     owner = torch.tensor([0, 0, 1, 2, 2, 2])
     batch = Batch(
         torch.tensor([7, 8, 9]).numpy(), torch.arange(6)[:, None], torch.arange(6).numpy(), {}, owner

@@ -1,4 +1,4 @@
-"""Every loss against an independent formula, torch, timm, scipy or scikit-learn; and which knobs a loss takes."""
+"""Every loss against an independent formula, torch, timm, scipy or scikit-learn; and the knobs of each."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
 
 
 @pytest.mark.parametrize("case", COUNTERPARTS)
-def test_a_loss_against_its_counterpart(case: str) -> None:
+def test_a_loss_equals_its_counterpart(case: str) -> None:
     ours, theirs = COUNTERPARTS[case]
     assert ours.shape == theirs.shape
     assert ours.numpy() == pytest.approx(theirs.numpy(), rel=2e-5, abs=2e-6)
@@ -169,10 +169,10 @@ def cfg_of(empty: Path, **dotted: Any) -> Any:
 
 
 @pytest.mark.parametrize(("task", "name"), FITTING)
-def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
+def test_every_loss_of_every_task_has_one_value_per_sample_and_a_finite_gradient(
     empty: Path, task: str, name: str
 ) -> None:
-    """Also where the network is sure, and wrong."""
+    """Also for confident wrong predictions."""
     cfg = cfg_of(empty, **{"loss.name": name, "loss.class_weights": "none", **NEEDED.get(name, {})})
     for target in TARGETS[task][: 1 if name in PAIRS else 2]:
         table = samples_of(task, target if target.ndim == 1 else LABELS)
@@ -198,7 +198,7 @@ def test_every_loss_of_every_task_is_one_number_a_sample_with_a_finite_slope(
         )
 
 
-def test_a_value_put_into_bins_is_read_off_again() -> None:
+def test_bins_decode_to_the_value_they_encode() -> None:
     chosen = HeadLoss("bins", knobs("bins", bins=9, range=[-2.0, 6.0]))
     output = torch.zeros(1, 9, requires_grad=True)
     walk = torch.optim.Adam([output], 0.05)
@@ -211,12 +211,12 @@ def test_a_value_put_into_bins_is_read_off_again() -> None:
     )
 
 
-def test_grades_are_read_off_as_expected_grades() -> None:
+def test_ordinal_outputs_decode_to_expected_grades() -> None:
     sure = np.log(np.array([[1e-9, 0.5, 0.5, 1e-9]]))
     assert TASKS["ordinal"].decode(sure, HeadLoss("soft_labels", {})) == pytest.approx(np.array([[1.5]]))
 
 
-def test_the_hardest_samples_alone_teach() -> None:
+def test_ohem_uses_the_samples_with_the_highest_loss() -> None:
     each = torch.tensor([0.1, 3.0, 0.2, 2.0, 0.3, 0.4, 9.0, 0.5], requires_grad=True)
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1])
     for share, kept in ((0.25, {1, 3}), (0.5, {1, 3, 5, 7}), (0.01, {1})):
@@ -229,8 +229,8 @@ def test_the_hardest_samples_alone_teach() -> None:
 # --- rare classes --------------------------------------------------------------------------------------------------------
 
 
-def test_class_weights_are_sklearns_and_those_of_the_paper(empty: Path) -> None:
-    """From the taught rows alone: what lies elsewhere must not show."""
+def test_class_weights_equal_sklearns_and_the_papers(empty: Path) -> None:
+    """Computed from the training rows alone."""
     codes = torch.tensor([0.0] * 60 + [1.0] * 30 + [2.0] * 10 + [4.0] * 500)
     table, taught = samples_of("multiclass", codes), np.arange(100)
     weigh = class_balance.class_weights(
@@ -249,7 +249,7 @@ def test_class_weights_are_sklearns_and_those_of_the_paper(empty: Path) -> None:
     assert float(weigh(codes[:100].long()).mean()) == pytest.approx(1, abs=1e-6)
 
 
-def test_several_labels_weigh_yes_and_no_of_each_label(empty: Path) -> None:
+def test_multilabel_class_weights_are_per_label_and_sign(empty: Path) -> None:
     labels = torch.zeros(100, 5)
     labels[:20, 0], labels[:50, 1] = 1, 1
     table = samples_of("multilabel", labels)
@@ -269,7 +269,7 @@ CODES_2000 = np.repeat([0, 1, 2, 3], [1400, 400, 190, 10])
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["weighted", "under", "over"])
-def test_drawn_shares_are_those_asked_for(kind: str, strength: float) -> None:
+def test_sampled_class_shares_follow_strength(kind: str, strength: float) -> None:
     rows = np.arange(2000) + 7
     count = np.bincount(CODES_2000)
     wanted = {
@@ -298,7 +298,7 @@ def test_drawn_shares_are_those_asked_for(kind: str, strength: float) -> None:
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
+def test_m_per_class_puts_pairs_into_a_batch() -> None:
     rows, random = np.arange(2000), np.random.default_rng(0)
     listed = random.permutation(rows)
     listed = class_balance.m_per_class(listed, CODES_2000[listed], 4, random)
@@ -307,7 +307,7 @@ def test_a_batch_holds_pairs_where_a_loss_wants_them() -> None:
     assert (full == full[:, :1]).all() and len(set(full[:50, 0].tolist())) > 1
 
 
-def test_what_balance_means_for_other_targets(empty: Path) -> None:
+def test_balance_of_multilabel_and_regression_targets(empty: Path) -> None:
     labels = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1.0]])
     table = samples_of("multilabel", labels)
     assert class_balance.class_codes(table.heads[0], table, np.arange(4)).tolist() == [1, 0, 5, 4]
@@ -338,16 +338,14 @@ def test_what_balance_means_for_other_targets(empty: Path) -> None:
         ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "twice; choose one"),
     ],
 )  # fmt: skip
-def test_a_knob_without_effect_is_refused_by_name(
-    empty: Path, task: str, given: dict[str, Any], words: str
-) -> None:
+def test_a_knob_without_effect_is_an_error(empty: Path, task: str, given: dict[str, Any], words: str) -> None:
     target = TARGETS[task][0]
     with pytest.raises(UserError, match=words):
         loss_knobs.head_losses(cfg_of(empty, **given), samples_of(task, target).heads)
 
 
 def test_every_knob_has_an_effect(empty: Path) -> None:
-    """Moved from its own value, each knob of each loss changes what the loss says."""
+    """Changed from its default, each knob of each loss changes the value of the loss."""
     other: dict[str, Any] = {
         "range": [-20.0, 20.0],
         "bins": 16,
@@ -377,8 +375,8 @@ def test_every_knob_has_an_effect(empty: Path) -> None:
     assert seen > 15
 
 
-def test_base_yaml_says_what_each_loss_takes_by_itself() -> None:
-    """Null is the loss's own value; the comment beside the knob is where people read it."""
+def test_comments_of_base_yaml_give_the_default_of_each_knob() -> None:
+    """null means the default of the loss, which the comment beside the knob names."""
     lines = (HERE / "configs/base.yaml").read_text()
     section = lines[lines.index("\nloss:") : lines.index("\noptim:")]
     for name, takes in loss_knobs.DEFAULTS.items():

@@ -1,4 +1,4 @@
-"""The range test and the drawn curve: what they say, and that they leave nothing behind but a picture and a table."""
+"""The learning-rate range test and the plotted schedule: their numbers, and that only plot and table are left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def states() -> tuple[object, list[int], list[int]]:
     return random.getstate(), numpy["state"]["key"].tolist(), torch.get_rng_state().tolist()
 
 
-def test_a_range_test_leaves_runs_and_random_numbers_alone(
+def test_a_range_test_changes_neither_runs_nor_random_states(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner.train("exp001", QUICK, fold="0", name="exp001r")
@@ -70,7 +70,7 @@ def test_a_range_test_leaves_runs_and_random_numbers_alone(
     assert len(rates) < 60, "at rate 1e6 the loss has diverged on any machine, and it ended before"
 
 
-def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
+def test_a_linear_range_with_a_scaled_learning_rate(project: Path) -> None:
     cfg = config(*QUICK, "train.batch_size=16", "optim.lr_base_size=64")
     context = loading.load_context(cfg)
     points = lr_range.sweep(context, 1e-5, 1e-3, 12, linear=True)
@@ -80,7 +80,7 @@ def test_a_linear_range_and_a_scaled_rate(project: Path) -> None:
     )
 
 
-def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
+def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
     rates = np.geomspace(1e-6, 10, 100)
     place = np.log10(rates)
     losses = 2 - 1.5 / (1 + np.exp(-4 * (place + 3))) + np.exp(3 * (place + 0.5))
@@ -91,11 +91,11 @@ def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
 
 
 @pytest.mark.parametrize("said", [["--low", "1", "--high", "0.1"], ["--steps", "3"]])
-def test_a_range_that_is_none_is_refused(project: Path, said: list[str]) -> None:
+def test_an_empty_range_is_an_error(project: Path, said: list[str]) -> None:
     assert cli.main(["lr-range", "exp001", *said]) == 2
 
 
-def test_a_curve_is_drawn_without_pictures(
+def test_a_schedule_is_plotted_without_images_and_torch(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for image in (project / "data/raw").rglob("*.png"):

@@ -1,4 +1,4 @@
-"""Optimizers: each takes steps and goes on after a stop as if there had been none; every number reaches exactly its weights."""
+"""Optimizers: each takes steps and resumes exactly; weight decay and l1 apply to exactly their parameters."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PLAIN = ["optim.weight_decay=0"]
 
 @pytest.fixture(autouse=True)
 def _somewhere(empty: Path) -> None:
-    """Knobs come from configs/base.yaml."""
+    """Other knobs as in configs/base.yaml."""
 
 
 class Net(nn.Module):
-    """Everything that is treated apart: convolution, norm, bias, head."""
+    """Convolution, norm, bias and head, which parameter groups treat differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def network() -> Net:
 
 
 def taught(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """As in the loop: rate set, gradients, clipped, stepped, dropped."""
+    """As in the training loop: set the learning rate, compute and clip gradients, step, drop gradients."""
     for step in steps:
         torch.manual_seed(step)
         optim.set_lr(optimizer, cfg.optim.lr * (1 + step / 10), None)
@@ -64,7 +64,7 @@ def taught(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, ste
 
 
 def stored(state: Any) -> Any:
-    """Through a file, as a checkpoint is read."""
+    """Saved to and loaded from memory, as a checkpoint is."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -92,17 +92,17 @@ def resumes(*said: str) -> None:
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_every_optimizer_resumes_to_the_byte(name: str) -> None:
+def test_every_optimizer_resumes_to_the_same_bytes(name: str) -> None:
     resumes(f"optim.name={name}", "optim.lr=0.01", *(PLAIN if name == "lbfgs" else ["optim.l1=0.01"]))
 
 
 @pytest.mark.parametrize("said", [["adam"], ["kron"], ["adahessian"], ["sgd", "optim.layer_decay=0.5"]])
-def test_lookahead_resumes_to_the_byte(said: list[str]) -> None:
-    """Three steps are not a multiple of two: the stop falls between two looks."""
+def test_lookahead_resumes_to_the_same_bytes(said: list[str]) -> None:
+    """Three steps are not a multiple of two: it resumes between two synchronizations."""
     resumes(f"optim.name={said[0]}", "optim.lr=0.01", "optim.lookahead=2")
 
 
-def test_lookahead_goes_half_of_the_way_back() -> None:
+def test_lookahead_moves_half_way_to_the_slow_weights() -> None:
     cfg = config("optim.name=momentum", "optim.momentum=0", "optim.lr=0.1", "optim.lookahead=2", *PLAIN)
     ahead, plain = network(), network()
     one, other = (
@@ -131,7 +131,7 @@ def test_lookahead_goes_half_of_the_way_back() -> None:
 
 
 def moved(*said: str) -> dict[str, Tensor]:
-    """By how much each weight shrinks when its gradient is zero, as a function of itself: before, after."""
+    """Each weight before and after a step with zero gradients, which only weight decay and l1 change."""
     cfg = config("optim.name=adamw", "optim.lr=0.1", *said)
     module = network()
     with torch.no_grad():
@@ -153,14 +153,14 @@ def moved(*said: str) -> dict[str, Tensor]:
         ("l1_head", 0.0, 0.05),
     ],
 )
-def test_each_regulariser_reaches_exactly_its_weights(knob: str, backbone: float, head: float) -> None:
+def test_weight_decay_and_l1_apply_to_exactly_their_weights(knob: str, backbone: float, head: float) -> None:
     off = dict.fromkeys(("weight_decay", "weight_decay_head", "l1", "l1_head"), 0.0) | {knob: 0.5}
     out = moved(*(f"optim.{key}={value}" for key, value in off.items()))
     wanted = {"conv.weight": backbone, "head.weight": head}
     assert {k: round(float(v), 6) for k, v in out.items()} == {k: wanted.get(k, 0.0) for k in out}
 
 
-def test_a_head_without_a_number_of_its_own_has_the_backbones() -> None:
+def test_head_values_default_to_those_of_the_backbone() -> None:
     out = moved("optim.weight_decay=0.5", "optim.l1=0.2")
     shrunk = 1 - (0.95 - 0.02)
     assert {k: round(float(v), 6) for k, v in out.items() if v} == {
@@ -265,8 +265,8 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
     assert [g.get("betas", (0,))[1:] for g in optimizer.param_groups] == rest
 
 
-def test_kron_without_what_orders_its_sums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to right, the matrices of a convolution are multiplied out: gigabytes, and minutes a step."""
+def test_kron_needs_opt_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, sums of products are evaluated left to right: gigabytes and minutes per step of a convolution."""
     monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"optim.name: kron needs opt_einsum"):
         optim.validate(config("optim.name=kron"))
@@ -292,7 +292,7 @@ def test_options_reach_the_optimizer() -> None:
         (["optim.layer_decay=0.7"], "optim.layer_decay: the model has no group_matcher"),
     ],
 )  # fmt: skip
-def test_what_an_optimizer_cannot_do_is_refused_by_name(said: list[str], words: str) -> None:
+def test_unsupported_optimizer_knobs_are_errors(said: list[str], words: str) -> None:
     with pytest.raises(UserError) as refused:
         optim.optimizer(config(*said), network())
     assert words in str(refused.value)

@@ -95,7 +95,7 @@ def events(seed: int, n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("event", events(1, 4))
-def test_killed_and_run_again_gives_the_same_bytes(fresh: dict[str, str], event: int) -> None:
+def test_killed_at_an_event_it_resumes_to_the_same_bytes(fresh: dict[str, str], event: int) -> None:
     status = forked(killed_at(event, train))
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the kill must have happened"
     assert forked(train) == 0
@@ -128,7 +128,7 @@ def test_the_same_bytes_without_the_cache(fresh: dict[str, str], monkeypatch: py
 
 
 def forget(part: str) -> Callable[..., Any]:
-    """A checkpoint that leaves one part out, as a careless one would."""
+    """A checkpoint that lacks one part."""
     original = checkpoint.load_latest
 
     def newest(folder: Path, device: Any) -> Any:
@@ -164,8 +164,8 @@ def careless(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["optimizer", "averaged", "schedule", "random", "sampler"])
-def test_the_check_is_not_vacuous(fresh: dict[str, str], part: str) -> None:
-    """Whatever a resumed run forgets must show in the bytes."""
+def test_a_checkpoint_without_any_part_gives_other_bytes(fresh: dict[str, str], part: str) -> None:
+    """So the tests above would notice a part that is not restored."""
     # In the second epoch, and not at its start: the place in the epoch's list must show too.
     assert os.WIFSIGNALED(forked(killed_at(4, train, after="state-00000008.pt")))
     assert (paths.root() / "runs/run/seed0/fold1/state-00000008.pt").exists()
@@ -195,7 +195,7 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
         pass
 
 
-def test_a_damaged_state_is_refused_by_name_and_the_way_on_is_said(
+def test_a_damaged_state_is_an_error_with_a_remedy(
     fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert os.WIFSIGNALED(forked(killed_at(4, train, after="state-00000008.pt")))

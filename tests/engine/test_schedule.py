@@ -1,4 +1,4 @@
-"""Rates and momentum against their closed forms, and against torch where torch has the schedule."""
+"""Learning rates and momentum against their closed forms, and against torch's schedulers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(autouse=True)
 def _somewhere(empty: Path) -> None:
-    """Knobs come from configs/base.yaml."""
+    """Other knobs as in configs/base.yaml."""
 
 
 def curve(*said: str, steps: int = STEPS) -> LRSchedule:
@@ -40,7 +40,7 @@ def rates(*said: str, steps: int = STEPS) -> list[float]:
 
 
 def of_torch(make: Any, steps: int, peak: float = 1.0) -> tuple[list[float], list[float]]:
-    """Rate and momentum that one of torch's schedulers sets."""
+    """Learning rate and momentum that a scheduler of torch sets."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], peak, momentum=0.9)
     scheduler = make(optimizer)
     out: tuple[list[float], list[float]] = ([], [])
@@ -81,12 +81,12 @@ CLOSED = {
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_a_curve_equals_its_closed_form(name: str) -> None:
+def test_a_schedule_equals_its_closed_form(name: str) -> None:
     said, form = CLOSED[name]
     assert rates(f"name={name}", *said) == pytest.approx([form(step) for step in range(STEPS)], abs=1e-12)
 
 
-def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
+def test_step_decay_at_listed_times_and_cosine_cooldown_of_wsd() -> None:
     dropped = rates("name=step", "step_size=[50%, 9 epochs, 110 steps]")
     assert [step for step in range(1, STEPS) if dropped[step] < dropped[step - 1]] == [60, 90, 110]
     assert rates("name=wsd", "cooldown=60 steps", "min_lr_ratio=0") == pytest.approx(
@@ -95,7 +95,7 @@ def test_the_list_of_drops_and_the_cosine_end_of_wsd() -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_restarts_are_those_of_torch(times: int) -> None:
+def test_cosine_restarts_equal_torchs(times: int) -> None:
     first, cycles = (30, 4) if times == 1 else (8, 4)
     whole = first * (cycles if times == 1 else 2**cycles - 1)
     said = ["name=cosine_restarts", f"cycles={cycles}", f"cycle_mul={times}", "min_lr_ratio=0.1"]
@@ -106,8 +106,8 @@ def test_restarts_are_those_of_torch(times: int) -> None:
 
 
 @pytest.mark.parametrize(("anneal", "torchs"), [("cosine", "cos"), ("linear", "linear")])
-def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
-    """Torch reaches its last value in its last step and ours would one step later, so torch gets one step more."""
+def test_one_cycle_equals_torchs(anneal: str, torchs: Any) -> None:
+    """torch reaches its last value in its last step, ours one step later, so torch gets one step more."""
     share = (0.3 * STEPS + 1) / (STEPS + 1)
     rate, momentum = of_torch(
         lambda o: torch.optim.lr_scheduler.OneCycleLR(
@@ -119,7 +119,7 @@ def test_one_cycle_is_that_of_torch(anneal: str, torchs: Any) -> None:
     assert [drawn.momentum(step) for step in range(STEPS)] == pytest.approx(momentum)
 
 
-def test_triangles_and_their_momentum_are_those_of_torch() -> None:
+def test_triangular_cycles_and_their_momentum_equal_torchs() -> None:
     rate, momentum = of_torch(
         lambda o: torch.optim.lr_scheduler.CyclicLR(
             o, 0.2, 1.0, step_size_up=12, step_size_down=28, base_momentum=0.85, max_momentum=0.95), STEPS,
@@ -131,7 +131,7 @@ def test_triangles_and_their_momentum_are_those_of_torch() -> None:
     assert curve("name=cosine").momentum(3) is None
 
 
-def test_plateau_is_that_of_torch() -> None:
+def test_plateau_equals_torchs() -> None:
     losses = [3.0, 2.0, 2.0, 1.9999, 2.1, 1.5, 1.6, 1.7, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, min_lr=0.02)
@@ -146,7 +146,7 @@ def test_plateau_is_that_of_torch() -> None:
 
 
 @pytest.mark.parametrize("name", [*CLOSED, "one_cycle", "plateau"])
-def test_warmup_leads_up_to_every_schedule(name: str) -> None:
+def test_warmup_rises_to_the_first_value_of_every_schedule(name: str) -> None:
     drawn = curve(f"name={name}", "warmup=25%")
     first = drawn.factor(30)
     assert [drawn.factor(step) for step in range(30)] == pytest.approx(
@@ -169,7 +169,7 @@ def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
     assert curve("warmup=50%").warmup_steps == 60 and not schedule.shortened_warmups(curve("warmup=50%"))
 
 
-def test_each_stage_has_a_warmup_of_its_own() -> None:
+def test_each_stage_has_its_own_warmup() -> None:
     staged = config(
         "train.epochs=3",
         "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: everything, epochs: 2, lr: 1e-3}]",
@@ -200,13 +200,13 @@ def test_durations() -> None:
         (["step_size=[1 epoch, x]"], "schedule.step_size: should be like"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(said: list[str], words: str) -> None:
+def test_impossible_schedules_are_errors(said: list[str], words: str) -> None:
     with pytest.raises(UserError) as refused:
         curve(*said)
     assert words in str(refused.value)
 
 
-def test_the_base_rate_is_scaled_with_the_effective_batch() -> None:
+def test_the_learning_rate_scales_with_the_effective_batch_size() -> None:
     cfg = config("optim.lr=0.1", "train.batch_size=8", "train.grad_accum_steps=4", "optim.lr_base_size=256")
     span = schedule.train_length(cfg, 1000)
     assert (span.effective_batch_size, span.steps_per_epoch, span.steps) == (32, 31, 31 * cfg.train.epochs)
@@ -224,7 +224,7 @@ def unused_messages(*said: str) -> list[str]:
     return unused_knobs.messages(configs.load(paths.root(), "exp001", said))
 
 
-def test_a_knob_without_effect_is_named_with_its_place() -> None:
+def test_a_knob_without_effect_is_reported_with_file_and_line() -> None:
     assert unused_messages("schedule=cosine_restarts", "schedule.cycles=3") == []
     assert unused_messages("schedule=constant", "schedule.cycles=3") == [
         "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "

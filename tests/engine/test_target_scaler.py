@@ -1,4 +1,4 @@
-"""Targets that are values: learned standardised by the training part of the fold, predicted and logged in their own unit."""
+"""Regression targets: standardized by the training rows of the fold, predicted and logged in their own unit."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ R2: list[float] = []
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (10.0, 45.0), (1000.0, 9500.0)])
-def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, shift: float) -> None:
-    """And what is logged is in that unit: the mean squared error of the predictions."""
+def test_training_does_not_depend_on_the_unit_of_the_target(
+    project: Path, scale: float, shift: float
+) -> None:
+    """The logged loss is in that unit: the mean squared error of the predictions."""
     R2.append(learn(project, scale, shift))
     assert R2[-1] > 0.2
     assert abs(R2[-1] - R2[0]) < 0.02
@@ -72,7 +74,7 @@ def test_a_target_is_learned_alike_in_every_unit(project: Path, scale: float, sh
     assert 0.2 * scale**2 < epoch["train_loss"] < 9 * scale**2
 
 
-def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_average(project: Path) -> None:
+def test_mean_and_std_of_training_rows_are_stored_with_every_set_of_weights(project: Path) -> None:
     kinds = ["raw", "swa", "tail", "uniform", "greedy"]
     learn(
         project, 1000.0, 9500.0, "train.ema_decay=0.9", f"average.members=[{','.join(kinds)}]", "snapshots.cycles=2",
@@ -96,7 +98,7 @@ def test_the_numbers_are_of_the_training_part_and_in_the_weights_of_every_averag
     assert again.tolist() == pytest.approx([own.mean()], rel=1e-6), "measured anew, not taken over"
 
 
-def test_the_audit_measures_targets_again(project: Path) -> None:
+def test_the_audit_recomputes_target_statistics(project: Path) -> None:
     from safetensors.torch import save_file
 
     from comp.engine.extras import audit_statistics
@@ -119,9 +121,7 @@ def test_the_audit_measures_targets_again(project: Path) -> None:
     assert "fold0" in found.where
 
 
-def test_a_loss_of_your_own_sees_the_unit_of_the_target(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_loss_gets_the_unit_of_the_target(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, float]] = []
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -134,14 +134,14 @@ def test_a_loss_of_your_own_sees_the_unit_of_the_target(
 
 
 @pytest.mark.parametrize("name", ["l1", "huber"])
-def test_grades_are_learned_standardised_and_weighed_by_their_class(project: Path, name: str) -> None:
+def test_grades_are_standardized_and_have_class_weights(project: Path, name: str) -> None:
     few = [f"loss.name={name}", "loss.class_weights=balanced", "train.epochs=2"]
     assert learn(project, 1, 0, *few, task="ordinal", metric="qwk") > 0
     weights = load_file(paths.fold_folder("x", 0, 0) / "weights.safetensors")
     assert weights["target_mean"].item() == pytest.approx(4.5, abs=0.5)
 
 
-def test_missing_values_do_not_count_and_a_constant_has_deviation_1() -> None:
+def test_missing_values_are_left_out_and_a_constant_has_deviation_1() -> None:
     from comp.engine.run import target_scaler
 
     nan = float("nan")
@@ -155,7 +155,7 @@ def test_missing_values_do_not_count_and_a_constant_has_deviation_1() -> None:
 
 @pytest.mark.parametrize("name", ["mse", "l1", "huber", "log_cosh"])
 def test_neither_gradients_nor_the_share_of_a_column_depend_on_the_unit(empty: Path, name: str) -> None:
-    """Delta is in the unit of the target, and so is what is read of every loss."""
+    """delta is in the unit of the target, and so is the logged value of every loss."""
     from comp.engine.run import target_scaler
 
     plain = np.random.default_rng(0).normal(size=(50, 2))

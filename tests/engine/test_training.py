@@ -1,4 +1,4 @@
-"""Training as a user meets it: refusals before anything is spent, damaged pictures, identity, views, tasks."""
+"""Training from the command's side: early errors, damaged images, random draws, views, tasks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(work: Callable[[], Any]) -> str:
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> None:
+def test_a_damaged_image_stops_training_but_not_inference(project: Path) -> None:
     table = samples.load()
     taught = folds.load(table).split(0)[0][:48]
     victims = {
@@ -69,7 +69,7 @@ def test_a_damaged_picture_stops_training_and_not_inference(project: Path) -> No
 
 
 def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
-    """Workers, starting points and loaders do not show; an oversampled sample is never drawn twice the same way."""
+    """Independent of workers and resume points; an oversampled image is augmented differently each time."""
     rows = np.repeat(samples.load().positions("train")[:16], 4)
 
     def drawn(workers: int, first: int = 0) -> list[bytes]:
@@ -84,7 +84,7 @@ def test_draws_are_a_function_of_seed_epoch_and_position(project: Path) -> None:
     assert drawn(0, first=5) == alone[40:64] + alone[104:]
 
 
-def test_a_recipe_with_a_wrong_argument_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_with_a_wrong_argument_is_an_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import albumentations as A
 
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
 
 
 def test_views_are_averaged_in_their_space(project: Path) -> None:
-    """The member of two views is the mean, in probability, of what each view says alone."""
+    """The prediction of two views is the mean of the probabilities of each."""
     run = [*TINY, "predict.tta=[identity]"]
     for number in range(5):
         runner.train("exp001", run, fold=str(number), name="x")
@@ -143,7 +143,7 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
         ("multiclass", "log_loss", "default"),
     ],
 )
-def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, loss: str) -> None:
+def test_every_task_trains_and_predicts(project: Path, task: str, metric: str, loss: str) -> None:
     table = pd.read_csv(project / "data/raw/train.csv", dtype=str)
     digit = table["label"].astype(int)
     labels = {"binary": digit > 4, "regression": digit * 1.5}
@@ -173,7 +173,7 @@ def test_every_task_goes_the_whole_road(project: Path, task: str, metric: str, l
 
 
 def residuals_and_summary(project: Path, record: dict[str, Any]) -> None:
-    """Read back from the offline files: a plot of residuals where there are no classes, and a run that speaks for all folds."""
+    """Read back from the offline files: a residual plot where there are no classes, and a summary run of all folds."""
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     kinds = {part.run.job_type: part for part in parts}
     assert len(parts) == 2 and kinds.keys() == {"fold", "summary"}
@@ -237,8 +237,8 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
     assert bank.find("x:full", "test").exists()
 
 
-def test_wandb_offline_holds_the_whole_fold(project: Path) -> None:
-    """Not what the tracker can do, but what a real fold tells it."""
+def test_wandb_offline_logs_the_whole_fold(project: Path) -> None:
+    """Of a real fold, not of the tracker alone."""
     told = ["track=offline", "track.log_model=true", "machine.progress=false", "machine.num_workers=0"]
     runner.train("exp001", [*told, "train.epochs=2", "train.max_samples=48"], fold="0", name="x")
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
@@ -308,9 +308,7 @@ def test_replicas_share_weights_and_nothing_else() -> None:
     assert list(evaluate._in_order(iter(calls), 2)) == [6.0, 10.0]
 
 
-def test_locked_rows_are_read_by_nothing_but_a_last_look(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_locked_rows_are_read_by_last_look_only(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = ["competition.folds.holdout=0.2"]
     make_folds.make(config(*said), samples.load(), remake=True)
     table = samples.load()
@@ -329,7 +327,7 @@ def test_locked_rows_are_read_by_nothing_but_a_last_look(
     assert f"on {len(locked)} held-out rows, look 1" in out and "look 2" in out
 
 
-def test_a_line_an_epoch_where_nobody_sees_a_bar(
+def test_a_line_per_epoch_is_printed_without_a_progress_bar(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "LOG_INTERVAL", 0)
@@ -345,7 +343,7 @@ def test_a_line_an_epoch_where_nobody_sees_a_bar(
     assert 95 <= sum(map(int, shares.values())) <= 105 and ("the loader" in said or "the network" in said)
 
 
-def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
+def test_a_run_that_does_not_fit_on_the_disk_is_an_error_before_it_starts(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(project)

@@ -37,8 +37,8 @@ def validate(cfg: Config, heads: Sequence[Head]) -> None:
         raise UserError(
             "loss-incompatible",
             key="distill.teacher",
-            what=f"loss {loss_knobs.head_losses(cfg, heads)[0].name} trains embeddings, and a teacher predicts "
-            "classes",
+            what=f"loss {loss_knobs.head_losses(cfg, heads)[0].name} trains embeddings, "
+            "and a teacher predicts classes",
             remedy="set loss.name: cross_entropy",
         )
 

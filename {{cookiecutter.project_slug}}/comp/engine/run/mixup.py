@@ -85,7 +85,8 @@ def mix_images(
     use_cutmix = use_pair & bool(cutmix) & ((u[:, 2] < 0.5) | (not mixup))
     use_mixup = use_pair & ~use_cutmix
     places = np.arange(count)
-    # shares[:, k]: of the image itself, of its partner, for mosaics of two more; partners[k]: their positions.
+    # shares[:, k]: of the image itself, of its partner, for mosaics of two more. partners[k]: their positions
+    # in the batch.
     shares = np.zeros((count, 4))
     shares[:, 0] = 1
     # Micro-batches hold whole pairs and fours; only the last of an epoch may not.

@@ -129,8 +129,9 @@ def on_device(values: Array) -> OnDevice:
 def standardized_loss(
     function: Callable[..., Tensor], std: OnDevice, power: int | None
 ) -> Callable[..., Tensor]:
-    """The loss of standardized values. huber's delta is given in the unit of the target, so it is standardized
-    too. `power`: multiply the result by this power of the deviation, to get it in the unit of the target."""
+    """The loss of standardized values. huber's delta is given in the unit of the target, so it is
+    standardized too. `power`: multiply the result by this power of the deviation, to get it in the unit of
+    the target."""
 
     def loss(output: Tensor, target: Tensor, **knobs: float) -> Tensor:
         deviation = std(output.device)  # (targets,)

@@ -128,8 +128,8 @@ def _teacher(address: str, weight: float, folds: Folds, key: str) -> Teacher:
         raise UserError(
             "teacher-leaks",
             key=key,
-            what=f"{run}{':' if selected[0] else ''}{selected[0]} is selected_on_fold: each model was selected "
-            "on the scored rows of its fold",
+            what=f"{run}{':' if selected[0] else ''}{selected[0]} is selected_on_fold: "
+            "each model was selected on the scored rows of its fold",
             remedy="train it with select.on: inner",
         )
     return Teacher(address, run, cfg, seed, members, weight)

@@ -1,4 +1,4 @@
-"""Several views of a picture in a batch, and the stem for small pictures."""
+"""Consistency between views of an image, and the stem for small images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from comp.engine.run import consistency, small_stem
 VIEWS = ["augment.jsd_views=3", "train.batch_size=30"]
 
 
-def test_the_divergence_is_that_of_timm(empty: Path) -> None:
+def test_the_divergence_equals_timms(empty: Path) -> None:
     head = banked.HEADS["multiclass"]
     torch.manual_seed(0)
     output, target = torch.randn(30, 3), torch.randint(3, (10,))
@@ -39,7 +39,7 @@ def test_the_divergence_is_that_of_timm(empty: Path) -> None:
     assert consistency.consistency_loss(config(experiment="base"), (head,))(output) == 0
 
 
-def test_of_labels_each_by_itself(empty: Path) -> None:
+def test_the_divergence_of_multilabel_is_per_label(empty: Path) -> None:
     head, output = banked.HEADS["multilabel"], torch.randn(4, 3)
     each = consistency.consistency_loss(config("augment.jsd_views=2", experiment="base"), (head,))(output)
     p = output.sigmoid().unflatten(0, (2, 2))
@@ -49,7 +49,7 @@ def test_of_labels_each_by_itself(empty: Path) -> None:
     assert torch.allclose(each, wanted.repeat_interleave(2), atol=1e-5)
 
 
-def test_views_stand_side_by_side_each_drawn_anew(empty: Path) -> None:
+def test_views_are_neighbours_with_their_own_seeds(empty: Path) -> None:
     cfg, rows = config(*VIEWS, experiment="base"), np.arange(50)
     table = Samples(pd.DataFrame(), (), "x")
     batches = list(data.training_batches(rows, 30, 0, 0, 0, class_balance.make_sampler(cfg, table, rows)))
@@ -58,7 +58,7 @@ def test_views_stand_side_by_side_each_drawn_anew(empty: Path) -> None:
     assert len({d.seed for batch in batches for d in batch}) == 150
 
 
-def test_what_does_not_go_together(empty: Path) -> None:
+def test_incompatible_knobs_are_errors(empty: Path) -> None:
     with pytest.raises(
         UserError, match=r"train.batch_size: 32 would part the views of a picture; a multiple of 3"
     ):
@@ -79,7 +79,7 @@ def test_what_does_not_go_together(empty: Path) -> None:
         ("regnetx_002", 4),
     ],
 )
-def test_a_small_stem_goes_over_every_pixel(name: str, side: int) -> None:
+def test_a_small_stem_keeps_the_resolution(name: str, side: int) -> None:
     image = torch.randn(1, 3, 64, 64)
     module: Any = timm.create_model(name, num_classes=0).eval()
     kept = {k: v.clone() for k, v in module.state_dict().items()}
@@ -91,7 +91,7 @@ def test_a_small_stem_goes_over_every_pixel(name: str, side: int) -> None:
     assert new == (["stem.0.weight"] if name == "test_convnext" else [])
 
 
-def test_a_large_kernel_begins_anew_and_what_has_no_stem_is_refused() -> None:
+def test_a_large_kernel_is_initialized_anew_and_networks_without_stem_are_errors() -> None:
     module: Any = small_stem.small(timm.create_model("resnet18", num_classes=0), "resnet18")
     assert module.conv1.weight.shape == (64, 3, 3, 3) and isinstance(module.maxpool, torch.nn.Identity)
     with pytest.raises(UserError, match=r"model.stem: small: test_vit has no stem"):

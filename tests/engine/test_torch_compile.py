@@ -1,4 +1,4 @@
-"""Faster or smaller, and the same numbers; refused by name where a network cannot."""
+"""torch.compile, channels_last and gradient checkpointing: the same numbers, or an error if unsupported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def network(*overrides: str) -> torch.nn.Module:
 
 
 def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, int]:
-    """And how many numbers were kept for the backward pass."""
+    """Gradients, and how many numbers were saved for the backward pass."""
     kept = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_gradients_stay_the_same(empty: Path, knob: str) -> None:
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
+def test_compile_calls_torch_compile_and_changes_no_saved_weights(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.nn.Module] = []
@@ -76,7 +76,7 @@ def test_compiling_is_asked_of_torch_and_changes_nothing_that_is_saved(
 
 
 @pytest.mark.parametrize("knob", ["grad_checkpointing", "channels_last"])
-def test_a_network_that_cannot_says_so(empty: Path, knob: str) -> None:
+def test_unsupported_networks_are_errors(empty: Path, knob: str) -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     assert f"train.{knob}" in refusal(lambda: torch_compile.prepare(config(f"train.{knob}=true"), plain))
 
@@ -94,7 +94,7 @@ PICTURES = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
 def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
-    """The network, timm's name of what is inside, and what it takes beside pictures."""
+    """The network, timm's name of its backbone, and its inputs besides images."""
     name, knobs = AROUND[kind]
     torch.manual_seed(0)
     several, metadata = "several" in kind, torch.randn(2 if "several" in kind else 4, 5)
@@ -106,7 +106,7 @@ def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", list(AROUND))
-def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> None:
+def test_layer_decay_of_a_wrapped_backbone_equals_timms(empty: Path, kind: str) -> None:
     module, name, _ = joined(kind)
     size: Any = {"img_size": 32} if name == "test_vit" else {}
     plain: Any = timm.create_model(name, num_classes=3, in_chans=1, **size)
@@ -132,7 +132,7 @@ def test_layer_decay_is_timms_with_something_around(empty: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", list(AROUND))
-def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: str) -> None:
+def test_checkpointing_a_wrapped_backbone_keeps_gradients(empty: Path, kind: str) -> None:
     def of(*knobs: str) -> tuple[dict[str, torch.Tensor], int]:
         module, name, extras = joined(kind)
         prepared = torch_compile.prepare(config(f"model.name={name}", *knobs), module.train())
@@ -157,7 +157,7 @@ def test_checkpointing_keeps_gradients_with_something_around(empty: Path, kind: 
         assert torch.allclose(got[key], gradient, rtol=1e-4, atol=1e-6), key
 
 
-def test_pooling_by_gem_can_be_trained_in_stages_and_begin_with_a_file(empty: Path) -> None:
+def test_gem_pooling_works_with_stages_and_pretrained_files(empty: Path) -> None:
     from comp.engine.run import freezing, pretrained
 
     module, name, _ = joined("gem")

@@ -1,4 +1,4 @@
-"""comp pseudo: each fold is taught by labels of its own models, and of no others."""
+"""comp pseudo: each fold is trained on pseudo-labels of its own models only."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def written(source: str = "exp001", selection: Selection = CONFIDENT) -> pd.Data
     return pseudo_rows.read(source)
 
 
-def test_another_folds_models_have_no_say(empty: Path) -> None:
-    """What the model of fold 2 says moves the labels of fold 2, those of the refit on all data, and no others."""
+def test_pseudo_labels_of_a_fold_depend_on_its_own_models_only(empty: Path) -> None:
+    """Predictions of fold 2 change the labels of fold 2 and of the refit on all data, and no others."""
     project = banked.lay_out(empty)
     run(project, "exp001")
     before = written(selection=Selection(0.6, None, False, 1.0))
@@ -61,7 +61,7 @@ def test_another_folds_models_have_no_say(empty: Path) -> None:
     assert moved == [2, -1]
 
 
-def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -> None:
+def test_a_fold_gets_its_own_rows_and_is_scored_on_the_same_rows(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     lines = written(selection=Selection(0.6, None, False, 0.5))
@@ -88,7 +88,7 @@ def test_a_fold_gets_its_own_lines_and_is_scored_on_the_same_rows(empty: Path) -
     )
 
 
-def test_the_surest_of_each_class(empty: Path) -> None:
+def test_the_most_confident_rows_of_each_class_are_taken(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     mean = bank.read(paths.fold_folder("exp001", 0, 3) / "test.arrow", project.samples, project.folds)
@@ -108,7 +108,7 @@ def test_the_surest_of_each_class(empty: Path) -> None:
         written(selection=Selection(0.9999, None, False, 1.0))
 
 
-def test_soft_labels_are_shares_of_each_class(empty: Path) -> None:
+def test_soft_labels_are_a_share_per_class(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     lines = written(selection=Selection(0.6, None, True, 1.0))
@@ -151,7 +151,7 @@ def test_other_tasks(empty: Path, task: str) -> None:
     ).any()
 
 
-def test_one_model_does_not_say_how_sure_it_is_of_a_value(empty: Path) -> None:
+def test_confidence_of_values_needs_several_models(empty: Path) -> None:
     run(banked.lay_out(empty, "regression"), "exp001")
     with pytest.raises(UserError, match="comp train RUN --seed 1"):
         written()
@@ -162,7 +162,7 @@ def test_one_model_does_not_say_how_sure_it_is_of_a_value(empty: Path) -> None:
         written(selection=Selection(None, 1.0, True, 1.0))
 
 
-def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
+def test_teachers_fitted_on_scored_rows_are_errors(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     for name, method, more in (("fitted", "logistic", "members"), ("after", "mean", "after")):
@@ -187,7 +187,7 @@ def test_who_has_seen_the_answers_does_not_teach(empty: Path) -> None:
         written("elsewhere")
 
 
-def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
+def test_a_plain_average_labels_with_the_mean_of_its_runs(empty: Path) -> None:
     project = banked.lay_out(empty)
     for seed, name in enumerate(("exp002", "exp003")):
         banked.member(project, name, seed=seed)
@@ -209,14 +209,14 @@ def test_a_plain_average_teaches_as_the_mean_of_its_runs(empty: Path) -> None:
 
 
 def resealed(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """A table with other lines, sealed as if it were right."""
+    """A changed table with a valid manifest entry."""
     file = paths.pseudo_file("exp001")
     facts = {k: v for k, v in (artifacts.manifest_entry(file) or {}).items() if k not in ("sha256", "size")}
     change(pseudo_rows.read("exp001")).to_parquet(file, index=False)
     artifacts.add_to_manifest(file, **facts)
 
 
-def test_the_audit_makes_the_labels_again(empty: Path) -> None:
+def test_the_audit_recomputes_the_labels(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     written()
@@ -244,7 +244,7 @@ def test_the_audit_makes_the_labels_again(empty: Path) -> None:
 QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.ema_decay=null", "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", "augment=none"]  # fmt: skip
 
 
-def test_the_rows_teach(project: Path) -> None:
+def test_training_uses_the_pseudo_labelled_rows(project: Path) -> None:
     digits = banked.digits(project)
     run(digits, "teacher")
     pseudo_labels.write("teacher", "teacher", Selection(None, 0.2, False, 1.0))
@@ -270,8 +270,8 @@ def test_the_rows_teach(project: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["multiclass", "regression"])
-def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -> None:
-    """Statistics in the weights, of pixels and of targets that are values, are of all rows that taught the fold."""
+def test_the_audit_includes_pseudo_labelled_rows_in_statistics(project: Path, task: str) -> None:
+    """Pixel and target statistics stored with the weights are those of all training rows of the fold."""
     if task == "regression":
         declare_values(project, 1000.0, 9500.0)
     digits = banked.digits(project)
@@ -334,7 +334,7 @@ def test_the_audit_measures_pseudo_labelled_rows_too(project: Path, task: str) -
         assert all(each[1].startswith("data/pseudo/teacher.parquet") and why in each[1] for each in unseen)
 
 
-def test_a_short_run_tries_them_too(empty: Path) -> None:
+def test_a_short_run_uses_some_of_them(empty: Path) -> None:
     project = banked.lay_out(empty)
     run(project, "exp001")
     more = pseudo_rows.add_rows(
@@ -352,7 +352,7 @@ def test_a_short_run_tries_them_too(empty: Path) -> None:
     assert np.array_equal(model_selection.limit_rows(own, project.samples, 40), own[:40])
 
 
-def test_extra_rows_teach_every_fold_as_much_as_they_weigh(project: Path) -> None:
+def test_extra_rows_train_every_fold_by_their_weight(project: Path) -> None:
     """Other people's pictures that are all called 3: with weight 1 the network believes it, with weight 0 it does not. No training
     row has these pictures, or its fold would not be taught by them."""
     raw, file = project / "data/raw", project / "configs/competition.yaml"

@@ -1,4 +1,4 @@
-"""Which weights a run keeps: snapshots, averages, soups, the best epoch; and what a choice does to a score."""
+"""Extra weights of a run: snapshots, averages, soups, the best epoch; and the optimism of a selection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def weights(run: str, *inside: str, fold: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def halves(project: Path) -> Path:
-    """Two folds: half of the trainings, and still a whole CV."""
+    """A project with two folds, the fewest of a CV."""
     file = project / "configs/competition.yaml"
     file.write_text(file.read_text().replace("k: 5", "k: 2"))
     make_folds.make(config(), samples.load(), remake=True)
@@ -53,7 +53,7 @@ def halves(project: Path) -> Path:
 # --- snapshots and averages ----------------------------------------------------------------------------------------------
 
 
-def test_the_cyclic_cosine_is_the_papers() -> None:
+def test_the_cyclic_cosine_equals_that_of_the_paper() -> None:
     """Snapshot Ensembles (Huang et al. 2017), equation 2: T steps, M cycles, t from 1."""
     total, cycles = 120, 4
     cfg = config(
@@ -72,7 +72,7 @@ def test_the_cyclic_cosine_is_the_papers() -> None:
     assert shares == sorted(shares, reverse=True) and schedule.snapshot_steps(once, span) == [30, 60, 90, 120]
 
 
-def test_the_average_is_the_one_of_timm() -> None:
+def test_the_ema_equals_timms() -> None:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=3)
     ours = averaging.Ema(module, 0.7)
@@ -99,8 +99,8 @@ def test_the_average_is_the_one_of_timm() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
-    """One run makes both: train.ema_decay changes no step of it. In two epochs a network learns these digits."""
+def test_the_ema_of_a_short_run_scores_like_its_last_weights(project: Path, epochs: int) -> None:
+    """One run makes both, since train.ema_decay changes no step. Two epochs suffice for these digits."""
     quiet = ["track=none", "machine.num_workers=0", "machine.progress=false", "average.members=[raw]"]
     runner.train("exp001", [*quiet, f"train.epochs={epochs}"], fold="3", name="x")
     table = samples.load()
@@ -115,10 +115,8 @@ def test_the_average_of_a_short_run_scores_like_its_last_weights(project: Path, 
     assert right("raw") > (0.4 if epochs == 1 else 0.9)
 
 
-def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
-    halves: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Once for all folds; the preview says it too."""
+def test_a_shortened_warmup_is_reported_once(halves: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the warm-up of base.yaml and one epoch: once for all folds, and in the preview."""
     few = ["train.epochs=1", "train.max_samples=32", "train.batch_size=8", "augment=none"]
     previews.schedule("exp001", few)
     assert "schedule.warmup: 4 steps" in capsys.readouterr().out
@@ -130,7 +128,7 @@ def test_one_epoch_trains_with_the_warmup_of_base_yaml_and_says_so_once(
     assert rates.index(max(rates)) == 2 and len(rates) == 4
 
 
-def test_batch_norms_counters_are_averaged_on_a_gpu_too(
+def test_swa_averages_batch_norm_counters_on_a_gpu(
     empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
@@ -138,18 +136,18 @@ def test_batch_norms_counters_are_averaged_on_a_gpu_too(
     cfg = config(
         "average.predict_with=swa", "train.ema_decay=null", "train.epochs=4", "average.swa_start=0.25"
     )
-    kept_weights = averaging.WeightSets(cfg, module, tmp_path, [])
+    weight_sets = averaging.WeightSets(cfg, module, tmp_path, [])
     for epoch in range(1, 5):
         module(torch.randn(4, 3, 32, 32))
-        kept_weights.after_epoch(epoch, None)
-    assert kept_weights.swa is not None
+        weight_sets.after_epoch(epoch, None)
+    assert weight_sets.swa is not None
     counters = [
-        n for name, n in kept_weights.swa.module.state_dict().items() if name.endswith("batches_tracked")
+        n for name, n in weight_sets.swa.module.state_dict().items() if name.endswith("batches_tracked")
     ]
     assert counters and all(2 <= int(count) <= 4 for count in counters)
 
 
-def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: Path) -> None:
+def test_every_kind_of_weights_is_a_member_with_its_own_predictions(halves: Path) -> None:
     runner.train("exp001", EVERYTHING, name="x")
     snaps = ["snap1", "snap2", "snap3"]
     names = {*snaps, "last2", "ema", "swa", "tail", "uniform", "greedy"}
@@ -188,7 +186,7 @@ def test_every_kind_of_weights_is_a_member_with_predictions_of_its_own(halves: P
     )
 
 
-def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: Path) -> None:
+def test_killed_with_all_averages_on_a_run_resumes_to_the_same_bytes(project: Path) -> None:
     def train() -> None:
         runner.train("exp001", [*EVERYTHING, "train.checkpoint_every=2"], fold="1", name="x")
 
@@ -207,7 +205,7 @@ def test_killed_with_everything_on_and_run_again_gives_the_same_bytes(project: P
     assert artefacts() == whole
 
 
-def test_what_speaks_is_said_beforehand(project: Path) -> None:
+def test_which_weights_predict_is_fixed_by_the_config(project: Path) -> None:
     run = [*QUIET, "train.epochs=2", "average.tail_epochs=2", "train.ema_decay=null"]
     runner.train(
         "exp001", [*run, "average.predict_with=tail", "average.members=[raw]"], fold="0", name="tail"
@@ -220,7 +218,7 @@ def test_what_speaks_is_said_beforehand(project: Path) -> None:
 # --- choosing ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_choose_are_held_out_with_their_groups(project: Path) -> None:
+def test_selection_rows_are_held_out_with_their_groups(project: Path) -> None:
     table = samples.load()
     split = folds.load(table)
     group = table.frame["group"].to_numpy()
@@ -234,7 +232,7 @@ def test_rows_that_choose_are_held_out_with_their_groups(project: Path) -> None:
     assert not np.array_equal(split.inner_split(0, 0.1)[1], split.inner_split(1, 0.1)[1])
 
 
-def test_of_time_the_latest_are_held_out(empty: Path) -> None:
+def test_selection_rows_of_folds_by_time_are_the_latest(empty: Path) -> None:
     project = banked.lay_out(empty, rule="earlier")
     time = project.samples.frame["time"].to_numpy()
     free, held = project.folds.inner_split(3, 0.2)
@@ -247,7 +245,7 @@ def epochs(run: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("on", ["inner", "fold"])
-def test_the_best_epoch_speaks_and_patience_ends_it(
+def test_the_best_epoch_predicts_and_patience_ends_training(
     halves: Path, on: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*QUIET, "train.epochs=8", "train.ema_decay=null", "optim.lr=5e-2", "select=best", f"select.on={on}", "select.patience=2"]  # fmt: skip
@@ -270,8 +268,8 @@ def test_the_best_epoch_speaks_and_patience_ends_it(
             runner.train("exp001", run, fold="full", name="x")
 
 
-def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
-    """Thirty candidates that all guess: whatever the best one shows above one half is the choice."""
+def test_the_optimism_of_a_selection_is_estimated_without_bias() -> None:
+    """Thirty candidates that all guess: the best one's score above one half is optimism alone."""
     shown, estimated = [], []
     for seed in range(200):
         right = np.random.default_rng(seed).random((30, 400)) < 0.5
@@ -287,8 +285,8 @@ def test_the_optimism_of_a_choice_is_what_it_is_worth() -> None:
     assert abs(np.mean(shown) - np.mean(estimated)) < 4 * error
 
 
-def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
-    """On the scored rows, so that the score of every part can be read from the members."""
+def test_a_greedy_soup_adds_weights_that_do_not_lower_the_score(project: Path) -> None:
+    """Selected on the scored rows, so that the score of every part can be computed from the members."""
     run = [*QUIET, "train.epochs=3", "train.ema_decay=null", "snapshots.cycles=3", "average.members=[greedy,uniform]", "select.on=fold"]  # fmt: skip
     runner.train("exp001", run, fold="0", name="x")
     table = samples.load()
@@ -322,7 +320,7 @@ def test_a_greedy_soup_takes_what_does_not_lose(project: Path) -> None:
         (["select.on=fold"], "nothing is chosen"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(empty: Path, override: list[str], words: str) -> None:
+def test_knobs_without_effect_are_errors(empty: Path, override: list[str], words: str) -> None:
     with pytest.raises(UserError) as refused:
         config(*override)
     assert words in str(refused.value) and "override" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Weights to begin with, and training in stages."""
+"""Pretrained weights, and training in stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "sched
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
-def test_what_a_stage_freezes_stays_to_the_last_bit(empty: Path, name: str) -> None:
+def test_frozen_parameters_do_not_change_by_a_bit(empty: Path, name: str) -> None:
     cfg = config(STAGES, "train.epochs=4", f"model.name={name}")
     module = timm.create_model(name, num_classes=3)
     stages = Stages(cfg, module)
@@ -75,7 +75,7 @@ def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
         assert max(found) == pytest.approx(0.3) and not any(none), knob
 
 
-def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
+def test_each_stage_has_its_learning_rate_and_the_whole_schedule(empty: Path) -> None:
     cfg = config(STAGES, "train.epochs=4", "schedule.warmup=0 epochs", "schedule.min_lr_ratio=0")
     curve = schedule.lr_schedule(cfg, schedule.train_length(cfg, 10 * cfg.train.batch_size))
     assert [curve.lr(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
@@ -84,7 +84,7 @@ def test_each_stage_has_its_rate_and_the_whole_schedule(empty: Path) -> None:
         config(STAGES, "train.epochs=5")
 
 
-def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
+def test_a_file_is_loaded_except_for_the_head(tmp_path: Path) -> None:
     given = timm.create_model("test_resnet", num_classes=5).state_dict()
     module = timm.create_model("test_resnet", num_classes=7)
     fits = pretrained.matching_tensors(module, given, "x")
@@ -94,7 +94,7 @@ def test_a_file_fills_all_but_the_head(tmp_path: Path) -> None:
         pretrained.matching_tensors(timm.create_model("test_resnet", in_chans=4), given, "x")
 
 
-def test_another_run_of_the_same_fold(project: Path) -> None:
+def test_pretrained_weights_of_another_run_are_those_of_the_same_fold(project: Path) -> None:
     runner.train("exp001", [*QUIET, "train.epochs=1"], fold="1", name="first")
     file = paths.fold_folder("first", 0, 1) / "weights.safetensors"
     # A rate so small that nothing moves shows what training began with.
@@ -125,7 +125,7 @@ def test_another_run_of_the_same_fold(project: Path) -> None:
     "kind", ["pickle", "torch.save", "empty", "malformed", "cut", "header of 2^60 bytes"]
 )
 def test_a_file_that_is_not_safetensors(project: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    """Named by key and file, exit code 2; an object in a pickle is never built."""
+    """An error with key and file, exit code 2; objects in a pickle are never constructed."""
     file = project / "mine.safetensors"
     if kind == "torch.save":
         torch.save({"fc.weight": torch.zeros(2, 2)}, file)
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_safetensors(project: Path, capsys: pytest.CaptureFix
 
 
 class _Tells:
-    """Its pickle makes a folder when it is loaded."""
+    """Its pickle creates a folder when loaded."""
 
     def __init__(self, folder: Path):
         self.folder = folder

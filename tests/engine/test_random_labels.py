@@ -1,4 +1,4 @@
-"""On labels that mean nothing the CV must say so: the whole road, from the first draw to the score."""
+"""On random labels the CV score must be chance: the whole pipeline, from sampling to the score."""
 
 from __future__ import annotations
 

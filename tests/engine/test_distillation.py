@@ -1,4 +1,4 @@
-"""Distillation: what the losses are, who may teach which fold, and what the loop gets."""
+"""Distillation: the losses, which teachers are allowed for a fold, and the targets of the loop."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lesson(task: str, *overrides: str) -> Lesson:
     )
 
 
-def test_soft_is_kullback_leibler_at_a_temperature(empty: Path) -> None:
+def test_soft_distillation_is_kullback_leibler_at_a_temperature(empty: Path) -> None:
     a = lesson("multiclass", "distill.weight=0.3")
     apart = F.kl_div(F.log_softmax(a.output / T, 1), F.softmax(a.stored / T, 1), reduction="none").sum(1)
     wanted = 0.7 * F.cross_entropy(a.output, a.truth, reduction="none") + 0.3 * T**2 * apart
@@ -78,7 +78,7 @@ def test_soft_is_kullback_leibler_at_a_temperature(empty: Path) -> None:
     assert same.abs().max() < 1e-5, "nothing is left to learn from a teacher that one agrees with"
 
 
-def test_each_label_by_itself(empty: Path) -> None:
+def test_soft_distillation_of_multilabel_is_per_label(empty: Path) -> None:
     for task in ("binary", "multilabel"):
         a = lesson(task, "distill.weight=1")
         p, q = (a.stored / T).sigmoid(), (a.output / T).sigmoid()
@@ -86,7 +86,7 @@ def test_each_label_by_itself(empty: Path) -> None:
         assert torch.allclose(a.loss(a.output, [a.truth, a.told]), T**2 * apart, atol=1e-5)
 
 
-def test_bce_multiclass_is_read_as_its_predictions_are(empty: Path) -> None:
+def test_soft_distillation_of_bce_uses_its_decoded_logits(empty: Path) -> None:
     a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
     p = torch.from_numpy(
         a.head.spec.decode(a.output.double().numpy(), losses.loss_knobs.head_losses(a.cfg, [a.head])[0])
@@ -96,14 +96,14 @@ def test_bce_multiclass_is_read_as_its_predictions_are(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
-def test_hard_is_the_answer_as_if_it_were_the_label(empty: Path, task: str) -> None:
+def test_hard_distillation_takes_the_predicted_label(empty: Path, task: str) -> None:
     a = lesson(task, "distill.kind=hard", "distill.weight=0.4")
     answer = a.stored.argmax(1) if task == "multiclass" else (a.stored > 0).float()
     wanted = 0.6 * a.own(a.output, [a.truth]) + 0.4 * a.own(a.output, [answer])
     assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
 
 
-def test_of_values_there_is_only_the_answer(empty: Path) -> None:
+def test_regression_targets_are_predicted_values(empty: Path) -> None:
     a = lesson("regression", "distill.weight=0.5")
     wanted = 0.5 * (a.output[:, 0] - a.truth) ** 2 + 0.5 * (a.output[:, 0] - a.stored[:, 0]) ** 2
     assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
@@ -112,7 +112,7 @@ def test_of_values_there_is_only_the_answer(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.target_threshold=0.2", "distill.kind=hard"]])
-def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[str]) -> None:
+def test_mixing_images_mixes_teacher_targets(empty: Path, more: list[str]) -> None:
     a = lesson("multiclass", *more)
     mixture = mixup.mixed_loss(a.cfg, (a.head,), a.loss)
     mate, share = torch.tensor([1, 0, 3, 2, 5, 4]), torch.rand(BATCH)
@@ -127,7 +127,7 @@ def test_a_mixture_has_the_teachers_targets_mixed_alike(empty: Path, more: list[
     assert torch.allclose(mixture(a.output, targets, torch.ones(BATCH), parts), wanted, atol=1e-6)
 
 
-def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
+def test_teacher_targets_come_from_the_model_of_the_same_fold(project: Path) -> None:
     for number in "12":
         runner.train("exp001", QUIET, fold=number, name="teacher")
     small = [*QUIET, "data.size=16", "augment.mixup=0.5"]
@@ -172,7 +172,7 @@ def test_what_a_fold_learns_is_what_its_own_model_said(project: Path) -> None:
     assert changed.value.code == "teacher-changed"
 
 
-def test_where_it_has_no_effect(empty: Path) -> None:
+def test_knobs_without_effect(empty: Path) -> None:
     def told(*overrides: str) -> list[str]:
         return [
             line.partition(": ")[2] for line in unused_knobs.messages(load(paths.root(), "base", overrides))
