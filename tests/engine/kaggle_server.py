@@ -1,8 +1,8 @@
-"""A small Kaggle on this machine, for the real client: its wire format, its ways to fail, and a memory of what arrived.
+"""A small Kaggle server for the real client: its wire format, its failures, and everything it received.
 
-The client finds it as a proxy: KAGGLE_API_ENVIRONMENT=LOCALHOST and HTTP_PROXY, so child processes find it too.
+The client uses it as a proxy: KAGGLE_API_ENVIRONMENT=LOCALHOST and HTTP_PROXY, which child processes inherit.
 
-    server.fail["CreateSubmission"] = [500]      the next call of that method answers 500, then all is well again
+    server.fail["CreateSubmission"] = [500]      the next call of that method answers 500, later ones succeed
     server.fail["StartSubmissionUpload"] = ["drop"]   the connection is dropped; "after": done, but the answer is lost
     server.fail["ListSubmissions"] = [None, None, 403]   None lets a call pass
     "upload" and "storage" are the calls that carry the bytes to Kaggle and from it
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    # --- transport ---
+    # --- transport ------------------------------------------------------------------------------------------
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
     def _unknown(self, request: dict[str, Any]) -> Any:
         return 404, {"code": 404, "message": f"no such method {self.path}"}
 
-    # --- competitions ---
+    # --- competitions ---------------------------------------------------------------------------------------
 
     def _IntrospectToken(self, request: dict[str, Any]) -> Any:
         return {"active": True, "username": USER}
@@ -225,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         for each in self.server.submissions[::-1]:
             each["looks"] += 1
             status, public = ("COMPLETE", each["score"]) if each["looks"] > 1 else ("PENDING", None)
-            said = {
+            entry = {
                 "ref": each["ref"],
                 "description": each["description"],
                 "date": each["date"],
@@ -235,18 +235,18 @@ class Handler(BaseHTTPRequestHandler):
                 status, public = "PENDING", None
             if each["score"] == "ERROR" and status == "COMPLETE":
                 status, public = "ERROR", None
-                said["errorDescription"] = "Evaluation raised: row ids do not match"
+                entry["errorDescription"] = "Evaluation raised: row ids do not match"
             if public is not None:
-                said["publicScore"] = str(public)
+                entry["publicScore"] = str(public)
                 if "private" in each:
-                    said["privateScore"] = str(each["private"])
-            listed.append(said | {"status": status})
+                    entry["privateScore"] = str(each["private"])
+            listed.append(entry | {"status": status})
         size = int(request.get("pageSize") or 20)
         start = int(request.get("pageToken") or 0)
         more = str(start + size) if start + size < len(listed) else ""
         return {"submissions": listed[start : start + size], "nextPageToken": more}
 
-    # --- datasets and notebooks ---
+    # --- datasets and notebooks -----------------------------------------------------------------------------
 
     def _StartBlobUpload(self, request: dict[str, Any]) -> Any:
         return self._StartSubmissionUpload(request)
@@ -278,8 +278,8 @@ class Handler(BaseHTTPRequestHandler):
     def _CreateDataset(self, request: dict[str, Any]) -> Any:
         slug = f"{request['ownerSlug']}/{request['slug']}"
         files = [self.server.uploads[each["token"]] for each in request["files"]]
-        told = request.get("description", "")
-        self.server.datasets[slug] = {"notes": [""], "description": told, "files": [files]}
+        description = request.get("description", "")
+        self.server.datasets[slug] = {"notes": [""], "description": description, "files": [files]}
         return {"ref": slug, "url": f"/{slug}", "status": "ok"}
 
     def _CreateDatasetVersion(self, request: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of studies share: a small space, an experiment that trains in a second, and what one process of a study does."""
+"""Shared by the tests of studies: a small space, an experiment that trains in a second, one trial."""
 
 from __future__ import annotations
 

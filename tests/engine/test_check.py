@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from conftest import config
 from PIL import Image
-from test_forms import said
-from test_forms import written as submitted
 from test_layouts import declare, image, prepared, put
 from test_prepare import lay
 from test_submission import scored
+from test_submission_forms import prediction_set
+from test_submission_forms import submission_lines as submitted
 
 from comp import competition
 from comp.engine import cli
@@ -267,7 +267,7 @@ def test_check_and_submit_say_the_same_of_every_form(
             heads = {head.name: draw.normal(size=(2, len(head.outputs))) for head in table.heads}
             if TASKS[task].space == "value":
                 heads = {name: np.clip(values, 0, 2) for name, values in heads.items()}
-            bank.write(bank.folder("exp001") / "test.arrow", said(table, "test", heads))
+            bank.write(bank.folder("exp001") / "test.arrow", prediction_set(table, "test", heads))
             scored("exp001", {})
             stands = table.hash
         try:

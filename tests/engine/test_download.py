@@ -1,4 +1,4 @@
-"""comp download with the real client against our own server, and archives that mean harm."""
+"""comp download with the real client against a local server: failures, kills and damaged archives."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def download() -> int:
     return cli.main(["download"])
 
 
-def test_everything_arrives_once_and_is_left_alone(
-    server: Server, empty: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_are_downloaded_once(server: Server, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.archive = zipped(CONTENT)
     assert download() == 0
     assert raw(empty) == UNPACKED
@@ -90,33 +88,33 @@ def test_everything_arrives_once_and_is_left_alone(
         ("drop", "no answer"),
     ],
 )
-def test_every_refusal_is_one_line(
+def test_every_error_is_one_line(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], failure: object, word: str
 ) -> None:
     server.archive = zipped(CONTENT)
     server.fail["DownloadDataFiles"] = [failure] * 9
     assert download() == 2
-    said = capsys.readouterr().err.strip()
-    assert word in said and len(said.splitlines()) == 1 and KEY not in said
+    printed = capsys.readouterr().err.strip()
+    assert word in printed and len(printed.splitlines()) == 1 and KEY not in printed
     assert not (empty / "data/raw").exists()
     server.fail.clear()
     assert download() == 0 and raw(empty) == UNPACKED
 
 
 @pytest.mark.parametrize("failure", [403, 404, 500, "drop", "short"])
-def test_a_failing_storage_is_one_line_too(
+def test_errors_of_the_storage_server(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], failure: object
 ) -> None:
-    """Kaggle says yes and names where the bytes lie; they do not come, or never as many as were promised."""
+    """Kaggle accepts and returns a storage address; that fails, or sends fewer bytes than announced."""
     server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
     if failure == "short":
         server.cut = [2 << 20] + [0] * 40
     else:
         server.fail["storage"] = [failure] * 40
     assert download() == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and KEY not in said and "Traceback" not in said
-    assert failure not in (403, 404) or ("storage" in said and "rules" not in said)
+    printed = capsys.readouterr().err.strip()
+    assert len(printed.splitlines()) == 1 and KEY not in printed and "Traceback" not in printed
+    assert failure not in (403, 404) or ("storage" in printed and "rules" not in printed)
     assert not (empty / "data/raw").exists()
     server.fail.clear()
     server.cut.clear()
@@ -134,20 +132,20 @@ def test_no_credentials(
     assert len((out.err + out.out).strip().splitlines()) == 1
 
 
-def test_a_token_is_taken_too(server: Server, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_access_token_is_accepted(server: Server, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
     server.archive = zipped(CONTENT)
     assert download() == 0
 
 
-def test_a_cut_connection_goes_on_where_it_stopped(server: Server, empty: Path) -> None:
+def test_a_broken_connection_is_resumed(server: Server, empty: Path) -> None:
     server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
     server.cut = [2 << 20]
     assert download() == 0
     assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(server: Server, empty: Path) -> None:
+def test_a_killed_download_is_resumed(server: Server, empty: Path) -> None:
     server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
     server.cut = [2 << 20]
 
@@ -160,7 +158,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(server: Server, empty:
     assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
 
 
-def test_sigterm_in_the_middle_is_one_line_and_it_goes_on_where_it_stopped(
+def test_sigterm_is_one_line_and_the_download_is_resumed(
     server: Server, empty: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.archive = zipped(CONTENT | {"large.bin": os.urandom(3 << 20)})
@@ -177,7 +175,7 @@ def test_sigterm_in_the_middle_is_one_line_and_it_goes_on_where_it_stopped(
     assert server.ranges == [f"bytes={2 << 20}-"] and raw(empty) == UNPACKED | {"large.bin"}
 
 
-def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_in_one_line(
+def test_a_full_disk_is_a_one_line_error(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kaggle.api.kaggle_api_extended import KaggleApi
@@ -195,12 +193,12 @@ def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_in_one_line(
 
         patch.setattr(KaggleApi, "download_file", full)
         assert download() == 2
-        said = capsys.readouterr().err.strip()
-        assert "No space left" in said and len(said.splitlines()) == 1
+        printed = capsys.readouterr().err.strip()
+        assert "No space left" in printed and len(printed.splitlines()) == 1
     assert download() == 0
 
 
-def test_a_damaged_archive_is_fetched_once_more(
+def test_a_damaged_archive_is_downloaded_again(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.archive = zipped(CONTENT)
@@ -215,7 +213,7 @@ def test_a_damaged_archive_is_fetched_once_more(
     assert "after two downloads" in capsys.readouterr().err and not (empty / "data/raw").exists()
 
 
-def test_a_size_over_the_ceiling_asks(
+def test_a_size_over_the_ceiling_needs_confirmation(
     server: Server, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from comp.engine.deliver import download as module
@@ -250,7 +248,8 @@ def test_killed_and_run_again(server: Server, empty: Path, event: int) -> None:
 
 
 def killed(event: int, work: Callable[[], object]) -> Callable[[], None]:
-    """Ends itself with SIGKILL: 1 at the first bytes, 2 with the archive whole, 3 in the middle of unpacking, 4 before the rename."""
+    """Kill this process: 1 at the first bytes, 2 with the complete archive, 3 while unpacking, 4 before the
+    rename."""
     from comp.engine.readers import unpack
 
     def die(*_: object, **__: object) -> None:

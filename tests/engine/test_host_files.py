@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import config
-from test_forms import logits, stand, written
 from test_layouts import declare, image, opened, prepared, put, refused
+from test_submission_forms import logits, submission_lines, write_run
 
 from comp import competition
 from comp.engine import cli
@@ -49,8 +49,8 @@ def lay(root: Path, sample: str, **changes: Any) -> samples.Samples:
 def submitted(root: Path, table: samples.Samples, test: list[list[float]]) -> list[str]:
     truth = table.truth(table.heads[0], table.positions("train"))
     name = table.heads[0].name
-    stand(table, {name: np.log(0.1 + 0.8 * np.eye(2)[truth])}, {name: np.log(test)})
-    written()
+    write_run(table, {name: np.log(0.1 + 0.8 * np.eye(2)[truth])}, {name: np.log(test)})
+    submission_lines()
     return lines_of(root)
 
 
@@ -124,7 +124,7 @@ def test_ids_that_the_sample_repeats_get_the_same_line_each_time(
         return sample.assign(label=["ab"[p.argmax()] for p in prediction])
 
     monkeypatch.setattr(competition, "write_submission", mine, raising=False)
-    written()
+    submission_lines()
     assert lines_of(empty) == wanted, "a hook of your own has a line of rows for each line of the sample"
 
 
@@ -234,8 +234,8 @@ def test_of_several_labels_in_a_cell_the_samples_columns_decide(
     assert truth.tolist()[:4] == [[1, 1], [1, 0], [0, 1], [0, 0]]
     faults = [fault for fault in checked() if "no such file" not in fault and "none of" not in fault]
     assert faults == [] and "mildew (4)" in capsys.readouterr().out
-    stand(table, {"tags": logits(0.2 + 0.6 * truth)}, {"tags": logits([[0.25, 0.5]])})
-    assert written()[0] == "id,scab,rust"
+    write_run(table, {"tags": logits(0.2 + 0.6 * truth)}, {"tags": logits([[0.25, 0.5]])})
+    assert submission_lines()[0] == "id,scab,rust"
     # Declared, the others are learned beside the scored ones.
     declare(empty, target="tags", task="multilabel", metric="roc_auc", classes=["mildew", "rust", "scab"], submission={"sample": "sample.csv", "form": "probabilities"})  # fmt: skip
     head = prepared().heads[0]
@@ -274,13 +274,13 @@ def test_folders_become_the_hosts_classes(empty: Path) -> None:
     table = samples.load()
     assert table.truth(head, table.positions("train")).tolist() == [0, 0, 1, 1, 1, 1]
     assert checked() == []
-    record = stand(
+    record = write_run(
         table, {"label": logits([[0.2], [0.3], [0.6], [0.8], [0.9], [0.7]])}, {"label": logits([[0.9]])}
     )
     assert (
         record["oof"] == 1.0
-        and written()[0] == "Id,Label"
-        and float(written()[1].split(",")[1]) == pytest.approx(0.9)
+        and submission_lines()[0] == "Id,Label"
+        and float(submission_lines()[1].split(",")[1]) == pytest.approx(0.9)
     )
     # As labels they are written as the host calls them.
     binary["submission"] = {"sample": "sample.csv", "form": "label"}
@@ -288,7 +288,7 @@ def test_folders_become_the_hosts_classes(empty: Path) -> None:
         empty, train=files, test={"files": "Test/{id}.png"}, classes=STEGO, **binary | {"metric": "accuracy"}
     )
     prepared()
-    assert written() == ["Id,Label", "9,1"]
+    assert submission_lines() == ["Id,Label", "9,1"]
 
 
 def test_labels_that_the_mapping_does_not_name_are_faults(

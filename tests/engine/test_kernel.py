@@ -51,10 +51,10 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal_inputs, "ROWS", 40)
 
 
-# --- bundle --------------------------------------------------------------------------------------------------------------
+# --- bundle -------------------------------------------------------------------------------------------------
 
 
-def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
+def test_the_bundle_is_complete_and_reproducible(trained: Path) -> None:
     made = kernel.build("blend001")
     bundle = made / "bundle"
     listed = artifacts.read_json(bundle / "manifest.json")
@@ -79,10 +79,8 @@ def test_the_bundle_is_complete_and_the_same_every_time(trained: Path) -> None:
     )
 
 
-def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights of its own within each fold, and nothing of the project beside them."""
+def test_a_snapshot_predicts_the_same_in_a_bundle(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights of its own in each fold, and without the other files of the project."""
     monkeypatch.setattr(wheels, "of_imports", list)
     few = ["train.epochs=2", "snapshots.cycles=2", "train.max_samples=40"]
     runner.train("exp001", [*QUICK, *few], name="snaps")
@@ -102,9 +100,9 @@ def test_a_snapshot_says_in_a_bundle_what_it_says_at_home(
         cfg.model_copy(update={"competition": home}), heads, about["multi_image"]
     )
     rows = hidden.positions("test")[:30]
-    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
-    assert not damaged and list(said) == ["snaps:snap1"]
-    assert said["snaps:snap1"]["label"] == pytest.approx(stored.heads["label"][:30], abs=1e-4)
+    predicted, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
+    assert not damaged and list(predicted) == ["snaps:snap1"]
+    assert predicted["snaps:snap1"]["label"] == pytest.approx(stored.heads["label"][:30], abs=1e-4)
 
 
 def test_damaged_weights_are_not_bundled(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,11 +139,13 @@ def test_a_killed_build_is_built_again(trained: Path, where: str) -> None:
     assert kernel.bundle_hash(kernel.build("exp001")) == whole
 
 
-# --- rehearsal -----------------------------------------------------------------------------------------------------------
+# --- rehearsal ----------------------------------------------------------------------------------------------
 
 
-def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Though the first try was killed when all was laid out, and left it lying there."""
+def test_rehearsal_in_namespaces_reproduces_the_predictions(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a first rehearsal that was killed and left its folder."""
 
     def work() -> None:
         rehearse.subprocess.run = kill_at("predict", rehearse.subprocess.run)
@@ -157,7 +157,7 @@ def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.
     assert cli.main(["kernel", "blend001", "--rehearse"]) == 0
     assert not (kernel.folder("blend001") / ".rehearsal").exists()
     assert before == {file: file.read_bytes() for file in before}
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     facts = artifacts.read_json(rehearse.file_of("blend001"))
     assert (
         facts["max_difference"] <= 1e-5
@@ -165,16 +165,16 @@ def test_rehearsed_in_namespaces_it_says_the_same(trained: Path, capsys: pytest.
         and set(facts["seconds_per_image"]) == {"exp001", "exp001:tta-identity-hflip"}
     )
     assert (
-        "2 images damaged" in said
-        and "hidden set of 41 rows" in said
-        and "next: comp kernel blend001 --push" in said
+        "2 images damaged" in printed
+        and "hidden set of 41 rows" in printed
+        and "next: comp kernel blend001 --push" in printed
     )
     assert facts["bundle"] == kernel.bundle_hash(kernel.folder("blend001"))
-    assert "no network, /kaggle as on Kaggle" in said or "weaker" in said
+    assert "no network, /kaggle as on Kaggle" in printed or "weaker" in printed
 
 
 def kill_at(word: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, until it is about to start a command with this word in it."""
+    """The same function, until it is about to start a command that contains `word`."""
 
     def run(command: Any, *given: Any, **named: Any) -> Any:
         if word in command:
@@ -184,8 +184,9 @@ def kill_at(word: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def test_pictures_in_archives_are_linked_and_not_copied(trained: Path, tmp_path: Path) -> None:
-    """Rows of such a layout cannot be made up, so the rehearsal gets all of data/raw, which may be a hundred gigabytes."""
+def test_images_in_archives_are_linked_and_not_copied(trained: Path, tmp_path: Path) -> None:
+    """Rows of such a layout cannot be made up, so the rehearsal gets all of data/raw, which may be a hundred
+    gigabytes."""
     raw = trained / "data" / "raw"
     with zipfile.ZipFile(raw / "test.zip", "w") as archive:
         for file in (raw / "test").iterdir():
@@ -201,7 +202,7 @@ def test_pictures_in_archives_are_linked_and_not_copied(trained: Path, tmp_path:
 IMAGE = Path(__file__).with_name("kaggle_image.txt")
 
 
-def test_the_image_is_the_one_that_is_written_down() -> None:
+def test_the_list_of_kaggles_versions_is_that_of_its_image() -> None:
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", IMAGE.read_text(), re.MULTILINE))
     for name, version in wheels.IMAGE.items():
         assert (pins[name.lower()] + ".").startswith(f"{version}."), name
@@ -210,7 +211,8 @@ def test_the_image_is_the_one_that_is_written_down() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Python with the versions of Kaggle's image: 3.12 where it can be had, else this one. uv links what it has already."""
+    """Python with the versions of Kaggle's image: 3.12 where it can be had, else this one. uv links what it
+    has already."""
     place = tmp_path_factory.mktemp("image") / "venv"
     uv = [str(Path(sys.executable).with_name("uv"))]
     if not Path(uv[0]).exists():
@@ -230,8 +232,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_under_the_versions_of_kaggles_image(
     image: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its torch, timm, pandas and scikit-learn say the same to 1e-5, of a stack too; then the verbs of data and training, in
-    it alone."""
+    """Its torch, timm, pandas and scikit-learn give the same predictions to 1e-5, of a stack too; then the
+    verbs of data and training, in it alone."""
     (trained / "configs/ensembles/stack001.yaml").write_text(STACK)
     blend("stack001")
     kernel.build("stack001")
@@ -261,7 +263,7 @@ def test_under_the_versions_of_kaggles_image(
 def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines, layers and neighbours; the bundle says what is stored, and so does the recheck before a submission."""
+    """Logistic regression, MLP and k-NN: the bundle and the recheck reproduce the stored predictions."""
     (trained / "configs" / "exp003.yaml").write_text("base: exp001\ndata: {size: 16}\n")
     quiet = ["machine.num_workers=0", "machine.progress=false"]
     features.features("exp003", quiet, "logistic,mlp,knn")
@@ -290,33 +292,34 @@ def test_a_blend_with_heads_of_frozen_features_is_rehearsed(
 
 @pytest.fixture
 def run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a bundle said in the first rehearsal it says in the next: only what is made of it differs."""
+    """Repeat the result of the first rehearsal: only what is done with it differs."""
     ran, original = dict[bool, dict[str, Any]](), rehearse._run
 
     def once(cfg: Any, name: str, space: Path, hidden: bool, python: str) -> dict[str, Any]:
-        working, kept = space / "kaggle" / "working", tmp_path / f"kept{hidden}"
+        working, stored_part = space / "kaggle" / "working", tmp_path / f"kept{hidden}"
         if hidden not in ran:
             ran[hidden] = original(cfg, name, space, hidden, python)
-            shutil.copytree(working, kept)
+            shutil.copytree(working, stored_part)
         else:
-            shutil.copytree(kept, working)
+            shutil.copytree(stored_part, working)
         return ran[hidden]
 
     monkeypatch.setattr(rehearse, "_run", once)
 
 
 @pytest.mark.slow
-def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
+def test_regression_is_rehearsed_and_rechecked_in_the_targets_unit(
     project: Path, run_once: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Targets of 5,000 to 14,000, learned standardised: mean and deviation are in the weights, wherever these predict."""
+    """Targets of 5,000 to 14,000, learned standardised: mean and deviation are in the weights, wherever these
+    predict."""
     declare_values(project, 1000.0, 9500.0)
     runner.train("exp001", [*QUICK, "train.batch_size=16"], name="exp001")
     table = samples.load()
     split = folds.load(table)
     stored = bank.load("exp001", "test", table, split)
-    said = stored.heads["label"]
-    assert 9000 < said.mean() < 10000 and said.std() > 1500, (
+    predicted = stored.heads["label"]
+    assert 9000 < predicted.mean() < 10000 and predicted.std() > 1500, (
         "it has learned something, in the unit of the target"
     )
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
@@ -327,9 +330,11 @@ def test_a_run_on_values_is_rehearsed_and_rechecked_in_their_unit(
 
     # Not vacuous: stored values that are a ten-thousandth too large are found by both.
     for place in (bank.folder("exp001"), *(paths.fold_folder("exp001", 0, n) for n in range(split.count))):
-        kept = bank.read(place / "test.arrow", table, split)
-        large = {"label": kept.heads["label"] * np.float32(1.0001)}
-        bank.write(place / "test.arrow", predictions.PredictionSet(kept.row, None, large, kept.meta))
+        stored_part = bank.read(place / "test.arrow", table, split)
+        large = {"label": stored_part.heads["label"] * np.float32(1.0001)}
+        bank.write(
+            place / "test.arrow", predictions.PredictionSet(stored_part.row, None, large, stored_part.meta)
+        )
     with pytest.raises(UserError, match=r"exp001, seed 0, fold 0, row .*: the stored prediction is"):
         recheck.recheck("exp001")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
@@ -350,10 +355,11 @@ def test_two_gpus_share_the_rows(trained: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_without_namespaces_it_is_weaker_and_what_it_found_is_refused(
+def test_rehearsal_without_namespaces_and_its_errors(
     trained: Path, run_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sockets are blocked instead, and that is said; then it takes too long, or the weights are not those that spoke."""
+    """Sockets are blocked instead, and the output says so; then it takes too long, or other weights were
+    bundled."""
     monkeypatch.setattr(rehearse, "NAMESPACES", "exit 1")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 0
     assert "weaker" in capsys.readouterr().out
@@ -378,22 +384,22 @@ def test_without_namespaces_it_is_weaker_and_what_it_found_is_refused(
     declared.write_text(text)
     # The stored predictions are those of other weights: a bundle made by hand, or a bug.
     file, table = bank.folder("exp001") / "test.arrow", samples.load()
-    said = bank.read(file, table, folds.load(table))
-    other = {name: values[::-1].copy() for name, values in said.heads.items()}
-    bank.write(file, predictions.PredictionSet(said.row, None, other, said.meta))
+    predicted = bank.read(file, table, folds.load(table))
+    other = {name: values[::-1].copy() for name, values in predicted.heads.items()}
+    bank.write(file, predictions.PredictionSet(predicted.row, None, other, predicted.meta))
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
     assert "differ from the stored ones" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_too_large_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_much_memory(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = trained / "configs" / "competition.yaml"
     file.write_text(file.read_text() + "kernel: {ram: 0.05}\n")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
-    assert "failed" in (said := capsys.readouterr().err) or "memory" in said
+    assert "failed" in (printed := capsys.readouterr().err) or "memory" in printed
 
 
-def test_only_a_bundle_is_run_as_a_kernel(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_kernel_needs_a_bundle(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["predict", "--kernel"]) == 2
     assert "comp kernel NAME" in capsys.readouterr().err
 
@@ -435,11 +441,11 @@ def test_budget_drops_what_gains_least(trained: Path, capsys: pytest.CaptureFixt
     assert budget.fit("exp001:tta-identity-hflip", "90m") == "exp001"
 
 
-# --- wheels ---------------------------------------------------------------------------------------------------------------
+# --- wheels -------------------------------------------------------------------------------------------------
 
 
-def test_wheels_of_what_the_image_lacks(tmp_path: Path) -> None:
-    """The wheel is a real one: unpacked by itself it is the same timm."""
+def test_wheels_of_packages_that_the_image_does_not_have(tmp_path: Path) -> None:
+    """The wheel is valid: unpacked, it is imported instead of the installed timm."""
     assert wheels.of_imports() == ["timm"]
     (tmp_path / "no suffix").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
     for name, reader in (

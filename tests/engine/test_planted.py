@@ -1,4 +1,5 @@
-"""25 planted keys, then the road from training to a pushed notebook with all of it that writes; none is in anything written."""
+"""25 planted credentials, then everything from training to a pushed notebook: none is in a file that was
+written."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ def test_no_planted_key_is_in_anything_written(
         file.unlink()
 
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN.format(said=" ".join([*STDOUT, VARIABLES["WANDB_API_KEY"]]))],
+        [sys.executable, "-c", TRAIN.format(printed=" ".join([*STDOUT, VARIABLES["WANDB_API_KEY"]]))],
         cwd=project, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,8 +118,8 @@ def test_no_planted_key_is_in_anything_written(
     assert cli.main(push) == 0 and cli.main(["ledger"]) == 0
     assert len(server.submissions) == 2 and paths.path("submissions", "ledger.jsonl").exists()
 
-    said = capfd.readouterr()
-    shown = [key for key in PLANTED if key in said.out + said.err]
+    printed = capfd.readouterr()
+    shown = [key for key in PLANTED if key in printed.out + printed.err]
     assert not shown, "on the terminal"
     (project / "notes.py").unlink()
     (project / "go.sh").unlink()

@@ -1,4 +1,5 @@
-"""comp kernel --push: from the bundle to the score with the real client, whatever fails or is killed in between."""
+"""comp kernel --push: from the bundle to the score with the real client, whatever fails or is killed in
+between."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def test_from_push_to_score(server: Server, trained: Path, capsys: pytest.Captur
 
 
 WORDS = {401: "credentials", 403: "403", 404: "404", 429: "too many requests", 500: "server error", "drop": "no answer"}  # fmt: skip
-# Each step with every failure in a row. A dataset that is not there is no failure; a failed upload the client itself tries again.
+# Each step with every failure in a row. A dataset that is not there is no failure; a failed upload the client
+# itself tries again.
 STEPS = {
     "GetSubmissionLimits": (403,),
     "GetDataset": (401, 429, 500, "drop"),
@@ -85,43 +87,47 @@ def once(server: Server) -> bool:
 
 @pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize("method", STEPS)
-def test_every_failed_step_is_one_line_and_goes_on(
+def test_every_failed_step_is_one_line_and_the_same_command_continues(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     for failure in STEPS[method]:
         server.fail[method] = [failure] * (1 if method in SENDING else 20)
         assert pushes() == 2, failure
-        said = capsys.readouterr().err.strip()
-        assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said, (failure, said)
+        printed = capsys.readouterr().err.strip()
+        assert WORDS[failure] in printed and len(printed.splitlines()) == 1 and KEY not in printed, (
+            failure,
+            printed,
+        )
     server.fail.clear()
     assert pushes() == 0 and once(server)
 
 
 @pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize("failure", [403, 500, "drop"])
-def test_bytes_that_do_not_arrive_make_no_dataset(
+def test_a_failed_upload_creates_no_dataset(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str], failure: Any
 ) -> None:
     server.fail["upload"] = [failure] * 200
     assert pushes() == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and KEY not in said and not server.datasets, said
+    printed = capsys.readouterr().err.strip()
+    assert len(printed.splitlines()) == 1 and KEY not in printed and not server.datasets, printed
     server.fail.clear()
     assert pushes() == 0 and once(server)
 
 
 @pytest.mark.usefixtures("built_once")
-def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
+def test_limits_pending_states_and_failures_of_kaggle(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order in which one push may meet them; after each the same command goes on, and sends nothing twice."""
+    """In the order in which a push can meet them; after each the same command continues and sends nothing
+    twice."""
     monkeypatch.setattr(push, "TIMEOUT", 60.0)
     monkeypatch.setattr(push.submit, "TIMEOUT", 30.0)
 
     def refused(word: str) -> None:
         assert pushes() == 2
-        said = capsys.readouterr().err.strip()
-        assert word in said and len(said.splitlines()) == 1, said
+        printed = capsys.readouterr().err.strip()
+        assert word in printed and len(printed.splitlines()) == 1, printed
 
     server.allowed = 0
     refused("daily limit is reached; the next submission is possible at 00:00 UTC")
@@ -147,7 +153,7 @@ def test_limits_and_what_stays_pending_or_fails_on_kaggles_side(
 
 
 @pytest.mark.usefixtures("built_once")
-def test_a_dataset_that_kaggle_could_not_take_is_uploaded_anew(
+def test_a_failed_dataset_is_uploaded_again(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.dataset_states = ["FAILED", "READY"]
@@ -200,8 +206,8 @@ def test_a_failed_run_shows_its_log(
         [{"stream_name": "stderr", "time": 1.0, "data": f"CUDA out of memory\nkey {KEY}\n"}]
     )
     assert pushes() == 2
-    said = capsys.readouterr().err
-    assert "threw an exception" in said and "CUDA out of memory" in said and KEY not in said
+    printed = capsys.readouterr().err
+    assert "threw an exception" in printed and "CUDA out of memory" in printed and KEY not in printed
     assert not server.submissions and list((trained / "kernels").glob("*.log"))
     server.kernel_runs = ["COMPLETE"]
     assert pushes() == 0 and server.submissions[0]["version"] == 2

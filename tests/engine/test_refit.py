@@ -123,7 +123,7 @@ def test_it_is_submitted_without_a_cv_and_that_is_said(
     assert "no CV" in line and "comp train x" in line
     assert len(paths.submission_file(name.replace(":", "-")).read_text().splitlines()) == 41
     facts = ledger.describe(config(), name)
-    assert facts["cv"] is None and facts["nested"] is None
+    assert facts["cv"] is None
     submit.validate_score(name, [])
 
 

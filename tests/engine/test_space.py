@@ -1,4 +1,5 @@
-"""Space files: every mistake is one line with its place, exit 2, before torch is imported; the ones that ship are right."""
+"""Space files: every mistake is one line with file and line, exit code 2, before torch is imported; shipped
+spaces are valid."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from comp.engine.tune import space, study_config
 
 RATE = "  optim.lr: {low: 1e-4, high: 1e-2, log: true}\n"
 MISTAKES = {
-    # what the file says: what the answer must contain
+    # text of the file: what the error must contain
     "search:\n  optim.rat: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim.rat: no such knob; did you mean optim.lr?",
     "search:\n  optim: {low: 1e-4, high: 1e-2}\n": "odd.yaml:2: optim: is a section; name one of its knobs: optim.name",
     "search:\n  competition.metric: [accuracy, log_loss]\n": "competition.metric: changes what is scored",
@@ -78,9 +79,7 @@ def test_a_mistake_is_one_line(empty: Path, capsys: pytest.CaptureFixture[str], 
     assert not (empty / "studies").exists()
 
 
-def test_there_are_thirty_kinds_and_all_are_told_at_once(
-    empty: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_mistakes_are_reported_at_once(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(MISTAKES) >= 30
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "odd.yaml").write_text(
@@ -91,7 +90,7 @@ def test_there_are_thirty_kinds_and_all_are_told_at_once(
 
 
 def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
-    """All of them in one process, which says at the end what it had to import."""
+    """All of them in one process, which prints at the end what it imported."""
     (empty / "configs" / "tune").mkdir()
     for number, text in enumerate(MISTAKES):
         (empty / "configs" / "tune" / f"odd{number}.yaml").write_text(text)
@@ -104,8 +103,10 @@ def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == len(MISTAKES), done.stderr[-2000:]
     assert all(
-        told in line
-        for told, line in zip(MISTAKES.values(), (re.sub(r"odd\d+", "odd", x) for x in lines), strict=True)
+        expected in line
+        for expected, line in zip(
+            MISTAKES.values(), (re.sub(r"odd\d+", "odd", x) for x in lines), strict=True
+        )
     )
 
 
@@ -119,14 +120,14 @@ def test_torch_is_not_imported_for_any_mistake(empty: Path) -> None:
         (["--until", "half past seven"], "--until half past seven: not a time of day; write it like 07:30"),
     ],
 )
-def test_arguments_that_do_not_go_together(
+def test_conflicting_options(
     empty: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], answer: str
 ) -> None:
     assert cli.main(["tune", "exp001", *arguments]) == 2
     assert answer in capsys.readouterr().err
 
 
-def test_an_unknown_space_names_the_nearest(empty: Path) -> None:
+def test_an_unknown_space_suggests_the_nearest(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "quick.yaml").write_text(f"search:\n{RATE}")
     with pytest.raises(
@@ -146,7 +147,7 @@ def test_every_space_that_ships_loads(empty: Path, name: str) -> None:
         space.with_setting(config(), setting)
 
 
-def test_what_a_condition_asks_for_comes_first(empty: Path) -> None:
+def test_knobs_are_sorted_by_their_conditions(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "s.yaml").write_text(
         "search:\n  optim.momentum: {low: 0.5, high: 0.9, when: {optim.name: sgd}}\n  optim.name: [adamw, sgd]\n"

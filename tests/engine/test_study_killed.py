@@ -1,4 +1,5 @@
-"""A study whose workers are killed at random statements of SQL and lines of log: nothing acknowledged is lost, nothing runs twice."""
+"""Studies whose workers are killed at random SQL statements and log lines: no stored result is lost, no trial
+runs twice."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ TINY = [
 ]
 WORKERS = 4
 ENDLESS = 10**6
-LONGEST = 400  # events until a worker dies: one to three trials, so that some have told their result and some have not
+LONGEST = 400  # events until a worker dies: one to three trials, so that some have stored their result and some have not
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -54,7 +55,7 @@ def tuned(project: Path) -> Path:
 
 
 def begun(work: Callable[[], object]) -> int:
-    """The process id of a fork that does this work."""
+    """Process id of a fork that runs `work`."""
     child = os.fork()
     if child == 0:
         try:
@@ -67,14 +68,14 @@ def begun(work: Callable[[], object]) -> int:
 
 
 def note(file: Path, **what: Any) -> None:
-    """One write to a file opened for appending: whole lines, whoever else writes."""
+    """One append to a file: lines of several processes do not mix."""
     handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(handle, (json.dumps(what) + "\n").encode())
     os.close(handle)
 
 
 def dying(after: int) -> None:
-    """This process kills itself at its so-manieth event: a statement sent, a transaction about to commit, a line of log."""
+    """Kill this process after `after` events: an SQL statement, a commit, a log line."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -103,7 +104,7 @@ def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[
         began = time.monotonic()  # everything is imported
         opened = open_study("exp001", TINY, "s", storage, total)
         dying(after)
-        told, requeue = trial._tell, study.requeue_dead
+        original_tell, requeue = trial._tell, study.requeue_dead
 
         def requeued(opened: OpenStudy) -> list[int]:
             dead = requeue(opened)
@@ -114,7 +115,7 @@ def worker(storage: str | None, book: Path, total: int, after: int) -> Callable[
         study.requeue_dead = requeued
 
         def tell(opened: OpenStudy, which: Any, state: TrialState, values: list[float] | None = None) -> None:
-            told(opened, which, state, values)
+            original_tell(opened, which, state, values)
             note(book, number=which.number, state=state.name, values=values)
 
         trial._tell = tell  # type: ignore[assignment]
@@ -128,7 +129,7 @@ def looked_at(storage: str | None) -> OpenStudy:
 
 
 def kill(storage: str | None, book: Path, kills: int) -> set[int]:
-    """Workers until so many were killed and none is left. The process ids of the dead."""
+    """Start workers until `kills` of them were killed. Their process ids."""
     chance = random.Random(kills)
     living: set[int] = set()
     dead: set[int] = set()
@@ -157,10 +158,12 @@ def check(storage: str | None, book: Path, kills: int) -> None:
     assert not [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
     noted = [json.loads(line) for line in book.read_text().splitlines()]
     acknowledged = [line for line in noted if "number" in line]
-    for said in acknowledged:
-        kept = trials[said["number"]]
-        assert kept.state.name == said["state"] and (said["values"] or kept.values) == kept.values, said
-    assert len({said["number"] for said in acknowledged}) == len(acknowledged)
+    for event in acknowledged:
+        frozen = trials[event["number"]]
+        assert frozen.state.name == event["state"] and (event["values"] or frozen.values) == frozen.values, (
+            event
+        )
+    assert len({event["number"] for event in acknowledged}) == len(acknowledged)
 
     first = [line for line in noted if "dead" in line]  # what each worker found dead at its first look
     slowest = max(line["seconds"] for line in first)
@@ -196,8 +199,9 @@ def test_thirty_kills(tuned: Path, storage: str | None, tmp_path: Path) -> None:
     check(storage, tmp_path / "book", 30)
 
 
-def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str | None) -> None:
-    """They make the tables together, and each takes a trial of its own. While all live, none is taken up by another."""
+def test_eight_workers_that_start_at_the_same_moment(tuned: Path, storage: str | None) -> None:
+    """They create the tables at the same time, and each takes a trial of its own. While all live, none is
+    queued again."""
     gate, taken = os.pipe(), os.pipe()
     hold = os.pipe()
 
@@ -213,12 +217,12 @@ def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str |
     children = [begun(work) for _ in range(8)]
     os.close(taken[1])
     os.close(gate[1])
-    said = b""
-    while said.count(b"\n") < 8:
+    received = b""
+    while received.count(b"\n") < 8:
         more = os.read(taken[0], 100)
         assert more, "one of them ended early"
-        said += more
-    assert sorted(map(int, said.split())) == list(range(8))
+        received += more
+    assert sorted(map(int, received.split())) == list(range(8))
     opened = looked_at(storage)
     assert study.requeue_dead(opened) == [], "all of them live"
     os.close(hold[1])
@@ -229,7 +233,7 @@ def test_eight_that_start_at_the_same_moment_all_run(tuned: Path, storage: str |
     assert study.requeue_dead(opened) == []
 
 
-def test_a_machine_counts_as_dead_by_its_silence(
+def test_a_process_of_another_machine_is_dead_without_heartbeats(
     tuned: Path, storage: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sqlalchemy import text
@@ -245,7 +249,7 @@ def test_a_machine_counts_as_dead_by_its_silence(
 
 
 @pytest.mark.slow  # where the extras are
-def test_a_database_that_does_not_answer_is_one_line(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_database_is_a_one_line_error(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from comp.engine import cli
 
     pytest.importorskip("psycopg")

@@ -1,4 +1,5 @@
-"""Whatever leaves submissions/ is what the host takes: 50 files of every form pass, every kind of damage on each is refused."""
+"""Submission files: columns, order, ids and values for every form. Damaged files are in
+test_submission_damage.py."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def lay_out(
     rows: list[str] | None = None,
     shuffle: bool = True,
 ) -> Case:
-    """Samples on disk, in another order than the sample file. `rows` are the keys of the test samples, where several share one."""
+    """Samples on disk, in another order than the sample file. `rows` are the keys of the test samples, where
+    several share one."""
     heads = heads or (HEADS[form],)
     keys = rows or (sorted(ids, reverse=True) if shuffle else ids)
     train = [f"train{i}" for i in range(3)]
@@ -94,7 +96,7 @@ def lay_out(
 
 
 def scored(name: str, cuts: dict[str, list[float]]) -> None:
-    """As much of a run as a submission asks for."""
+    """The parts of a run that a submission needs."""
     file = bank.folder(name) / "score.json"
     artifacts.write_json(file, {"cuts": cuts})
     artifacts.add_to_manifest(file)
@@ -125,10 +127,12 @@ def case(request: pytest.FixtureRequest, empty: Path) -> Case:
     return lay_out(request.param)
 
 
-# --- what is written -----------------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
-def test_columns_order_ids_and_bytes_are_the_samples(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_order_and_ids_are_those_of_the_sample(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = case.write(predictions(case))
     assert file == paths.path("submissions", "exp001.csv")
     data = file.read_bytes()
@@ -208,7 +212,7 @@ def test_extreme_logits_stay_valid(empty: Path) -> None:
         lay.write(prediction)
 
 
-def test_several_samples_of_one_row_are_their_mean(empty: Path) -> None:
+def test_predictions_of_one_row_are_averaged(empty: Path) -> None:
     lay = lay_out("probability", ["A_L", "A_R"], rows=["A_R", "A_L", "A_L", "A_R", "A_L"])
     prediction = predictions(lay)
     keys = lay.table.frame["row"].to_numpy()[prediction.row]
@@ -226,14 +230,14 @@ def test_binary_columns_per_class(empty: Path) -> None:
     assert float(row[1]) > 0.5 > float(row[2])
 
 
-def test_several_binary_targets_and_the_samples_columns_decide(empty: Path) -> None:
+def test_binary_targets_in_the_order_of_the_samples_columns(empty: Path) -> None:
     heads = tuple(Head(n, "binary", (n,), (f"target.{n}",), ("0", "1")) for n in ("a", "b", "c"))
     lay = lay_out("probability", heads=heads, columns=["c", "a"])
     header, *rows = list(csv.reader(lay.write(predictions(lay)).open()))
     assert header == ["image_id", "c", "a"] and len(rows) == len(IDS)
 
 
-def test_a_regression_that_oversteps_a_little_is_moved_to_the_edge_and_says_so(
+def test_values_slightly_outside_the_range_are_clipped(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lay = lay_out("value")
@@ -247,7 +251,7 @@ def test_a_regression_that_oversteps_a_little_is_moved_to_the_edge_and_says_so(
     assert "1000" in line and "'score'" in line
 
 
-def test_grades_are_cut_where_the_cv_cut_them(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ordinal_labels_use_the_cuts_of_the_cv(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grades = ("none", "mild", "severe")
     lay = lay_out(
         "label", heads=(Head("grade", "ordinal", ("grade",), ("target.grade",), grades),), columns=["y"]
@@ -271,7 +275,7 @@ def test_grades_are_cut_where_the_cv_cut_them(empty: Path, capsys: pytest.Captur
     assert "score.json" in refusal(lambda: lay.write(prediction, "cut"))
 
 
-def test_two_classes_are_split_at_half_or_at_the_fitted_threshold(empty: Path) -> None:
+def test_binary_labels_use_half_or_the_fitted_threshold(empty: Path) -> None:
     lay = lay_out("label", heads=(HEADS["probability"],), columns=["y"])
     prediction = predictions(lay)
     prediction.heads["target"][:, 0] = np.linspace(-2, 2, 8)
@@ -281,8 +285,8 @@ def test_two_classes_are_split_at_half_or_at_the_fitted_threshold(empty: Path) -
         assert labels.count("malignant") == positive and labels.count("benign") == 8 - positive
 
 
-def test_from_the_bank_by_name(empty: Path) -> None:
-    """The dry run asks for nothing but a name: predictions, samples, folds and competition.yaml are on disk."""
+def test_dry_run_needs_only_a_name(empty: Path) -> None:
+    """Predictions, samples, folds and competition.yaml are on disk."""
     file = paths.path("configs", "competition.yaml")
     lay = lay_out("label")
     file.write_text(file.read_text().replace("id: id", "id: image_id"))
@@ -309,10 +313,10 @@ def test_from_the_bank_by_name(empty: Path) -> None:
     assert "exp001" in refusal(lambda: dry_run.write("exp01"))
 
 
-# --- competition.py --------------------------------------------------------------------------------------------------------
+# --- competition.py -----------------------------------------------------------------------------------------
 
 
-def test_own_postprocess_sees_rows_in_order_and_its_result_is_validated(
+def test_postprocess_gets_rows_in_order_and_its_result_is_validated(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay = lay_out("value")
@@ -330,7 +334,7 @@ def test_own_postprocess_sees_rows_in_order_and_its_result_is_validated(
     assert "not a number" in refusal(lambda: lay.write(prediction))
 
 
-def test_own_write_submission_is_written_without_index_and_validated(
+def test_write_submission_is_written_without_index_and_validated(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay = lay_out("label")

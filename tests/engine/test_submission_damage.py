@@ -1,4 +1,4 @@
-"""What must not leave submissions/: every kind of damage on each form, and predictions that do not fit the sample."""
+"""Invalid submissions: every kind of damage for each form, and predictions that do not fit the sample."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def case(request: pytest.FixtureRequest, empty: Path) -> Case:
     return lay_out(request.param)
 
 
-# --- what is refused while writing -----------------------------------------------------------------------------------------
+# --- what is refused while writing --------------------------------------------------------------------------
 
 
-def test_rows_never_predicted_are_refused_and_the_old_file_stays(case: Case) -> None:
+def test_missing_predictions_keep_the_old_file(case: Case) -> None:
     file = case.write(predictions(case))
     before = file.read_bytes()
     prediction = predictions(case, seed=1)
@@ -43,7 +43,7 @@ def test_rows_never_predicted_are_refused_and_the_old_file_stays(case: Case) -> 
     assert not list(file.parent.glob(".*part"))
 
 
-def test_a_stale_sample_is_refused(case: Case) -> None:
+def test_a_stale_sample(case: Case) -> None:
     prediction = predictions(case)
     text = case.sample.read_text()
     for changed, says in (
@@ -59,7 +59,7 @@ def test_a_stale_sample_is_refused(case: Case) -> None:
     case.write(prediction)
 
 
-def test_prepare_notes_which_sample_it_saw(project: Path) -> None:
+def test_prepare_stores_the_hash_of_the_sample(project: Path) -> None:
     prepare.prepare(config())
     sample = project / "data" / "raw" / "sample_submission.csv"
     validate_current(read_sample(sample), samples.load())
@@ -67,7 +67,7 @@ def test_prepare_notes_which_sample_it_saw(project: Path) -> None:
     assert "not the file" in refusal(lambda: validate_current(read_sample(sample), samples.load()))
 
 
-def test_a_sample_that_is_none_is_refused(case: Case) -> None:
+def test_an_invalid_sample(case: Case) -> None:
     good = case.sample.read_bytes()
     for data in (
         b"", b"image_id\n1\n", good.split(b"\n")[0] + b"\n",
@@ -79,7 +79,7 @@ def test_a_sample_that_is_none_is_refused(case: Case) -> None:
     assert "no such table" in refusal(lambda: read_sample(case.sample))
 
 
-def test_columns_that_the_model_does_not_have_are_refused(empty: Path) -> None:
+def test_columns_without_an_output(empty: Path) -> None:
     lay = lay_out("probabilities", columns=["0012", "borzoi", "poodle"])
     assert "'poodle'" in refusal(lambda: lay.write(predictions(lay)))
     lay = lay_out("probabilities", columns=["0012", "borzoi"])
@@ -89,13 +89,13 @@ def test_columns_that_the_model_does_not_have_are_refused(empty: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "other"), [("probability", "value"), ("probabilities", "value"), ("value", "label")]
 )
-def test_a_form_that_does_not_fit_the_task_is_refused(empty: Path, form: str, other: str) -> None:
+def test_a_form_that_does_not_fit_the_task(empty: Path, form: str, other: str) -> None:
     lay = lay_out(form, heads=(HEADS[other],))
     line = refusal(lambda: lay.write(predictions(lay)))
     assert "submission.form" in line and form in line and HEADS[other].task in line
 
 
-# --- damage --------------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 Lines = list[list[str]]
 Damage = Callable[[Lines], object]
@@ -217,7 +217,7 @@ BYTE_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
-def test_every_damage_of_the_table_is_refused_naming_row_and_column(case: Case) -> None:
+def test_damaged_tables_name_row_and_column(case: Case) -> None:
     good = list(csv.reader(case.write(predictions(case)).open(newline="")))
     file = paths.path("submissions", "damaged.csv")
     file.write_text(text_of(good))
@@ -241,7 +241,7 @@ def test_every_damage_of_the_table_is_refused_naming_row_and_column(case: Case) 
                 assert "csv:1: column" in line, (name, line)
 
 
-def test_every_damage_of_the_bytes_is_refused(case: Case) -> None:
+def test_damaged_bytes(case: Case) -> None:
     file = case.write(predictions(case))
     good = file.read_bytes()
     for name, harm in BYTE_DAMAGE.items():
@@ -274,7 +274,8 @@ def test_a_value_without_a_range_is_still_a_number(empty: Path) -> None:
 
 
 def test_no_flipped_byte_outside_a_number_passes(case: Case) -> None:
-    """Inside a number a flip may give another number, and in an own label another class: only those may pass."""
+    """Inside a number a flip may give another number, and in an own label another class: only those may
+    pass."""
     file = case.write(predictions(case))
     good = file.read_bytes()
     rows = list(csv.reader(io.StringIO(good.decode())))
@@ -292,8 +293,8 @@ def test_no_flipped_byte_outside_a_number_passes(case: Case) -> None:
             assert case.form != "label" or {row[1] for row in passed[1:]} <= set(DOGS)
 
 
-def test_what_the_lines_say(empty: Path) -> None:
-    """The words that help at 3 am, once each."""
+def test_errors_name_the_cause(empty: Path) -> None:
+    """Ids and labels that were changed in a known way, each once."""
     lay = lay_out("label")
     good = list(csv.reader(lay.write(predictions(lay)).open(newline="")))
     file = paths.path("submissions", "damaged.csv")

@@ -1,4 +1,5 @@
-"""Sending with the real client against our own Kaggle: once, whatever happens in between, and the book of it."""
+"""comp submit and comp ledger with the real client against a local server: sent once, whatever fails or is
+killed."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def sendable(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """Predictions, a sample that asks for them, W&B off. That checkpoints say what is stored is tested elsewhere."""
+    """Predictions with their sample submission, W&B off. The recheck of checkpoints is tested elsewhere."""
     base = empty / "configs" / "base.yaml"
     base.write_text(base.read_text().replace("mode: offline", "mode: none"))
     raw = empty / "data" / "raw"
@@ -56,7 +57,7 @@ def events() -> list[str]:
     return [line["event"] for line in ledger.lines()]
 
 
-def test_sent_waited_for_and_booked(
+def test_send_wait_and_write_the_ledger(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.scores = [0.75]
@@ -75,14 +76,15 @@ def test_sent_waited_for_and_booked(
     assert KEY not in ledger.file().read_text()
 
 
-def test_the_same_bytes_and_a_worse_score_are_refused(
+def test_the_same_bytes_and_a_worse_score_need_an_option(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit("exp002") == 0
     assert cli.main(["submit", "exp002", "-m", "other words"]) == 2
     assert "submission 1000 already" in capsys.readouterr().err
     assert submit("exp001") == 2
-    assert "--anyway" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "CV score" in printed and "submission 1000" in printed and "--anyway" in printed
     assert len(server.submissions) == 1
     assert submit("exp001", "--anyway", "another seed") == 0
     assert submit("exp002", "--force") == 0
@@ -90,21 +92,10 @@ def test_the_same_bytes_and_a_worse_score_are_refused(
     assert ledger.submissions("practice")[1]["anyway"] == "another seed"
 
 
-def test_the_honest_score_counts(
-    server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = paths.run_folder("exp002") / "score.json"
-    artifacts.write_json(file, artifacts.read_json(file) | {"honest": 0.1})
-    artifacts.add_to_manifest(file)
-    assert submit("exp001") == 0
-    assert submit("exp002") == 2
-    assert "CV score 0.1 is worse" in capsys.readouterr().err
-
-
 def test_limits(server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]) -> None:
     server.allowed = 0
     assert submit() == 2
-    assert "daily limit" in (said := capsys.readouterr().err) and "00:00 UTC" in said
+    assert "daily limit" in (printed := capsys.readouterr().err) and "00:00 UTC" in printed
     server.total = True
     assert submit() == 2
     assert "allows no more" in capsys.readouterr().err
@@ -127,7 +118,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("method", "failure"), FAILURES)
-def test_every_failure_is_one_line_and_the_same_command_goes_on(
+def test_every_failure_is_one_line_and_the_same_command_continues(
     server: Server,
     sendable: Project,
     capsys: pytest.CaptureFixture[str],
@@ -136,8 +127,8 @@ def test_every_failure_is_one_line_and_the_same_command_goes_on(
 ) -> None:
     server.fail[method] = [failure] * (1 if method in ONCE else 9)
     assert submit() == 2
-    said = capsys.readouterr().err.strip()
-    assert WORDS[failure] in said and len(said.splitlines()) == 1 and KEY not in said
+    printed = capsys.readouterr().err.strip()
+    assert WORDS[failure] in printed and len(printed.splitlines()) == 1 and KEY not in printed
     assert not server.submissions
     server.fail.clear()
     assert submit() == 0
@@ -151,15 +142,16 @@ def test_every_failure_is_one_line_and_the_same_command_goes_on(
 def test_a_failure_while_waiting_loses_nothing(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], failure: Any
 ) -> None:
-    """The list answers before the sending and not after it: then comp ledger does not answer, and then it does."""
+    """The list is available before sending and fails after it; then comp ledger fails, and then it
+    succeeds."""
     server.fail["ListSubmissions"] = [None] + [failure] * 9
     assert submit() == 2
-    said = capsys.readouterr().err.strip()
-    assert WORDS[failure] in said and len(said.splitlines()) == 1 and len(server.submissions) == 1
+    printed = capsys.readouterr().err.strip()
+    assert WORDS[failure] in printed and len(printed.splitlines()) == 1 and len(server.submissions) == 1
     server.fail["ListSubmissions"] = [failure] * 9
     assert cli.main(["ledger"]) == 2
-    said = capsys.readouterr().out
-    assert WORDS[failure] in said and "first try" in said
+    printed = capsys.readouterr().out
+    assert WORDS[failure] in printed and "first try" in printed
     server.fail.clear()
     assert submit() == 0 and len(server.submissions) == 1
     assert ledger.submissions("practice")[0]["public"] == 0.5
@@ -173,13 +165,13 @@ def test_a_failed_upload_is_no_submission(
 ) -> None:
     server.fail["upload"] = [failure] * 40
     assert submit() == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and KEY not in said and not server.submissions
+    printed = capsys.readouterr().err.strip()
+    assert len(printed.splitlines()) == 1 and KEY not in printed and not server.submissions
     server.fail.clear()
     assert submit() == 0 and len(server.submissions) == 1
 
 
-def test_a_passing_failure_of_reading_is_tried_again(server: Server, sendable: Project) -> None:
+def test_transient_failures_of_reading_are_retried(server: Server, sendable: Project) -> None:
     server.fail["ListSubmissions"] = [429, 500]
     assert submit() == 0
 
@@ -193,14 +185,14 @@ def test_a_cut_upload_is_no_submission(
     assert submit() == 0 and server.submissions[0]["data"] == paths.submission_file("exp001").read_bytes()
 
 
-def test_an_answer_that_is_lost_is_looked_up(server: Server, sendable: Project) -> None:
+def test_a_lost_answer_is_looked_up(server: Server, sendable: Project) -> None:
     server.fail["CreateSubmission"] = ["after"]
     assert submit() == 0
     assert len(server.submissions) == 1 and ledger.submissions("practice")[0]["number"] == 1000
 
 
 @pytest.mark.parametrize(("score", "word"), [("ERROR", "row ids do not match"), (None, "still pending")])
-def test_scores_that_never_come(
+def test_failed_and_pending_scores(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], score: Any, word: str
 ) -> None:
     server.scores = [score]
@@ -216,7 +208,7 @@ def test_scores_that_never_come(
     assert score is None or (submit("exp001", "--anyway", "mended") == 0 and len(server.submissions) == 2)
 
 
-def test_ctrl_c_while_waiting_says_who_picks_it_up(
+def test_ctrl_c_while_waiting_names_comp_ledger(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pressed(seconds: float) -> None:
@@ -229,7 +221,7 @@ def test_ctrl_c_while_waiting_says_who_picks_it_up(
     assert cli.main(["ledger"]) == 0 and ledger.submissions("practice")[0]["public"] == 0.5
 
 
-# --- kills ---------------------------------------------------------------------------------------------------------------
+# --- kills --------------------------------------------------------------------------------------------------
 
 
 def killed(where: str) -> Callable[[], object]:
@@ -244,14 +236,14 @@ def killed(where: str) -> Callable[[], object]:
             kaggle.submit_file = die
         elif where == "uploading":
             KaggleApi.upload_complete = die
-        elif where == "sent, not booked":
+        elif where == "sent, not in the ledger":
 
             def sent(file: Path, message: str, competition: str) -> int:
                 original(file, message, competition)
                 return die()
 
             kaggle.submit_file = sent
-        elif where == "booked":
+        elif where == "in the ledger":
 
             def booked(event: str, **facts: Any) -> Any:
                 return add(event, **facts) if event != "sent" else (add(event, **facts), die())
@@ -264,11 +256,11 @@ def killed(where: str) -> Callable[[], object]:
     return run
 
 
-WHERE = {"intent written": 0, "uploading": 0, "sent, not booked": 1, "booked": 1, "waiting": 1}
+WHERE = {"intent written": 0, "uploading": 0, "sent, not in the ledger": 1, "in the ledger": 1, "waiting": 1}
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_killed_and_typed_again_it_is_sent_once(server: Server, sendable: Project, where: str) -> None:
+def test_killed_and_typed_again_sends_once(server: Server, sendable: Project, where: str) -> None:
     server.scores = [0.75]
     status = forked(killed(where))
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -279,17 +271,17 @@ def test_killed_and_typed_again_it_is_sent_once(server: Server, sendable: Projec
     assert entry["public"] == 0.75
 
 
-def test_comp_scores_picks_up_what_was_killed(
+def test_comp_ledger_finds_what_a_killed_process_sent(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert os.WIFSIGNALED(forked(killed("sent, not booked")))
+    assert os.WIFSIGNALED(forked(killed("sent, not in the ledger")))
     assert cli.main(["ledger"]) == 0 and cli.main(["ledger"]) == 0
     (entry,) = ledger.submissions("practice")
     assert entry["kind"] == "file" and entry["public"] == 0.5 and entry["name"] == "exp001"
 
 
 @pytest.mark.parametrize("line", [0, 1])
-def test_comp_scores_killed_at_a_line_of_the_book(server: Server, sendable: Project, line: int) -> None:
+def test_comp_ledger_killed_at_a_line(server: Server, sendable: Project, line: int) -> None:
     assert submit("exp001", "--no-wait") == 0
     server.submissions.append(
         {"ref": 77, "description": "by hand", "score": 0.6, "looks": 0, "date": "2026-11-01T00:00:00Z"}
@@ -315,7 +307,7 @@ def test_comp_scores_killed_at_a_line_of_the_book(server: Server, sendable: Proj
     ]
 
 
-def test_a_torn_line_never_happened(sendable: Project) -> None:
+def test_an_incomplete_last_line_is_removed(sendable: Project) -> None:
     ledger.intend("file", competition="practice", name="a")
     whole = ledger.file().read_bytes()
     ledger.file().write_bytes(whole + b'{"event": "se')
@@ -323,10 +315,10 @@ def test_a_torn_line_never_happened(sendable: Project) -> None:
     assert [line["name"] for line in ledger.lines()] == ["a", "b"]
 
 
-# --- the book ------------------------------------------------------------------------------------------------------------
+# --- the ledger ---------------------------------------------------------------------------------------------
 
 
-def test_book_with_foreign_ones_plot_luck_and_advice(
+def test_comp_ledger_prints_table_agreement_shake_up_and_final_two(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.scores = [0.70, 0.80, 0.78]
@@ -364,7 +356,7 @@ def test_many_pages_of_submissions(
     assert [each["number"] for each in ledger.submissions("practice")] == [1, 2, 3, 4, 5]
 
 
-def test_without_kaggle_the_book_is_shown_as_it_was(
+def test_without_kaggle_the_ledger_is_printed_as_it_is(
     server: Server, sendable: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit() == 0
@@ -374,7 +366,7 @@ def test_without_kaggle_the_book_is_shown_as_it_was(
     assert "server error" in out and "first try" in out
 
 
-def test_it_goes_to_wandb_too(server: Server, sendable: Project) -> None:
+def test_submissions_are_logged_to_wandb(server: Server, sendable: Project) -> None:
     base = sendable.root / "configs" / "base.yaml"
     base.write_text(
         base.read_text().replace("mode: none  ", "mode: offline").replace("mode: none", "mode: offline", 1)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import config
-from test_forms import logits, stand, written
 from test_layouts import declare, opened, prepared, put, refused
+from test_submission_forms import logits, submission_lines, write_run
 
 from comp.engine.data import raw_tables
 from comp.engine.data.sample_submission import read_sample
@@ -60,8 +60,10 @@ def test_a_sample_in_an_archive_is_written_like_any_other(empty: Path, inside: s
     table = prepared()
     assert table.frame["id"].tolist() == ["07", "8", "9", "10", "1", "2"]
     truth = table.truth(table.heads[0], table.positions("train"))
-    stand(table, {"label": np.log(0.1 + 0.8 * np.eye(2)[truth])}, {"label": logits([[0.1, 0.9], [0.9, 0.1]])})
-    assert written() == ["id,label", "1,b", "2,a"]
+    write_run(
+        table, {"label": np.log(0.1 + 0.8 * np.eye(2)[truth])}, {"label": logits([[0.1, 0.9], [0.9, 0.1]])}
+    )
+    assert submission_lines() == ["id,label", "1,b", "2,a"]
     put(empty, "train.csv.gz", gzip.compress(b"id,label\n07,a\n")[:-6])
     assert "data/raw/train.csv.gz: is damaged and cannot be opened" in refused()
 
@@ -103,15 +105,17 @@ def test_a_training_table_with_a_line_for_each_class(empty: Path) -> None:
     assert table.frame["images"].iloc[-1].tolist() == ["test/ID_x.dcm"]
     truth = table.truth(table.heads[0], table.positions("train"))
     assert truth.tolist()[:5] == [[0, 0], [1, 0], [0, 0], [1, 0], [0, 1]]
-    stand(table, {"labels": logits(0.2 + 0.6 * truth)}, {"labels": logits([[0.25, 0.5], [0.125, 0.75]])})
-    assert [line.split(",")[0] for line in written()] == [
+    write_run(table, {"labels": logits(0.2 + 0.6 * truth)}, {"labels": logits([[0.25, 0.5], [0.125, 0.75]])})
+    assert [line.split(",")[0] for line in submission_lines()] == [
         "ID",
         "ID_y_any",
         "ID_y_in_any",
         "ID_x_in_any",
         "ID_x_any",
     ]
-    assert np.allclose([float(line.split(",")[1]) for line in written()[1:]], [0.25, 0.5, 0.75, 0.125])
+    assert np.allclose(
+        [float(line.split(",")[1]) for line in submission_lines()[1:]], [0.25, 0.5, 0.75, 0.125]
+    )
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_0_in_any,1\n"]))
     assert refused() == "data/raw/train.csv:2: in_any is '0', and another line of the same id says '1'"
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_any,1\n"]))
@@ -186,12 +190,12 @@ def test_a_line_for_each_target_with_a_column_for_each_class(empty: Path) -> Non
     table = prepared()
     assert table.heads[0].classes == ("bad", "mild")
     oof = {head.name: np.zeros((8, 2)) for head in table.heads}
-    stand(
+    write_run(
         table,
         oof,
         {"left": np.log([[0.25, 0.75], [0.5, 0.5]]), "right": np.log([[0.875, 0.125], [0.0625, 0.9375]])},
     )
-    lines = [line.split(",") for line in written()]
+    lines = [line.split(",") for line in submission_lines()]
     assert [line[0] for line in lines] == ["row_id", "q_right", "q_left", "p_left", "p_right"]
     cells = np.array([line[1:] for line in lines[1:]], float)
     assert np.allclose(cells, [[0.9375, 0.0625], [0.5, 0.5], [0.75, 0.25], [0.125, 0.875]])

@@ -1,4 +1,5 @@
-"""The queue of a study: what is tried, pruned and stopped; and what a search ends in. Its deaths are in test_tune_deaths.py."""
+"""The queue of a study, pruning, stopping, --confirm and --export. Dead processes are in
+test_tune_deaths.py."""
 
 from __future__ import annotations
 
@@ -32,9 +33,7 @@ def tuned(project: Path) -> Path:
     return with_space(project)
 
 
-def test_from_the_first_setting_to_an_experiment_in_the_bank(
-    tuned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_search_report_and_export(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "3", *SMALL]) == 0
     opened = join()
     trials = opened.study.get_trials(deepcopy=False)
@@ -67,7 +66,7 @@ def test_from_the_first_setting_to_an_experiment_in_the_bank(
         export.export(opened, "exp015", 99)
 
 
-def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -> None:
+def test_no_setting_runs_twice_and_a_finite_space_ends(tuned: Path) -> None:
     (tuned / "configs/tune/few.yaml").write_text("search:\n  model.drop_rate: [0.0, 0.1, 0.2]\nfolds: 1\n")
     opened = join(space="few")
     seen = []
@@ -81,7 +80,7 @@ def test_the_same_setting_is_not_run_twice_and_a_small_space_ends(tuned: Path) -
     assert all(text.startswith("the same setting as trial") for text in skipped)
 
 
-def test_the_best_of_an_earlier_study_is_tried_early(tuned: Path) -> None:
+def test_the_best_setting_of_an_earlier_study_is_queued(tuned: Path) -> None:
     old = join()
     for value in (0.1, 0.9, 0.2):
         taken = study.next_trial(old)
@@ -105,22 +104,22 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     opened = join(8, space="p")
     cost: list[int] = []
 
-    def one_fold(material: Any, name: str, seed: int, number: int, on_epoch: Any, **_: Any) -> None:
-        """A fold whose metric is known beforehand: from the seventh trial on it is bad."""
-        worth = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
+    def one_fold(context: Any, name: str, seed: int, number: int, on_epoch: Any, **_: Any) -> None:
+        """A fold with a fixed metric, which is low from the seventh trial on."""
+        metric = 0.3 if len(cost) > 6 else 0.8 + len(cost) / 100
         with (paths.fold_folder(name, seed, number) / "log.jsonl").open("w") as log:
             for epoch in range(1, 3):
-                log.write(f'{{"epoch": {epoch}, "valid_metric": {worth + number / 100}}}\n')
+                log.write(f'{{"epoch": {epoch}, "valid_metric": {metric + number / 100}}}\n')
                 cost[-1] += 1
-                on_epoch({"epoch": epoch, "valid_metric": worth + number / 100})
+                on_epoch({"epoch": epoch, "valid_metric": metric + number / 100})
 
     def begun(*_: Any) -> None:
         assert taken is not None
         for number in range(5):
             paths.fold_folder(opened.run_name(taken[0]), 0, number).mkdir(parents=True, exist_ok=True)
 
-    material = loading.load_context(opened.config({}))
-    monkeypatch.setattr(loading, "load_context", lambda *_: material)
+    context = loading.load_context(opened.config({}))
+    monkeypatch.setattr(loading, "load_context", lambda *_: context)
     monkeypatch.setattr(execute, "run_fold", one_fold)
     monkeypatch.setattr(objective, "cv_score", lambda *_: {"value": 0.8, "text": ""})
     monkeypatch.setattr(fingerprint, "claim", lambda *_, **__: begun())
@@ -132,7 +131,7 @@ def test_a_bad_setting_is_pruned(tuned: Path, monkeypatch: pytest.MonkeyPatch, p
     assert ends[0] == "COMPLETE" and cost[0] == 10
 
 
-def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
+def test_a_stopped_trial_continues_from_its_checkpoint(tuned: Path) -> None:
     opened, stop = join(), hardware.Stop()
     taken = study.next_trial(opened)
     assert taken is not None
@@ -150,7 +149,7 @@ def test_stopped_it_goes_on_where_it_was(tuned: Path) -> None:
     assert 0 < search._deadline(None, "07:30") - time.time() <= 24 * 3600
 
 
-def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_twice_stops_at_once_and_loses_no_trial(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = join()
     assert run(opened) == TrialState.COMPLETE
     taken, stop = study.next_trial(opened), hardware.Stop()
@@ -170,7 +169,7 @@ def test_ctrl_c_twice_stops_at_once_and_loses_nothing(tuned: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_opens_it(tuned: Path) -> None:
+def test_wandb_runs_of_trials_and_optuna_dashboard(tuned: Path) -> None:
     pytest.importorskip("optuna_dashboard")
     (tuned / "configs/tune/few.yaml").write_text(
         "search:\n  model.drop_rate: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]\nfolds: 1\npruner: none\n"
@@ -190,14 +189,16 @@ def test_every_trial_is_a_wandb_run_in_the_group_of_its_study_and_the_dashboard_
 
     from optuna_dashboard import wsgi
 
-    app, said = wsgi(f"sqlite:///{tuned}/studies/exp001-few/study.db"), list[str]()
+    app, printed = wsgi(f"sqlite:///{tuned}/studies/exp001-few/study.db"), list[str]()
     asked = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr,
              "SERVER_NAME": "", "SERVER_PORT": "0", "wsgi.url_scheme": "http", "QUERY_STRING": "", "SCRIPT_NAME": ""}  # fmt: skip
-    body = b"".join(app(asked, lambda status, headers, *_: said.append(status)))
-    assert said[0].startswith("200") and json.loads(body)["study_summaries"][0]["study_name"] == "exp001-few"
+    body = b"".join(app(asked, lambda status, headers, *_: printed.append(status)))
+    assert (
+        printed[0].startswith("200") and json.loads(body)["study_summaries"][0]["study_name"] == "exp001-few"
+    )
 
 
-def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
+def test_confirm_compares_the_best_trial_with_the_baseline_on_new_seeds(
     tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tuned / "configs/tune/one.yaml").write_text(
@@ -226,14 +227,14 @@ def test_the_winner_is_held_against_the_baseline_on_fresh_seeds(
     assert fresh.keys() == {begun.number, best.number} and len(fresh[best.number]) == 2
     folder = paths.run_folder(opened.run_name(best))
     assert all((folder / f"seed{seed}").is_dir() for seed in confirm.new_seeds(opened))
-    said = capsys.readouterr().out
-    assert f"trial {best.number} against exp001 on 2 new seeds" in said
+    printed = capsys.readouterr().out
+    assert f"trial {best.number} against exp001 on 2 new seeds" in printed
     for ours, word in (((0.9, 0.91), "better, beyond the noise"), ((0.9, 0.1), "within the noise"), ((0.1, 0.11), "worse, beyond the noise")):  # fmt: skip
         given = {best.number: list(ours), begun.number: [0.5, 0.5]}
         assert word in report.compared_on_seeds(opened, best.number, begun.number, given)
 
 
-def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
+def test_conditional_knobs(tuned: Path) -> None:
     (tuned / "configs/tune/c.yaml").write_text(
         "search:\n  model.name: [test_resnet, test_efficientnet, test_convnext]\n"
         "  model.drop_path_rate: {low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
@@ -250,14 +251,14 @@ def test_conditional_knobs_are_searched_in_groups(tuned: Path) -> None:
     assert seen == own.keys() and opened.study.sampler._group  # type: ignore[union-attr]
 
 
-def test_another_experiment_does_not_join(tuned: Path) -> None:
+def test_a_study_rejects_another_config(tuned: Path) -> None:
     join()
     with pytest.raises(UserError, match=r"was begun with another train.batch_size"):
         join(None, "train.batch_size=16")
     join(None, "machine.gpu_cache_mb=0")  # changes no result
 
 
-def test_score_and_time_have_a_front(tuned: Path) -> None:
+def test_two_objectives_have_a_pareto_front(tuned: Path) -> None:
     (tuned / "configs/tune/two.yaml").write_text(
         "search:\n  model.name: [test_resnet, test_efficientnet]\nobjectives: [score, time]\npruner: none\nfolds: 1\n"
     )

@@ -1,4 +1,4 @@
-"""A study whose processes die, crash or run out of memory: nothing is lost, nothing is done twice."""
+"""Studies whose processes are killed, crash or run out of memory: no trial is lost, none runs twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tuned(project: Path) -> Path:
     return with_space(project)
 
 
-def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: Path) -> None:
+def test_a_killed_trial_resumes_in_its_folder_and_has_the_same_weights(tuned: Path) -> None:
     opened = join()
 
     def die() -> None:
@@ -66,11 +66,11 @@ def test_a_killed_trial_goes_on_in_its_folder_and_ends_in_the_same_bytes(tuned: 
     assert killed == whole and len(whole) == 2
 
 
-def test_only_the_dead_are_taken_up(tuned: Path) -> None:
+def test_only_trials_of_dead_processes_are_queued_again(tuned: Path) -> None:
     opened = join(20)
     living = study.next_trial(opened)
     assert living is not None
-    forked(lambda: study.next_trial(join(20)))  # ends without a word to the study
+    forked(lambda: study.next_trial(join(20)))  # ends without telling the study
     queued = study.requeue_dead(opened)
     assert queued == [1] and states(opened)[:2] == ["RUNNING", "FAIL"]
     assert study.requeue_dead(opened) == [], "one successor each"
@@ -79,13 +79,13 @@ def test_only_the_dead_are_taken_up(tuned: Path) -> None:
     assert living[0].number == 0 and states(opened)[0] == "RUNNING"
 
 
-def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned: Path) -> None:
+def test_successors_come_before_known_settings_over_the_budget(tuned: Path) -> None:
     old = join()
     taken = study.next_trial(old)
     assert taken is not None
     old.study.tell(taken[0], 0.5)
     (tuned / "configs/tune/t.yaml").write_text("search:\n  optim.lr: {low: 1e-4, high: 0.1, log: true}\n")
-    old.study.add_trial(_told(old, 0.9))
+    old.study.add_trial(_completed(old, 0.9))
     forked(lambda: study.next_trial(join(1, space="t")))  # the experiment's own; what exp001-s found waits
     opened = join(1, space="t")
     taken = study.next_trial(opened)
@@ -97,23 +97,21 @@ def test_the_dead_come_before_known_settings_that_the_budget_does_not_pay(tuned:
     assert taken[1]["optim.lr"] == 2e-3
 
 
-def _told(opened: OpenStudy, value: float) -> Any:
+def _completed(opened: OpenStudy, value: float) -> Any:
     params = {"optim.lr": 2e-3, "model.drop_rate": 0.1}
     kinds = {knob.key: study.distribution(knob) for knob in opened.space.knobs}
     return create_trial(params=params, distributions=kinds, value=value)
 
 
-def test_a_death_between_closing_and_queueing_loses_nothing(tuned: Path) -> None:
+def test_killed_between_closing_a_trial_and_queueing_its_successor(tuned: Path) -> None:
     opened = join(20)
     forked(lambda: study.next_trial(join(20)))
     frozen = opened.study.get_trials(deepcopy=False)[0]
-    opened.storage.set_trial_state_values(
-        frozen._trial_id, TrialState.FAIL
-    )  # as far as the dead process came
+    opened.storage.set_trial_state_values(frozen._trial_id, TrialState.FAIL)  # where the process was killed
     assert study.requeue_dead(opened) == [0]
 
 
-def test_a_setting_that_kills_its_process_again_and_again_is_given_up(tuned: Path) -> None:
+def test_a_setting_that_kills_its_process_repeatedly_is_given_up(tuned: Path) -> None:
     opened = join(20)
     for _ in range(study.MAX_DEATHS):
         forked(lambda: study.next_trial(join(20)))
@@ -148,7 +146,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
     assert ends == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
+def test_three_crashes_in_a_row_end_the_search(
     tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -156,8 +154,8 @@ def test_a_crash_is_a_crash_and_three_in_a_row_are_a_mistake(
 
     monkeypatch.setattr(train, "fold", fail)
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "9", *SMALL]) == 2
-    said = capsys.readouterr()
-    assert "3 trials in a row failed, the last with: 'no such'" in said.err
+    printed = capsys.readouterr()
+    assert "3 trials in a row failed, the last with: 'no such'" in printed.err
     trials = join().study.get_trials(deepcopy=False)
     assert [t.user_attrs["error"]["kind"] for t in trials if "error" in t.user_attrs] == ["crash"] * 3
     assert "KeyError" in (tuned / "runs/.studies/exp001-s/0000/error.txt").read_text()

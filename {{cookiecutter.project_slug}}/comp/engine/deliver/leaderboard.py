@@ -19,7 +19,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import tracking
 from comp.engine.store import artifacts, paths
 
-COLUMNS = ["ref", "sent", "name", "kind", "CV", "nested CV", "public", "private", "status", "message"]
+COLUMNS = ["ref", "sent", "name", "kind", "CV", "public", "private", "status", "message"]
 
 
 def leaderboard() -> int:
@@ -55,10 +55,9 @@ def leaderboard() -> int:
 
 
 def _table_row(entry: Entry) -> list[str]:
-    cv = (entry["cv"] or {}).get("oof")
     numbers = [
         "-" if value is None else f"{value:.5g}"
-        for value in (cv, entry["nested"], entry["public"], entry["private"])
+        for value in (cv_score(entry), entry["public"], entry["private"])
     ]
     return [str(entry["number"]), str(entry["at"])[:16], entry["name"] or "(elsewhere)", entry["kind"], *numbers, entry["status"] or "PENDING", entry["message"][:40]]  # fmt: skip
 
@@ -112,7 +111,7 @@ def plot(cfg: Config, scored: Sequence[Entry]) -> Path:
     for x, y, name in points:
         axes.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(
-        xlabel=f"CV, {scored[-1]['cv']['metric']} (nested where there is one)",
+        xlabel=f"CV, {scored[-1]['cv']['metric']}",
         ylabel="public score",
         title=cfg.competition.slug,
     )

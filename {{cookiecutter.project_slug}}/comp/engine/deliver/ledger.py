@@ -106,7 +106,7 @@ def submissions(competition: str) -> list[Entry]:
     found = {entry["number"]: entry for entry in entries(("file", "kernel"), competition) if entry["number"]}
     for ref, line in _latest_status(competition).items():
         if ref not in found:
-            found[ref] = {"kind": "foreign", "number": ref, "name": "", "message": line["description"], "cv": None, "nested": None, "at": line["date"]}  # fmt: skip
+            found[ref] = {"kind": "foreign", "number": ref, "name": "", "message": line["description"], "cv": None, "at": line["date"]}  # fmt: skip
             found[ref] |= {key: line[key] for key in STATUS}
     return [found[ref] for ref in sorted(found)]
 
@@ -165,7 +165,6 @@ def describe(cfg: Config, name: str) -> Entry:
         },
         "predictions": artifacts.sha256(bank.find(name, "test")),
         "cv": {key: record.get(key) for key in keys} if record else None,
-        "nested": nested_score(record),
     }
 
 
@@ -176,14 +175,6 @@ def score_record(name: str) -> Entry | None:
     return dict(artifacts.read_json(artifacts.verified(score_file))) if score_file.exists() else None
 
 
-def nested_score(record: Entry | None) -> float | None:
-    """The score on rows that an ensemble's or a TTA search was not fitted on, where score.json has one."""
-    nested = (record or {}).get("honest")
-    return nested.get("oof") if isinstance(nested, dict) else nested
-
-
 def cv_score(entry: Entry) -> float | None:
-    """The CV score of a submission, the nested one if there is one."""
-    if entry.get("nested") is not None:
-        return float(entry["nested"])
+    """Of an ensemble this is the nested score: no row is predicted with weights that it was fitted on."""
     return entry["cv"]["oof"] if entry.get("cv") else None

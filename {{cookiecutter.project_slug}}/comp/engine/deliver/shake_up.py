@@ -91,7 +91,7 @@ def final_two(cfg: Config, scored: Sequence[Entry], table: Samples, split: Folds
     if not ranked:
         return []
     best = ranked[0]
-    lines = [f"final two: {best['number']} ({best['name']}), the best nested CV"]
+    lines = [f"final two: {best['number']} ({best['name']}), the best CV"]
     try:
         predictions = _test_predictions(best["name"], table, split)
         noise = _bootstrap_std(cfg, best["name"], table, split)

@@ -117,9 +117,9 @@ def limit_reached(slug: str) -> UserError | None:
 def validate_score(name: str, sent: list[dict[str, Any]]) -> None:
     """A submission should have a better CV score than all before it, by the same metric."""
     record = ledger.score_record(name)
-    value = ledger.cv_score({"cv": record, "nested": ledger.nested_score(record)})
-    if record is None or value is None:
+    if record is None or record["oof"] is None:
         return
+    value = record["oof"]
     sign = 1 if record["direction"] == "max" else -1
     rivals = [
         (sign * rival, entry)
@@ -236,7 +236,7 @@ def _until_midnight() -> str:
 def _log_to_wandb(cfg: Config, entry: dict[str, Any]) -> None:
     """One W&B run a submission, logged again when the private score is published."""
     folder = paths.path("submissions", "tracked", entry["token"])
-    keys = ("number", "name", "message", "status", "public", "private", "nested")
+    keys = ("number", "name", "message", "status", "public", "private")
     logged = {key: entry[key] for key in keys}
     if (folder / "logged.json").exists() and artifacts.read_json(folder / "logged.json") == logged:
         return
@@ -250,6 +250,6 @@ def _log_to_wandb(cfg: Config, entry: dict[str, Any]) -> None:
         | {"ref": entry["number"], "competition": {"slug": entry["competition"]}},
         settings=cfg.track,
     ) as log:
-        cv = (entry["cv"] or {}).get("oof")
-        log.summary({"cv": cv, **{key: entry[key] for key in ("nested", "public", "private", "status")}})
+        scores = {key: entry[key] for key in ("public", "private", "status")}
+        log.summary({"cv": ledger.cv_score(entry), **scores})
     artifacts.write_json(folder / "logged.json", logged)
