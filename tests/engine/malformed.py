@@ -46,18 +46,18 @@ def of_any(number: int) -> str:
 
 def field_missing(number: int) -> Broken:
     file = of_any(number)
-    return with_row(file, number, lambda row: row[:-1], "fields, where the first line has")
+    return with_row(file, number, lambda row: row[:-1], "fields")
 
 
 def field_too_many(number: int) -> Broken:
-    return with_row(of_any(number), number, lambda row: [*row, "x"], "fields, where the first line has")
+    return with_row(of_any(number), number, lambda row: [*row, "x"], "fields")
 
 
 def id_twice(number: int) -> Broken:
     """Of a sample that is no fault: each of its lines gets the same prediction."""
     file, at = ("train.csv", "test.csv")[number % 2], 2 + number % (ROWS - 1)
     rows = [*TABLES[file][:at], TABLES[file][1], *TABLES[file][at:]]
-    return Broken(file, text(rows), f"{file}:{at + 1}", "stands there")
+    return Broken(file, text(rows), f"{file}:{at + 1}", "occurs again")
 
 
 def id_missing(number: int) -> Broken:
@@ -70,21 +70,21 @@ def label_missing(number: int) -> Broken:
 
 def label_misspelt(number: int) -> Broken:
     return with_cell(
-        "train.csv", number, 1, ("dgo", "Cat", "cat ", "1")[number % 4], "is none of the 2 classes"
+        "train.csv", number, 1, ("dgo", "Cat", "cat ", "1")[number % 4], "is not one of the 2 classes"
     )
 
 
 def group_missing(number: int) -> Broken:
-    return with_cell("train.csv", number, 2, "", "writer is missing")
+    return with_cell("train.csv", number, 2, "", "writer: the value is missing")
 
 
 def weight_wrong(number: int) -> Broken:
-    return with_cell("train.csv", number, 4, ("-1", "much", "", "nan")[number % 4], "is no number from 0 up")
+    return with_cell("train.csv", number, 4, ("-1", "much", "", "nan")[number % 4], "is not a number >= 0")
 
 
 def path_leads_out(number: int) -> Broken:
     return with_cell(
-        "train.csv", number, 0, ("../x", "../../etc/passwd", "a/../../b")[number % 3], "leads out of"
+        "train.csv", number, 0, ("../x", "../../etc/passwd", "a/../../b")[number % 3], "is outside"
     )
 
 
@@ -107,7 +107,7 @@ def not_utf8(number: int) -> Broken:
 def column_twice(number: int) -> Broken:
     file = of_any(number)
     rows = [[*row, row[0]] for row in TABLES[file]]
-    return Broken(file, text(rows), f"{file}:1", "is there twice")
+    return Broken(file, text(rows), f"{file}:1", "the column")
 
 
 def column_renamed(number: int) -> Broken:
@@ -118,7 +118,7 @@ def column_renamed(number: int) -> Broken:
 
 
 def no_such_file(number: int) -> Broken:
-    return Broken(of_any(number), None, of_any(number), "no such table")
+    return Broken(of_any(number), None, of_any(number), "no such")
 
 
 def nothing_in_it(number: int) -> Broken:
@@ -126,7 +126,7 @@ def nothing_in_it(number: int) -> Broken:
 
 
 def header_alone(number: int) -> Broken:
-    return Broken(of_any(number), text(TABLES[of_any(number)][:1]), of_any(number), "holds no rows")
+    return Broken(of_any(number), text(TABLES[of_any(number)][:1]), of_any(number), "has no rows")
 
 
 def sample_of_another(number: int) -> Broken:
@@ -146,7 +146,7 @@ def sample_too_short(number: int) -> Broken:
 def sample_column_too_many(number: int) -> Broken:
     rows = [[*row, "0" if i else f"extra{number}"] for i, row in enumerate(SAMPLE)]
     return Broken(
-        "sample_submission.csv", text(rows), "sample_submission.csv:1", "is nothing that is predicted"
+        "sample_submission.csv", text(rows), "sample_submission.csv:1", "nothing is predicted for this column"
     )
 
 

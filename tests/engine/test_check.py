@@ -1,4 +1,4 @@
-"""comp check: every fault of tables, pictures and declaration at once, before a run meets it."""
+"""comp check: all faults of tables, images and declaration at once, before a run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from test_submission_forms import submission_lines as submitted
 from comp import competition
 from comp.engine import cli
 from comp.engine.bank import bank
-from comp.engine.data import check, image_reader, make_folds, prepare, samples
-from comp.engine.deliver import dummy_submission
+from comp.engine.data import image_reader, make_folds, prepare, samples
 from comp.engine.deliver.submission_format import TASKS_OF_FORM
 from comp.engine.errors import UserError
+from comp.engine.extras import check
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.tasks.kinds import TASKS
 
@@ -33,7 +33,7 @@ from comp.engine.tasks.kinds import TASKS
 
 def checked(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
     capsys.readouterr()
-    faults = check.check(config(experiment="base"))
+    faults = [fault.line for fault in check.run(config(experiment="base"))]
     return faults, capsys.readouterr().out.splitlines()
 
 
@@ -81,9 +81,9 @@ def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.
     for part in wanted:
         assert any(part in fault for fault in faults), part
     assert printed[-1] == f"{len(wanted)} faults"
-    assert any(line.startswith("note: ") and f"like {test[2]!r} in 3, 4" in line for line in printed)
+    assert any(line.startswith("note: ") and f"like {test[2]!r} in lines 3, 4" in line for line in printed)
     assert (
-        "note: 1 more files in test are listed by no test row, like test/stranger.png; they are left out"
+        "note: 1 more files in test, like test/stranger.png, are listed by no test row and not used"
         in printed
     )
     assert (project / "data" / "check.txt").read_text().splitlines()[-len(faults) :] == faults
@@ -99,7 +99,7 @@ def test_images_are_opened_once(
         opened.append(name)
         return image(self, name, data)
 
-    monkeypatch.setattr(image_reader.ImageReader, "picture", counting)
+    monkeypatch.setattr(image_reader.ImageReader, "image", counting)
     assert checked(capsys)[0] == [] and len(opened) == 1797
     assert checked(capsys)[0] == [] and len(opened) == 1797
 
@@ -123,17 +123,18 @@ def test_a_wrong_template_is_one_line(project: Path, capsys: pytest.CaptureFixtu
     file = project / "configs/competition.yaml"
     file.write_text(file.read_text().replace("train/{id}.png", "train/{id}.jpg"))
     faults, _ = checked(capsys)
-    assert faults == [
-        "configs/competition.yaml: train.image: none of 1437 files exists, like train/00000.jpg; the nearest there is test/00001.png"
-    ] or (len(faults) == 1 and "none of 1437 files exists, like train/00000.jpg" in faults[0])
+    (fault,) = faults
+    line = file.read_text().splitlines().index('train: {table: train.csv, image: "train/{id}.jpg"}') + 1
+    assert fault.startswith(f"configs/competition.yaml:{line}: train.image: none of 1437 files exists")
+    assert "train/00000.jpg" in fault and "did you mean t" in fault
 
 
-def test_check_lists_what_is_in_force(
+def test_check_lists_what_competition_py_defines(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load_image(row: dict[str, Any], decode: Callable[..., Any]) -> Any:
         if row["image"] == "train/00003.png":
-            raise DamagedImage(row["image"], "nobody likes it")
+            raise DamagedImage(row["image"], "not an image")
         return decode(row["image"])
 
     monkeypatch.setattr(competition, "load_image", load_image, raising=False)
@@ -141,17 +142,17 @@ def test_check_lists_what_is_in_force(
         image_reader.ImageReader, "key", "test"
     )  # the source of a hook within a test is not the module's
     faults, printed = checked(capsys)
-    assert "comp/competition.py: load_image in force" in printed
-    assert faults == ["data/raw/train.csv:4: image train/00003.png: nobody likes it"]
+    assert "comp/competition.py defines load_image" in printed
+    assert faults == ["data/raw/train.csv:4: image train/00003.png: not an image"]
 
 
 def test_check_reads_the_declaration(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = project / "configs/competition.yaml"
     text = file.read_text()
     for metric, line in {
-        "acuracy": "nearest: accuracy",
-        "rmse": "rmse does not fit task: multiclass",
-        "metric": "wants a function",
+        "acuracy": "accuracy",
+        "rmse": "rmse is not defined for the task multiclass",
+        "metric": "defines no function named metric",
     }.items():
         file.write_text(text.replace("metric: accuracy", f"metric: {metric}"))
         (fault,) = checked(capsys)[0]
@@ -169,21 +170,19 @@ def test_check_compares_the_sample_with_the_classes(empty: Path, capsys: pytest.
     )
     faults = [fault for fault in checked(capsys)[0] if "sample.csv" in fault]
     assert faults == [
-        "data/raw/sample.csv:1: the column 'scap' is nothing that is predicted, the nearest is 'scab'",
+        "data/raw/sample.csv:1: scap: nothing is predicted for this column; did you mean 'scab'?",
         "data/raw/sample.csv:1: no column for the class 'scab'",
     ]
 
 
-def test_check_sees_tables_that_moved_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_notes_changed_tables(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = project / "data/raw/train.csv"
     file.write_text(file.read_text().replace("bold", "heavy", 1))
     faults, printed = checked(capsys)
-    assert (
-        faults == [] and "note: data/samples.parquet is not what the tables say now: comp prepare" in printed
-    )
+    assert faults == [] and "note: data/samples.parquet differs from the tables; run comp prepare" in printed
 
 
-def test_the_hash_of_samples_is_of_what_they_say_not_of_the_bytes(project: Path) -> None:
+def test_the_hash_of_samples_is_of_their_content_not_of_the_file(project: Path) -> None:
     """Another pyarrow writes other bytes; runs, folds and blends must not turn stale for that."""
     table = samples.load()
     assert len(table.frame.columns) > 6
@@ -202,12 +201,12 @@ def test_prepare_says_when_folds_are_of_another_table(
     file = project / "data/raw/train.csv"
     file.write_text(file.read_text().replace("bold", "heavy", 1))
     prepare.prepare(config(experiment="base"))
-    assert "data/folds.parquet was made for the table as it was before" in capsys.readouterr().out
-    with pytest.raises(UserError, match="the same ids, other values"):
+    assert "data/folds.parquet was made for the previous table" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the same ids with other values"):
         make_folds.make(config(experiment="base"), samples.load())
 
 
-# --- what comp submit would refuse ---------------------------------------------------------------------------------------
+# --- errors that comp submit would raise -----------------------------------------------------------------------------------
 
 TEN = [f"c{i}" for i in range(10)]
 
@@ -222,9 +221,7 @@ def ten_classes(root: Path, form: str, sample: str, labels: list[str] = TEN, **c
     declare(root, **{"test": test, "submission": {"sample": "sample.csv", "form": form}} | changes)
 
 
-def test_a_form_that_does_not_fit_the_task_is_found_before_training(
-    empty: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unfit_form_is_reported_before_training(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ten_classes(empty, "probability", "id,label\n18,0\n19,0\n")
     assert cli.main(["check"]) == 2
     printed = capsys.readouterr().out
@@ -247,7 +244,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_check_and_submit_say_the_same_of_every_form(
+def test_check_and_submit_report_the_same_for_every_form(
     empty: Path, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Written from random predictions after a training, or refused: comp check has said so before."""
@@ -260,7 +257,7 @@ def test_check_and_submit_say_the_same_of_every_form(
         metric = TASKS[task].metric
         ten_classes(empty, form, sample, LABELS.get(task, TEN), task=task, metric=metric, folds=scheme)
         table = prepared()
-        told = check.check(config(experiment="base"), dummy_submission.validate_dummy)
+        reported = [fault.line for fault in check.run(config(experiment="base"))]
         if table.hash != stands:
             (empty / "data/folds.parquet").unlink(missing_ok=True)
             make_folds.make(config(experiment="base"), table)
@@ -272,10 +269,10 @@ def test_check_and_submit_say_the_same_of_every_form(
             stands = table.hash
         try:
             submitted()
-        except UserError as refused:
-            assert told and refused.lines[0] in told, form
+        except UserError as error:
+            assert reported and error.lines[0] in reported, form
         else:
-            assert told == [], form
+            assert reported == [], form
             fine.append(form)
     assert fine == [form for form, tasks in TASKS_OF_FORM.items() if task in tasks]
     capsys.readouterr()
@@ -289,16 +286,14 @@ def test_check_and_submit_say_the_same_of_every_form(
         ("probabilities", "id,c0\n18,0\n19,0\n", {"submission": {"sample": "sample.csv", "form": "probabilities", "sums_to_one": True}, "classes": ["c0", "c1"]}, "no column for the class 'c1'"),
     ],
 )  # fmt: skip
-def test_what_else_submit_would_refuse(
+def test_other_errors_of_submit(
     empty: Path, form: str, sample: str, changes: dict[str, Any], part: str
 ) -> None:
     labels = (
         ["0.5 0", "1,0.5 0"] if form == "labels" else ["0.5", "1", "2"] if form == "value" else ["c0", "c1"]
     )
     ten_classes(empty, form, sample, [f'"{label}"' for label in labels], **changes)
-    assert any(
-        part in fault for fault in check.check(config(experiment="base"), dummy_submission.validate_dummy)
-    )
+    assert any(part in fault.line for fault in check.run(config(experiment="base")))
 
 
 def test_functions_of_your_own_write_a_made_up_submission_too(
@@ -310,15 +305,17 @@ def test_functions_of_your_own_write_a_made_up_submission_too(
         return sample.assign(label=[str(row["meta.age"]) for row in rows.to_dict("records")])
 
     monkeypatch.setattr(competition, "write_submission", write_submission, raising=False)
-    (fault,) = check.check(config(experiment="base"), dummy_submission.validate_dummy)
+    (fault,) = check.run(config(experiment="base"))
     assert (
-        fault.startswith("comp/competition.py:") and "write_submission fails: KeyError: 'meta.age'" in fault
+        fault.line.startswith("comp/competition.py:")
+        and "write_submission" in fault.line
+        and "'meta.age'" in fault.line
     )
     monkeypatch.setattr(
         competition, "write_submission", lambda rows, prediction, sample: sample.assign(label="c99")
     )
-    (fault,) = check.check(config(experiment="base"), dummy_submission.validate_dummy)
-    assert "made-up predictions:2: row '18', column 'label': 'c99' is no class" in fault
+    (fault,) = check.run(config(experiment="base"))
+    assert "made-up predictions:2: row '18', column 'label': 'c99'" in fault.line
 
 
 # --- as an experiment decodes --------------------------------------------------------------------------------------------

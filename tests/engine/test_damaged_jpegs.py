@@ -14,8 +14,9 @@ from conftest import config
 from PIL import Image
 from test_images import encoded, photograph
 
-from comp.engine.data import cache, check
+from comp.engine.data import cache
 from comp.engine.deliver import kernel_inputs, kernel_models
+from comp.engine.extras import check
 from comp.engine.readers import arrays, decode
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.store import artifacts, paths
@@ -178,11 +179,11 @@ def test_cache_loader_and_check_agree(laid: Path, capsys: pytest.CaptureFixture[
     assert reasons(cache.open_images(config(), names, progress=False)) == expected
     assert reasons(cache.open_images(config("data.cache=false"), names, progress=False)) == expected
     capsys.readouterr()
-    faults = check.check(config(experiment="base"))
+    faults = check.run(config(experiment="base"))
     printed = capsys.readouterr().out
-    assert len(faults) == 8  # a picture once, whichever rows list it
+    assert len(faults) == 8  # an image once, whichever rows list it
     for line, name in enumerate(names, 2):
-        (found,) = [f for f in faults if f": image {name}: " in f] or [""]
+        (found,) = [f.line for f in faults if f"image {name}: " in f.what] or [""]
         assert found == (f"data/raw/train.csv:{line}: image {name}: {expected[line - 2]}" if expected[line - 2] else "")  # fmt: skip
     warned = sum(text.startswith(decode.WARNED) for text in expected)
     assert f"{warned} of them are JPEGs that libjpeg warns about" in printed and "pixels: {lenient: true}" in printed  # fmt: skip
@@ -197,12 +198,12 @@ def test_check_counts_and_names_what_a_lenient_declaration_takes(
     taken = [not text for text in reasons(cache.open_images(config(), names, progress=False))]
     for _ in range(2):  # the second reads what the first remembered
         capsys.readouterr()
-        faults = check.check(config(experiment="base"))
+        faults = check.run(config(experiment="base"))
         printed = capsys.readouterr().out.splitlines()
         assert len(faults) == taken.count(False)
         warned = [line for line in printed if line.startswith("note: ") and decode.WARNED in line]
         assert len(warned) == taken.count(True) - 2, "all that is taken but the two whole ones"
-        assert any(f"{len(warned)} JPEGs that libjpeg warns about are taken" in line for line in printed)
+        assert any(f"{len(warned)} JPEGs that libjpeg warns about are used" in line for line in printed)
         assert any("data/raw/train.csv:3: image train/cut.jpg: " in line for line in warned)
 
 

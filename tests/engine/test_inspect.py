@@ -11,10 +11,9 @@ import pytest
 from conftest import config
 from PIL import Image
 
-from comp.engine.data import check, prepare, raw_tables, samples
-from comp.engine.deliver import dummy_submission
+from comp.engine.data import prepare, raw_tables, samples
 from comp.engine.errors import UserError
-from comp.engine.extras import infer_schema, inspect
+from comp.engine.extras import check, infer_schema, inspect
 
 
 def put(root: Path, name: str, data: bytes | str) -> None:
@@ -140,4 +139,4 @@ def test_a_sample_with_an_index_column_another_separator_and_repeated_ids(empty:
     said = config(experiment="base").competition
     assert (said.id, said.test.id, said.target, said.metadata) == ("id", "Id", ["kind"], [])
     assert table.frame["row"].tolist()[25:] == ["25", "26", "27", "28", "29"]
-    assert not check.check(config(experiment="base"), dummy_submission.validate_dummy)
+    assert not check.run(config(experiment="base"))

@@ -21,8 +21,9 @@ from conftest import config
 from PIL import Image
 
 from comp.engine.bank import bank
-from comp.engine.data import cache, check, folds, image_reader, make_folds, prepare, samples
+from comp.engine.data import cache, folds, image_reader, make_folds, prepare, samples
 from comp.engine.errors import Refused, UserError
+from comp.engine.extras import check
 from comp.engine.readers import containers, decode
 from comp.engine.readers.arrays import DamagedImage
 
@@ -143,11 +144,11 @@ def test_images_inside_archives_whatever_they_are_called(empty: Path, kind: str,
     declare(empty, train={"table": "train.csv", "image": "train.zip/{id}.png"}, test={"table": "sample.csv", "image": "train.zip/{id}.png"})  # fmt: skip
     read = opened(prepared())
     assert [int(read[i][0, 0, 0]) for i in range(4)] == [0, 10, 20, 10]
-    assert not check.check(config(experiment="base"))
+    assert not check.run(config(experiment="base"))
     put(empty, "train.csv", "id,label\n0,a\n5,b\n2,a\n")
-    assert "train.csv:3: image train.zip/5.png: no such file" in "\n".join(
-        check.check(config(experiment="base"))
-    )
+    (fault,) = check.run(config(experiment="base"))
+    assert (fault.code, fault.where) == ("image-missing", "data/raw/train.csv:3")
+    assert "train.zip/5.png" in fault.what
 
 
 def test_an_archive_never_writes_outside_its_folder(empty: Path) -> None:

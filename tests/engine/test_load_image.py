@@ -16,8 +16,9 @@ from test_layouts import declare, opened, prepared, put, refused
 
 from comp import competition
 from comp.engine.bank import bank
-from comp.engine.data import cache, check, folds, image_key, image_reader, make_folds, raw_tables
+from comp.engine.data import cache, folds, image_key, image_reader, make_folds, raw_tables
 from comp.engine.errors import UserError
+from comp.engine.extras import check
 from comp.engine.store import paths
 
 README = (Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "README.md").read_text()
@@ -107,7 +108,7 @@ def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
     capsys.readouterr()
     again = opened(prepared())
     assert ": 1 images of 16 px" in capsys.readouterr().out and again[11].argmax(axis=2).max() == 0
-    assert not check.check(config(experiment="base"))
+    assert not check.run(config(experiment="base"))
 
 
 def test_all_is_the_whole_row_without_its_targets(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +160,9 @@ def test_an_empty_crop_is_a_damaged_image_with_its_row(empty: Path, monkeypatch:
     in_force(monkeypatch, CROP)
     file = empty / "data/raw/train.csv"
     file.write_text(file.read_text().replace("1l,1,0,0,20,20", "1l,1,0,0,0,20"))
-    (fault,) = check.check(config(experiment="base"))
-    assert fault.startswith("data/raw/train.csv:4: image slides/1.png (x=0, y=0, w=0, h=20): ")
+    (fault,) = check.run(config(experiment="base"))
+    assert (fault.code, fault.where) == ("image-damaged", "data/raw/train.csv:4")
+    assert fault.what.startswith("image slides/1.png (x=0, y=0, w=0, h=20): ")
 
 
 def test_rows_gathered_into_one_sample_keep_a_crop_each(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +238,7 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     table = prepared()
     read = opened(table)
     assert [int(read[i][0, 0, 0]) for i in (0, 1)] == [10, 90]
-    assert check.check(config(experiment="base")) == []
+    assert check.run(config(experiment="base")) == []
     # The + of the declaration parts files, that of the row's own id does not.
     put(empty, "train.csv", "id,label\nx+1,u\ny,v\n")
     put(empty, "sample.csv", "id,label\nx+1,u\n")
@@ -247,11 +249,9 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     assert reader.image(table.frame["images"].iloc[0][0])[0, 0].tolist() == [20, 30]
     assert image_key.files(table.frame["images"].iloc[0][0]) == ["train/x+1_r.png", "train/x+1_g.png"]
     (empty / "data/raw/train/y_g.png").unlink()
-    faults = check.check(config(experiment="base"))
-    assert any(
-        fault.startswith("data/raw/train.csv:3: image train/y_r.png + train/y_g.png: no such file")
-        for fault in faults
-    )
+    faults = check.run(config(experiment="base"))
+    missing = [fault.what for fault in faults if fault.where == "data/raw/train.csv:3"]
+    assert missing == ["image train/y_r.png + train/y_g.png: no such file"]
 
 
 def test_several_pictures_of_an_archive_are_channels_too(empty: Path) -> None:

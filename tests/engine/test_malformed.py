@@ -56,7 +56,7 @@ def each_is_one_line(root: Path, count: int, capsys: pytest.CaptureFixture[str])
             declared = DECLARED.replace("train.csv", broken.file)
             (root / "configs" / "competition.yaml").write_text(declared)
         file.write_bytes(broken.data) if broken.data is not None else file.unlink()
-        # prepare reads tables as check does, so of each kind it is asked twice; of pictures and sample it knows nothing.
+        # prepare reads tables as check does, so two of each kind suffice; it reads neither images nor the sample.
         both = number < 2 * len(malformed.KINDS) and "sample" not in broken.file
         for verb in ("check", "prepare") if both and kind is not malformed.image_absent else ("check",):
             status = cli.main([verb])
@@ -66,9 +66,9 @@ def each_is_one_line(root: Path, count: int, capsys: pytest.CaptureFixture[str])
                 for line in (out + err).splitlines()
                 if "configs/competition.yaml:" in line or "data/raw/" in line
             ]
-            said = f"{kind.__name__} {number}: comp {verb} says {lines} and exits {status}"
-            assert status == 2 and len(lines) == 1, said
-            assert broken.where in lines[0] and broken.why in lines[0], said
+            report = f"{kind.__name__} {number}: comp {verb} prints {lines} and exits {status}"
+            assert status == 2 and len(lines) == 1, report
+            assert broken.where in lines[0] and broken.why in lines[0], report
         (root / "configs" / "competition.yaml").write_text(DECLARED)
         file.write_bytes(before) if before is not None else file.unlink()
 

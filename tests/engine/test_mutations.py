@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import config
 
-from comp.engine.data import check
+from comp.engine.extras import check
 from comp.engine.readers import decode
 from comp.engine.readers.arrays import DamagedImage
 
@@ -59,8 +59,8 @@ def through_check(project: Path, count: int) -> None:
     files = laid_out(project, count)
     lines = {name: i for i, name in enumerate(files, 2)}
     named = {}
-    for fault in check.check(config(experiment="base")):
-        where, _, reason = fault.partition(": image train/")
+    for fault in check.run(config(experiment="base")):
+        where, _, reason = fault.line.partition(": image train/")
         name, _, reason = reason.partition(": ")
         named[name] = reason
         assert where == f"data/raw/train.csv:{lines[name]}" and reason

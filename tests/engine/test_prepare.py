@@ -1,4 +1,4 @@
-"""Raw tables become samples, or one line says which row of which file is wrong."""
+"""comp prepare: raw tables become samples; every fault has file, line and column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from conftest import config
 
 from comp import competition
-from comp.engine.data import prepare, samples, targets
+from comp.engine.data import prepare, samples
 from comp.engine.errors import UserError
 from comp.engine.store import paths
 
@@ -51,11 +51,15 @@ def prepared() -> samples.Samples:
     return samples.load()
 
 
-def refusal() -> list[str]:
-    with pytest.raises(UserError) as refused:
+def errors() -> list[UserError]:
+    with pytest.raises(UserError) as raised:
         prepare.prepare(config(experiment="base"))
-    assert not paths.samples_file().exists(), "a refusal writes nothing"
-    return refused.value.lines
+    assert not paths.samples_file().exists(), "nothing is written after an error"
+    return raised.value.errors
+
+
+def error_lines() -> list[str]:
+    return [error.line for error in errors()]
 
 
 # --- what comes out ------------------------------------------------------------------------------------------------------
@@ -221,25 +225,38 @@ def test_a_reader_of_your_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> N
         competition, "read_samples", lambda raw: read_samples(raw).rename(columns={"label": "lable"})
     )
     paths.samples_file().unlink()
-    assert refusal() == [
-        "comp/competition.py: read_samples returns no column 'label'; the nearest is 'lable'"
-    ]
+    (error,) = errors()
+    assert (error.code, error.where) == ("read-samples-invalid", "comp/competition.py")
+    assert "'label'" in error.what and "'lable'" in error.remedy
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------------------
 
 
 def test_absent_columns_are_named_with_the_nearest(empty: Path) -> None:
+    """The error is at the line of the key in competition.yaml."""
+
+    def missing() -> list[tuple[str, str, str]]:
+        declared = (empty / "configs/competition.yaml").read_text().splitlines()
+        found = []
+        for error in errors():
+            file, line = error.where.split(":")
+            assert (error.code, file) == ("column-missing", "configs/competition.yaml")
+            assert declared[int(line) - 1].strip().startswith(error.key.split(".")[-1])
+            found.append((error.key, error.what, error.remedy))
+        return found
+
+    here = "data/raw/train.csv:1 has no column"
     lay(empty, "ID,label\na,1\n")
-    assert refusal() == [
-        "configs/competition.yaml: id: data/raw/train.csv:1 has no column 'id'; the nearest is 'ID'",
-        "configs/competition.yaml: train.image: data/raw/train.csv:1 has no column 'id'; the nearest is 'ID'",
+    assert missing() == [
+        ("id", f"{here} 'id'", "did you mean 'ID'?"),
+        ("train.image", f"{here} 'id'", "did you mean 'ID'?"),
     ]
     lay(empty, "idd,lable\na,1\n", train={"table": "train.csv", "image": "{fid}/{idd}.png"})
-    assert refusal() == [
-        "configs/competition.yaml: id: data/raw/train.csv:1 has no column 'id'; the nearest is 'idd'",
-        "configs/competition.yaml: train.image: data/raw/train.csv:1 has no column 'fid'; the nearest is 'idd'",
-        "configs/competition.yaml: target: data/raw/train.csv:1 has no column 'label'; the nearest is 'lable'",
+    assert missing() == [
+        ("id", f"{here} 'id'", "did you mean 'idd'?"),
+        ("train.image", f"{here} 'fid'", "did you mean 'idd'?"),
+        ("target", f"{here} 'label'", "did you mean 'lable'?"),
     ]
 
 
@@ -249,7 +266,7 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "a column twice": ("id,label,id\na,1,b\n", {}, "train.csv:1: the column 'id' is there twice"),
     "not UTF-8": (b"id,label\na,1\n\xff,2\n", {}, "train.csv:3: is not UTF-8"),
     "an open quote": ('id,label\n"a,1\nb,2\n', {}, "train.csv:2: the row that begins here is damaged"),
-    "no rows": ("id,label\n", {}, "train.csv: holds no rows"),
+    "no rows": ("id,label\n", {}, "train.csv: has no rows"),
     "no bytes": ("", {}, "train.csv: empty"),
     "lines are lines of the file": (
         'id,label\n\n"a\na",1\nc,2\nb,\n',
@@ -259,23 +276,23 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "id twice": (
         "id,label\na,1\nb,2\na,1\n",
         {},
-        "train.csv:4: the id 'a' stands there again, first in data/raw/train.csv:2",
+        "train.csv:4: the id 'a' occurs again, first in data/raw/train.csv:2",
     ),
-    "no id": ("id,label\na,1\n,2\n", {}, "train.csv:3: id has no value for the image path"),
+    "no id": ("id,label\na,1\n,2\n", {}, "train.csv:3: id: has no value for the template train/{id}.png"),
     "no id, image from elsewhere": (
         "id,label\na,1\n,2\n",
         {"train": {"table": "train.csv", "image": "x.png"}},
-        "train.csv:3: the id is missing",
+        "train.csv:3: id: the value is missing",
     ),
     "unknown class": (
         "id,label\na,cat\nb,dgo\n",
         {"classes": ["cat", "dog"]},
-        "train.csv:3: label: 'dgo' is none of the 2 classes, the nearest is 'dog'",
+        "train.csv:3: label: 'dgo' is not one of the 2 classes; did you mean 'dog'?",
     ),
     "a third class": (
         "id,label\na,0\nb,1\nc,0\nd,1\ne,x\n",
         {"task": "binary", "metric": "roc_auc"},
-        "train.csv:6: label is 'x'",
+        "train.csv:6: label: 'x' is one of 3 classes",
     ),
     "one class": ("id,label\na,0\nb,0\n", {}, "at least two different classes"),
     "no number": (
@@ -296,49 +313,49 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "a grade in words": (
         "id,label\na,1\nb,mild\n",
         {"task": "ordinal", "metric": "qwk"},
-        "train.csv:3: label is 'mild'",
+        "train.csv:3: label: 'mild' is not a number",
     ),
     "shares": (
         "id,x,y\na,0,1\nb,1,1\n",
         {"target": ["x", "y"]},
-        "train.csv:3: the shares of the 2 classes sum to 2",
+        "train.csv:3: the shares of 2 classes sum to 2",
     ),
     "no group": (
         "id,label,g\na,1,p\nb,2,\n",
         {"group": "g", "folds": {"scheme": "group", "k": 2, "seed": 0}},
-        "train.csv:3: g is missing",
+        "train.csv:3: g: the value is missing",
     ),
-    "no time": ("id,label,t\na,1,3\nb,2,\n", {"time": "t"}, "train.csv:3: t is missing"),
+    "no time": ("id,label,t\na,1,3\nb,2,\n", {"time": "t"}, "train.csv:3: t: the value is missing"),
     "a date among numbers": (
         "id,label,t\na,1,3\nb,2,2020-01-01\n",
         {"time": "t"},
-        "train.csv:3: t is '2020-01-01'",
+        "train.csv:3: t: '2020-01-01' is not a time",
     ),
     "too short for the path": (
         "id,label\nab,1\nc,2\n",
         {"train": {"table": "train.csv", "image": "{id[1]}.png"}},
-        "train.csv:3: id 'c' is too short",
+        "train.csv:3: id: 'c' is too short",
     ),
     "out of the folder": (
         "id,label\na,1\n../x,2\n",
         {},
-        "train.csv:3: the image path 'train/../x.png' leads out",
+        "train.csv:3: the path 'train/../x.png' is outside",
     ),
     "only train has it": (
         "id,label,m\na,1,p\nb,2,q\n",
         {"metadata": ["m"]},
-        "it stands in the training table only",
+        "metadata: test.csv:1 has no column 'm', only the training table has it",
     ),
-    "the target as feature": (TRAIN, {"metadata": ["label"]}, "metadata: 'label' is the target"),
+    "the target as feature": (TRAIN, {"metadata": ["label"]}, "metadata: 'label' is a target"),
     "no such table": (
         TRAIN,
         {"test": {"table": "tset.csv", "image": "{id}"}},
-        "tset.csv: no such table; the nearest there is test.csv",
+        "tset.csv: no such table; did you mean test.csv?",
     ),
     "another kind of table": (
         TRAIN,
         {"test": {"table": "test.xlsx", "image": "{id}"}},
-        "test.xlsx: a table ends in .csv",
+        "test.xlsx: not a table format that is read: .csv",
     ),
 }
 
@@ -348,19 +365,19 @@ def test_a_wrong_row_is_one_line(empty: Path, name: str) -> None:
     train, changes, line = ROW_FAULTS[name]
     lay(empty, train, **changes)
     (empty / "data/raw/test.xlsx").write_bytes(b"PK")
-    lines = refusal()
+    lines = error_lines()
     assert len(lines) == 1 and line in lines[0], lines
 
 
 def test_many_wrong_rows_end_in_a_count(empty: Path) -> None:
-    lay(empty, "id,label\na,1\nb,2\n" + "".join(f"x{i},\n" for i in range(targets.SHOWN + 5)))
-    lines = refusal()
-    assert len(lines) == targets.SHOWN + 1
-    assert lines[-1] == "and 5 more: comp check"
+    lay(empty, "id,label\na,1\nb,2\n" + "".join(f"x{i},\n" for i in range(prepare.SHOWN + 5)))
+    found = errors()
+    assert len(found) == prepare.SHOWN + 1
+    assert found[-1].what == "and 5 more" and "comp check" in found[-1].remedy
 
 
 def test_an_empty_raw_folder(empty: Path) -> None:
     (empty / "data" / "raw").mkdir(parents=True)
-    lines = ["data/raw: is empty; put the unpacked competition there, or take the digits: comp practice"]
     (empty / "configs/competition.yaml").write_text(yaml.safe_dump(SIMPLE))
-    assert refusal() == lines
+    (error,) = errors()
+    assert (error.code, error.where) == ("raw-empty", "data/raw") and "comp practice" in error.remedy

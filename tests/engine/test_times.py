@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import config
-from test_prepare import lay, prepared, refusal
+from test_prepare import error_lines, lay, prepared
 
 from comp.engine import cli
 from comp.engine.data import folds, make_folds
@@ -30,16 +30,18 @@ def test_eight_digits_are_dates_and_a_gap_is_days(empty: Path, capsys: pytest.Ca
     laid(empty, ["20200131", "20200201", "20200210", "19991231"])
     found = times()
     assert found[1] - found[0] == 1 and found[2] - found[0] == 10 and found[3] == 10956
-    said = capsys.readouterr().out
-    assert "time: t: dates like 20200131" in said and "days" in said and "time_format: number" in said
+    printed = capsys.readouterr().out
+    assert (
+        "time: t: dates like 20200131" in printed and "days" in printed and "time_format: number" in printed
+    )
     days = [f"2020{month:02}{day:02}" for month in (1, 2, 3) for day in range(1, 29)]
     laid(empty, days, folds={"gap": 20})
     table = prepared()
     make_folds.make(config(experiment="base"), table)
     split, time = folds.load(table), table.frame["time"].to_numpy()
     train, valid = split.split(1)
-    apart = time[valid].min() - time[train].max()
-    assert 20 <= apart < 25
+    gap = time[valid].min() - time[train].max()
+    assert 20 <= gap < 25
 
 
 @pytest.mark.parametrize(
@@ -52,12 +54,12 @@ def test_eight_digits_are_dates_and_a_gap_is_days(empty: Path, capsys: pytest.Ca
         (["20200131", "20200230", "20200301"], "train.csv:3", ('"%Y%m%d"', "number")),
     ],
 )
-def test_what_may_be_either_is_refused_with_the_lines_that_decide(
+def test_ambiguous_times_are_an_error_with_the_lines_that_decide(
     empty: Path, cells: list[str], where: str, lines: tuple[str, ...]
 ) -> None:
     laid(empty, cells)
-    (line,) = refusal()
-    assert where in line and "t is" in line
+    (line,) = error_lines()
+    assert where in line and " t: " in line
     for form in lines:
         assert f"configs/competition.yaml: time_format: {form}" in line
 
@@ -93,8 +95,8 @@ def test_numbers_and_iso_dates_stay_what_they_are(empty: Path, capsys: pytest.Ca
 
 def test_a_format_that_does_not_fit(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laid(empty, ["31.01.2020", "2020-02-01"], time_format="%d.%m.%Y")
-    (line,) = refusal()
-    assert "train.csv:3: t is '2020-02-01'" in line and "%d.%m.%Y" in line
+    (line,) = error_lines()
+    assert "train.csv:3: t: '2020-02-01'" in line and "%d.%m.%Y" in line
     lay(empty, time_format="number")
     assert cli.main(["prepare"]) == 2
     assert "competition.time" in capsys.readouterr().err

@@ -125,13 +125,13 @@ def validate_pool(cfg: Config, multi_image: bool) -> None:
         raise UserError("knob-unused", key="model.image_pool", what=what, remedy="set it to mean")
 
 
-def check_report(cfg: Config, _reading: object) -> tuple[list[str], list[str]]:
+def check_report(cfg: Config) -> tuple[list[UserError], list[str]]:
     """For comp check: errors of the network of this run, and a description of what its pretrained weights
     expect."""
     try:
         validate(cfg)
     except UserError as error:
-        return error.lines, []
+        return error.errors, []
     return [], [] if pages.get("model") is not None else [backbone.describe(cfg)]
 
 

@@ -23,7 +23,7 @@ VERBS = {
         instead={"name": "extras.practice:score"}, locks=False),
     "inspect": Verb("data", "extras.inspect:inspect", "read data/raw and write a first configs/competition.yaml"),
     "prepare": Verb("data", "data.prepare:prepare", "read data/raw as competition.yaml declares it, and write data/samples.parquet"),
-    "check": Verb("data", "extras.check_all:check", "check tables, images, competition.yaml and the submission format before training", (
+    "check": Verb("data", "extras.check:check", "check tables, images, competition.yaml and the submission format before training", (
         argument("experiment", nargs="?", help="decode the images as configs/EXPERIMENT.yaml says (size, resize, channels, depth), and run them "
                  "through its network; default: decode them small, as base.yaml says"),
         OVERRIDES)),

@@ -53,6 +53,22 @@ def metric_of(cfg: Config, head: Head | None = None) -> Metric:
     return found[0]
 
 
+def check_metric(cfg: Config) -> list[UserError]:
+    """Faults for comp check: of every target's metric, otherwise of all together."""
+    names, faults = cfg.competition.metric, []
+    for target, task in cfg.competition.tasks.items():
+        try:
+            _find(names if isinstance(names, str) else names[target], task)
+        except UserError as error:
+            faults += error.errors
+    if not faults:
+        try:
+            metric_of(cfg)
+        except UserError as error:
+            faults += error.errors
+    return faults
+
+
 def _find(name: str, task: str) -> Metric:
     if name == "metric":
         function = pages.get("metric")

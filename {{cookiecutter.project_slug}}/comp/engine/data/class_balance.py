@@ -1,6 +1,7 @@
-"""Rare classes: how often an epoch draws them, and how much their samples weigh. Both from the training part of the fold alone.
+"""Class imbalance: samplers that balance an epoch, and class weights of the loss. Both use the training rows
+of the fold only.
 
-A row counts as its class: the likeliest where labels are shares, the rarest of its labels where it has several.
+The class of a row is the most probable one of a soft label, and the rarest one of several labels.
 """
 
 from __future__ import annotations
@@ -15,133 +16,141 @@ from torch import Tensor
 
 from comp.engine.config.schema import Config
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
 Codes = NDArray[np.int64]
-Sampler = Callable[
-    [Positions, np.random.Generator], Positions
-]  # which samples an epoch draws, in which order
+# (train_rows, random generator) -> the rows of one epoch, in order
+Sampler = Callable[[Positions, np.random.Generator], Positions]
 
 
 def shuffle(rows: Positions, random: np.random.Generator) -> Positions:
     return random.permutation(rows)
 
 
-def make_sampler(cfg: Config, samples: Samples, taught: Positions) -> Sampler:
-    """How `sampling` makes the list of an epoch. Its length is the same in every epoch."""
-    rules, views = cfg.sampling, cfg.augment.jsd_views
-    if views > 1:  # side by side, each a draw of its own
-        once = make_sampler(
-            cfg.model_copy(update={"augment": cfg.augment.model_copy(update={"jsd_views": 1})}),
-            samples,
-            taught,
-        )
+def make_sampler(cfg: Config, samples: Samples, train_rows: Positions) -> Sampler:
+    """The sampler of the section `sampling`. Every epoch has the same length."""
+    sampling, views = cfg.sampling, cfg.augment.jsd_views
+    if views > 1:  # views of a row follow each other, each augmented on its own
+        one_view = cfg.augment.model_copy(update={"jsd_views": 1})
+        once = make_sampler(cfg.model_copy(update={"augment": one_view}), samples, train_rows)
         return lambda rows, random: np.repeat(once(rows, random), views)
-    if rules.balance == "none" and rules.m_per_class == 1:
+    if sampling.balance == "none" and sampling.m_per_class == 1:
         return shuffle
     codes = np.full(len(samples.frame), -1, np.int64)
-    codes[taught] = class_codes(_head(samples, rules.balance), samples, taught)
+    codes[train_rows] = class_codes(_balanced_head(samples, sampling.balance), samples, train_rows)
 
-    def draw(rows: Positions, random: np.random.Generator) -> Positions:
-        listed = BALANCES[rules.balance](rows, codes[rows], rules.strength, random)
-        return (
-            m_per_class(listed, codes[listed], rules.m_per_class, random) if rules.m_per_class > 1 else listed
-        )
+    def sample(rows: Positions, random: np.random.Generator) -> Positions:
+        drawn = BALANCES[sampling.balance](rows, codes[rows], sampling.strength, random)
+        if sampling.m_per_class > 1:
+            return m_per_class(drawn, codes[drawn], sampling.m_per_class, random)
+        return drawn
 
-    return draw
+    return sample
 
 
 def class_codes(head: Head, samples: Samples, rows: Positions) -> Codes:
-    """What each row counts as."""
+    """(rows,): the class of each row."""
     targets = samples.targets(head)[rows]
     if head.task == "multilabel":
         has = targets >= 0.5
-        rare = np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1)
-        return np.where(has.any(axis=1), rare, targets.shape[1])  # rows without any label are a class too
+        rarest = np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1)
+        return np.where(has.any(axis=1), rarest, targets.shape[1])  # rows without a label are one more class
     if targets.shape[1] > 1:
         return targets.argmax(axis=1)
     return np.rint(targets[:, 0]).astype(np.int64)
 
 
-def _head(samples: Samples, balance: str) -> Head:
-    what = f"sampling.balance: {balance}" if balance != "none" else "sampling.m_per_class"
+def _balanced_head(samples: Samples, balance: str) -> Head:
+    key = "sampling.balance" if balance != "none" else "sampling.m_per_class"
     if len(samples.heads) > 1:
         names = ", ".join(head.name for head in samples.heads)
-        raise Refused(
-            f"{what}: which of {names} should be balanced? With several targets use loss.class_weights"
+        raise UserError(
+            "sampling-several-targets",
+            key=key,
+            what=f"the sampler balances one target, and there are several: {names}",
+            remedy="use loss.class_weights",
         )
-    if not loss_knobs.has_classes(samples.heads[0]):
-        raise Refused(
-            f"{what}: has no effect on task {samples.heads[0].task}, which has no classes; set it back"
+    head = samples.heads[0]
+    if not loss_knobs.has_classes(head):
+        raise UserError(
+            "knob-without-effect",
+            key=key,
+            what=f"has no effect on task {head.task}, which has no classes",
+            remedy="set it back to its default",
         )
-    return samples.heads[0]
+    return head
 
 
-# --- the list of an epoch ------------------------------------------------------------------------------------------------
-
-
-def weighted(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """As many draws as there are rows, with replacement: some rows come twice, some not at all."""
-    _, place, count = np.unique(codes, return_inverse=True, return_counts=True)
-    chance = (1.0 / count**strength)[place]
-    return random.choice(rows, len(rows), p=chance / chance.sum())
-
-
-def undersample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """Each class as often as the rarest: others in every epoch."""
-    return _as_often(rows, codes, strength, random, np.min)
-
-
-def oversample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """Each class as often as the most frequent: every row at least once, rare ones again, augmented anew each time."""
-    return _as_often(rows, codes, strength, random, np.max)
+# --- samplers ----------------------------------------------------------------------------------------------
 
 
 def no_balance(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
     return shuffle(rows, random)
 
 
-def _as_often(
+def weighted(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+    """As many draws as rows, with replacement, like torch's WeightedRandomSampler."""
+    _, index, count = np.unique(codes, return_inverse=True, return_counts=True)
+    weight = (1.0 / count**strength)[index]
+    return random.choice(rows, len(rows), p=weight / weight.sum())
+
+
+def undersample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+    """Each class as often as the rarest one; other rows in every epoch."""
+    return _resample(rows, codes, strength, random, np.min)
+
+
+def oversample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
+    """Each class as often as the most frequent one: every row at least once, rows of rare classes several
+    times."""
+    return _resample(rows, codes, strength, random, np.max)
+
+
+def _resample(
     rows: Positions,
     codes: Codes,
     strength: float,
     random: np.random.Generator,
-    like: Callable[[Codes], np.int64],
+    reference: Callable[[Codes], np.int64],
 ) -> Positions:
-    each, count = np.unique(codes, return_counts=True)
-    wanted = np.rint(count ** (1 - strength) * float(like(count)) ** strength).astype(np.int64)
+    """`strength` interpolates the count of each class between its own (0) and the reference (1), on a log
+    scale."""
+    classes, count = np.unique(codes, return_counts=True)
+    wanted = np.rint(count ** (1 - strength) * float(reference(count)) ** strength).astype(np.int64)
     parts = []
-    for code, often in zip(each, wanted.tolist(), strict=True):
+    for code, number in zip(classes, wanted.tolist(), strict=True):
         members = rows[codes == code]
-        whole, rest = divmod(often, len(members))
-        parts += [np.tile(members, whole), random.permutation(members)[:rest]]
+        repeats, rest = divmod(number, len(members))
+        parts += [np.tile(members, repeats), random.permutation(members)[:rest]]
     return random.permutation(np.concatenate(parts))
 
 
 BALANCES = {"none": no_balance, "weighted": weighted, "under": undersample, "over": oversample}
 
 
-def m_per_class(listed: Positions, codes: Codes, size: int, random: np.random.Generator) -> Positions:
-    """Runs of `size` samples of one class, so that a batch holds pairs. What is left over of a class comes last."""
+def m_per_class(drawn: Positions, codes: Codes, m: int, random: np.random.Generator) -> Positions:
+    """Reorders `drawn` into runs of m rows of one class, so that every batch has pairs of a class. Shorter
+    runs, the rest of each class, come last."""
     order = np.argsort(codes, kind="stable")
-    by_class = np.split(listed[order], np.flatnonzero(np.diff(codes[order])) + 1)
-    runs = [part[at : at + size] for part in by_class for at in range(0, len(part), size)]
+    by_class = np.split(drawn[order], np.flatnonzero(np.diff(codes[order])) + 1)
+    runs = [part[at : at + m] for part in by_class for at in range(0, len(part), m)]
     runs = [runs[i] for i in random.permutation(len(runs))]
-    return np.concatenate(sorted(runs, key=lambda run: len(run) < size))
+    return np.concatenate(sorted(runs, key=lambda run: len(run) < m))
 
 
-# --- weights -------------------------------------------------------------------------------------------------------------
+# --- class weights -----------------------------------------------------------------------------------------
 
 
 def class_weights(
-    cfg: Config, head: Head, samples: Samples, taught: Positions
+    cfg: Config, head: Head, samples: Samples, train_rows: Positions
 ) -> Callable[[Tensor], Tensor] | None:
-    """target -> a weight a sample, or a weight a label where yes and no are parted. Their mean over the taught rows is 1."""
+    """target -> weights of loss.class_weights: (batch,), or (batch, labels) where every label is a yes or no
+    of its own. Their mean over the training rows is 1."""
     if cfg.loss.class_weights == "none" or not loss_knobs.has_classes(head):
         return None
-    count = class_counts(head, samples, taught)
+    count = class_counts(head, samples, train_rows)
     beta = loss_knobs.BETA if cfg.loss.beta is None else cfg.loss.beta
     weight = balanced(count) if cfg.loss.class_weights == "balanced" else effective(count, beta)
 
@@ -150,17 +159,17 @@ def class_weights(
         return torch.tensor(weight, dtype=torch.float32, device=device)
 
     def weigh(target: Tensor) -> Tensor:
-        of = on(target.device)
-        if of.ndim == 2:
-            return of[1] * target + of[0] * (1 - target)
-        return target @ of if target.ndim == 2 else of[target.long()]
+        of_class = on(target.device)
+        if of_class.ndim == 2:
+            return of_class[1] * target + of_class[0] * (1 - target)
+        return target @ of_class if target.ndim == 2 else of_class[target.long()]
 
     return weigh
 
 
-def class_counts(head: Head, samples: Samples, taught: Positions) -> NDArray[np.float64]:
-    """(classes,), or no and yes of each label, (2, labels)"""
-    targets = samples.targets(head)[taught]
+def class_counts(head: Head, samples: Samples, train_rows: Positions) -> NDArray[np.float64]:
+    """(classes,); or (2, labels), the number of rows without and with each label."""
+    targets = samples.targets(head)[train_rows]
     if head.task in ("binary", "multilabel"):
         return np.stack([(1 - targets).sum(axis=0), targets.sum(axis=0)])
     if targets.shape[1] > 1:
@@ -169,19 +178,21 @@ def class_counts(head: Head, samples: Samples, taught: Positions) -> NDArray[np.
 
 
 def balanced(count: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Every class weighs alike in the sum."""
+    """Inverse frequency: every class has the same sum of weights."""
     with np.errstate(divide="ignore"):
-        return _mean_one(1 / count, count)
+        return _normalized(1 / count, count)
 
 
 def effective(count: NDArray[np.float64], beta: float) -> NDArray[np.float64]:
-    """Cui et al. 2019: of n samples only (1 - beta^n) / (1 - beta) say something new."""
+    """Class-balanced loss, Cui et al. 2019: inverse to the effective number of samples, (1 - beta^n) / (1 -
+    beta)."""
     with np.errstate(divide="ignore"):
-        return _mean_one((1 - beta) / -np.expm1(count * np.log(beta)), count)
+        return _normalized((1 - beta) / -np.expm1(count * np.log(beta)), count)
 
 
-def _mean_one(raw: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rate keeps its meaning. A class that is not taught weighs 1: only validation meets it."""
-    there = count > 0
-    raw = np.where(there, raw, 0.0)
-    return np.where(there, raw * count.sum(axis=0) / (raw * count).sum(axis=0), 1.0)
+def _normalized(raw: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To a mean of 1 over the training rows, so that the learning rate keeps its scale. A class without
+    training rows has weight 1: it occurs in validation only."""
+    present = count > 0
+    raw = np.where(present, raw, 0.0)
+    return np.where(present, raw * count.sum(axis=0) / (raw * count).sum(axis=0), 1.0)

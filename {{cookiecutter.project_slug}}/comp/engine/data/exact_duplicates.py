@@ -128,6 +128,31 @@ def _content_ids(
     return content
 
 
+def notes_on_shared_images(cfg: Config, samples: Samples) -> list[str]:
+    """For comp check: rows that share an image. Within a fold they are no fault, and folds are not made yet."""
+    import pandas as pd
+
+    frame, images = samples.frame, find_by_bytes(cfg, samples)
+    by_path, by_bytes = duplicate_pairs(images, images.by_path), duplicate_pairs(images, images.by_bytes)
+    known, all_pairs = (pairs @ np.array([len(frame), 1]) for pairs in (by_path, by_bytes))
+    rule = "with folds.duplicates: group they share a fold, otherwise they must not be in several folds"
+    if cfg.competition.folds.scheme == "time":
+        rule = "they must not be in several folds"
+    ids, source = (frame[name].to_numpy(object) for name in ("id", "source"))
+    notes = []
+    for pairs, what, then in (
+        (by_path, "share an image file", "no fold trains on one and scores another of them"),
+        (by_bytes[~np.isin(all_pairs, known)], "have files of the same bytes", rule),
+    ):
+        pairs = pairs[(source[pairs] != "test").any(axis=1)]
+        if len(pairs):
+            by_source = pd.Series(source[np.unique(pairs)]).value_counts(sort=False)
+            counts = ", ".join(f"{count} {kind}" for kind, count in by_source.items())
+            like = " and ".join(repr(ids[at]) for at in pairs[0])
+            notes.append(f"note: {counts} rows {what}, like {like}; {then}")
+    return notes
+
+
 def _repeated(values: NDArray[Any]) -> NDArray[np.bool_]:
     """(values,): which of them occur more than once."""
     if not len(values):

@@ -1,4 +1,5 @@
-"""data/samples.parquet: one line a sample, as `comp prepare` made it from what competition.yaml declares."""
+"""data/samples.parquet: one line a sample, written by `comp prepare` from the tables that competition.yaml
+declares."""
 
 from __future__ import annotations
 
@@ -24,22 +25,24 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Samples:
-    """Columns: id (text, unique), images (list of paths under raw), weight, source (train, test, extra, pseudo:<name>),
-    row (the key the host scores), and where there are any group, time, target.<name> (float), meta.<name>."""
+    """Columns: id (text, unique), images (list of image keys, see image_key.py), weight, source (train, test,
+    extra, pseudo:<name>), row (the key in the submission), target.<name> (float); if declared also group,
+    time, meta.<name>.
+    """
 
     frame: pd.DataFrame
     heads: tuple[Head, ...]
     hash: str
-    multi_image: bool = (
-        False  # images of a sample: then networks join them, also where a test set happens to have one each
-    )
+    # Whether any sample has several images, which a network then pools. Not of a test set alone: the network
+    # of a run has the same form when the hidden test set happens to have one image a sample.
+    multi_image: bool = False
 
     def positions(self, source: str) -> Positions:
         return np.flatnonzero((self.frame["source"] == source).to_numpy())
 
     @cached_property
     def labeled(self) -> Positions:
-        """Everything with labels: train, extra, pseudo. Only source = train is ever scored."""
+        """Rows with labels: train, extra, pseudo. Of these only source = train is ever scored."""
         return np.flatnonzero((self.frame["source"] != "test").to_numpy())
 
     def targets(self, head: Head) -> NDArray[np.float64]:
@@ -49,7 +52,7 @@ class Samples:
         return head.spec.encode_target(self.targets(head)[positions])
 
     def label(self, position: int) -> str:
-        """What the first head says of a sample, as people write it."""
+        """The label of the first head as text, for captions and tables."""
         head = self.heads[0]
         values = self.targets(head)[position]
         if head.classes and len(values) == 1:
@@ -66,40 +69,43 @@ def load(file: Path | None = None) -> Samples:
 
     file = artifacts.verified(file or paths.samples_file(), "make it with: comp prepare")
     table = pq.read_table(file)
-    facts = json.loads(table.schema.metadata[b"comp"])
-    heads = tuple(_head(said) for said in facts["heads"])
-    return Samples(table.to_pandas(), heads, facts["hash"], facts["multi_image"])
+    meta = json.loads(table.schema.metadata[b"comp"])
+    heads = tuple(_head(fields) for fields in meta["heads"])
+    return Samples(table.to_pandas(), heads, meta["hash"], meta["multi_image"])
 
 
-def _head(said: dict[str, Any]) -> Head:
+def _head(fields: dict[str, Any]) -> Head:
     outputs, columns, classes, graded = (
-        tuple(said[name]) for name in ("outputs", "columns", "classes", "graded")
+        tuple(fields[name]) for name in ("outputs", "columns", "classes", "graded")
     )
-    return Head(said["name"], said["task"], outputs, columns, classes, graded, said.get("unknown", ""))
+    return Head(fields["name"], fields["task"], outputs, columns, classes, graded, fields.get("unknown", ""))
 
 
-def save(frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **facts: Any) -> Path:
-    """The same frame gives the same bytes. `facts` stand beside them in the manifest, like the sha256 of a source."""
+def save(
+    frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **manifest_entry: Any
+) -> Path:
+    """The same frame gives the same bytes. `manifest_entry` is added to the manifest, for example the sha256
+    of a source."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     file = file or paths.samples_file()
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    said = {
+    meta = {
         "heads": [asdict(head) for head in heads],
         "hash": content_hash(frame, heads),
         "multi_image": bool((frame["images"].map(len) > 1).any()),
     }
-    table = table.replace_schema_metadata({"comp": json.dumps(said)})
+    table = table.replace_schema_metadata({"comp": json.dumps(meta)})
     with artifacts.atomic(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    artifacts.add_to_manifest(file, rows=len(frame), hash=said["hash"], **facts)
+    artifacts.add_to_manifest(file, rows=len(frame), hash=meta["hash"], **manifest_entry)
     return file
 
 
 def content_hash(frame: pd.DataFrame, heads: tuple[Head, ...]) -> str:
-    """What every later artefact repeats: the rows and what their columns mean, not the file's bytes, which another pyarrow
-    would write differently."""
+    """Of rows and heads, not of the file: another pyarrow writes other bytes for the same table. Every later
+    artefact records it."""
     hashed = hashlib.sha256(json.dumps([asdict(head) for head in heads]).encode())
     for name in frame.columns:
         values = frame[name].to_numpy()
@@ -107,31 +113,33 @@ def content_hash(frame: pd.DataFrame, heads: tuple[Head, ...]) -> str:
         if values.dtype.kind in "fiub":
             hashed.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
         else:
-            hashed.update("\n".join(map(_written, values)).encode())
+            hashed.update("\n".join(map(_cell_text, values)).encode())
     return hashed.hexdigest()
 
 
-def _written(cell: Any) -> str:
-    """Text as it is, a list of paths, or a mark for what is missing: pandas 2 and 3 disagree on what that is."""
+def _cell_text(cell: Any) -> str:
+    """Text as it is, a list of paths joined, or one mark for a missing value, which pandas 2 and 3 represent
+    differently."""
     if isinstance(cell, str):
         return cell
     return "\x00" if np.ndim(cell) == 0 else "\x1f".join(cell)
 
 
-# --- several samples of one scored row (for example several images of one patient) ------------------------------------------
+# --- several samples of one scored row, for example several images of one patient ----------------------------
 
 
 def unique_rows(keys: NDArray[Any]) -> list[str]:
-    """Every row once, in the order of its first sample."""
+    """Every row key once, in the order of its first sample."""
     return list(dict.fromkeys(keys.tolist()))
 
 
 def aggregate_rows(keys: NDArray[Any], values: Array, order: Sequence[str], how: str) -> Array:
-    """(samples, outputs) -> (rows of `order`, outputs); a row of one sample keeps its bits."""
+    """(samples, outputs) -> (rows of `order`, outputs): the mean, or with how="max" the maximum, over the
+    samples of a row. With one sample for each row, in this order, `values` is returned unchanged."""
     if len(order) == len(keys) and keys.tolist() == list(order):
         return values
-    place = {each: i for i, each in enumerate(order)}
-    at = np.array([place[key] for key in keys.tolist()])
+    index = {key: i for i, key in enumerate(order)}
+    at = np.array([index[key] for key in keys.tolist()])
     if how == "max":
         out = np.full((len(order), values.shape[1]), -np.inf)
         np.maximum.at(out, at, values)

@@ -1,6 +1,8 @@
-"""Labels and groups that are different texts and may be one: "cat", "cat " and "Cat"; 1, 1.0 and 01; and the words NaN, None and null,
-which are texts here (a missing value is an empty cell). Tables are read as text, so each is a class or a group of its own until
-configs/competition.yaml says what it is.
+"""Labels and groups that are different texts but may mean the same: "cat", "cat " and "Cat"; 1, 1.0 and 01.
+And the words NaN, None and null, which are texts here: a missing value is an empty cell.
+
+Tables are read as text, so each text is a class or group of its own until configs/competition.yaml says
+otherwise.
 """
 
 from __future__ import annotations
@@ -8,16 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from typing import NamedTuple
 
-from comp.engine.config import yaml_lines
+from comp.engine.config import declaration, yaml_lines
 
-WORDS = frozenset(("nan", "none", "null"))
-MOST = 30  # labels that a proposed line names
-FILE = "configs/competition.yaml"
+NULL_WORDS = frozenset(("nan", "none", "null"))
+DIFFER = "differ only in whitespace, case or number format"
+LISTED = 30  # labels that a proposed line of YAML lists
+
+
+class Doubt(NamedTuple):
+    """A text that may not mean what it says, and the line of competition.yaml that resolves it."""
+
+    text: str
+    code: str
+    what: str
+    remedy: str
 
 
 def normalized(text: str) -> str:
-    """The same for texts that differ only in whitespace, case or number format."""
+    """Equal for texts that differ only in whitespace, case or number format."""
     words = " ".join(text.split()).casefold()
     if re.fullmatch(r"[+-]?\d+(\.\d*)?", words):
         number = Decimal(words)
@@ -26,64 +38,87 @@ def normalized(text: str) -> str:
 
 
 def merge_spellings(counts: Mapping[str, int]) -> dict[str, str]:
-    """Every text -> the most frequent of those that differ from it only so; of several the first to occur."""
-    speaks: dict[str, str] = {}
+    """text -> the most frequent of its spellings; of equally frequent ones the first to occur."""
+    most_frequent: dict[str, str] = {}
     for text in sorted(counts, key=lambda each: -counts[each]):
-        speaks.setdefault(normalized(text), text)
-    return {text: speaks[normalized(text)] for text in counts}
+        most_frequent.setdefault(normalized(text), text)
+    return {text: most_frequent[normalized(text)] for text in counts}
 
 
-def label_faults(
-    counts: Mapping[str, int], classes: Sequence[str], unknown: str | None
-) -> list[tuple[str, str]]:
-    """(the label to show, what is wrong and the line that resolves it): where competition.classes says nothing."""
+def of_labels(counts: Mapping[str, int], classes: Sequence[str], unknown: str | None) -> list[Doubt]:
+    """If competition.classes is not declared. `counts`: rows of each label."""
     into = merge_spellings(counts)
-    apart = [text for text in classes if text in into and into[text] != text]
-    words = [text for text in classes if text in counts and normalized(text) in WORDS and text != unknown]
-    keeps = f"{FILE}: classes: {_shown(list(classes))}"
+    different = [text for text in classes if text in into and into[text] != text]
+    words = [text for text in classes if text in counts and text != unknown and _is_null_word(text)]
+    separate = f"{declaration.FILE}: classes: {_yaml(list(classes))}"
     found = []
-    if apart:
-        first, one = apart[0], into[apart[0]]
+    if different:
+        first, other = different[0], into[different[0]]
         mapping = {text: into.get(text, text) for text in classes}
         found.append(
-            (first, f"{first!r} and {one!r} differ only in whitespace, case or number format, and are two classes of {counts[first]} and "
-            f"{counts[one]} rows{_more(apart)}; {FILE}: classes: {_shown(mapping)} makes one of them, {keeps} keeps them apart")
-        )  # fmt: skip
+            Doubt(
+                first,
+                "labels-similar",
+                f"{first!r} and {other!r} {DIFFER}, and are two classes of {counts[first]} and {counts[other]} "
+                f"rows{_more(different)}",
+                f"{declaration.FILE}: classes: {_yaml(mapping)} makes one of them, {separate} keeps two",
+            )
+        )
     if words:
         found.append(
-            (words[0], f"{words[0]!r} is a text, no missing value, and would be a class, of {counts[words[0]]} rows{_more(words)}; "
-            f"{keeps} says that it is one; of a missing label the cell is empty")
-        )  # fmt: skip
+            Doubt(
+                words[0],
+                "label-null-word",
+                f"{words[0]!r} is a text, not a missing value, and makes a class of {counts[words[0]]} rows"
+                f"{_more(words)}",
+                f"{separate} keeps it as a class; for a missing label leave the cell empty",
+            )
+        )
     return found
 
 
-def group_faults(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The same of groups: where competition.group_spelling says nothing."""
+def of_groups(counts: Mapping[str, int]) -> list[Doubt]:
+    """If competition.group_spelling is not declared. `counts`: rows of each group."""
     into = merge_spellings(counts)
-    apart = sorted(text for text in counts if into[text] != text)
-    words = sorted(text for text in counts if normalized(text) in WORDS)
+    different = sorted(text for text in counts if into[text] != text)
+    words = sorted(filter(_is_null_word, counts))
+    spelling = f"{declaration.FILE}: group_spelling"
     found = []
-    if apart:
-        first, one = apart[0], into[apart[0]]
+    if different:
+        first, other = different[0], into[different[0]]
         found.append(
-            (first, f"the groups {first!r} and {one!r} differ only in whitespace, case or number format, and could stand on both sides of "
-            f"a fold{_more(apart)}; {FILE}: group_spelling: merge makes one of them, {FILE}: group_spelling: keep leaves two")
-        )  # fmt: skip
+            Doubt(
+                first,
+                "groups-similar",
+                f"the groups {first!r} and {other!r} {DIFFER}, and may be in different folds"
+                f"{_more(different)}",
+                f"{spelling}: merge makes one of them, {spelling}: keep leaves two",
+            )
+        )
     if words:
         found.append(
-            (words[0], f"the group {words[0]!r} is a text, no missing value, and would be one group of {counts[words[0]]} rows{_more(words)}; "
-            f"{FILE}: group_spelling: keep says that it is one; rows without a group want an id each")
-        )  # fmt: skip
+            Doubt(
+                words[0],
+                "group-null-word",
+                f"the group {words[0]!r} is a text, not a missing value, and makes one group of "
+                f"{counts[words[0]]} rows{_more(words)}",
+                f"{spelling}: keep leaves it a group; rows without a group need a name of their own each",
+            )
+        )
     return found
+
+
+def _is_null_word(text: str) -> bool:
+    return normalized(text) in NULL_WORDS
 
 
 def _more(names: Sequence[str]) -> str:
     return f", and {len(names) - 1} more like it" if len(names) > 1 else ""
 
 
-def _shown(value: Mapping[str, str] | Sequence[str]) -> str:
-    """As it stands in YAML; the first few where there are many."""
-    if len(value) > MOST:
-        value = dict(list(value.items())[:MOST]) if isinstance(value, Mapping) else list(value)[:MOST]
+def _yaml(value: Mapping[str, str] | Sequence[str]) -> str:
+    """On one line; the first LISTED of many."""
+    if len(value) > LISTED:
+        value = dict(list(value.items())[:LISTED]) if isinstance(value, Mapping) else list(value)[:LISTED]
         return f"{yaml_lines.inline(value)[:-1]}, … and the others)"
     return yaml_lines.inline(dict(value) if isinstance(value, Mapping) else list(value))

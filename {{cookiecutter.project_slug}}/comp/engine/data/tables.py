@@ -1,6 +1,8 @@
-"""Raw tables in memory. RawTable: one table as text, with the file and line of every row. RawRows: the rows of all tables.
+"""Raw tables in memory. RawTable: one table as text, with file and line of each row. RawRows: the rows of all
+tables.
 
-Two reshapings that make one row a sample: `group_images` (several rows of one id) and `pivot_long` (a row for each class).
+Two reshapings, after which a row is a sample: `group_images` (several rows of one id) and `pivot_long` (a row
+for each class).
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.config.competition_schema import Competition, Table
+from comp.engine.config import declaration
+from comp.engine.config.competition_schema import Competition, Long, Table
 from comp.engine.config.resolve import nearest
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 from comp.engine.readers import delimited, layouts
 from comp.engine.store import paths
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Where = Callable[[int], str]  # position of a row -> "data/raw/train.csv:17"
+
 
 @dataclass(frozen=True)
 class RawTable:
-    """One raw table. `frame` is text, missing values are NA."""
+    """One raw table. Cells are text; missing values are NA."""
 
     file: Path
     frame: pd.DataFrame
-    rows: Sequence[int] | None = None  # of the table, where a line of the frame was made of several
+    rows: Sequence[int] | None = None  # position in the file of each row, if rows were dropped or joined
 
     @cached_property
     def _lines(self) -> list[int]:
-        """The line each row begins on: rows with quoted line breaks and blank lines shift all that follow."""
+        """The line on which each row begins: quoted line breaks and blank lines shift all rows after them."""
         return [line for line, _ in delimited.lines(self.file)][1:]
 
     def where(self, position: int) -> str:
@@ -47,107 +52,146 @@ class RawTable:
             return f"{paths.relative(self.file)}:{self._lines[position]}"
         return f"{paths.relative(self.file)}: row {position}"
 
+    @property
+    def header(self) -> str:
+        """Where the columns are named, for messages."""
+        return paths.relative(self.file) + ":1" * (self.file.suffix in (".csv", ".tsv"))
+
 
 @dataclass(frozen=True)
 class RawRows:
-    """Train and test rows under each other, whatever they were read from."""
+    """Rows of train, test and extra tables below each other."""
 
     samples: pd.DataFrame  # id, images (list of paths under raw), source, row, weight
     columns: pd.DataFrame  # the raw columns, as text
-    has: dict[str, list[str]]  # source -> the columns that it really has
-    where: Callable[[int], str]
-    faults: list[str] = field(default_factory=list)  # one line a row that cannot be used as it is
+    has: dict[str, list[str]]  # source -> the columns of its table
+    where: Where
+    faults: list[UserError] = field(default_factory=list)  # rows that cannot be used as they are
+
+
+def column_names(frame: pd.DataFrame) -> list[str]:
+    return [str(name) for name in frame.columns]
+
+
+def missing_column(key: str, table: RawTable, column: str) -> UserError:
+    """`key` of competition.yaml names a column that the table does not have."""
+    close = nearest(column, column_names(table.frame))
+    remedy = f"did you mean {close[0]!r}?" if close else ""
+    return declaration.error("column-missing", key, f"{table.header} has no column {column!r}", remedy)
 
 
 def group_images(rows: RawRows, competition: Competition) -> RawRows:
-    """Rows of one id are one sample with the images of all. Of several labels in a cell it has those of all, too; what else
-    a target says must be the same in each, and of other columns the first row counts."""
+    """`gather: true`: rows of one id become one sample with the images of all. A multilabel cell gets the
+    labels of all; any other target must be the same in all rows; other columns are those of the first row."""
     keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
-    codes, first = keys.factorize()
-    images: list[dict[str, None]] = [{} for _ in first]
+    codes, first_keys = keys.factorize()
+    images: list[dict[str, None]] = [{} for _ in first_keys]
     for code, more in zip(codes, rows.samples["images"], strict=True):
         images[code] |= dict.fromkeys(more)
-    kept = np.flatnonzero(~keys.duplicated().to_numpy())
-    samples = rows.samples.iloc[kept].reset_index(drop=True)
+    first = np.flatnonzero(~keys.duplicated().to_numpy())
+    samples = rows.samples.iloc[first].reset_index(drop=True)
     samples["images"] = [list(each) for each in images]
-    columns = rows.columns.iloc[kept].reset_index(drop=True)
-    taught = (rows.samples["source"] != "test").to_numpy()
+    columns = rows.columns.iloc[first].reset_index(drop=True)
+    labeled = (rows.samples["source"] != "test").to_numpy()
     faults = []
     for name, task in competition.tasks.items():
         if name not in rows.columns:
             continue
         cells = rows.columns[name].fillna("").to_numpy(object)
-        others = np.flatnonzero((cells != cells[kept][codes]) & taught)
+        different = np.flatnonzero((cells != cells[first][codes]) & labeled)
         if task == "multilabel" and (len(competition.targets) == 1 or isinstance(competition.target, dict)):
-            said = {code: [cells[kept[code]]] for code in codes[others].tolist()}
-            for row in others.tolist():
-                said[codes[row]].append(cells[row])
-            whole = columns[name].tolist()
-            for code, labels in said.items():
-                whole[code] = competition.separator.join(filter(None, dict.fromkeys(labels)))
-            columns[name] = whole
+            labels = _all_labels(cells, codes, first, different)
+            merged = {code: competition.separator.join(filter(None, each)) for code, each in labels.items()}
+            columns[name] = [merged.get(code, cell) for code, cell in enumerate(columns[name])]
             continue
         faults += [
-            f"{rows.where(row)}: {name} is {cells[row]!r}, where the same id has {cells[kept[codes[row]]]!r} in "
-            f"{rows.where(int(kept[codes[row]]))}; gather makes one sample of both"
-            for row in others.tolist()
+            UserError(
+                "label-conflict",
+                where=rows.where(row),
+                key=name,
+                what=f"{cells[row]!r}, but {cells[first[codes[row]]]!r} in "
+                f"{rows.where(int(first[codes[row]]))}, which has the same id",
+                remedy="gather: true joins rows of one id, whose labels must be equal",
+            )
+            for row in different.tolist()
         ]
     return replace(
         rows,
         samples=samples,
         columns=columns,
-        where=lambda position: rows.where(int(kept[position])),
+        where=lambda position: rows.where(int(first[position])),
         faults=faults,
     )
 
 
+def _all_labels(
+    cells: NDArray[Any], codes: NDArray, first: NDArray, different: NDArray
+) -> dict[int, list[str]]:
+    """code of an id -> the different cells of its rows, of the ids whose rows differ."""
+    labels = {code: [cells[first[code]]] for code in codes[different].tolist()}
+    for row in different.tolist():
+        labels[codes[row]].append(cells[row])
+    return {code: list(dict.fromkeys(each)) for code, each in labels.items()}
+
+
 def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawTable:
-    """A line for each class of a row becomes a column for each class: `train.long`."""
+    """`train.long`: a row for each class of a sample becomes a column for each class."""
     import pandas as pd
 
-    long, file = table.long, paths.relative(source.file)
+    long = table.long
     assert long is not None
-    there = [str(name) for name in source.frame.columns]
     for name in [long.column, *([long.value] if long.value else [])]:
-        if name not in there:
-            raise Refused(
-                f"configs/competition.yaml: long: {file} has no column {name!r}; the nearest is {nearest(name, there)[0]!r}"
-            )
-    cells = source.frame[long.column].fillna("")
-    names = sorted(competition.targets, key=len, reverse=True)
-    kinds = "|".join(map(re.escape, names))
-    parts = cells.str.extract(
-        f"^(?:{layouts.pattern_regex(long.like.replace('{class}', '{class:' + kinds + '}'))})$"
-    )
-    wrong = np.flatnonzero(parts["class"].isna().to_numpy())
-    if len(wrong):
-        raise Refused(
-            f"{source.where(int(wrong[0]))}: {long.column} is {cells.iloc[wrong[0]]!r}, which is not built like {long.like} "
-            f"from the targets {', '.join(competition.targets[:6])} (and {len(wrong) - 1} more)"
-        )
+        if name not in column_names(source.frame):
+            raise missing_column("train.long", source, name)
+    parts = _parts_of_ids(source, long, competition.targets)
     frame = source.frame.drop(columns=[long.column, *([long.value] if long.value else [])])
     frame = frame.assign(**{str(name): parts[name] for name in parts if name != "class"})
     key = table.id or competition.id
-    ids = [name for name in map(str, frame.columns) if f"{{{name}" in key or name == key]
+    ids = [name for name in column_names(frame) if f"{{{name}" in key or name == key]
     if not ids:
-        raise Refused(
-            f"configs/competition.yaml: long: neither {file} nor {long.like} has the id {key!r}; they have {', '.join(map(str, frame.columns))}"
+        raise declaration.error(
+            "column-missing",
+            "train.long",
+            f"neither {paths.relative(source.file)} nor {long.like} has the id {key!r}; "
+            f"they have {', '.join(column_names(frame))}",
         )
-    codes, _ = pd.factorize(
-        frame[ids].fillna("").agg("\0".join, axis=1) if len(ids) > 1 else frame[ids[0]].fillna("")
-    )
+    one_id = frame[ids].fillna("").agg("\0".join, axis=1) if len(ids) > 1 else frame[ids[0]].fillna("")
+    codes, _ = pd.factorize(one_id)
     first = np.flatnonzero(~pd.Series(codes).duplicated().to_numpy())
     values = source.frame[long.value].to_numpy(object) if long.value else np.full(len(frame), "1", object)
     wide: dict[str, NDArray[Any]] = {}
     for name in competition.targets:
-        mine = np.flatnonzero((parts["class"] == name).to_numpy())
+        rows = np.flatnonzero((parts["class"] == name).to_numpy())
         column = np.full(len(first), None if long.value else "0", object)
-        column[codes[mine]] = values[mine]
-        other = mine[(column[codes[mine]] != values[mine]) & ~pd.isna(values[mine])]
+        column[codes[rows]] = values[rows]
+        other = rows[(column[codes[rows]] != values[rows]) & ~pd.isna(values[rows])]
         if len(other):
-            raise Refused(
-                f"{source.where(int(other[0]))}: {name} is {values[other[0]]!r}, and another line of the same id says {column[codes[other[0]]]!r}"
+            raise UserError(
+                "label-conflict",
+                where=source.where(int(other[0])),
+                key=name,
+                what=f"{values[other[0]]!r}, but {column[codes[other[0]]]!r} in another line of its id",
             )
         wide[name] = column
     made = frame.iloc[first].reset_index(drop=True).assign(**wide)
     return replace(source, frame=made, rows=first.tolist())
+
+
+def _parts_of_ids(source: RawTable, long: Long, targets: Sequence[str]) -> pd.DataFrame:
+    """What the parts of `long.like`, such as {id}_{class}, are in each row."""
+    cells = source.frame[long.column].fillna("")
+    classes = "|".join(map(re.escape, sorted(targets, key=len, reverse=True)))
+    pattern = layouts.pattern_regex(long.like.replace("{class}", "{class:" + classes + "}"))
+    parts = cells.str.extract(f"^(?:{pattern})$")
+    wrong = np.flatnonzero(parts["class"].isna().to_numpy())
+    if len(wrong):
+        more = f" (nor do {len(wrong) - 1} more rows)" if len(wrong) > 1 else ""
+        raise UserError(
+            "long-id-unmatched",
+            where=source.where(int(wrong[0])),
+            key=long.column,
+            what=f"{cells.iloc[wrong[0]]!r} does not match {long.like} with one of the targets "
+            f"{', '.join(targets[:6])}{more}",
+            remedy=f"correct target or train.long.like in {declaration.FILE}",
+        )
+    return parts

@@ -1,103 +1,106 @@
-"""The time column as numbers whose differences folds.gap can count: days since 1970 for dates, numbers as they are.
+"""The time column as numbers in the unit of folds.gap: dates become days since 1970, numbers stay as they
+are.
 
     2020-01-31, 2020-01-31T12:00Z …      ISO dates: days
     20200131                             eight digits, all of them dates: days
-    2019.5, 17, 2020                     numbers, in whatever unit they are
-    202001, 1580428800, 20200131120000   a month, a second, a moment or a plain number: refused until competition.time_format says
+    2019.5, 17, 2020                     numbers, in their own unit
+    202001, 1580428800, 20200131120000   dates or numbers: an error until competition.time_format decides
 
-competition.time_format is `number`, `unix` (seconds since 1970), `unix_ms`, or a format of strptime like "%d.%m.%Y". What was decided
-is printed.
+competition.time_format is `number`, `unix` (seconds since 1970), `unix_ms`, or a format of strptime like
+"%d.%m.%Y". What was decided is printed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comp.engine.config import declaration
 from comp.engine.data import targets
-from comp.engine.errors import Refused
+from comp.engine.data.tables import Where
+from comp.engine.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KEY = "configs/competition.yaml: time_format"
-UNIX = {"unix": 1.0, "unix_ms": 1000.0}  # of a second
-# Integers that may be dates: digits, the format they then have, and what a person calls them. The first needs no declaration.
-PACKED = (
+KEY = f"{declaration.FILE}: time_format"
+PER_SECOND = {"unix": 1.0, "unix_ms": 1000.0}
+# Integers that may be dates: number of digits, format, and what they are. Only the first needs no
+# declaration.
+DIGITS = (
     (8, "%Y%m%d", "dates"),
     (6, "%Y%m", "months"),
     (10, "%Y%m%d%H", "hours"),
     (12, "%Y%m%d%H%M", "minutes"),
     (14, "%Y%m%d%H%M%S", "seconds"),
 )
-YEARS = (1900, 2100)  # of a date in digits: beyond them it is a number
+YEARS = (1900, 2100)  # of a date in digits; beyond them it is a number
 SECONDS = (10**9, 2 * 10**9)  # 2001 to 2033
+IN_DAYS, IN_NUMBERS = "and folds.gap is in days", "and folds.gap is in their unit"
 
 
 class Times(NamedTuple):
     values: NDArray[np.float64]  # NaN where missing or wrong
     note: str
-    wanted: str  # of a value that is wrong
+    expected: str  # of a value that is wrong
 
 
-def read(text: pd.Series, name: str, declared: str | None, where: Callable[[int], str]) -> Times:
+def read(text: pd.Series, name: str, declared: str | None, where: Where) -> Times:
     present = text.dropna()
     if declared is not None:
         return _declared(text, name, declared)
     if len(present) and present.map(lambda cell: bool(re.fullmatch(r"[0-9]+", cell))).all():
-        packed = _packed(text, present, name, where)
-        if packed is not None:
-            return packed
+        dates = _digits(text, present, name, where)
+        if dates is not None:
+            return dates
+    expected = "all numbers, or all dates like 2020-01-31"
     values = targets.to_numbers(text)
     if np.isfinite(values[text.notna().to_numpy()]).any():
-        return Times(values, f"time: {name}: numbers, and folds.gap is in their unit", "all numbers, or all dates like 2020-01-31")  # fmt: skip
-    return Times(
-        _days(text, "ISO8601"), f"time: {name}: dates, and folds.gap is in days", "all numbers, or all dates like 2020-01-31"
-    )  # fmt: skip
+        return Times(values, f"time: {name}: numbers, {IN_NUMBERS}", expected)
+    return Times(_days(text, "ISO8601"), f"time: {name}: dates, {IN_DAYS}", expected)
 
 
 def _declared(text: pd.Series, name: str, declared: str) -> Times:
     if declared == "number":
-        return Times(
-            targets.to_numbers(text), f"time: {name}: numbers, and folds.gap is in their unit", "a number"
-        )
-    if declared in UNIX:
-        values = np.asarray(targets.to_numbers(text) / (86400 * UNIX[declared]), np.float64)
+        return Times(targets.to_numbers(text), f"time: {name}: numbers, {IN_NUMBERS}", "a number")
+    if declared in PER_SECOND:
+        values = np.asarray(targets.to_numbers(text) / (86400 * PER_SECOND[declared]), np.float64)
     else:
         values = _days(text, declared)
-    return Times(values, f"time: {name}: {declared}, and folds.gap is in days", f"time_format: {declared}")
+    return Times(values, f"time: {name}: {declared}, {IN_DAYS}", f"time_format: {declared}")
 
 
-def _packed(text: pd.Series, present: pd.Series, name: str, where: Callable[[int], str]) -> Times | None:
+def _digits(text: pd.Series, present: pd.Series, name: str, where: Where) -> Times | None:
     """Dates written as one integer. None: they are numbers."""
     numbers = present.map(int)
     lengths = set(present.str.len())
-    for digits, form, what in PACKED:
+    for digits, form, what in DIGITS:
         if lengths != {digits}:
             continue
         years = present.str[:4].map(int)
-        dated = np.isfinite(_days(present, form)) & ((years >= YEARS[0]) & (years <= YEARS[1])).to_numpy()
-        if dated.all() and digits == 8:
-            days = _days(text, form)
-            return Times(days, f"time: {name}: dates like {present.iloc[0]}, and folds.gap is in days; if they are numbers, {KEY}: number", form)  # fmt: skip
-        if 2 * dated.sum() > len(dated):
-            odd = present.index[~dated]
+        in_range = ((years >= YEARS[0]) & (years <= YEARS[1])).to_numpy()
+        dates = np.isfinite(_days(present, form)) & in_range
+        if dates.all() and digits == 8:
+            note = f"time: {name}: dates like {present.iloc[0]}, {IN_DAYS}"
+            return Times(_days(text, form), f"{note}; if they are numbers, set {KEY}: number", form)
+        if 2 * dates.sum() > len(dates):
+            odd = present.index[~dates]
             at = odd[0] if len(odd) else present.index[0]
-            more = f", while {dated.sum():,} others are {what}" if len(odd) else f", one of the {what}, or a number"  # fmt: skip
-            raise Refused(
-                f'{where(int(at))}: {name} is {present[at]!r}{more}; {KEY}: "{form}" makes days of them, {KEY}: number leaves them as they are'
-            )
-    for unit, scale in UNIX.items():
+            others = f"{dates.sum():,} others are {what}" if len(odd) else f"they may be {what} or numbers"
+            raise _ambiguous(where(int(at)), name, f"{present[at]!r}: {others}", f'"{form}"')
+    for unit, scale in PER_SECOND.items():
         if numbers.between(SECONDS[0] * scale, SECONDS[1] * scale).all():
-            raise Refused(
-                f"{where(int(present.index[0]))}: {name} is {present.iloc[0]!r}, a moment since 1970, or a number; "
-                f"{KEY}: {unit} makes days of them, {KEY}: number leaves them as they are"
-            )
+            what = f"{present.iloc[0]!r} may be a time since 1970 or a number"
+            raise _ambiguous(where(int(present.index[0])), name, what, unit)
     return None
+
+
+def _ambiguous(where: str, name: str, what: str, form: str) -> UserError:
+    remedy = f"{KEY}: {form} makes days of them, {KEY}: number leaves them as they are"
+    return UserError("time-ambiguous", where=where, key=name, what=what, remedy=remedy)
 
 
 def _days(text: pd.Series, form: str) -> NDArray[np.float64]:
@@ -106,8 +109,11 @@ def _days(text: pd.Series, form: str) -> NDArray[np.float64]:
     try:
         dates = pd.to_datetime(text, format=form, utc=True, errors="coerce")
     except ValueError as error:
-        raise Refused(
-            f'{KEY}: {form!r} is neither number, unix, unix_ms nor a format like "%d.%m.%Y" ({str(error).splitlines()[0]})'
+        raise declaration.error(
+            "time-format-invalid",
+            "time_format",
+            f"{form!r} is no format of strptime ({str(error).splitlines()[0]})",
+            'use number, unix, unix_ms or a format like "%d.%m.%Y"',
         ) from None
     since = dates.dt.as_unit("us") - pd.Timestamp(0, tz="UTC").as_unit("us")  # nanoseconds end in 2262
     return np.asarray((since / pd.Timedelta(days=1)).to_numpy(np.float64, na_value=np.nan))

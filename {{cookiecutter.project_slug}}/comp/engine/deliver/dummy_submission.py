@@ -23,20 +23,20 @@ MAX_NUMBERS = 2_000_000  # predictions; of a larger sample only its first lines 
 NAME = "a submission of made-up predictions"
 
 
-def validate_dummy(cfg: Config, reading: Prepared) -> tuple[list[str], list[str]]:
-    """(errors, notes). Writes nothing to the disk."""
-    heads = reading.heads
+def check(cfg: Config, prepared: Prepared) -> list[UserError]:
+    """The faults. Writes nothing to the disk."""
+    heads = prepared.heads
     try:
         validate_form(cfg.competition.submission, heads)
         sample = load_sample(cfg.competition)
         lines = max(1, MAX_NUMBERS // sum(len(head.outputs) for head in heads))
         sample = replace(sample, rows=sample.rows[:lines])
         ids = set(scored_ids(cfg.competition, sample, heads))
-        test = (reading.frame["source"] == "test") & reading.frame["row"].isin(ids)
+        test = (prepared.frame["source"] == "test") & prepared.frame["row"].isin(ids)
         rows = np.flatnonzero(test.to_numpy())
-        if ids - set(reading.frame["row"].iloc[rows]):
-            return [], []  # other rows than the sample's: comp check reports each of them itself
-        table = Samples(reading.frame, heads, "", multi_image=False)
+        if ids - set(prepared.frame["row"].iloc[rows]):
+            return []  # other rows than the sample's: comp check reports each of them itself
+        table = Samples(prepared.frame, heads, "", multi_image=False)
         predictions = {
             head.name: dummy_predictions(head, table, len(rows)).astype(np.float32) for head in heads
         }
@@ -44,8 +44,8 @@ def validate_dummy(cfg: Config, reading: Prepared) -> tuple[list[str], list[str]
         made, rules = submission.make_lines(cfg, table, NAME, dummy, sample, lambda name: {})
         validate.validate_bytes(submission.csv_text(made, sample).encode(), NAME, sample, rules)
     except UserError as error:
-        return error.lines, []
-    return [], []
+        return error.errors
+    return []
 
 
 def dummy_predictions(head: Head, table: Samples, rows: int) -> Array:

@@ -82,7 +82,7 @@ def _write_sample(competition: Competition, raw: Path, target: Path, ids: list[s
     sample = read_sample(raw / competition.submission.sample, *id_column_candidates(competition))
     lines = [list(sample.rows[0]) for _ in ids]
     for number, (line, id_) in enumerate(zip(lines, ids, strict=True)):
-        line[sample.key] = id_
+        line[sample.id_position] = id_
         for place in sample.index:
             line[place] = str(number)
     file = target / competition.submission.sample

@@ -137,7 +137,7 @@ def _long_format(
     assert rules.rows is not None
     place = {row: i for i, row in enumerate(ids)}
     if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
-        lines = sample_submission.parse_ids(rules.rows, sample.row_keys, heads)
+        lines = sample_submission.parse_long_ids(rules.rows, sample.row_keys, heads)
         tables = {
             head.name: _numbers(rules, [head], predictions, sample, notes, sample.prediction_columns).tolist()
             for head in heads
@@ -150,7 +150,7 @@ def _long_format(
             what=f"{len(sample.prediction_columns)} columns to fill in, where competition.submission.rows "
             "(long format) has one",
         )
-    lines = sample_submission.parse_ids(rules.rows, sample.row_keys, heads)
+    lines = sample_submission.parse_long_ids(rules.rows, sample.row_keys, heads)
     names = list(dict.fromkeys(line.name for line in lines))
     columns = _columns(rules, heads, predictions, sample, cuts, names, notes)
     by_name = dict(zip(names, columns, strict=True))

@@ -81,7 +81,7 @@ def validate_bytes(data: bytes, name: str, sample: SampleSubmission, rules: Cell
             if len(cells) < len(sample.columns):
                 what = f"no cell for column {sample.columns[len(cells)]!r}: {what}"
             raise UserError("submission-line", where=where, key=f"row {cells[0]!r}", what=what)
-        ids.append(cells[sample.key])
+        ids.append(cells[sample.id_position])
         cell_errors += _row(cells, where, sample, number - 2, rules)
     # Ids first: a shifted file has errors in its cells too, and the shift is what explains them.
     for found in (list(_ids(ids, name, sample)), cell_errors):
@@ -186,7 +186,7 @@ def _header(columns: list[str], where: str, sample: SampleSubmission) -> None:
 def _ids(ids: list[str], name: str, sample: SampleSubmission) -> Iterator[UserError]:
     """Unknown, duplicate, missing, reordered: each explains the ones after it, so only the first kind found
     is reported."""
-    column, wanted = repr(sample.columns[sample.key]), sample.ids
+    column, wanted = repr(sample.columns[sample.id_position]), sample.ids
     line_of = {id_: number for number, id_ in enumerate(wanted, 2)}
 
     def wrong(id_: str, what: str, number: int | None = None) -> UserError:
@@ -224,7 +224,7 @@ def _row(
     cells: list[str], where: str, sample: SampleSubmission, row: int, rules: CellRules
 ) -> Iterator[UserError]:
     """Index columns must be as in the sample, columns to fill in as the form allows. `row` counts from 0."""
-    names, id_ = sample.prediction_columns, cells[sample.key]
+    names, id_ = sample.prediction_columns, cells[sample.id_position]
     if row < len(sample.rows):
         line = sample.rows[row]
         for i in sample.index:

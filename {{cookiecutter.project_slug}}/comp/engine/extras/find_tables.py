@@ -79,7 +79,7 @@ def sample_submission(raw: Path, tables: list[str]) -> tuple[str, pd.DataFrame]:
         )
     best = min(named, key=lambda name: ("sample" not in name.lower(), name.count("/"), len(name)))
     host, frame = read_sample(raw / best), raw_tables.read(raw / best).frame
-    key = host.columns[host.key]
+    key = host.columns[host.id_position]
     return best, frame[[key, *host.prediction_columns]].drop_duplicates(key, ignore_index=True)
 
 
