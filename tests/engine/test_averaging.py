@@ -107,9 +107,9 @@ def test_the_ema_of_a_short_run_scores_like_its_last_weights(project: Path, epoc
     head, place = table.heads[0], paths.fold_folder("x", 0, 3)
 
     def right(inside: str) -> float:
-        said = bank.read(place / inside / "oof.arrow", table, folds.load(table))
-        truth = table.truth(head, said.row.astype(np.int64))
-        return float((said.probability(head).argmax(1) == truth).mean())
+        predicted = bank.read(place / inside / "oof.arrow", table, folds.load(table))
+        truth = table.truth(head, predicted.row.astype(np.int64))
+        return float((predicted.probability(head).argmax(1) == truth).mean())
 
     assert right("") >= right("raw") - 0.02
     assert right("raw") > (0.4 if epochs == 1 else 0.9)
@@ -155,14 +155,14 @@ def test_every_kind_of_weights_is_a_member_with_its_own_predictions(halves: Path
     table = samples.load()
     split, head = folds.load(table), table.heads[0]
 
-    def said(name: str, kind: str = "oof") -> np.ndarray:
+    def predicted(name: str, kind: str = "oof") -> np.ndarray:
         return bank.load(f"x:{name}" if name else "x", kind, table, split).probability(head)
 
-    assert np.array_equal(said(""), said("snap3"), equal_nan=True), "the run is its last snapshot"
+    assert np.array_equal(predicted(""), predicted("snap3"), equal_nan=True), "the run is its last snapshot"
     for kind in bank.KINDS:
-        mean = (said("snap2", kind) + said("snap3", kind)) / 2
+        mean = (predicted("snap2", kind) + predicted("snap3", kind)) / 2
         if kind == "oof":
-            assert said("last2", kind) == pytest.approx(mean, abs=1e-6, nan_ok=True)
+            assert predicted("last2", kind) == pytest.approx(mean, abs=1e-6, nan_ok=True)
     assert member_filter.addresses("x:snapshots") == [f"x:{name}" for name in snaps]
     # Of the parameters; what batch norms measured is measured anew.
     each = [weights("x", name) for name in snaps]
@@ -223,11 +223,11 @@ def test_selection_rows_are_held_out_with_their_groups(project: Path) -> None:
     split = folds.load(table)
     group = table.frame["group"].to_numpy()
     for number in range(5):
-        taught, scored = split.split(number)
+        train_rows, scored = split.split(number)
         free, held = split.inner_split(number, 0.1)
-        assert set(free) | set(held) == set(taught) and not set(free) & set(held)
+        assert set(free) | set(held) == set(train_rows) and not set(free) & set(held)
         assert not set(group[free]) & set(group[held]) and not set(held) & set(scored)
-        assert 0.05 < len(held) / len(taught) < 0.25
+        assert 0.05 < len(held) / len(train_rows) < 0.25
         assert np.array_equal(held, split.inner_split(number, 0.1)[1])
     assert not np.array_equal(split.inner_split(0, 0.1)[1], split.inner_split(1, 0.1)[1])
 
@@ -236,8 +236,8 @@ def test_selection_rows_of_folds_by_time_are_the_latest(empty: Path) -> None:
     project = banked.lay_out(empty, rule="earlier")
     time = project.samples.frame["time"].to_numpy()
     free, held = project.folds.inner_split(3, 0.2)
-    taught = project.folds.split(3)[0]
-    assert time[free].max() <= time[held].min() and len(held) == pytest.approx(0.2 * len(taught), abs=1)
+    train_rows = project.folds.split(3)[0]
+    assert time[free].max() <= time[held].min() and len(held) == pytest.approx(0.2 * len(train_rows), abs=1)
 
 
 def epochs(run: str) -> list[dict[str, float]]:
@@ -321,9 +321,9 @@ def test_a_greedy_soup_adds_weights_that_do_not_lower_the_score(project: Path) -
     ],
 )
 def test_knobs_without_effect_are_errors(empty: Path, override: list[str], words: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         config(*override)
-    assert words in str(refused.value) and "override" not in str(refused.value)
+    assert words in str(caught.value) and "override" not in str(caught.value)
 
 
 def test_a_mean_of_members_is_a_mean_of_predictions() -> None:

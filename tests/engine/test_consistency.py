@@ -82,12 +82,12 @@ def test_incompatible_knobs_are_errors(empty: Path) -> None:
 def test_a_small_stem_keeps_the_resolution(name: str, side: int) -> None:
     image = torch.randn(1, 3, 64, 64)
     module: Any = timm.create_model(name, num_classes=0).eval()
-    kept = {k: v.clone() for k, v in module.state_dict().items()}
+    original = {k: v.clone() for k, v in module.state_dict().items()}
     with torch.no_grad():
         before = module.forward_features(image).shape[2]
         after = small_stem.small(module, name).forward_features(image).shape[2]
     assert (before, after) == (2, side)
-    new = [k for k, v in module.state_dict().items() if not torch.equal(v, kept[k])]
+    new = [k for k, v in module.state_dict().items() if not torch.equal(v, original[k])]
     assert new == (["stem.0.weight"] if name == "test_convnext" else [])
 
 

@@ -34,7 +34,7 @@ QUIET = [
 ]  # fmt: skip
 
 
-class Lesson(NamedTuple):
+class Case(NamedTuple):
     cfg: Config
     head: Head
     own: losses.MultiHeadLoss  # of the labels alone
@@ -44,13 +44,13 @@ class Lesson(NamedTuple):
     stored: Tensor  # what the teacher's prediction file holds
 
     @property
-    def told(self) -> Tensor:
+    def teacher_target(self) -> Tensor:
         return torch.from_numpy(
             distillation.to_target(self.head, self.stored.numpy(), self.cfg.distill.kind, T)
         )
 
 
-def lesson(task: str, *overrides: str) -> Lesson:
+def case(task: str, *overrides: str) -> Case:
     head, random = banked.HEADS[task], np.random.default_rng(0)
     cfg = config("distill.teacher=exp001", f"distill.temperature={T}", *overrides, experiment="base")
     table = Samples(
@@ -63,61 +63,61 @@ def lesson(task: str, *overrides: str) -> Lesson:
     output, stored = torch.randn(2, BATCH, len(head.outputs))
     own = losses.build_loss(cfg, table, ROWS)
     loss = distillation.distillation_loss(cfg, table, ROWS, own)
-    return Lesson(
-        cfg, head, own, loss, output, truth if truth.dtype == torch.int64 else truth.float(), stored
-    )
+    return Case(cfg, head, own, loss, output, truth if truth.dtype == torch.int64 else truth.float(), stored)
 
 
 def test_soft_distillation_is_kullback_leibler_at_a_temperature(empty: Path) -> None:
-    a = lesson("multiclass", "distill.weight=0.3")
-    apart = F.kl_div(F.log_softmax(a.output / T, 1), F.softmax(a.stored / T, 1), reduction="none").sum(1)
-    wanted = 0.7 * F.cross_entropy(a.output, a.truth, reduction="none") + 0.3 * T**2 * apart
-    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted, atol=1e-6)
-    pure = lesson("multiclass", "distill.weight=1")
-    same = pure.loss(pure.stored, [pure.truth, pure.told])
+    a = case("multiclass", "distill.weight=0.3")
+    divergence = F.kl_div(F.log_softmax(a.output / T, 1), F.softmax(a.stored / T, 1), reduction="none").sum(1)
+    wanted = 0.7 * F.cross_entropy(a.output, a.truth, reduction="none") + 0.3 * T**2 * divergence
+    assert torch.allclose(a.loss(a.output, [a.truth, a.teacher_target]), wanted, atol=1e-6)
+    pure = case("multiclass", "distill.weight=1")
+    same = pure.loss(pure.stored, [pure.truth, pure.teacher_target])
     assert same.abs().max() < 1e-5, "nothing is left to learn from a teacher that one agrees with"
 
 
 def test_soft_distillation_of_multilabel_is_per_label(empty: Path) -> None:
     for task in ("binary", "multilabel"):
-        a = lesson(task, "distill.weight=1")
+        a = case(task, "distill.weight=1")
         p, q = (a.stored / T).sigmoid(), (a.output / T).sigmoid()
-        apart = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1)
-        assert torch.allclose(a.loss(a.output, [a.truth, a.told]), T**2 * apart, atol=1e-5)
+        divergence = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1)
+        assert torch.allclose(a.loss(a.output, [a.truth, a.teacher_target]), T**2 * divergence, atol=1e-5)
 
 
 def test_soft_distillation_of_bce_uses_its_decoded_logits(empty: Path) -> None:
-    a = lesson("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
+    a = case("multiclass", "distill.weight=1", "loss.name=bce", "distill.temperature=1")
     p = torch.from_numpy(
         a.head.spec.decode(a.output.double().numpy(), losses.loss_knobs.head_losses(a.cfg, [a.head])[0])
     )
-    told = torch.from_numpy(distillation.to_target(a.head, p.numpy(), "soft", 1.0))
-    assert a.loss(a.output, [a.truth, told]).abs().max() < 1e-5
+    teacher_target = torch.from_numpy(distillation.to_target(a.head, p.numpy(), "soft", 1.0))
+    assert a.loss(a.output, [a.truth, teacher_target]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
 def test_hard_distillation_takes_the_predicted_label(empty: Path, task: str) -> None:
-    a = lesson(task, "distill.kind=hard", "distill.weight=0.4")
-    answer = a.stored.argmax(1) if task == "multiclass" else (a.stored > 0).float()
-    wanted = 0.6 * a.own(a.output, [a.truth]) + 0.4 * a.own(a.output, [answer])
-    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
+    a = case(task, "distill.kind=hard", "distill.weight=0.4")
+    predicted_label = a.stored.argmax(1) if task == "multiclass" else (a.stored > 0).float()
+    wanted = 0.6 * a.own(a.output, [a.truth]) + 0.4 * a.own(a.output, [predicted_label])
+    assert torch.allclose(a.loss(a.output, [a.truth, a.teacher_target]), wanted)
 
 
 def test_regression_targets_are_predicted_values(empty: Path) -> None:
-    a = lesson("regression", "distill.weight=0.5")
+    a = case("regression", "distill.weight=0.5")
     wanted = 0.5 * (a.output[:, 0] - a.truth) ** 2 + 0.5 * (a.output[:, 0] - a.stored[:, 0]) ** 2
-    assert torch.allclose(a.loss(a.output, [a.truth, a.told]), wanted)
-    grades = lesson("ordinal")
-    assert grades.told.min() >= 0 and grades.told.max() <= 3, "a grade beyond the last is the last"
+    assert torch.allclose(a.loss(a.output, [a.truth, a.teacher_target]), wanted)
+    grades = case("ordinal")
+    assert grades.teacher_target.min() >= 0 and grades.teacher_target.max() <= 3, (
+        "a grade beyond the last is the last"
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["loss.name=bce", "loss.target_threshold=0.2", "distill.kind=hard"]])
 def test_mixing_images_mixes_teacher_targets(empty: Path, more: list[str]) -> None:
-    a = lesson("multiclass", *more)
+    a = case("multiclass", *more)
     mixture = mixup.mixed_loss(a.cfg, (a.head,), a.loss)
     mate, share = torch.tensor([1, 0, 3, 2, 5, 4]), torch.rand(BATCH)
     parts = [(torch.arange(BATCH), share), (mate, 1 - share)]
-    targets = [a.truth, a.told]
+    targets = [a.truth, a.teacher_target]
     if more:
         hot = [F.one_hot(each, 3).float() for each in targets]
         wanted = a.loss(a.output, [share[:, None] * h + (1 - share[:, None]) * h[mate] for h in hot])
@@ -138,11 +138,13 @@ def test_teacher_targets_come_from_the_model_of_the_same_fold(project: Path) -> 
     rows = folds.load(table).split(1)[0][:64]
     assert np.array_equal(found["rows"], rows)
     context = loading.load_context(experiments.stored_config("teacher"))  # at its own size
-    said = [
+    predicted = [
         predict.predict(context, paths.fold_folder("teacher", 0, n) / "weights.safetensors", rows)[0]["label"]
         for n in (1, 2)
     ]
-    assert np.allclose(found["label"], said[0], atol=1e-6) and not np.allclose(said[0], said[1], atol=1e-2)
+    assert np.allclose(found["label"], predicted[0], atol=1e-6) and not np.allclose(
+        predicted[0], predicted[1], atol=1e-2
+    )
     weights = [
         load_file(paths.fold_folder(name, 0, 1) / "weights.safetensors")["fc.weight"]
         for name in ("taught", "alone")
@@ -173,13 +175,15 @@ def test_teacher_targets_come_from_the_model_of_the_same_fold(project: Path) -> 
 
 
 def test_knobs_without_effect(empty: Path) -> None:
-    def told(*overrides: str) -> list[str]:
+    def messages(*overrides: str) -> list[str]:
         return [
             line.partition(": ")[2] for line in unused_knobs.messages(load(paths.root(), "base", overrides))
         ]
 
-    assert told("distill.temperature=4") == ["distill.temperature: 4.0 has no effect without distill.teacher"]
-    assert told("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [
+    assert messages("distill.temperature=4") == [
+        "distill.temperature: 4.0 has no effect without distill.teacher"
+    ]
+    assert messages("distill.teacher=exp001", "distill.kind=hard", "distill.temperature=4") == [
         "distill.temperature: 4.0 has no effect with distill.kind: hard"
     ]
     head = Head("label", "retrieval", ("a", "b"), ("target.label",), ("a", "b"))

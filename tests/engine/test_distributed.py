@@ -38,7 +38,7 @@ SHARED = [
     "optim.lr=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema_decay=0.9", "train.epochs=2", "train.max_samples=100", "keep.optimizer_state=true",
 ]  # fmt: skip
 
-TAUGHT = [*SHARED, "distill.teacher=teacher", "data.pseudo_labels=teacher"]
+WITH_TEACHER = [*SHARED, "distill.teacher=teacher", "data.pseudo_labels=teacher"]
 
 
 def torchrun(*arguments: str, n: int = 2) -> subprocess.Popen[str]:
@@ -82,12 +82,14 @@ def test_two_processes_give_the_results_of_one(project: Path) -> None:
     """Weights to 1e-5, losses and validation; every row is predicted once; rank 1 leaves no file."""
     assert distributed.world_size() == 1
     banked.teacher(project)
-    runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="one")
-    runner.train("exp001", [*TAUGHT, "train.batch_size=8", "train.grad_accum_steps=4"], fold="1", name="cut")
-    both = torchrun("train", "exp001", *TAUGHT, "train.batch_size=32", "--fold", "1", "--as", "two")
-    said = both.communicate()[0]
-    assert both.returncode == 0, said
-    assert said.count("1 of 1 folds to train") == 1, said
+    runner.train("exp001", [*WITH_TEACHER, "train.batch_size=32"], fold="1", name="one")
+    runner.train(
+        "exp001", [*WITH_TEACHER, "train.batch_size=8", "train.grad_accum_steps=4"], fold="1", name="cut"
+    )
+    both = torchrun("train", "exp001", *WITH_TEACHER, "train.batch_size=32", "--fold", "1", "--as", "two")
+    output = both.communicate()[0]
+    assert both.returncode == 0, output
+    assert output.count("1 of 1 folds to train") == 1, output
     (one, log), (cut, _), (two, log_of_two) = trained("one", 1), trained("cut", 1), trained("two", 1)
     assert away(cut, one) < 1e-5 and away(two, one) < 1e-5 and not torch.equal(two, torch.zeros_like(two))
     for key in ("loss", "valid_loss"):
@@ -103,14 +105,14 @@ def test_two_processes_give_the_results_of_one(project: Path) -> None:
     for file in ("weights.safetensors", "oof.arrow", "test.arrow"):
         (state / file).unlink()
     with pytest.raises(UserError, match="torchrun --nproc-per-node 2 -m comp train") as caught:
-        runner.train("exp001", [*TAUGHT, "train.batch_size=32"], fold="1", name="two")
+        runner.train("exp001", [*WITH_TEACHER, "train.batch_size=32"], fold="1", name="two")
     assert caught.value.code == "world-size-differs" and "2 processes, now 1" in caught.value.what
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: Path) -> None:
     """With whole forward passes per process, and batch norm, whose statistics are those of rank 0."""
-    told = [
+    arguments = [
         *SHARED,
         "model.name=test_resnet",
         "train.batch_size=16",
@@ -120,15 +122,15 @@ def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: P
         "0",
         "--as",
     ]
-    assert forked_twice("train", "exp001", *told, "whole") == [0, 0]
-    stopped = torchrun("train", "exp001", *told, "again")
+    assert forked_twice("train", "exp001", *arguments, "whole") == [0, 0]
+    stopped = torchrun("train", "exp001", *arguments, "again")
     log = paths.fold_folder("again", 0, 0) / "log.jsonl"
     while stopped.poll() is None and not (log.exists() and b'"epoch": 1' in log.read_bytes()):
         time.sleep(0.01)  # until the event, not for a time
     stopped.send_signal(signal.SIGINT)
-    said = stopped.communicate()[0]
-    assert "saved at step" in said and "batch norm (" in said, said
-    assert forked_twice("train", "exp001", *told, "again") == [0, 0]
+    output = stopped.communicate()[0]
+    assert "saved at step" in output and "batch norm (" in output, output
+    assert forked_twice("train", "exp001", *arguments, "again") == [0, 0]
     for file in ("weights.safetensors", "oof.arrow"):
         hashes = {artifacts.sha256(paths.fold_folder(name, 0, 0) / file) for name in ("whole", "again")}
         assert len(hashes) == 1 or file == "oof.arrow", file  # the run's name is in oof.arrow
@@ -142,7 +144,7 @@ def test_a_trial_pruned_on_rank_0_ends_on_all_ranks(project: Path) -> None:
     (project / "configs" / "tune" / "p.yaml").write_text(
         "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\nfolds: 2\nsampler: random\n"
     )
-    told = [
+    arguments = [
         "track=none",
         "machine.num_workers=0",
         "train.epochs=3",
@@ -153,8 +155,8 @@ def test_a_trial_pruned_on_rank_0_ends_on_all_ranks(project: Path) -> None:
     def judge(rank: int) -> None:
         optuna.trial.Trial.should_prune = lambda trial: rank == 0 and trial.number == 1  # type: ignore[assignment, method-assign]
 
-    assert forked_twice("tune", "exp001", "--space", "p", "--trials", "3", *told, before=judge) == [0, 0]
-    trials = open_study("exp001", told, "p", None, 3).study.get_trials(deepcopy=False)
+    assert forked_twice("tune", "exp001", "--space", "p", "--trials", "3", *arguments, before=judge) == [0, 0]
+    trials = open_study("exp001", arguments, "p", None, 3).study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
     assert trials[1].user_attrs["pruned_at"] == {"fold": 0, "step": 1}
     assert [len(t.intermediate_values) for t in trials] == [6, 1, 6]
@@ -198,12 +200,12 @@ def test_batches_too_small_to_split_are_errors_and_differences_are_warnings(
         distributed.validate(config(), 2, 1, network)
     assert (caught.value.code, caught.value.key) == ("batch-too-small", "train.batch_size")
     distributed.validate(config("loss.ohem=0.5"), 32, 1, network)
-    said = capsys.readouterr().err
-    assert "batch norm (1) normalizes over 8 images" in said and "among 8 images, not 32" in said
-    assert "train.grad_accum_steps=4" in said
+    output = capsys.readouterr().err
+    assert "batch norm (1) normalizes over 8 images" in output and "among 8 images, not 32" in output
+    assert "train.grad_accum_steps=4" in output
     distributed.validate(config("loss.ohem=0.5"), 32, 4, network)
-    said = capsys.readouterr().err
-    assert "over 32 images" in said and "ohem" not in said and "train.grad_accum_steps" not in said
+    output = capsys.readouterr().err
+    assert "over 32 images" in output and "ohem" not in output and "train.grad_accum_steps" not in output
     distributed.validate(config(), 32, 1, network[:1])
     assert not capsys.readouterr().err
 

@@ -57,10 +57,10 @@ def test_nan_is_reported_with_step_and_samples_and_never_saved(
 ) -> None:
     broken(3, float("nan"), part, monkeypatch)
     tiny = [*TINY, "train.batch_size=8", "train.checkpoint_every=1", f"optim.clip_grad={clip}"]
-    said = refusal(lambda: runner.train("exp001", tiny, fold="0", name="x"))
+    message = refusal(lambda: runner.train("exp001", tiny, fold="0", name="x"))
     folder = project / "runs/x/seed0/fold0"
-    assert "step 3" in said and "lower optim.lr" in said, said
-    assert said.count(",") >= 1 and (clip == "null" or "samples" in said)
+    assert "step 3" in message and "lower optim.lr" in message, message
+    assert message.count(",") >= 1 and (clip == "null" or "samples" in message)
     assert [file.name for file in folder.glob("state-*.pt")] == ["state-00000002.pt"]
     assert not (folder / "weights.safetensors").exists()
     monkeypatch.undo()
@@ -259,11 +259,11 @@ def test_a_time_limit_leaves_a_state_and_the_predictions_of_what_is_done(
     runner.train("exp001", whole, fold="1", name="whole")
     capsys.readouterr()
     runner.train("exp001", whole, name="x", stop=ticking(20))
-    said = capsys.readouterr().out
-    assert "time limit: saved at step" in said and said.strip().splitlines()[-1].startswith(
+    message = capsys.readouterr().out
+    assert "time limit: saved at step" in message and message.strip().splitlines()[-1].startswith(
         "next: comp train exp001"
     )
-    assert "missing: seed 0 fold 1, 2, 3, 4" in said
+    assert "missing: seed 0 fold 1, 2, 3, 4" in message
     assert (project / "runs/x/seed0/fold0/test.arrow").exists() and list(
         (project / "runs/x/seed0/fold1").glob("state-*.pt")
     )

@@ -42,7 +42,7 @@ def knobs(name: str, **given: Any) -> dict[str, Any]:
     return {**loss_knobs.DEFAULTS[name], **given}
 
 
-def said(name: str, output: Tensor, target: Tensor, **given: Any) -> Tensor:
+def loss_of(name: str, output: Tensor, target: Tensor, **given: Any) -> Tensor:
     return losses.LOSSES[name](output, target, **knobs(name.removesuffix("_multiclass"), **given))
 
 
@@ -52,80 +52,80 @@ def one_column(output: Tensor) -> Tensor:
 
 COUNTERPARTS: dict[str, tuple[Tensor, Tensor]] = {
     "label_smoothing": (
-        said("cross_entropy", OUTPUT, CODES, label_smoothing=0.1),
+        loss_of("cross_entropy", OUTPUT, CODES, label_smoothing=0.1),
         torch.stack([timm.loss.LabelSmoothingCrossEntropy(0.1)(o[None], t[None]) for o, t in zip(OUTPUT, CODES, strict=True)]),
     ),
     "soft targets": (
-        said("cross_entropy", OUTPUT, SHARES),
+        loss_of("cross_entropy", OUTPUT, SHARES),
         torch.stack([timm.loss.SoftTargetCrossEntropy()(o[None], t[None]) for o, t in zip(OUTPUT, SHARES, strict=True)]),
     ),
-    "kl": (said("kl", OUTPUT, SHARES), torch.nn.KLDivLoss(reduction="none")(OUTPUT.log_softmax(1), SHARES).sum(1)),
+    "kl": (loss_of("kl", OUTPUT, SHARES), torch.nn.KLDivLoss(reduction="none")(OUTPUT.log_softmax(1), SHARES).sum(1)),
     "bce": (
-        said("bce", OUTPUT, LABELS, label_smoothing=0.2),
+        loss_of("bce", OUTPUT, LABELS, label_smoothing=0.2),
         timm.loss.BinaryCrossEntropy(smoothing=0.2, smooth_dense=True, reduction="none")(OUTPUT, LABELS),
     ),
     "bce, threshold": (
-        said("bce", OUTPUT, SHARES, target_threshold=0.3),
+        loss_of("bce", OUTPUT, SHARES, target_threshold=0.3),
         timm.loss.BinaryCrossEntropy(smoothing=0, target_threshold=0.3, reduction="none")(OUTPUT, SHARES),
     ),
     "bce of classes": (
-        said("bce_multiclass", OUTPUT, CODES, label_smoothing=0.1),
+        loss_of("bce_multiclass", OUTPUT, CODES, label_smoothing=0.1),
         timm.loss.BinaryCrossEntropy(smoothing=0.1, reduction="none")(OUTPUT, CODES).mean(1),
     ),
     "focal": (
-        said("focal", OUTPUT, LABELS, gamma=2.0, alpha=0.25),
+        loss_of("focal", OUTPUT, LABELS, gamma=2.0, alpha=0.25),
         # hard labels: Lin et al. 2017, written out
         torch.where(LABELS == 1, 0.25, 0.75) * -torch.log(torch.where(LABELS == 1, OUTPUT.sigmoid(), 1 - OUTPUT.sigmoid()))
         * (1 - torch.where(LABELS == 1, OUTPUT.sigmoid(), 1 - OUTPUT.sigmoid())) ** 2,
     ),
     "focal, soft": (
-        said("focal", OUTPUT, SHARES, gamma=1.5, label_smoothing=0.1),
+        loss_of("focal", OUTPUT, SHARES, gamma=1.5, label_smoothing=0.1),
         timm.loss.PolyBinaryCrossEntropy(epsilon=0, gamma=1.5, smoothing=0.1, reduction="none")(OUTPUT, SHARES),
     ),
     "focal of classes": (
-        said("focal_multiclass", OUTPUT, CODES, gamma=2.0),
+        loss_of("focal_multiclass", OUTPUT, CODES, gamma=2.0),
         -((1 - OUTPUT.softmax(1)) ** 2 * OUTPUT.log_softmax(1)).gather(1, CODES[:, None])[:, 0],
     ),
     "poly": (
-        said("poly", OUTPUT, LABELS, epsilon=2.0, label_smoothing=0.1),
+        loss_of("poly", OUTPUT, LABELS, epsilon=2.0, label_smoothing=0.1),
         timm.loss.PolyBinaryCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "poly of classes": (
-        said("poly_multiclass", OUTPUT, CODES, epsilon=2.0, label_smoothing=0.1),
+        loss_of("poly_multiclass", OUTPUT, CODES, epsilon=2.0, label_smoothing=0.1),
         timm.loss.PolyCrossEntropy(epsilon=2.0, smoothing=0.1, reduction="none")(OUTPUT, CODES),
     ),
     "asymmetric": (
-        said("asymmetric", OUTPUT, LABELS, label_smoothing=0.1),
+        loss_of("asymmetric", OUTPUT, LABELS, label_smoothing=0.1),
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05, smoothing=0.1, reduction="none")(OUTPUT, LABELS),
     ),
     "asymmetric, with other knobs": (
-        said("asymmetric", OUTPUT, LABELS, gamma=2.0, gamma_pos=0.5, clip=0.2),
+        loss_of("asymmetric", OUTPUT, LABELS, gamma=2.0, gamma_pos=0.5, clip=0.2),
         timm.loss.AsymmetricLossMultiLabel(gamma_neg=2, gamma_pos=0.5, clip=0.2, smoothing=0.0, reduction="none")(OUTPUT, LABELS),
     ),
     "jensen_shannon": (  # with equal shares it is scipy's distance squared, scaled by 1 / (0.5 log 2)
-        said("jensen_shannon", OUTPUT, SHARES, js_weight=0.5),
+        loss_of("jensen_shannon", OUTPUT, SHARES, js_weight=0.5),
         torch.tensor([jensenshannon(t, p) ** 2 for t, p in zip(SHARES.numpy(), OUTPUT.softmax(1).numpy(), strict=True)])
         / (0.5 * np.log(2)),
     ),
     "jensen_shannon of a small share": (
-        said("jensen_shannon", OUTPUT.double(), CODES, js_weight=1e-8), F.cross_entropy(OUTPUT.double(), CODES, reduction="none"),
+        loss_of("jensen_shannon", OUTPUT.double(), CODES, js_weight=1e-8), F.cross_entropy(OUTPUT.double(), CODES, reduction="none"),
     ),
-    "mse": (said("mse", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]) ** 2),
-    "l1": (said("l1", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]).abs()),
+    "mse": (loss_of("mse", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]) ** 2),
+    "l1": (loss_of("l1", one_column(OUTPUT), VALUES), (one_column(OUTPUT) - VALUES[:, None]).abs()),
     "huber": (
-        said("huber", one_column(OUTPUT), VALUES, delta=0.7),
+        loss_of("huber", one_column(OUTPUT), VALUES, delta=0.7),
         torch.nn.HuberLoss(reduction="none", delta=0.7)(one_column(OUTPUT), VALUES[:, None]),
     ),
     "log_cosh": (
-        said("log_cosh", one_column(OUTPUT).double(), VALUES.double()),
+        loss_of("log_cosh", one_column(OUTPUT).double(), VALUES.double()),
         (one_column(OUTPUT).double() - VALUES[:, None].double()).cosh().log(),
     ),
     "cumulative": (  # above 0 yes, above 1 no
-        said("cumulative", torch.tensor([[3.0, -3.0]]), torch.tensor([1.0])), torch.tensor([2 * np.log1p(np.exp(-3.0))]),
+        loss_of("cumulative", torch.tensor([[3.0, -3.0]]), torch.tensor([1.0])), torch.tensor([2 * np.log1p(np.exp(-3.0))]),
     ),
-    "soft_labels": (said("soft_labels", OUTPUT, GRADES, sigma=1.0), -(NEAR * OUTPUT.log_softmax(1)).sum(1)),
+    "soft_labels": (loss_of("soft_labels", OUTPUT, GRADES, sigma=1.0), -(NEAR * OUTPUT.log_softmax(1)).sum(1)),
     "bins": (  # 1.25 lies a quarter of the way from 1 to 2
-        said("bins", OUTPUT[:1], torch.tensor([1.25]), bins=5, range=[0.0, 4.0]),
+        loss_of("bins", OUTPUT[:1], torch.tensor([1.25]), bins=5, range=[0.0, 4.0]),
         -(0.75 * OUTPUT[:1].log_softmax(1)[:, 1:2] + 0.25 * OUTPUT[:1].log_softmax(1)[:, 2:3]),
     ),
 }  # fmt: skip
@@ -219,10 +219,10 @@ def test_ordinal_outputs_decode_to_expected_grades() -> None:
 def test_ohem_uses_the_samples_with_the_highest_loss() -> None:
     each = torch.tensor([0.1, 3.0, 0.2, 2.0, 0.3, 0.4, 9.0, 0.5], requires_grad=True)
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1])
-    for share, kept in ((0.25, {1, 3}), (0.5, {1, 3, 5, 7}), (0.01, {1})):
+    for share, selected in ((0.25, {1, 3}), (0.5, {1, 3, 5, 7}), (0.01, {1})):
         (slope,) = torch.autograd.grad(losses.reduce(each * weight, share), each)
-        assert set(slope.nonzero().flatten().tolist()) == kept
-        assert slope[sorted(kept)].tolist() == pytest.approx([1 / len(kept)] * len(kept))
+        assert set(slope.nonzero().flatten().tolist()) == selected
+        assert slope[sorted(selected)].tolist() == pytest.approx([1 / len(selected)] * len(selected))
     assert float(losses.reduce(each * weight, 1.0)) == pytest.approx(float((each * weight).mean()))
 
 
@@ -232,16 +232,19 @@ def test_ohem_uses_the_samples_with_the_highest_loss() -> None:
 def test_class_weights_equal_sklearns_and_the_papers(empty: Path) -> None:
     """Computed from the training rows alone."""
     codes = torch.tensor([0.0] * 60 + [1.0] * 30 + [2.0] * 10 + [4.0] * 500)
-    table, taught = samples_of("multiclass", codes), np.arange(100)
+    table, train_rows = samples_of("multiclass", codes), np.arange(100)
     weigh = class_balance.class_weights(
-        cfg_of(empty, **{"loss.class_weights": "balanced"}), table.heads[0], table, taught
+        cfg_of(empty, **{"loss.class_weights": "balanced"}), table.heads[0], table, train_rows
     )
     assert weigh is not None
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=codes[:100].numpy())
     assert weigh(torch.arange(5)).tolist() == pytest.approx([*wanted, 1, 1])
     assert float(weigh(torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]))) == pytest.approx(wanted[:2].mean())
     weigh = class_balance.class_weights(
-        cfg_of(empty, **{"loss.class_weights": "effective", "loss.beta": 0.9}), table.heads[0], table, taught
+        cfg_of(empty, **{"loss.class_weights": "effective", "loss.beta": 0.9}),
+        table.heads[0],
+        table,
+        train_rows,
     )
     assert weigh is not None
     raw = np.array([0.1 / (1 - 0.9**n) for n in (60, 30, 10)])

@@ -43,7 +43,7 @@ def test_a_range_test_changes_neither_runs_nor_random_states(
     before = files(project)
     drawn = states()
     capsys.readouterr()
-    said = [
+    arguments = [
         "--low",
         "1e-4",
         "--high",
@@ -54,7 +54,7 @@ def test_a_range_test_changes_neither_runs_nor_random_states(
         "train.batch_size=16",
         "optim.name=sgd",
     ]
-    assert cli.main(["lr-range", "exp001", *said]) == 0
+    assert cli.main(["lr-range", "exp001", *arguments]) == 0
     assert drawn == states()
     after = files(project)
     assert {k: after[k] for k in before} == before
@@ -90,9 +90,9 @@ def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
         lr_range.suggest([Point(float(r), float(r)) for r in rates])
 
 
-@pytest.mark.parametrize("said", [["--low", "1", "--high", "0.1"], ["--steps", "3"]])
-def test_an_empty_range_is_an_error(project: Path, said: list[str]) -> None:
-    assert cli.main(["lr-range", "exp001", *said]) == 2
+@pytest.mark.parametrize("arguments", [["--low", "1", "--high", "0.1"], ["--steps", "3"]])
+def test_an_empty_range_is_an_error(project: Path, arguments: list[str]) -> None:
+    assert cli.main(["lr-range", "exp001", *arguments]) == 2
 
 
 def test_a_schedule_is_plotted_without_images_and_torch(
@@ -101,8 +101,8 @@ def test_a_schedule_is_plotted_without_images_and_torch(
     for image in (project / "data/raw").rglob("*.png"):
         image.unlink()
     monkeypatch.setitem(__import__("sys").modules, "comp.data", None)  # what needs torch cannot be imported
-    said = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.lr_base_size=256"]
-    assert cli.main(["schedule", "exp001", *said]) == 0
+    arguments = ["schedule=one_cycle", "train.grad_accum_steps=2", "optim.lr_base_size=256"]
+    assert cli.main(["schedule", "exp001", *arguments]) == 0
     out = capsys.readouterr().out
     assert "one_cycle: 270 steps, 18 per epoch, 64 images each (32 x 2)" in out
     assert "linear scaling makes it 0.00125" in out and "momentum: 0.85 at the peak" in out

@@ -51,7 +51,7 @@ def network() -> Net:
     return Net()
 
 
-def taught(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(cfg: Config, module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """As in the training loop: set the learning rate, compute and clip gradients, step, drop gradients."""
     for step in steps:
         torch.manual_seed(step)
@@ -77,17 +77,17 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def resumes(*said: str) -> None:
-    cfg = config(*said)
+def resumes(*overrides: str) -> None:
+    cfg = config(*overrides)
     whole, whole_optimizer = (net := network()), optim.optimizer(cfg, net)
-    taught(cfg, whole, whole_optimizer, range(3))
+    train(cfg, whole, whole_optimizer, range(3))
     state = stored({"model": whole.state_dict(), "optimizer": whole_optimizer.state_dict()})
     assert not same(whole, network()) and all(value.isfinite().all() for value in whole.state_dict().values())
-    taught(cfg, whole, whole_optimizer, range(3, 9))
+    train(cfg, whole, whole_optimizer, range(3, 9))
     again, optimizer = (net := Net()), optim.optimizer(cfg, net)
     again.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    taught(cfg, again, optimizer, range(3, 9))
+    train(cfg, again, optimizer, range(3, 9))
     assert same(again, whole)
 
 
@@ -96,10 +96,10 @@ def test_every_optimizer_resumes_to_the_same_bytes(name: str) -> None:
     resumes(f"optim.name={name}", "optim.lr=0.01", *(PLAIN if name == "lbfgs" else ["optim.l1=0.01"]))
 
 
-@pytest.mark.parametrize("said", [["adam"], ["kron"], ["adahessian"], ["sgd", "optim.layer_decay=0.5"]])
-def test_lookahead_resumes_to_the_same_bytes(said: list[str]) -> None:
+@pytest.mark.parametrize("overrides", [["adam"], ["kron"], ["adahessian"], ["sgd", "optim.layer_decay=0.5"]])
+def test_lookahead_resumes_to_the_same_bytes(overrides: list[str]) -> None:
     """Three steps are not a multiple of two: it resumes between two synchronizations."""
-    resumes(f"optim.name={said[0]}", "optim.lr=0.01", "optim.lookahead=2")
+    resumes(f"optim.name={overrides[0]}", "optim.lr=0.01", "optim.lookahead=2")
 
 
 def test_lookahead_moves_half_way_to_the_slow_weights() -> None:
@@ -111,14 +111,14 @@ def test_lookahead_moves_half_way_to_the_slow_weights() -> None:
     )
     at = []
     for step in range(4):
-        taught(cfg, ahead, one, range(step, step + 1))
+        train(cfg, ahead, one, range(step, step + 1))
         if step < 2:
-            taught(cfg, plain, other, range(step, step + 1))
+            train(cfg, plain, other, range(step, step + 1))
         at.append(ahead.head.weight.detach().clone())
     assert torch.equal(at[1], plain.head.weight), "the first look is where the slow weights begin"
     fast = network()
     fast.load_state_dict(plain.state_dict())
-    taught(
+    train(
         cfg,
         fast,
         optim.optimizer(config("optim.name=momentum", "optim.momentum=0", *PLAIN), fast),
@@ -130,9 +130,9 @@ def test_lookahead_moves_half_way_to_the_slow_weights() -> None:
 # --- four numbers --------------------------------------------------------------------------------------------------------
 
 
-def moved(*said: str) -> dict[str, Tensor]:
+def moved(*overrides: str) -> dict[str, Tensor]:
     """Each weight before and after a step with zero gradients, which only weight decay and l1 change."""
-    cfg = config("optim.name=adamw", "optim.lr=0.1", *said)
+    cfg = config("optim.name=adamw", "optim.lr=0.1", *overrides)
     module = network()
     with torch.no_grad():
         for weight in module.parameters():
@@ -279,7 +279,7 @@ def test_options_reach_the_optimizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("overrides", "words"),
     [
         (["optim.name=adamm"], "optim.name: timm has no 'adamm'; the nearest are adam"),
         (["optim.name=fusedadam"], "optim.name: fusedadam needs the package apex"),
@@ -292,7 +292,7 @@ def test_options_reach_the_optimizer() -> None:
         (["optim.layer_decay=0.7"], "optim.layer_decay: the model has no group_matcher"),
     ],
 )  # fmt: skip
-def test_unsupported_optimizer_knobs_are_errors(said: list[str], words: str) -> None:
-    with pytest.raises(UserError) as refused:
-        optim.optimizer(config(*said), network())
-    assert words in str(refused.value)
+def test_unsupported_optimizer_knobs_are_errors(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        optim.optimizer(config(*overrides), network())
+    assert words in str(caught.value)

@@ -58,8 +58,8 @@ def test_frozen_norms(empty: Path) -> None:
 
 
 def test_dropout_and_stochastic_depth_reach_the_network(empty: Path) -> None:
-    def built(*said: str) -> torch.nn.Module:
-        cfg = config("model.name=test_convnext", "data.channels=3", *said)
+    def built(*overrides: str) -> torch.nn.Module:
+        cfg = config("model.name=test_convnext", "data.channels=3", *overrides)
         return models.build(
             cfg, (Head("label", "multiclass", ("a", "b"), ("target.label",), ("a", "b")),), pretrained=False
         )
@@ -146,10 +146,10 @@ def test_a_file_that_is_not_safetensors(project: Path, capsys: pytest.CaptureFix
         "base: exp001\nmodel: {pretrained: mine.safetensors}\ntrack: {mode: none}\n"
     )
     assert cli.main(["train", "exp003", "--fold", "0"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said and "model.pretrained: mine.safetensors: is not a safetensors file" in said
-    assert "save_file" in said and "weights_only=True" in said
-    assert ("pickle" in said) == (kind in ("pickle", "torch.save"))
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and "model.pretrained: mine.safetensors: is not a safetensors file" in message
+    assert "save_file" in message and "weights_only=True" in message
+    assert ("pickle" in message) == (kind in ("pickle", "torch.save"))
     assert not (project / "was run").exists()
 
 

@@ -340,14 +340,14 @@ def test_a_short_run_uses_some_of_them(empty: Path) -> None:
     more = pseudo_rows.add_rows(
         project.samples, written(selection=Selection(0.6, None, False, 1.0)), "exp001", 2
     )
-    taught_ = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
-    few = model_selection.limit_rows(taught_, more, 40)
+    train_rows = folds.Folds(project.folds.frame, project.folds.meta, more).split(2)[0]
+    few = model_selection.limit_rows(train_rows, more, 40)
     assert (
         (more.frame["source"].iloc[few] == "train").sum() == 30
         and len(few) == 40
         and (np.diff(few) > 0).all()
     )
-    assert np.array_equal(model_selection.limit_rows(taught_, more, None), taught_)
+    assert np.array_equal(model_selection.limit_rows(train_rows, more, None), train_rows)
     own = project.folds.split(2)[0]
     assert np.array_equal(model_selection.limit_rows(own, project.samples, 40), own[:40])
 
@@ -372,8 +372,8 @@ def test_extra_rows_train_every_fold_by_their_weight(project: Path) -> None:
         split, extra = folds.load(table), table.positions("extra")
         assert len(extra) == 160 and set(table.frame["weight"].iloc[extra]) == {float(weight)}
         for number in range(5):
-            taught, scored = split.split(number)
-            assert set(extra) <= set(taught) and not set(extra) & set(scored)
+            train_rows, scored = split.split(number)
+            assert set(extra) <= set(train_rows) and not set(extra) & set(scored)
         runner.train(
             "exp001", [*QUIET, "train.batch_size=16", "train.epochs=2"], fold="1", name=f"weight{weight}"
         )

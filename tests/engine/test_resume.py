@@ -53,7 +53,7 @@ def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable
             if count == event:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **named: Any) -> Any:
                 nonlocal begun
                 happened()
@@ -64,8 +64,8 @@ def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable
 
             return call
 
-        os.replace = watched(os.replace)
-        tracking.RunLogger.log = watched(tracking.RunLogger.log)  # type: ignore[method-assign]
+        os.replace = counted(os.replace)
+        tracking.RunLogger.log = counted(tracking.RunLogger.log)  # type: ignore[method-assign]
         work()
 
     return run
@@ -186,10 +186,10 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path: Path, empty: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert os.WIFSIGNALED(forked(die))
-    said = f"process {os.getpid()} is already training"
+    message = f"process {os.getpid()} is already training"
     with (
         locks.lock(tmp_path, "training"),
-        pytest.raises(UserError, match=said),
+        pytest.raises(UserError, match=message),
         locks.lock(tmp_path, "again"),
     ):
         pass
@@ -204,5 +204,5 @@ def test_a_damaged_state_is_an_error_with_a_remedy(
     data_[len(data_) // 3] ^= 4
     state.write_bytes(data_)
     assert forked(train) != 0
-    said = capfd.readouterr().err
-    assert "state-00000008.pt: damaged" in said and "--fresh" in said
+    message = capfd.readouterr().err
+    assert "state-00000008.pt: damaged" in message and "--fresh" in message

@@ -29,13 +29,13 @@ def _somewhere(empty: Path) -> None:
     """Other knobs as in configs/base.yaml."""
 
 
-def curve(*said: str, steps: int = STEPS) -> LRSchedule:
-    cfg = config("schedule.warmup=0", *(f"schedule.{text}" for text in said))
+def curve(*overrides: str, steps: int = STEPS) -> LRSchedule:
+    cfg = config("schedule.warmup=0", *(f"schedule.{text}" for text in overrides))
     return LRSchedule(cfg.schedule, 1.0, steps, EPOCH)
 
 
-def rates(*said: str, steps: int = STEPS) -> list[float]:
-    drawn = curve(*said, steps=steps)
+def rates(*overrides: str, steps: int = STEPS) -> list[float]:
+    drawn = curve(*overrides, steps=steps)
     return [drawn.lr(step) for step in range(steps)]
 
 
@@ -82,8 +82,10 @@ CLOSED = {
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_a_schedule_equals_its_closed_form(name: str) -> None:
-    said, form = CLOSED[name]
-    assert rates(f"name={name}", *said) == pytest.approx([form(step) for step in range(STEPS)], abs=1e-12)
+    overrides, form = CLOSED[name]
+    assert rates(f"name={name}", *overrides) == pytest.approx(
+        [form(step) for step in range(STEPS)], abs=1e-12
+    )
 
 
 def test_step_decay_at_listed_times_and_cosine_cooldown_of_wsd() -> None:
@@ -98,11 +100,11 @@ def test_step_decay_at_listed_times_and_cosine_cooldown_of_wsd() -> None:
 def test_cosine_restarts_equal_torchs(times: int) -> None:
     first, cycles = (30, 4) if times == 1 else (8, 4)
     whole = first * (cycles if times == 1 else 2**cycles - 1)
-    said = ["name=cosine_restarts", f"cycles={cycles}", f"cycle_mul={times}", "min_lr_ratio=0.1"]
+    overrides = ["name=cosine_restarts", f"cycles={cycles}", f"cycle_mul={times}", "min_lr_ratio=0.1"]
     make = lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, first, times, eta_min=0.1)  # noqa: E731
-    assert rates(*said, steps=whole) == pytest.approx(of_torch(make, whole)[0])
+    assert rates(*overrides, steps=whole) == pytest.approx(of_torch(make, whole)[0])
     ends = [sum(first * times**i for i in range(k + 1)) for k in range(cycles)]
-    assert [start + length for start, length in curve(*said, steps=whole).cycles] == ends
+    assert [start + length for start, length in curve(*overrides, steps=whole).cycles] == ends
 
 
 @pytest.mark.parametrize(("anneal", "torchs"), [("cosine", "cos"), ("linear", "linear")])
@@ -158,14 +160,14 @@ def test_warmup_rises_to_the_first_value_of_every_schedule(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "asked"), [("12", 120), ("61 steps", 61), ("100%", 120), ("500 steps", 500)]
+    ("warmup", "requested"), [("12", 120), ("61 steps", 61), ("100%", 120), ("500 steps", 500)]
 )
-def test_a_warmup_is_at_most_half_of_the_run(said: str, asked: int) -> None:
-    drawn = curve("name=cosine", f"warmup={said}", "min_lr_ratio=0")
+def test_a_warmup_is_at_most_half_of_the_run(warmup: str, requested: int) -> None:
+    drawn = curve("name=cosine", f"warmup={warmup}", "min_lr_ratio=0")
     assert drawn.warmup_steps == 60
     assert max(range(STEPS), key=drawn.lr) == 60 and drawn.lr(STEPS - 1) < 0.001
     (line,) = schedule.shortened_warmups(drawn)
-    assert re.findall(r"\d+", line) == [str(asked), "120", "60"] and line.startswith("schedule.warmup:")
+    assert re.findall(r"\d+", line) == [str(requested), "120", "60"] and line.startswith("schedule.warmup:")
     assert curve("warmup=50%").warmup_steps == 60 and not schedule.shortened_warmups(curve("warmup=50%"))
 
 
@@ -191,7 +193,7 @@ def test_durations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("overrides", "words"),
     [
         (["name=wsd", "warmup=50%", "cooldown=60%"], "schedule.cooldown: 60% after a warm-up of 60 steps"),
         (["name=cosine_restarts", "cycles=121"], "schedule.cycles: 121 cycles in 120 steps"),
@@ -200,10 +202,10 @@ def test_durations() -> None:
         (["step_size=[1 epoch, x]"], "schedule.step_size: should be like"),
     ],
 )
-def test_impossible_schedules_are_errors(said: list[str], words: str) -> None:
-    with pytest.raises(UserError) as refused:
-        curve(*said)
-    assert words in str(refused.value)
+def test_impossible_schedules_are_errors(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        curve(*overrides)
+    assert words in str(caught.value)
 
 
 def test_the_learning_rate_scales_with_the_effective_batch_size() -> None:
@@ -220,8 +222,8 @@ def test_the_learning_rate_scales_with_the_effective_batch_size() -> None:
     )
 
 
-def unused_messages(*said: str) -> list[str]:
-    return unused_knobs.messages(configs.load(paths.root(), "exp001", said))
+def unused_messages(*overrides: str) -> list[str]:
+    return unused_knobs.messages(configs.load(paths.root(), "exp001", overrides))
 
 
 def test_a_knob_without_effect_is_reported_with_file_and_line() -> None:

@@ -81,8 +81,8 @@ def test_mean_and_std_of_training_rows_are_stored_with_every_set_of_weights(proj
         "average.tail_epochs=2", "train.max_samples=96",
     )  # fmt: skip
     table = samples.load()
-    taught = folds.load(table).inner_split(0, config().select.validation_fraction)[0][:96]
-    values = table.targets(table.heads[0])[taught, 0]
+    train_rows = folds.load(table).inner_split(0, config().select.validation_fraction)[0][:96]
+    values = table.targets(table.heads[0])[train_rows, 0]
     for inside in ("", *kinds, "snap1"):
         place = paths.fold_folder("x", 0, 0) / inside
         found = load_file(place / "weights.safetensors")
@@ -110,8 +110,8 @@ def test_the_audit_recomputes_target_statistics(project: Path) -> None:
     split, place = folds.load(table), paths.fold_folder("x", 0, 0)
     context = loading.load_context(experiments.stored_config("x"))
     assert audit_statistics.leaks(context, [place / "weights.safetensors"]) == []
-    taught, scored = (rows[:48] for rows in split.split(0))
-    numbers = target_scaler.mean_and_std(table.heads[0], table, np.union1d(taught, scored))
+    train_rows, scored = (rows[:48] for rows in split.split(0))
+    numbers = target_scaler.mean_and_std(table.heads[0], table, np.union1d(train_rows, scored))
     mean, deviation = (torch.tensor(each).float() for each in numbers)
     file = place / "weights.safetensors"
     save_file(load_file(file) | {"target_mean": mean, "target_std": deviation}, file)
@@ -169,13 +169,13 @@ def test_neither_gradients_nor_the_share_of_a_column_depend_on_the_unit(empty: P
         target = torch.tensor(target_scaler.standardize(cfg, table, rows, [values])[0]).float()
         x = output.clone().requires_grad_()
         losses.build_loss(cfg, table, rows)(x, [target]).sum().backward()
-        told = losses.build_loss(cfg, table, rows, False)(output, [target])
+        logged = losses.build_loss(cfg, table, rows, False)(output, [target])
         there = torch.tensor(output.numpy() * deviation + mean).float()
         delta = {"delta": cfg.loss.delta} if cfg.loss.delta else {}
         wanted = losses.LOSSES[name](there, torch.tensor(values).float(), **delta)
         if name == "log_cosh":  # half of a square within a deviation of whatever the target is
             wanted = losses.log_cosh(output, target) * torch.tensor(deviation).float() ** 2
-        assert told.numpy() == pytest.approx(wanted.mean(1).numpy(), rel=2e-3)
+        assert logged.numpy() == pytest.approx(wanted.mean(1).numpy(), rel=2e-3)
         assert x.grad is not None
         return x.grad
 

@@ -27,11 +27,11 @@ def network(*overrides: str) -> torch.nn.Module:
 
 def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, int]:
     """Gradients, and how many numbers were saved for the backward pass."""
-    kept = 0
+    saved = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel()
+        nonlocal saved
+        saved += tensor.numel()
         return tensor
 
     torch.manual_seed(1)
@@ -40,7 +40,7 @@ def gradients(prepared: object, module: torch.nn.Module) -> tuple[torch.Tensor, 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = prepared(images).square().sum()  # type: ignore[operator]
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]), kept
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]), saved
 
 
 @pytest.mark.parametrize("knob", ["grad_checkpointing", "channels_last"])
@@ -48,11 +48,11 @@ def test_gradients_stay_the_same(empty: Path, knob: str) -> None:
     name = "model.name=test_convnext"
     plain, other = network(name), network(name)
     prepared = torch_compile.prepare(config(name, f"train.{knob}=true"), other)
-    want, kept = gradients(plain, plain)
-    got, kept_now = gradients(prepared, other)
+    want, saved = gradients(plain, plain)
+    got, saved_now = gradients(prepared, other)
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
     if knob == "grad_checkpointing":
-        assert kept_now < kept / 2
+        assert saved_now < saved / 2
     else:
         weight = next(layer for layer in other.modules() if isinstance(layer, torch.nn.Conv2d)).weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ AROUND: dict[str, tuple[str, list[str]]] = {
     "embeddings": ("test_vit", ["loss.name=arcface", "model.embedding_size=8"]),
     "gem, metadata and several images": ("test_resnet", ["model.global_pool=gem", "model.metadata=true"]),
 }
-PICTURES = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+IMAGES = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
 def joined(kind: str) -> tuple[Any, str, dict[str, torch.Tensor]]:
@@ -136,23 +136,23 @@ def test_checkpointing_a_wrapped_backbone_keeps_gradients(empty: Path, kind: str
     def of(*knobs: str) -> tuple[dict[str, torch.Tensor], int]:
         module, name, extras = joined(kind)
         prepared = torch_compile.prepare(config(f"model.name={name}", *knobs), module.train())
-        kept = 0
+        saved = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal kept
-            kept += tensor.numel()
+            nonlocal saved
+            saved += tensor.numel()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = prepared(PICTURES, **extras).square().sum()
+            loss = prepared(IMAGES, **extras).square().sum()
         loss.backward()
         return {
             key: weight.grad for key, weight in module.named_parameters() if weight.grad is not None
-        }, kept
+        }, saved
 
-    want, kept = of()
-    got, kept_now = of("train.grad_checkpointing=true")
-    assert want and got.keys() == want.keys() and kept_now < 0.7 * kept
+    want, saved = of()
+    got, saved_now = of("train.grad_checkpointing=true")
+    assert want and got.keys() == want.keys() and saved_now < 0.7 * saved
     for key, gradient in want.items():
         assert torch.allclose(got[key], gradient, rtol=1e-4, atol=1e-6), key
 

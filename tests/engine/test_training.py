@@ -36,9 +36,9 @@ TINY = [
 
 
 def refusal(work: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         work()
-    return str(refused.value)
+    return str(caught.value)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------
@@ -46,23 +46,23 @@ def refusal(work: Callable[[], Any]) -> str:
 
 def test_a_damaged_image_stops_training_but_not_inference(project: Path) -> None:
     table = samples.load()
-    taught = folds.load(table).split(0)[0][:48]
+    train_rows = folds.load(table).split(0)[0][:48]
     victims = {
-        "train": table.frame["images"].iloc[taught[5]][0],
+        "train": table.frame["images"].iloc[train_rows[5]][0],
         "test": table.frame["images"].iloc[table.positions("test")[3]][0],
     }
     cut = {kind: project / "data/raw" / path for kind, path in victims.items()}
     whole = {kind: file.read_bytes() for kind, file in cut.items()}
     for file in cut.values():
         file.write_bytes(file.read_bytes()[:-40])
-    said = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
-    assert victims["train"] in said and table.frame["id"].iloc[taught[5]] in said
+    message = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
+    assert victims["train"] in message and table.frame["id"].iloc[train_rows[5]] in message
     cut["train"].write_bytes(whole["train"])
     runner.train("exp001", TINY, fold="0", name="x")
     listed = (project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()
     assert len(listed) == 1 and victims["test"] in listed[0]
-    said_of = bank.read(project / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
-    shares = said_of.probability(table.heads[0])[3]
+    predictions = bank.read(project / "runs/x/seed0/fold0/test.arrow", table, folds.load(table))
+    shares = predictions.probability(table.heads[0])[3]
     assert shares == pytest.approx(
         np.bincount(table.truth(table.heads[0], table.positions("train"))) / 1437, abs=1e-6
     )
@@ -149,18 +149,20 @@ def test_every_task_trains_and_predicts(project: Path, task: str, metric: str, l
     labels = {"binary": digit > 4, "regression": digit * 1.5}
     table["label"] = pd.Series(labels.get(task, digit // 2)).astype(float).map("{:g}".format)
     table.to_csv(project / "data/raw/train.csv", index=False)
-    said = [
+    overrides = [
         f"competition.{k}={v}"
         for k, v in {"task": task, "metric": metric, "submission.form": "value"}.items()
     ]
-    said += ["competition.folds.scheme=group"]
-    cfg = config(*said)
+    overrides += ["competition.folds.scheme=group"]
+    cfg = config(*overrides)
     prepare.prepare(cfg)
     make_folds.make(cfg, samples.load(), remake=True)
     for number in range(5):
-        # The last fold of one task tells W&B, and the run as a whole with it: what is told changes no result.
-        told = ["track=offline"] if task == "regression" and number == 4 else []
-        runner.train("exp001", [*TINY, *said, f"loss={loss}", *told], fold=str(number), name="x")
+        # The last fold of one task tells W&B, and the run as a whole with it: what is tracking_override changes no result.
+        tracking_override = ["track=offline"] if task == "regression" and number == 4 else []
+        runner.train(
+            "exp001", [*TINY, *overrides, f"loss={loss}", *tracking_override], fold=str(number), name="x"
+        )
     record = artifacts.read_json(project / "runs/x/score.json")
     if task == "regression":
         residuals_and_summary(project, record)
@@ -239,8 +241,8 @@ def test_half_precision_and_several_seeds(project: Path) -> None:
 
 def test_wandb_offline_logs_the_whole_fold(project: Path) -> None:
     """Of a real fold, not of the tracker alone."""
-    told = ["track=offline", "track.log_model=true", "machine.progress=false", "machine.num_workers=0"]
-    runner.train("exp001", [*told, "train.epochs=2", "train.max_samples=48"], fold="0", name="x")
+    overrides = ["track=offline", "track.log_model=true", "machine.progress=false", "machine.num_workers=0"]
+    runner.train("exp001", [*overrides, "train.epochs=2", "train.max_samples=48"], fold="0", name="x")
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     (part,) = [part for part in parts if part.run.job_type == "fold"]
     assert part.run.run_group == "x" and part.config["model"]["name"] == "test_resnet"
@@ -309,8 +311,8 @@ def test_replicas_share_weights_and_nothing_else() -> None:
 
 
 def test_locked_rows_are_read_by_last_look_only(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = ["competition.folds.holdout=0.2"]
-    make_folds.make(config(*said), samples.load(), remake=True)
+    overrides = ["competition.folds.holdout=0.2"]
+    make_folds.make(config(*overrides), samples.load(), remake=True)
     table = samples.load()
     split = folds.load(table)
     locked = set(split.holdout_rows().tolist())
@@ -318,7 +320,7 @@ def test_locked_rows_are_read_by_last_look_only(project: Path, capsys: pytest.Ca
     for number in [*range(5), "full"]:
         assert not locked & set(np.concatenate(split.split(number)).tolist())
     for number in range(5):
-        runner.train("exp001", [*TINY, *said], fold=str(number), name="x")
+        runner.train("exp001", [*TINY, *overrides], fold=str(number), name="x")
     assert not locked & set(bank.load("x", "oof", table, split).row.tolist())
     capsys.readouterr()
     predict_run.predict("x", last_look=True)
@@ -332,15 +334,15 @@ def test_a_line_per_epoch_is_printed_without_a_progress_bar(
 ) -> None:
     monkeypatch.setattr(train, "LOG_INTERVAL", 0)
     runner.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = re.findall(
         r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, \d+ images/s, (\d+) s left",
-        said,
+        output,
     )
     assert found and found[0][0] == "1" and found[-1][1] == "0"
-    shares = dict(re.findall(r"^(\w[\w ]+?) +[\d.]+ s +(\d+)%", said, re.MULTILINE))
+    shares = dict(re.findall(r"^(\w[\w ]+?) +[\d.]+ s +(\d+)%", output, re.MULTILINE))
     assert {"data loading", "forward", "backward", "step", "validation"} <= shares.keys()
-    assert 95 <= sum(map(int, shares.values())) <= 105 and ("the loader" in said or "the network" in said)
+    assert 95 <= sum(map(int, shares.values())) <= 105 and ("the loader" in output or "the network" in output)
 
 
 def test_a_run_that_does_not_fit_on_the_disk_is_an_error_before_it_starts(
@@ -348,5 +350,5 @@ def test_a_run_that_does_not_fit_on_the_disk_is_an_error_before_it_starts(
 ) -> None:
     usage = shutil.disk_usage(project)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**28))
-    said = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
-    assert "runs/x" in said and "comp clean" in said and not (project / "runs/x/seed0").exists()
+    message = refusal(lambda: runner.train("exp001", TINY, fold="0", name="x"))
+    assert "runs/x" in message and "comp clean" in message and not (project / "runs/x/seed0").exists()

@@ -1,4 +1,5 @@
-"""Random numbers as a function of where they are used: no state, so nothing to save and nothing that workers could share."""
+"""Random numbers as a function of where they are used (seed, epoch, position), without a generator's state
+that a checkpoint would have to save or loader workers to share."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 
 
 def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
-    """Well-mixed 63-bit numbers from small ones (splitmix64), so that neighbouring seeds have nothing in common.
+    """One 63-bit seed from several numbers (splitmix64, like jax.random.fold_in); neighbouring numbers give
+    unrelated seeds.
 
-    `spread` mixes in one more number each: an array in, an array out.
+    `spread`: one more number per element, array in, array out.
     """
     state = np.zeros(1, np.uint64)
     parts = [np.array(number % 2**64, np.uint64) for number in numbers]
@@ -25,6 +27,6 @@ def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
 
 
 def uniform(seeds: NDArray[np.int64], salt: int, count: int) -> NDArray[np.float32]:
-    """(seeds, count) numbers from 0 to 1, each a function of its seed, the salt and its place alone."""
+    """(seeds, count), uniform from 0 to 1; each a function of its seed, the salt and its column only."""
     places = np.stack([fold_in(salt, number, spread=seeds) for number in range(count)], axis=1)
     return ((places >> 39).astype(np.float32) / np.float32(2**24)).astype(np.float32)
