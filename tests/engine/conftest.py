@@ -54,7 +54,7 @@ EXPERIMENTS = {
 
 # The files whose long checks take longest, longest first: of two that run side by side the one that begins last must be short.
 LONG = (
-    "test_random_labels", "test_resume_recipes", "test_track", "test_ensembles_killed", "test_kernel", "test_coin_flips", "test_audit", "test_fan", "test_distributed",
+    "test_random_labels", "test_resume_recipes", "test_tracking", "test_ensembles_killed", "test_kernel", "test_coin_flips", "test_audit", "test_launcher", "test_distributed",
     "test_study_killed", "test_planted", "test_resume", "test_malformed", "test_submit", "test_models", "test_mutations",
 )  # fmt: skip
 

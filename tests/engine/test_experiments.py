@@ -1,4 +1,4 @@
-"""A run is as good a source as an experiment: every verb takes both, and of what is not trained it says which folds are missing."""
+"""Every verb takes an experiment or a run, and lists missing folds with the command that trains them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_run_is_the_source_of_its_config(named: Path) -> None:
     assert before == experiments.stored_config("half")
 
 
-def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
+def test_the_experiment_is_used_and_one_line_names_the_difference_of_the_run(
     named: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (named / "configs/a.yaml").write_text("base: tiny\noptim: {lr: 0.5}\n")
@@ -76,14 +76,12 @@ def test_the_experiment_wins_and_one_line_says_where_the_run_differs(
     (line,) = err.splitlines()
     assert all(word in line for word in ("runs/a", "optim.lr", "0.001 there", "0.5 in configs/a.yaml"))
     said = refusal(lambda: runner.train("a", [], fold="0"))
-    assert "optim.lr: 0.001 there, 0.5 here" in said and not capsys.readouterr().err
+    assert "optim.lr: was trained with 0.001, now 0.5" in said and not capsys.readouterr().err
     (named / "configs/a.yaml").write_text("base: tiny\noptim: {lr: 0.001}\n")
     assert cli.main(["config", "a"]) == 0 and not capsys.readouterr().err, "it stands for the experiment"
 
 
-def test_a_name_that_is_neither_is_answered_with_the_nearest(
-    named: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("train", "seed-noise", "features", "tune", "schedule", "config", "cache", "model"):
         assert cli.main([verb, "halff"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -125,7 +123,7 @@ def test_verbs_that_train_take_a_run(named: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_a_search_and_a_sweep_of_a_run(named: Path) -> None:
+def test_lr_range_and_tune_take_a_run(named: Path) -> None:
     (named / "configs" / "tune").mkdir()
     (named / "configs" / "tune" / "few.yaml").write_text("search:\n  optim.weight_decay: [0.0, 0.1]\n")
     assert cli.main(["lr-range", "a", "--steps", "20"]) == 0
@@ -136,10 +134,10 @@ def test_a_search_and_a_sweep_of_a_run(named: Path) -> None:
     assert cli.main(["train", "won"]) == 0
 
 
-def test_folds_that_competition_yaml_declares_anew_are_made_anew(
+def test_other_folds_in_competition_yaml_have_to_be_made_first(
     named: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is trained on folds that are not the declared ones, under whatever name."""
+    """Nothing is trained on other folds than those that are declared, whatever the name."""
     file = named / "configs" / "competition.yaml"
     file.write_text(file.read_text().replace("k: 2, seed: 0", "k: 3, seed: 1"))
     (number,) = [i for i, line in enumerate(file.read_text().splitlines(), 1) if line.startswith("folds:")]
@@ -172,7 +170,7 @@ READERS = (
 )  # fmt: skip
 
 
-def test_an_untrained_name_says_its_folds_and_its_command(
+def test_an_untrained_experiment_lists_its_folds_and_the_command(
     named: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for given in READERS:
@@ -181,7 +179,7 @@ def test_an_untrained_name_says_its_folds_and_its_command(
         assert "seed 0 fold 0, 1" in line and line.endswith("comp train exp002"), (given, line)
 
 
-def test_an_unfinished_run_says_what_is_missing(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_lists_missing_folds(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_less = (
         ["explain", "{}"],
         ["export", "{}"],
@@ -201,7 +199,7 @@ def test_an_unfinished_run_says_what_is_missing(named: Path, capsys: pytest.Capt
         assert "seed 0 fold 0, 1 missing; comp train half" in capsys.readouterr().err, given
 
 
-def test_what_is_made_by_another_verb_says_which(empty: Path) -> None:
+def test_missing_inputs_name_the_verb_that_makes_them(empty: Path) -> None:
     project = lay_out(empty)
     member(project, "exp001", kinds=("test",))
     declare(project, "blend001", "members: [exp001]\nmethod: mean")

@@ -152,7 +152,7 @@ def test_a_lock_of_another_pid_namespace_is_held_whatever_that_pid_is_here(
     assert not (folder / locks.LOCK).exists() and owner.poll() is None
 
 
-def test_a_temporary_file_is_nobody_elses_and_clean_knows_whose_it_is(
+def test_clean_deletes_temporary_files_of_dead_processes_only(
     folder: Path, held: tuple[str, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, owner = held
@@ -185,14 +185,14 @@ def _half_written(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_living_owner_that_is_seen_is_never_robbed(folder: Path) -> None:
+def test_the_lock_of_a_visible_living_process_is_never_taken_over(folder: Path) -> None:
     with locks.lock(folder, "training"), locks.steal():
         aged(folder / locks.LOCK)
         assert f"process {os.getpid()} is already training" in refusal(folder)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_dead_owner_that_is_seen_is_taken_over_at_once(
+def test_the_lock_of_a_visible_dead_process_is_taken_over_at_once(
     folder: Path, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without /proc psutil says who lives."""
@@ -242,7 +242,7 @@ def test_an_owner_from_before_this_machines_boot_is_dead_and_one_of_its_namesake
 
 
 @pytest.mark.parametrize("torn", ["", "4711", "7-7", "0" * 8 + "-----"])
-def test_a_lock_torn_by_a_power_cut_is_nobodys(folder: Path, torn: str) -> None:
+def test_an_incomplete_lock_file_is_taken_over(folder: Path, torn: str) -> None:
     folder.mkdir(parents=True)
     (folder / locks.LOCK).write_text(torn)
     with locks.lock(folder, "training"):
@@ -328,7 +328,7 @@ LOCKING = {
 }
 
 
-def test_every_verb_that_may_meet_a_lock_can_take_it_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_that_takes_a_lock_has_steal_lock(capsys: pytest.CaptureFixture[str]) -> None:
     asks = re.compile(r"locks\.(lock|owner)\(")
     found = {
         str(file.relative_to(HERE)) for file in (HERE / "comp").rglob("*.py") if asks.search(file.read_text())

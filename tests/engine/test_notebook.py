@@ -1,4 +1,4 @@
-"""A notebook of Kaggle or Colab: paths, keys from its secrets, versions that are too old, the notebook that ships."""
+"""Notebooks on Kaggle and Colab: paths, keys from secrets, old package versions, and notebooks/five_commands.ipynb."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = "planted-notebook-0123456789"
 
 @pytest.fixture
 def secrets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A notebook's service that holds these."""
+    """The secrets service of a notebook, with these keys."""
     held: dict[str, str] = {}
     for name in notebook.KEYS:
         monkeypatch.setenv(name, "")
@@ -39,15 +39,15 @@ def test_keys_come_from_the_notebooks_secrets(
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("PYTHONPATH", "")
     assert notebook.setup() == HERE == Path.cwd()
-    said = capsys.readouterr().out
-    assert os.environ["WANDB_API_KEY"] == KEY and KEY not in said
-    assert "WANDB_API_KEY: from the notebook's secrets" in said
-    assert "KAGGLE_API_TOKEN: not in the notebook's secrets (KeyError)" in said
+    output = capsys.readouterr().out
+    assert os.environ["WANDB_API_KEY"] == KEY and KEY not in output
+    assert "WANDB_API_KEY: from the notebook's secrets" in output
+    assert "KAGGLE_API_TOKEN: not in the notebook's secrets (KeyError)" in output
     done = subprocess.run(["comp", "--help"], capture_output=True, text=True, check=True)
     assert "comp VERB" in done.stdout, "a command, although nothing was installed"
 
 
-def test_where_there_are_no_secrets_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_secrets_the_key_is_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     assert "neither" in notebook.load_key("WANDB_API_KEY")
@@ -68,7 +68,7 @@ def test_files_of_the_competition_are_found(
     assert "a link to" in capsys.readouterr().out
 
 
-def test_what_is_too_old_says_which_and_how(
+def test_old_packages_are_listed_with_the_install_command(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions = {
@@ -79,16 +79,16 @@ def test_what_is_too_old_says_which_and_how(
     }
     monkeypatch.setattr(command, "_installed", versions.get)
     assert cli.main(["tune", "exp001"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert said.startswith(
+    output = capsys.readouterr().err.strip()
+    assert output.startswith(
         "comp tune: needs torch>=2.10, optuna>=5, installed: torch 2.9.1+cu126, no optuna; pip install"
     )
-    assert len(said.splitlines()) == 1
+    assert len(output.splitlines()) == 1
     versions |= {"torch": "2.10.0", "optuna": "5.0.0"}
     command.check_versions("comp tune", cli.VERBS["tune"].needs)
 
 
-def test_floors_are_those_of_pyproject() -> None:
+def test_required_versions_are_those_of_pyproject() -> None:
     listed = tomllib.loads((HERE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     needs = {need for verb in cli.VERBS.values() for need in verb.needs} | set(kaggle.REQUIREMENTS)
     assert needs <= set(listed)
@@ -97,7 +97,7 @@ def test_floors_are_those_of_pyproject() -> None:
 
 
 def test_the_notebook_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its Python runs, and its five commands are verbs and scripts that there are."""
+    """Its Python code runs, and its five commands are existing verbs and scripts."""
     cells = json.loads((HERE / "notebooks" / "five_commands.ipynb").read_text("utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     commands = [

@@ -46,7 +46,7 @@ def sealed(file: Path, content: bytes = b"x" * 1000) -> Path:
 # --- runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_yet(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_project(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs"]) == 0
     assert "next: comp train exp001" in capsys.readouterr().out
     assert cli.main(["bank"]) == 0
@@ -191,7 +191,7 @@ def test_training_time_leaves_out_the_pause_between_two_starts(project: Project)
     assert run_status.training_time(paths.run_folder("exp001")) == "6m05"
 
 
-def test_running_folds_are_seen(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_running_folds_are_listed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp001")
     with locks.lock(fold("exp001"), "training"):
         list_runs.runs()
@@ -249,9 +249,7 @@ def test_csv_of_the_refit_and_of_an_unknown_member(
 # --- config --------------------------------------------------------------------------------------------------------------
 
 
-def test_config_says_where_each_value_comes_from(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_prints_the_origin_of_each_value(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "exp001", "optim.clip_grad=null"]) == 0
     out = capsys.readouterr().out
     assert "configs/exp001.yaml:" in row(out, "optim.lr=0.005")
@@ -274,7 +272,7 @@ def test_config_compares_two_experiments(project: Project, capsys: pytest.Captur
 
 @pytest.fixture
 def full(project: Project) -> dict[str, Path]:
-    """One file of every kind that clean looks at."""
+    """One file of every kind that clean may delete."""
     done, begun = fold("exp001", 0), fold("exp001", 1)
     made = {
         "weights": sealed(done / "weights.safetensors"),
@@ -299,7 +297,7 @@ GOES = {"trash": {"trash", "orphan", "half"}, "cache": {"cache"}, "state": {"don
 
 
 @pytest.mark.parametrize("flag", GOES)
-def test_only_what_is_named_is_deleted(full: dict[str, Path], flag: str) -> None:
+def test_only_what_the_flag_names_is_deleted(full: dict[str, Path], flag: str) -> None:
     assert cli.main(["clean", f"--{flag}"]) == 0
     assert {name for name, file in full.items() if not file.exists()} == GOES[flag]
     assert artifacts.manifest_entry(full["done"]) is None or full["done"].exists()

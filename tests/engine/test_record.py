@@ -1,4 +1,4 @@
-"""The record beside a run without W&B: a log that is cut or odd, and the code and words that go with it, without secrets."""
+"""log.jsonl without W&B: truncated logs, odd values; and the provenance of a run, without secrets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from comp.engine.config.schema import Track as Settings
 from comp.engine.run import provenance, tracking
 
 
-def test_a_log_shorter_than_its_checkpoint_keeps_its_whole_lines(empty: Path) -> None:
-    """After a power cut the file may lack what the checkpoint had already seen."""
+def test_a_log_shorter_than_its_checkpoint_keeps_its_complete_lines(empty: Path) -> None:
+    """After a power cut the file may be shorter than the offset in the checkpoint."""
     log = empty / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
     assert tracking._truncate(log, 10_000) == [b'{"step": 1}', b'{"step": 2}']
@@ -25,7 +25,7 @@ def test_a_log_shorter_than_its_checkpoint_keeps_its_whole_lines(empty: Path) ->
     assert tracking._truncate(log, 0) == [] and log.read_bytes() == b""
 
 
-def test_odd_values_and_unreadable_pictures_do_not_stop_a_run(empty: Path) -> None:
+def test_nonfinite_values_and_unreadable_images_do_not_stop_a_run(empty: Path) -> None:
     import pandas as pd
 
     damaged = empty / "damaged.png"
@@ -67,18 +67,18 @@ def open_quietly(folder: Path) -> tracking.RunLogger:
 @pytest.mark.parametrize(
     "text", ["Key points: token counts", "monkey=5", "competition.classes=[key, lock]", "commit " + KEY]
 )
-def test_ordinary_words_are_not_taken_for_secrets(text: str) -> None:
+def test_ordinary_text_is_not_removed_as_a_secret(text: str) -> None:
     assert provenance.without_secrets({"title": text, "num_tokens": 7}) == {"title": text, "num_tokens": 7}
 
 
 @pytest.mark.parametrize(
     "text", ["--api-key abc", "KAGGLE_KEY=abc", "https://me:" + "abc@host/x", "hf_" + "abc" * 6]
 )
-def test_secrets_are_known_by_name_place_and_shape(text: str) -> None:
+def test_secrets_are_recognised_by_name_place_and_form(text: str) -> None:
     assert "abc" not in provenance.without_secrets({"command": text})["command"]
 
 
-def test_the_difference_applied_to_the_commit_is_the_code_that_ran(tmp_path: Path) -> None:
+def test_the_diff_applied_to_the_commit_is_the_code_that_ran(tmp_path: Path) -> None:
     root = new_project(tmp_path).root
     (root / "train.sh").write_text("after\n")
     (root / "configs" / "exp009.yaml").write_text("base: exp001\n")

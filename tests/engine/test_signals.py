@@ -137,7 +137,7 @@ def states() -> list[Path]:
 
 
 def test_sigusr1_saves_and_ends(fresh: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
-    """The later ones come to a process and to its group, and change nothing."""
+    """Further signals, to the process and to its group, change nothing."""
     numbers = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
     assert code(lambda: command(TRAIN, at_lines, at_event(1, hit(*numbers), after="epoch"))) == 138
     assert "saved at step" in one_line(capfd, signal.SIGUSR1)
@@ -147,7 +147,7 @@ def test_sigusr1_saves_and_ends(fresh: dict[str, str], capfd: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("number", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_second_signal_while_it_saves_harms_nothing_and_the_same_command_ends_in_the_same_bytes(
+def test_a_second_signal_while_saving_loses_nothing_and_the_resumed_run_has_the_same_bytes(
     fresh: dict[str, str], capfd: pytest.CaptureFixture[str], number: int, expected: int
 ) -> None:
     """A second SIGTERM waits for the state, a second Ctrl+C does not."""
@@ -172,10 +172,8 @@ def test_a_second_signal_while_it_saves_harms_nothing_and_the_same_command_ends_
     assert artefacts() == fresh
 
 
-def test_loader_processes_leave_a_signal_to_the_trainer(
-    fresh: dict[str, str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """SLURM and torchrun signal the whole group: a loader that died of it would be started anew in the middle of the end."""
+def test_loader_processes_ignore_signals(fresh: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+    """SLURM and torchrun signal the whole process group: a loader that died would be restarted while the run saves its state."""
     two = [*TRAIN, "machine.num_workers=2"]
 
     def work() -> int:
@@ -207,9 +205,7 @@ VERBS = {
     "verb",
     [pytest.param(verb, marks=pytest.mark.slow) if verb in ("predict", "submit") else verb for verb in VERBS],
 )
-def test_every_verb_that_writes_leaves_nothing_half_written(
-    trained: Path, capfd: pytest.CaptureFixture[str], verb: str
-) -> None:
+def test_no_verb_leaves_temporary_files(trained: Path, capfd: pytest.CaptureFixture[str], verb: str) -> None:
     arguments, file = VERBS[verb]
     given = [verb, *arguments]
     capfd.readouterr()
@@ -219,7 +215,7 @@ def test_every_verb_that_writes_leaves_nothing_half_written(
     assert code(lambda: cli.main(given)) == 0
 
 
-def test_a_job_of_fan_ends_with_the_signal_that_its_starter_got(project: Path) -> None:
+def test_a_job_of_the_launcher_ends_with_the_signal_of_its_parent(project: Path) -> None:
     hold = (
         "import sys, threading; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
         "worker.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
@@ -234,8 +230,8 @@ def test_a_job_of_fan_ends_with_the_signal_that_its_starter_got(project: Path) -
             assert job.wait() == 128 + number
 
 
-def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ray.init puts one in the place of ours, which would exit with 15 and save nothing."""
+def test_the_signal_handler_of_ray_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ray.init installs one that exits with 15 and saves nothing."""
 
     class Fake:
         remote = staticmethod(lambda function: function)
@@ -252,7 +248,7 @@ def test_rays_own_handler_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None
         assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
+def test_signal_handlers_are_restored(empty: Path) -> None:
     before = [signal.getsignal(number) for number in hardware.STOP_SIGNALS]
     assert cli.main(["runs"]) == 0
     stop = hardware.Stop()
@@ -262,9 +258,7 @@ def test_signals_are_whose_they_were_afterwards(empty: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_keeps_its_trial_and_goes_on_with_it(
-    project: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_saves_its_trial_and_resumes_it(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     studies.with_space(project)
     given = ["tune", "exp001", "--space", "s", "--trials", "2", *studies.SMALL]
     assert code(lambda: command(given, at_lines, at_event(1, hit(signal.SIGTERM), after="epoch"))) == 143
@@ -297,7 +291,7 @@ LONG = [
 
 
 def in_the_middle(process: subprocess.Popen[str], name: str, folds: int) -> None:
-    """Until so many folds have logged an epoch."""
+    """Waits until so many folds have logged an epoch."""
     logs = [paths.fold_folder(name, 0, number) / "log.jsonl" for number in range(folds)]
     while process.poll() is None and not all(
         log.exists() and '"epoch": 1' in log.read_text() for log in logs
@@ -307,26 +301,26 @@ def in_the_middle(process: subprocess.Popen[str], name: str, folds: int) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_jobs_side_by_side_are_saved(alone: Path, number: int, expected: int) -> None:
+def test_parallel_jobs_save_their_state(alone: Path, number: int, expected: int) -> None:
     run = started("-m", "comp", "train", *LONG, "--as", "run", "--on", "local:2")
     in_the_middle(run, "run", 2)
     run.send_signal(number)
-    said = run.communicate()[0]
-    assert run.returncode == expected, said
-    assert "every job has saved its state" in said
+    output = run.communicate()[0]
+    assert run.returncode == expected, output
+    assert "every job has saved its state" in output
     assert all(list(paths.fold_folder("run", 0, fold).glob("state-*.pt")) for fold in range(2))
     assert not left_behind(alone)
 
 
 @pytest.mark.slow
-def test_the_processes_of_torchrun_are_saved_and_go_on_in_the_same_bytes(alone: Path) -> None:
+def test_processes_of_torchrun_save_their_state_and_resume_with_the_same_bytes(alone: Path) -> None:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comp", "train"]
     assert started(*ranks, *LONG, "--fold", "0", "--as", "whole").wait() == 0
     run = started(*ranks, *LONG, "--fold", "0", "--as", "again")
     in_the_middle(run, "again", 1)
     run.send_signal(signal.SIGTERM)
-    said = run.communicate()[0]
-    assert "stopped by SIGTERM: saved at step" in said and not left_behind(alone), said
+    output = run.communicate()[0]
+    assert "stopped by SIGTERM: saved at step" in output and not left_behind(alone), output
     assert started(*ranks, *LONG, "--fold", "0", "--as", "again").wait() == 0
     assert (
         len(

@@ -1,4 +1,4 @@
-"""log.jsonl is the record; W&B beside it tells the same story, and no trouble of W&B's ever reaches the run."""
+"""log.jsonl is the record; W&B gets the same lines, and no failure of W&B affects the run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def new_project(folder: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Never killed, no W&B: what every other run must equal."""
+    """Never killed, no W&B: every other run must have the same log."""
     project = new_project(tmp_path_factory.mktemp("plain"))
     done = project.run("none")
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Killed between two checkpoints, a torn line left behind, and run again."""
+    """Killed between two checkpoints in the middle of a line, and run again."""
     project = new_project(tmp_path_factory.mktemp("resumed"))
     killed = project.run("offline", "torn", "--token=argument-secret-4711")
     assert killed.returncode == -9, killed.stderr
@@ -160,7 +160,7 @@ def test_every_line_is_valid_json_and_numbers_come_back(plain: Project) -> None:
     assert summary["values"]["broken"] == math.inf
 
 
-def test_off_means_off(plain: Project) -> None:
+def test_mode_none_starts_no_wandb(plain: Project) -> None:
     assert not (plain.root / "wandb").exists()
     code = (
         "import sys; from comp.engine.report import plots; from comp.engine.run import tracking; "
@@ -175,22 +175,22 @@ def test_off_means_off(plain: Project) -> None:
 # --- W&B, offline ----------------------------------------------------------------------------------------------------------
 
 
-def test_after_a_kill_the_offline_parts_are_one_history_without_repeated_steps(resumed: Project) -> None:
+def test_after_a_kill_there_is_one_offline_history_without_repeated_steps(resumed: Project) -> None:
     (part,) = resumed.parts()
     assert part.column("step") == list(range(1, 41))
-    told = [line for line in resumed.lines() if "loss" in line]
-    assert part.column("lr") == [line["lr"] for line in told]
+    logged = [line for line in resumed.lines() if "loss" in line]
+    assert part.column("lr") == [line["lr"] for line in logged]
     # nan is not equal to itself
-    assert list(map(repr, part.column("loss"))) == [repr(line["loss"]) for line in told]
+    assert list(map(repr, part.column("loss"))) == [repr(line["loss"]) for line in logged]
     assert part.column("epoch") == [1, 2, 3, 4]
     assert part.column("_step") == sorted(set(part.column("_step")))
     assert part.exit_code == 0
-    # What the killed one told lies in the trash.
+    # The offline run of the killed process was moved to the trash.
     (old,) = (resumed.root / "runs" / ".trash").glob("offline-run-*")
     assert "-exp001-seed0-fold1-" in old.name
 
 
-def test_the_offline_part_holds_all_that_was_promised(resumed: Project) -> None:
+def test_the_offline_run_has_images_tables_summary_and_files(resumed: Project) -> None:
     (part,) = resumed.parts()
     assert (part.run.run_id, part.run.run_group, part.run.job_type) == (
         "exp001-seed0-fold1",
@@ -235,7 +235,7 @@ def table_of(part: wandb_reader.Part, name: str) -> dict[str, Any]:
     return content
 
 
-def test_predictions_and_weights_are_noted_where_they_lie(resumed: Project) -> None:
+def test_predictions_and_weights_are_references_without_a_copy(resumed: Project) -> None:
     (part,) = resumed.parts()
     for name, type_, file in (("oof", "oof", "oof.arrow"), ("weights", "model", "weights.safetensors")):
         artifact = part.artifacts[f"exp001-seed0-fold1-{name}"]
@@ -255,7 +255,7 @@ def test_predictions_and_weights_are_noted_where_they_lie(resumed: Project) -> N
     }  # no copy
 
 
-def test_no_secret_is_kept_and_nothing_lies_outside_the_project(resumed: Project) -> None:
+def test_no_secret_is_written_and_nothing_outside_the_project(resumed: Project) -> None:
     files = [
         file for file in (*resumed.root.glob("wandb/**/*"), *resumed.root.glob("runs/**/*")) if file.is_file()
     ]
@@ -275,8 +275,8 @@ def test_no_secret_is_kept_and_nothing_lies_outside_the_project(resumed: Project
 def falls_back(project: Project, plain: Project, done: subprocess.CompletedProcess[str]) -> None:
     """The same result and record, one line about it, and the whole history offline."""
     same_result(project, plain, done)
-    (said,) = [line for line in done.stderr.splitlines() if "W&B" in line]
-    assert "online failed" in said and "offline" in said
+    (line,) = [line for line in done.stderr.splitlines() if "W&B" in line]
+    assert "online failed" in line and "offline" in line
     (part,) = project.parts()
     assert part.column("step") == list(range(1, 41)) and part.column("epoch") == [1, 2, 3, 4]
 
@@ -293,7 +293,7 @@ def test_a_wrong_key_changes_nothing(tmp_path: Path, plain: Project, server: Cal
     falls_back(project, plain, project.run("online", "numbers", url=server("refuses").url))
 
 
-def test_a_server_that_never_answers_changes_nothing(
+def test_a_server_that_never_responds_changes_nothing(
     tmp_path: Path, plain: Project, server: Callable[[str], Server]
 ) -> None:
     project = new_project(tmp_path)
@@ -331,7 +331,9 @@ def test_a_server_gets_every_line_once_across_a_kill(tmp_path: Path, server: Cal
 
 
 @pytest.mark.slow
-def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_wandb_process_is_replaced_and_sends_everything_again(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = Settings(mode="offline", project=None, entity=None, log_model=False)
     run = tracking.open_log(
         empty / "run", run_id="r", name="r", group="r", job_type="fold", config={}, settings=settings
@@ -348,10 +350,10 @@ def test_a_feeder_that_is_killed_tells_all_once_more(empty: Path, capsys: pytest
     assert part.column("loss") == [0.5, 0.25]
 
 
-def test_patience_ends(
+def test_the_time_to_wait_for_a_server_is_limited(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All runs of a process share it, so that ten folds do not wait ten times for the same dead server."""
+    """All runs of a process share the limit, so that ten folds do not wait ten times for a dead server."""
     monkeypatch.setattr(tracking, "WAIT_ONLINE", 0.01)
     monkeypatch.setattr(tracking.WandbProcess, "_waited", 0.0)
     feed = tracking.WandbProcess({"mode": "online", "run": {"id": "r"}})
@@ -368,7 +370,7 @@ def test_patience_ends(
         endless.kill()
 
 
-def test_one_dead_server_is_enough(
+def test_after_one_dead_server_later_runs_are_offline(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking.WandbProcess, "_online_failed", False)

@@ -1,4 +1,4 @@
-"""A name stands for one config, one table, one set of folds; what cannot be is refused before anything is spent."""
+"""A name stands for one config, one table, one set of folds and the same images; mistakes are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ from comp.engine.store import artifacts, locks, paths
         ("predict.tta=[hflp]", ["hflp", "hflip"]),
     ],
 )
-def test_a_choice_that_does_not_exist_is_answered_with_the_nearest(
-    project: Path, override: str, words: list[str]
-) -> None:
+def test_an_unknown_choice_names_the_nearest(project: Path, override: str, words: list[str]) -> None:
     said = refusal(lambda: runner.train("exp001", [*TINY, override], fold="0", name="x"))
     assert all(word in said for word in words), said
     assert not (project / "runs/x").exists(), "a refused start must leave nothing that blocks the next"
@@ -53,7 +51,7 @@ def test_an_override_that_changes_results_needs_a_name(project: Path) -> None:
     assert not (project / "runs").exists()
 
 
-def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(project: Path) -> None:
+def test_another_config_under_the_same_name_is_refused_with_a_remedy(project: Path) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
     before = artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
     said = refusal(lambda: runner.train("exp001", [*TINY, "optim.lr=1e-4"], fold="0", name="x"))
@@ -67,7 +65,7 @@ def test_another_config_under_the_same_name_is_refused_and_the_way_on_is_named(p
     )  # another seed is the same run
 
 
-def test_a_knob_without_effect_says_so(project: Path) -> None:
+def test_a_knob_that_the_network_does_not_have_is_refused(project: Path) -> None:
     cfg = config("model.drop_path_rate=0.1", "model.name=test_vit", "data.size=160")
     heads = samples.load().heads
     models.build(cfg, heads, pretrained=False)
@@ -93,8 +91,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Pat
 # --- a name stands for one config, one table, one set of folds -----------------------------------------------------------
 
 
-def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
-    """What a model has seen must never become what it is scored on."""
+def test_a_run_is_not_resumed_on_other_folds(project: Path) -> None:
+    """Otherwise rows would be scored by a model that was trained on them."""
     runner.train("exp001", TINY, fold="0", name="x")
     make_folds.make(config("competition.folds.seed=7"), samples.load(), remake=True)
     said = refusal(lambda: runner.train("exp001", [*TINY, "competition.folds.seed=7"], fold="1", name="x"))
@@ -107,7 +105,7 @@ def test_a_run_does_not_go_on_over_other_folds(project: Path) -> None:
     assert "another data/samples.parquet" in said and "other folds" in said
 
 
-def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_not_resumed_with_another_loss(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -117,7 +115,7 @@ def test_a_run_does_not_go_on_with_another_loss(project: Path, monkeypatch: pyte
     assert "another comp/competition.py" in refusal(lambda: runner.train("exp001", TINY, fold="1", name="x"))
 
 
-def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
+def test_fresh_replaces_one_fold_and_not_the_others(project: Path) -> None:
     for number in "01":
         runner.train("exp001", TINY, fold=number, name="x")
     kept = artifacts.sha256(project / "runs/x/seed0/fold0/weights.safetensors")
@@ -129,7 +127,7 @@ def test_fresh_takes_one_fold_away_and_not_the_others(project: Path) -> None:
     assert "already training" in said and (project / "runs/x/seed0/fold1/oof.arrow").exists()
 
 
-def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(project: Path) -> None:
+def test_fresh_moves_nothing_when_refused_and_its_remedy_works(project: Path) -> None:
     few(project)
     for number in "01":
         runner.train("exp001", TINY, fold=number, name="x")
@@ -143,7 +141,7 @@ def test_fresh_moves_nothing_before_everything_is_agreed_and_its_advice_works(pr
     assert experiments.stored_config("x").optim.lr == 1e-4 and (project / "runs/x/score.json").exists()
 
 
-def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
+def test_fresh_moves_no_seed_while_another_is_locked(project: Path) -> None:
     two = [*TINY, "train.seeds=[0,1]"]
     for seed in (0, 1):
         folder = paths.fold_folder("x", seed, 0)
@@ -155,7 +153,7 @@ def test_fresh_moves_no_seed_while_another_is_at_work(project: Path) -> None:
     assert (paths.fold_folder("x", 0, 0) / "weights.safetensors").exists()
 
 
-def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path) -> None:
+def test_run_id_changes_with_the_config_and_the_command_is_the_last_one(empty: Path) -> None:
     split = lay_out(empty).folds
 
     def started(rate: str, *more: str) -> tuple[str, str]:
@@ -175,7 +173,7 @@ def test_a_birth_is_that_of_the_config_and_the_command_the_last_one(empty: Path)
     assert fingerprint.resume_command("x") == seeds[0]
 
 
-def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_resume_command_can_be_typed_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runner.train("exp001", [*TINY, "predict.tta=[identity, hflip]"], fold="0", name="x")
     runner.train("exp001", ["machine.progress=false", "train.max_samples=20"], fold="0", debug=True, name="y")
     words = shlex.split(fingerprint.resume_command("x"))
@@ -191,20 +189,20 @@ def test_the_command_of_a_run_can_be_typed_again(project: Path, capsys: pytest.C
     assert f"next: {fingerprint.resume_command('y')}" in capsys.readouterr().out
 
 
-def test_half_a_start_is_no_start(project: Path) -> None:
-    """Killed between writing and sealing config.yaml: the same command goes on, and so does another config."""
+def test_an_interrupted_start_is_no_start(project: Path) -> None:
+    """Killed between config.yaml and its manifest entry: the same command continues, and so does another config."""
     (project / "runs/x").mkdir(parents=True)
     (project / "runs/x/config.yaml").write_text("data: {size: 3}\n")
     runner.train("exp001", TINY, fold="0", name="x")
     assert (project / "runs/x/seed0/fold0/test.arrow").exists()
 
 
-def test_a_run_does_not_take_the_name_of_an_ensemble(project: Path) -> None:
+def test_a_run_cannot_have_the_name_of_an_ensemble(project: Path) -> None:
     (project / "configs/ensembles/blend001.yaml").write_text("members: [x]\nmethod: mean\n")
     assert "ensemble" in refusal(lambda: runner.train("exp001", TINY, fold="0", name="blend001"))
 
 
-def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
+def test_runs_without_a_newer_knob_can_be_resumed(project: Path) -> None:
     runner.train("exp001", TINY, fold="0", name="x")
     file = project / "runs/x/config.yaml"
     kept = [line for line in file.read_text().splitlines() if "drop_path_rate" not in line]
@@ -215,7 +213,7 @@ def test_a_knob_that_came_later_does_not_lock_old_runs(project: Path) -> None:
     runner.train("exp001", TINY, fold="1", name="x")
 
 
-def test_a_batch_of_damaged_pictures_alone_is_no_crash(project: Path) -> None:
+def test_a_batch_of_damaged_images_only_is_no_crash(project: Path) -> None:
     table = samples.load()
     (project / "data/raw" / table.frame["images"].iloc[table.positions("test")[47]][0]).write_bytes(b"")
     tiny = [*TINY, "predict.batch_size=47", "model.name=test_convnext"]
@@ -223,7 +221,7 @@ def test_a_batch_of_damaged_pictures_alone_is_no_crash(project: Path) -> None:
     assert len((project / "runs/x/seed0/fold0/test_damaged.txt").read_text().splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_one_line(project: Path) -> None:
+def test_a_missing_device_is_one_line(project: Path) -> None:
     assert "machine.device" in refusal(lambda: runner.train("exp001", ["machine.device=gpu"]))
     if not torch.cuda.is_available():
         said = refusal(lambda: runner.train("exp001", [*TINY, "machine.device=cuda"], name="x"))
@@ -236,13 +234,13 @@ CACHES = ["data.cache=true", "data.cache=false"]
 
 
 def files(project: Path, kind: str, count: int) -> list[Path]:
-    """Of the first rows of a kind, in the order of the table."""
+    """The images of the first rows of a source, in the order of the table."""
     rows = samples.load()
     return [project / "data/raw" / rows.frame["images"].iloc[at][0] for at in rows.positions(kind)[:count]]
 
 
 def replaced(where: list[Path]) -> dict[Path, bytes]:
-    """Each by its negative, which is another file of another size; what was there."""
+    """Replaces each image by its negative, a file of another size. Returns the old contents."""
     old = {file: file.read_bytes() for file in where}
     for file in where:
         Image.fromarray(255 - np.asarray(Image.open(file))).save(file, "PNG", compress_level=0)
@@ -257,7 +255,7 @@ def touched(project: Path) -> None:
 
 
 def without_cache(project: Path, cache: str) -> None:
-    """No other run has hashed the files either."""
+    """Of other runs as well, so that no cache has hashed the files."""
     if cache == CACHES[1]:
         shutil.rmtree(project / "data/cache")
 
@@ -301,7 +299,7 @@ def test_replaced_images_are_refused_by_name_and_count(
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_touched_images_go_on_with_a_note(
+def test_a_run_with_touched_images_is_resumed_with_a_note(
     project: Path, cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_cache(project, cache)
@@ -319,7 +317,7 @@ def test_touched_images_go_on_with_a_note(
     assert noted == (cache == CACHES[1]), "what was hashed again is not hashed a second time"
 
 
-def test_a_file_of_the_same_size_is_told_by_its_hash(
+def test_a_changed_file_of_the_same_size_is_found_by_its_hash(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also when the caches are gone."""
@@ -336,7 +334,7 @@ def test_a_file_of_the_same_size_is_told_by_its_hash(
 def test_scores_of_old_and_new_images_are_not_merged(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor predicted again; what is there stays as it is. Files that are gone were not replaced."""
+    """Nor predicted again; existing predictions stay. Missing files were not replaced."""
     before = {kind: paths.path(f"runs/exp001/{kind}.arrow").read_bytes() for kind in ("oof", "test")}
     victims = files(trained, "test", 3)
     old = replaced(victims)
@@ -364,7 +362,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
     assert "images" not in bank.read_meta(paths.path("runs/exp001/oof.arrow"))
 
 
-def test_the_record_of_images_is_made_again_if_the_files_are_the_same(trained: Path) -> None:
+def test_a_lost_record_of_images_is_made_again_if_the_files_are_the_same(trained: Path) -> None:
     (record,) = (trained / "data/images").glob("*.parquet")
     assert artifacts.read_json(trained / "runs/exp001/made_of.json")["images"] == record.stem
     whole = record.read_bytes()
@@ -410,10 +408,10 @@ def test_an_archive_of_images_is_one_file(project: Path) -> None:
     assert image_files.compare(config(), hashed) == (361, ["train.zip"], [], 0, 0), "of the same size"
 
 
-def test_killed_while_the_record_is_written_what_was_there_stays(
+def test_a_kill_while_the_record_is_written_loses_nothing(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the touched files are noted, and before the first fold."""
+    """While the mtimes of touched files are updated, and before the first fold."""
     (record,) = (trained / "data/images").iterdir()
     before = record.read_bytes()
     touched(trained)

@@ -1,4 +1,4 @@
-"""Jobs side by side: the same bytes as one after the other, here and on a cluster that loses a machine; nothing outlives its master."""
+"""Jobs in parallel: the same bytes as one after the other, here and on a cluster that loses a machine; no job outlives its parent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ["track=none", "machine.num_workers=0", "train.max_samples=64", "schedul
 
 @pytest.fixture
 def alone(project: Path) -> Path:
-    """With a package of its own, for processes that are started in it: what competition.py defines is for yours."""
+    """A project with its own copy of comp/, since the jobs import comp/competition.py from there."""
     shutil.copytree(HERE / "comp", project / "comp", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "comp" / "competition.py").write_text("")
     return project
@@ -44,7 +44,7 @@ def scores(name: str) -> dict[str, object]:
     return {key: record[key] for key in ("oof", "mean", "std", "folds")}
 
 
-def test_side_by_side_gives_the_bytes_of_one_after_the_other(
+def test_folds_in_parallel_have_the_bytes_of_folds_one_after_the_other(
     alone: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     two = [*SMALL, "train.epochs=1", "train.seeds=[0,1]"]
@@ -57,12 +57,12 @@ def test_side_by_side_gives_the_bytes_of_one_after_the_other(
 
 
 @pytest.mark.parametrize("on", ["local:0", "local:x", "ray:3", "spark"])
-def test_a_place_that_there_is_not(project: Path, on: str) -> None:
+def test_an_invalid_executor_is_refused(project: Path, on: str) -> None:
     with pytest.raises(UserError, match=r"--on .*: must be local"):
         launcher.make_executor(on, 1)
 
 
-def test_a_job_that_fails_says_why_and_the_others_stop(project: Path) -> None:
+def test_the_output_of_a_failed_job_is_shown_and_the_others_stop(project: Path) -> None:
     lost = [launcher.Job(f"n{i}", "fold", {"name": f"n{i}", "seed": 0, "fold": 0}) for i in range(3)]
     with pytest.raises(UserError) as refused:
         launcher.run_jobs(
@@ -89,7 +89,7 @@ class WaitingExecutor:
             future.set_result(launcher.JobResult(130, []))
 
 
-def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
+def test_ctrl_c_interrupts_every_job_once(project: Path) -> None:
     executor, stop = WaitingExecutor(), hardware.Stop()
     stop.requested = True
     with pytest.raises(KeyboardInterrupt, match="every job has saved its state"):
@@ -99,7 +99,7 @@ def test_ctrl_c_reaches_every_job_once(project: Path) -> None:
     assert len(executor.futures) == 2
 
 
-def test_a_job_ends_with_who_started_it(project: Path) -> None:
+def test_a_job_ends_with_the_process_that_started_it(project: Path) -> None:
     code = (
         "import sys, threading, types; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
         "module = sys.modules['comp.engine.hold'] = types.ModuleType('hold')\n"
@@ -142,7 +142,7 @@ def cluster(machines: Any) -> Iterator[Any]:
 
 
 def text(file: Path) -> str:
-    """Nothing where a file, or a process, is gone by now."""
+    """Empty if the file, or the process, is gone."""
     try:
         return file.read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -150,9 +150,9 @@ def text(file: Path) -> str:
 
 
 def above(pid: str) -> Iterator[str]:
-    """The process that started this one, and so on up."""
-    while said := text(Path("/proc", pid, "stat")):
-        pid = said.rpartition(")")[2].split()[1]
+    """The parents of a process."""
+    while stat := text(Path("/proc", pid, "stat")):
+        pid = stat.rpartition(")")[2].split()[1]
         yield pid
 
 
