@@ -1,4 +1,4 @@
-"""The rules of the house that a linter does not know. A new module goes into LAYERS, at the height where it belongs."""
+"""Rules of the architecture that a linter does not check. A new folder or module of comp/engine goes into LAYERS."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from comp.engine.tasks import kinds
 
 COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "comp"
 
-# Folders and modules of comp/engine, lowest first: what stands on a line imports from lines above it, and from its own folder.
+# Folders and modules of comp/engine, lowest first. A module imports from lines above its own, and from its own folder.
 LAYERS = [
     ["errors", "text_table", "notebook", "hardware"],
     ["store"],
@@ -29,8 +29,8 @@ LAYERS = [
     ["cli", "worker"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-PAGE_LOOKUP = "pages"  # the one module of the engine that is meant to import the pages
-LIGHT = [
+PAGE_LOOKUP = "pages"  # the module of the engine that looks up what the pages define
+LIGHT = [  # imported without any package of HEAVY
     "competition",
     "metrics",
     "engine.cli",
@@ -42,6 +42,11 @@ LIGHT = [
     "engine.data.samples",
     "engine.data.folds",
 ]
+WITHOUT_TORCH = [
+    "engine.run.runner",
+    "engine.run.previews",
+    "engine.run.predict_run",
+]  # they refuse before torch is imported
 HEAVY = {
     "torch",
     "timm",
@@ -83,7 +88,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 def test_every_folder_of_the_engine_has_its_layer() -> None:
     there = {layer(file) for file in modules()} - {"", "__init__", PAGE_LOOKUP}
-    assert there == HEIGHT.keys(), "LAYERS names each folder and module of comp/engine at its height"
+    assert there == HEIGHT.keys(), "LAYERS must list each folder and module of comp/engine"
 
 
 def test_imports_point_down() -> None:
@@ -95,7 +100,7 @@ def test_imports_point_down() -> None:
                 continue
             seen += 1
             if layer(file) in HEIGHT and HEIGHT[parts[2]] > HEIGHT[layer(file)]:
-                wrong.append(f"{file.relative_to(COMP)} imports {name}, which stands above it")
+                wrong.append(f"{file.relative_to(COMP)} imports {name}, of a higher layer")
     assert seen > 50
     assert not wrong, "\n".join(wrong)
 
@@ -108,21 +113,33 @@ def test_competition_imports_only_what_a_template_update_never_breaks() -> None:
     ), ours
 
 
+def loaded_by(names: list[str]) -> set[str]:
+    code = f"import sys\nimport {', '.join(f'comp.{name}' for name in names)}\nprint(*sys.modules)"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
+        ).stdout.split()
+    )
+
+
 def test_light_modules_import_nothing_heavy_at_the_top() -> None:
-    code = f"import sys\nimport {', '.join(f'comp.{name}' for name in LIGHT)}\nprint(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
-    ).stdout.split()
+    loaded = loaded_by(LIGHT)
     assert "comp.engine.cli" in loaded
-    assert not HEAVY & set(loaded)
+    assert not HEAVY & loaded
+
+
+def test_mistakes_are_refused_before_torch_is_imported() -> None:
+    loaded = loaded_by(WITHOUT_TORCH)
+    assert "comp.engine.run.validate" in loaded
+    assert not {"torch", "timm", "albumentations"} & loaded
 
 
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys\nfrom comp.engine import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
     ).stdout
-    assert "--fold" in said and not HEAVY & set(said.split())
+    assert "--fold" in printed and not HEAVY & set(printed.split())
 
 
 def functions(target: str) -> dict[str, ast.FunctionDef]:

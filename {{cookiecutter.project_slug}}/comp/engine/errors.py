@@ -1,9 +1,18 @@
-"""The user's mistakes. A module of its own, so that `comp --help` imports nothing else.
+"""Mistakes of the user, which end with one line and exit code 2. It imports nothing, so that `comp --help` is fast.
 
-    raise UserError("fold-unknown", where="--fold 7", what="there are folds 0 to 4, and full")
-    raise UserError("knob-unknown", where="configs/exp001.yaml:3", key="optim.lrr", what="no such knob", remedy="did you mean optim.lr?")
+    raise UserError("fold-unknown", where="--fold 7", what="no such fold; there are folds 0 to 4, and full")
 
-prints `configs/exp001.yaml:3: optim.lrr: no such knob; did you mean optim.lr?` and ends with exit code 2.
+prints `--fold 7: no such fold; there are folds 0 to 4, and full`, and
+
+    raise UserError(
+        "knob-unknown",
+        where="configs/exp001.yaml:3",
+        key="optim.lrr",
+        what="no such knob",
+        remedy="did you mean optim.lr?",
+    )
+
+prints `configs/exp001.yaml:3: optim.lrr: no such knob; did you mean optim.lr?`.
 """
 
 from __future__ import annotations
@@ -12,17 +21,17 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake of the user, or an artefact that must not be read. The printed line is made of the fields."""
+    """A mistake of the user, or a file that must not be read. The printed line is made of the fields."""
 
     def __init__(
         self,
         code: str,  # short and stable, for programs: "knob-unknown"
         *,
-        what: str,  # the fact, in the words that torch and git would use
+        what: str,  # the fact
         where: str = "",  # the file with its line, the option or the artefact that is wrong
         key: str = "",  # the knob or the column there
         remedy: str = "",  # what to change or to type
-        others: Sequence[UserError] = (),  # further mistakes that were found at the same time
+        others: Sequence[UserError] = (),  # further mistakes, a line each
     ):
         self.code, self.where, self.key, self.what, self.remedy = code, where, key, what, remedy
         self.errors: list[UserError] = [self, *(each for other in others for each in other.errors)]
@@ -35,11 +44,11 @@ class UserError(Exception):
 
     @property
     def lines(self) -> list[str]:
-        """One line a mistake."""
+        """One per mistake."""
         return [each.line for each in self.errors]
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keyword arguments survive the way between processes."""
+        """Pickled with keyword arguments, which Exception would lose between processes."""
         return _rebuilt, (self.code, self.what, self.where, self.key, self.remedy, self.errors[1:])
 
 

@@ -169,15 +169,21 @@ def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> st
     folder, remedy = paths.run_folder(name), _remedy(name, command)
     old = resolve.from_yaml(artifacts.verified(folder / "config.yaml", remedy))
     if changed := resolve.diff(old, cfg):
-        values = [(key, f"was trained with {then!r}, now {now!r}") for key, (then, now) in changed.items()]
-        *more, last = [
-            UserError("run-differs", where=f"runs/{name}", key=key, what=what) for key, what in values
-        ]
+        last = [*changed][-1]
         raise joined(
-            [*more, UserError("run-differs", where=last.where, key=last.key, what=last.what, remedy=remedy)]
+            [
+                UserError(
+                    "run-differs",
+                    where=f"runs/{name}",
+                    key=key,
+                    what=f"was trained with {then!r}, now {now!r}",
+                    remedy=remedy if key == last else "",
+                )
+                for key, (then, now) in changed.items()
+            ]
         )
-    then = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))
-    now = input_hashes(cfg, folds)
+    old_hashes = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))
+    hashes = input_hashes(cfg, folds)
     inputs = {
         "samples": "another data/samples.parquet",
         "folds": "other folds",
@@ -185,10 +191,10 @@ def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> st
         "teacher": f"another {cfg.distill.teacher}",
         "pseudo": f"another data/pseudo/{cfg.data.pseudo_labels}.parquet",
     }
-    if differing := [what for key, what in inputs.items() if then.get(key) != now[key]]:
+    if differing := [what for key, what in inputs.items() if old_hashes.get(key) != hashes[key]]:
         what = f"was trained with {', '.join(differing)}, so its scores are not comparable"
         raise UserError("run-differs", where=f"runs/{name}", what=what, remedy=remedy)
-    return str(then["images"])
+    return str(old_hashes["images"])
 
 
 def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read: bool = True) -> None:
