@@ -1,11 +1,12 @@
-"""A self-test of the engine: the whole pipeline on data whose labels are coin flips, by the code that comp ensemble runs.
+"""A self-test of the engine: the whole pipeline on data whose labels are coin flips, by the code that comp
+ensemble runs.
 
-1,000 rows of noise stand for frozen features. Heads are trained on them by gradient descent with snapshots, then come views,
-weights, stackers, thresholds and cut points of grades. Two questions:
+1,000 rows of noise stand for frozen features. Heads are trained on them by gradient descent with snapshots,
+then come views, weights, stackers, thresholds and cut points of grades. Two questions:
 
 1. Is every nested score at chance level? (`chance_scores`)
-2. Sharper, and without statistics: flip the labels of one fold, or change its features. Nothing that is computed for the rows of
-   this fold may change, at any stage. (`leaks`)
+2. Sharper, and without statistics: flip the labels of one fold, or change its features. Nothing that is
+   computed for the rows of this fold may change, at any stage. (`leaks`)
 
 test_coin_flips.py asks both, and plants leaks that `leaks` must name.
 """
@@ -37,7 +38,8 @@ from comp.engine.tasks.kinds import Array, Head, sigmoid
 ROWS, FEATURES, K = 1000, 24, 5
 EPOCHS, SNAPSHOTS = 20, 2
 LEARNING_RATE = 0.1
-# Every recipe starts from random weights of its own: with identical members a search would have nothing to overfit.
+# Every recipe starts from random weights of its own: with identical members a search would have nothing to
+# overfit.
 RECIPES = tuple("abcdef")
 HEAD = Head("label", "binary", ("label",), ("target.label",), ("0", "1"))
 GRADES = Head("grade", "ordinal", ("grade",), ("target.grade",), ("0", "1", "2", "3"))
@@ -47,8 +49,8 @@ METHODS = tuple(
     if m != "lightgbm" or importlib.util.find_spec("lightgbm") is not None
 )
 CALIBRATIONS = ("temperature", "platt", "isotonic", "thresholds")
-# Fewer rounds and trials than the defaults of 50 and 200: a search overfits early, and twenty seeds run 120 of each. Stackers
-# have their weakest penalty, so that they overfit; "chosen strength" lets the penalty be chosen.
+# Fewer rounds and trials than the defaults of 50 and 200: a search overfits early, and twenty seeds run 120
+# of each. Stackers have their weakest penalty, so that they overfit; "chosen strength" lets it be chosen.
 OPTIONS: dict[str, dict[str, Any]] = {"greedy": {"rounds": 15}, "optuna": {"trials": 25}} | {
     method: {"strength": stack.STRENGTHS[method][0]} for method in STACKED
 }
@@ -56,8 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"greedy": {"rounds": 15}, "optuna": {"tria
 CFG: Any = SimpleNamespace(competition=SimpleNamespace(metric="roc_auc", tasks={"label": "binary"}))
 LOWER_ENSEMBLES = 3  # what the second level is stacked from
 LIMIT = 3.0  # standard errors that a score on coin flips may be away from chance
-# Any two folds meet twice, each in the training part of the other, so errors of folds are correlated: over data sets the variance
-# of what is fitted on other folds is twice that of independent rows (measured over 30 of them: 1.38 times the error, mean at chance).
+# Any two folds meet twice, each in the training part of the other, so errors of folds are correlated: over
+# data sets the variance of what is fitted on other folds is twice that of independent rows (measured over 30
+# of them: 1.38 times the error, mean at chance).
 SHARED_FOLDS = 2**0.5
 
 Rows = NDArray[np.int64]
@@ -88,7 +91,8 @@ def world(seed: int, rows: int = ROWS) -> World:
     frame = pd.DataFrame({"id": ids, "weight": 1.0, "source": "train", "row": ids, "target.label": y})
     table = samples.Samples(frame, (HEAD,), f"coin_flips{seed}")
     fold = np.empty(rows, np.int64)
-    # Stratified: a fold with many positives would be trained on few of them, and its score would lie below chance.
+    # Stratified: a fold with many positives would be trained on few of them, and its score would lie below
+    # chance.
     for label in (0, 1):
         members_ = random.permutation(np.flatnonzero(y == label))
         fold[members_] = np.arange(len(members_)) % K
@@ -110,7 +114,7 @@ def grades(w: World, y: Array) -> Rows:
     return (2 * y + w.coin).astype(np.int64)
 
 
-# --- the stages of one fold: module functions, so that a test can replace one by a leaking version ------------------------
+# --- the stages of one fold, each a function that a test can replace by a leaking version ----------
 
 
 def statistics(x: Array, y: Array, train_rows: Rows) -> tuple[Array, Array]:
@@ -204,7 +208,7 @@ def view_predictions(w: World, stages: list[Stages]) -> dict[str, Array]:
     return found
 
 
-# --- every method of an ensemble -----------------------------------------------------------------------------------------
+# --- every method of an ensemble ----------------------------------------------------------------------------
 
 
 class _Fit:
@@ -290,7 +294,8 @@ class Methods:
         return self.nested(search.search, search.average, tta_search.PLAIN_CHOICE, needed)
 
     def cut_points(self, y: Array, needed: Rows) -> tuple[Array, Array | None]:
-        """Whether cut points are fitted at all is a choice too, and score.metric_predictions makes it for every fold."""
+        """Whether cut points are fitted at all is a choice too, and score.metric_predictions makes it for
+        every fold."""
         w, truth, qwk = self.w, grades(self.w, y), metrics.find("qwk")
         table = samples.Samples(
             w.samples.frame.assign(**{"target.grade": truth * 1.0}), (GRADES,), w.samples.hash
@@ -349,7 +354,7 @@ def run_pipeline(w: World) -> Pipeline:
     return Pipeline(stages, members, every, predictions)
 
 
-# --- the two questions ---------------------------------------------------------------------------------------------------
+# --- the two questions --------------------------------------------------------------------------------------
 
 
 class Scoring(NamedTuple):
@@ -391,7 +396,8 @@ def chance_scores(w: World, pipeline: Pipeline) -> dict[str, Chance]:
     out = {}
     for name, both in pipeline.predictions.items():
         scoring = SCORING.get(name, AUC)
-        # Fold by fold: pooled over folds, a difference of level between their models would count as an order of the rows.
+        # Fold by fold: pooled over folds, a difference of level between their models would count as an order
+        # of the rows.
         nested, in_sample = (
             nested_cv.fold_table(metrics.find(scoring.metric), *scoring.inputs(w, values), w.fold).mean
             for values in both
@@ -402,7 +408,8 @@ def chance_scores(w: World, pipeline: Pipeline) -> dict[str, Chance]:
 
 
 def selection_optimism(w: World) -> float:
-    """AUC above chance that selecting the best of EPOCHS epochs on the scored fold shows, where no epoch predicts anything."""
+    """AUC above chance that selecting the best of EPOCHS epochs on the scored fold shows, where no epoch
+    predicts anything."""
     random, gains = np.random.default_rng(0), []
     for fold in np.tile(np.arange(K), 10):
         truth = w.y[w.fold == fold]

@@ -1,4 +1,5 @@
-"""Adversarial validation: a difference between train and test is found if there is one, and becomes weights and folds."""
+"""Adversarial validation: a difference between train and test is found if there is one, and becomes weights
+and folds."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ TINY = [
 
 
 def fewer(project: Path, darker: bool) -> None:
-    """300 training and 120 test rows of the same writers' kind; with `darker` all of test and a fifth of train has half the light."""
+    """300 training and 120 test rows of the same writers; with `darker` all of test and a fifth of train is
+    darker."""
     raw = project / "data" / "raw"
     train = pd.read_csv(raw / "train.csv", dtype=str).head(420).sample(frac=1, random_state=0)
     for file in (raw / "test").glob("*.png"):

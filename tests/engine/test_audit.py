@@ -1,4 +1,5 @@
-"""comp audit: nothing on clean data, and every planted leak by its name. Leaks are planted in files, or by replacing one function."""
+"""comp audit: nothing on clean data, and every planted leak by its name. Leaks are planted in files, or by
+replacing one function."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def names(found: Sequence[Finding]) -> set[str]:
     return {each.name for each in found if isinstance(each, Leak)}
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""The engine on coin flips: nested scores at chance level, nothing flagged on a clean pipeline, and every planted leak by its name.
-Leaks are planted by replacing one function."""
+"""The engine on coin flips: nested scores at chance level, nothing flagged on a clean pipeline, and every
+planted leak by its name. Leaks are planted by replacing one function."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_a_planted_leak_is_flagged_by_its_name(
 def test_a_choice_of_cut_points_by_the_rows_they_are_scored_on_is_flagged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nested cut points, but whether they or plain rounding are reported is decided by the reported number."""
+    """Nested cut points, but whether they or plain rounding are reported is decided by the reported
+    number."""
     from comp.engine.bank import thresholds
 
     def chosen_by_score(
@@ -117,8 +118,8 @@ def test_optimism_of_selecting_an_epoch_at_a_thousand_rows() -> None:
 
 @pytest.mark.slow
 def test_scores_on_twenty_sets_of_coin_flips() -> None:
-    """Every method within 3 standard errors in at least 19, and in-sample visibly not where there is anything to fit; nothing
-    flagged on any clean world."""
+    """Every method within 3 standard errors in at least 19, and in-sample visibly not where there is anything
+    to fit; nothing flagged on any clean world."""
     errors, gaps = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for seed in range(20):
         world = coin_flips.world(seed)
@@ -133,7 +134,8 @@ def test_scores_on_twenty_sets_of_coin_flips() -> None:
         within = sum(abs(each) <= coin_flips.LIMIT for each in errors[name])
         error = np.std(gap, ddof=1) / 20**0.5
         print(
-            f"{name}: {within} of 20 within, in-sample {np.mean(gap):+.4f} ± {error:.4f} above nested, {np.mean(errors[name]):+.2f}"
+            f"{name}: {within} of 20 within, in-sample {np.mean(gap):+.4f} ± {error:.4f} above nested, "
+            f"{np.mean(errors[name]):+.2f}"
         )
         visibly = np.mean(gap) > 3 * error if coin_flips.fits(name) else np.abs(gap).max() < 1e-3
         if within < 19 or not visibly:

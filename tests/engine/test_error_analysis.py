@@ -1,4 +1,5 @@
-"""comp slices and comp label-errors: scores by class, group and metadata, and rows where all models agree against the label."""
+"""comp slices and comp label-errors: scores by class, group and metadata, and rows where all models agree
+against the label."""
 
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ def test_classes_are_scored_by_accuracy_if_the_metric_needs_several(
 def test_slices_that_do_not_differ_are_not_reported(
     metric: str, worlds: int, most: int, per_group: int
 ) -> None:
-    """Worlds with 10 slices each, whose rows, or groups, are alike but for luck; one world in ten may report one."""
+    """Data sets with 10 slices that differ by chance only; one data set in ten may report a slice."""
     reported = 0
     for seed in range(worlds):
         random = np.random.default_rng(seed)

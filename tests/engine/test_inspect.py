@@ -1,4 +1,5 @@
-"""comp inspect: the competition.yaml that it writes is valid for comp prepare, and lists what is ambiguous."""
+"""comp inspect: the competition.yaml that it writes is valid for comp prepare, and lists what is
+ambiguous."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The practice competition is a fair one: deterministic, grouped, with answers that nothing but the scorer reads."""
+"""The practice competition: the same bytes every time, whole writers as test set, hidden answers that only
+score reads."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ def submit(labels: dict[str, str], header: str = "id,label") -> None:
 
 
 def answers() -> dict[str, str]:
-    return {row["id"]: row["label"] for row in rows(paths.path("data", "answers", "solution.csv"))}
+    return {row["id"]: row["label"] for row in rows(paths.path("data", "metric_predictions", "solution.csv"))}
 
 
-def test_it_looks_like_a_kaggle_download(project: Path) -> None:
+def test_the_files_are_those_of_a_kaggle_download(project: Path) -> None:
     raw = project / "data" / "raw"
     train, test, sample = (rows(raw / f"{name}.csv") for name in ("train", "test", "sample_submission"))
     assert len(train) + len(test) == 1797
@@ -49,7 +50,7 @@ def test_it_looks_like_a_kaggle_download(project: Path) -> None:
     assert {row["pen"] for row in train} == {row["pen"] for row in test} == set(practice.PENS)
 
 
-def test_ids_keep_zeros_and_say_nothing(project: Path) -> None:
+def test_ids_keep_zeros_and_are_independent_of_writer_and_label(project: Path) -> None:
     train = rows(project / "data" / "raw" / "train.csv")
     assert any(row["id"].startswith("0") for row in train)
     for column in ("label", "writer"):

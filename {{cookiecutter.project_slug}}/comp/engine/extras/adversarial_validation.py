@@ -1,8 +1,10 @@
-"""comp audit --drift: adversarial validation. Can a classifier tell test rows from training rows by the features of a run?
+"""comp audit --drift: adversarial validation. Can a classifier tell test rows from training rows by the
+features of a run?
 
-Features are what enters the last layer of each fold's network, for its validation rows and the test rows, so that memorised
-training rows do not count. A logistic regression then separates the two, scored on rows (and groups) it was not fitted on: AUC 0.5
-is no difference. Its prediction for each training row can become weights and folds: `drift` in configs/competition.yaml.
+Features are what enters the last layer of each fold's network, for its validation rows and the test rows, so
+that memorised training rows do not count. A logistic regression then separates the two, scored on rows (and
+groups) it was not fitted on: AUC 0.5 is no difference. Its prediction for each training row can become
+weights and folds: `drift` in configs/competition.yaml.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ STRONG, NONE = "strong drift", "no significant drift"
 
 
 def adversarial_validation(run: str) -> dict[str, Any]:
-    """Write data/adversarial_validation.csv (every row), .json (AUC) and .png (the most and least similar rows)."""
+    """Write data/adversarial_validation.csv (every row), .json (AUC) and .png (the most and least similar
+    rows)."""
     from comp.engine.extras import extract_features
 
     cfg = experiments.stored_config(run)
@@ -96,7 +99,8 @@ def _classify(
 
 
 def _frame(rows: Samples, p: NDArray[np.float64]) -> pd.DataFrame:
-    """id, source, like_test (0 to 1), weight: density ratio of test to train, 1 on average over training rows."""
+    """id, source, like_test (0 to 1), weight: density ratio of test to train, 1 on average over training
+    rows."""
     import pandas as pd
 
     known = np.flatnonzero(np.isfinite(p))
@@ -143,5 +147,6 @@ def _report(context: Context, frame: pd.DataFrame, record: dict[str, Any]) -> No
         print("next: comp runs")
     else:
         print(
-            "next: drift: [weights, folds] in configs/competition.yaml, comp prepare, comp folds --remake, train again"
+            "next: drift: [weights, folds] in configs/competition.yaml, comp prepare, comp folds --remake, "
+            "train again"
         )

@@ -1,16 +1,17 @@
 """comp audit: searches the samples, folds, runs and ensembles of this project for leaks.
 
-duplicates across folds               hash                          bytes of every training image, in archives too
-a split group                         provenance                    groups of the samples against the folds
-in-sample base predictions            provenance, re-prediction     some rows again, by the weights of the fold
-misaligned rows                       re-prediction, recomputation  the right values in the wrong rows
-statistics fitted on validation rows  recomputation                 mean, deviation and whitening of the training part again
-best epoch picked on the scored fold  provenance                    log.jsonl against the score of the OOF rows
-in-sample meta-model                  recomputation                 the ensemble fitted again, fold by fold
-pseudo-labels from models trained on the fold  provenance, recomputation  which models made the labels of a fold
+duplicates across folds               bytes of every training image, in archives too
+a split group                         groups of the samples against the folds
+in-sample base predictions            the weights a set names; some rows again, by the weights of the fold
+misaligned rows                       some rows again; folds and seeds merged again
+statistics fitted on validation rows  mean, deviation and whitening of the training part again
+best epoch picked on the scored fold  log.jsonl against the score of the OOF rows
+in-sample meta-model                  the ensemble fitted again, fold by fold
+pseudo-labels from models trained on the fold    the models that made them; the labels made again
 
-What could not be checked is listed too, and so is whatever was selected on the rows that it is scored on (selected_on_fold).
-That the engine itself does not leak is tested in the template's own tests (tests/engine/test_coin_flips.py).
+What could not be checked is listed too, and so is whatever was selected on the rows that it is scored on
+(selected_on_fold). That the engine itself does not leak is tested in the template's own tests
+(tests/engine/test_coin_flips.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from comp.engine.store import artifacts, paths
 
 
 def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
-    """Fits the ensemble again and compares: the stored predictions of a fold must come from a fit on the other folds."""
+    """Fits the ensemble again and compares: the stored predictions of a fold must come from a fit on the
+    other folds."""
     try:
         declared = blend_config.read(name)
         setup = Setup(cfg, rows, split)
@@ -43,8 +44,8 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
 
 
 def selected_on_fold() -> list[str]:
-    """A line for every set of the bank that was selected on the rows it is scored on, or is made from one that was: snapshots and
-    other members, stackers and other ensembles."""
+    """A line for every set of the bank that was selected on the rows it is scored on, or is made from one
+    that was: snapshots and other members, stackers and other ensembles."""
     return [line for line in map(_optimistic, bank.members()) if line]
 
 
@@ -59,7 +60,8 @@ def _optimistic(address: str) -> str:
     )
     if "members" in meta:
         marked = [m["address"] for m in record.get("members", []) if "selected_on_fold" in m["marks"]]
-        return f"optimistic: {address} is made from {', '.join(marked) or 'a member'}, which is marked selected_on_fold"
+        members = ", ".join(marked) or "a member"
+        return f"optimistic: {address} is made from {members}, which is marked selected_on_fold"
     amount = record.get("optimism")
     about = "" if amount is None else f", by about {amount:.4f}"
     return f"optimistic: {address} selected its epoch on the rows it is scored on (selected_on_fold){about}"

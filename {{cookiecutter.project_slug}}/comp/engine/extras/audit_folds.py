@@ -1,4 +1,5 @@
-"""For comp audit: leaks that samples and folds alone show. Duplicates, split groups, pseudo-labelled samples."""
+"""For comp audit: leaks that samples and folds alone show. Duplicates, split groups, pseudo-labelled
+samples."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ SHOWN = 10  # images with copies
 
 
 def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
-    """The same bytes on both sides of a fold, wherever a path leads: files, members of archives, arrays; extra rows included.
-    Images that are only similar: comp folds --duplicates."""
+    """The same bytes on both sides of a fold, wherever a path leads: files, members of archives, arrays;
+    extra rows included. Images that are only similar: comp folds --duplicates."""
     images = exact_duplicates.find_by_bytes(cfg, rows)
     ids = rows.frame["id"].to_numpy(object)
     shared = fold_audit.shared_images(rows, split, images, images.by_bytes)
@@ -51,8 +52,9 @@ def groups(rows: Samples, split: Folds) -> list[Leak]:
 
 
 def pseudo_sources(rows: Samples, split: Folds) -> list[Leak]:
-    """Samples with the source pseudo:RUN:foldK were labelled by models that were not trained on fold K, so only fold K may train on
-    them. Without :foldK the models of all folds made the labels, which leak the rows of every fold."""
+    """Samples with the source pseudo:RUN:foldK were labelled by models that were not trained on fold K, so
+    only fold K may train on them. Without :foldK the models of all folds made the labels, which leak the rows
+    of every fold."""
     source, found = rows.frame["source"].astype(str).to_numpy(), []
     for fold in range(split.count):
         train_rows = split.split(fold)[0]

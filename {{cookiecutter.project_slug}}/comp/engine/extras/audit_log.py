@@ -17,7 +17,8 @@ from comp.engine.store import paths
 
 
 def selected_epoch(folder: Path, cfg: Config, rows: Samples, split: Folds) -> list[Leak]:
-    """The score of the OOF rows must be what the log has for the last epoch, not for a better one before it."""
+    """The score of the OOF rows must be what the log has for the last epoch, not for a better one before
+    it."""
     log = folder / "log.jsonl"
     if (
         not log.exists()

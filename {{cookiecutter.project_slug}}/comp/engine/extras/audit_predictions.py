@@ -1,4 +1,5 @@
-"""For comp audit: stored predictions of a run. Some rows are predicted again, and folds and seeds are merged again."""
+"""For comp audit: stored predictions of a run. Some rows are predicted again, and folds and seeds are merged
+again."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def split_by_weights(
     return found, [NotChecked(run, reason + (", …" if len(gone) > 3 else ""))]
 
 
-# --- provenance ----------------------------------------------------------------------------------------------------------
+# --- provenance ---------------------------------------------------------------------------------------------
 
 
 def other_folds(file: Path, stored: PredictionSet) -> list[Leak]:
@@ -77,7 +78,7 @@ def other_folds(file: Path, stored: PredictionSet) -> list[Leak]:
     return [Leak("in-sample base predictions", where, "provenance")]
 
 
-# --- predicted again -----------------------------------------------------------------------------------------------------
+# --- predicted again ----------------------------------------------------------------------------------------
 
 
 def repredict(context: Context, sets: Mapping[Path, PredictionSet]) -> list[Finding]:
@@ -147,7 +148,7 @@ def _flat(heads: Mapping[str, NDArray[Any]], scale: Mapping[str, Any]) -> Array:
     return np.concatenate([np.asarray(heads[name], np.float64) / scale[name] for name in scale], axis=1)
 
 
-# --- merged again --------------------------------------------------------------------------------------------------------
+# --- merged again -------------------------------------------------------------------------------------------
 
 
 def merged_again(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
@@ -181,6 +182,7 @@ def merged_again(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
 
 
 def _part(weights: str, member: str) -> Path:
-    """Folder of a checkpoint's predictions for this member: other views of a run's own weights have a folder of their name."""
+    """Folder of a checkpoint's predictions for this member: other views of a run's own weights have a folder
+    of their name."""
     folder = paths.path("runs", weights)
     return folder / member if (folder / member / "oof.arrow").exists() else folder

@@ -1,5 +1,5 @@
-"""For comp audit: the pseudo-labels that a run was trained on. Which models made them is in their manifest entry; the labels
-themselves are made again from stored predictions, which needs no network.
+"""For comp audit: the pseudo-labels that a run was trained on. Which models made them is in their manifest
+entry; the labels themselves are made again from stored predictions, which needs no network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LEAK = "pseudo-labels from models trained on the fold"
 
 
 def validate_labels(run: str, cfg: Config, split: Folds) -> None:
-    """The table of pseudo-labels must be the one that the run was trained on, or nothing about it can be recomputed."""
+    """The table of pseudo-labels must be the one that the run was trained on, or nothing about it can be
+    recomputed."""
     if cfg.data.pseudo_labels is None:
         return
     file = paths.pseudo_file(cfg.data.pseudo_labels)

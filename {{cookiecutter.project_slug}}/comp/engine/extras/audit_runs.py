@@ -1,4 +1,5 @@
-"""For comp audit: everything that is checked of one run. Its pseudo-labels, log, stored predictions and fitted statistics.
+"""For comp audit: everything that is checked of one run. Its pseudo-labels, log, stored predictions and
+fitted statistics.
 
 Every prediction set of a fold is checked: kept snapshots and other views as well as the run itself.
 """

@@ -1,5 +1,5 @@
-"""For comp audit: statistics that are stored in the weights (of pixels, and of targets that are values) are computed again from the
-training part of each fold, and must be equal."""
+"""For comp audit: statistics that are stored in the weights (of pixels, and of targets that are values) are
+computed again from the training part of each fold, and must be equal."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ WEIGHTS, STATES = "weights.safetensors", ("state-*.pt", "epoch-*.safetensors")
 
 
 def clean(trash: bool = False, cache: bool = False, state: bool = False, steal_lock: bool = False) -> None:
-    """`trash`: replaced runs and files of killed processes. `cache`: decoded images. `state`: optimizer states of finished folds.
-    `steal_lock`: also files of processes on other hosts that are old enough."""
+    """`trash`: replaced runs and files of killed processes. `cache`: decoded images. `state`: optimizer
+    states of finished folds. `steal_lock`: also files of processes on other hosts that are old enough."""
     deletes = trash or cache or state
     if steal_lock and not deletes:
         raise UserError(

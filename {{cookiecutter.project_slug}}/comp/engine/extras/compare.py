@@ -57,8 +57,9 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
 def difference(gains: NDArray[np.float64]) -> dict[str, Any]:
     """The mean gain with its error, a t interval and whether it is significant.
 
-    `gains`: (seeds, folds), above 0 where the second is better. Gains of one seed, and of one fold, are correlated, so the standard
-    error is the larger of those over folds and over seeds: folds share rows, seeds share everything else.
+    `gains`: (seeds, folds), above 0 where the second is better. Gains of one seed, and of one fold, are
+    correlated, so the standard error is the larger of those over folds and over seeds: folds share rows,
+    seeds share everything else.
     """
     from scipy.stats import t
 
@@ -75,14 +76,21 @@ def difference(gains: NDArray[np.float64]) -> dict[str, Any]:
     pair = nested_cv.Paired(mean, error, share, low, high, gains.size)
     wins = int((gains > 0).sum())
     return {
-        "difference": mean, "error": error, "low": low, "high": high, "share": share, "significant": pair.significant,
-        "wins": wins, "pairs": gains.size,
+        "difference": mean,
+        "error": error,
+        "low": low,
+        "high": high,
+        "share": share,
+        "significant": pair.significant,
+        "wins": wins,
+        "pairs": gains.size,
         "text": f"{pair}, 90 % interval {low:+.4f} to {high:+.4f}, better in {wins} of {gains.size} pairs",
-    }  # fmt: skip
+    }
 
 
 def plot(scores: list[SeedScores], metric: Metric, file: Path) -> None:
-    """A grey line for every (seed, fold), a black one for their mean. Parallel grey lines: the difference is the same everywhere."""
+    """A grey line for every (seed, fold), a black one for their mean. Parallel grey lines: the difference is
+    the same everywhere."""
     from comp.engine.report import plots
 
     figure, axes = plots.new_figure(1.6 * len(scores) + 3, 4.5)

@@ -1,5 +1,5 @@
-"""comp explain: where in an image a prediction comes from. Grad-CAM and SmoothGrad of the worst or of chosen rows, each by the weights
-of its own fold, which were not trained on it."""
+"""comp explain: where in an image a prediction comes from. Grad-CAM and SmoothGrad of the worst or of chosen
+rows, each by the weights of its own fold, which were not trained on it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def explain(run: str, ids: list[str], count: int) -> Path:
     with artifacts.atomic(file) as temporary:
         sheet.save(temporary, "png")
     print(
-        f"written: {paths.relative(file)}, {len(rows)} rows, each by the weights of its own fold\nnext: comp audit"
+        f"written: {paths.relative(file)}, {len(rows)} rows, each by the weights of its own fold\nnext: "
+        "comp audit"
     )
     return file
 

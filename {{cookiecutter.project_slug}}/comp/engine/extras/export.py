@@ -1,12 +1,14 @@
-"""comp export: a trained fold as torch.export and ONNX, int8 and pruned, with the score, time and size of each.
+"""comp export: a trained fold as torch.export and ONNX, int8 and pruned, with the score, time and size of
+each.
 
     runs/<run>/export/model.pt2        torch.export
                       model.onnx       ONNX
-                      int8.onnx        ONNX with static int8 weights per channel, calibrated on training images by onnxruntime
-                      pruned30.safetensors …  the smallest 30 % of the weights are 0, over all layers together
+                      int8.onnx        ONNX, static int8 per channel, calibrated on training images
+                      pruned30.safetensors …  the smallest 30 % of all weights are 0
                       table.json       what is printed
 
-torch's own int8 (torch.ao.quantization) is deprecated, and torchao is not a dependency, so int8 is onnxruntime's.
+torch's own int8 (torch.ao.quantization) is deprecated, and torchao is not a dependency, so int8 is
+onnxruntime's.
 """
 
 from __future__ import annotations
@@ -119,22 +121,31 @@ def _compare_outputs(lines: list[dict[str, Any]]) -> None:
             raise UserError(
                 "export-differs",
                 where=line["file"],
-                what=f"outputs differ from torch by {difference:.2g} of the largest one; do not use this file",
+                what=f"outputs differ from torch by {difference:.2g} of the largest one",
+                remedy="do not use this file",
             )
 
 
 def _report(context: Context, run: str, fold: int, rows: int, lines: list[dict[str, Any]]) -> None:
     metric, threads = score.metric_of(context.cfg), context.cfg.train.threads
     body = [
-        [line["name"], f"{line['score']:.4f}", f"{line['score'] - lines[0]['score']:+.4f}", f"{line['ms']:.3f}",
-         artifacts.format_size(line["bytes"]), f"{line.get('difference', 0):.1e}", line["file"]]
+        [
+            line["name"],
+            f"{line['score']:.4f}",
+            f"{line['score'] - lines[0]['score']:+.4f}",
+            f"{line['ms']:.3f}",
+            artifacts.format_size(line["bytes"]),
+            f"{line.get('difference', 0):.1e}",
+            line["file"],
+        ]
         for line in lines
-    ]  # fmt: skip
+    ]
     print(f"{run}, fold {fold}: {metric.name} of {rows} out-of-fold rows, on {threads} CPU threads")
     numbers = [metric.name, "change", "ms per image", "size", "difference"]
     print(text_table.render(["variant", *numbers, "file"], body, numbers))
     print(
-        "difference: the largest one from torch, as a share of the largest output; sizes of pruned variants are gzipped, "
+        "difference: the largest one from torch, as a share of the largest output; sizes of pruned variants "
+        "are gzipped, "
         "their shapes are unchanged"
     )
     print("int8 is onnxruntime's; torch.ao.quantization is deprecated")

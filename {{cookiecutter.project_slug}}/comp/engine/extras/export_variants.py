@@ -1,6 +1,7 @@
 """Variants of a trained network for comp export: torch.export, ONNX, ONNX int8, and pruned weights.
 
-All of them take images as uint8 grey levels, (batch, channels, height, width), normalize inside, and return raw outputs.
+All of them take images as uint8 grey levels, (batch, channels, height, width), normalize inside, and return
+raw outputs.
 """
 
 from __future__ import annotations
@@ -119,9 +120,16 @@ def _torch_export(network: ExportedNetwork, file: Path, example: NDArray[np.uint
 def _onnx(network: ExportedNetwork, file: Path, example: NDArray[np.uint8], threads: int) -> Variant:
     with artifacts.atomic(file) as temporary:
         torch.onnx.export(
-            network, (torch.from_numpy(example),), str(temporary), dynamo=True, dynamic_shapes=_dynamic_batch(),
-            input_names=[INPUT], output_names=[OUTPUT], external_data=False, verbose=False,
-        )  # fmt: skip
+            network,
+            (torch.from_numpy(example),),
+            str(temporary),
+            dynamo=True,
+            dynamic_shapes=_dynamic_batch(),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            external_data=False,
+            verbose=False,
+        )
     return Variant("onnx", file, file.stat().st_size, True, _onnx_forward(file, threads))
 
 
@@ -152,17 +160,23 @@ def _int8(model: Path, file: Path, calibration: NDArray[np.uint8], threads: int)
         quant_pre_process(str(model), str(prepared))
         with artifacts.atomic(file) as temporary:
             quantize_static(
-                str(prepared), str(temporary), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                weight_type=QuantType.QInt8, nodes_to_exclude=_target_scaler_nodes(prepared),
-            )  # fmt: skip
+                str(prepared),
+                str(temporary),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=_target_scaler_nodes(prepared),
+            )
     finally:
         prepared.unlink(missing_ok=True)
     return Variant("onnx int8", file, file.stat().st_size, False, _onnx_forward(file, threads))
 
 
 def _target_scaler_nodes(file: Path) -> list[str]:
-    """Names of the last multiplication and addition, which scale values to the unit of their target (target_scaler.py). They stay in
-    float: 8 bits from 0 to a mean of 9,500 would have no resolution left for a deviation of 30."""
+    """Names of the last multiplication and addition, which scale values to the unit of their target
+    (target_scaler.py). They stay in float: 8 bits from 0 to a mean of 9,500 would have no resolution left for
+    a deviation of 30."""
     import onnx
 
     graph = onnx.load(str(file)).graph
@@ -189,8 +203,8 @@ def _pruned_variant(network: ExportedNetwork, share: float, file: Path) -> Varia
 
 
 def pruned(network: ExportedNetwork, share: float) -> ExportedNetwork:
-    """A copy with the smallest weights of convolutions and linear layers set to 0. Shapes stay, so dense hardware is not faster; the
-    compressed file is smaller."""
+    """A copy with the smallest weights of convolutions and linear layers set to 0. Shapes stay, so dense
+    hardware is not faster; the compressed file is smaller."""
     from torch.nn.utils import prune
 
     cut = copy.deepcopy(network)

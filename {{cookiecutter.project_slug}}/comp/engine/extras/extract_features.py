@@ -1,5 +1,5 @@
-"""Features of images: those of a frozen backbone (comp features), and those that enter the last layer of a trained fold (comp audit
---drift)."""
+"""Features of images: those of a frozen backbone (comp features), and those that enter the last layer of a
+trained fold (comp audit --drift)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Features = NDArray[np.float32]  # (samples, features)
 
 
 def of_backbone(context: Context, run: str, fresh: bool) -> Features:
-    """Those on disk, if they were made of the same images and weights; otherwise they are computed, and the backbone is saved."""
+    """Those on disk, if they were made of the same images and weights; otherwise they are computed, and the
+    backbone is saved."""
     cfg, file = context.cfg, paths.run_folder(run) / frozen_heads.FILE
     torch.manual_seed(fold_in(cfg.train.seeds[0], 3))
     backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
@@ -55,7 +56,8 @@ def of_backbone(context: Context, run: str, fresh: bool) -> Features:
         np.save(opened, features)
     artifacts.add_to_manifest(file, **inputs)
     print(
-        f"{paths.relative(file)}: {len(features):,} samples, {features.shape[1]} features, {time.perf_counter() - began:.0f} s"
+        f"{paths.relative(file)}: {len(features):,} samples, {features.shape[1]} features, "
+        f"{time.perf_counter() - began:.0f} s"
     )
     return features
 
@@ -77,10 +79,17 @@ def _computed(context: Context, backbone: nn.Module) -> Features:
         )
     if damaged:
         names = context.samples.frame["id"]
-        raise joined([
-            UserError("file-damaged", where=f"sample {names.iloc[i]}", what=reason, remedy="comp check lists every such file")
-            for i, reason in damaged.items()
-        ])  # fmt: skip
+        raise joined(
+            [
+                UserError(
+                    "file-damaged",
+                    where=f"sample {names.iloc[i]}",
+                    what=reason,
+                    remedy="comp check lists every such file",
+                )
+                for i, reason in damaged.items()
+            ]
+        )
     return raw[0]
 
 
@@ -93,7 +102,14 @@ def _inputs(context: Context, backbone: nn.Module) -> dict[str, Any]:
         weights.update(value.detach().cpu().contiguous().numpy().tobytes())
     loader = image_reader.from_config(cfg)
     files = sorted({image for images in samples.frame["images"] for image in images[: cfg.data.max_images]})
-    knobs = [cfg.model.name, cfg.model.kwargs, cfg.model.image_pool, cfg.data.max_images, cfg.data.normalize, cfg.train.amp]  # fmt: skip
+    knobs = [
+        cfg.model.name,
+        cfg.model.kwargs,
+        cfg.model.image_pool,
+        cfg.data.max_images,
+        cfg.data.normalize,
+        cfg.train.amp,
+    ]
     return {
         "weights": weights.hexdigest()[:16],
         "sizes or decoding": loader.key,

@@ -1,11 +1,14 @@
-"""comp features: features of a frozen backbone for every image, computed once, and heads fitted on them in seconds.
+"""comp features: features of a frozen backbone for every image, computed once, and heads fitted on them in
+seconds.
 
-    runs/<run>/features.npy      (samples, features) float32, with hashes of what they were made of; if weights, images, sizes or
-                                 samples changed since, they are refused
-    runs/<run>/frozen/           the backbone's weights; seed0/fold3/<head>/ those of a head (comp/engine/run/frozen_heads.py)
-    runs/<run>/members/<head>/   each head as a member with OOF and test predictions: exp001:logistic. Blends and kernels take it
+    runs/<run>/features.npy         (samples, features) float32, with hashes of what they were made of;
+                                    an error if weights, images, sizes or samples changed
+    runs/<run>/frozen/              the backbone's weights
+    runs/<run>/seed0/fold3/<head>/  those of a head (comp/engine/run/frozen_heads.py)
+    runs/<run>/members/<head>/      each head as a member with OOF and test predictions, like exp001:logistic
 
-Each head is fitted on the training part of a fold and predicts its validation rows, so its score is a CV like any other.
+Each head is fitted on the training part of a fold and predicts its validation rows, so its score is a CV like
+any other.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ def features(run: str, overrides: list[str], heads: str, fresh: bool = False) ->
 
 
 def _validate(cfg: Config) -> None:
-    """Features are of images alone and the same for all folds, so nothing may be fitted on the training rows of a fold."""
+    """Features are of images alone and the same for all folds, so nothing may be fitted on the training rows
+    of a fold."""
     if pages.get("model") is not None:
         raise UserError(
             "features-unavailable",

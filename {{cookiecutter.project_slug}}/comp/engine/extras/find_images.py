@@ -1,4 +1,5 @@
-"""For comp inspect: the path template of images, from a column of a table or from folders; and images that represent the download."""
+"""For comp inspect: the path template of images, from a column of a table or from folders; and images that
+represent the download."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ EXAMPLES = {"train": 48, "test": 24}
 SAMPLED_ROWS = 60  # of a table, to find the column that names images
 
 
-# --- the path template ---------------------------------------------------------------------------------------------------
+# --- the path template --------------------------------------------------------------------------------------
 
 
 class PathIndex:
@@ -36,7 +37,8 @@ class PathIndex:
         self.paths = images
 
     def find(self, value: str, kind: str) -> list[str]:
-        """Paths that the cell of a table may mean: those not in a folder of the other kind (train, test), images before DICOM."""
+        """Paths that the cell of a table may mean: those not in a folder of the other kind (train, test),
+        images before DICOM."""
         matches = [
             path
             for path in self.by_name.get(value.rpartition("/")[2], [])
@@ -77,7 +79,8 @@ def image_template(guesses: Guesses, kind: str, frame: pd.DataFrame, index: Path
 
 
 def _template(path: str, row: dict[Any, Any], column: str) -> str:
-    """The path with the cell's text, and with folders that are other cells (or a prefix of this one), as placeholders."""
+    """The path with the cell's text, and with folders that are other cells (or a prefix of this one), as
+    placeholders."""
     value = str(row[column])
     before, _, after = path.rpartition(value)
     parts = []
@@ -91,7 +94,8 @@ def _template(path: str, row: dict[Any, Any], column: str) -> str:
 
 
 def labels_from_paths(guesses: Guesses, index: PathIndex) -> None:
-    """Sets train.files where there is no training table: the label is the folder or the start of the file name."""
+    """Sets train.files where there is no training table: the label is the folder or the start of the file
+    name."""
     train = [path for path in index.paths if "train" in path.lower().split("/")[0]]
     if not train:
         raise UserError(
@@ -113,11 +117,14 @@ def labels_from_paths(guesses: Guesses, index: PathIndex) -> None:
         guesses.set("train.files", pattern, "no table; file names start with the label")
     else:
         raise UserError(
-            "train-table-missing", where=f"data/raw/{path}", what="no table, and no label in its path", remedy=BY_HAND
-        )  # fmt: skip
+            "train-table-missing",
+            where=f"data/raw/{path}",
+            what="no table, and no label in its path",
+            remedy=BY_HAND,
+        )
 
 
-# --- images that represent the download ----------------------------------------------------------------------------------
+# --- images that represent the download ---------------------------------------------------------------------
 
 
 class Examples(NamedTuple):

@@ -1,4 +1,5 @@
-"""For comp inspect: which file of a download is the sample submission, the training table and the test table."""
+"""For comp inspect: which file of a download is the sample submission, the training table and the test
+table."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def read_tables(raw: Path, tables: list[str], guesses: Guesses) -> Iterator[tupl
 
 
 def choose_table(kind: str, frames: dict[str, pd.DataFrame], sample: pd.DataFrame) -> str | None:
-    """The table of train or test rows: by its name, then by columns of the sample submission in it, then by its length."""
+    """The table of train or test rows: by its name, then by columns of the sample submission in it, then by
+    its length."""
     other = "test" if kind == "train" else "train"
     columns = {str(column) for column in sample.columns}
 

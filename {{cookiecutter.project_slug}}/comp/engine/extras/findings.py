@@ -1,4 +1,5 @@
-"""The results of comp audit: leaks, and what could not be checked, since a silent gap would look like a clean result."""
+"""The results of comp audit: leaks, and what could not be checked, since a silent gap would look like a clean
+result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Heads on frozen features, for comp features: scikit-learn fits them, frozen_heads.py stores their numbers and predicts."""
+"""Heads on frozen features, for comp features: scikit-learn fits them, frozen_heads.py stores their numbers
+and predicts."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ Numbers = dict[str, NDArray[Any]]
 
 
 def fit_member(context: Context, run: str, name: str, features: NDArray[np.float32]) -> None:
-    """Fit a head fold by fold, save each fold's head like a checkpoint, and write the member run:name. Its test predictions are the
-    mean over folds, as for any run."""
+    """Fit a head fold by fold, save each fold's head like a checkpoint, and write the member run:name. Its
+    test predictions are the mean over folds, as for any run."""
     table, folds = context.samples, context.folds
     began = time.perf_counter()
     facts = {
@@ -64,7 +65,8 @@ def _fit_fold(
     for head in table.heads:
         scaled = frozen_heads.standardized(numbers, x)
         numbers |= fit(name, head, scaled, table.targets(head)[train_rows])
-    # A k-nearest-neighbour head stores the positions of its training rows, and finds their features in the run's file.
+    # A k-nearest-neighbour head stores the positions of its training rows, and finds their features in the
+    # run's file.
     stored = {"rows": train_rows.astype(np.int64)} if name == "knn" else {}
     frozen_heads.write(folder / bank.WEIGHTS, name, numbers | stored, backbone["sha256"])
     began = time.perf_counter()
@@ -89,7 +91,8 @@ def _fit_fold(
 
 
 def predictor(name: str, head: Head, x: Array, target: Array) -> Callable[[Array], Array]:
-    """Fits a head on unscaled features; returns (rows, features) -> (rows, outputs) as the task's `store` takes them."""
+    """Fits a head on unscaled features; returns (rows, features) -> (rows, outputs) as the task's `store`
+    takes them."""
     numbers = fit(name, head, x, target) | {"middle": np.zeros(1), "spread": np.ones(1)}
     numbers |= {"near": x} if name == "knn" else {}
     return lambda rows: frozen_heads.outputs(head, numbers, rows)

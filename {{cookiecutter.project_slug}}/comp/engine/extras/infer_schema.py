@@ -1,5 +1,5 @@
-"""For comp inspect: guesses of id, rows, target, task, metric, form and groups of a download, each with its reason. Nothing else in
-the project guesses."""
+"""For comp inspect: guesses of id, rows, target, task, metric, form and groups of a download, each with its
+reason. Nothing else in the project guesses."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def infer(raw: Path) -> Inferred:
     )
 
 
-# --- ids and rows --------------------------------------------------------------------------------------------------------
+# --- ids and rows -------------------------------------------------------------------------------------------
 
 
 def _ids(guesses: Guesses, train: pd.DataFrame, test: pd.DataFrame, sample: pd.DataFrame) -> None:
@@ -100,7 +100,7 @@ def _row_template(guesses: Guesses, train: pd.DataFrame, test: pd.DataFrame, key
     guesses.ambiguous.append(f"row: no two columns make up {key}; several test rows share it")
 
 
-# --- target, task, metric, form ------------------------------------------------------------------------------------------
+# --- target, task, metric, form -----------------------------------------------------------------------------
 
 
 def _target(
@@ -227,7 +227,7 @@ def _range(values: pd.Series) -> str:
     return f"{values.min():g} to {values.max():g}, median {median:g}, 90 % from {low:g} to {high:g}"
 
 
-# --- groups, folds, metadata ---------------------------------------------------------------------------------------------
+# --- groups, folds, metadata --------------------------------------------------------------------------------
 
 
 def _groups(guesses: Guesses, train: pd.DataFrame, test: pd.DataFrame) -> None:

@@ -1,4 +1,5 @@
-"""comp inspect: a first configs/competition.yaml from the files in data/raw, each guess with its reason, and a contact sheet."""
+"""comp inspect: a first configs/competition.yaml from the files in data/raw, each guess with its reason, and
+a contact sheet."""
 
 from __future__ import annotations
 

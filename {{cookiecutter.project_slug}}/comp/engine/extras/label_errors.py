@@ -31,7 +31,8 @@ COLUMNS = ("id", "target", "label", "predicted", "margin")
 
 
 def label_errors(names: Sequence[str]) -> pd.DataFrame:
-    """Write data/label_errors.csv and .png, by all of `names` together; default: every run with OOF predictions of all rows."""
+    """Write data/label_errors.csv and .png, by all of `names` together; default: every run with OOF
+    predictions of all rows."""
     import pandas as pd
 
     cfg = resolve.load(paths.root(), "base").config
@@ -57,7 +58,8 @@ def label_errors(names: Sequence[str]) -> pd.DataFrame:
     file, sheet = paths.path("data", "label_errors.csv"), paths.path("data", "label_errors.png")
     artifacts.write_text(file, frame.drop(columns="position").to_csv(index=False))
     print(
-        f"{len(frame)} of {int(common.sum())} rows are likely label errors: {', '.join(names)} agree against the label"
+        f"{len(frame)} of {int(common.sum())} rows are likely label errors: {', '.join(names)} agree "
+        "against the label"
     )
     if len(names) == 1:
         print("a single model is often wrong itself; name several, like comp label-errors exp001 exp002")
@@ -70,15 +72,16 @@ def label_errors(names: Sequence[str]) -> pd.DataFrame:
         title = "label -> prediction of all models, largest margin first"
         contact_sheet.write(cfg, captions, sheet, title)
         print(
-            f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first {min(DRAWN, len(found))}"
+            f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first "
+            f"{min(DRAWN, len(found))}"
         )
     print("next: check them by eye; take wrong rows out of the training table, then comp prepare")
     return frame
 
 
 def _complete_runs(rows: Samples, split: Folds) -> dict[str, PredictionSet]:
-    """Runs that predict every row. A --debug run would leave next to no common rows, and one on other folds cannot be read; both
-    are left out, with the reason printed."""
+    """Runs that predict every row. A --debug run would leave next to no common rows, and one on other folds
+    cannot be read; both are left out, with the reason printed."""
     found = {}
     files = sorted(paths.path("runs").glob("*/oof.arrow"))
     for name in (
@@ -112,11 +115,16 @@ def _lines(
         position = int(at[row])
         lines.append(
             {
-                "id": rows.frame["id"].iloc[position], "target": head.name, "label": label, "predicted": predicted,
-                "margin": margin, "fold": int(fold[row]), "image": rows.frame["images"].iloc[position][0],
+                "id": rows.frame["id"].iloc[position],
+                "target": head.name,
+                "label": label,
+                "predicted": predicted,
+                "margin": margin,
+                "fold": int(fold[row]),
+                "image": rows.frame["images"].iloc[position][0],
                 "position": position,
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -140,13 +148,19 @@ def _multilabel_errors(head: Head, target: NDArray[Any], probability: list[NDArr
     """Each label by itself: all models above 0.5 where it is 0, or below where it is 1."""
     against = np.min([np.where(target > 0.5, 1 - p, p) for p in probability], axis=0)
     return [
-        (int(i), f"{head.outputs[j]} {target[i, j]:g}", f"{np.mean([p[i, j] for p in probability]):.3f}", float(2 * against[i, j] - 1))
+        (
+            int(i),
+            f"{head.outputs[j]} {target[i, j]:g}",
+            f"{np.mean([p[i, j] for p in probability]):.3f}",
+            float(2 * against[i, j] - 1),
+        )
         for i, j in np.argwhere(against > 0.5)
-    ]  # fmt: skip
+    ]
 
 
 def _value_errors(head: Head, target: NDArray[Any], values: list[NDArray[Any]]) -> Errors:
-    """All models are off to the same side by more than two standard deviations of their error. Margin: in standard deviations."""
+    """All models are off to the same side by more than two standard deviations of their error. Margin: in
+    standard deviations."""
     lines = []
     for column in range(target.shape[1]):
         error = np.stack([p[:, column] - target[:, column] for p in values])  # (models, rows)

@@ -64,7 +64,8 @@ def bank(csv: str | None = None, filters: Sequence[str] = ()) -> None:
     if best:
         print(f"best: {best}; like best: correlation of OOF predictions with it; low values help a blend")
     print(
-        "next: comp bank --csv NAME prints one; comp ensemble NAME blends what configs/ensembles/NAME.yaml lists"
+        "next: comp bank --csv NAME prints one; comp ensemble NAME blends what configs/ensembles/NAME.yaml "
+        "lists"
     )
 
 

@@ -1,5 +1,5 @@
-"""comp model: parameters, multiply-adds, time and memory of an experiment's network, measured on this machine. Nothing is trained
-or written."""
+"""comp model: parameters, multiply-adds, time and memory of an experiment's network, measured on this
+machine. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ def measure(experiment: str, overrides: list[str]) -> None:
     module = models.build(cfg, heads, pretrained=False).to(device)
     network = torch_compile.prepare(cfg, module)  # as the training loop runs it
     image = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
-    parameters = sum(p.numel() for p in module.parameters())
-    classifier = _classifier(module)
-    last = 0 if classifier is None else sum(p.numel() for p in classifier.parameters())
     half = HALF[cfg.train.amp]
 
     def forward(batch: Tensor) -> Callable[[], object]:
@@ -55,30 +52,42 @@ def measure(experiment: str, overrides: list[str]) -> None:
         optimizer.zero_grad()
 
     module.eval()
-    lines = [
-        ["parameters", f"{parameters:,}", f"{last:,} of them in the last layer; {artifacts.format_size(4 * parameters)} of weights"],
-        ["multiply-adds", f"{multiply_adds(module, image) / 1e6:,.1f} M", f"an image of {cfg.data.channels} x {cfg.data.size} x {cfg.data.size}"],
-    ]  # fmt: skip
+    lines = _size_lines(module, image)
     for count in dict.fromkeys((1, cfg.predict.batch_size)):
         run = forward(image.expand(count, -1, -1, -1).contiguous())
         took, peak = seconds(run, device), memory(run, device)
-        details = f"{1000 * took / count:.3f} ms per image, {artifacts.format_size(peak)} peak memory"
-        lines.append([f"forward of {count}", f"{1000 * took:.2f} ms", details])
+        lines.append(_time_line(f"forward of {count}", count, took, peak))
     module.train()
     optimizer = optim.optimizer(cfg, module)
     peak = memory(step, device)
     took = seconds(step, device)
-    details = (
-        f"{1000 * took / cfg.train.batch_size:.3f} ms per image, {artifacts.format_size(peak)} peak memory"
-    )
-    lines.append([f"training step of {cfg.train.batch_size}", f"{1000 * took:.2f} ms", details])
+    lines.append(_time_line(f"training step of {cfg.train.batch_size}", cfg.train.batch_size, took, peak))
     print(
-        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; medians, without loading images"
+        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; "
+        "medians, without loading images"
     )
     print(text_table.render(["what", "", ""], lines, [""]))
     if pages.get("model") is None:
         print(backbone.describe(cfg))
     print(f"next: comp train {experiment}")
+
+
+def _size_lines(module: nn.Module, image: Tensor) -> list[list[str]]:
+    parameters = sum(p.numel() for p in module.parameters())
+    classifier = _classifier(module)
+    last = 0 if classifier is None else sum(p.numel() for p in classifier.parameters())
+    weights = f"{last:,} of them in the last layer; {artifacts.format_size(4 * parameters)} of weights"
+    _, channels, height, width = image.shape
+    operations = f"{multiply_adds(module, image) / 1e6:,.1f} M"
+    return [
+        ["parameters", f"{parameters:,}", weights],
+        ["multiply-adds", operations, f"an image of {channels} x {height} x {width}"],
+    ]
+
+
+def _time_line(name: str, images: int, took: float, peak: float) -> list[str]:
+    details = f"{1000 * took / images:.3f} ms per image, {artifacts.format_size(peak)} peak memory"
+    return [name, f"{1000 * took:.2f} ms", details]
 
 
 def _classifier(module: nn.Module) -> nn.Module | None:
@@ -110,7 +119,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def memory(run: Callable[[], object], device: torch.device) -> float:
-    """Peak bytes: on a GPU everything torch has allocated, on a CPU what the process uses in addition to before."""
+    """Peak bytes: on a GPU everything torch has allocated, on a CPU what the process uses in addition to
+    before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()

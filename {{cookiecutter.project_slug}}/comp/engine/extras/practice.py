@@ -1,7 +1,8 @@
-"""The practice competition: the 1,797 real handwritten digits that scikit-learn ships, laid out as a Kaggle download.
+"""The practice competition: the 1,797 real handwritten digits that scikit-learn ships, laid out as a Kaggle
+download.
 
-Consecutive digits of the set are by one writer, so blocks of them are the group column, and the test set is whole blocks: folds that
-split writers overestimate the hidden score. Only `score` reads the hidden answers.
+Consecutive digits of the set are by one writer, so blocks of them are the group column, and the test set is
+whole blocks: folds that split writers overestimate the hidden score. Only `score` reads the hidden answers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ PENS = (
 
 
 def make(raw: Path | None = None) -> Path:
-    """Write train.csv, test.csv, sample_submission.csv, train/ and test/ under `raw` (default: data/raw). The same bytes every time."""
+    """Write train.csv, test.csv, sample_submission.csv, train/ and test/ under `raw` (default: data/raw). The
+    same bytes every time."""
     from tqdm import tqdm
 
     raw = raw or paths.path("data", "raw")
@@ -68,11 +70,13 @@ def make(raw: Path | None = None) -> Path:
         for folder, part in named:
             (raw / folder).mkdir(parents=True, exist_ok=True)
             for id_, *_, position in part:
-                # Not through artifacts.atomic: 1,797 flushes to disk cost seconds, and a second call rewrites a torn file.
+                # Not through artifacts.atomic: 1,797 flushes to disk cost seconds, and a second call rewrites
+                # a torn file.
                 (raw / folder / f"{id_}.png").write_bytes(_png(pixels[position]))
                 progress.update()
     print(
-        f"{paths.relative(raw)}: {len(known)} training and {len(hidden)} test images; the test set is {len(HIDDEN_WRITERS)} whole writers"
+        f"{paths.relative(raw)}: {len(known)} training and {len(hidden)} test images; the test set is "
+        f"{len(HIDDEN_WRITERS)} whole writers"
     )
     print("next: comp prepare")
     return raw
@@ -115,7 +119,8 @@ def score(name: str) -> float:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) ink, 0 to 16, and the labels. Read as a file, since importing scikit-learn takes seconds."""
+    """(1797, 8, 8) ink, 0 to 16, and the labels. Read as a file, since importing scikit-learn takes
+    seconds."""
     package = importlib.util.find_spec("sklearn")
     assert package is not None and package.submodule_search_locations
     file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")

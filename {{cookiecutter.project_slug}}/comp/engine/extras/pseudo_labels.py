@@ -1,7 +1,7 @@
 """comp pseudo: confident test predictions of a run as labels for the training of other runs.
 
-A fold gets labels from its own models alone, which were not trained on its validation rows; the refit on all data gets those of
-all folds.
+A fold gets labels from its own models alone, which were not trained on its validation rows; the refit on all
+data gets those of all folds.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ def label(
 
 
 def write(source: str, name: str, selection: Selection) -> None:
-    """Write data/pseudo/<name>.parquet from the test predictions of `source`, a run, a member or a plain average."""
+    """Write data/pseudo/<name>.parquet from the test predictions of `source`, a run, a member or a plain
+    average."""
     rows = samples.load()
     split = folds.load(rows)
     if split.meta["rule"] == "earlier":
         raise UserError(
             "pseudo-labels-without-effect",
             where="comp pseudo",
-            what="folds by time train on earlier rows only, and test rows come later, so their labels would never be used",
+            what="folds by time train on earlier rows only, and test rows are later, so their labels have no effect",
         )
     models = teachers.load(source, split, "comp pseudo")
     _validate(rows.heads, selection)
@@ -124,11 +125,14 @@ def _validate(heads: tuple[Head, ...], selection: Selection) -> None:
     if selection.soft and all(head.task == "regression" for head in heads):
         raise UserError(
             "option-unused", where="--soft", what="has no effect on regression targets", remedy="leave it out"
-        )  # fmt: skip
+        )
     if selection.soft and any(head.task == "retrieval" for head in heads):
         raise UserError(
-            "option-unused", where="--soft", what="retrieval trains on one class per image", remedy="leave it out"
-        )  # fmt: skip
+            "option-unused",
+            where="--soft",
+            what="retrieval trains on one class per image",
+            remedy="leave it out",
+        )
 
 
 def predicted(
@@ -146,8 +150,8 @@ def predicted(
 def _confidence(
     head: Head, mean: PredictionSet, sets: list[PredictionSet], rows: Samples, selection: Selection
 ) -> NDArray[np.float64]:
-    """(rows,), 0 to 1. Classes: the largest probability. Several labels: the mean over labels of max(p, 1 - p). Values: how close
-    the models are to each other, relative to the deviation of the targets."""
+    """(rows,), 0 to 1. Classes: the largest probability. Several labels: the mean over labels of max(p, 1 -
+    p). Values: how close the models are to each other, relative to the deviation of the targets."""
     if head.spec.spaces is VALUES:
         if len(sets) == 1 and selection.share != 1:
             raise UserError(
@@ -155,8 +159,8 @@ def _confidence(
                 where="comp pseudo",
                 key=head.name,
                 what="one model gives no confidence for a regression target",
-                remedy="train a second seed (comp train RUN --seed 1), name an ensemble of several runs, or take every "
-                "row with --share 1",
+                remedy="train a second seed (comp train RUN --seed 1), name an ensemble of several runs, "
+                "or take every row with --share 1",
             )
         deviation = teachers.spread(mean, sets, head.name)
         scale = np.nanstd(rows.targets(head)[rows.positions("train")])
@@ -181,12 +185,14 @@ def select(predicted: Predicted, fold: int | str, rows: Samples, selection: Sele
         count = None if selection.share is None else max(1, round(selection.share * len(of_class)))
         of_class = of_class[np.argsort(-predicted.confidence[of_class], kind="stable")][:count]
         taken[of_class[predicted.confidence[of_class] >= least]] = True
-    # The mean over all folds is less confident than each fold, so the refit may be left without pseudo-labels.
+    # The mean over all folds is less confident than each fold, so the refit may be left without
+    # pseudo-labels.
     if not taken.any() and fold != "full":
         raise UserError(
             "confidence-too-high",
             where=f"fold {fold}",
-            what=f"no test row has a confidence of {least:g}, the highest is {predicted.confidence.max():.3f}",
+            what=f"no test row has a confidence of {least:g}, the highest is "
+            f"{predicted.confidence.max():.3f}",
             remedy=f"--confidence {np.quantile(predicted.confidence, 0.8):.2f} takes a fifth of the rows, "
             "--share 0.2 a fifth of each class",
         )
@@ -203,7 +209,8 @@ def select(predicted: Predicted, fold: int | str, rows: Samples, selection: Sele
 
 
 def labels(head: Head, probability: NDArray[np.float64], soft: bool) -> dict[str, NDArray[np.float64]]:
-    """Target columns as the samples have them; soft labels of a class code get a column per class (pseudo_rows.soft_columns)."""
+    """Target columns as the samples have them; soft labels of a class code get a column per class
+    (pseudo_rows.soft_columns)."""
     if head.exclusive:
         hard = np.eye(len(head.outputs))[probability.argmax(axis=1)]
         if len(head.columns) > 1:
@@ -236,7 +243,8 @@ def _report(frame: pd.DataFrame, rows: Samples, split: Folds) -> None:
     copy_of = fold[repeat, np.arange(len(by_fold))]
     if unused := int(((copy_of == own) | (copy_of == folds.HOLDOUT)).sum()):
         print(
-            f"{unused} of these lines are not trained on: their image is a copy of one in the validation rows of "
+            f"{unused} of these lines are not trained on: their image is a copy of one in the validation "
+            "rows of "
             "their fold, or in the hold-out"
         )
     print(
@@ -254,9 +262,14 @@ def _print_classes(by_fold: pd.DataFrame, rows: Samples, split: Folds) -> None:
     for name in rows.heads[0].classes:
         count = counts.loc[name].to_numpy() if name in counts.index else np.zeros(split.count)
         confidence = by_fold.loc[by_fold["label"] == name, "confidence"].mean()
-        body.append([
-            name, f"{truth.get(name, 0):.1%}", f"{count.sum() / len(by_fold):.1%}", f"{count.min():.0f}-{count.max():.0f}",
-            "-" if np.isnan(confidence) else f"{confidence:.3f}",
-        ])  # fmt: skip
+        body.append(
+            [
+                name,
+                f"{truth.get(name, 0):.1%}",
+                f"{count.sum() / len(by_fold):.1%}",
+                f"{count.min():.0f}-{count.max():.0f}",
+                "-" if np.isnan(confidence) else f"{confidence:.3f}",
+            ]
+        )
     numbers = ["of training", "of taken", "rows per fold", "confidence"]
     print(text_table.render(["class", *numbers], body, numbers))

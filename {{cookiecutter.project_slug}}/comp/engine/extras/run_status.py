@@ -1,4 +1,5 @@
-"""The state of a run or ensemble on disk, for comp runs and comp bank: its score with marks, its folds, and the time it trained."""
+"""The state of a run or ensemble on disk, for comp runs and comp bank: its score with marks, its folds, and
+the time it trained."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def _lock_owners(folder: Path) -> list[str]:
 
 
 def folds_and_marks(folder: Path, cfg: Config, record: Record | None) -> tuple[str, list[str]]:
-    """`8/10 of 2 seeds`, and the marks of the run: those of its score, unfinished, training now, has :full."""
+    """`8/10 of 2 seeds`, and the marks of the run: those of its score, unfinished, training now, has
+    :full."""
     name, count = folder.name, experiments.fold_count(cfg)
     by_seed = {seed: _predicted_folds(name, seed, count) for seed in experiments.seeds(name)}
     by_seed = dict.fromkeys(cfg.train.seeds, 0) | {seed: n for seed, n in by_seed.items() if n}

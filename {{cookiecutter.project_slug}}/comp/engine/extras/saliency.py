@@ -35,7 +35,8 @@ def load_network(context: Context, weights: Path) -> nn.Module:
 def maps(
     context: Context, module: nn.Module, row: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """(height, width, channels) of the sample's first image, and Grad-CAM and SmoothGrad as (height, width), 0 to 1."""
+    """(height, width, channels) of the sample's first image, and Grad-CAM and SmoothGrad as (height, width),
+    0 to 1."""
     batch = context.loader.images.batch([Index(row, None)])
     extras = context.loader.extras(batch)
     preprocess = transforms.Preprocess(normalize.build(context.cfg, module, context.device))
@@ -58,8 +59,8 @@ def maps(
 
 
 def _explained_output(context: Context, output: Tensor) -> tuple[int, int]:
-    """(column, sign) of the output that is explained: the first head's most likely class, or its value. A single logit is explained
-    with the sign of its prediction."""
+    """(column, sign) of the output that is explained: the first head's most likely class, or its value. A
+    single logit is explained with the sign of its prediction."""
     width = models.output_sizes(context.cfg, context.samples.heads)[0]
     head = context.samples.heads[0]
     if width == 1:
@@ -69,8 +70,8 @@ def _explained_output(context: Context, output: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def spatial_features(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects feature maps of a forward pass, in the order in which they are computed: the stages in timm's feature_info, then the
-    output of forward_features. Of a network without either: the convolutions."""
+    """Collects feature maps of a forward pass, in the order in which they are computed: the stages in timm's
+    feature_info, then the output of forward_features. Of a network without either: the convolutions."""
     layers: list[Tensor] = []
     backbone, _ = inner(module)
 
@@ -103,10 +104,11 @@ def spatial_features(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def choose_layer(layers: list[Tensor], output: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """The last feature map with a gradient everywhere and at least MIN_SIDE cells per side, with that gradient.
+    """The last feature map with a gradient everywhere and at least MIN_SIDE cells per side, with that
+    gradient.
 
-    For a 32 px image some networks end in a single cell, and after the last attention only a class token is read; an earlier map
-    is taken then.
+    For a 32 px image some networks end in a single cell, and after the last attention only a class token is
+    read; an earlier map is taken then.
     """
     if not layers:
         raise UserError(

@@ -1,8 +1,8 @@
-"""comp seed-noise: the standard deviation of a score over seeds, with everything else unchanged. comp runs uses it as the yardstick of
-every difference, and comp compare trains the same way.
+"""comp seed-noise: the standard deviation of a score over seeds, with everything else unchanged. comp runs
+uses it as the yardstick of every difference, and comp compare trains the same way.
 
-Seeds are trained in a run of their own, <experiment>-seeds, so that <experiment> itself is unchanged. A killed call continues where
-it was.
+Seeds are trained in a run of their own, <experiment>-seeds, so that <experiment> itself is unchanged. A
+killed call continues where it was.
 """
 
 from __future__ import annotations
@@ -38,10 +38,16 @@ def seed_noise(experiment: str, seeds: int) -> dict[str, Any]:
         )
     scores, metric = train_seeds(experiment, seeds), current_metric()
     record = {
-        "run": f"{experiment}-seeds", "experiment": experiment, "metric": metric.name, "seeds": seeds, "scores": scores.oof.tolist(),
-        "mean": float(scores.oof.mean()), "std": float(scores.oof.std(ddof=1)),
-        "fold_std": float(scores.folds.std(axis=0, ddof=1).mean()), "folds": artifacts.manifest_entry(paths.folds_file()),
-    }  # fmt: skip
+        "run": f"{experiment}-seeds",
+        "experiment": experiment,
+        "metric": metric.name,
+        "seeds": seeds,
+        "scores": scores.oof.tolist(),
+        "mean": float(scores.oof.mean()),
+        "std": float(scores.oof.std(ddof=1)),
+        "fold_std": float(scores.folds.std(axis=0, ddof=1).mean()),
+        "folds": artifacts.manifest_entry(paths.folds_file()),
+    }
     artifacts.write_json(paths.path("runs", FILE), record)
     heading = ["", f"{metric.name}, all rows", *(f"fold {k}" for k in range(scores.folds.shape[1]))]
     rows = [
@@ -66,7 +72,8 @@ def _threshold(record: dict[str, Any]) -> float:
 
 
 def differences(metric: Metric, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """For comp runs: the difference of each run to the baseline of comp seed-noise. `scored`: (name, score.json)."""
+    """For comp runs: the difference of each run to the baseline of comp seed-noise. `scored`: (name,
+    score.json)."""
     file = paths.path("runs", FILE)
     record = artifacts.read_json(file) if file.exists() else None
     if record is None:

@@ -10,7 +10,8 @@ from comp.engine.config import experiments, resolve
 
 
 def config(experiment: str, overrides: list[str], debug: bool = False, against: str | None = None) -> None:
-    """key=value with file and line of each value; with `against`, only what differs from another experiment."""
+    """key=value with file and line of each value; with `against`, only what differs from another
+    experiment."""
     loaded = experiments.load(experiment, overrides, debug)
     if against is None:
         values = resolve.flatten(loaded.config.model_dump())

@@ -1,8 +1,10 @@
-"""Statistics of a slice for comp slices: score, confidence interval, and a test of whether it differs from the other rows.
+"""Statistics of a slice for comp slices: score, confidence interval, and a test of whether it differs from
+the other rows.
 
-Intervals are of each slice by itself: Wilson's for a share of correct rows, else a bootstrap. The test is Fisher's exact test for a
-share, else a permutation test against random sets of as many rows. p-values are corrected by Holm for the number of slices, so that
-on data without any difference no slice is reported in 9 of 10 cases.
+Intervals are of each slice by itself: Wilson's for a share of correct rows, else a bootstrap. The test is
+Fisher's exact test for a share, else a permutation test against random sets of as many rows. p-values are
+corrected by Holm for the number of slices, so that on data without any difference no slice is reported in 9
+of 10 cases.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def group_codes(groups: NDArray[Any] | None) -> Positions | None:
 
 
 def describe(scorer: SliceScorer, at: Positions, comparisons: int) -> dict[str, float]:
-    """score, low, high, all, gain and the uncorrected p; NaN and 1.0 where the metric is undefined, as for one class only."""
+    """score, low, high, all, gain and the uncorrected p; NaN and 1.0 where the metric is undefined, as for
+    one class only."""
     try:
         value, (low, high) = scorer.score(at), interval(scorer, at)
         if scorer.correct is None:
@@ -94,9 +97,14 @@ def interval(scorer: SliceScorer, at: Positions) -> tuple[float, float]:
         return nested_cv.wilson(float(scorer.correct[at].mean()) * rows, rows, LEVEL)
     groups = scorer.groups_of(at)
     found = nested_cv.bootstrap(
-        scorer.metric, scorer.truth[at], scorer.prediction[at], None if groups is None else groups[at], RESAMPLES,
-        rows=scorer.frame.iloc[at], level=LEVEL,
-    )  # fmt: skip
+        scorer.metric,
+        scorer.truth[at],
+        scorer.prediction[at],
+        None if groups is None else groups[at],
+        RESAMPLES,
+        rows=scorer.frame.iloc[at],
+        level=LEVEL,
+    )
     return found.low, found.high
 
 
@@ -112,8 +120,8 @@ def fisher_test(scorer: SliceScorer, at: Positions) -> float:
 
 
 def _design_effect(scorer: SliceScorer, at: Positions) -> float:
-    """How many rows of groups carry the information of one independent row (Kish), at least 1. From the residuals after the
-    difference between the slice and the rest, which the test is about, is removed."""
+    """How many rows of groups carry the information of one independent row (Kish), at least 1. From the
+    residuals after the difference between the slice and the rest, which the test is about, is removed."""
     groups = scorer.groups_of(at)
     if groups is None or scorer.correct is None:
         return 1.0
@@ -128,8 +136,9 @@ def _design_effect(scorer: SliceScorer, at: Positions) -> float:
 
 
 def permutation_test(scorer: SliceScorer, at: Positions, comparisons: int) -> float:
-    """p-value of the slice's distance from the whole among random sets of as many rows, or of random groups if the slice is made of
-    whole ones. It stops early once the slice is clearly not significant (Besag and Clifford 1991)."""
+    """p-value of the slice's distance from the whole among random sets of as many rows, or of random groups
+    if the slice is made of whole ones. It stops early once the slice is clearly not significant (Besag and
+    Clifford 1991)."""
     groups, random = scorer.groups_of(at), np.random.default_rng(0)
     if groups is not None and np.isin(groups, groups[at]).sum() > len(at):
         groups = None  # the slice has parts of groups

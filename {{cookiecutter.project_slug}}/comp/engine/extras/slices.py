@@ -1,5 +1,5 @@
-"""comp slices: scores of a run or an ensemble by class, by group and by every column of metadata, each slice with n, a confidence
-interval and a corrected p-value (slice_statistics.py)."""
+"""comp slices: scores of a run or an ensemble by class, by group and by every column of metadata, each slice
+with n, a confidence interval and a corrected p-value (slice_statistics.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def slices(name: str) -> pd.DataFrame:
         raise UserError(
             "slices-missing",
             where="configs/competition.yaml",
-            what=f"no classes, no group and no metadata, or none with {MIN_ROWS} rows of a value, so there are no slices",
+            what=f"no classes, group or metadata with {MIN_ROWS} rows of a value, so there are no slices",
         )
     frame = pd.DataFrame(lines)
     file = bank.folder(name) / "slices.csv"
@@ -88,8 +88,9 @@ def _lines(head: Head, parts: list[Slice]) -> list[dict[str, Any]]:
 
 
 def _class_slices(scorer: SliceScorer, head: Head, probability: Array) -> Iterator[Slice]:
-    """Rows of each class; with several labels, rows that have the label. Scored by the metric if it is a mean over rows, else by
-    accuracy: most metrics are undefined, or mean something else, on rows of a single class."""
+    """Rows of each class; with several labels, rows that have the label. Scored by the metric if it is a mean
+    over rows, else by accuracy: most metrics are undefined, or mean something else, on rows of a single
+    class."""
     import pandas as pd
 
     if head.spec.space == "value" and not head.classes:

@@ -1,8 +1,9 @@
 """comp tta: which test-time views are worth their time, and the space they are averaged in.
 
-Every candidate is predicted once for all OOF rows (tta_views.py). The search is greedy: from the plain view on it adds the view with
-the largest gain in score per millisecond, as long as one gains, within a time limit. It runs once per space, and the space with the
-best result is taken. The nested score of a fold comes from a search on the other folds.
+Every candidate is predicted once for all OOF rows (tta_views.py). The search is greedy: from the plain view
+on it adds the view with the largest gain in score per millisecond, as long as one gains, within a time limit.
+It runs once per space, and the space with the best result is taken. The nested score of a fold comes from a
+search on the other folds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from comp.metrics import Metric
 SPACES = ("probability", "logit", "geometric")
 
 
-# --- the search ----------------------------------------------------------------------------------------------------------
+# --- the search ---------------------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
@@ -88,13 +89,15 @@ class ViewSearch:
         """sign * score, the mean over heads: more is better."""
         frame = None if self.frame is None else self.frame.iloc[at]
         predictions = by_head(self.heads, self.average(choice, at))
-        try:
-            return float(np.mean([
-                metric.sign * metric(score.scored_columns(head, truth[at]), score.default_predictions(metric, head, head.spec.to_probability(own)), frame)
-                for head, metric, truth, own in zip(self.heads, self.metrics, self.truths, predictions, strict=True)
-            ]))  # fmt: skip
-        except MetricUndefined:
-            return -np.inf
+        scores = []
+        for head, metric, truth, own in zip(self.heads, self.metrics, self.truths, predictions, strict=True):
+            try:
+                predicted = score.default_predictions(metric, head, head.spec.to_probability(own))
+                value = metric(score.scored_columns(head, truth[at]), predicted, frame)
+            except MetricUndefined:
+                return -np.inf
+            scores.append(metric.sign * value)
+        return float(np.mean(scores))
 
 
 def by_head(heads: Sequence[Head], stored: NDArray[Any]) -> list[NDArray[Any]]:
@@ -102,11 +105,12 @@ def by_head(heads: Sequence[Head], stored: NDArray[Any]) -> list[NDArray[Any]]:
     return np.split(stored, np.cumsum([len(head.outputs) for head in heads])[:-1], axis=1)
 
 
-# --- the verb ------------------------------------------------------------------------------------------------------------
+# --- the verb -----------------------------------------------------------------------------------------------
 
 
 def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict[str, Any]:
-    """`max_ms`: limit per image and checkpoint, all views together. `names`: candidate views, separated by commas."""
+    """`max_ms`: limit per image and checkpoint, all views together. `names`: candidate views, separated by
+    commas."""
     cfg = resolve.load(paths.root(), "base").config  # the metric of configs/ now, not of the stored config
     candidates = tta_views.predict_candidates(run, names)
     scorer = Scorer(candidates, cfg)
@@ -117,29 +121,36 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
     options = _by_space(search, scorer)
     nested = score.nested_predict(
         scorer.samples, scorer.folds, scorer.rows, scorer.fold, search.search, search.average, PLAIN_CHOICE
-    )  # fmt: skip
+    )
     best: Choice = nested.final
     nested_score, in_sample = scorer.score(nested.prediction), scorer.score(search.average(best))
     comparison = scorer.compare(nested.prediction, search.predictions[PLAIN])
     more_ms = sum(search.ms[name] for name in best.views) - search.ms[PLAIN]
     print(
-        f"views and space chosen on other folds: nested score {nested_score:.4f}, in-sample {in_sample:.4f}, plain {base:.4f}: "
+        f"views and space chosen on other folds: nested score {nested_score:.4f}, in-sample "
+        f"{in_sample:.4f}, plain {base:.4f}: "
         f"{comparison}; {more_ms:.2f} ms more per image"
     )
     better = metric.sign * (nested_score - base) > 0 and len(best.views) > 1
     chosen = {
-        "views": list(best.views), "space": best.space, "nested": nested_score, "in_sample": in_sample, "text": comparison,
-    }  # fmt: skip
+        "views": list(best.views),
+        "space": best.space,
+        "nested": nested_score,
+        "in_sample": in_sample,
+        "text": comparison,
+    }
     record = {"plain": base, "alone": alone, "options": options, "chosen": chosen if better else None}
     artifacts.write_json(paths.run_folder(run) / "tta.json", record)
     if better:
         views = ",".join(best.views)
         print(
-            f"recommended: {views} in {best.space}\nnext: comp predict {run} --tta {views} --space {best.space}"
+            f"recommended: {views} in {best.space}\nnext: comp predict {run} --tta {views} --space "
+            f"{best.space}"
         )
     else:
         print(
-            f"recommended: predict.tta: [{PLAIN}]; no views beat the plain one ({base:.4f}) in the nested score\nnext: comp bank"
+            f"recommended: predict.tta: [{PLAIN}]; no views beat the plain one ({base:.4f}) in the nested "
+            "score\nnext: comp bank"
         )
     return record
 

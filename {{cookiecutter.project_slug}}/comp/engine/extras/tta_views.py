@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 PLAIN = "identity"
 RECIPE_DRAWS = 3  # random draws of the run's augmentation recipe, each of them a view
 SPEED = "speed.json"  # next to a fold's predictions: seconds per image
-# A view whose time is within 30 % of the plain view's costs as much: both are one forward pass, the rest is measurement noise.
+# A view whose time is within 30 % of the plain view's costs as much: both are one forward pass, the rest is
+# measurement noise.
 SAME_COST = 0.3
 
 
@@ -32,7 +33,8 @@ class Candidates(NamedTuple):
 
 
 def predict_candidates(run: str, names: str | None) -> Candidates:
-    """One pass over all OOF rows per view. Predictions are stored fold by fold, so a killed call continues where it was."""
+    """One pass over all OOF rows per view. Predictions are stored fold by fold, so a killed call continues
+    where it was."""
     cfg = experiments.stored_config(run)
     hardware.set_threads(cfg.train.threads)
     seeds = experiments.complete_seeds(run, experiments.fold_count(cfg))
@@ -54,8 +56,8 @@ def predict_candidates(run: str, names: str | None) -> Candidates:
 
 
 def candidate_views(recipe: str, tta: Sequence[str], names: str | None) -> list[str]:
-    """The plain view first, then those of `names` (separated by commas); default: flips, zooms, crops, draws of the run's recipe, and
-    the views that the run predicts with."""
+    """The plain view first, then those of `names` (separated by commas); default: flips, zooms, crops, draws
+    of the run's recipe, and the views that the run predicts with."""
     from comp.engine.run.views import CROPS, VIEWS
 
     if names is not None:
