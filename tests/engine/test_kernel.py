@@ -253,7 +253,7 @@ def test_under_the_versions_of_kaggles_image(
     assert done.returncode == 0 and "exp001-debug" in done.stdout, done.stdout + done.stderr
     done = comp("studies")
     assert done.returncode == 2 and "pip install 'optuna>=5'" in done.stderr
-    done = comp("ledger")  # the book is read without Kaggle as well
+    done = comp("ledger")  # the ledger is printed without Kaggle as well
     assert (
         "pip install 'kaggle==2.2.4'" in done.stdout + done.stderr and "nothing was sent yet" in done.stdout
     )

@@ -17,7 +17,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from comp.engine.bank import bank, predictions
 from comp.engine.config import resolve, run_members
@@ -27,7 +27,16 @@ from comp.engine.data.samples import Samples
 from comp.engine.run import backbone, frozen_heads, knn
 from comp.engine.store import artifacts, paths
 
-MemberRun = dict[str, Any]  # see kernel.member_runs
+
+class MemberRun(TypedDict):
+    """A run, or a member with weights or views of its own, that a kernel has to predict."""
+
+    address: str  # exp003, or exp003:snap2
+    run: str
+    checkpoints: list[tuple[int, str]]  # (seed, fold); the fold is 3, or 3/snap2
+    tta: list[str]
+    space: str  # in which views and checkpoints are averaged
+    backbone: str | None  # see _write_backbone
 
 
 def write(bundle: Path, cfg: Config, table: Samples, name: str, runs: list[MemberRun]) -> None:

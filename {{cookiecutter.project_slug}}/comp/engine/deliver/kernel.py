@@ -83,7 +83,7 @@ def member_runs(name: str) -> list[MemberRun]:
     blends resolved."""
     recipe = bank.folder(name) / "apply.json"
     addresses = average.leaves(artifacts.read_json(artifacts.verified(recipe))) if recipe.exists() else [name]
-    found = []
+    found: list[MemberRun] = []
     for address in addresses:
         meta = bank.read_meta(bank.find(address, "test"))
         if not meta["weights"] or "tta" not in meta:
@@ -101,6 +101,7 @@ def member_runs(name: str) -> list[MemberRun]:
                 "checkpoints": [(seed, fold) for _, seed, fold in checkpoints],
                 "tta": meta["tta"],
                 "space": meta["space"],
+                "backbone": None,  # known when the bundle is written
             }
         )
     return found

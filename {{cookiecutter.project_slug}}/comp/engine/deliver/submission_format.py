@@ -116,8 +116,8 @@ def _columns(
             columns += _columns(rules_of_one, [by_name[name]], predictions, sample, cuts, [name], notes)
         return columns
     if rules.form in ("label", "labels", "ranking"):
-        return list(_labels(rules, heads, predictions, sample, cuts, notes, names))
-    table = _numbers(rules, heads, predictions, sample, notes, names)
+        return list(_labels(rules, heads, predictions, sample, cuts, names, notes))
+    table = _numbers(rules, heads, predictions, sample, names, notes)
     table = _clip(table, rules.range, sample, notes) if rules.form == "value" else table
     # repr of a float64 is the shortest text that reads back as the same float64: nothing is rounded.
     return [list(map(repr, column)) for column in table.T.tolist()]
@@ -139,7 +139,7 @@ def _long_format(
     if rules.form == "probabilities" and "{target}" in rules.rows and len(heads) > 1:
         lines = sample_submission.parse_long_ids(rules.rows, sample.row_keys, heads)
         tables = {
-            head.name: _numbers(rules, [head], predictions, sample, notes, sample.prediction_columns).tolist()
+            head.name: _numbers(rules, [head], predictions, sample, sample.prediction_columns, notes).tolist()
             for head in heads
         }
         return [list(map(repr, tables[line.name][place[line.row]])) for line in lines]
@@ -162,8 +162,8 @@ def _numbers(
     heads: Sequence[Head],
     predictions: Predictions,
     sample: SampleSubmission,
-    notes: list[str],
     names: Sequence[str],
+    notes: list[str],
 ) -> Array:
     """(rows, names), outputs found by name; a single output fills a single column whatever its name."""
     outputs: dict[str, Array] = {}
@@ -234,8 +234,8 @@ def _labels(
     predictions: Predictions,
     sample: SampleSubmission,
     cuts: Cuts,
-    notes: list[str],
     names: Sequence[str],
+    notes: list[str],
 ) -> Iterator[list[str]]:
     """One list of labels a column, each a class (or several, or the k most likely) as the raw table writes
     it."""

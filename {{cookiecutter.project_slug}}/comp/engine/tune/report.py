@@ -18,7 +18,8 @@ from comp.engine.bank import score
 from comp.engine.report import html
 from comp.engine.run import tracking
 from comp.engine.store import artifacts, locks, paths
-from comp.engine.tune import live, storage
+from comp.engine.tune import live
+from comp.engine.tune.storage import all_studies, best_trial, url_of
 from comp.engine.tune.study import OpenStudy, budgeted, setting_of
 
 MIN_FOR_IMPORTANCE = 4  # completed trials
@@ -161,13 +162,14 @@ def compared_on_seeds(opened: OpenStudy, best: int, baseline: int, scores: dict[
     sign = score.metric_of(opened.cfg).sign
     gains = [sign * (a - b) for a, b in zip(scores[best], scores[baseline], strict=True)]
     gain, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
-    significant = abs(gain) > SIGNIFICANT * error
-    conclusion = ("better" if gain > 0 else "worse") if significant else "within the noise of seeds"
-    if significant:
-        conclusion += ", beyond the noise of seeds"
+    if abs(gain) > SIGNIFICANT * error:
+        conclusion = f"{'better' if gain > 0 else 'worse'}, beyond the noise of seeds"
+    else:
+        conclusion = "within the noise of seeds"
     return (
         f"trial {best} against {opened.experiment} on {len(gains)} new seeds: "
-        f"{mean_std(scores[best])} against {mean_std(scores[baseline])}, {sign * gain:+.4f} ± {error:.4f}: {conclusion}"
+        f"{mean_std(scores[best])} against {mean_std(scores[baseline])}, "
+        f"{sign * gain:+.4f} ± {error:.4f}: {conclusion}"
     )
 
 
@@ -194,7 +196,8 @@ def print_summary(opened: OpenStudy) -> None:
 def print_studies(storage: str | None) -> None:
     """comp studies: every study with its best trial."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    rows = [_study_row(database, name) for database, name in _databases(storage)]
+    studies = all_studies(url_of("", storage) if storage else None)
+    rows = [_study_row(database, name) for database, name in studies]
     if not rows:
         print("no studies yet\nnext: comp tune exp001")
         return
@@ -203,13 +206,9 @@ def print_studies(storage: str | None) -> None:
     print("details: studies/<study>/report.html, or optuna-dashboard sqlite:///studies/<study>/study.db")
 
 
-def _databases(url: str | None) -> list[tuple[optuna.storages.RDBStorage, str]]:
-    return storage.all_studies(storage.url_of("", url) if url else None)
-
-
 def _study_row(database: optuna.storages.RDBStorage, name: str) -> list[str]:
     study = optuna.load_study(study_name=name, storage=database)
-    trials, best = budgeted(study.get_trials(deepcopy=False)), storage.best_trial(study)
+    trials, best = budgeted(study.get_trials(deepcopy=False)), best_trial(study)
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING)
     counts = [str(sum(t.state == state for t in trials)) for state in states]
     if best is None:
