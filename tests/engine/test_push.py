@@ -193,7 +193,7 @@ def test_invalid_sources_and_a_cut_upload_are_errors(
     assert "files and folders arrived" in capsys.readouterr().err and not server.datasets
     server.invalid = {"invalidDatasetSources": [f"{USER}/comp-practice-exp001"]}
     assert pushes() == 2
-    assert f"not to be had: dataset {USER}/comp-practice-exp001" in capsys.readouterr().err
+    assert f"not accessible: dataset {USER}/comp-practice-exp001" in capsys.readouterr().err
     server.invalid = {}
     assert pushes() == 0 and len(server.submissions) == 1
 

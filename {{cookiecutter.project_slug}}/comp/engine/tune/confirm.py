@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from comp.engine import hardware
 from comp.engine.errors import UserError
-from comp.engine.run import execute, loading
+from comp.engine.run import loading
 from comp.engine.store import artifacts, paths
 from comp.engine.tune import objective, report
 from comp.engine.tune.study import OpenStudy, setting_of
@@ -32,6 +32,8 @@ def confirm(opened: OpenStudy, n: int) -> None:
     chosen = completed[:n]
     if baseline is not None and baseline.number not in {t.number for t in chosen}:
         chosen.append(baseline)
+    from comp.engine.run import execute  # imports torch
+
     stop = hardware.Stop()
     for trial in chosen:
         cfg = opened.config(setting_of(opened.space, trial))

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from comp.engine import hardware
 from comp.engine.errors import UserError
-from comp.engine.run import execute, loading, tracking
+from comp.engine.run import loading, tracking
 from comp.engine.store import artifacts, paths
 from comp.engine.tune import live, objective
 from comp.engine.tune.space import Setting
@@ -84,6 +84,8 @@ def evaluate(
     opened: OpenStudy, trial: Trial, setting: Setting, stop: hardware.Stop, deadline: float
 ) -> tuple[list[float], dict[str, Any]]:
     """Train the folds: (values of the objectives, result)."""
+    from comp.engine.run import execute  # imports torch
+
     cfg, name = opened.config(setting), opened.run_name(trial)
     seed = cfg.train.seeds[0]
     context = loading.start_run(name, cfg, opened.command)
