@@ -154,7 +154,7 @@ def test_other_arguments_of_create_model_reach_it(empty: Path) -> None:
         (["model.kwargs={depth: lots}"], ("model.kwargs.depth:", "'lots'")),
         (["model.kwargs={img_size: 64}"], ("model.kwargs.img_size:", "data.size")),
         (["model.kwargs={num_classes: 4}"], ("model.kwargs.num_classes:",)),
-        (["model.name=resnet18", "model.kwargs={patch_size: 8}"], ("model.kwargs.patch_size:", "takes no such argument")),
+        (["model.name=resnet18", "model.kwargs={patch_size: 8}"], ("model.kwargs.patch_size:", "has no such argument")),
         (["model.name=vgg11", "model.drop_path_rate=0.1"], ("model.drop_path_rate:", "set it to 0")),
         ([f"model.name={VIT}.augreg_in21"], ("model.name:", f"nearest is {VIT}.augreg_in21k")),
         (["model.name=vit_tinny_patch16_224"], ("model.name:", VIT)),
@@ -191,7 +191,7 @@ def test_a_folder_is_a_network(folder: Path) -> None:
         module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"]
     )
     assert module.pos_embed.shape == (1, 37, 192) and module.head.out_features == 3
-    assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and "licence mit" in backbone.describe(cfg)
+    assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and "license mit" in backbone.describe(cfg)
 
 
 def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
@@ -246,7 +246,7 @@ def test_what_the_weights_want_to_see_is_said(
     overrides = [*TINY, f"model.name={VIT}", "data.size=40", "predict.batch_size=1"]
     measure.measure("exp001", overrides)
     said = capsys.readouterr().out
-    for word in (VIT, "224 px", "crop_pct 0.9", "bicubic", "licence apache-2.0", "here 40 px", "cover 32"):
+    for word in (VIT, "224 px", "crop_pct 0.9", "bicubic", "license apache-2.0", "here 40 px", "cover 32"):
         assert word in said, word
 
 
@@ -257,7 +257,7 @@ def test_comp_check_looks_at_the_network_of_an_experiment(
         f"base: exp001\nmodel: {{name: {VIT}}}\ndata: {{size: 40}}\n"
     )
     assert cli.main(["check", "exp003"]) == 0
-    assert "licence apache-2.0" in capsys.readouterr().out
+    assert "license apache-2.0" in capsys.readouterr().out
     (project / "configs/exp003.yaml").write_text("base: exp001\ndata: {size: 16}\ntrain: {batch_size: 1}\n")
     assert cli.main(["check", "exp003"]) == 2
     assert "train.batch_size: 1" in capsys.readouterr().out
@@ -289,7 +289,7 @@ def test_a_file_of_another_size_and_other_classes(
     write(theirs, empty / f"theirs.{end}")
     cfg = config("model.name=test_vit", "data.size=64", "data.channels=1", f"model.pretrained=theirs.{end}")
     ours: Any = models.build(cfg, (HEAD,), pretrained=False)
-    pretrained.begin(ours, cfg, 0, 0)
+    pretrained.load_pretrained(ours, cfg, 0, 0)
     assert torch.equal(ours.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
     assert torch.allclose(ours.patch_embed.proj.weight, theirs.patch_embed.proj.weight.sum(1, keepdim=True))
     resized = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [4, 4], num_prefix_tokens=1)
@@ -315,7 +315,7 @@ def test_names_of_the_authors_are_mapped(empty: Path) -> None:
     torch.save({"model": mapped}, empty / "theirs.pth")
     cfg = config("model.name=test_convnext", "data.size=32", "data.channels=3", "model.pretrained=theirs.pth")
     ours = models.build(cfg, (HEAD,), pretrained=False)
-    pretrained.begin(ours, cfg, 0, 0)
+    pretrained.load_pretrained(ours, cfg, 0, 0)
     want = theirs.state_dict()
     assert all(torch.equal(v, want[k]) for k, v in ours.state_dict().items() if not k.startswith("head.fc"))
 
@@ -337,7 +337,7 @@ def test_a_file_that_is_none_is_refused_before_the_cache(
     before = sorted((project / "data" / "cache").rglob("*"))
     assert cli.main(["train", "exp003"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "model.pretrained: theirs.pth:" in said
+    assert "theirs.pth: model.pretrained:" in said
     assert sorted((project / "data" / "cache").rglob("*")) == before
 
 

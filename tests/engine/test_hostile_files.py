@@ -98,7 +98,7 @@ def test_an_array_with_any_header(raw: Path, capsys: pytest.CaptureFixture[str],
     for name in ("x.npy", "x.npz"):
         declared.write_text(DECLARED.replace("table: train.csv", f"table: {name}"))
         (line,) = said(capsys)
-        assert line.startswith(f"data/raw/{name}: no complete array")
+        assert line.startswith(f"data/raw/{name}: is no complete array")
 
 
 def test_a_zip_that_says_too_little_of_a_member(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,7 +257,7 @@ def test_stored_heads_predict_what_scikit_learn_predicts(name: str, classes: int
     x = np.eye(classes)[codes] @ draw.normal(0, 1, (classes, 6)) + draw.normal(0, 1, (300, 6))
     head = Head("kind", "multiclass", tuple("abcde"), ("target.kind",), tuple("abcde"))
     said = fit_heads.predictor(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
-    knn = KNeighborsClassifier(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
+    knn = KNeighborsClassifier(frozen_heads.N_NEIGHBORS, weights="distance", metric="cosine")
     estimator = (knn if name == "knn" else fit_heads.HEADS[name]()).fit(x[:200], codes[:200])
     assert said[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
     assert said[:, classes:].max() < 1e-5
@@ -272,7 +272,7 @@ def test_stored_regression_heads_predict_what_scikit_learn_predicts(name: str) -
     y = x @ draw.normal(size=(6, 2)) + 30
     head = Head("v", "regression", ("a", "b"), ("target.a", "target.b"))
     said = fit_heads.predictor(name, head, x[:200], y[:200])(x[200:])
-    knn = KNeighborsRegressor(frozen_heads.NEIGHBOURS, weights="distance", metric="cosine")
+    knn = KNeighborsRegressor(frozen_heads.N_NEIGHBORS, weights="distance", metric="cosine")
     middle, spread = y[:200].mean(0), y[:200].std(0)
     estimator = (knn if name == "knn" else fit_heads.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
     assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)

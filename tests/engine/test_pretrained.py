@@ -90,7 +90,7 @@ def test_a_file_is_loaded_except_for_the_head(tmp_path: Path) -> None:
     fits = pretrained.matching_tensors(module, given, "x")
     assert [k for k in given if k not in fits] == ["fc.weight", "fc.bias"]
     assert all(torch.equal(fits[k], given[k]) for k in module.state_dict() if not k.startswith("fc."))
-    with pytest.raises(UserError, match=r"x: conv1\S* is \(\d+, 3, \d, \d\) there"):
+    with pytest.raises(UserError, match=r"x: model.pretrained: conv1\S* is \(\d+, 3, \d, \d\) in it"):
         pretrained.matching_tensors(timm.create_model("test_resnet", in_chans=4), given, "x")
 
 
@@ -117,7 +117,7 @@ def test_pretrained_weights_of_another_run_are_those_of_the_same_fold(project: P
     with pytest.raises(UserError, match="other folds"):
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="1", name="third")
     save_file({"nothing": torch.zeros(1)}, project / "mine.safetensors")
-    with pytest.raises(UserError, match=r"mine.safetensors: \S+ is not in it"):
+    with pytest.raises(UserError, match=r"mine.safetensors: model.pretrained: \S+ is not in it"):
         runner.train("exp001", [*still, "model.pretrained=mine.safetensors"], fold="1", name="fourth")
 
 
@@ -147,7 +147,7 @@ def test_a_file_that_is_not_safetensors(project: Path, capsys: pytest.CaptureFix
     )
     assert cli.main(["train", "exp003", "--fold", "0"]) == 2
     message = capsys.readouterr().err.strip()
-    assert "\n" not in message and "model.pretrained: mine.safetensors: is not a safetensors file" in message
+    assert "\n" not in message and "mine.safetensors: model.pretrained: is not a safetensors file" in message
     assert "save_file" in message and "weights_only=True" in message
     assert ("pickle" in message) == (kind in ("pickle", "torch.save"))
     assert not (project / "was run").exists()

@@ -303,7 +303,7 @@ def test_the_audit_includes_pseudo_labelled_rows_in_statistics(project: Path, ta
         module = models.build(context.cfg, context.samples.heads, pretrained=False, loader=context.loader)
         pixel_stats.fit_pixel_stats(context.cfg, module, context.loader, rows)
         target_scaler.fit(context.cfg, module, joined.samples, rows)
-        measured = {n: v for n, v in module.state_dict().items() if n in pretrained.MEASURED}
+        measured = {n: v for n, v in module.state_dict().items() if n in pretrained.FOLD_STATISTICS}
         save_file(right | measured, file)
         artifacts.add_to_manifest(file)
         assert [(type(each), each[0]) for each in audit_statistics.leaks(context, [file])] == [(Leak, what)]

@@ -82,7 +82,7 @@ def fold(
     # --- model ------------------------------------------------------------------------------------
     module = models.build(cfg, heads, cfg.model.pretrained is True, context.loader).to(device)
     if checkpoint.log_offset(folder) is None:
-        pretrained.begin(module, cfg, seed, fold)
+        pretrained.load_pretrained(module, cfg, seed, fold)
     stages = Stages(cfg, module)
     pixel_stats.fit_pixel_stats(cfg, module, context.loader, train_rows)
     target_scaler.fit(cfg, module, context.samples, train_rows)

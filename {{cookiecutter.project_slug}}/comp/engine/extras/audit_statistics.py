@@ -76,7 +76,7 @@ def _read(module: Any) -> Statistics:
     found = {
         name: value.cpu().double().numpy()
         for name, value in module.named_buffers()
-        if name in pretrained.MEASURED
+        if name in pretrained.FOLD_STATISTICS
     }
     return {name: v @ v.T if name == "white" else v for name, v in found.items()}
 

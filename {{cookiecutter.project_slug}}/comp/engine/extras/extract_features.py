@@ -32,7 +32,9 @@ def of_backbone(context: Context, run: str, fresh: bool) -> Features:
     cfg, file = context.cfg, paths.run_folder(run) / frozen_heads.FILE
     torch.manual_seed(fold_in(cfg.train.seeds[0], 3))
     backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
-    pretrained.begin(backbone, cfg, cfg.train.seeds[0], "full")  # weights of a file, where there is one
+    pretrained.load_pretrained(
+        backbone, cfg, cfg.train.seeds[0], "full"
+    )  # weights of a file, where there is one
     inputs = _inputs(context, backbone)
     if not fresh and (entry := artifacts.manifest_entry(file)):
         changed = [name for name, value in inputs.items() if entry.get(name) != value]

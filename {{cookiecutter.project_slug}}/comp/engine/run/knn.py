@@ -1,7 +1,7 @@
-"""Predictions by neighbours: the embeddings of a fold's own training rows lie beside its weights, and a row is answered by the
-nearest of them. What is stored is a score for each class, as from a classifier, so that everything above works the same.
+"""Predictions by nearest neighbors: a row gets the classes of the nearest training rows of its fold, by the model's embeddings. What
+is stored is a score for each class, as from a classifier, so ensembles and submissions need not distinguish them.
 
-weights.safetensors has its gallery in weights-gallery.safetensors: (rows, size) on the unit sphere, and the class of each.
+weights.safetensors has its gallery in weights-gallery.safetensors: normalized embeddings (rows, size), and the class of each.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from comp.engine.tasks.kinds import Head, log_softmax
 if TYPE_CHECKING:
     import torch
 
-SHARPNESS = 20.0  # of a vote by its cosine: 0.05 nearer counts e times as much
-REFERENCE = 0.5  # cosine at which an unknown class stands before its threshold is fitted
+SCALE = 20.0  # inverse temperature of a vote: a cosine higher by 0.05 weighs e times as much
+UNKNOWN_COSINE = 0.5  # of the unknown class, before its threshold is fitted
 CHUNK = 512  # rows at once; memory is CHUNK x gallery
 Values = NDArray[np.float32]
 
@@ -32,7 +32,7 @@ def gallery_file(weights: Path) -> Path:
 
 
 def gallery_bytes(cfg: Config, samples: Samples) -> int:
-    """Bytes of a fold's gallery, at most."""
+    """At most, of one fold."""
     embeds = loss_knobs.metric_learning_loss(cfg, samples.heads)
     return 0 if embeds is None else len(samples.labeled) * (4 * int(embeds.knobs["embedding"]) + 4)
 
@@ -48,34 +48,34 @@ def write(file: Path, embeddings: Values, codes: NDArray[np.int64]) -> None:
 def read(file: Path) -> tuple[Values, NDArray[np.int64]]:
     from safetensors.numpy import load_file
 
-    held = load_file(artifacts.verified(file, "comp train makes it"))
-    return held["embedding"], held["class"].astype(np.int64)
+    tensors = load_file(artifacts.verified(file, "comp train makes it"))
+    return tensors["embedding"], tensors["class"].astype(np.int64)
 
 
 def mean_embedding(views: NDArray[np.float32], size: int) -> Values:
-    """(views, rows, outputs) -> (rows, size): what all views of a picture say together, on the sphere again."""
+    """(views, rows, outputs) -> (rows, size): the mean over the views, normalized again."""
     mean = views[:, :, :size].astype(np.float64).mean(axis=0)
     length = np.linalg.norm(mean, axis=1, keepdims=True)
     return (mean / np.maximum(length, 1e-12)).astype(np.float32)
 
 
 def class_scores(
-    asked: Values, gallery: Values, codes: NDArray[np.int64], head: Head, k: int, device: torch.device
+    queries: Values, gallery: Values, codes: NDArray[np.int64], head: Head, k: int, device: torch.device
 ) -> NDArray[np.float64]:
-    """(rows, classes), log shares. The k nearest vote for their classes; a class without a vote stands where its own nearest
-    picture does, behind them; one that the fold was never taught stands last."""
-    import torch  # a kernel is put together without it
+    """(rows, classes), log probabilities. The k nearest vote for their classes. A class without a vote is ranked after those by its
+    own nearest row; a class without training rows comes last."""
+    import torch  # comp kernel imports this module without it
 
-    others, of = torch.from_numpy(gallery).to(device), torch.from_numpy(codes).to(device)
+    embeddings, classes = torch.from_numpy(gallery).to(device), torch.from_numpy(codes).to(device)
     parts = []
-    for part in torch.from_numpy(asked).to(device).split(CHUNK):
-        cosine = part @ others.T  # (rows, gallery)
+    for part in torch.from_numpy(queries).to(device).split(CHUNK):
+        cosine = part @ embeddings.T  # (rows, gallery)
         nearest = cosine.new_full((len(part), len(head.outputs)), -1.0)
-        nearest = nearest.scatter_reduce(1, of.expand(len(part), -1), cosine, "amax")
-        best, at = cosine.topk(min(k, len(of)), dim=1)
-        votes = torch.zeros_like(nearest).scatter_add(1, of[at], (SHARPNESS * (best - 1)).exp())
-        parts.append(torch.where(votes > 0, votes.log(), SHARPNESS * (nearest - 1)).cpu())
+        nearest = nearest.scatter_reduce(1, classes.expand(len(part), -1), cosine, "amax")
+        best, at = cosine.topk(min(k, len(classes)), dim=1)
+        votes = torch.zeros_like(nearest).scatter_add(1, classes[at], (SCALE * (best - 1)).exp())
+        parts.append(torch.where(votes > 0, votes.log(), SCALE * (nearest - 1)).cpu())
     scores = torch.cat(parts).numpy().astype(np.float64)
     if head.unknown:
-        scores[:, head.classes.index(head.unknown)] = SHARPNESS * (REFERENCE - 1)
+        scores[:, head.classes.index(head.unknown)] = SCALE * (UNKNOWN_COSINE - 1)
     return log_softmax(scores)

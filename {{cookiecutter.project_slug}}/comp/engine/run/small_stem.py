@@ -1,4 +1,6 @@
-"""A stem for small pictures. Networks for 224 px shrink a picture by 2 or 4 before they look at it; of 32 px little is left then."""
+"""A stem for small images (model.stem=small). Models for 224 px reduce an image by 2 or 4 in their first layers, which leaves little of
+32 px.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError
 
-FAMILIES = "resnet, resnext, seresnet, efficientnet, mobilenet, regnet and convnext have one"
-SEES = 3  # px; a kernel that is larger is for large pictures, and begins anew
+FAMILIES = "resnet, resnext, seresnet, efficientnet, mobilenet, regnet, convnext"
+KERNEL = 3  # px; larger kernels are replaced by untrained ones of this size
 
 
 def small(module: nn.Module, name: str) -> Any:
-    """The first convolutions go over every pixel, and no pooling follows them. Kernels of 3 px keep their weights."""
+    """Sets the stride of the stem's convolutions to 1 and removes its pooling. Kernels of up to 3 px keep their weights."""
     pooled = isinstance(getattr(module, "conv1", None), nn.Module) and isinstance(
         getattr(module, "maxpool", None), nn.Module
     )
@@ -31,26 +33,29 @@ def small(module: nn.Module, name: str) -> Any:
         if isinstance(each, nn.Conv2d) and max(each.stride) > 1
     ]
     if not strided:
-        raise Refused(
-            f"model.stem: small: {name} has no stem of convolutions with a stride; {FAMILIES}; set it to default"
+        raise UserError(
+            "stem-unsupported",
+            key="model.stem",
+            what=f"small: {name} has no stem of convolutions with a stride, as {FAMILIES} have",
+            remedy="set it to default",
         )
     if pooled:
         module.maxpool = nn.Identity()
     for path in strided:
-        module.set_submodule(path, _over_every_pixel(module.get_submodule(path)))
+        module.set_submodule(path, _stride_1(module.get_submodule(path)))
     return module
 
 
-def _over_every_pixel(old: nn.Module) -> nn.Module:
+def _stride_1(old: nn.Module) -> nn.Module:
     assert isinstance(old, nn.Conv2d)
-    if max(old.kernel_size) <= SEES:
+    if max(old.kernel_size) <= KERNEL:
         old.stride = (1, 1)
         return old
     new = nn.Conv2d(
         old.in_channels,
         old.out_channels,
-        SEES,
-        padding=SEES // 2,
+        KERNEL,
+        padding=KERNEL // 2,
         groups=old.groups,
         bias=old.bias is not None,
     )
