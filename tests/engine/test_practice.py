@@ -35,7 +35,7 @@ def submit(labels: dict[str, str], header: str = "id,label") -> None:
 
 
 def answers() -> dict[str, str]:
-    return {row["id"]: row["label"] for row in rows(paths.path("data", "metric_predictions", "solution.csv"))}
+    return {row["id"]: row["label"] for row in rows(paths.path("data", "answers", "solution.csv"))}
 
 
 def test_the_files_are_those_of_a_kaggle_download(project: Path) -> None:

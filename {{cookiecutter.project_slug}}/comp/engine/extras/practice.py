@@ -129,7 +129,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answers() -> Path:
-    return paths.path("data", "metric_predictions", "solution.csv")
+    return paths.path("data", "answers", "solution.csv")
 
 
 def _shuffled_ids(count: int) -> list[str]:
