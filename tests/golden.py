@@ -68,14 +68,14 @@ COMPETITIONS: dict[str, tuple[str, dict[str, str], Callable[[Row], Row], dict[st
     ),
     "retrieval": (
         f"{COMMON}{TABLES}target: label\ntask: retrieval\nmetric: map@5\n{SPLIT}\nsubmission: {{{SUM}, form: ranking, k: 5}}\n",
-        {"retrieval": f"{TINY.replace('pretrained: false', 'pretrained: false, embedding: 16')}train: {{epochs: 3}}\nloss: {{name: arcface}}\n"},
+        {"retrieval": f"{TINY.replace('pretrained: false', 'pretrained: false, embedding_size: 16')}train: {{epochs: 3}}\nloss: {{name: arcface}}\n"},
         dict, {"label": "0 1 2 3 4"},
     ),
     "two_heads": (
         f"{COMMON}{TABLES.replace('{id}.png', '{file}')}gather: true\ntarget: {{digit: multiclass, value: regression}}\n"
         f"metric: {{digit: accuracy, value: r2}}\n{SPLIT.replace('stratified', 'kfold')}\n"
         f"submission: {{{SUM}, form: {{digit: label, value: value}}}}\n",
-        {"two_heads": f"{TINY.replace('pretrained: false', 'pretrained: false, pool: attention')}train: {{epochs: 3}}\n"},
+        {"two_heads": f"{TINY.replace('pretrained: false', 'pretrained: false, image_pool: attention')}train: {{epochs: 3}}\n"},
         lambda row: {"digit": row["label"], "value": str(10 * int(row["label"]))}, {"digit": "0", "value": "0"},
     ),
 }  # fmt: skip
