@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_track import KEY, new_project
+from test_tracking import KEY, new_project
 
 from comp.engine.config.schema import Track as Settings
 from comp.engine.run import provenance, tracking
