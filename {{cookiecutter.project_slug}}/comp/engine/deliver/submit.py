@@ -36,7 +36,13 @@ def submit(
 ) -> None:
     if message is None:
         remedy = f'comp submit {name} -m "larger images"; or --dry-run, which submits nothing'
-        raise UserError("message-missing", where="-m", what="a submission needs a message", remedy=remedy)
+        raise UserError(
+            "message-missing",
+            where=f"comp submit {name}",
+            key="-m",
+            what="a submission needs a message",
+            remedy=remedy,
+        )
     message = checked_message(message)
     cfg = resolve.load(paths.root(), "base").config
     file = dry_run.dry_run(name)

@@ -55,8 +55,8 @@ def validate_options(on: str | None, *, profile: bool, limited: bool) -> None:
         return
     exclusive = {"--profile": profile, "--time-limit": limited, "torchrun": hardware.world_size() > 1}
     for option in [option for option, given in exclusive.items() if given]:
-        what = "works for folds that are trained one after the other"
-        raise UserError("options-exclusive", where=f"{option} with --on", what=what, remedy="leave --on out")
+        what = "cannot be combined with --on, which trains folds in parallel"
+        raise UserError("options-exclusive", where=option, what=what, remedy="leave --on out")
 
 
 def new_queue() -> str:
