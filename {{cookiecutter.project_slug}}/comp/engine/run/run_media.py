@@ -34,14 +34,14 @@ def log_results(context: Context, log: tracking.RunLogger, folder: Path) -> None
     """Errors of a fold on its out-of-fold rows, and its files, as W&B artifacts that are not copied."""
     oof = bank.read(folder / "oof.arrow", context.samples, context.folds)
     for head in context.samples.heads:
-        log_errors(context, log, head, oof, folder)
+        log_diagnostics(context, log, head, oof, folder)
     label = "-".join(folder.relative_to(paths.path("runs")).parts)
     log.artifact(folder / "oof.arrow", f"{label}-oof", "predictions")
     if context.cfg.track.log_model:
         log.artifact(folder / "weights.safetensors", f"{label}-weights", "model")
 
 
-def log_errors(
+def log_diagnostics(
     context: Context, log: tracking.RunLogger, head: Head, oof: predictions.PredictionSet, folder: Path
 ) -> None:
     rows = oof.row.astype(np.int64)[oof.predicted]
@@ -94,5 +94,5 @@ def log_summary(context: Context, run: str, score: dict[str, Any]) -> None:
         log.summary({f"cv_{key}": score[key] for key in ("mean", "std", "oof", "n", "metric", "marks")})
         oof = bank.read(paths.run_folder(run) / "oof.arrow", context.samples, context.folds)
         for head in context.samples.heads:
-            log_errors(context, log, head, oof, paths.run_folder(run))
+            log_diagnostics(context, log, head, oof, paths.run_folder(run))
         log.artifact(paths.run_folder(run) / "oof.arrow", f"{run}-oof", "predictions")
