@@ -273,7 +273,7 @@ def test_the_whole_road_from_training_to_the_kernel(
     weights, scored = paths.fold_folder("x", 0, 1) / "weights.safetensors", split.split(1)[1]
     size = loss_knobs.metric_learning_loss(config(*run), table.heads).knobs["embedding"]  # type: ignore[union-attr]
     seen = [
-        predict._said(loading.load_context(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
+        predict.forward(loading.load_context(config(*run, f"predict.tta=[{view}]")), weights, scored, "")[0][
             0, :, :size
         ]
         for view in ("identity", "hflip")

@@ -75,9 +75,7 @@ def _predict_view(context: Context, run: str, seeds: list[int], name: str) -> tu
     parts, seconds = [], []
     for seed in seeds:
         for fold in range(split.count):
-            file = predict.write_fold(
-                replace(context, cfg=own), run, seed, fold, "oof", inside=f"view-{name}"
-            )
+            file = predict.predict_fold(replace(context, cfg=own), run, seed, fold, "oof", f"view-{name}")
             parts.append(bank.read(file, rows, split))
             speed = file.with_name(SPEED)
             seconds.append(artifacts.read_json(speed)["oof"] if speed.exists() else np.nan)

@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError, joined
 from comp.engine.run import distributed
 from comp.engine.run.data_loader import Loader
+from comp.engine.store import paths
 from comp.transforms import Preprocess
 
 T = TypeVar("T")
@@ -178,4 +180,14 @@ def raise_damaged(damaged: Mapping[int, str], samples: Samples) -> None:
                 )
                 for i, reason in damaged.items()
             ]
+        )
+
+
+def validate_finite(outputs: Outputs, weights: Path) -> None:
+    if not np.isfinite(outputs).all():
+        raise UserError(
+            "not-finite",
+            where=paths.relative(weights),
+            what="the model outputs NaN or inf",
+            remedy="train it again with a smaller optim.lr",
         )

@@ -68,7 +68,7 @@ def run_fold(
                 run_media.log_inputs(context, log, name)
             train_weights(context, seed, fold, folder, log, stop=stop, profiler=profiler, on_epoch=on_epoch)
             if not refit:
-                predict.write_fold(context, name, seed, fold, "oof", stop=stop)
+                predict.predict_fold(context, name, seed, fold, "oof", stop=stop)
             if not refit and not search:
                 run_media.log_results(context, log, folder)
             log.finish()
@@ -77,7 +77,7 @@ def run_fold(
             # The run itself comes last: with its predictions the fold is finished.
             for inside in [*run_members.extra_weights(context.cfg), ""]:
                 for kind in ("test",) if refit else ("oof", "test"):
-                    predict.write_fold(context, name, seed, fold, kind, inside, stop=stop)
+                    predict.predict_fold(context, name, seed, fold, kind, inside, stop=stop)
     seconds = time.perf_counter() - started
     print(f"{name} seed {seed} fold {fold}: {run_media.last_epoch(folder)}, {seconds:.0f} s")
 

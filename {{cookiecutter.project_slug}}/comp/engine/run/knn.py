@@ -6,6 +6,7 @@ weights.safetensors has its gallery in weights-gallery.safetensors: normalized e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.config.schema import Config
-from comp.engine.data.samples import Samples
+from comp.engine.data.samples import Positions, Samples
 from comp.engine.store import artifacts
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head, log_softmax
@@ -21,10 +22,46 @@ from comp.engine.tasks.kinds import Head, log_softmax
 if TYPE_CHECKING:
     import torch
 
+    from comp.engine.run.context import Context
+
 SCALE = 20.0  # inverse temperature of a vote: a cosine higher by 0.05 weighs e times as much
 UNKNOWN_COSINE = 0.5  # of the unknown class, before its threshold is fitted
 CHUNK = 512  # rows at once; memory is CHUNK x gallery
 Values = NDArray[np.float32]
+Forward = Callable[..., tuple[Values, dict[int, str]]]  # (context, weights, rows, description)
+
+
+def predicts(context: Context) -> bool:
+    """Whether the loss learns embeddings (ArcFace, triplet, ...), so that predictions come from neighbors."""
+    return loss_knobs.metric_learning_loss(context.cfg, context.samples.heads) is not None
+
+
+def build_gallery(context: Context, weights: Path, train_rows: Positions, forward: Forward) -> None:
+    """The embeddings of the fold's training rows by the fold's model, unless they are there."""
+    from comp.engine.data import (
+        class_balance,  # imports torch, as metric_learning does; comp kernel needs neither
+    )
+    from comp.engine.run import metric_learning
+
+    file, cfg = gallery_file(weights), context.cfg
+    if artifacts.manifest_entry(file):
+        return
+    (head,) = context.samples.heads
+    rows = metric_learning.drop_unknown_class(cfg, context.samples, train_rows[: cfg.train.max_samples])
+    outputs, damaged = forward(context, weights, rows, "gallery")
+    intact = ~np.isin(rows, list(damaged))
+    embeddings = mean_embedding(outputs[:, intact], loss_knobs.head_losses(cfg, [head])[0].knobs["embedding"])
+    write(file, embeddings, class_balance.class_codes(head, context.samples, rows[intact]))
+
+
+def predict(context: Context, weights: Path, outputs: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+    """(views, rows, model outputs) -> of the one head (rows, classes)."""
+    (head,) = context.samples.heads
+    loss = loss_knobs.metric_learning_loss(context.cfg, context.samples.heads)
+    assert loss is not None
+    queries = mean_embedding(outputs, loss.knobs["embedding"])
+    k = context.cfg.predict.n_neighbors or loss_knobs.N_NEIGHBORS
+    return [class_scores(queries, *read(gallery_file(weights)), head, k, context.device)]
 
 
 def gallery_file(weights: Path) -> Path:

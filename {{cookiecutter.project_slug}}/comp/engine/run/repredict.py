@@ -49,7 +49,7 @@ def _predict_member(
     samples, folds = context.samples, context.folds
     for seed, fold in parts:
         for kind in _kinds(name):
-            infer.write_fold(context, run, seed, fold, kind, inside, stop=stop)
+            infer.predict_fold(context, run, seed, fold, kind, inside, stop=stop)
             if stop.requested:
                 raise KeyboardInterrupt(f"{kind} of seed {seed} fold {fold} is done")
     merge.merge_member(run, name, context.cfg, samples, folds, parts, inside=[inside])
