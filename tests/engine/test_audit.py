@@ -73,11 +73,11 @@ def rewritten(number: int, change: Any) -> None:
     bank.write(file, PredictionSet(stored.row.copy(), stored.fold.copy(), values, stored.meta))
 
 
-def test_a_clean_run_is_clean(run: Path) -> None:
+def test_a_clean_run_has_no_leaks(run: Path) -> None:
     assert leaks_of_run() == []
 
 
-def test_rows_that_moved_are_found_by_predicting_them_again(run: Path) -> None:
+def test_misaligned_rows_are_found_by_predicting_them_again(run: Path) -> None:
     rewritten(1, lambda values: np.roll(values, 1, axis=0))
     assert names(leaks_of_run()) == {"misaligned rows"}
 
@@ -154,9 +154,7 @@ def test_a_run_whose_weights_are_gone_is_named_as_not_checked(run: Path) -> None
     assert "2 sets" in gap.reason and "fold0/oof.arrow" in gap.reason and "fold3/oof.arrow" in gap.reason
 
 
-def test_statistics_of_a_real_run_that_saw_its_validation_rows(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_fitted_on_validation_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comp.engine.run import pixel_stats
 
     fit, train_rows = pixel_stats.fit_pixel_stats, samples.load().positions("train")
@@ -182,7 +180,7 @@ def test_a_better_epoch_than_the_last_shows_in_the_log(run: Path) -> None:
     lines = [
         f'{{"epoch": {e}, "valid_metric": {value}}}\n'
         for e, value in ((1, now - 0.3), (2, now), (3, now - 0.2))
-    ]  # as it would stand there, had the weights of epoch 2 been kept
+    ]  # as if the weights of epoch 2 had been saved
     (place / "log.jsonl").write_text("".join(lines))
     (leak,) = audit_log.selected_epoch(place, cfg, table, split)
     assert leak.name == "best epoch picked on the scored fold" and "epoch 2" in leak.where

@@ -1,4 +1,4 @@
-"""Seeds, recipes and views compared: what is noise is called noise, and pictures are drawn of what is there."""
+"""comp seed-noise, compare and tta; comparisons and plots of an ensemble."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_seeds_recipes_and_views_of_a_real_run(
     assert pair["pairs"] == 4 and pair["low"] < pair["difference"] < pair["high"]
     assert Image.open(paths.path("runs", "comparisons", "tiny-slow.png")).size[0] > 300
     capsys.readouterr()
-    said_of = [
+    scored = [
         ("tiny", {"oof": 0.5}),
         ("slow-seeds", {"oof": record["mean"] + record["std"]}),
         ("far", {"oof": 9.0}),
     ]
-    out = "\n".join(seed_noise.differences(metrics.find("accuracy"), said_of))
+    out = "\n".join(seed_noise.differences(metrics.find("accuracy"), scored))
     assert (
         "within seed noise" in out
         and "far: " in out
@@ -78,21 +78,21 @@ def test_seeds_recipes_and_views_of_a_real_run(
     with pytest.raises(UserError, check=lambda error: error.code == "experiments-too-few"):
         compare.compare(["tiny", "tiny"], 2)
 
-    said = tta_search.tta("slow-seeds")
+    record = tta_search.tta("slow-seeds")
     out = capsys.readouterr().out
     closer = {"zoom110", "zoom125", "zoom150", "crop_top_left", "crop_middle"}
-    assert set(said["alone"]) >= {"identity", "hflip", "rot90", *closer}
+    assert set(record["alone"]) >= {"identity", "hflip", "rot90", *closer}
     assert "ms per image" in out
-    assert all(option["views"][0] == "identity" for option in said["options"]) and "next: comp " in out
+    assert all(option["views"][0] == "identity" for option in record["options"]) and "next: comp " in out
     assert "views and space chosen on other folds: nested score " in out and [
-        o["space"] for o in said["options"]
+        o["space"] for o in record["options"]
     ] == list(tta_search.SPACES)
     with pytest.raises(UserError, check=lambda error: error.code == "time-limit-too-low"):
         tta_search.tta("slow-seeds", max_ms=1e-9)
     assert experiments.stored_config("slow-seeds") == resolve.load(project, "slow").config
 
 
-def test_every_kind_of_view_is_tried(project: Path) -> None:
+def test_candidate_views(project: Path) -> None:
     every = tta_views.candidate_views("light", [], None)
     assert set(every) == {*tta.VIEWS, *tta.CROPS, "light", "light2", "light3"} and every[0] == "identity"
     assert tta_views.candidate_views("light", [], "zoom110, heavy2") == [
@@ -106,13 +106,13 @@ def test_every_kind_of_view_is_tried(project: Path) -> None:
 def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One choice for all of them, by the mean of their scores; a view that there is not is refused before the first pass."""
     file = project / "configs" / "competition.yaml"
-    said = (
+    text = (
         file.read_text()
         .replace("target: label", "target: {label: multiclass, pen: multiclass}")
         .replace("task: multiclass\n", "")
         .replace("metadata: [pen]\n", "")
     )
-    file.write_text(said)
+    file.write_text(text)
     prepare.prepare(resolve.load(project, "base").config)
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)
@@ -128,7 +128,7 @@ def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[s
     )
 
 
-def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:
+def test_the_gain_of_a_view_is_the_mean_over_heads() -> None:
     random = np.random.default_rng(0)
     truth = [random.integers(0, 2, 400).astype(float) for _ in range(2)]
     heads = [Head(name, "binary", (name,), (name,), ("0", "1")) for name in "ab"]
@@ -146,7 +146,7 @@ def test_a_view_is_worth_the_mean_of_what_it_gains_over_heads() -> None:
     assert np.allclose(both, (given["identity"] + given["hflip"]) / 2)
 
 
-def test_a_difference_is_believed_only_beyond_both_errors() -> None:
+def test_a_difference_is_significant_only_beyond_both_errors() -> None:
     random = np.random.default_rng(0)
     clear = compare.difference(0.02 + random.normal(0, 0.005, (4, 5)))
     assert clear["significant"] and clear["text"].startswith("better by 0.0")
@@ -156,7 +156,7 @@ def test_a_difference_is_believed_only_beyond_both_errors() -> None:
     assert not by_fold["significant"], "six seeds that agree on five folds are still five folds"
 
 
-def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen() -> None:
+def test_views_are_searched_on_one_part_and_scored_on_another() -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 2, 600).astype(float)
     head = Head("t", "binary", ("t",), ("t",), ("0", "1"))
@@ -180,8 +180,10 @@ def test_views_are_chosen_where_they_gain_and_scored_where_they_were_not_chosen(
         noise, (truth,), (head,), (auc,), ("probability", "logit"), dict.fromkeys(noise, 1.0)
     )
     out = nested_cv.nested_predict(fold, search.search, search.average)
-    own, taught = (head.spec.to_probability(p)[:, 0] for p in (out.prediction, search.average(out.final)))
-    assert auc(truth, taught) >= auc(truth, own) - 0.02
+    nested, in_sample = (
+        head.spec.to_probability(p)[:, 0] for p in (out.prediction, search.average(out.final))
+    )
+    assert auc(truth, in_sample) >= auc(truth, nested) - 0.02
     # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
     loud = {
         n: np.where(random.random(600) < 0.1, -9.0, 1.5)[:, None] * (2 * truth - 1)[:, None]
@@ -264,14 +266,14 @@ def test_interval_comparison_and_gate_are_of_the_score(
     table = dataclasses.replace(table, heads=heads)
     sets: list[Any] = []
     for noise in (2.0, 4.0):
-        said = {}
+        values = {}
         for head in heads:
             truth = table.targets(head)[:TRAIN]
             wide = np.eye(3)[truth[:, 0].astype(int)] if head.task == "multiclass" else truth
-            said[head.name] = (2 * wide - 1 + random.normal(0, noise, wide.shape)).astype(np.float32)
+            values[head.name] = (2 * wide - 1 + random.normal(0, noise, wide.shape)).astype(np.float32)
         fold = project.folds.assignment[0][:TRAIN].astype(np.int16)
         meta = predictions.build_meta("oof", table, project.folds, {})
-        sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, said, meta))
+        sets.append(predictions.PredictionSet(np.arange(TRAIN, dtype=np.int32), fold, values, meta))
     ours, theirs = (score.evaluate(cfg, table, project.folds, each)["oof"] for each in sets)
     found = comparison.compare(cfg, table, project.folds, sets[0], {"it": sets[1]})
     assert found["against"]["it"]["difference"] == pytest.approx(ours - theirs, abs=1e-12)
@@ -312,15 +314,15 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
     monkeypatch.setattr(comparison, "_resampled_scores", never)
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [1, 30]")
     record = blend("blend001")
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert record["against"] == {} and record["oof"] < record["members"][0]["oof"]
-    assert "no interval and no comparison: one group only" in said
-    assert "recommended: the best member exp001, which is simpler" in said
+    assert "no interval and no comparison: one group only" in out
+    assert "recommended: the best member exp001, which is simpler" in out
 
 
 @pytest.mark.parametrize(
-    ("significant", "said"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
+    ("significant", "start"), [(True, "recommended: b"), (False, "recommended: m; within noise")]
 )
-def test_what_is_within_noise_is_not_recommended(significant: bool, said: str) -> None:
+def test_what_is_within_noise_is_not_recommended(significant: bool, start: str) -> None:
     record = {"direction": "max", "oof": 0.9, "against": {"m": {"score": 0.89, "significant": significant}}}
-    assert report.recommendation("b", record).startswith(said)
+    assert report.recommendation("b", record).startswith(start)

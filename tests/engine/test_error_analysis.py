@@ -27,8 +27,8 @@ def with_columns(project: banked.Project, **columns: Any) -> banked.Project:
     return project._replace(samples=rows, folds=folds.load(rows))
 
 
-def said(project: banked.Project, run: str, seed: int, wrong: np.ndarray) -> None:
-    """A run that is right nearly everywhere, and sure of another class where it is wrong."""
+def write_run(project: banked.Project, run: str, seed: int, wrong: np.ndarray) -> None:
+    """OOF predictions that are correct except for the rows `wrong`, where they are confident of another class."""
     at = predictions.rows_of("oof", project.samples, project.folds)
     values = banked.values(project, at, 0.5, seed)
     values[wrong] = np.roll(values[wrong], 1, axis=1) if values.shape[1] > 1 else -values[wrong]
@@ -52,7 +52,7 @@ def test_the_worst_slice_is_first_and_significant(empty: object, capsys: pytest.
         },
     )
     wrong = np.flatnonzero((np.arange(banked.TRAIN) % 4 == 1) & (np.arange(banked.TRAIN) % 3 < 2))
-    said(project, "exp001", 1, wrong)
+    write_run(project, "exp001", 1, wrong)
     frame = slices.slices("exp001")
     out = capsys.readouterr().out
     blue, black = (frame[frame["slice"] == f"pen {pen}"].iloc[0] for pen in ("blue", "black"))
@@ -66,11 +66,11 @@ def test_the_worst_slice_is_first_and_significant(empty: object, capsys: pytest.
     assert pd.read_csv(bank.folder("exp001") / "slices.csv").shape == frame.shape
 
 
-def test_a_slice_that_is_right_everywhere_by_chance_is_not_called_better(empty: Any) -> None:
+def test_a_slice_without_errors_by_chance_is_not_significant(empty: Any) -> None:
     """90 of 90 right where 394 of 400 are: by chance in every fourth slice."""
     place = np.arange(banked.TRAIN + banked.TEST)
     project = with_columns(banked.lay_out(empty), **{"meta.pen": np.where(place < 90, "blue", "black")})
-    said(project, "exp001", 2, np.arange(100, 106))
+    write_run(project, "exp001", 2, np.arange(100, 106))
     frame = slices.slices("exp001")
     blue = frame[frame["slice"] == "pen blue"].iloc[0]
     assert (blue["score"], blue["n"], blue["against all"]) == (1.0, 90, "")
@@ -80,7 +80,7 @@ def test_a_slice_that_is_right_everywhere_by_chance_is_not_called_better(empty: 
 def test_a_worse_class_is_significant(empty: Any, capsys: pytest.CaptureFixture[str]) -> None:
     project = banked.lay_out(empty)
     bees = np.flatnonzero(project.samples.truth(project.head, np.arange(banked.TRAIN)) == 1)
-    said(project, "exp001", 1, bees[::5])
+    write_run(project, "exp001", 1, bees[::5])
     frame: Any = slices.slices("exp001").set_index("slice")
     assert frame.index[0] == "label bee" and len(frame) == 3 and frame["n"].sum() == banked.TRAIN
     assert frame["against all"].to_dict()["label bee"] == "worse" and frame.loc["label bee", "p"] < 1e-6
@@ -98,7 +98,7 @@ def test_classes_are_scored_by_accuracy_if_the_metric_needs_several(
     project = with_columns(
         banked.lay_out(empty, task, metric=metric), **{"meta.pen": np.where(place < 90, "blue", "black")}
     )
-    said(project, "exp001", 1, np.arange(0, 90, 2))
+    write_run(project, "exp001", 1, np.arange(0, 90, 2))
     frame = slices.slices("exp001")
     classes = frame[frame["slice"].str.startswith("label ")]
     assert len(classes) == max(len(project.head.classes), len(project.head.outputs))
@@ -152,7 +152,7 @@ def test_intervals_of_shares_and_corrected_p_values() -> None:
 
 
 def test_no_slices_is_an_error(empty: object) -> None:
-    said(banked.lay_out(empty, "regression"), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
+    write_run(banked.lay_out(empty, "regression"), "exp001", 1, np.zeros(0, int))  # type: ignore[arg-type]
     with pytest.raises(UserError, check=lambda error: error.code == "slices-missing"):
         slices.slices("exp001")
 
@@ -162,8 +162,8 @@ def test_label_errors_that_all_models_agree_on_are_listed_and_drawn(
 ) -> None:
     project = banked.lay_out(empty)  # type: ignore[arg-type]
     both, one = np.array([3, 77, 210]), np.array([5, 90])
-    said(project, "exp001", 1, np.concatenate([both, one]))
-    said(project, "exp002", 2, both)
+    write_run(project, "exp001", 1, np.concatenate([both, one]))
+    write_run(project, "exp002", 2, both)
     frame = label_errors.label_errors([])
     assert set(frame["position"]) == set(both) and (frame["margin"] > 0.3).all()
     line = frame[frame["position"] == 77].iloc[0]
@@ -180,7 +180,7 @@ def test_a_run_of_a_few_rows_or_of_other_folds_is_left_out(
     project = banked.lay_out(empty)  # type: ignore[arg-type]
     both = np.array([3, 77, 210])
     for seed, run in enumerate(("exp001", "exp002", "exp001-debug", "other")):
-        said(project, run, seed, both)
+        write_run(project, run, seed, both)
     few = bank.load("exp001-debug", "oof", project.samples, project.folds)
     heads = {name: np.where(np.arange(len(v))[:, None] < 50, v, np.nan) for name, v in few.heads.items()}
     bank.write(bank.folder("exp001-debug") / "oof.arrow", replace(few, heads=heads))
@@ -198,6 +198,6 @@ def test_other_tasks(empty: object, task: str, rows: list[int]) -> None:
     if task == "regression":  # far from the mean, so that the wrong sign is a large mistake
         rows = np.argsort(-np.abs(project.samples.targets(project.head)[: banked.TRAIN, 0]))[:3].tolist()
     for seed, run in enumerate(("exp001", "exp002")):
-        said(project, run, seed, np.array(rows))
+        write_run(project, run, seed, np.array(rows))
     frame = label_errors.label_errors(["exp001", "exp002"])
     assert set(frame["position"]) >= set(rows) and len(frame) <= len(rows) + 6

@@ -47,22 +47,22 @@ def test_a_table_and_archives(empty: Path, capsys: pytest.CaptureFixture[str]) -
     put(empty, "train.csv", "file,kind,patient_id\n" + rows)
     put(empty, "sample_submission.csv", "file,kind\n" + "".join(f"te{i}.jpg,a\n" for i in range(30)))
     table = inspected(empty)
-    said = config(experiment="base").competition
+    competition = config(experiment="base").competition
     assert raw_tables.read(empty / "data/raw/train.csv").where(1).endswith("train.csv:3"), (
         "not what its column `file` says"
     )
-    assert said.train.image == ["train.zip/{file}"] and said.test.image == ["test.zip/{file}"]
-    assert (said.target, said.task, said.group) == (["kind"], "multiclass", "patient_id")
-    assert said.folds.scheme == "stratified_group"
+    assert competition.train.image == ["train.zip/{file}"] and competition.test.image == ["test.zip/{file}"]
+    assert (competition.target, competition.task, competition.group) == (["kind"], "multiclass", "patient_id")
+    assert competition.folds.scheme == "stratified_group"
     assert table.heads[0].classes == ("a", "b", "c")
     written = (empty / "configs" / "competition.yaml").read_text()
     assert "15 values, by its name" in written and "ambiguous: metric" in written
-    told = capsys.readouterr().out
-    assert "3 labels: a 10, b 10, c 10" in told and "metric: accuracy; also balanced_accuracy" in told
-    assert "of 30 train images: 30 JPEG RGB, 12 x 12" in told and "of 24 test images" in told
+    printed = capsys.readouterr().out
+    assert "3 labels: a 10, b 10, c 10" in printed and "metric: accuracy; also balanced_accuracy" in printed
+    assert "of 30 train images: 30 JPEG RGB, 12 x 12" in printed and "of 24 test images" in printed
     with Image.open(empty / "data" / "inspect.png") as sheet:
         assert sheet.height > 7 * 112, "30 training images and 24 of test, 8 in a row"
-    assert (said.slug, said.title) == ("practice", "Practice"), "kept from the existing file"
+    assert (competition.slug, competition.title) == ("practice", "Practice"), "kept from the existing file"
 
 
 def test_no_table_at_all(empty: Path) -> None:
@@ -137,7 +137,12 @@ def test_a_sample_with_an_index_column_another_separator_and_repeated_ids(empty:
     put(empty, "sample_submission.csv", "\n".join([",Id,kind", *lines, ""]).replace(",", mark))
     put(empty, "train.csv", ",id,kind\n" + "".join(f"{i},{i},{'abc'[i % 3]}\n" for i in range(25)))
     table = inspected(empty)
-    said = config(experiment="base").competition
-    assert (said.id, said.test.id, said.target, said.metadata) == ("id", "Id", ["kind"], [])
+    competition = config(experiment="base").competition
+    assert (competition.id, competition.test.id, competition.target, competition.metadata) == (
+        "id",
+        "Id",
+        ["kind"],
+        [],
+    )
     assert table.frame["row"].tolist()[25:] == ["25", "26", "27", "28", "29"]
     assert not check.run(config(experiment="base"))

@@ -53,7 +53,7 @@ def test_comp_model_prints_what_it_measured(
 ) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     measure.measure("exp001", [*TINY, "predict.batch_size=4"])
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     for word in (
         "parameters",
         "multiply-adds",
@@ -63,7 +63,7 @@ def test_comp_model_prints_what_it_measured(
         "peak memory",
         "next:",
     ):
-        assert word in said, word
+        assert word in out, word
     step = [*TINY, "predict.batch_size=1", "optim.name=adahessian", "train.channels_last=true"]
     measure.measure("exp001", step)  # as the loop would do it: this one differentiates gradients
     assert "training step of 32" in capsys.readouterr().out
@@ -160,12 +160,12 @@ def test_exported_outputs_equal_those_of_torch_or_are_an_error(
     pytest.importorskip("onnxscript")
     runner.train("exp001", TINY, fold="0", name="x")
     made = artifacts.read_json(artifacts.verified(export.export("x", 0, 60, "0.5")))
-    said = {line["name"]: line for line in made["variants"]}
-    assert list(said) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
-    assert max(said["torch.export"]["difference"], said["onnx"]["difference"]) < 1e-4
-    assert said["torch"]["score"] == said["onnx"]["score"]
-    assert said["onnx int8"]["bytes"] < 0.5 * said["onnx"]["bytes"]
-    assert said["pruned 50%"]["bytes"] < said["torch"]["bytes"]
+    by_name = {line["name"]: line for line in made["variants"]}
+    assert list(by_name) == ["torch", "torch.export", "onnx", "onnx int8", "pruned 50%"]
+    assert max(by_name["torch.export"]["difference"], by_name["onnx"]["difference"]) < 1e-4
+    assert by_name["torch"]["score"] == by_name["onnx"]["score"]
+    assert by_name["onnx int8"]["bytes"] < 0.5 * by_name["onnx"]["bytes"]
+    assert by_name["pruned 50%"]["bytes"] < by_name["torch"]["bytes"]
     assert "difference" in capsys.readouterr().out
     table = samples.load()
     stored = bank.read(paths.fold_folder("x", 0, 0) / "oof.arrow", table, folds.load(table))
@@ -190,16 +190,16 @@ def test_each_kind_of_head_fits_separable_features(name: str) -> None:
     codes = draw.integers(0, 3, 400)
     x = np.eye(3)[codes] @ draw.normal(0, 2, (3, 8)) + draw.normal(0, 0.7, (400, 8))
     many = Head("kind", "multiclass", ("a", "b", "c", "never"), ("target.kind",))
-    said = fit_heads.predictor(name, many, x[:300], codes[:300, None].astype(float))(x[300:])
+    predicted = fit_heads.predictor(name, many, x[:300], codes[:300, None].astype(float))(x[300:])
     assert (
-        said.shape == (100, 4)
-        and np.allclose(said.sum(1), 1)
-        and (said.argmax(1) == codes[300:]).mean() > 0.9
+        predicted.shape == (100, 4)
+        and np.allclose(predicted.sum(1), 1)
+        and (predicted.argmax(1) == codes[300:]).mean() > 0.9
     )
     two = Head("has", "multilabel", ("a", "b"), ("target.a", "target.b"))
     labels = np.column_stack([codes == 0, codes == 1]).astype(float)
-    said = fit_heads.predictor(name, two, x[:300], labels[:300])(x[300:])
-    assert said.shape == (100, 2) and ((said > 0.5) == labels[300:]).mean() > 0.9
+    predicted = fit_heads.predictor(name, two, x[:300], labels[:300])(x[300:])
+    assert predicted.shape == (100, 2) and ((predicted > 0.5) == labels[300:]).mean() > 0.9
     value = Head("age", "regression", ("age",), ("target.age",))
     truth = (x @ draw.normal(0, 1, 8))[:, None] + 30
     if name == "logistic":
@@ -233,7 +233,7 @@ def test_features_are_reused_and_stale_ones_are_an_error(
     with pytest.raises(UserError, match=r"1 of its 1797 image files .*--fresh"):
         features.features("exp003", quiet, "linear")
     features.features("exp003", quiet, "linear", fresh=True)
-    assert bank.members() == ["exp003:linear"], "no head of the old pictures is left"
+    assert bank.members() == ["exp003:linear"], "heads on the old images are removed"
     assert artifacts.sha256(paths.run_folder("exp003") / frozen_heads.FILE) != before
     cfg = config(*quiet, experiment="exp003")
     context = loading.load_context(cfg)
@@ -256,11 +256,11 @@ def test_stored_heads_predict_what_scikit_learn_predicts(name: str, classes: int
     codes = draw.integers(0, classes, 300)
     x = np.eye(classes)[codes] @ draw.normal(0, 1, (classes, 6)) + draw.normal(0, 1, (300, 6))
     head = Head("kind", "multiclass", tuple("abcde"), ("target.kind",), tuple("abcde"))
-    said = fit_heads.predictor(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
+    predicted = fit_heads.predictor(name, head, x[:200], codes[:200, None].astype(float))(x[200:])
     knn = KNeighborsClassifier(frozen_heads.N_NEIGHBORS, weights="distance", metric="cosine")
     estimator = (knn if name == "knn" else fit_heads.HEADS[name]()).fit(x[:200], codes[:200])
-    assert said[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
-    assert said[:, classes:].max() < 1e-5
+    assert predicted[:, :classes] == pytest.approx(estimator.predict_proba(x[200:]), abs=1e-5)
+    assert predicted[:, classes:].max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "knn"])
@@ -271,11 +271,11 @@ def test_stored_regression_heads_predict_what_scikit_learn_predicts(name: str) -
     x = draw.normal(size=(300, 6))
     y = x @ draw.normal(size=(6, 2)) + 30
     head = Head("v", "regression", ("a", "b"), ("target.a", "target.b"))
-    said = fit_heads.predictor(name, head, x[:200], y[:200])(x[200:])
+    predicted = fit_heads.predictor(name, head, x[:200], y[:200])(x[200:])
     knn = KNeighborsRegressor(frozen_heads.N_NEIGHBORS, weights="distance", metric="cosine")
     middle, spread = y[:200].mean(0), y[:200].std(0)
     estimator = (knn if name == "knn" else fit_heads.VALUES[name]()).fit(x[:200], (y[:200] - middle) / spread)
-    assert said == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)
+    assert predicted == pytest.approx(estimator.predict(x[200:]) * spread + middle, rel=1e-5)
 
 
 def test_a_head_on_frozen_features_reproduces_its_stored_predictions(project: Path) -> None:

@@ -311,7 +311,7 @@ def test_the_audit_includes_pseudo_labelled_rows_in_statistics(project: Path, ta
     artifacts.add_to_manifest(file)
     assert found() == []
 
-    # What taught it is damaged, another under its name, or gone: that is no leak.
+    # A damaged, replaced or deleted table of pseudo-labels is not a leak.
     table = paths.pseudo_file("teacher")
 
     def damage() -> None:
@@ -353,8 +353,8 @@ def test_a_short_run_uses_some_of_them(empty: Path) -> None:
 
 
 def test_extra_rows_train_every_fold_by_their_weight(project: Path) -> None:
-    """Other people's pictures that are all called 3: with weight 1 the network believes it, with weight 0 it does not. No training
-    row has these pictures, or its fold would not be taught by them."""
+    """Extra images that are all labelled 3: with weight 1 the network learns it, with weight 0 it does not. No training
+    row has these images, or its fold would not be trained on them."""
     raw, file = project / "data/raw", project / "configs/competition.yaml"
     own = pd.read_csv(raw / "train.csv", dtype=str).head(160)
     others = pd.read_csv(raw / "test.csv", dtype=str)["id"].head(160)
