@@ -334,11 +334,11 @@ def test_balance_of_multilabel_and_regression_targets(empty: Path) -> None:
         ("multilabel", {"loss.target_threshold": 0.2, "loss.label_smoothing": 0.1}, "undone by loss.target_threshold"),
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
         ("retrieval", {"loss.name": "triplet"}, "set sampling.m_per_class"),
-        ("retrieval", {"loss.name": "triplet", "sampling.m_per_class": 2, "select.name": "best"}, "nothing can be chosen"),
+        ("retrieval", {"loss.name": "triplet", "sampling.m_per_class": 2, "select.name": "best"}, "nothing can be selected"),
         ("multiclass", {"model.embedding_size": 64}, "model.embedding_size: 64 has no effect on loss cross_entropy; arcface"),
         ("retrieval", {"loss.name": "focal", "predict.n_neighbors": 3}, "predict.n_neighbors: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),
-        ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "twice; choose one"),
+        ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "both compensate for rare classes"),
     ],
 )  # fmt: skip
 def test_a_knob_without_effect_is_an_error(empty: Path, task: str, given: dict[str, Any], words: str) -> None:

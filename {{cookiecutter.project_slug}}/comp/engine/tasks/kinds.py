@@ -1,7 +1,8 @@
-"""One row a task: how a target is read, what the network puts out, and how a prediction is stored, merged and scored.
+"""The kinds of tasks (binary, multiclass, multilabel, regression, ordinal, retrieval): one entry of TASKS each says how
+a target is encoded, how many outputs the network has, and how a prediction is stored, averaged and converted.
 
-Classification is a row here, not the frame. A head is one target of a competition with its task; everything above works
-on a tuple of heads, so several targets of different kinds are several heads.
+A head is one target of the competition with its task. All other code works on a tuple of heads, so a competition with
+several targets of different kinds has several heads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-# stored -> where means are taken, and the way back to stored
+# A space in which predictions are averaged: (from stored values, back to stored values).
 Space = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 
 
@@ -24,13 +25,13 @@ class Head:
     task: str
     outputs: tuple[str, ...]  # names of the stored columns, in order
     columns: tuple[str, ...]  # target columns of the samples table
-    classes: tuple[str, ...] = ()  # labels as the raw table writes them, by code
-    graded: tuple[str, ...] = ()  # outputs that the host scores, where it does not score all
-    unknown: str = ""  # the class that stands for none of the others
+    classes: tuple[str, ...] = ()  # label of each class code, as in the raw table
+    graded: tuple[str, ...] = ()  # outputs that the host scores; empty: all of them
+    unknown: str = ""  # the class of rows that belong to none of the others
 
     @property
     def scored_indices(self) -> list[int]:
-        """Places of the outputs that are scored."""
+        """Indices of the outputs that the host scores."""
         return [i for i, name in enumerate(self.outputs) if not self.graded or name in self.graded]
 
     @property
@@ -39,13 +40,13 @@ class Head:
 
     @property
     def exclusive(self) -> bool:
-        """One of many classes: its outputs are one distribution."""
+        """Whether exactly one class is true: the outputs are one distribution."""
         return self.spec.spaces is EXCLUSIVE
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What a head minimises; see comp/engine/tasks/loss_knobs.py."""
+    """The loss of a head with the values of its knobs; see loss_knobs.py."""
 
     name: str
     knobs: Mapping[str, Any]
@@ -53,18 +54,17 @@ class HeadLoss:
 
 @dataclass(frozen=True)
 class Task:
-    losses: tuple[str, ...]  # that fit it, the default first
-    metric: str  # the default
-    space: str  # stored predictions are logits (nothing saturates in float32) or values
-    num_outputs: Callable[[Head, HeadLoss], int]  # network outputs for a head under a loss
-    encode_target: Callable[[Array], NDArray]  # float columns (rows, columns) -> what loss and metric take
-    decode: Callable[[Array, HeadLoss], Array]  # network output under a loss -> what is stored
-    to_probability: Callable[[Array], Array]  # stored -> what a metric or a submission takes
-    from_probability: Callable[[Array], Array]  # the way back
-    spaces: dict[str, Space]  # where predictions are averaged, by name
-    to_label: Callable[
-        [Array], NDArray[np.int64]
-    ]  # probability or value -> class codes, no fitted cut points; multilabel 0 and 1
+    losses: tuple[str, ...]  # suitable ones, the default first
+    metric: str  # default
+    space: str  # stored predictions are "logit" (does not saturate in float32) or "value"
+    num_outputs: Callable[[Head, HeadLoss], int]  # of the network, for a head with this loss
+    encode_target: Callable[[Array], NDArray]  # (rows, columns) -> what loss and metric take
+    decode: Callable[[Array, HeadLoss], Array]  # network output -> stored prediction
+    to_probability: Callable[[Array], Array]  # stored prediction -> what a metric or a submission takes
+    from_probability: Callable[[Array], Array]  # the inverse
+    spaces: dict[str, Space]  # by name
+    # probability or value -> class codes with default cut points (argmax, 0.5, rounding); multilabel: 0 and 1
+    to_label: Callable[[Array], NDArray[np.int64]]
 
 
 def softmax(logits: Array) -> Array:
@@ -78,7 +78,7 @@ def log_softmax(logits: Array) -> Array:
 
 
 def sigmoid(logits: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # NaN is a row never predicted, and stays one
+    with np.errstate(invalid="ignore"):  # NaN (a row never predicted) stays NaN
         return np.exp(-np.logaddexp(0.0, -logits))
 
 
@@ -86,12 +86,12 @@ def logit(p: Array) -> Array:
     return np.log(p) - np.log1p(-p)
 
 
-# What keeps a stored logit finite. 1e-30 still orders rows; a probability of exactly 0 or 1 would not survive a logarithm.
+# Lower bound of a probability, so that its logarithm stays finite. Small enough to keep the order of rows.
 SMALLEST = 1e-30
 
 
 def _codes(columns: Array) -> NDArray:
-    """One column of class codes, or one share per class (soft labels)."""
+    """(rows,) class codes of a single column, or (rows, classes) soft labels."""
     return columns[:, 0].astype(np.int64) if columns.shape[1] == 1 else columns
 
 
@@ -101,17 +101,17 @@ def bin_centers(knobs: Mapping[str, Any]) -> Array:
 
 
 def _decode_values(raw: Array, loss: HeadLoss) -> Array:
-    """What a head of values says, (rows, targets): some losses have several outputs a target, and their mean is the answer."""
-    if loss.name == "cumulative":  # output k says how likely the grade is above k
+    """(rows, targets). Losses with several outputs per target predict the mean of a distribution."""
+    if loss.name == "cumulative":  # output k is the logit of "the grade is above k"
         return sigmoid(raw).sum(axis=1, keepdims=True)
-    if loss.name == "soft_labels":  # an output a grade
+    if loss.name == "soft_labels":  # one output per grade
         return softmax(raw) @ np.arange(raw.shape[1])[:, None]
     if loss.name == "bins":
-        centres = bin_centers(loss.knobs)
+        centers = bin_centers(loss.knobs)
         return np.stack(
             [
-                softmax(raw[:, at : at + len(centres)]) @ centres
-                for at in range(0, raw.shape[1], len(centres))
+                softmax(raw[:, at : at + len(centers)]) @ centers
+                for at in range(0, raw.shape[1], len(centers))
             ],
             axis=1,
         )
@@ -119,12 +119,13 @@ def _decode_values(raw: Array, loss: HeadLoss) -> Array:
 
 
 def _decode_multiclass(raw: Array, loss: HeadLoss) -> Array:
-    """bce asks of each class by itself."""
+    """bce has an independent logit per class, normalized here to one distribution."""
     return log_softmax(_log_sigmoid(raw) if loss.name == "bce" else raw)
 
 
 def _decode_embeddings(raw: Array, loss: HeadLoss) -> Array:
-    """To watch: what is stored of embeddings comes from neighbours. Without centres there is nothing to see, (rows, 0)."""
+    """Class probabilities by the class centers, for the log only: the stored predictions come from the nearest
+    neighbors. (rows, 0) for losses without class centers."""
     if "embedding" not in loss.knobs:
         return log_softmax(raw)
     cosine = raw[:, loss.knobs["embedding"] :]
@@ -132,8 +133,8 @@ def _decode_embeddings(raw: Array, loss: HeadLoss) -> Array:
 
 
 def _embedding_outputs(head: Head, loss: HeadLoss) -> int:
-    beside = 0 if loss.name in ("contrastive", "triplet") else len(head.outputs)
-    return beside + loss.knobs.get("embedding", 0)
+    centers = 0 if loss.name in ("contrastive", "triplet") else len(head.outputs)
+    return centers + loss.knobs.get("embedding", 0)
 
 
 def _ordinal_outputs(head: Head, loss: HeadLoss) -> int:
@@ -145,12 +146,12 @@ def _identity(x: Array) -> Array:
 
 
 def _to_both_sides(logits: Array) -> Array:
-    """(rows, outputs, 2): p and 1 - p, since a float knows numbers next to 0 far better than those next to 1."""
+    """(rows, outputs, 2): p and 1 - p, since floats are far more precise near 0 than near 1."""
     return np.stack([sigmoid(logits), sigmoid(-logits)], axis=-1)
 
 
 def _from_both_sides(sides: Array) -> Array:
-    floor = np.log(np.maximum(sides, 1e-300))  # weights below 0 can leave the range
+    floor = np.log(np.maximum(sides, 1e-300))  # negative weights can leave the range
     return floor[..., 0] - floor[..., 1]
 
 
@@ -167,17 +168,17 @@ def _to_log(p: Array) -> Array:
     return log_softmax(np.log(np.clip(p, SMALLEST, None)))
 
 
-INDEPENDENT: dict[str, Space] = {  # each output a probability of its own
+INDEPENDENT: dict[str, Space] = {  # each output is an independent probability
     "probability": (_to_both_sides, _from_both_sides),
     "logit": (_identity, _identity),
     "geometric": (_log_sigmoid, _from_log),
 }
-EXCLUSIVE: dict[str, Space] = {  # outputs sum to 1: the renormalised geometric mean is the mean of logits
+EXCLUSIVE: dict[str, Space] = {  # outputs sum to 1: the normalized geometric mean is the mean of logits
     "probability": (softmax, _to_log),
     "logit": (_identity, log_softmax),
     "geometric": (_identity, log_softmax),
 }
-# Values have one mean, whatever the space is called.
+# Values are always averaged as they are.
 VALUES: dict[str, Space] = dict.fromkeys(("probability", "logit", "geometric"), (_identity, _identity))
 
 

@@ -1,6 +1,6 @@
-"""What a head minimises: its loss by name, and the knobs that this loss takes. Names and numbers; the arithmetic is in comp/train.
+"""The loss of each head: its name, and the knobs of `loss:` that it takes. The formulas are in comp/losses.py.
 
-A knob of `loss:` that is null means the loss's own value, the one in TAKES. A knob that no loss of the run takes is refused.
+A null knob of `loss:` takes the loss's default, in DEFAULTS. A knob that no loss of the run takes raises UserError.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from comp.engine.config import run_members
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.errors import Refused
+from comp.engine.errors import UserError, joined
 from comp.engine.tasks.kinds import Head, HeadLoss
 
 OFF = None
-DEFAULTS: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
+DEFAULTS: dict[str, dict[str, Any]] = {  # loss -> knob -> default
     "cross_entropy": {"label_smoothing": 0.0},
     "kl": {"label_smoothing": 0.0},
     "focal": {"label_smoothing": 0.0, "gamma": 2.0, "alpha": OFF},
@@ -33,103 +33,120 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # loss -> knob -> its own value
     "arcface": {"margin": 0.3, "margin_rare": OFF, "scale": 30.0, "sub_centers": 1},
     "contrastive": {"margin": 1.0},
     "triplet": {"margin": 0.3},
-    "loss": {},  # your own
+    "loss": {},  # the function of comp/competition.py
 }
-METRIC_LEARNING = ("arcface", "contrastive", "triplet")  # their predictions come from neighbours
-EMBEDDING_SIZE, N_NEIGHBORS = 256, 5  # of an embedding; that vote
-BETA = 0.999  # of class_weights: effective
-COMMON = ("name", "ohem", "class_weights")  # beside those of TAKES
+METRIC_LEARNING = (
+    "arcface",
+    "contrastive",
+    "triplet",
+)  # trained on embeddings; predictions come from the nearest neighbors
+EMBEDDING_SIZE, N_NEIGHBORS = 256, 5  # defaults of model.embedding_size and predict.n_neighbors
+BETA = 0.999  # default of loss.beta
+COMMON = ("name", "ohem", "class_weights")  # knobs that every loss takes
 
 
 def metric_learning_loss(cfg: Config, heads: Sequence[Head]) -> HeadLoss | None:
-    """The objective of a run that puts pictures of one class close together, or None."""
-    found = head_losses(cfg, heads)[0]
-    return found if found.name in METRIC_LEARNING else None
+    """The loss of a run that learns embeddings (arcface, contrastive, triplet), otherwise None."""
+    loss = head_losses(cfg, heads)[0]
+    return loss if loss.name in METRIC_LEARNING else None
 
 
 def head_losses(cfg: Config, heads: Sequence[Head]) -> list[HeadLoss]:
-    """One for each head. What has no effect on any of them is refused by name, all at once."""
-    found = [_head_loss(cfg, head) for head in heads]
-    faults = [f"{knob}: {why}" for knob, why in _errors(cfg, heads, found)]
-    if faults:
-        raise Refused(*faults)
-    return found
+    """The loss of each head. Knobs without effect and impossible combinations raise UserError, all at once."""
+    losses = [_head_loss(cfg, head) for head in heads]
+    if errors := [*_unused(cfg, heads, losses), *_incompatible(cfg, heads, losses)]:
+        raise joined(errors)
+    return losses
 
 
 def _head_loss(cfg: Config, head: Head) -> HeadLoss:
-    fit, name = head.spec.losses, cfg.loss.name
-    name = fit[0] if name == "default" else name
+    suitable, name = head.spec.losses, cfg.loss.name
+    name = suitable[0] if name == "default" else name
+    takes = f"{head.task} takes {', '.join(suitable)}"
     if name not in DEFAULTS:
-        raise Refused(
-            f"loss.name: there is no {name!r}; the nearest is {nearest(name, fit)[0]}, {head.task} takes {', '.join(fit)}"
+        close = nearest(name, suitable)[0]
+        raise UserError(
+            "loss-unknown",
+            key="loss.name",
+            what=f"there is no {name!r}",
+            remedy=f"the nearest is {close}, {takes}",
         )
-    if name != "loss" and name not in fit:
-        raise Refused(f"loss.name: {name} does not fit task {head.task}; it takes {', '.join(fit)}")
-    given = cfg.loss.model_dump()
-    knobs = {key: own if given[key] is None else given[key] for key, own in DEFAULTS[name].items()}
+    if name != "loss" and name not in suitable:
+        raise UserError(
+            "loss-unsuitable", key="loss.name", what=f"{name} does not fit task {head.task}", remedy=takes
+        )
+    values = cfg.loss.model_dump()
+    knobs = {key: default if values[key] is None else values[key] for key, default in DEFAULTS[name].items()}
     if name in METRIC_LEARNING:
         knobs["embedding"] = cfg.model.embedding_size or EMBEDDING_SIZE
     return HeadLoss(name, knobs)
 
 
-def _errors(cfg: Config, heads: Sequence[Head], found: Sequence[HeadLoss]) -> list[tuple[str, str]]:
-    names = ", ".join(dict.fromkeys(objective.name for objective in found))
-    taken = {knob for objective in found for knob in objective.knobs}
+def _unused(cfg: Config, heads: Sequence[Head], losses: Sequence[HeadLoss]) -> list[UserError]:
+    """Knobs that have no effect on the losses of the run."""
+    names = ", ".join(dict.fromkeys(loss.name for loss in losses))
+    taken = {knob for loss in losses for knob in loss.knobs}
     out = []
     for knob, value in cfg.loss.model_dump().items():
         if knob in (*COMMON, "beta") or knob in taken or value is None or value == 0:
             continue
-        fit = [loss for loss, takes in DEFAULTS.items() if knob in takes]
-        out.append((f"loss.{knob}", f"{value} has no effect on loss {names}; {', '.join(fit)} takes it"))
-    if cfg.loss.class_weights != "none" and not any(has_classes(head) for head in heads):
-        out.append(
-            ("loss.class_weights", f"{cfg.loss.class_weights} has no effect on {heads[0].task}: no classes")
-        )
-    if cfg.loss.class_weights != "none" and "loss" in (objective.name for objective in found):
-        out.append(("loss.class_weights", "has no effect on a loss of your own; weigh the classes in it"))
-    if cfg.loss.beta is not None and cfg.loss.class_weights != "effective":
-        out.append(
-            ("loss.beta", f"{cfg.loss.beta} has no effect with class_weights: {cfg.loss.class_weights}")
-        )
-    embeds = [objective.name for objective in found if objective.name in METRIC_LEARNING]
-    for knob, value in (
-        ("model.embedding_size", cfg.model.embedding_size),
-        ("predict.n_neighbors", cfg.predict.n_neighbors),
-    ):
-        if value is not None and not embeds:
-            out.append(
-                (knob, f"{value} has no effect on loss {names}; {', '.join(METRIC_LEARNING)} takes it")
-            )
-    if embeds and len(heads) > 1:
-        out.append(
-            (
-                "loss.name",
-                f"{embeds[0]} wants the one target alone; beside others retrieval takes cross_entropy",
-            )
-        )
-    if embeds and embeds[0] != "arcface" and cfg.sampling.m_per_class < 2:
-        out.append(
-            ("loss.name", f"{embeds[0]} learns from pairs in a batch; set sampling.m_per_class to 4 or so")
-        )
-    if embeds and embeds[0] != "arcface" and run_members.selects_by_score(cfg):
-        out.append(
-            (
-                "loss.name",
-                f"{embeds[0]} has no centres to score an epoch by, so nothing can be chosen; arcface has",
-            )
-        )
-    for head, objective in zip(heads, found, strict=True):
-        if objective.knobs.get("alpha") is not None and head.exclusive:
-            out.append(
-                ("loss.alpha", f"parts yes from no; the classes of {head.task} are weighed by class_weights")
-            )
-        if objective.knobs.get("target_threshold") is not None and objective.knobs["label_smoothing"]:
-            out.append(("loss.label_smoothing", "is undone by loss.target_threshold; set one of them"))
-        if objective.name == "bins" and objective.knobs["range"] is None:
-            out.append(("loss.range", "bins needs the lowest and highest target that can be, like [0, 100]"))
+        takers = ", ".join(loss for loss, knobs in DEFAULTS.items() if knob in knobs)
+        out.append(_no_effect(f"loss.{knob}", f"{value} has no effect on loss {names}", f"{takers} takes it"))
+    weights = cfg.loss.class_weights
+    if weights != "none" and not any(has_classes(head) for head in heads):
+        what = f"{weights} has no effect on {heads[0].task}: no classes"
+        out.append(_no_effect("loss.class_weights", what, "set it to none"))
+    if weights != "none" and "loss" in (loss.name for loss in losses):
+        what = "has no effect on the loss of comp/competition.py"
+        out.append(_no_effect("loss.class_weights", what, "weight the classes in that function"))
+    if cfg.loss.beta is not None and weights != "effective":
+        what = f"{cfg.loss.beta} has no effect with class_weights: {weights}"
+        out.append(_no_effect("loss.beta", what, "set it to null"))
+    if not any(loss.name in METRIC_LEARNING for loss in losses):
+        for key, value in (
+            ("model.embedding_size", cfg.model.embedding_size),
+            ("predict.n_neighbors", cfg.predict.n_neighbors),
+        ):
+            if value is not None:
+                takers = ", ".join(METRIC_LEARNING)
+                out.append(_no_effect(key, f"{value} has no effect on loss {names}", f"{takers} takes it"))
     return out
 
 
+def _incompatible(cfg: Config, heads: Sequence[Head], losses: Sequence[HeadLoss]) -> list[UserError]:
+    """Combinations of knobs and heads that cannot work."""
+    out = []
+    embedding = next((loss.name for loss in losses if loss.name in METRIC_LEARNING), "")
+    if embedding and len(heads) > 1:
+        what = f"{embedding} needs a single target"
+        out.append(_invalid("loss.name", what, "with several targets retrieval takes cross_entropy"))
+    if embedding and embedding != "arcface" and cfg.sampling.m_per_class < 2:
+        what = f"{embedding} is computed on pairs within a batch"
+        out.append(_invalid("loss.name", what, "set sampling.m_per_class to 4 or so"))
+    if embedding and embedding != "arcface" and run_members.selects_by_score(cfg):
+        what = f"{embedding} has no class centers to score an epoch with, so nothing can be selected"
+        out.append(_invalid("loss.name", what, "use arcface"))
+    for head, loss in zip(heads, losses, strict=True):
+        if loss.knobs.get("alpha") is not None and head.exclusive:
+            what = f"weights positive against negative labels, and {head.task} has exclusive classes"
+            out.append(_invalid("loss.alpha", what, "use loss.class_weights"))
+        if loss.knobs.get("target_threshold") is not None and loss.knobs["label_smoothing"]:
+            what = "is undone by loss.target_threshold"
+            out.append(_invalid("loss.label_smoothing", what, "set one of them"))
+        if loss.name == "bins" and loss.knobs["range"] is None:
+            what = "bins needs the lowest and highest possible target"
+            out.append(_invalid("loss.range", what, "set it to [0, 100] or so"))
+    return out
+
+
+def _no_effect(key: str, what: str, remedy: str) -> UserError:
+    return UserError("knob-unused", key=key, what=what, remedy=remedy)
+
+
+def _invalid(key: str, what: str, remedy: str) -> UserError:
+    return UserError("knob-invalid", key=key, what=what, remedy=remedy)
+
+
 def has_classes(head: Head) -> bool:
-    """Has classes that can be rare."""
+    """Whether loss.class_weights applies: all tasks but regression."""
     return head.task != "regression"
