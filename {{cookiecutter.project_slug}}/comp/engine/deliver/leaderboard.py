@@ -59,7 +59,8 @@ def _table_row(entry: Entry) -> list[str]:
         "-" if value is None else f"{value:.5g}"
         for value in (cv_score(entry), entry["public"], entry["private"])
     ]
-    return [str(entry["number"]), str(entry["at"])[:16], entry["name"] or "(elsewhere)", entry["kind"], *numbers, entry["status"] or "PENDING", entry["message"][:40]]  # fmt: skip
+    sent = [str(entry["number"]), str(entry["at"])[:16], entry["name"] or "(elsewhere)", entry["kind"]]
+    return [*sent, *numbers, entry["status"] or "PENDING", entry["message"][:40]]
 
 
 def agreement(scored: Sequence[Entry]) -> list[str]:

@@ -106,7 +106,8 @@ def submissions(competition: str) -> list[Entry]:
     found = {entry["number"]: entry for entry in entries(("file", "kernel"), competition) if entry["number"]}
     for ref, line in _latest_status(competition).items():
         if ref not in found:
-            found[ref] = {"kind": "foreign", "number": ref, "name": "", "message": line["description"], "cv": None, "at": line["date"]}  # fmt: skip
+            found[ref] = {"kind": "foreign", "number": ref, "name": "", "cv": None}
+            found[ref] |= {"message": line["description"], "at": line["date"]}
             found[ref] |= {key: line[key] for key in STATUS}
     return [found[ref] for ref in sorted(found)]
 

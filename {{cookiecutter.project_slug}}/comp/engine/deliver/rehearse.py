@@ -197,8 +197,8 @@ def _isolated(place: Path, folder: Path, python: str, slug: str) -> tuple[list[s
     root = folder / "root"
     root.mkdir()
     (place / "tmp").mkdir()
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "--net", "sh", "-c", NAMESPACES, "sh", str(root), str(place)]  # fmt: skip
-    as_root = [part for part in unshare if part not in ("--user", "--map-root-user")]
+    setup = ["--mount", "--net", "sh", "-c", NAMESPACES, "sh", str(root), str(place)]
+    unshare, as_root = ["unshare", "--user", "--map-root-user", *setup], ["unshare", *setup]
     # Workers of the data loader use sockets in the temporary folder, whose paths are limited to about a
     # hundred characters.
     inside = ["env", "-C", "/kaggle/working", f"PYTHONPATH=/kaggle/input/{slug}", "TMPDIR=/kaggle/tmp"]

@@ -7,13 +7,13 @@ import shutil
 import sys
 import time
 
-import optuna
 from optuna.trial import TrialState
 
 from comp.engine.tune.study import OpenStudy, budgeted, setting_of
 
 INTERVAL = 2.0  # seconds between two queries of the database
 State = TrialState
+WORDS = {State.COMPLETE: "done", State.PRUNED: "pruned", State.FAIL: "failed", State.RUNNING: "running"}
 
 _next = 0.0  # time of the next query
 _drawn = 0  # lines on the terminal that the next table replaces
@@ -40,12 +40,11 @@ def release() -> None:
 def table(opened: OpenStudy, deadline: float) -> list[str]:
     trials = budgeted(opened.trials())
     by_state = {state: [t for t in trials if t.state == state] for state in State}
-    done = by_state[State.COMPLETE]
-    lines = [f"{opened.name}: {len(done)} done, {len(by_state[State.PRUNED])} pruned, {len(by_state[State.FAIL])} failed, "
-             f"{len(by_state[State.RUNNING])} running, {len(trials)} of {opened.max_trials}; {time_left(opened, deadline)}"]  # fmt: skip
-    if done:
-        sign = -1 if opened.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
-        best = min(done, key=lambda t: sign * t.values[0])
+    counts = ", ".join(f"{len(by_state[state])} {word}" for state, word in WORDS.items())
+    spent = f"{len(trials)} of {opened.max_trials}"
+    lines = [f"{opened.name}: {counts}, {spent}; {time_left(opened, deadline)}"]
+    if by_state[State.COMPLETE]:
+        best = opened.ranked()[0]
         setting = setting_text(setting_of(opened.space, best))
         lines.append(f"  best     {best.number:4d}  {best.values[0]:.4f}  {setting}")
     for trial in by_state[State.RUNNING]:
