@@ -62,9 +62,9 @@ MISTAKES = {
     f"search:\n{RATE}trials: many\n": "trials: 'many' must be an integer",
     f"search:\n{RATE}serch: 1\n": "odd.yaml:3: serch: no such key; did you mean search?",
     "search: {}\n": "odd.yaml:1: search: no knobs; add lines like",
-    f"search:\n{RATE}{RATE}": "stands here for the second time, first on line 2",
+    f"search:\n{RATE}{RATE}": "search.optim.lr is set for the second time, first on line 2",
     "search:\n  optim.lr: {low: 1e-4, high: 1e-2\n": "odd.yaml:3: is not YAML",
-    "- optim.lr\n": "a list of `key: value` lines is wanted",
+    "- optim.lr\n": "must consist of `key: value` lines, not a list",
 }  # fmt: skip
 
 
