@@ -3,7 +3,8 @@ comp/engine/bank/metric_formulas.py.
 
 truth       binary, regression, ordinal (n,); multiclass (n,) class codes or (n, classes) soft labels; multilabel
             (n, columns) of 0 and 1
-prediction  probability: (n,) or (n, classes); label: codes (n,) or 0/1 (n, columns); value: (n,) or (n, columns);
+prediction  probability: (n,) or (n, classes); label: codes (n,) or 0/1 (n, columns); value: (n,) or (n,
+columns);
             ranking: (n, k) class codes, best first, padded with -1
 rows        a DataFrame with one line per row, or None. The metrics here use its column "weight"; a metric of your own
             may use any column
@@ -82,7 +83,8 @@ class Metric:
         return float(self.function(truth, prediction, weight))
 
     def validate(self, truth: Any, prediction: Any) -> tuple[Array, Array]:
-        """Both as float64, a single column as (n,). Raises where the score would be NaN or of something else."""
+        """Both as float64, a single column as (n,). Raises where the score would be NaN or of something
+        else."""
         truth, prediction = as_float_array(truth, "truth"), as_float_array(prediction, "prediction")
         truth = truth[:, 0] if truth.shape[1:] == (1,) else truth
         if prediction.shape[1:] == (1,) and self.needs != "ranking":
@@ -146,8 +148,8 @@ _B, _C, _L, _T = ("binary",), ("multiclass",), ("multilabel",), ("retrieval",)
 _R, _O = ("regression",), ("ordinal",)
 _ANY_LABEL = _B + _C + _L + _O
 _F = metric_formulas
-# AUC by bands of true positive rate. ALASKA2 (steganalysis): double weight below 0.4. ISIC 2024 (skin lesions): only the
-# area above 0.8, so 0 to 0.2. For other bands copy a line.
+# AUC by bands of true positive rate. ALASKA2 (steganalysis): double weight below 0.4. ISIC 2024 (skin
+# lesions): only the area above 0.8, so 0 to 0.2. For other bands copy a line.
 _LOW_TPR = partial(_F.banded_auc, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), total=1.4)
 _HIGH_TPR = partial(_F.banded_auc, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), total=1.0)
 _INF = math.inf
@@ -235,7 +237,8 @@ def find(name: str) -> Metric:
 
 
 def custom(function: Callable[..., Any]) -> Metric:
-    """The metric of comp/competition.py: a Metric, or a function with the attributes `direction` and `needs`."""
+    """The metric of comp/competition.py: a Metric, or a function with the attributes `direction` and
+    `needs`."""
     if isinstance(function, Metric):
         return function
     attributes = {"direction": ("max", "min"), "needs": get_args(Needs)}

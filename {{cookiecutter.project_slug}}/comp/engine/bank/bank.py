@@ -1,8 +1,9 @@
-"""Prediction sets on disk: of runs, their members and ensembles. Reading validates them against samples and folds.
+"""Prediction sets on disk: of runs, their members and ensembles. Reading validates them against samples and
+folds.
 
-A set is one uncompressed Arrow IPC file, memory-mapped: `row` (int32, position in the samples table), `fold` (int16, OOF
-only) and one fixed-size list of float32 per head. Its metadata says what it was made from; no byte depends on clock,
-machine or folder. Runs and ensembles write the same format, so ensembles nest.
+A set is one uncompressed Arrow IPC file, memory-mapped: `row` (int32, position in the samples table), `fold`
+(int16, OOF only) and one fixed-size list of float32 per head. Its metadata says what it was made from; no
+byte depends on clock, machine or folder. Runs and ensembles write the same format, so ensembles nest.
 
     exp001           a run, mean of seeds and folds      runs/exp001/{oof,test}.arrow
     exp001:seed1     a member of a run                   runs/exp001/members/seed1/{oof,test}.arrow
@@ -39,11 +40,12 @@ FLOAT16_OUTPUTS = 256  # sets with more outputs may be float16
 WEIGHTS = "weights.safetensors"
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def write(file: Path, predictions: PredictionSet) -> Path:
-    """Deterministic: the same set gives the same bytes. The file counts as finished once the folder's manifest lists it."""
+    """Deterministic: the same set gives the same bytes. The file counts as finished once the folder's
+    manifest lists it."""
     import pyarrow as pa
 
     rows, heads = predictions.row, predictions.heads
@@ -181,7 +183,8 @@ def _validate(
 
 
 def weights_of(*folders: Path) -> dict[str, str]:
-    """For the metadata: the hashes of the weights that made the predictions. `read` raises once they change."""
+    """For the metadata: the hashes of the weights that made the predictions. `read` raises once they
+    change."""
     runs = paths.path("runs")
     return {
         str(folder.relative_to(runs)): artifacts.sha256(artifacts.verified(folder / WEIGHTS))
@@ -195,8 +198,8 @@ def _weights_now(file: Path) -> str | None:
         weights, manifest = file.stat(), (file.parent / artifacts.MANIFEST).stat()
     except FileNotFoundError:
         return None
-    # Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest is trusted unless the file is
-    # newer.
+    # Gigabytes of weights are not hashed to read a few megabytes of predictions: the manifest is trusted
+    # unless the file is newer.
     entry = _entry(file, manifest.st_ino, manifest.st_mtime_ns)
     if entry and entry["size"] == weights.st_size and weights.st_mtime_ns < manifest.st_mtime_ns:
         return str(entry["sha256"])
@@ -208,7 +211,7 @@ def _entry(file: Path, inode: int, changed: int) -> dict[str, Any] | None:
     return artifacts.manifest_entry(file)
 
 
-# --- members by address --------------------------------------------------------------------------------------------------
+# --- members by address -------------------------------------------------------------------------------------
 
 
 def folder(address: str) -> Path:
@@ -233,7 +236,8 @@ def members() -> list[str]:
 
 
 def find(address: str, kind: str) -> Path:
-    """The file of a member. Raises with what is missing, or with the nearest addresses if there is no such member."""
+    """The file of a member. Raises with what is missing, or with the nearest addresses if there is no such
+    member."""
     file = folder(address) / f"{kind}.arrow"
     if file.exists():
         return file

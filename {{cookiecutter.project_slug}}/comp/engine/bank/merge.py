@@ -23,8 +23,8 @@ Part = tuple[int, Fold]  # seed, fold
 
 
 def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
-    """Merge what is complete: the run over its seeds, each seed if there are several, the refit on all rows, and the extra
-    weight sets (EMA, SWA, snapshots) of both."""
+    """Merge what is complete: the run over its seeds, each seed if there are several, the refit on all rows,
+    and the extra weight sets (EMA, SWA, snapshots) of both."""
     refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refit_seeds(experiment)]
     if refits:
         _merge_weight_sets(experiment, cfg, samples, folds, refits, run_members.refit_member)
@@ -64,7 +64,8 @@ def merge_member(
     parts: list[Part],
     inside: Sequence[str] = ("",),
 ) -> dict[str, Any]:
-    """Average the predictions of (seed, fold) parts. inside: subfolders of each fold's folder, for extra weight sets.
+    """Average the predictions of (seed, fold) parts. inside: subfolders of each fold's folder, for extra
+    weight sets.
 
     If it is killed halfway, the next call writes the same bytes.
     """
@@ -74,7 +75,8 @@ def merge_member(
     kinds = ("test",) if all(fold == run_members.REFIT for _, fold in parts) else ("oof", "test")
     # 1. Read everything first: a damaged part raises before anything is removed.
     read = {kind: [bank.read(place / f"{kind}.arrow", samples, folds) for place in places] for kind in kinds}
-    # 2. Invalidate the old files: after a kill, none of this member's files counts until all are written again.
+    # 2. Invalidate the old files: after a kill, none of this member's files counts until all are written
+    # again.
     for old in ("oof.arrow", "test.arrow", "score.json"):
         artifacts.remove_from_manifest(folder / old)
     for kind, sets in read.items():
@@ -95,7 +97,8 @@ def _fold_folders(experiment: str, parts: list[Part]) -> list[Path]:
 
 
 def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float | None]:
-    """How much too good a score is because the epoch was chosen on the scored rows: the mean over the folds."""
+    """How much too good a score is because the epoch was chosen on the scored rows: the mean over the
+    folds."""
     files = [folder / "optimism.json" for folder in _fold_folders(experiment, parts)]
     key = name if name == "greedy" else ""
     known = [
@@ -119,7 +122,8 @@ def print_result(experiment: str, name: str = "") -> None:
 
 
 def describe_cv(address: str) -> str:
-    """The CV score in words. A refit on all rows has none; the score of the same member of the CV is given instead."""
+    """The CV score in words. A refit on all rows has none; the score of the same member of the CV is given
+    instead."""
     same = run_members.cv_address(address)
     file = bank.folder(same) / "score.json"
     if artifacts.manifest_entry(file):

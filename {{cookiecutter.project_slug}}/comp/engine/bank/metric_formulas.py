@@ -1,4 +1,5 @@
-"""The formulas behind comp/metrics.py, on float64 arrays that Metric.validate has checked. Three kinds of function:
+"""The formulas behind comp/metrics.py, on float64 arrays that Metric.validate has checked. Three kinds of
+function:
 
 row       (truth, prediction) -> (rows,) or (rows, columns); the metric is their weighted mean
 curve     (positive, negative) -> float: the weight of positive and negative rows at each distinct score, highest first
@@ -123,7 +124,8 @@ def squared_log_error(truth: Array, prediction: Array) -> Array:
 
 
 def fbeta_samples(truth: Array, prediction: Array, beta: float) -> Array:
-    """F-beta of each row's set of labels. A row without true and predicted labels counts 0, as in scikit-learn."""
+    """F-beta of each row's set of labels. A row without true and predicted labels counts 0, as in
+    scikit-learn."""
     if truth.ndim == 1:
         raise MetricUndefined("expected one column per label, got a single column")
     hit = (truth * prediction).sum(axis=1)
@@ -161,7 +163,8 @@ def average_precision_at(truth: Array, ranking: Array, k: int) -> Array:
 
 
 def binary_columns(truth: Array, prediction: Array) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
-    """(rows with a known label, their truth, their score) of each column; for class codes, of each class one-vs-rest."""
+    """(rows with a known label, their truth, their score) of each column; for class codes, of each class
+    one-vs-rest."""
     if prediction.ndim == 1:
         pairs: Iterable[tuple[Array, Array]] = [(truth, prediction)]
     elif truth.ndim == 1:
@@ -177,7 +180,8 @@ def binary_columns(truth: Array, prediction: Array) -> Iterator[tuple[NDArray[np
 
 
 def class_weights_by_score(truth: Array, score: Array, weight: Array) -> tuple[Array, Array]:
-    """The input of a curve: (positive, negative), the weight of each at every distinct score, highest first."""
+    """The input of a curve: (positive, negative), the weight of each at every distinct score, highest
+    first."""
     level = np.unique(-score, return_inverse=True)[1]
     return np.bincount(level, weight * truth), np.bincount(level, weight * (1 - truth))
 
@@ -211,8 +215,8 @@ def average_precision(positive: Array, negative: Array) -> float:
 def banded_auc(
     positive: Array, negative: Array, edges: tuple[float, ...], weights: tuple[float, ...], total: float
 ) -> float:
-    """ROC area with one weight for each band of true positive rate, divided by `total`. The curve is split where it
-    crosses an edge."""
+    """ROC area with one weight for each band of true positive rate, divided by `total`. The curve is split
+    where it crosses an edge."""
     tpr = np.concatenate([[0.0], positive.cumsum() / positive.sum()])
     fpr = np.concatenate([[0.0], negative.cumsum() / negative.sum()])
     along = tpr + fpr  # neither falls, so their sum is a coordinate along the curve
@@ -229,7 +233,8 @@ def banded_auc(
 
 
 def class_counts(truth: Array, prediction: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """(true, predicted, hit): weights of true labels, of predicted labels and of correct ones, per class or column."""
+    """(true, predicted, hit): weights of true labels, of predicted labels and of correct ones, per class or
+    column."""
     if truth.ndim == 2:
         return weight @ truth, weight @ prediction, weight @ (truth * prediction)
     classes = int(max(truth.max(), prediction.max(), 1)) + 1
@@ -291,7 +296,8 @@ def mcc(truth: Array, prediction: Array, weight: Array) -> float:
 
 
 def qwk(truth: Array, prediction: Array, weight: Array) -> float:
-    """Quadratic weighted kappa by the moments of the grades: equal to cohen_kappa_score with every grade listed."""
+    """Quadratic weighted kappa by the moments of the grades: equal to cohen_kappa_score with every grade
+    listed."""
     share = weight / weight.sum()
     t, p = truth - share @ truth, prediction - share @ truth
     if not np.ptp(truth[weight > 0]):

@@ -1,7 +1,7 @@
 """Nested cross-validation, bootstrap intervals, paired comparisons and scores by fold.
 
-Everything that is fitted on OOF predictions (cut points, thresholds, calibration, blend weights, stackers) goes through
-nested_predict(), so that no row is scored with parameters that were fitted on it.
+Everything that is fitted on OOF predictions (cut points, thresholds, calibration, blend weights, stackers)
+goes through nested_predict(), so that no row is scored with parameters that were fitted on it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def group_codes(groups: Any) -> NDArray[np.int64]:
 
 
 def bootstrap_counts(rows: int, groups: Any, n: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """n bootstrap samples, each as the number of times every row is drawn. With groups, whole groups are drawn."""
+    """n bootstrap samples, each as the number of times every row is drawn. With groups, whole groups are
+    drawn."""
     codes = None if groups is None else group_codes(groups)
     num_units = rows if codes is None else int(codes.max(initial=-1)) + 1
     if num_units < 2:
@@ -108,7 +109,8 @@ def bootstrap_counts(rows: int, groups: Any, n: int, seed: int) -> Iterator[NDAr
 def bootstrap_scorer(
     metric: Metric, truth: Array, prediction: Array, rows: Any = None
 ) -> Callable[[NDArray[np.int64]], float]:
-    """counts -> score of a bootstrap sample. What is equal for all samples (logarithms, sorting) is computed once."""
+    """counts -> score of a bootstrap sample. What is equal for all samples (logarithms, sorting) is computed
+    once."""
     truth, prediction = metric.validate(truth, prediction)
     if metric.kind == "custom":
 
@@ -177,7 +179,8 @@ def bootstrap(
 
 
 def wilson(right: float, rows: float, level: float = 0.9) -> tuple[float, float]:
-    """Wilson interval of a proportion. Unlike a bootstrap it has a width where all rows are right, or none."""
+    """Wilson interval of a proportion. Unlike a bootstrap it has a width where all rows are right, or
+    none."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, shrink = right / rows, 1 + z**2 / rows
     middle = (share + z**2 / (2 * rows)) / shrink
@@ -186,7 +189,8 @@ def wilson(right: float, rows: float, level: float = 0.9) -> tuple[float, float]
 
 
 def holm(p_values: Array) -> Array:
-    """p-values corrected for multiple tests (Holm 1979): with those at most alpha rejected, the family-wise error is alpha."""
+    """p-values corrected for multiple tests (Holm 1979): with those at most alpha rejected, the family-wise
+    error is alpha."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))

@@ -33,12 +33,14 @@ class PredictionSet:
         return np.logical_and.reduce([~np.isnan(values).any(axis=1) for values in self.heads.values()])
 
     def probability(self, head: Head) -> Array:
-        """(rows, outputs), as a metric or a submission takes it: probabilities, or values if the task is regression."""
+        """(rows, outputs), as a metric or a submission takes it: probabilities, or values if the task is
+        regression."""
         return head.spec.to_probability(self.heads[head.name].astype(np.float64))
 
 
 def build_meta(kind: str, samples: Samples, folds: Folds, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a set. facts: run, member, config (hash); optional tta, weights {run/seed0/fold0: sha256}, score, marks."""
+    """The metadata of a set. facts: run, member, config (hash); optional tta, weights {run/seed0/fold0:
+    sha256}, score, marks."""
     heads = [
         {
             "name": h.name,
@@ -67,7 +69,8 @@ def rows_of(kind: str, samples: Samples, folds: Folds) -> Positions:
 def average(
     parts: Sequence[NDArray[Any]], head: Head, space: str, weights: Sequence[float] | None = None
 ) -> Array:
-    """The weighted mean of predictions of the same rows (views, folds, seeds, members), as stored, in float64."""
+    """The weighted mean of predictions of the same rows (views, folds, seeds, members), as stored, in
+    float64."""
     rows = np.arange(len(parts[0]))
     weights = [1.0] * len(parts) if weights is None else weights
     return _mean(len(rows), [(rows, part, w) for part, w in zip(parts, weights, strict=True)], head, space)
@@ -83,8 +86,8 @@ def merge(
 ) -> PredictionSet:
     """One complete set: each row is the mean of the sets that predict it, NaN if none does.
 
-    Folds of one seed share no OOF row and all test rows; seeds and members share all rows. Metadata: entries that are equal
-    in all sets, the union of weights and marks, then `facts`.
+    Folds of one seed share no OOF row and all test rows; seeds and members share all rows. Metadata: entries
+    that are equal in all sets, the union of weights and marks, then `facts`.
     """
     kind = sets[0].meta["kind"]
     assert all(other.meta["kind"] == kind for other in sets)
@@ -116,7 +119,8 @@ def prior(head: Head, samples: Samples, folds: Folds) -> Array:
 
 
 def _mean(rows: int, parts: Iterable[Part], head: Head, space: str) -> Array:
-    """(rows, outputs). Summed part by part, never along an array, so that one row gives the same bits alone and in a batch."""
+    """(rows, outputs). Summed part by part, never along an array, so that one row gives the same bits alone
+    and in a batch."""
     if space not in head.spec.spaces:
         raise UserError(
             "space-unknown",

@@ -1,7 +1,7 @@
 """Scores of OOF predictions, computed by the same function for runs and ensembles.
 
-Labels of ordinal and multilabel targets need cut points or thresholds. Those of a fold are fitted on its training folds,
-which also decide whether fitted ones are used at all.
+Labels of ordinal and multilabel targets need cut points or thresholds. Those of a fold are fitted on its
+training folds, which also decide whether fitted ones are used at all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ METRIC_KNOB: dict[str, Any] = {"where": "configs/competition.yaml", "key": "metr
 
 
 def metric_of(cfg: Config, head: Head | None = None) -> Metric:
-    """The competition's metric, or that of one target. `metric: metric` is the function in comp/competition.py."""
+    """The competition's metric, or that of one target. `metric: metric` is the function in
+    comp/competition.py."""
     names, tasks = cfg.competition.metric, cfg.competition.tasks
     if isinstance(names, dict):
         by_target = [_find(names[target], tasks[target]) for target in tasks]
@@ -100,8 +101,9 @@ def _find(name: str, task: str) -> Metric:
 def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
     """The content of score.json.
 
-    oof: the score of all rows at once. folds, mean, std: of the scores by fold; n folds have one. With several targets each
-    number is the mean over targets. cuts: cut points or thresholds for new rows, fitted on all OOF rows.
+    oof: the score of all rows at once. folds, mean, std: of the scores by fold; n folds have one. With
+    several targets each number is the mean over targets. cuts: cut points or thresholds for new rows, fitted
+    on all OOF rows.
     """
     assert predictions.fold is not None, "only OOF predictions are scored"
     predicted = predictions.predicted
@@ -152,7 +154,8 @@ def write(
 
 
 class ScoredRows(NamedTuple):
-    """Samples grouped into the rows that the host scores. Truth and metadata of a row are those of its first sample."""
+    """Samples grouped into the rows that the host scores. Truth and metadata of a row are those of its first
+    sample."""
 
     keys: NDArray[Any]  # of every sample: the name of its row
     order: list[str]  # the names of the rows
@@ -196,8 +199,8 @@ def metric_predictions(
     rows: Positions,
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array | None]:
-    """The prediction in the form the metric needs (probability, label, ranking or value), each fold by cut points of its
-    training folds; and the cut points for new rows, if there are any."""
+    """The prediction in the form the metric needs (probability, label, ranking or value), each fold by cut
+    points of its training folds; and the cut points for new rows, if there are any."""
     if head.unknown and metric.needs in ("label", "ranking"):
         return _with_unknown(metric, head, probability, samples, folds, rows, fold)
     if not (metric.needs == "label" and (is_ordinal(head) or head.task == "multilabel")):
@@ -212,8 +215,8 @@ def metric_predictions(
         return fits[key]
 
     def fit_if_better(at: Positions) -> Cuts:
-        """Fitted cut points if they score better than default ones in a cross-validation within `at`. Choosing by the
-        scored rows instead would report the luckier of the two."""
+        """Fitted cut points if they score better than default ones in a cross-validation within `at`.
+        Choosing by the scored rows instead would report the luckier of the two."""
         default = labels.default(at)
         inner, by_split = fold[at], True
         if len(np.unique(inner)) == 1:  # two folds, or the second fold of a split by time
@@ -289,8 +292,8 @@ def nested_predict(
     fallback: Any,
     by_split: bool = True,
 ) -> nested_cv.NestedPrediction:
-    """nested_cv.nested_predict with the groups of the samples. by_split: `fold` holds the project's folds, so training rows
-    are those that folds.split allows."""
+    """nested_cv.nested_predict with the groups of the samples. by_split: `fold` holds the project's folds, so
+    training rows are those that folds.split allows."""
     groups = groups_of(samples, rows)
     if folds.meta.get("blind_to_groups"):
         groups = None  # folds that split groups on purpose: hardly a row would be left to train on
@@ -311,7 +314,8 @@ def _with_unknown(
     rows: Positions,
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[Any], Array]:
-    """Rankings in which the log probability of the unknown class is shifted; the shift is fitted on the training folds."""
+    """Rankings in which the log probability of the unknown class is shifted; the shift is fitted on the
+    training folds."""
     truth, code = samples.truth(head, rows), head.classes.index(head.unknown)
 
     def fit(positions: NDArray[np.int64]) -> Array:
@@ -328,7 +332,8 @@ def _with_unknown(
 
 
 def metric_frame(samples: Samples, rows: Positions) -> pd.DataFrame:
-    """The `rows` argument of a metric. Without the weights: they are for training, the host weighs every row alike."""
+    """The `rows` argument of a metric. Without the weights: they are for training, the host weighs every row
+    alike."""
     return without_weights(samples.frame.iloc[rows])
 
 
@@ -379,7 +384,8 @@ def is_ordinal(head: Head) -> bool:
 def validation_score(
     cfg: Config, head: Head, stored: NDArray[Any], samples: Samples, rows: Positions
 ) -> float:
-    """A score to follow during training, or NaN if it is undefined. Only `evaluate` computes the score called CV."""
+    """A score to follow during training, or NaN if it is undefined. Only `evaluate` computes the score called
+    CV."""
     metric = metric_of(cfg, head)
     try:
         prediction = default_predictions(

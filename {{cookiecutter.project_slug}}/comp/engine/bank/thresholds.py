@@ -1,7 +1,8 @@
-"""Labels from numbers: cut points for ordinal values and thresholds for probabilities, each the exact optimum.
+"""Labels from numbers: cut points for ordinal values and thresholds for probabilities, each the exact
+optimum.
 
-An exact optimum also fits the noise of its rows, so score it with nested_cv.nested_predict, never on the rows it was
-fitted on.
+An exact optimum also fits the noise of its rows, so score it with nested_cv.nested_predict, never on the rows
+it was fitted on.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def apply_cuts(value: ArrayLike, cuts: ArrayLike) -> NDArray[np.int64]:
 
 
 def fit_cuts(value: ArrayLike, truth: ArrayLike, num_grades: int, metric: Metric, rows: Any = None) -> Array:
-    """(num_grades - 1) non-decreasing cut points. Exact for qwk, accuracy and balanced_accuracy; for any other metric the
-    best of those three and of plain rounding, by that metric."""
+    """(num_grades - 1) non-decreasing cut points. Exact for qwk, accuracy and balanced_accuracy; for any
+    other metric the best of those three and of plain rounding, by that metric."""
     value, truth = as_float_array(value, "value"), as_float_array(truth, "truth")
     validate_finite(value, "value")
     metric_formulas.class_codes(truth, num_grades)
@@ -48,8 +49,9 @@ def fit_cuts(value: ArrayLike, truth: ArrayLike, num_grades: int, metric: Metric
         return cheapest(lambda grade: share * (truth != grade))
 
     def qwk() -> Array:
-        # QWK is a ratio of two sums over rows. Dinkelbach: maximise numerator - ratio * denominator for the ratio reached
-        # so far; the result has a higher ratio, until none has. Each round is exact, so the result is the global optimum.
+        # QWK is a ratio of two sums over rows. Dinkelbach: maximise numerator - ratio * denominator for the
+        # ratio reached so far; the result has a higher ratio, until none has. Each round is exact, so the
+        # result is the global optimum.
         mean = mass @ truth / mass.sum()
 
         def at_ratio(ratio: float) -> tuple[float, Array]:
@@ -78,7 +80,8 @@ def _dinkelbach(at_ratio: Callable[[float], tuple[float, Array]]) -> Array:
 
 
 def _between(levels: Array) -> Array:
-    """The cut value of each boundary i: levels from i on are above it. The midpoint, unless it rounds to the lower level."""
+    """The cut value of each boundary i: levels from i on are above it. The midpoint, unless it rounds to the
+    lower level."""
     middle = (levels[:-1] + levels[1:]) / 2
     middle = np.where(middle > levels[:-1], middle, levels[1:])
     return np.concatenate([levels[:1], middle, np.nextafter(levels[-1:], np.inf)])
@@ -87,8 +90,8 @@ def _between(levels: Array) -> Array:
 def _boundaries(
     place: Array, num_levels: int, num_grades: int, cost: Callable[[int], Array]
 ) -> NDArray[np.int64]:
-    """Boundaries that minimise the sum of cost(grade) over rows. What a cut saves depends on its own place alone, and cuts
-    only have to keep their order, so dynamic programming needs one pass per grade."""
+    """Boundaries that minimise the sum of cost(grade) over rows. What a cut saves depends on its own place
+    alone, and cuts only have to keep their order, so dynamic programming needs one pass per grade."""
     here = np.arange(num_levels + 1)
     best = np.zeros(num_levels + 1)
     came_from = []
@@ -105,7 +108,8 @@ def _boundaries(
 
 
 def with_unknown(probability: ArrayLike, unknown: int, shift: float, listed: int) -> NDArray[np.int64]:
-    """(rows, listed) classes, most likely first, with the log probability of the unknown class shifted by `shift`."""
+    """(rows, listed) classes, most likely first, with the log probability of the unknown class shifted by
+    `shift`."""
     ranked, at = _ranked(np.asarray(probability, np.float64), unknown, listed)
     return _inserted(ranked, at, unknown, shift, listed)
 
@@ -113,7 +117,8 @@ def with_unknown(probability: ArrayLike, unknown: int, shift: float, listed: int
 def fit_unknown(
     probability: ArrayLike, truth: ArrayLike, unknown: int, metric: Metric, listed: int, rows: Any = None
 ) -> float:
-    """The best of GRID shifts: quantiles of those where the unknown class overtakes one of the five most likely classes."""
+    """The best of GRID shifts: quantiles of those where the unknown class overtakes one of the five most
+    likely classes."""
     ranked, at = _ranked(np.asarray(probability, np.float64), unknown, listed)
     shifts = np.unique(np.quantile(at[:, :5], np.linspace(0, 1, GRID), method="lower"))
     shifts = np.concatenate([[0.0], shifts + 1e-9])
@@ -129,7 +134,8 @@ def _as_needed(ranking: NDArray[np.int64], metric: Metric) -> NDArray[np.int64]:
 
 
 def _ranked(probability: Array, unknown: int, listed: int) -> tuple[NDArray[np.int64], Array]:
-    """The other classes, most likely first, and how far the log probability of each is above that of the unknown class."""
+    """The other classes, most likely first, and how far the log probability of each is above that of the
+    unknown class."""
     log_p = np.log(np.maximum(probability, 1e-300))
     others = np.delete(log_p, unknown, axis=1)
     ranked = np.argsort(-others, axis=1, kind="stable")[:, :listed]
@@ -172,8 +178,8 @@ RATES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 def apply_threshold(
     probability: ArrayLike, threshold: ArrayLike, at_least_one: bool = False
 ) -> NDArray[np.int64]:
-    """1 from the threshold on (included). at_least_one: a row without a label gets the one that is closest to its
-    threshold."""
+    """1 from the threshold on (included). at_least_one: a row without a label gets the one that is closest to
+    its threshold."""
     probability = as_float_array(probability, "probability")
     validate_finite(probability, "probability")
     label = (probability >= threshold).astype(np.int64)
@@ -184,7 +190,8 @@ def apply_threshold(
 
 
 def fit_threshold(truth: ArrayLike, probability: ArrayLike, metric: Metric, rows: Any = None) -> float:
-    """For 0/1 truth: exact for the metrics of RATES, else the best of GRID candidates; of equal ones the lowest."""
+    """For 0/1 truth: exact for the metrics of RATES, else the best of GRID candidates; of equal ones the
+    lowest."""
     truth, probability = as_float_array(truth, "truth"), as_float_array(probability, "probability")
     validate_finite(probability, "probability")
     metric_formulas.class_codes(truth, 2)
@@ -207,8 +214,8 @@ def fit_threshold(truth: ArrayLike, probability: ArrayLike, metric: Metric, rows
 def fit_thresholds(
     truth: ArrayLike, probability: ArrayLike, metric: Metric, rows: Any = None, shared: bool = False
 ) -> Array:
-    """(columns,) for multilabel: exact per column for f1_macro and f1_micro; for other metrics, or if shared, one value for
-    all columns. For f1_macro a column of one class gets 0.5."""
+    """(columns,) for multilabel: exact per column for f1_macro and f1_micro; for other metrics, or if shared,
+    one value for all columns. For f1_macro a column of one class gets 0.5."""
     truth, probability = as_float_array(truth, "truth"), as_float_array(probability, "probability")
     validate_finite(probability, "probability")
     mass = sample_weights(rows, len(truth))

@@ -1,7 +1,9 @@
-"""Applies one fitted method to predictions: weights, linear models, networks, trees, from the numbers in apply.json.
+"""Applies one fitted method to predictions: weights, linear models, networks, trees, from the numbers in
+apply.json.
 
-In plain numpy, so that a Kaggle kernel needs no matching version of scikit-learn and nothing that is loaded can run code.
-Sums run over members or features one after the other, so one row gives the same bits alone and in a batch.
+In plain numpy, so that a Kaggle kernel needs no matching version of scikit-learn and nothing that is loaded
+can run code. Sums run over members or features one after the other, so one row gives the same bits alone and
+in a batch.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def _trimmed(params: Mapping[str, Any], values: list[Array], head: Head) -> Arra
 
 
 def _power(params: Mapping[str, Any], values: list[Array], head: Head) -> Array:
-    """(mean of p ** power) ** (1 / power): above 1, confident members count more. Negative values keep their sign."""
+    """(mean of p ** power) ** (1 / power): above 1, confident members count more. Negative values keep their
+    sign."""
     power, total = float(params["power"]), np.zeros_like(values[0])
     for part in values:
         total += np.sign(part) * np.abs(part) ** power
@@ -89,7 +92,7 @@ POINTWISE: dict[str, Callable[[Mapping[str, Any], list[Array], Head], Array]] = 
 }
 
 
-# --- inputs --------------------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------
 
 
 def inputs(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head, frame: Any) -> Array:
@@ -128,7 +131,7 @@ def metadata_features(spec: Mapping[str, Any], values: Any) -> Array:
     return np.array([spec["table"].get(name, spec["else"]) for name in text], np.float64)
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 def _linear(params: Mapping[str, Any], x: Array) -> Array:
@@ -136,7 +139,8 @@ def _linear(params: Mapping[str, Any], x: Array) -> Array:
 
 
 def _dense(x: Array, coef: Array, intercept: Array) -> Array:
-    """x @ coef + intercept, summed feature by feature: a matrix product rounds differently for one row and for many."""
+    """x @ coef + intercept, summed feature by feature: a matrix product rounds differently for one row and
+    for many."""
     out = np.repeat(intercept[None, :], len(x), axis=0)
     for feature, weights in zip(x.T, coef, strict=True):
         out += feature[:, None] * weights
@@ -151,7 +155,8 @@ def _network(params: Mapping[str, Any], x: Array) -> Array:
 
 
 def _trees(params: Mapping[str, Any], x: Array) -> Array:
-    """Trees as arrays: feature (-1 in a leaf), threshold, the node to the left and right, value. Left where x <= threshold."""
+    """Trees as arrays: feature (-1 in a leaf), threshold, the node to the left and right, value. Left where x
+    <= threshold."""
     out = np.zeros((len(x), params["outputs"]))
     for i, tree in enumerate(params["trees"]):
         feature, left, right = (np.asarray(tree[key], np.int64) for key in ("feature", "left", "right"))

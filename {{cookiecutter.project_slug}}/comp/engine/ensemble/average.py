@@ -1,9 +1,12 @@
-"""Applies apply.json to the predictions of the members: one function for OOF rows, test rows and single new rows.
+"""Applies apply.json to the predictions of the members: one function for OOF rows, test rows and single new
+rows.
 
-All parameters are in apply.json and were fitted on OOF rows; the result of a row does not depend on other rows.
+All parameters are in apply.json and were fitted on OOF rows; the result of a row does not depend on other
+rows.
 
-Method rank: each value is replaced by the share of its member's OOF values below it; the mean of these shares is mapped back
-through the members' quantiles. The order is that of the mean rank, the result a probability or value again.
+Method rank: each value is replaced by the share of its member's OOF values below it; the mean of these shares
+is mapped back through the members' quantiles. The order is that of the mean rank, the result a probability or
+value again.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ def build_recipe(
     params: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of apply.json. recipes: address of a member that is an ensemble -> its apply.json. params, after: head ->
-    the fitted parameters and steps."""
+    """The content of apply.json. recipes: address of a member that is an ensemble -> its apply.json. params,
+    after: head -> the fitted parameters and steps."""
     heads = [
         {"name": h.name, "task": h.task, "outputs": list(h.outputs), "classes": list(h.classes)}
         for h in samples.heads
@@ -57,10 +60,12 @@ def build_recipe(
 def apply(
     recipe: Mapping[str, Any], predictions: Mapping[str, Values], frame: Any = None, corrected: bool = True
 ) -> dict[str, NDArray[np.float32]]:
-    """predictions: member -> head -> (rows, outputs) as stored. The bits of a row do not depend on the number of rows.
+    """predictions: member -> head -> (rows, outputs) as stored. The bits of a row do not depend on the number
+    of rows.
 
-    A member that is an ensemble can be omitted if its own members are given. frame: the rows of the samples table, for
-    stackers with metadata. corrected: includes the corrections fitted for test rows; OOF rows go without.
+    A member that is an ensemble can be omitted if its own members are given. frame: the rows of the samples
+    table, for stackers with metadata. corrected: includes the corrections fitted for test rows; OOF rows go
+    without.
     """
     values = [
         predictions[member["address"]]
@@ -130,7 +135,7 @@ def _as_stored(blended: Array, parts: Sequence[Array], head: Head) -> NDArray[np
     return stored
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks --------------------------------------------------------------------------------------------------
 
 
 def quantiles(values: NDArray[Any]) -> list[dict[str, list[float]]]:

@@ -1,4 +1,5 @@
-"""comp ensemble NAME: from configs/ensembles/NAME.yaml to ensembles/NAME/{oof,test}.arrow, apply.json and score.json.
+"""comp ensemble NAME: from configs/ensembles/NAME.yaml to ensembles/NAME/{oof,test}.arrow, apply.json and
+score.json.
 
 Everything is a function of the members' files, so a killed command that runs again writes the same bytes.
 """

@@ -115,7 +115,8 @@ class Blend(Section):
 
     @property
     def normalized_weights(self) -> list[float]:
-        """The given weights, scaled to sum to 1. Of snapshots, later cycles have higher weights: 1, 2, 3, …"""
+        """The given weights, scaled to sum to 1. Of snapshots, later cycles have higher weights: 1, 2, 3,
+        …"""
         if self.method == "snapshots":
             weights = [float(i + 1) for i in range(len(self.members))]
         else:

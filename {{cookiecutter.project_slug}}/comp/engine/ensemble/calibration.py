@@ -1,8 +1,9 @@
 """Steps after a blend: calibration, thresholds per class, and corrections where test differs from train.
 
-A step is fitted on nested OOF predictions and used only if it improves the nested score (postprocess_selection.py). Its
-numbers go into apply.json. A step maps stored predictions to stored predictions, so labels, submissions and further
-ensembles need not know about it. Cut points of ordinal targets are in score.json instead (bank/score.py).
+A step is fitted on nested OOF predictions and used only if it improves the nested score
+(postprocess_selection.py). Its numbers go into apply.json. A step maps stored predictions to stored
+predictions, so labels, submissions and further ensembles need not know about it. Cut points of ordinal
+targets are in score.json instead (bank/score.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def apply(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
     return APPLY[step["kind"]](step, np.asarray(stored, np.float64), head)
 
 
-# --- temperature, Platt: a slope and a shift of the logits ---------------------------------------------------------------
+# --- temperature, Platt: a slope and a shift of the logits --------------------------------------------------
 
 
 def _scaled(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
@@ -44,8 +45,8 @@ def _platt(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows:
 
 
 def _fit_slope_and_shift(stored: Array, truth: NDArray[Any], head: Head, shifted: bool) -> dict[str, Any]:
-    """The slope, and if `shifted` the shifts, that minimise the log loss (a convex problem). Unknown labels (NaN) are
-    ignored."""
+    """The slope, and if `shifted` the shifts, that minimise the log loss (a convex problem). Unknown labels
+    (NaN) are ignored."""
     from scipy.optimize import minimize
 
     width, exclusive = len(head.outputs), head.exclusive
@@ -76,11 +77,12 @@ def _fit_slope_and_shift(stored: Array, truth: NDArray[Any], head: Head, shifted
     return {"kind": "scaled", "slope": float(found[0]), "shift": shift}
 
 
-# --- isotonic ------------------------------------------------------------------------------------------------------------
+# --- isotonic -----------------------------------------------------------------------------------------------
 
 
 def _isotonic(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows: Any) -> dict[str, Any]:
-    """Isotonic regression from probability to probability, one per output, on the rows whose label is known."""
+    """Isotonic regression from probability to probability, one per output, on the rows whose label is
+    known."""
     from sklearn.isotonic import IsotonicRegression
 
     p, maps = head.spec.to_probability(stored), []
@@ -103,7 +105,7 @@ def _interpolated(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
     return log_softmax(np.log(out)) if head.exclusive else logit(out)
 
 
-# --- thresholds ----------------------------------------------------------------------------------------------------------
+# --- thresholds ---------------------------------------------------------------------------------------------
 
 
 def _thresholds(stored: Array, truth: NDArray[Any], head: Head, metric: Metric, rows: Any) -> dict[str, Any]:
@@ -164,12 +166,12 @@ def no_change(head: Head) -> dict[str, Any]:
     return {"kind": "scaled", "slope": 1.0, "shift": [0.0] * len(head.outputs)}
 
 
-# --- where test differs from train ---------------------------------------------------------------------------------------
+# --- where test differs from train --------------------------------------------------------------------------
 
 
 def prior(stored: Array, train_shares: Array, head: Head, rounds: int = 200) -> dict[str, Any]:
-    """A shift of the logits to the class shares of unlabelled rows, estimated by EM (Saerens et al. 2002). Assumes
-    calibrated probabilities, and that within a class test is distributed as train."""
+    """A shift of the logits to the class shares of unlabelled rows, estimated by EM (Saerens et al. 2002).
+    Assumes calibrated probabilities, and that within a class test is distributed as train."""
     p = head.spec.to_probability(stored)
     p = np.hstack([1 - p, p]) if head.task == "binary" else p
     shares = train_shares
@@ -190,7 +192,8 @@ def prior(stored: Array, train_shares: Array, head: Head, rounds: int = 200) -> 
 
 
 def rank(stored: Array, like: Array, head: Head) -> dict[str, Any]:
-    """Maps each output of unlabelled rows to the distribution of the OOF rows `like` (quantile matching); the order stays."""
+    """Maps each output of unlabelled rows to the distribution of the OOF rows `like` (quantile matching); the
+    order stays."""
     grid = (np.arange(KNOTS) + 0.5) / KNOTS
     maps = []
     for code in range(stored.shape[1]):

@@ -47,8 +47,9 @@ def compare(
     predictions: PredictionSet,
     others: Mapping[str, PredictionSet],
 ) -> dict[str, Any]:
-    """{"interval": of the score of `predictions`, "against": name of another set -> paired comparison}. Scored are the
-    rows that all sets predict. Where the score is undefined, the reason is in "undefined_interval"."""
+    """{"interval": of the score of `predictions`, "against": name of another set -> paired comparison}.
+    Scored are the rows that all sets predict. Where the score is undefined, the reason is in
+    "undefined_interval"."""
     metrics = [score.metric_of(cfg, head) for head in samples.heads]
     sign = metrics[0].sign
     predicted = np.logical_and.reduce(
@@ -103,7 +104,8 @@ def compare(
 
 
 def interval_widening(rows: int, test_rows: int) -> float:
-    """How much wider the interval of a test score is: the test set is a sample of its own, so variances add up."""
+    """How much wider the interval of a test score is: the test set is a sample of its own, so variances add
+    up."""
     return float(np.sqrt(1 + rows / test_rows)) if test_rows else 1.0
 
 

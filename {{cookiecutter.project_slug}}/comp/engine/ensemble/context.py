@@ -1,4 +1,5 @@
-"""What the fits of an ensemble share: configuration, samples, folds, the predicted rows, and refits of nested ensembles."""
+"""What the fits of an ensemble share: configuration, samples, folds, the predicted rows, and refits of nested
+ensembles."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from comp.metrics import Metric
 
 HeadValues = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), as stored
 Positions = NDArray[np.int64]
-# Of a member that was itself fitted on labels: positions among the OOF rows -> its predictions of these rows when they
-# are the only rows it may be fitted on.
+# Of a member that was itself fitted on labels: positions among the OOF rows -> its predictions of these rows
+# when they are the only rows it may be fitted on.
 Refit = Callable[[Positions], HeadValues]
 
 
@@ -33,8 +34,8 @@ class Setup:
 
 
 def load_setup() -> Setup:
-    """Of the current project. The config is base.yaml, not a run's: members may come from several runs, and they are
-    scored by the competition's current metric."""
+    """Of the current project. The config is base.yaml, not a run's: members may come from several runs, and
+    they are scored by the competition's current metric."""
     cfg = resolve.load(paths.root(), "base").config
     table = samples.load()
     return Setup(cfg, table, folds.load(table))

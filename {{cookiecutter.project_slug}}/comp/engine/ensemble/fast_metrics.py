@@ -1,8 +1,9 @@
 """Fast scores of weighted means of members, for searches that need thousands of them. Numpy only.
 
-A FastScorer extracts from each member, as float32, only what the metric uses (for log loss the probability of the true class,
-for AUC one column with the positive rows first). `approximate` scores a mean quickly, `exact` as the metric does; higher is
-better in both. Where the two can differ, a search scores the best candidates exactly.
+A FastScorer extracts from each member, as float32, only what the metric uses (for log loss the probability of
+the true class, for AUC one column with the positive rows first). `approximate` scores a mean quickly, `exact`
+as the metric does; higher is better in both. Where the two can differ, a search scores the best candidates
+exactly.
 
     one candidate, 100,000 rows        approximate   scikit-learn
     AUC, 16,384 bins                        0.4 ms          20 ms
@@ -50,8 +51,8 @@ def fast_scorer(
     cuts: NDArray[Any] | None = None,
     signed: bool = False,
 ) -> FastScorer:
-    """The fastest scorer for this metric. cuts: cut points of ordinal values, fixed during a search. signed: negative weights
-    occur, so a mean can leave the range of the space."""
+    """The fastest scorer for this metric. cuts: cut points of ordinal values, fixed during a search. signed:
+    negative weights occur, so a mean can leave the range of the space."""
     hard = truth.ndim == 1 and bool((truth == np.rint(truth)).all())
     cut: Array = np.asarray(np.arange(1, len(head.classes)) - 0.5 if cuts is None else cuts, np.float64)
     if metric.name in AUC_METRICS and head.spec.space == "logit":
@@ -80,7 +81,7 @@ def fast_scorer(
     return any_metric(metric, head, space, truth, rows, cut)
 
 
-# --- scorers --------------------------------------------------------------------------------------------------------------
+# --- scorers ------------------------------------------------------------------------------------------------
 
 
 def any_metric(
@@ -226,7 +227,8 @@ def _class_labels(metric: Metric, head: Head, space: str, truth: NDArray[Any]) -
 
 
 def _qwk(truth: NDArray[np.int64], cuts: Array) -> FastScorer:
-    """QWK by moments. A grade is the number of cuts at or below a value, so each sum over rows is a sum of counts."""
+    """QWK by moments. A grade is the number of cuts at or below a value, so each sum over rows is a sum of
+    counts."""
     order = np.argsort(truth, kind="stable")
     level, count = np.unique(truth, return_counts=True)
     edge = np.append(0, count.cumsum())
@@ -265,7 +267,7 @@ def _error(metric: Metric, truth: NDArray[Any]) -> FastScorer:
     )
 
 
-# --- area under the ROC curve -----------------------------------------------------------------------------------------------
+# --- area under the ROC curve -------------------------------------------------------------------------------
 
 
 class Column(NamedTuple):
@@ -277,8 +279,8 @@ class Column(NamedTuple):
 def auc_scorer(
     metric: Metric, head: Head, space: str, truth: NDArray[Any], signed: bool
 ) -> FastScorer | None:
-    """AUC of one column, or the mean over several. None if the AUC is undefined for these labels, or labels are soft.
-    `approximate` counts in bins, `exact` sorts."""
+    """AUC of one column, or the mean over several. None if the AUC is undefined for these labels, or labels
+    are soft. `approximate` counts in bins, `exact` sorts."""
     columns = _columns(head, truth)
     if columns is None:
         return None
@@ -334,7 +336,8 @@ def _one_column(head: Head, space: str, column: Column) -> FastScorer:
 
 
 def _independent_columns(head: Head, space: str, columns: Sequence[Column]) -> FastScorer:
-    """Columns whose probabilities do not depend on each other: concatenated, each with its own order of rows."""
+    """Columns whose probabilities do not depend on each other: concatenated, each with its own order of
+    rows."""
     edge = np.append(0, np.cumsum([len(column.rows) for column in columns]))
     parts = [
         (slice(a, b), column.positive, column.positive * (b - a - column.positive))
@@ -406,8 +409,8 @@ def _binned_auc(values: Mean, positive: slice, pairs: int) -> float:
 
 
 def exact_auc(mean: Mean, positive: int) -> float:
-    """AUC of rows with the positive ones first. Sorts integers with the label in the lowest bit, which is many times faster
-    than argsort."""
+    """AUC of rows with the positive ones first. Sorts integers with the label in the lowest bit, which is
+    many times faster than argsort."""
     bits = np.asarray(mean, np.float64).view(np.int64).copy()
     # Integers in the order of the floats.
     bits = np.where(bits < 0, bits ^ np.int64(0x7FFFFFFFFFFFFFFF), bits)

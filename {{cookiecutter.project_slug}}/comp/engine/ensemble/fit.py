@@ -1,7 +1,8 @@
-"""Fits an ensemble: the parameters of apply.json, nested predictions of the OOF rows, and in-sample predictions.
+"""Fits an ensemble: the parameters of apply.json, nested predictions of the OOF rows, and in-sample
+predictions.
 
-Nested: weights, the steps after the blend, and the decision which of these steps to use are fitted for each fold as if this
-fold did not exist.
+Nested: weights, the steps after the blend, and the decision which of these steps to use are fitted for each
+fold as if this fold did not exist.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def fit_ensemble(
     refits: Mapping[str, Refit],
     quiet: bool = False,
 ) -> FittedEnsemble:
-    """oof, test: of each member. recipes, refits: of the members that are ensembles, by address (see members.py)."""
+    """oof, test: of each member. recipes, refits: of the members that are ensembles, by address (see
+    members.py)."""
     predicted = oof[0].predicted
     assert oof[0].fold is not None
     rows, fold = oof[0].row[predicted].astype(np.int64), oof[0].fold[predicted].astype(np.int64)
@@ -91,9 +93,9 @@ def refit(
 ) -> HeadValues:
     """Nested OOF predictions of an ensemble fitted on the rows `at` alone.
 
-    A second level must not be fitted on the first level's own OOF predictions: those of fold 1 come from parameters that were
-    fitted on the labels of fold 0, so parameters fitted on fold 1 and scored on fold 0 would be biased by them. The cost is
-    K - 1 fits for each of K folds.
+    A second level must not be fitted on the first level's own OOF predictions: those of fold 1 come from
+    parameters that were fitted on the labels of fold 0, so parameters fitted on fold 1 and scored on fold 0
+    would be biased by them. The cost is K - 1 fits for each of K folds.
     """
     assert oof[0].fold is not None
     sets = []
@@ -161,7 +163,7 @@ def _all_rows(values: Array, predicted: NDArray[np.bool_]) -> NDArray[np.float32
     return out
 
 
-# --- one head ------------------------------------------------------------------------------------------------------------
+# --- one head -----------------------------------------------------------------------------------------------
 
 
 class FittedHead(NamedTuple):

@@ -1,4 +1,5 @@
-"""The loss of a weighted mean of members with its gradient, for SLSQP: log loss for classes, squared error for values.
+"""The loss of a weighted mean of members with its gradient, for SLSQP: log loss for classes, squared error
+for values.
 
 Computed in blocks of rows, so that only one block is float64 at a time.
 """
@@ -60,8 +61,8 @@ def _values(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array)
 
 
 def _probability(parts: Sequence[NDArray[Any]], head: Head, space: str, truth: Array) -> Part:
-    """Log loss of the weighted probability. As weights sum to 1, so do the probabilities of a row, and only that of the true
-    class matters; a label counts as two classes. Unknown labels (NaN) cost nothing."""
+    """Log loss of the weighted probability. As weights sum to 1, so do the probabilities of a row, and only
+    that of the true class matters; a label counts as two classes. Unknown labels (NaN) cost nothing."""
 
     def part(weights: Array, rows: slice) -> tuple[float, Array]:
         block, share = _block(parts, rows, head, space), truth[rows]

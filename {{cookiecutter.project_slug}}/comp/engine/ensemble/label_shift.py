@@ -1,4 +1,5 @@
-"""Corrections of test predictions for test data that differ from train: fitted without labels, validated on folds."""
+"""Corrections of test predictions for test data that differ from train: fitted without labels, validated on
+folds."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ def fit(
     predicted: NDArray[np.bool_],
     test: Sequence[PredictionSet],
 ) -> tuple[dict[str, Any], list[str]]:
-    """(head -> step, lines for the user). A step is fitted on the test predictions; it is used unless it makes the folds,
-    each treated as if it were the test set, significantly worse. Only the leaderboard can show a gain on test."""
+    """(head -> step, lines for the user). A step is fitted on the test predictions; it is used unless it
+    makes the folds, each treated as if it were the test set, significantly worse. Only the leaderboard can
+    show a gain on test."""
     kind, steps, notes = context.blend.correct, {}, []
     values = {m["address"]: part.heads for m, part in zip(recipe["members"], test, strict=True)}
     uncorrected = average.apply(recipe, values, context.samples.frame.iloc[test[0].row.astype(np.int64)])

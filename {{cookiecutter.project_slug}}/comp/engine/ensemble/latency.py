@@ -1,4 +1,5 @@
-"""Seconds of inference per image, as measured while runs predicted. Stored in files of their own that no hash includes."""
+"""Seconds of inference per image, as measured while runs predicted. Stored in files of their own that no hash
+includes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ FILE = "speed.json"  # {"test": seconds per image}, written by comp/predict.py
 
 
 def seconds_per_image(address: str) -> float:
-    """Every checkpoint of a member predicts every test row, so theirs add up; so do those of an ensemble's members."""
+    """Every checkpoint of a member predicts every test row, so theirs add up; so do those of an ensemble's
+    members."""
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
         leaves = _leaf_members(artifacts.read_json(artifacts.verified(recipe)))
@@ -48,7 +50,8 @@ def _checkpoint_files(run: Path, member: str) -> list[Path]:
 
 
 def _files_of_weights(address: str) -> list[Path]:
-    """Of the weight sets in the metadata: a mean of several weight sets has no file of its own; theirs add up."""
+    """Of the weight sets in the metadata: a mean of several weight sets has no file of its own; theirs add
+    up."""
     folder = bank.folder(address)
     if not artifacts.manifest_entry(folder / "test.arrow"):
         return []

@@ -36,8 +36,8 @@ def is_filter(entry: str) -> bool:
 
 
 def addresses(entry: str) -> list[str]:
-    """The members that a filter matches. A filter with conditions matches runs only: with their seeds and snapshots they
-    would count twice."""
+    """The members that a filter matches. A filter with conditions matches runs only: with their seeds and
+    snapshots they would count twice."""
     known = [address for address in bank.members() if (bank.folder(address) / "oof.arrow").exists()]
     for end, stem in PLURAL.items():
         if entry.endswith(end):
@@ -99,7 +99,8 @@ def _score(address: str) -> float | None:
 
 
 def _config_value(address: str, field: str) -> str:
-    """The tasks or the model of a run. Of an ensemble: the competition's tasks, and the models of all its runs."""
+    """The tasks or the model of a run. Of an ensemble: the competition's tasks, and the models of all its
+    runs."""
     recipe = bank.folder(address) / "apply.json"
     if recipe.exists():
         if field == "task":

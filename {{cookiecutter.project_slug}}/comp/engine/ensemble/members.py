@@ -1,4 +1,5 @@
-"""Reading the members of an ensemble: their predictions, and recipes and refits of members that are ensembles."""
+"""Reading the members of an ensemble: their predictions, and recipes and refits of members that are
+ensembles."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def file(member: str, kind: str) -> Path:
 
 
 def _address(member: str, kind: str) -> str:
-    """exp001:full was trained on all rows and has no OOF predictions, so its weight is fitted on those of exp001."""
+    """exp001:full was trained on all rows and has no OOF predictions, so its weight is fitted on those of
+    exp001."""
     return run_members.cv_address(member) if kind == "oof" else member
 
 
@@ -82,8 +84,8 @@ def _addresses_in(recipe: dict[str, Any]) -> set[str]:
 
 
 def refits(config: BlendConfig, setup: Setup) -> dict[str, Refit]:
-    """Address of a member that was fitted on labels -> the function that fits it again on given rows alone. It follows
-    the member's config file, which must be the one that the member was made from."""
+    """Address of a member that was fitted on labels -> the function that fits it again on given rows alone.
+    It follows the member's config file, which must be the one that the member was made from."""
     found: dict[str, Refit] = {}
     for i, address in enumerate(config.blend.members):
         if not _fitted_on_labels(address):
@@ -111,7 +113,8 @@ def _fitted_on_labels(address: str) -> bool:
 
 
 def stale(name: str, record: dict[str, Any]) -> bool:
-    """Whether the config file or a member has changed since this ensemble was made. record: its score.json."""
+    """Whether the config file or a member has changed since this ensemble was made. record: its
+    score.json."""
     try:
         if blend_config.read(name).hash != record["config"]:
             return True

@@ -24,8 +24,8 @@ Parts = Sequence[NDArray[Any]]
 
 
 class RowSubset(Sequence[NDArray[Any]]):
-    """Some rows of some members, copied only on access: a search reads one member at a time, and a copy of all would be as
-    large as the predictions."""
+    """Some rows of some members, copied only on access: a search reads one member at a time, and a copy of
+    all would be as large as the predictions."""
 
     def __init__(self, parts: Parts, rows: NDArray[np.int64], members: Sequence[int] | None = None):
         self.parts, self.rows = parts, rows
@@ -190,8 +190,8 @@ COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc",
 
 
 def _per_class(blend: Blend, data: TrainingData, budget: weight_search.Budget) -> Array:
-    """(members, outputs): each class one-vs-rest, or each label on the rows where it is known, by its AUC if the metric is
-    one, else by log loss."""
+    """(members, outputs): each class one-vs-rest, or each label on the rows where it is known, by its AUC if
+    the metric is one, else by log loss."""
     head = data.head
     if head.exclusive and (data.space != "probability" or data.truth.ndim > 1):
         raise _no_weights_per_class("weights per class need hard labels and space: probability")

@@ -1,5 +1,6 @@
-"""comp ensemble NAME --plots: correlation of the members, the gain of each, their weights, and nested against in-sample score
-by the number of members. PNG files in ensembles/NAME/plots, logged to W&B, and together in ensembles/NAME/report.html."""
+"""comp ensemble NAME --plots: correlation of the members, the gain of each, their weights, and nested against
+in-sample score by the number of members. PNG files in ensembles/NAME/plots, logged to W&B, and together in
+ensembles/NAME/report.html."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def blend_and_draw(name: str) -> None:
 
 
 def draw(name: str) -> list[Path]:
-    """Of an existing ensemble. Fits it again for several numbers of members, so it costs a few times the ensemble itself."""
+    """Of an existing ensemble. Fits it again for several numbers of members, so it costs a few times the
+    ensemble itself."""
     config, setup = blend_config.read(name), load_setup()
     folder = paths.ensemble_folder(name)
     record = artifacts.read_json(artifacts.verified(folder / "score.json", f"comp ensemble {name}"))

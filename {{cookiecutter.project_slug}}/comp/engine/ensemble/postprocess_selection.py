@@ -30,7 +30,8 @@ class Gain(NamedTuple):
 def select(
     context: Context, head: Head, values: Array, at: Positions
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(steps for apply.json, lines for the user). values: nested predictions of the rows `at`; no other row is used."""
+    """(steps for apply.json, lines for the user). values: nested predictions of the rows `at`; no other row
+    is used."""
     steps: list[dict[str, Any]] = []
     notes = []
     truth, metric = context.samples.truth(head, context.rows[at]), context.metric(head)

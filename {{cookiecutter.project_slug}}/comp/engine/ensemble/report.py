@@ -1,8 +1,8 @@
-"""The scores of an ensemble: nested and in-sample, against its best member and the plain mean; score.json and the printed
-table.
+"""The scores of an ensemble: nested and in-sample, against its best member and the plain mean; score.json and
+the printed table.
 
-The nested score predicts each fold with parameters fitted on the other folds; the in-sample score uses parameters fitted on
-all rows. Their difference is the optimism.
+The nested score predicts each fold with parameters fitted on the other folds; the in-sample score uses
+parameters fitted on all rows. Their difference is the optimism.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _facts(
     blended: PredictionSet,
     fitted: FittedEnsemble,
 ) -> dict[str, Any]:
-    """What score.json has besides the score itself: the scores of the members, of the plain mean and in-sample, and the
-    comparison with the best member and the plain mean."""
+    """What score.json has besides the score itself: the scores of the members, of the plain mean and
+    in-sample, and the comparison with the best member and the plain mean."""
     tables = (setup.cfg, setup.samples, setup.folds)
     blend, listed = config.blend, []
     for address, weight, part in zip(blend.members, fitted.weights, oof, strict=True):
@@ -77,7 +77,7 @@ def _facts(
     } | compared
 
 
-# --- printed -------------------------------------------------------------------------------------------------------------
+# --- printed ------------------------------------------------------------------------------------------------
 
 
 def print_result(name: str, record: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Conversions of stored predictions to the space in which members are averaged, and of an average to a prediction."""
+"""Conversions of stored predictions to the space in which members are averaged, and of an average to a
+prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def to_space(stored: NDArray[Any], head: Head, space: str) -> Array:
 
 
 def to_prediction(total: NDArray[Any], head: Head, space: str) -> Array:
-    """A weighted mean in `space` -> (rows, outputs) for a metric: probabilities, values, or ranks if only order matters."""
+    """A weighted mean in `space` -> (rows, outputs) for a metric: probabilities, values, or ranks if only
+    order matters."""
     if space == "rank" or head.spec.space == "value":
         return np.asarray(total, np.float64)
     if not head.exclusive:
@@ -45,7 +47,8 @@ def _exp(x: Array) -> Array:
     return np.asarray(np.exp(x))
 
 
-# stored -> space, and space -> probability, of binary and multilabel outputs, which do not depend on each other
+# stored -> space, and space -> probability, of binary and multilabel outputs, which do not depend on each
+# other
 INDEPENDENT: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "probability": (sigmoid, _same),
     "logit": (_same, sigmoid),

@@ -1,11 +1,12 @@
-"""Stackers: models whose inputs are the members' predictions. Fitted with scikit-learn (or LightGBM, if installed) and stored
-as numbers that apply.py uses.
+"""Stackers: models whose inputs are the members' predictions. Fitted with scikit-learn (or LightGBM, if
+installed) and stored as numbers that apply.py uses.
 
     logistic, ridge, elastic_net    one weight per output of a member
     mlp                             one hidden layer
     lightgbm                        100 small trees; pip install lightgbm
 
-Exclusive classes share one model; each label and each value has its own, fitted on the rows where it is known.
+Exclusive classes share one model; each label and each value has its own, fitted on the rows where it is
+known.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def fit(
     metadata: Sequence[str] = (),
     encoded: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The parameters for apply.json, fitted on all given rows. fold: for target encoding out of fold, and to choose the
-    strength if none is given."""
+    """The parameters for apply.json, fitted on all given rows. fold: for target encoding out of fold, and to
+    choose the strength if none is given."""
 
     def make_inputs(at: NDArray[np.int64]) -> Inputs:
         rows = [part[at] for part in parts]
@@ -122,8 +123,8 @@ def _choose_strength(
     space: str,
     make_inputs: Callable[[NDArray[np.int64]], Inputs],
 ) -> float:
-    """The strength with the lowest cross-validated loss: log loss if the model fits it, else squared error. Of equal ones the
-    strongest; so too with a single inner fold."""
+    """The strength with the lowest cross-validated loss: log loss if the model fits it, else squared error.
+    Of equal ones the strongest; so too with a single inner fold."""
     grid, target = STRENGTHS[method], class_shares(truth, head)
     losses = np.zeros(len(grid))
     for k in np.unique(inner):
@@ -155,7 +156,7 @@ def class_shares(truth: NDArray[Any], head: Head) -> Array:
     return truth.reshape(len(truth), -1).astype(np.float64)
 
 
-# --- metadata ------------------------------------------------------------------------------------------------------------
+# --- metadata -----------------------------------------------------------------------------------------------
 
 
 def _column_spec(name: str, frame: Any) -> dict[str, Any]:
@@ -182,8 +183,8 @@ def _text(values: Any) -> NDArray[Any]:
 def _target_encoding(
     name: str, frame: Any, target: Array, fold: NDArray[np.int64]
 ) -> tuple[dict[str, Any], Array]:
-    """Target means by value, smoothed with 10 rows of the overall mean; for the training rows those of the other folds, so
-    that no row contains its own label."""
+    """Target means by value, smoothed with 10 rows of the overall mean; for the training rows those of the
+    other folds, so that no row contains its own label."""
     _column_spec(name, frame)
     text = _text(frame[name])
 
@@ -205,7 +206,7 @@ def _target_encoding(
     return table(np.arange(len(text))), values
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 def _logistic(
@@ -254,7 +255,8 @@ def _has_both_classes(label: Array) -> bool:
 
 
 def _constant(label: Array) -> float:
-    """The logit of a label's share, smoothed by half a row on each side: the model if the rows have one class alone."""
+    """The logit of a label's share, smoothed by half a row on each side: the model if the rows have one class
+    alone."""
     positive = label.sum()
     return float(np.log((positive + 0.5) / (len(label) - positive + 0.5)))
 
@@ -266,7 +268,8 @@ def _all_classes(coef: Array, intercept: Array, classes: NDArray[Any], count: in
 
 
 def _class_codes(x: Array, target: Array) -> tuple[NDArray[np.int64], Array | None, Array]:
-    """(class codes, sample weights, x). A row with soft labels becomes one row per class, weighted by its share."""
+    """(class codes, sample weights, x). A row with soft labels becomes one row per class, weighted by its
+    share."""
     if np.isin(target, (0, 1)).all():
         return target.argmax(axis=1), None, x
     rows, codes = np.nonzero(target > 0)
@@ -416,5 +419,6 @@ FITS: dict[str, Fit] = {
     "mlp": _mlp,
     "lightgbm": _lightgbm,
 }
-# To compare strengths: takes a tenth of the time, and its error of the log loss (0.002 of 0.065) is below the differences.
+# To compare strengths: takes a tenth of the time, and its error of the log loss (0.002 of 0.065) is below the
+# differences.
 LOOSE_FITS = FITS | {"logistic": partial(_logistic, tol=1e-4)}

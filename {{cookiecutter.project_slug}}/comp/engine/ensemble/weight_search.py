@@ -1,7 +1,9 @@
-"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed first.
+"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed
+first.
 
-All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the predictions.
-A limit on inference time restricts the candidates: members that would exceed it are never candidates.
+All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the
+predictions. A limit on inference time restricts the candidates: members that would exceed it are never
+candidates.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Budget:
         return chosen | (spent + cost <= self.ceiling + 1e-9)
 
     def remaining(self, chosen: NDArray[np.bool_]) -> Budget:
-        """The budget of the next class or target: the chosen members predict all of them, so they cost nothing more."""
+        """The budget of the next class or target: the chosen members predict all of them, so they cost
+        nothing more."""
         cost = np.asarray(self.seconds, np.float64)
         left = max(0.0, self.ceiling - float(cost[chosen].sum()))
         return Budget(np.where(chosen, 0.0, cost).tolist(), left)
@@ -44,8 +47,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Budgets:
-    """The budget that the previous heads left, separately for each set of training rows: the choice for one fold must not
-    depend on that for another."""
+    """The budget that the previous heads left, separately for each set of training rows: the choice for one
+    fold must not depend on that for another."""
 
     whole: Budget
     left: dict[bytes, Budget]
@@ -68,8 +71,8 @@ def over_budget() -> UserError:
 
 
 def greedy(scorer: FastScorer, extracted: Extracted, rounds: int, budget: Budget) -> Array:
-    """Ensemble selection with replacement (Caruana et al. 2004): each round adds the member that improves the score most;
-    the weights are those of the best round."""
+    """Ensemble selection with replacement (Caruana et al. 2004): each round adds the member that improves the
+    score most; the weights are those of the best round."""
     best, weights = -np.inf, np.zeros(len(extracted))
     total = np.zeros(extracted[0].shape)
     count = np.zeros(len(extracted))
@@ -117,8 +120,8 @@ def _best(
 
 
 def hill(scorer: FastScorer, extracted: Extracted, precision: float, negative: bool, budget: Budget) -> Array:
-    """Starts at the best member; each round takes the step (1 - w) x ensemble + w x member, over all members and a grid of
-    w, that improves the score most. Each member is added at most once."""
+    """Starts at the best member; each round takes the step (1 - w) x ensemble + w x member, over all members
+    and a grid of w, that improves the score most. Each member is added at most once."""
     solo = np.array([scorer.exact(values.astype(np.float64)) for values in extracted])
     solo[~budget.affordable(np.zeros(len(extracted), bool))] = -np.inf
     order = [int(i) for i in np.argsort(-solo, kind="stable") if np.isfinite(solo[i])]
@@ -165,8 +168,8 @@ def bagged(
     bags: int,
     of: str,
 ) -> Array:
-    """Mean weights over bags: of = "members" (half of them per bag), "rows" (a bootstrap sample) or "folds" (all but one).
-    search(members, rows) -> weights of these members."""
+    """Mean weights over bags: of = "members" (half of them per bag), "rows" (a bootstrap sample) or "folds"
+    (all but one). search(members, rows) -> weights of these members."""
     total, rows = np.zeros(members), len(fold)
     folds = np.unique(fold)
     if of == "folds" and len(folds) > 1:
