@@ -105,7 +105,7 @@ def picks_equal(head: kinds.Head, metric: str, call: Callable[[Any, Any], float]
         scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
         taken = [scorer.extract(each) for each in said]
         ours = weight_search.greedy(scorer, taken, 12, weight_search.unlimited(len(said)))
-        shown = [head.row.probability(each.astype(np.float64)) for each in said]
+        shown = [head.spec.to_probability(each.astype(np.float64)) for each in said]
         same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 12), atol=1e-12))
     return same
 
@@ -122,7 +122,7 @@ def one_case(name: str, count: int, rows: int) -> dict[str, Any]:
     weight_search.greedy(scorer, taken, 1, budget)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    shown = [head.row.probability(each.astype(np.float64)) for each in said[:5]]
+    shown = [head.spec.to_probability(each.astype(np.float64)) for each in said[:5]]
     ours, theirs = [], []
     for turn in range(5):
         began = time.perf_counter()
@@ -147,7 +147,9 @@ def against_hillclimbers(count: int, rows: int) -> dict[str, Any]:
     import pandas as pd
 
     truth, said = members(BINARY, count, rows)
-    columns = {f"m{i}": BINARY.row.probability(each.astype(np.float64))[:, 0] for i, each in enumerate(said)}
+    columns = {
+        f"m{i}": BINARY.spec.to_probability(each.astype(np.float64))[:, 0] for i, each in enumerate(said)
+    }
     table = pd.DataFrame(columns)
     target = pd.DataFrame({"t": truth})
     began = time.perf_counter()

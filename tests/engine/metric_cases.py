@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from comp.metrics import METRICS, Metric
+from comp.engine.bank.metric import Metric
+from comp.metrics import METRICS
 
 PAIRS = [(name, task) for name, metric in METRICS.items() for task in metric.tasks]
 

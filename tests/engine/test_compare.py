@@ -15,6 +15,7 @@ from PIL import Image
 from comp import metrics
 from comp.engine import cli
 from comp.engine.bank import predictions, score
+from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.config import experiments, resolve
 from comp.engine.data import make_folds, prepare, samples
 from comp.engine.ensemble import comparison, plots, postprocess_selection, report
@@ -309,7 +310,7 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
         member(project, f"exp00{i + 1}", noise=noise, seed=i)
 
     def never(*_: Any) -> Any:
-        raise metrics.MetricUndefined("one group only: nothing to resample")
+        raise MetricUndefined("there is only one group")
 
     monkeypatch.setattr(comparison, "_resampled_scores", never)
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [1, 30]")

@@ -1,4 +1,4 @@
-"""Ensembles: what is declared is what is done, what leaves is valid, and one row alone gets what it gets in a batch."""
+"""Ensembles: config errors, valid predictions, the same bits for one row alone and in a batch, scores and marks, kills."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(project: Project, address: str, kind: str = "oof") -> predictions.Predi
     return bank.load(address, kind, project.samples, project.folds)
 
 
-# --- what is declared ----------------------------------------------------------------------------------------------------
+# --- config ------------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "members: [exp001, exp002]\nmethd: mean": ["blend001.yaml:2: methd: no such key; the nearest is method"],
@@ -86,26 +86,26 @@ def test_a_mistake_is_one_line_with_file_and_line(project: Project, text: str) -
         assert any(line.startswith("configs/ensembles/") and wanted in line for line in lines), lines
 
 
-def test_an_unknown_ensemble_answers_with_the_nearest(project: Project) -> None:
+def test_an_unknown_ensemble_lists_the_nearest(project: Project) -> None:
     declare(project, "blend001", "members: [exp001]\nmethod: mean")
     with pytest.raises(UserError, match="blend001"):
         read("blend01")
 
 
-def test_an_address_means_one_thing(project: Project) -> None:
+def test_an_ensemble_cannot_have_the_name_of_a_run(project: Project) -> None:
     declare(project, "exp001", "members: [exp002]\nmethod: mean")
     with pytest.raises(UserError) as caught:
         blend("exp001")
     assert (caught.value.code, caught.value.where) == ("name-taken", "configs/ensembles/exp001.yaml")
 
 
-def test_a_setting_without_effect_is_said_aloud(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_without_effect_prints_a_warning(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: rank\nspace: probability")
     blend("blend001")
     assert "blend001.yaml:3: space: probability has no effect" in capsys.readouterr().out
 
 
-def test_members_that_do_not_fit(empty: Path) -> None:
+def test_members_with_other_folds(empty: Path) -> None:
     before = lay_out(empty)
     member(before, "exp001")
     project = lay_out(empty, shift=1)
@@ -129,7 +129,7 @@ def test_members_that_predict_other_rows(project: Project) -> None:
     assert "exp002 and exp001 predict different oof rows (7 and 400)" in line
 
 
-def test_a_ring_of_ensembles(project: Project) -> None:
+def test_ensembles_that_contain_each_other(project: Project) -> None:
     declare(project, "blend001", "members: [exp001]\nmethod: mean")
     declare(project, "blend002", "members: [blend001, exp002]\nmethod: mean")
     blend("blend001")
@@ -140,11 +140,11 @@ def test_a_ring_of_ensembles(project: Project) -> None:
     )
 
 
-# --- what leaves ---------------------------------------------------------------------------------------------------------
+# --- predictions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_leaves_is_valid_and_row_by_row_the_same(empty: Path, task: str) -> None:
+def test_predictions_are_valid_and_the_same_row_by_row(empty: Path, task: str) -> None:
     project = three(lay_out(empty, task))
     head = project.head
     for method in METHODS.values():
@@ -167,7 +167,7 @@ def test_what_leaves_is_valid_and_row_by_row_the_same(empty: Path, task: str) ->
                 assert (average.apply(recipe, alone)["label"] == batch.heads["label"][row : row + 1]).all()
 
 
-def test_the_mean_is_the_mean(project: Project) -> None:
+def test_weighted_mean(project: Project) -> None:
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: weighted\nweights: [3, 1, 4]")
     blend("blend001")
     parts = [load(project, f"exp00{i}").probability(project.head) for i in (1, 2, 3)]
@@ -176,7 +176,7 @@ def test_the_mean_is_the_mean(project: Project) -> None:
 
 
 @pytest.mark.parametrize("task", ["binary", "regression"])
-def test_ranks_order_as_ranks_and_speak_as_values(empty: Path, task: str) -> None:
+def test_method_rank_orders_by_mean_rank_and_predicts_values(empty: Path, task: str) -> None:
     project = three(lay_out(empty, task))
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank\nweights: [2, 1, 1]")
     blend("blend001")
@@ -188,8 +188,8 @@ def test_ranks_order_as_ranks_and_speak_as_values(empty: Path, task: str) -> Non
     assert low <= said.min() and said.max() <= high and said.std() > 0.5 * parts[0].std()
 
 
-def test_ranks_of_test_rows_are_those_of_oof_values(empty: Path) -> None:
-    """Never ranks within a batch: the test rows are few and different, and what one gets does not depend on the others."""
+def test_test_rows_are_ranked_among_oof_values(empty: Path) -> None:
+    """Never within a batch: the prediction of a row does not depend on other test rows."""
     project = three(lay_out(empty, "binary"))
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: rank")
     blend("blend001")
@@ -200,7 +200,7 @@ def test_ranks_of_test_rows_are_those_of_oof_values(empty: Path) -> None:
     assert top >= said.max() and bottom <= said.min()
 
 
-def test_many_rows_are_thinned_out_to_knots_and_keep_their_order() -> None:
+def test_quantile_maps_have_at_most_knots_points() -> None:
     values = np.random.default_rng(0).normal(size=(20_000, 1)).astype(np.float32)
     (quantiles,) = average.quantiles(values)
     assert len(quantiles["value"]) == average.KNOTS
@@ -208,7 +208,7 @@ def test_many_rows_are_thinned_out_to_knots_and_keep_their_order() -> None:
     assert np.abs(share - (rankdata(values[:, 0]) - 0.5) / len(values)).max() < 1 / average.KNOTS
 
 
-def test_a_value_that_float32_cannot_hold_does_not_leave() -> None:
+def test_a_value_beyond_float32_raises() -> None:
     described = {"name": "label", "task": "regression", "outputs": ["label"], "classes": []}
     recipe = {"space": "probability", "heads": [described], "members": [{"address": "a", "weight": 1.0}]}
     with pytest.raises(UserError, match="not finite"):
@@ -218,7 +218,7 @@ def test_a_value_that_float32_cannot_hold_does_not_leave() -> None:
 # --- scores, marks, provenance -------------------------------------------------------------------------------------------
 
 
-def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_of_an_ensemble(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: mean")
     record = blend("blend001")
     p = load(project, "blend001").probability(project.head)
@@ -243,7 +243,7 @@ def test_the_score_is_that_of_its_own_oof_rows(project: Project, capsys: pytest.
     )
 
 
-def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:
+def test_cut_points_are_fitted_on_the_other_folds(empty: Path) -> None:
     """On noise, cut points fitted on the rows they are scored on would look better than chance."""
     project = lay_out(empty, "ordinal")
     member(project, "exp001", noise=1e6)
@@ -253,11 +253,11 @@ def test_grades_are_cut_by_the_other_folds(empty: Path) -> None:
     assert artifacts.read_json(bank.folder("exp002") / "score.json")["oof"] > 0.95
 
 
-def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
+def test_cut_points_by_time_are_fitted_on_the_past(empty: Path) -> None:
     project = lay_out(empty, "ordinal", rule="earlier")
     member(project, "exp001", noise=0.5)
     said, metric, rows = load(project, "exp001"), metrics.METRICS["qwk"], np.arange(TRAIN)
-    # shrunken: cut points of their own gain, by what any past fold shows
+    # shrunken, so that fitted cut points are better on every past fold
     value, truth = (
         0.4 * said.heads["label"][:, 0].astype(np.float64),
         project.samples.truth(project.head, rows),
@@ -273,7 +273,7 @@ def test_grades_of_the_past_are_not_cut_by_the_future(empty: Path) -> None:
         assert (answers[fold == number] == thresholds.apply_cuts(value[fold == number], cuts)).all()
 
 
-def test_marks_are_inherited_and_said(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_marks_of_members_are_kept_and_printed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     member(project, "exp004", marks=["selected_on_fold"])
     declare(project, "blend001", "members: [exp001, exp004]\nmethod: mean")
     declare(project, "blend002", "members: [blend001, exp002]\nmethod: rank")
@@ -299,7 +299,7 @@ def test_ensembles_nest_down_to_the_row(project: Project) -> None:
         average.apply(recipe, given)
 
 
-def test_the_refit_takes_the_weight_that_its_run_earned(project: Project) -> None:
+def test_a_refit_gets_the_weight_fitted_for_its_run(project: Project) -> None:
     member(project, "exp001:full", kinds=("test",), seed=99)
     declare(project, "blend001", "members: [exp001, exp002]\nmethod: weighted\nweights: [3, 1]")
     declare(project, "blend002", "members: ['exp001:full', exp002]\nmethod: weighted\nweights: [3, 1]")
@@ -315,12 +315,12 @@ def test_the_refit_takes_the_weight_that_its_run_earned(project: Project) -> Non
     )
 
 
-def test_your_own_metric_scores_runs_and_ensembles(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_metric_scores_runs_and_ensembles(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comp import competition
 
     def metric(truth: Any, prediction: Any, rows: Any) -> float:
         assert list(rows["id"]) == [f"{i:05d}" for i in range(len(rows))] or (
-            len(rows) < TRAIN or rows["id"].duplicated().any()  # a fold, or a draw of rows for the interval
+            len(rows) < TRAIN or rows["id"].duplicated().any()  # a fold, or a bootstrap sample
         )
         return float(np.abs(truth - prediction.argmax(axis=1)).mean())
 
@@ -340,7 +340,7 @@ def test_a_metric_of_another_task_is_rejected(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_metric_scores_the_tasks_that_it_names(empty: Path, task: str) -> None:
+def test_every_metric_scores_its_tasks(empty: Path, task: str) -> None:
     project = lay_out(empty, task)
     if task == "regression":
         column = project.samples.frame["target.label"]
@@ -377,7 +377,7 @@ blend("blend001")
 
 
 def test_killed_at_any_rename_the_next_start_gives_the_same_bytes(project: Project) -> None:
-    """A member was made anew: whatever can be read in between speaks of the new one, never a mixture."""
+    """After a member changed: whatever can be read in between is made from the new one, never a mixture."""
     declare(project, "blend001", "members: [exp001, exp002, exp003]\nmethod: rank")
     folder, names = paths.ensemble_folder("blend001"), [*FILES, artifacts.MANIFEST]
 

@@ -1,4 +1,4 @@
-"""Any command about ensembles, killed at random events and typed again, leaves the bytes of one that was never killed."""
+"""Commands about ensembles, killed at random events and started again, write the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from test_compare import TINY, few
 from comp.engine.ensemble import plots
 from comp.engine.ensemble.blend import FILES, blend
 from comp.engine.extras import compare, seed_noise, tta_search
-from comp.engine.report import plots as pictures_
+from comp.engine.report import plots as plots_
 from comp.engine.run import loading, views
 from comp.engine.store import artifacts, paths
 
-# Of one run of a command and the next these differ: clocks, measured latencies, what a dead process left half-written.
+# These differ between two runs of a command: clocks, measured latencies, unfinished files of a killed process.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
 ABOUT_TIME = ("log.jsonl", "started.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
@@ -64,7 +64,7 @@ def test_killed_anywhere_an_ensemble_ends_in_the_same_bytes(empty: Path) -> None
 
 @pytest.mark.slow
 def test_an_ensemble_killed_at_twenty_random_moments(empty: Path) -> None:
-    """Every kind of method, over what the one before left behind; and two levels."""
+    """Every kind of method, each over the files of the previous one; and two levels."""
     project: Project = three(lay_out(empty, "binary", metric="log_loss"))
     declare(project, "below", "members: [exp001, exp002]\nmethod: logistic")
     blend("below")
@@ -95,7 +95,7 @@ def test_an_ensemble_killed_at_twenty_random_moments(empty: Path) -> None:
 
 
 def in_a_row(work: Callable[[], Any], count: int, kills: int, chance: random.Random) -> int:
-    """Killed again and again, each time at an event that the work has not yet come to, then let through."""
+    """Killed several times, each time at a later event, then run to the end."""
     died = sum(killed(work, chance.randrange(max(2, 2 * count // kills))) for _ in range(kills))
     work_done = killed(work, 10**9)
     assert not work_done
@@ -103,11 +103,11 @@ def in_a_row(work: Callable[[], Any], count: int, kills: int, chance: random.Ran
 
 
 @pytest.mark.slow
-def test_pictures_seeds_recipes_and_views_killed_at_random_moments(
+def test_plots_seeds_recipes_and_views_killed_at_random_moments(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loading.load_context(config())  # torch and all that stands on it, so that no child has to import it
-    pictures_.new_figure(2, 2)
+    plots_.new_figure(2, 2)
     monkeypatch.setattr(views, "VIEWS", {name: views.VIEWS[name] for name in ("identity", "hflip")})
     few(project)
     (project / "configs" / "tiny.yaml").write_text(TINY)

@@ -1,4 +1,4 @@
-"""Every metric against values worked out by hand, against scikit-learn, and against what must not pass."""
+"""Every metric against values computed by hand, against scikit-learn, and with invalid input."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from metric_cases import PAIRS, case
 from sklearn import metrics as sk
 
 from comp.engine.bank import metric_formulas
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import TASKS
-from comp.metrics import METRICS, Metric, better, custom, find, nearest
+from comp.metrics import METRICS, better, custom, find, nearest
 
 LN = np.log
 NAN = float("nan")
@@ -154,7 +155,7 @@ def test_spearman_like_pandas() -> None:
 
 
 def test_partial_auc_like_its_host() -> None:
-    """Theirs turns the labels round, takes scikit-learn's area below 0.2 and undoes its scaling."""
+    """The host flips the labels, takes scikit-learn's area below 0.2 and undoes its scaling."""
     truth, prediction = case(METRICS["partial_auc"], "binary", rows=3000)
     scaled = sk.roc_auc_score(1 - truth, 1 - prediction, max_fpr=0.2)
     theirs = 0.5 * 0.2**2 + (0.2 - 0.5 * 0.2**2) / 0.5 * (scaled - 0.5)
@@ -162,7 +163,7 @@ def test_partial_auc_like_its_host() -> None:
 
 
 def test_weighted_auc_like_its_host() -> None:
-    """Theirs drops the pieces of the curve that cross an edge, so it agrees as far as the curve is fine."""
+    """The host drops the segments of the curve that cross an edge, so both agree for fine curves."""
     random = np.random.default_rng(0)
     truth = (random.random(40_000) < 0.5).astype(float)
     score = truth + random.normal(size=len(truth))
@@ -185,7 +186,7 @@ def test_a_weight_is_a_number_of_copies(name: Any, task: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), PAIRS)
-def test_every_metric_keeps_its_word(name: Any, task: Any) -> None:
+def test_range_and_direction_of_every_metric(name: Any, task: Any) -> None:
     metric = METRICS[name]
     truth, skilled = case(metric, task, rows=400, skill=1.0)
     _, unskilled = case(metric, task, rows=400, skill=0.0)
@@ -200,7 +201,7 @@ def test_every_metric_keeps_its_word(name: Any, task: Any) -> None:
 
 @pytest.mark.parametrize(("name", "task"), PAIRS)
 @pytest.mark.parametrize("damage", [NAN, float("inf")])
-def test_nan_never_passes(name: Any, task: Any, damage: Any) -> None:
+def test_nan_raises(name: Any, task: Any, damage: Any) -> None:
     metric = METRICS[name]
     truth, prediction = case(metric, task)
     prediction = prediction.astype(float)
@@ -234,7 +235,7 @@ UNDEFINED = [
     ("rmsle", [1, 2], [1, -0.5], "prediction contains -0.5"),
     ("lwlrap", [[0, 0]], [[0.1, 0.2]], "truth has no label set"),
     ("f1_micro", [[0, 0]], [[0, 0]], "has a label set"),
-    # what would be the score of something else
+    # input for which the formula would score something else
     ("accuracy", [0, 1], [0.2, 0.7], "expected integer labels, got 0.2"),
     ("qwk", [0, 1], [0.2, 0.7], "expected integer labels"),
     ("f1", [0, 2], [0, 2], "expected labels 0 and 1"),
@@ -265,14 +266,14 @@ def test_undefined_scores_raise_with_the_reason(name: Any, truth: Any, predictio
 
 
 @pytest.mark.parametrize("weight", [[1, -1], [0, 0], [1, NAN]])
-def test_weights_are_weights(weight: Any) -> None:
+def test_invalid_weights_raise(weight: Any) -> None:
     with pytest.raises(MetricUndefined, match="weight"):
         METRICS["mae"]([1, 2], [1, 2], pd.DataFrame({"weight": weight}))
 
 
 @pytest.mark.parametrize("name", ["balanced_accuracy", "mcc", "qwk", "f1", "roc_auc", "r2", "spearman"])
-def test_a_row_without_weight_is_no_row(name: str) -> None:
-    """The only other class may be there and weigh nothing."""
+def test_rows_of_weight_0_do_not_count(name: str) -> None:
+    """Even if they are the only ones of a class."""
     with pytest.raises(MetricUndefined):
         METRICS[name]([0, 0, 1], [0, 1, 1], pd.DataFrame({"weight": [1, 1, 0]}))
 
@@ -294,14 +295,14 @@ def late(truth: Any, prediction: Any, rows: Any) -> float:
     return float(np.mean((truth == prediction)[rows["year"] > 2000]))
 
 
-def saying(function: Any, **attributes: Any) -> Any:
+def with_attributes(function: Any, **attributes: Any) -> Any:
     function.__dict__.clear()
     function.__dict__.update(attributes)
     return function
 
 
 def test_custom_metric() -> None:
-    metric = custom(saying(late, direction="max", needs="label"))
+    metric = custom(with_attributes(late, direction="max", needs="label"))
     rows = pd.DataFrame({"year": [1990, 2010, 2020]})
     assert metric([0, 1, 1], [1, 1, 0], rows) == 0.5
     assert metric.name == "late" and metric.sign == 1
@@ -309,10 +310,10 @@ def test_custom_metric() -> None:
     with pytest.raises(MetricUndefined, match="rows has 3 lines, truth has 2"):
         metric([0, 1], [1, 1], rows)
     with pytest.raises(UserError) as caught:
-        custom(saying(late, direction="up", needs="label"))
+        custom(with_attributes(late, direction="up", needs="label"))
     assert (caught.value.where, caught.value.key) == ("comp/competition.py", "metric.direction")
     with pytest.raises(UserError) as caught:
-        custom(saying(late, direction="min"))
+        custom(with_attributes(late, direction="min"))
     assert (caught.value.code, caught.value.key) == ("metric-attribute", "metric.needs")
 
 
@@ -368,7 +369,7 @@ def test_k_is_a_number(wrong: Any) -> None:
         find(wrong)
 
 
-def test_the_table_is_right() -> None:
+def test_the_table_is_complete() -> None:
     for name, metric in METRICS.items():
         assert name == metric.name and metric.low < metric.high and metric.tasks
         assert metric.kind != "custom", f"{name} needs the kind of its function"

@@ -32,7 +32,7 @@ def labels(head: Head, random: np.random.Generator, rows: int) -> Any:
 def world(
     seed: int, rows: int, head: Head, sizes: tuple[int, ...] = EVEN
 ) -> tuple[samples.Samples, folds.Folds, Any]:
-    """Samples and folds with random labels, and predictions that know nothing of them."""
+    """Samples and folds with random labels, and independent predictions."""
     random = np.random.default_rng([seed, rows])
     ids = [f"{i:05d}" for i in range(rows)]
     frame = pd.DataFrame({"id": ids, "weight": 1.0, "source": "train", "row": ids})
@@ -46,7 +46,7 @@ def world(
     return table, folds.Folds(lines, meta, table), said
 
 
-def answers_of(table: samples.Samples, split: folds.Folds, said: Any, name: str) -> Any:
+def predictions_of(table: samples.Samples, split: folds.Folds, said: Any, name: str) -> Any:
     rows = np.arange(len(said))
     return score.metric_predictions(
         metrics.find(name), table.heads[0], said, table, split, rows, split.assignment[0]
@@ -54,36 +54,36 @@ def answers_of(table: samples.Samples, split: folds.Folds, said: Any, name: str)
 
 
 @pytest.mark.parametrize(("head", "name"), CASES, ids=lambda each: getattr(each, "task", each))
-def test_labels_of_a_fold_say_nothing_about_its_answers(head: Head, name: str) -> None:
-    """Neither where its values are cut, nor whether by fitted cut points at all, nor that every row has a label."""
+def test_labels_of_a_fold_do_not_influence_its_predictions(head: Head, name: str) -> None:
+    """Neither its cut points, nor whether fitted ones are used, nor whether every row gets a label."""
     wide = head is TAGS
     for seed in range(3 if wide else 12):
         table, split, said = world(seed, 120, head, UNEVEN)
         if wide:  # no row is without a label but in fold 0
             table.frame["target.e"] = 1.0
             said = said - 0.35
-        before, fold = answers_of(table, split, said, name), split.assignment[0]
+        before, fold = predictions_of(table, split, said, name), split.assignment[0]
         mine = fold == seed % 5
         values = table.frame[list(head.columns)].to_numpy().copy()
         values[mine] = 0.0 if wide else 3 - values[mine]
         table.frame[list(head.columns)] = values
-        assert (answers_of(table, split, said, name)[mine] == before[mine]).all(), seed
+        assert (predictions_of(table, split, said, name)[mine] == before[mine]).all(), seed
 
 
-def test_where_one_fold_teaches_its_parts_decide() -> None:
-    """Two folds, of shrunken grades that want cut points of their own, and of plain ones that are as well rounded."""
+def test_a_single_training_fold_is_split_into_parts() -> None:
+    """Two folds: shrunken grades need fitted cut points, for others rounding is as good."""
     for shrunk in (0.3, 1.0):
         table, split, _ = world(0, 200, GRADES, (1, 1))
         truth = table.truth(GRADES, np.arange(200))
         value = 1.5 + shrunk * (truth - 1.5) + 0.1 * shrunk * np.random.default_rng(0).normal(size=200)
-        right = answers_of(table, split, value[:, None], "qwk") == truth
+        right = predictions_of(table, split, value[:, None], "qwk") == truth
         assert right.mean() > 0.95, shrunk
 
 
 def scored(seed: int, rows: int, head: Head, name: str, sizes: tuple[int, ...] = EVEN) -> tuple[float, float]:
-    """(score of the answers, score of the same answers against labels drawn anew: chance for just these answers)"""
+    """(score of the predictions, their score against new random labels: the chance level of these predictions)"""
     table, split, said = world(seed, rows, head, sizes)
-    answers, metric = answers_of(table, split, said, name), metrics.find(name)
+    answers, metric = predictions_of(table, split, said, name), metrics.find(name)
     random = np.random.default_rng([seed, rows, 1])
     anew = [head.spec.encode_target(labels(head, random, rows)) for _ in range(5)]
     truth = table.truth(head, np.arange(rows))

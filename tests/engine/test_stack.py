@@ -1,4 +1,4 @@
-"""How strongly a stacker is held back is chosen on rows of the training folds that did not fit it."""
+"""The penalty of a stacker is chosen by cross-validation within the training folds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ["logistic", "ridge", "elastic_net", pytest.param("mlp", marks=pytest.
 
 
 def members(rows: int, count: int, task: str = "binary") -> tuple[list[Any], Any, Any, Any]:
-    """(members, of whom the first knows something; truth; frame; folds)"""
+    """(members, of which only the first is informative; truth; frame; folds)"""
     random = np.random.default_rng(0)
     truth = random.integers(0, 3 if task == "multiclass" else 2, rows)
     width = len(HEADS[task].outputs)
@@ -31,7 +31,7 @@ def members(rows: int, count: int, task: str = "binary") -> tuple[list[Any], Any
 
 
 def nested(method: str, task: str, rows: int, count: int, strength: float | None) -> float:
-    """Squared error of probabilities, each fold predicted by a fit of the others."""
+    """Nested squared error of the probabilities."""
     parts, truth, frame, fold = members(rows, count, task)
     head, lost = HEADS[task], 0.0
     for number in range(5):
@@ -47,19 +47,19 @@ def nested(method: str, task: str, rows: int, count: int, strength: float | None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_few_rows_and_many_members_are_held_back(method: str) -> None:
-    """Forty members, one of which knows something: one half for every row would be 0.25, a weak penalty is far from it."""
+def test_few_rows_and_many_members_get_a_strong_penalty(method: str) -> None:
+    """Forty members, one of them informative. Predicting 0.5 scores 0.25; a weak penalty is far worse."""
     weak = nested(method, "binary", 120, 40, 1e-3 if method == "elastic_net" else 1.0)
     chosen = nested(method, "binary", 120, 40, None)
     assert weak > 0.27 and chosen < min(weak - 0.02, 0.265)
 
 
-def test_classes_are_held_back_too() -> None:
+def test_multiclass_gets_a_strong_penalty_too() -> None:
     weak, chosen = (nested("logistic", "multiclass", 150, 15, each) for each in (1.0, None))
     assert chosen < weak - 0.1
 
 
-def test_many_rows_are_left_alone() -> None:
+def test_many_rows_get_a_weak_penalty() -> None:
     parts, truth, frame, fold = members(4000, 2)
     found = stack.fit("logistic", HEADS["binary"], parts, truth, frame, fold)
     assert found["strength"] <= 10
@@ -67,7 +67,7 @@ def test_many_rows_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("groups", [False, True])
-def test_of_one_fold_the_groups_decide(groups: bool) -> None:
+def test_inner_folds_of_a_single_fold_follow_the_groups(groups: bool) -> None:
     parts, truth, frame, _ = members(120, 40)
     if groups:
         frame["group"] = np.arange(120) // 12
@@ -79,7 +79,7 @@ def test_of_one_fold_the_groups_decide(groups: bool) -> None:
     assert found["strength"] > 1
 
 
-def test_a_declared_strength_stays_and_a_chosen_one_is_told(
+def test_a_given_strength_is_used_and_a_chosen_one_is_printed(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = lay_out(empty, "binary", metric="log_loss")
@@ -92,7 +92,7 @@ def test_a_declared_strength_stays_and_a_chosen_one_is_told(
     (line,) = record["after"]
     assert f"strength {params['strength']:g} of" in line and line in capsys.readouterr().out
     assert params["strength"] in stack.STRENGTHS["logistic"]
-    # in-sample: by the very numbers in apply.json
+    # in-sample: by the parameters in apply.json
     parts = [load(project, f"exp00{i + 1}").heads["label"] for i in range(3)]
     p = sigmoid(apply.predict(params, parts, project.head, "logit"))[:, 0]
     truth = project.samples.truth(project.head, np.arange(len(p)))

@@ -8,7 +8,7 @@ byte depends on clock, machine or folder. Runs and ensembles write the same form
     exp001           a run, mean of seeds and folds      runs/exp001/{oof,test}.arrow
     exp001:seed1     a member of a run                   runs/exp001/members/seed1/{oof,test}.arrow
     exp001:full      trained on all rows, so no OOF      runs/exp001/members/full/test.arrow
-    exp001:full-snap1    a snapshot of it; its weight in a blend is that fitted on the OOF predictions of exp001:snap1
+    exp001:full-snap1    a snapshot of it; a blend weighs it by the OOF predictions of exp001:snap1
     blend001         an ensemble                         ensembles/blend001/{oof,test}.arrow
 """
 
@@ -145,7 +145,8 @@ def _validate(
     where = paths.relative(file)
     current = {head.name: head for head in samples.heads}
     if list(current) != [head["name"] for head in meta["heads"]]:
-        what = f"predicts {', '.join(head['name'] for head in meta['heads'])}; the targets are {', '.join(current)}"
+        before = ", ".join(head["name"] for head in meta["heads"])
+        what = f"predicts {before}; the targets are {', '.join(current)}"
         raise UserError("predictions-differ", where=where, key="targets", what=what)
     for head in meta["heads"]:
         now = current[head["name"]]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import metric_formulas
+from comp.engine.bank.metric import Metric, sample_weights
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
-from comp.metrics import Metric, sample_weights
 
 CONFIDENCE = 0.95  # a comparison is significant if one side wins at least this share of the resamples
 
@@ -44,7 +44,7 @@ def nested_predict(
     fit(positions) -> parameters; apply(parameters, positions) -> predictions of these rows.
 
     fold        of every row; rows below 0 are neither trained on nor predicted
-    train_mask  fold -> mask of the rows it may be fitted on, for splits that exclude more than the fold itself
+    train_mask  fold -> mask of its training rows, for splits that exclude more than the fold itself
     groups      of every row: rows that share a group with the fold are excluded from its training rows
     fallback    parameters for folds without training rows
     """

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from comp import metrics
 from comp.engine import pages
 from comp.engine.bank import nested_cv, thresholds
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet
 from comp.engine.config.schema import Config
@@ -25,7 +26,6 @@ from comp.engine.data.samples import Positions, Samples, aggregate_rows, unique_
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts
 from comp.engine.tasks.kinds import TASKS, Array, Head
-from comp.metrics import Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,12 +46,12 @@ def metric_of(cfg: Config, head: Head | None = None) -> Metric:
             raise UserError(
                 "metrics-differ",
                 **METRIC_KNOB,
-                what=f"the mean of {', '.join(names.values())} is undefined: some are better when higher, some when lower",
+                what=f"{', '.join(names.values())} have no mean: higher is better for some, lower for others",
                 remedy="use metrics of one direction",
             )
         return _find(names[head.name], tasks[head.name]) if head else by_target[0]
-    found = [_find(names, task) for task in ([head.task] if head else dict.fromkeys(tasks.values()))]
-    return found[0]
+    by_task = [_find(names, task) for task in ([head.task] if head else dict.fromkeys(tasks.values()))]
+    return by_task[0]
 
 
 def check_metric(cfg: Config) -> list[UserError]:
@@ -82,20 +82,20 @@ def _find(name: str, task: str) -> Metric:
             )
         return metrics.custom(function)
     try:
-        found = metrics.find(name)
+        metric = metrics.find(name)
     except UserError as error:
         raise UserError(
             error.code, **METRIC_KNOB, what=f"{name}: {error.what}", remedy=error.remedy
         ) from None
-    if found.tasks and task not in found.tasks:
-        usable = [metric.name for metric in metrics.METRICS.values() if task in metric.tasks]
+    if metric.tasks and task not in metric.tasks:
+        usable = [other.name for other in metrics.METRICS.values() if task in other.tasks]
         raise UserError(
             "metric-task",
             **METRIC_KNOB,
             what=f"{name} is not defined for the task {task}",
             remedy=f"use {TASKS[task].metric} (the default), or one of {', '.join(usable)}",
         )
-    return found
+    return metric
 
 
 def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:
@@ -112,18 +112,18 @@ def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: Predictio
     table, whole, undefined, cuts = [], [], [], {}
     for head in samples.heads:
         try:
-            given = metric_input(cfg, head, predictions.probability(head)[predicted], samples, folds, scored)
-            whole.append(given.metric(given.truth, given.prediction, given.frame))
+            inputs = metric_input(cfg, head, predictions.probability(head)[predicted], samples, folds, scored)
+            whole.append(inputs.metric(inputs.truth, inputs.prediction, inputs.frame))
             by_fold = nested_cv.fold_table(
-                given.metric, given.truth, given.prediction, scored.fold, given.frame
+                inputs.metric, inputs.truth, inputs.prediction, scored.fold, inputs.frame
             )
         except MetricUndefined as error:
             undefined.append(f"{head.name}: {error}")
             continue
         table.append([score for *_, score in by_fold.folds])
         undefined += [f"{head.name}: {reason}" for reason in by_fold.undefined]
-        if given.cuts is not None:
-            cuts[head.name] = [float(cut) for cut in given.cuts]
+        if inputs.cuts is not None:
+            cuts[head.name] = [float(cut) for cut in inputs.cuts]
     complete = len(table) == len(samples.heads)
     scores = [_mean(list(column)) for column in zip(*table, strict=True)] if complete else []
     known = [score for score in scores if score is not None]
@@ -233,8 +233,8 @@ def metric_predictions(
         return fit(at) if gain > 0 else default
 
     no_rows = np.arange(0)
-    found = nested_predict(samples, folds, rows, fold, fit_if_better, labels.apply, labels.default(no_rows))
-    return scored_columns(head, found.prediction.astype(np.int64)), found.final.cuts
+    nested = nested_predict(samples, folds, rows, fold, fit_if_better, labels.apply, labels.default(no_rows))
+    return scored_columns(head, nested.prediction.astype(np.int64)), nested.final.cuts
 
 
 class Cuts(NamedTuple):
@@ -327,8 +327,8 @@ def _with_unknown(
         ranking = thresholds.with_unknown(probability[positions], code, float(shift[0]), LISTED)
         return ranking if metric.needs == "ranking" else ranking[:, 0]
 
-    found = nested_predict(samples, folds, rows, fold, fit, apply, np.zeros(1))
-    return found.prediction.astype(np.int64), found.final
+    nested = nested_predict(samples, folds, rows, fold, fit, apply, np.zeros(1))
+    return nested.prediction.astype(np.int64), nested.final
 
 
 def metric_frame(samples: Samples, rows: Positions) -> pd.DataFrame:
@@ -404,8 +404,8 @@ def summary(record: Mapping[str, Any]) -> str:
         return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
     marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
     return (
-        f"{record['metric']} {mean_std(record)} over {record['n']} folds, {record['oof']:.4f} over all rows{marks}"
-        f"{_optimism(record)}"
+        f"{record['metric']} {mean_std(record)} over {record['n']} folds, "
+        f"{record['oof']:.4f} over all rows{marks}{_optimism(record)}"
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from comp.engine.bank import metric_formulas
+from comp.engine.bank.metric import Metric, as_float_array, sample_weights, validate_finite
 from comp.engine.bank.metric_formulas import Array, MetricUndefined
-from comp.metrics import METRICS, Metric, as_float_array, sample_weights, validate_finite
 
 GRID = 128  # candidates for metrics without an exact solution; each costs one call of the metric
 
@@ -204,11 +204,15 @@ def fit_threshold(truth: ArrayLike, probability: ArrayLike, metric: Metric, rows
     mass = sample_weights(rows, len(truth))
     if not 0 < mass @ truth < mass.sum():
         raise MetricUndefined("fitting a threshold needs rows of both classes")
+    return _exact_threshold(truth, probability, RATES[metric.name], mass)
+
+
+def _exact_threshold(
+    truth: Array, probability: Array, rate: Callable[[Array, Array, Array, Array], Array], mass: Array
+) -> float:
     levels, tp, predicted = _sweep(truth, probability, mass)
     fp, positive = predicted - tp, mass @ truth
-    return float(
-        _between(levels)[RATES[metric.name](tp, fp, positive - tp, mass.sum() - positive - fp).argmax()]
-    )
+    return float(_between(levels)[rate(tp, fp, positive - tp, mass.sum() - positive - fp).argmax()])
 
 
 def fit_thresholds(
@@ -225,9 +229,8 @@ def fit_thresholds(
     if metric.name == "f1_macro":
         fitted = np.full(num_columns, 0.5)
         for column in np.flatnonzero((mass @ truth > 0) & (mass @ truth < mass.sum())):
-            fitted[column] = fit_threshold(
-                truth[:, column], probability[:, column], METRICS["f1"], {"weight": mass}
-            )
+            metric_formulas.class_codes(truth[:, column], 2)
+            fitted[column] = _exact_threshold(truth[:, column], probability[:, column], RATES["f1"], mass)
         return fitted
     # f1_micro is a ratio of two sums over columns, so Dinkelbach as for qwk.
     if not truth.any():

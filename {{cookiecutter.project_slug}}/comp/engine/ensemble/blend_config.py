@@ -45,7 +45,9 @@ METHODS_OF_KEY = {
 
 
 class Blend(Section):
-    members: OneOrMore  # runs, members of runs, ensembles, exp003:snapshots, exp003:seeds, or a filter like score>0.9
+    members: (
+        OneOrMore  # runs, exp001:seed1, ensembles, exp003:snapshots, exp003:seeds, or a filter like score>0.9
+    )
     method: Method
     space: Literal["probability", "logit", "geometric", "rank"] | None = None  # where they are averaged
     weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None  # one per member, in their order
@@ -76,7 +78,7 @@ class Blend(Section):
             if getattr(self, key) is not None and self.method not in methods:
                 if key == "weights":
                     raise ValueError(
-                        f"weights: method {self.method} uses equal weights; write method: weighted, or delete weights"
+                        f"weights: method {self.method} uses equal weights; use method: weighted, or delete weights"
                         if self.method in AVERAGES
                         else f"weights: method {self.method} fits its own; delete weights"
                     )

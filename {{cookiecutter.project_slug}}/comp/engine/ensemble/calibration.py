@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import thresholds
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.tasks.kinds import Array, Head, log_softmax, logit, sigmoid, softmax
-from comp.metrics import Metric
 
 Fit = Callable[[Array, NDArray[Any], Head, Metric, Any], dict[str, Any]]
 KNOTS = 512  # of an interpolated map

@@ -35,8 +35,10 @@ def mean_scorer(
     scorers = []
     for head in samples.heads:
         probability = predictions.probability(head)[predicted]
-        given = score.metric_input(cfg, head, probability, samples, folds, scored)
-        scorers.append(nested_cv.bootstrap_scorer(given.metric, given.truth, given.prediction, given.frame))
+        inputs = score.metric_input(cfg, head, probability, samples, folds, scored)
+        scorers.append(
+            nested_cv.bootstrap_scorer(inputs.metric, inputs.truth, inputs.prediction, inputs.frame)
+        )
     return lambda counts: float(np.mean([scorer(counts) for scorer in scorers]))
 
 
@@ -83,9 +85,12 @@ def compare(
             len(gains),
         )
         against[name] = {
-            "difference": pair.difference, "error": pair.error, "share": pair.share, "low": pair.low, "high": pair.high,
-            "significant": pair.significant, "text": str(pair),
-        }  # fmt: skip
+            **{
+                key: getattr(pair, key)
+                for key in ("difference", "error", "share", "low", "high", "significant")
+            },
+            "text": str(pair),
+        }
     test_rows = len(set(samples.frame["row"].to_numpy()[samples.positions("test")]))
     factor = interval_widening(count, test_rows)
     lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import nested_cv, score
+from comp.engine.bank.metric import Metric
 from comp.engine.config import resolve
 from comp.engine.config.schema import Config
 from comp.engine.data import folds, samples
 from comp.engine.ensemble.blend_config import Blend
 from comp.engine.store import paths
 from comp.engine.tasks.kinds import Array, Head
-from comp.metrics import Metric
 
 HeadValues = dict[str, NDArray[np.float32]]  # head -> (rows, outputs), as stored
 Positions = NDArray[np.int64]

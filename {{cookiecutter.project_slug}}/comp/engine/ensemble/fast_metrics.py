@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import score, thresholds
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import SMALLEST, MetricUndefined
 from comp.engine.ensemble.spaces import to_prediction, to_space
 from comp.engine.tasks.kinds import Array, Head, sigmoid, softmax
-from comp.metrics import Metric
 
 BINS = 16_384  # per column, of the approximate AUC
 RANGE = {"probability": (0.0, 1.0), "geometric": (None, 0.0)}  # a mean with negative weights is clipped to it

@@ -94,7 +94,7 @@ def refits(config: BlendConfig, setup: Setup) -> dict[str, Refit]:
             raise config.member_error(
                 i,
                 "member-stale",
-                f"{address} has to be fitted again without each fold, but its config or its members have changed",
+                f"{address} has to be fitted again without each fold, but its config or a member changed",
                 f"make it again: comp ensemble {address}",
             )
         inner = blend_config.read(address)

@@ -5,6 +5,7 @@ Nested scores call `fit` once per fold with the rows of the other folds (fit.py)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import metrics
-from comp.engine.bank import score, thresholds
+from comp.engine.bank import metric_formulas, score, thresholds
+from comp.engine.bank.metric import Metric
 from comp.engine.ensemble import fast_metrics, gradients, stack, weight_search
 from comp.engine.ensemble.blend_config import Blend
 from comp.engine.errors import UserError
 from comp.engine.tasks.kinds import Array, Head, logit, softmax
-from comp.metrics import Metric
 
 Parts = Sequence[NDArray[Any]]
 
@@ -186,6 +186,8 @@ SEARCHES: dict[str, Callable[[Blend, TrainingData, weight_search.Budget], Array]
     "slsqp": _slsqp,
     "optuna": _optuna,
 }
+# The loss of one class or label where its AUC is undefined; as in comp/metrics.py.
+LOG_LOSS = Metric("log_loss", metric_formulas.log_loss, "min", "probability", 0, math.inf, kind="row")
 COLUMNWISE = ("roc_auc", "mean_column_auc", "average_precision", "weighted_auc", "partial_auc")
 
 
@@ -220,7 +222,7 @@ def _one_vs_rest(data: TrainingData, code: int, name: str) -> TrainingData:
     target = (data.truth == code).astype(np.float64) if data.head.exclusive else data.truth[:, code]
     known = np.flatnonzero(~np.isnan(target))
     both = bool(len(known)) and np.ptp(target[known]) > 0  # with one class alone, AUC is undefined
-    metric = data.metric if both and data.metric.name in COLUMNWISE else metrics.find("log_loss")
+    metric = data.metric if both and data.metric.name in COLUMNWISE else LOG_LOSS
 
     def column(part: NDArray[Any]) -> NDArray[np.float32]:
         if not data.head.exclusive:

@@ -135,9 +135,14 @@ def weights(record: Any, order: list[int], file: Path) -> None:
 
 
 def optimism(
-    setup: Setup, config: BlendConfig, order: list[int], oof: Sequence[PredictionSet], test: Sequence[PredictionSet],
-    record: Any, file: Path,
-) -> None:  # fmt: skip
+    setup: Setup,
+    config: BlendConfig,
+    order: list[int],
+    oof: Sequence[PredictionSet],
+    test: Sequence[PredictionSet],
+    record: Any,
+    file: Path,
+) -> None:
     """Nested and in-sample score of the best member, the best two, and so on."""
     from tqdm import tqdm
 
@@ -178,9 +183,14 @@ def log_to_wandb(name: str, setup: Setup, files: dict[str, Path], record: Any) -
         "members": [member["address"] for member in record["members"]],
     }
     run = tracking.open_log(
-        paths.ensemble_folder(name) / "plots", run_id=f"ensemble-{name}", name=name, group=name, job_type="ensemble",
-        config=config, settings=setup.cfg.track,
-    )  # fmt: skip
+        paths.ensemble_folder(name) / "plots",
+        run_id=f"ensemble-{name}",
+        name=name,
+        group=name,
+        job_type="ensemble",
+        config=config,
+        settings=setup.cfg.track,
+    )
     with run as log:
         for label, file in files.items():
             log.image(label, file)

@@ -116,8 +116,8 @@ def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
     if "selected_on_fold" in record["marks"]:
         marked = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
         lines.append(
-            f"selected_on_fold: the epoch of {', '.join(marked) or 'a member'} was chosen on the scored rows, "
-            "so these scores are too good"
+            f"selected_on_fold: {', '.join(marked) or 'a member'} chose the epoch on the scored rows; "
+            "these scores are too good"
         )
     return lines
 

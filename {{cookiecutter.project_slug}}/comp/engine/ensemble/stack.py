@@ -192,10 +192,11 @@ def _target_encoding(
         labels, value = target[rows], text[rows]
         known = ~np.isnan(labels)
         mean = np.nansum(labels, axis=0) / np.maximum(known.sum(axis=0), 1)
-        means = {
-            str(v): ((np.nansum(labels[value == v], axis=0) + 10 * mean) / (known[value == v].sum(axis=0) + 10)).tolist()
-            for v in sorted(set(value))
-        }  # fmt: skip
+        means = {}
+        for v in sorted(set(value)):
+            at = value == v
+            total, count = np.nansum(labels[at], axis=0), known[at].sum(axis=0)
+            means[str(v)] = ((total + 10 * mean) / (count + 10)).tolist()
         return {"name": name, "kind": "encoded", "table": means, "else": mean.tolist()}
 
     values = np.zeros((len(text), target.shape[1]))

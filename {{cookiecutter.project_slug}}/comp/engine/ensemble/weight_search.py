@@ -3,7 +3,7 @@ first.
 
 All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the
 predictions. A limit on inference time restricts the candidates: members that would exceed it are never
-candidates.
+tried.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from comp.engine import hardware, text_table
 from comp.engine.bank import nested_cv
+from comp.engine.bank.metric import Metric
 from comp.engine.config import experiments
 from comp.engine.errors import UserError
 from comp.engine.extras import seed_noise
 from comp.engine.extras.seed_noise import SeedScores
 from comp.engine.store import artifacts, paths
-from comp.metrics import Metric
 
 
 def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from comp.engine import text_table
 from comp.engine.bank import bank, score
+from comp.engine.bank.metric import Metric
 from comp.engine.config import resolve
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import runner
 from comp.engine.store import artifacts, paths
-from comp.metrics import Metric
 
 FILE = "seed_noise.json"  # in runs/
 

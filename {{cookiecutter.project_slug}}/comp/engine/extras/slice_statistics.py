@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.bank import nested_cv
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
-from comp.metrics import Metric
 
 if TYPE_CHECKING:
     import pandas as pd

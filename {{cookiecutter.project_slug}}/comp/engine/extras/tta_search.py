@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from comp.engine import text_table
 from comp.engine.bank import score
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet, average
 from comp.engine.config import resolve
@@ -26,7 +27,6 @@ from comp.engine.extras import tta_views
 from comp.engine.extras.tta_views import PLAIN, Candidates
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Array, Head
-from comp.metrics import Metric
 
 SPACES = ("probability", "logit", "geometric")
 

@@ -1,11 +1,11 @@
-"""Whether the honest score is to be believed: the practice digits, 20 % of the labels flipped, split anew 20 times into what is
-known and what is hidden; 12 members and more, ensembled; honest, in-sample and hidden log loss side by side.
+"""Whether the nested score predicts the hidden one: the practice digits, 20 % of the labels flipped, split 20 times into known
+and hidden rows; 12 members and more, ensembled; nested, in-sample and hidden log loss.
 
-    .venv/bin/python benchmarks/honest.py
+    .venv/bin/python benchmarks/nested_cv.py
 
 Members are small heads on frozen features (pixels, random projections), so that all of it takes minutes. Labels are flipped on both
-sides, as mislabelled test sets are. A table and JSON come out. Bars: |honest - hidden| smaller on average than |in-sample -
-hidden|, and hidden in the 90 % interval of the honest score in at least 16 of 20.
+sides, as mislabelled test sets are. A table and JSON come out. Bars: |nested - hidden| smaller on average than |in-sample -
+hidden|, and hidden in the 90 % interval of the nested score in at least 16 of 20.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 
 from comp import metrics
-from comp.engine.bank import nested_cv
+from comp.engine.bank import nested_cv, score
 from comp.engine.data import folds, samples
 from comp.engine.ensemble import apply as fitted
-from comp.engine.ensemble import comparison, methods, report
+from comp.engine.ensemble import comparison, methods
 from comp.engine.ensemble.blend_config import Blend
 from comp.engine.tasks import kinds
 
@@ -80,15 +80,15 @@ def one(seed: int) -> list[dict[str, Any]]:
     split = folds.Folds(pd.DataFrame({"id": frame["id"], "repeat": 0, "fold": fold}), meta, table)
     oof, test = [], []
     for width, model in models(seed):
-        seen = x if not width else np.tanh(x @ random.normal(size=(64, width)) / 2)
-        own, there = np.zeros((known, 10)), np.zeros((len(y) - known, 10))
-        for number in range(K):
-            taught = np.flatnonzero(fold != number)
-            fitted_ = model.fit(seen[:known][taught], y[:known][taught])
-            own[fold == number] = fitted_.predict_proba(seen[:known][fold == number])
-            there += fitted_.predict_proba(seen[known:]) / K
-        oof.append(HEAD.row.store(np.clip(own, 1e-4, 1)).astype(np.float32))
-        test.append(HEAD.row.store(np.clip(there, 1e-4, 1)).astype(np.float32))
+        inputs = x if not width else np.tanh(x @ random.normal(size=(64, width)) / 2)
+        own, hidden_mean = np.zeros((known, 10)), np.zeros((len(y) - known, 10))
+        for k in range(K):
+            train = np.flatnonzero(fold != k)
+            fitted_ = model.fit(inputs[:known][train], y[:known][train])
+            own[fold == k] = fitted_.predict_proba(inputs[:known][fold == k])
+            hidden_mean += fitted_.predict_proba(inputs[known:]) / K
+        oof.append(HEAD.spec.from_probability(np.clip(own, 1e-4, 1)).astype(np.float32))
+        test.append(HEAD.spec.from_probability(np.clip(hidden_mean, 1e-4, 1)).astype(np.float32))
     rows, truth = np.arange(known), y[:known].astype(float)
     lines = []
     for method in METHODS:
@@ -96,30 +96,30 @@ def one(seed: int) -> list[dict[str, Any]]:
             {"members": [f"m{i}" for i in range(len(oof))], "method": method, **MORE.get(method, {})}
         )
         space = blend.merge_space
-        given = methods.TrainingData(HEAD, LOSS, space, oof, truth, frame, fold)
+        data = methods.TrainingData(HEAD, LOSS, space, oof, truth, frame, fold)
 
         def apply(params: Any, at: Any, parts: Any = oof, space: str = space) -> Any:
             return fitted.predict(params, [part[at] for part in parts], HEAD, space)
 
-        found = report.nested(
+        found = score.nested_predict(
             table,
             split,
             rows,
             fold,
-            lambda at, b=blend, g=given: methods.fit(b, g.at(at)),
+            lambda at, b=blend, d=data: methods.fit(b, d.at(at)),
             apply,
             methods.equal_weights(blend, len(oof)),
         )
-        said = HEAD.row.probability(found.prediction)
-        interval = nested_cv.bootstrap(LOSS, truth, said, n=300)
+        probability = HEAD.spec.to_probability(found.prediction)
+        interval = nested_cv.bootstrap(LOSS, truth, probability, n=300)
         wide = comparison.interval_widening(
             known, len(y) - known
         )  # as comp ensemble prints it for the test rows
         low, high = (interval.score + wide * (end - interval.score) for end in (interval.low, interval.high))
-        hidden = LOSS(y[known:], HEAD.row.probability(apply(found.final, slice(None), test)))
-        in_sample = LOSS(truth, HEAD.row.probability(apply(found.final, rows)))
+        hidden = LOSS(y[known:], HEAD.spec.to_probability(apply(found.final, slice(None), test)))
+        in_sample = LOSS(truth, HEAD.spec.to_probability(apply(found.final, rows)))
         lines.append({
-            "split": seed, "method": method, "honest": interval.score, "in_sample": in_sample, "hidden": hidden,
+            "split": seed, "method": method, "nested": interval.score, "in_sample": in_sample, "hidden": hidden,
             "low": low, "high": high, "inside": bool(low <= hidden <= high),
         })  # fmt: skip
     return lines
@@ -127,12 +127,12 @@ def one(seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    print("split  method       honest  in-sample  hidden  90 % interval", file=sys.stderr)
+    print("split  method       nested  in-sample  hidden  90 % interval", file=sys.stderr)
     lines = []
     for each in (line for seed in range(SPLITS) for line in one(seed)):
         lines.append(each)
         print(
-            f"{each['split']:5d}  {each['method']:10s} {each['honest']:8.4f} {each['in_sample']:10.4f} {each['hidden']:7.4f}  "
+            f"{each['split']:5d}  {each['method']:10s} {each['nested']:8.4f} {each['in_sample']:10.4f} {each['hidden']:7.4f}  "
             f"{each['low']:.4f} to {each['high']:.4f}{'' if each['inside'] else '  outside'}",
             file=sys.stderr,
             flush=True,
@@ -141,7 +141,7 @@ def main() -> None:
     for method in METHODS:
         mine = [line for line in lines if line["method"] == method]
         report[method] = {
-            "honest_off": round(float(np.mean([abs(e["honest"] - e["hidden"]) for e in mine])), 4),
+            "nested_off": round(float(np.mean([abs(e["nested"] - e["hidden"]) for e in mine])), 4),
             "in_sample_off": round(float(np.mean([abs(e["in_sample"] - e["hidden"]) for e in mine])), 4),
             "hidden_inside_interval": f"{sum(e['inside'] for e in mine)} of {SPLITS}",
         }

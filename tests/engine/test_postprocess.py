@@ -1,4 +1,4 @@
-"""What follows a blend is kept where it gains: calibration, thresholds, corrections, cut points."""
+"""Steps after a blend (calibration, thresholds, corrections, cut points) are used where they improve the nested score."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LABELS = Head("t", "multilabel", tuple("abc"), tuple("abc"))
 BINARY = Head("t", "binary", ("t",), ("t",), ("0", "1"))
 
 
-def test_calibration_is_kept_only_where_it_gains(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_is_used_only_where_it_improves(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = lay_out(empty, "binary", metric="log_loss")
     member(project, "exp001", noise=2.0)
     folder = bank.folder("exp001")
-    for kind in bank.KINDS:  # five times too sure
+    for kind in bank.KINDS:  # logits five times too large
         said = load(project, "exp001", kind)
         loud = {"label": said.heads["label"] * 5}
         bank.write(
@@ -46,7 +46,7 @@ def test_calibration_is_kept_only_where_it_gains(empty: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("step", ["temperature", "platt", "isotonic"])
-def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
+def test_unknown_labels_are_ignored_by_calibration(step: str) -> None:
     random = np.random.default_rng(0)
     truth = random.integers(0, 2, (300, 3)).astype(float)
     stored = 5 * (2 * truth - 1 + random.normal(0, 1, truth.shape))
@@ -62,15 +62,13 @@ def test_labels_that_nobody_gave_have_no_say_in_calibration(step: str) -> None:
         alone = calibration.fit(step, stored[known, 1:2], truth[known, 1], BINARY, metric, None)
         one = BINARY.spec.to_probability(calibration.apply(alone, stored[:, 1:2], BINARY))
         assert p[:, 1] == pytest.approx(one[:, 0], abs=1e-9)
-        assert p[:, 2] == pytest.approx(LABELS.spec.to_probability(stored)[:, 2], abs=1e-5), (
-            "nothing to learn from"
-        )
+        assert p[:, 2] == pytest.approx(LABELS.spec.to_probability(stored)[:, 2], abs=1e-5), "no known label"
     raw = LABELS.spec.to_probability(stored)
     assert log_loss(truth[:, 0], p[:, 0]) < log_loss(truth[:, 0], raw[:, 0]) - 0.05
 
 
-def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> None:
-    """Turn the labels of a fold: neither weights, nor the steps after them, nor whether these are kept may change for it."""
+def test_steps_are_nested_and_used_only_for_significant_gains(empty: Path) -> None:
+    """Flip the labels of a fold: its weights, its steps and the decision to use them must not change."""
     project = three(lay_out(empty, "binary", metric="log_loss"))
     text = "members: [exp001, exp002, exp003]\nmethod: logistic\nafter: [isotonic, temperature]"
     blend_ = Blend.model_validate(yaml.safe_load(text))
@@ -100,11 +98,11 @@ def test_a_step_is_honest_two_levels_deep_and_kept_beyond_luck(empty: Path) -> N
 
 
 @pytest.mark.parametrize(("task", "metric"), [("binary", "f1"), ("multiclass", "f1_macro")])
-def test_thresholds_move_labels_where_it_gains(empty: Path, task: str, metric: str) -> None:
+def test_thresholds_are_used_where_they_improve(empty: Path, task: str, metric: str) -> None:
     project = lay_out(empty, task, metric=metric)
     member(project, "exp001", noise=1.5)
     folder = bank.folder("exp001")
-    for kind in bank.KINDS:  # one class is never said
+    for kind in bank.KINDS:  # one class is never predicted
         said = load(project, "exp001", kind)
         shifted = said.heads["label"].copy()
         shifted[:, 0] -= 3.0
@@ -124,7 +122,7 @@ def test_thresholds_move_labels_where_it_gains(empty: Path, task: str, metric: s
 def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     truth = (random.random(4000) < 0.8).astype(float)
-    own = (truth * 2 - 1 + random.normal(size=4000))[:, None] * 2  # calibrated where both are as frequent
+    own = (truth * 2 - 1 + random.normal(size=4000))[:, None] * 2  # calibrated for equal class shares
     step = calibration.prior(own, np.array([0.5, 0.5]), BINARY)
     assert step["shares"][1] == pytest.approx(0.8, abs=0.03)
     corrected = calibration.apply(step, own, BINARY)
@@ -134,12 +132,12 @@ def test_prior_correction_finds_the_shift_of_test(empty: Path, capsys: pytest.Ca
     project = three(lay_out(empty, "binary", metric="log_loss"))
     for kind in ("prior", "rank"):
         plain = made(project, "method: mean")["oof"]
-        assert made(project, f"method: mean\ncorrect: {kind}")["oof"] == plain, "OOF rows go without"
+        assert made(project, f"method: mean\ncorrect: {kind}")["oof"] == plain, "OOF rows are not corrected"
         assert f"correct: {kind}" in capsys.readouterr().out
 
 
-def test_cut_points_are_kept_only_where_they_gain(empty: Path) -> None:
-    """Values that are shrunken to the middle need cuts of their own; values with the right spread are as well rounded."""
+def test_cut_points_are_used_only_where_they_improve(empty: Path) -> None:
+    """Values shrunken to the mean need fitted cuts; for values with the right spread rounding is as good."""
     from comp.engine.bank import score
 
     project = lay_out(empty, "ordinal")

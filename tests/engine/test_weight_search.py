@@ -1,4 +1,4 @@
-"""Searches and stackers are equal to algorithms written out, and to scikit-learn's."""
+"""Searches and stackers give the results of naive implementations and of scikit-learn."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def kappa(truth: Any, value: Any) -> float:
 
 
 def by_column(call: Any) -> Any:
-    """The mean over labels of a function of (truth, answer)."""
+    """The mean over labels of a function of (truth, prediction)."""
     return lambda t, p: float(np.mean([call(t[:, k], p[:, k]) for k in range(t.shape[1])]))
 
 
@@ -87,7 +87,7 @@ def cases(head: Head, count: int, rows: int, seed: int) -> tuple[Any, list[Any]]
 
 
 def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
-    """Caruana's selection as one would write it down: every candidate by scikit-learn."""
+    """Ensemble selection with every candidate scored by scikit-learn."""
     total, count, best, weights = 0.0, np.zeros(len(shown)), -np.inf, np.zeros(len(shown))
     for size in range(1, rounds + 1):
         scores = np.array([call(truth, (total + each) / size) for each in shown])
@@ -100,7 +100,7 @@ def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
 
 
 @pytest.mark.parametrize("name", NAIVE)
-def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
+def test_greedy_picks_the_members_of_a_naive_search(name: str) -> None:
     head, metric, call = NAIVE[name]
     for seed in range(2 if head is LABELS or name == "auc_5" else 6):
         truth, said = cases(head, 9, 150, seed)
@@ -115,7 +115,7 @@ def test_greedy_picks_what_the_naive_search_picks(name: str) -> None:
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_hill_climbing_as_written_out(negative: bool) -> None:
+def test_hill_climbing_like_a_naive_loop(negative: bool) -> None:
     for seed in range(3):
         truth, said = cases(BINARY, 6, 200, seed)
         shown = [BINARY.spec.to_probability(each.astype(float))[:, 0] for each in said]
@@ -144,8 +144,8 @@ def test_hill_climbing_as_written_out(negative: bool) -> None:
     ("head", "space"),
     [(head, space) for head in (BINARY, CLASSES, LABELS) for space in ("probability", "logit")],
 )
-def test_continuous_weights_are_those_of_a_plain_solver(head: Head, space: str) -> None:
-    """The loss is convex: an independent descent on numbers of scikit-learn's loss ends in the same place."""
+def test_slsqp_weights_are_those_of_another_solver(head: Head, space: str) -> None:
+    """The loss is convex: an independent descent on scikit-learn's loss has the same minimum."""
     from scipy.optimize import minimize
 
     truth, said = cases(head, 4, 300, 0)
@@ -208,8 +208,8 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in STACKED if m != "lightgbm"])
-def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
-    """Every label as if it were alone, taught by the rows where it is known; one that no row has gets a small share."""
+def test_a_stacker_of_labels_is_one_model_per_label(method: str) -> None:
+    """Each label is fitted alone on the rows where it is known; a label without positive rows gets a small probability."""
     truth, said = cases(LABELS, 3, 200, 0)
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)
@@ -232,8 +232,8 @@ def test_a_stacker_of_labels_is_one_of_each(method: str) -> None:
 
 
 @pytest.mark.parametrize("head", [BINARY, CLASSES, LABELS], ids=lambda head: head.task)
-def test_areas_of_sums_are_those_of_the_metric(head: Head) -> None:
-    """In every space, with weights below 0, with labels that nobody gave, and with a class that no row has."""
+def test_fast_auc_equals_the_metric(head: Head) -> None:
+    """In every space, with negative weights, unknown labels, and a class without rows."""
     truth, said = cases(head, 3, 400, 0)
     if head is LABELS:
         truth[::5, 1], truth[:, 2] = np.nan, 0.0
@@ -285,7 +285,7 @@ def test_memory_of_a_search_is_less_than_twice_the_predictions() -> None:
 
 @pytest.mark.parametrize("method", ["greedy", "trimmed"])
 def test_memory_of_a_whole_ensemble_is_less_than_twice_the_predictions(empty: Path, method: str) -> None:
-    """Fitting fold by fold, honest and in-sample predictions, and those of new rows."""
+    """Including the fits of each fold, nested and in-sample predictions, and those of test rows."""
     import tracemalloc
 
     project = lay_out(empty, "binary")

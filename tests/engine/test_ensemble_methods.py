@@ -1,4 +1,4 @@
-"""Whole ensembles, from configs/ensembles to what leaves them: every method, honest, under ceilings, with metadata."""
+"""Every method end to end: validity, nested scores, time limits, metadata, filters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXTRA = {"weighted": "weights: [3, 1, 2]", "optuna": "trials: 15", "lightgbm": "
 
 
 @pytest.mark.parametrize("task", HEADS)
-def test_every_method_leaves_what_is_valid_and_applies_row_by_row(
+def test_every_method_is_valid_and_applies_row_by_row(
     empty: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "RESAMPLES", 40)
@@ -68,8 +68,8 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty: Path) -> None:
-    """Change the labels of one fold: what is said of its own rows must not move."""
+def test_oof_predictions_of_a_fitted_ensemble_are_nested(empty: Path) -> None:
+    """Flip the labels of one fold: the predictions of its rows must not change."""
     project = three(lay_out(empty, "binary", metric="log_loss"))
     for method in ("greedy", "slsqp", "logistic"):
         before = made(project, f"method: {method}")
@@ -91,7 +91,7 @@ def test_the_oof_predictions_of_a_fitted_ensemble_are_those_of_other_folds(empty
         assert before["oof"] is not None and score is not None
 
 
-def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fold(empty: Path) -> None:
+def test_a_second_level_is_fitted_on_members_refitted_without_the_fold(empty: Path) -> None:
     from comp.engine.ensemble import blend_config, members
 
     project = three(lay_out(empty, "binary", metric="log_loss"))
@@ -112,12 +112,12 @@ def test_a_second_level_learns_from_members_that_are_fitted_again_without_the_fo
         blend("blend001")
 
 
-def test_a_search_that_overfits_says_so_and_recommends_the_simpler(
+def test_an_overfitted_search_reports_its_optimism_and_recommends_a_simpler_one(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = lay_out(empty, "binary")
     for i in range(12):
-        member(project, f"exp{i:03d}", noise=1e3, seed=i)  # nobody knows anything
+        member(project, f"exp{i:03d}", noise=1e3, seed=i)  # pure noise
     record = made(project, "method: hill\nnegative: true", "['name~exp']")
     assert record["in_sample"] > record["oof"] + 0.02
     out = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_weights_per_class_and_bags(empty: Path) -> None:
     )
 
 
-def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
+def test_max_seconds_restricts_the_search(empty: Path) -> None:
     project = three(lay_out(empty, "binary"))
     with pytest.raises(UserError, match="exp001 has no measured latency"):
         made(project, "method: greedy\nmax_seconds: 5")
@@ -185,8 +185,8 @@ def test_a_ceiling_on_time_acts_inside_the_search(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("method", SEARCHED)
-def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None:
-    """Each class, and each target, has a best member of its own; there is time for two."""
+def test_classes_and_targets_share_one_budget(empty: Path, method: str) -> None:
+    """Each class and target has another best member; the budget is two members."""
     seconds = weight_search.Budget([1.0, 1.0, 1.0], 2.0)
     random = np.random.default_rng(0)
     hot = np.eye(3)[random.integers(0, 3, 300)]
@@ -220,10 +220,10 @@ def test_classes_and_targets_share_one_ceiling(empty: Path, method: str) -> None
             found, *_ = fit.fit_head(context, head, parts, budgets, bar)
         chosen |= methods.used_members(found.params, 3)
     assert 0 < chosen.sum() <= 2
-    assert len(budgets.left) == 6  # of five folds and of all rows, each its own
+    assert len(budgets.left) == 6  # one for each of five folds and one for all rows
 
 
-def test_metadata_and_target_means(empty: Path) -> None:
+def test_metadata_and_target_encoding(empty: Path) -> None:
     project = lay_out(empty, "binary", metric="log_loss")
     frame = project.samples.frame
     random = np.random.default_rng(0)
@@ -272,7 +272,7 @@ def test_a_mistake_is_one_line(empty: Path, text: str) -> None:
     assert caught.value.lines[0].startswith("configs/ensembles/blend001.yaml")
 
 
-def test_filters_choose_runs(empty: Path) -> None:
+def test_filters_match_runs(empty: Path) -> None:
     project = three(lay_out(empty, "binary"))
     member(project, "exp001:seed1")
     scores = {
@@ -292,10 +292,10 @@ def test_filters_choose_runs(empty: Path) -> None:
     assert "blend001" not in member_filter.addresses("model~res"), "members of an ensemble are runs"
 
 
-def test_each_label_has_weights_of_its_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_per_label(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "RESAMPLES", 20)
     project = lay_out(empty, "multilabel")
-    for i in range(3):  # each knows one label
+    for i in range(3):  # each predicts one label well
         member(project, f"exp00{i + 1}", noise=4.0, seed=i)
         for kind in bank.KINDS:
             said = load(project, f"exp00{i + 1}", kind)

@@ -1,4 +1,4 @@
-"""What is fitted on some rows is exact there and worth nothing on random labels elsewhere, and every tool says so."""
+"""Nested predictions, intervals, comparisons and fold tables: known values, and chance level on random labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from metric_cases import PAIRS, case
 
+from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.nested_cv import (
     bootstrap,
@@ -19,27 +20,27 @@ from comp.engine.bank.nested_cv import (
     nested_predict,
     paired,
 )
-from comp.metrics import METRICS, Metric
+from comp.metrics import METRICS
 
 AUC, QWK, RMSE, LOSS, F1 = (METRICS[name] for name in ("roc_auc", "qwk", "rmse", "log_loss", "f1"))
 SEEDS = range(20)
 
 
 def noise(seed: int, rows: int = 1000, classes: int = 2) -> tuple[Any, Any, Any]:
-    """(labels, predictions that know nothing of them, folds)"""
+    """(random labels, independent predictions, folds)"""
     random = np.random.default_rng(seed)
     return random.integers(0, classes, rows) * 1.0, random.random(rows), np.arange(rows) % 5
 
 
 def chance(scores: list[float], expected: float) -> float:
-    """How many standard errors the mean of scores is away from what chance gives."""
+    """How many standard errors the mean of scores is away from the expected score."""
     return float((np.mean(scores) - expected) / (np.std(scores, ddof=1) / len(scores) ** 0.5))
 
 
 # Cut points
 
 
-def test_nested_shows_each_fold_the_other_rows_only() -> None:
+def test_nested_fits_each_fold_on_the_other_rows_only() -> None:
     fold = np.array([0, 1, 2, 0, 1, 2, -1, -2])
     shown: list[set[int]] = []
 
@@ -57,14 +58,14 @@ def test_nested_shows_each_fold_the_other_rows_only() -> None:
     assert out.prediction[:6].tolist() == [0, 10, 20, 30, 40, 50] and np.isnan(out.prediction[6:]).all()
 
 
-def test_nested_keeps_matrices() -> None:
+def test_nested_predictions_may_be_matrices() -> None:
     out = nested_predict(
         np.array([0, 1, 1]), lambda rows: rows.mean(), lambda mean, rows: np.full((len(rows), 2), mean)
     )
     assert out.prediction.tolist() == [[1.5, 1.5], [0, 0], [0, 0]]
 
 
-def test_nested_by_time_uses_the_past_only() -> None:
+def test_nested_by_time_fits_on_the_past_only() -> None:
     fold = np.repeat([0, 1, 2], 3)
     arguments: Any = (
         fold,
@@ -78,14 +79,14 @@ def test_nested_by_time_uses_the_past_only() -> None:
     assert with_first.prediction[:3].tolist() == [3, 3, 3] and with_first.unfitted == (0,)
 
 
-def test_nested_keeps_groups_apart() -> None:
+def test_nested_excludes_groups_of_the_fold() -> None:
     fold = np.array([0, 1, 1, 0])
     groups = np.array(["a", "a", "b", None], dtype=object)
     out = nested_predict(fold, lambda rows: rows.tolist(), lambda taught, rows: rows, groups=groups)
     assert out.parameters == {0: [2], 1: [3]}
 
 
-def test_nested_refuses_a_rule_that_leaks() -> None:
+def test_nested_asserts_that_a_train_mask_does_not_leak() -> None:
     fold = np.array([0, 1, 1])
     with pytest.raises(AssertionError, match="rows of fold 0"):
         nested_predict(
@@ -97,8 +98,8 @@ def test_nested_refuses_a_rule_that_leaks() -> None:
         nested_predict(np.zeros(3), lambda rows: 0, lambda taught, rows: rows)
 
 
-def test_nested_finds_nothing_when_memorising() -> None:
-    """A learner that knows its rows by heart is perfect in sample and at chance out of it."""
+def test_nested_is_at_chance_for_a_memorising_model() -> None:
+    """A model that memorises its training rows is perfect in-sample and at chance in the nested predictions."""
     scores = []
     for seed in SEEDS:
         truth, value, fold = noise(seed, 400)
@@ -119,7 +120,7 @@ def test_nested_finds_nothing_when_memorising() -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), PAIRS)
-def test_the_scorer_scores_what_was_drawn(name: str, task: str) -> None:
+def test_bootstrap_scorer_scores_the_drawn_rows(name: str, task: str) -> None:
     metric = METRICS[name]
     truth, prediction = case(metric, task)
     rows = pd.DataFrame({"weight": np.random.default_rng(5).random(len(truth)) + 0.1})
@@ -133,7 +134,7 @@ def test_the_scorer_scores_what_was_drawn(name: str, task: str) -> None:
         )
 
 
-def test_the_scorer_gives_rows_to_yours() -> None:
+def test_bootstrap_scorer_passes_rows_to_a_custom_metric() -> None:
     mine = Metric("mine", lambda truth, prediction, rows: float(rows["year"].mean()), "max", "value")
     rows = pd.DataFrame({"year": [1.0, 2.0, 4.0]})
     assert bootstrap_scorer(mine, np.zeros(3), np.zeros(3), rows)(np.array([0, 2, 1])) == pytest.approx(8 / 3)
@@ -141,7 +142,7 @@ def test_the_scorer_gives_rows_to_yours() -> None:
     assert bootstrap_scorer(plain, np.arange(3), np.zeros(3))(np.array([0, 2, 1])) == 4
 
 
-def test_whole_groups_are_drawn() -> None:
+def test_bootstrap_draws_whole_groups() -> None:
     groups = np.array(["a", "b", "a", None, None, "b"], dtype=object)
     assert group_codes(groups).tolist() == [0, 1, 0, 2, 3, 1]
     assert group_codes(np.array([3.0, np.nan, 3.0, np.nan])).tolist() == [0, 1, 0, 2]
@@ -186,7 +187,7 @@ def test_bootstrap_covers_chance_on_random_labels() -> None:
     assert 82 <= covered <= 97  # 90 are expected
 
 
-def test_bootstrap_says_when_a_class_is_too_rare() -> None:
+def test_bootstrap_raises_when_a_class_is_too_rare() -> None:
     truth, score = np.zeros(200), np.random.default_rng(0).random(200)
     truth[:3] = 1
     found = bootstrap(AUC, truth, score, n=300)
@@ -214,7 +215,7 @@ def test_paired_finds_a_planted_difference_whatever_the_direction() -> None:
         assert forward.low > 0
 
 
-def test_pairing_removes_what_both_share() -> None:
+def test_pairing_removes_the_common_variance() -> None:
     random = np.random.default_rng(0)
     truth = random.normal(size=500)
     a = truth + random.normal(size=500)
@@ -239,7 +240,7 @@ def test_paired_counts_groups_not_rows() -> None:
     assert not paired(METRICS["mae"], truth, a, b, groups).significant
 
 
-def test_paired_decides_nothing_on_random_labels() -> None:
+def test_paired_is_rarely_significant_on_random_labels() -> None:
     decided = 0
     for seed in range(100):
         truth, score, _ = noise(seed, 200)
@@ -248,7 +249,7 @@ def test_paired_decides_nothing_on_random_labels() -> None:
     assert 3 <= decided <= 18  # one in ten is expected: 5 % on either side
 
 
-def test_small_errors_are_written_with_enough_digits() -> None:
+def test_small_errors_are_printed_with_enough_digits() -> None:
     random = np.random.default_rng(0)
     truth = random.normal(size=300)
     found = paired(
