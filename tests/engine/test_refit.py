@@ -95,7 +95,7 @@ def test_it_says_its_loss_its_name_and_that_there_is_no_cv(refit: Path) -> None:
     ][-1]
     assert f"train_loss {last['train_loss']:.4f}, " in line
     (about,) = [line for line in said.splitlines() if line.startswith("x:full: ")]
-    assert "no CV" in about and "seed 0 fold 0, 1 missing: comp train x" in about
+    assert "no CV" in about and "seed 0 fold 0, 1 missing" in about and "comp train x" in about
     assert said.splitlines()[-1] == "next: comp submit x:full --dry-run"
 
 
@@ -152,8 +152,10 @@ def test_a_blend_refuses_it_by_name_until_its_cv_is_there(
     (refit / "configs/ensembles/b.yaml").write_text("members: ['x:full', 'x:full-snap1']\nmethod: greedy\n")
     assert cli.main(["ensemble", "b"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" is weighed")[0].split()[-1] for line in lines] == ["x:full", "x:full-snap1"]
-    assert all("b.yaml:1" in line and "fold 0, 1 missing: comp train x" in line for line in lines)
+    assert [line.split(" takes its weight")[0].split()[-1] for line in lines] == ["x:full", "x:full-snap1"]
+    assert all(
+        "b.yaml:1" in line and "fold 0, 1 missing" in line and "comp train x" in line for line in lines
+    )
     assert cli.main(["train", "x"]) == 0
     assert cli.main(["ensemble", "b"]) == 0
     recipe = artifacts.read_json(refit / "ensembles/b/apply.json")

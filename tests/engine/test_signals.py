@@ -217,9 +217,10 @@ def test_no_verb_leaves_temporary_files(trained: Path, capfd: pytest.CaptureFixt
 
 def test_a_job_of_the_launcher_ends_with_the_signal_of_its_parent(project: Path) -> None:
     hold = (
-        "import sys, threading; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
-        "worker.CALLS['hold'] = lambda: (print('on', flush=True), threading.Event().wait())\n"
-        "sys.exit(worker.main())"
+        "import sys, threading, types; from comp.engine import worker; sys.argv = ['', 'hold', '{}']\n"
+        "module = sys.modules['comp.engine.hold'] = types.ModuleType('hold')\n"
+        "module.hold = lambda: (print('on', flush=True), threading.Event().wait())\n"
+        "worker.FUNCTIONS['hold'] = 'hold:hold'; sys.exit(worker.main())"
     )
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with subprocess.Popen(
