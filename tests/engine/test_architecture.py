@@ -1,4 +1,5 @@
-"""Rules of the architecture that a linter does not check. A new folder or module of comp/engine goes into LAYERS."""
+"""Rules of the architecture that a linter does not check. A new folder or module of comp/engine goes into
+LAYERS."""
 
 import ast
 import subprocess
@@ -11,7 +12,7 @@ from comp.engine.tasks import kinds
 
 COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "comp"
 
-# Folders and modules of comp/engine, lowest first. A module imports from lines above its own, and from its own folder.
+# Folders and modules of comp/engine, lowest first. A module imports from lines above its own and from its folder.
 LAYERS = [
     ["errors", "text_table", "notebook", "hardware"],
     ["store"],
@@ -135,7 +136,10 @@ def test_mistakes_are_refused_before_torch_is_imported() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys\nfrom comp.engine import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
+    code = (
+        "import sys\nfrom comp.engine import cli\n"
+        "try:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=COMP.parent
     ).stdout
@@ -149,7 +153,8 @@ def functions(target: str) -> dict[str, ast.FunctionDef]:
 
 
 def test_every_verb_calls_a_function_that_takes_its_arguments() -> None:
-    """Each argument is a parameter of the verb's function, or of the one that is called instead; nothing is left without a value."""
+    """Each argument is a parameter of the verb's function, or of the one that is called instead; nothing is
+    left without a value."""
     for name, verb in cli.VERBS.items():
         given = {
             options.get("dest") or names[-1].lstrip("-").replace("-", "_")

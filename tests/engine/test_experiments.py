@@ -24,8 +24,8 @@ from comp.engine.store import artifacts, paths
 
 @pytest.fixture(scope="session")
 def of_as(practice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of the experiment tiny under names of their own: `a`, finished, and `half`, of which fold 1 is missing. Nobody
-    writes here."""
+    """Two runs of the experiment tiny under names of their own: `a`, finished, and `half`, of which fold 1 is
+    missing. Nobody writes here."""
     root = tmp_path_factory.mktemp("of_as") / "project"
     shutil.copytree(practice, root)
 
@@ -49,7 +49,7 @@ def named(of_as: Path, tmp_path: Path, enter: Callable[[Path], Path]) -> Path:
     return enter(tmp_path / "project")
 
 
-# --- a run in the place of an experiment ---------------------------------------------------------------------------------
+# --- a run in the place of an experiment ----------------------------------------------------------
 
 
 def test_a_run_is_the_source_of_its_config(named: Path) -> None:
@@ -161,7 +161,7 @@ def test_other_folds_in_competition_yaml_have_to_be_made_first(
     assert cli.main(["train", "tiny", "--fold", "2"]) == 0, "the remedy"
 
 
-# --- not trained, or not finished ----------------------------------------------------------------------------------------
+# --- not trained, or not finished -----------------------------------------------------------------
 
 READERS = (
     ["submit", "{}", "--dry-run"], ["explain", "{}"], ["export", "{}"], ["slices", "{}"], ["label-errors", "{}"], ["kernel", "{}"],

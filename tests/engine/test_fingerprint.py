@@ -1,4 +1,5 @@
-"""A name stands for one config, one table, one set of folds and the same images; mistakes are refused before anything is trained."""
+"""A name stands for one config, one table, one set of folds and the same images; mistakes are refused before
+anything is trained."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from comp.engine.data import cache, image_files, make_folds, prepare, samples
 from comp.engine.run import fingerprint, runner
 from comp.engine.store import artifacts, locks, paths
 
-# --- before anything is spent --------------------------------------------------------------------------------------------
+# --- before anything is trained ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Pat
     assert not (project / "runs/x/seed0/fold0/weights.safetensors").exists()
 
 
-# --- a name stands for one config, one table, one set of folds -----------------------------------------------------------
+# --- a name stands for one config, one table, one set of folds ------------------------------------
 
 
 def test_a_run_is_not_resumed_on_other_folds(project: Path) -> None:
@@ -190,7 +191,8 @@ def test_the_resume_command_can_be_typed_again(project: Path, capsys: pytest.Cap
 
 
 def test_an_interrupted_start_is_no_start(project: Path) -> None:
-    """Killed between config.yaml and its manifest entry: the same command continues, and so does another config."""
+    """Killed between config.yaml and its manifest entry: the same command continues, and so does another
+    config."""
     (project / "runs/x").mkdir(parents=True)
     (project / "runs/x/config.yaml").write_text("data: {size: 3}\n")
     runner.train("exp001", TINY, fold="0", name="x")
@@ -228,7 +230,7 @@ def test_a_missing_device_is_one_line(project: Path) -> None:
         assert "no GPU" in said
 
 
-# --- the image files of a run --------------------------------------------------------------------------------------------
+# --- the image files of a run ---------------------------------------------------------------------
 
 CACHES = ["data.cache=true", "data.cache=false"]
 

@@ -1,4 +1,5 @@
-"""Jobs in parallel: the same bytes as one after the other, here and on a cluster that loses a machine; no job outlives its parent."""
+"""Jobs in parallel: the same bytes as one after the other, here and on a cluster that loses a machine; no job
+outlives its parent."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ def test_a_job_ends_with_the_process_that_started_it(project: Path) -> None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
-    """One core, no dashboard; more nodes with add_node. Started once: that takes longer than what runs on it."""
+    """One core, no dashboard; more nodes with add_node. Started once: that takes longer than what runs on
+    it."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

@@ -1,5 +1,5 @@
-"""Locks and temporary files of processes that see each other, and of those that do not: in two pid namespaces, which is what two
-containers are to each other; after a boot; without /proc."""
+"""Locks and temporary files of processes that see each other, and of those that do not: in two pid
+namespaces, which is what two containers are to each other; after a boot; without /proc."""
 
 from __future__ import annotations
 
@@ -77,8 +77,9 @@ LONG_AGO = 11 * 60
 
 @pytest.fixture(scope="module")
 def namespace() -> list[str]:
-    """A command before a command: a pid namespace of its own. Root may always make one, in CI above all; elsewhere the
-    kernel's settings decide (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces)."""
+    """A command before a command: a pid namespace of its own. Root may always make one, in CI above all;
+    elsewhere the kernel's settings decide (kernel.apparmor_restrict_unprivileged_userns,
+    user.max_user_namespaces)."""
     return _allowed(["--pid", "--fork", "--mount-proc"])
 
 
@@ -101,7 +102,8 @@ def folder(empty: Path) -> Path:
 
 @pytest.fixture
 def held(namespace: list[str], folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A lock, and a file half-written, of a process in another pid namespace: how it calls itself, and `unshare`, its parent."""
+    """A lock, and a file half-written, of a process in another pid namespace: how it calls itself, and
+    `unshare`, its parent."""
     command = [*namespace, "--kill-child", sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout is not None

@@ -1,4 +1,5 @@
-"""Notebooks on Kaggle and Colab: paths, keys from secrets, old package versions, and notebooks/five_commands.ipynb."""
+"""Notebooks on Kaggle and Colab: paths, keys from secrets, old package versions, and
+notebooks/five_commands.ipynb."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def sealed(file: Path, content: bytes = b"x" * 1000) -> Path:
     return file
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_an_empty_project(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +200,7 @@ def test_running_folds_are_listed(project: Project, capsys: pytest.CaptureFixtur
     assert "training now" not in row(capsys.readouterr().out, "exp001")
 
 
-# --- bank ---------------------------------------------------------------------------------------------------
+# --- bank -----------------------------------------------------------------------------------------
 
 
 def test_the_bank_lists_all_with_the_errors_of_unreadable_sets(
@@ -246,7 +246,7 @@ def test_csv_of_the_refit_and_of_an_unknown_member(
     assert "the nearest are exp001:full" in capsys.readouterr().err
 
 
-# --- config -------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 def test_config_prints_the_origin_of_each_value(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +267,7 @@ def test_config_compares_two_experiments(project: Project, capsys: pytest.Captur
     assert "the same" in capsys.readouterr().out
 
 
-# --- clean --------------------------------------------------------------------------------------------------
+# --- clean ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""SIGTERM (SLURM, Kubernetes, spot machines) and SIGUSR1 end a verb as Ctrl+C does: one line, nothing half-written, and the same command
-ends in the bytes of a run that was never disturbed. Real processes, signalled at an event of theirs."""
+"""SIGTERM (SLURM, Kubernetes, spot machines) and SIGUSR1 end a verb as Ctrl+C does: one line, nothing
+half-written, and the same command ends in the bytes of a run that was never disturbed. Real processes,
+signalled at an event of theirs."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ def test_a_second_signal_while_saving_loses_nothing_and_the_resumed_run_has_the_
 
 
 def test_loader_processes_ignore_signals(fresh: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
-    """SLURM and torchrun signal the whole process group: a loader that died would be restarted while the run saves its state."""
+    """SLURM and torchrun signal the whole process group: a loader that died would be restarted while the run
+    saves its state."""
     two = [*TRAIN, "machine.num_workers=2"]
 
     def work() -> int:

@@ -132,7 +132,7 @@ def server() -> Iterator[Callable[[str], Server]]:
         one.close()
 
 
-# --- the record ------------------------------------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------
 
 
 def test_a_resumed_log_equals_one_that_was_never_killed(plain: Project, resumed: Project) -> None:
@@ -172,7 +172,7 @@ def test_mode_none_starts_no_wandb(plain: Project) -> None:
     )
 
 
-# --- W&B, offline ----------------------------------------------------------------------------------------------------------
+# --- W&B, offline ---------------------------------------------------------------------------------
 
 
 def test_after_a_kill_there_is_one_offline_history_without_repeated_steps(resumed: Project) -> None:
@@ -269,7 +269,7 @@ def test_no_secret_is_written_and_nothing_outside_the_project(resumed: Project) 
     assert list((resumed.root.parent / "home").rglob("*")) == []
 
 
-# --- W&B, in trouble -------------------------------------------------------------------------------------------------------
+# --- W&B, in trouble ------------------------------------------------------------------------------
 
 
 def falls_back(project: Project, plain: Project, done: subprocess.CompletedProcess[str]) -> None:

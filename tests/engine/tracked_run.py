@@ -1,7 +1,8 @@
-"""A small run that tests start as a process of its own, and kill: python tracked_run.py MODE [kill|torn] [numbers] [hasty].
+"""A small run that tests start as a process of its own, and kill: python tracked_run.py MODE [kill|torn]
+[numbers] [hasty].
 
-It does what a training loop does with its log: a checkpoint every epoch, which keeps the log's offset, and a result that
-must be the same however W&B fares.
+It does what a training loop does with its log: a checkpoint every epoch, which keeps the log's offset, and a
+result that must be the same however W&B fares.
 """
 
 from __future__ import annotations
