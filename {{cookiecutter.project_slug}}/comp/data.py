@@ -1,9 +1,9 @@
 """From rows of the samples table to uint8 batches: which rows an epoch draws, and how one example is made.
 
-The random draws of an example are a function of (seed, epoch, position in the epoch's list of rows) and of nothing else:
-not of the number of workers, the thread, the step where a run resumes or the load of the machine. The list itself is a
-function of (seed, epoch). engine/run/data_loader.py reads these batches in processes or threads, or keeps the whole set
-on the GPU; all of them give the same bytes.
+The random draws of an example are a function of (seed, epoch, position in the epoch's list of rows) and of
+nothing else: not of the number of workers, the thread, the step where a run resumes or the load of the
+machine. The list itself is a function of (seed, epoch). engine/run/data_loader.py reads these batches in
+processes or threads, or keeps the whole set on the GPU; all of them give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from comp.engine.data import cache, class_balance
 from comp.engine.data.samples import Positions
 from comp.engine.data.seeding import fold_in
 from comp.engine.readers.arrays import DamagedImage, Pixels
+from comp.engine.run import cv2_ops
 
 
 class Index(NamedTuple):
@@ -65,7 +66,7 @@ class Batch:
             yield Batch(self.samples[part], self.images[images], seeds, {}, owner)
 
 
-# --- samplers ------------------------------------------------------------------------------------------------------------
+# --- samplers -----------------------------------------------------------------------------------------------
 
 Batches = Iterable[list[Index]]  # a batch sampler, as torch calls it: one list an item
 
@@ -85,8 +86,8 @@ def training_batches(
     first: int,
     draw: class_balance.Sampler = class_balance.shuffle,
 ) -> Iterator[list[Index]]:
-    """The micro-batches of an epoch from the `first` on. A last batch smaller than `size` is dropped; a dataset smaller than
-    `size` is one batch."""
+    """The micro-batches of an epoch from the `first` on. A last batch smaller than `size` is dropped; a
+    dataset smaller than `size` is one batch."""
     drawn = epoch_rows(rows, seed, epoch, draw)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
@@ -103,14 +104,14 @@ def sequential_batches(rows: Positions, size: int) -> Iterator[list[Index]]:
         yield [Index(row, None) for row in rows[start : start + size].tolist()]
 
 
-# --- examples ------------------------------------------------------------------------------------------------------------
+# --- examples -----------------------------------------------------------------------------------------------
 
 Example = tuple[Index, list[Pixels], str]  # images of the sample, and why one of them is damaged, or ""
 
 
 class ImageDataset(Dataset[Any]):
-    """The images of every sample, resized to data.size and augmented. Whether they come from the cache or are decoded now
-    changes no pixel."""
+    """The images of every sample, resized to data.size and augmented. Whether they come from the cache or are
+    decoded now changes no pixel."""
 
     def __init__(
         self, cfg: Config, images: cache.Images, image_of: NDArray[np.int64], start: NDArray[np.int64]
@@ -143,12 +144,13 @@ class ImageDataset(Dataset[Any]):
             try:
                 image = self.images[image_index]
             except DamagedImage as damaged:
-                # An exception would lose its type between loader processes. Training refuses it, inference goes on.
+                # An exception would lose its type between loader processes. Training refuses it, inference
+                # goes on.
                 reason = str(damaged)
                 side = self.size if seed is None else augment.size
                 images.append(np.zeros((side, side, self.channels), self.images.reader.dtype))
                 continue
-            images.append(transforms.center_crop(image, self.size) if seed is None else augment(image, seed))
+            images.append(cv2_ops.center_crop(image, self.size) if seed is None else augment(image, seed))
         return index, images, reason
 
     def batch(self, indices: list[Index]) -> Batch:

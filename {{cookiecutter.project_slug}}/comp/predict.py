@@ -1,4 +1,5 @@
-"""From the weights of a fold to its predictions: OOF (the fold's validation rows) and test, averaged over the views of predict.tta."""
+"""From the weights of a fold to its predictions: OOF (the fold's validation rows) and test, averaged over the
+views of predict.tta."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ def predict_fold(
     *,
     stop: Stop | None = None,
 ) -> Path:
-    """runs/<run>/seed<s>/fold<k>/<subfolder>/{oof,test}.arrow, unless it exists. `subfolder`: for other views than those of the run,
-    or for a member with weights of its own."""
+    """runs/<run>/seed<s>/fold<k>/<subfolder>/{oof,test}.arrow, unless it exists. `subfolder`: for other views
+    than those of the run, or for a member with weights of its own."""
     target = fold_predictions.locate(context.cfg, run, seed, fold, kind, subfolder)
     if target.done:
         return target.file

@@ -1,17 +1,19 @@
-"""Augmentation recipes: functions of `size` (px) that return three lists of ops. `augment.recipe` in a config names one of them.
+"""Augmentation recipes: functions of `size` (px) that return three lists of ops. `augment.recipe` in a config
+names one of them.
 
 geometry  moves pixels, and ends in a square of `size`
 colour    changes values
 batch     runs after normalizing
 
 The kind of an op decides where it runs, on every machine:
-  albumentations transforms, and policies (engine/run/policies.py)   on a sample, in loader processes
-  functions of engine/run/cv2_ops.py                                 on a sample, in threads
-  functions of engine/run/gpu_augment.py                             on a batch, on the device
-A sample leaves the loader as uint8, or in the dtype of data.bit_depth, never normalized. A recipe of your own: define `recipe(size)`
-in comp/competition.py and set `augment.recipe: recipe`.
+  albumentations transforms, policies (engine/run/policies.py)  on a sample, in loader processes
+  functions of engine/run/cv2_ops.py                            on a sample, in threads
+  functions of engine/run/gpu_augment.py                        on a batch, on the device
+A sample leaves the loader as uint8, or in the dtype of data.bit_depth, never normalized.
+A recipe of your own: define `recipe(size)` in comp/competition.py and set `augment.recipe: recipe`.
 
-augment.auto_augment is appended to `colour` and augment.random_erasing to `batch`. mixup, cutmix and mosaic are in engine/run/mixup.py.
+augment.auto_augment is appended to `colour` and augment.random_erasing to `batch`. mixup, cutmix and mosaic
+are in engine/run/mixup.py.
 """
 
 from __future__ import annotations
@@ -81,8 +83,9 @@ def medium(size: int) -> Recipe:
 def heavy(size: int) -> Recipe:
     """As strong as leaves the object recognizable; for long schedules and large models.
 
-    The bounds are tighter than albumentations' defaults, where noise has a deviation of up to 0.44 of the range and blur is up to
-    3 px at any size. Holes come last and borders are mirrored, since sharpening draws a white line around every black edge.
+    The bounds are tighter than albumentations' defaults, where noise has a deviation of up to 0.44 of the
+    range and blur is up to 3 px at any size. Holes come last and borders are mirrored, since sharpening draws
+    a white line around every black edge.
     """
     return Recipe(
         [
@@ -115,7 +118,8 @@ def fast(size: int) -> Recipe:
 
 
 def resident(size: int) -> Recipe:
-    """Like light, all of it on the device: a set that fits into machine.gpu_cache_mb stays there, and nothing is loaded."""
+    """Like light, all of it on the device: a set that fits into machine.gpu_cache_mb stays there, and nothing
+    is loaded."""
     return Recipe([gpu_augment.random_affine()])
 
 
@@ -153,8 +157,11 @@ def epoch_recipe(cfg: Config, epoch: EpochAugment) -> Recipe:
         raise UserError(
             "depth-unsupported",
             key="data.bit_depth",
-            what=f"{cfg.data.bit_depth} bits, and {type(only_8_bit[0]).__name__} of augment.recipe {knobs.recipe} works on 8",
-            remedy="use none, fast, resident, or a recipe of your own with ops of comp/engine/run/cv2_ops.py and gpu_augment.py",
+            what=(
+                f"{cfg.data.bit_depth} bits, and {type(only_8_bit[0]).__name__} of augment.recipe "
+                f"{knobs.recipe} works on 8"
+            ),
+            remedy="use none, fast, resident, or a recipe of ops of engine/run/cv2_ops.py and gpu_augment.py",
         )
     return complete
 
@@ -174,7 +181,8 @@ def by_name(name: str, size: int) -> Recipe:
             remedy=f"the nearest is {nearest(name, RECIPES)[0]}",
         )
     with warnings.catch_warnings():
-        # A wrong argument is only a warning for albumentations, and the transform would run with its defaults.
+        # A wrong argument is only a warning for albumentations, and the transform would run with its
+        # defaults.
         warnings.simplefilter("error", UserWarning)
         try:
             recipe = make(size)
@@ -185,9 +193,11 @@ def by_name(name: str, size: int) -> Recipe:
 
 
 class Augment:
-    """The ops of a recipe that run on a sample, as one function of (image, seed): the same seed, the same bytes, in any process.
+    """The ops of a recipe that run on a sample, as one function of (image, seed): the same seed, the same
+    bytes, in any process.
 
-    `scale`: images are resized by it first. Recipes crop by pixels, so an epoch at a smaller size needs smaller images.
+    `scale`: images are resized by it first. Recipes crop by pixels, so an epoch at a smaller size needs
+    smaller images.
     """
 
     def __init__(self, recipe: Recipe, size: int, scale: float = 1.0):
@@ -197,10 +207,10 @@ class Augment:
 
     def __call__(self, image: Pixels, seed: int) -> Pixels:
         if not self.steps:
-            return center_crop(image, self.size)
+            return cv2_ops.center_crop(image, self.size)
         if self.scale != 1:
             height, width = (max(self.size, round(side * self.scale)) for side in image.shape[:2])
-            image = _resized(image, height, width)
+            image = cv2_ops.resize(image, height, width)
         for number, step in enumerate(self.steps):
             image = step(image, fold_in(seed, number))
         assert image.dtype in DTYPES.values(), (
@@ -247,31 +257,6 @@ def _step(kind: str, ops: list[Any]) -> Callable[[Pixels, int], Pixels]:
     return cv2_step
 
 
-def center_crop(image: Pixels, size: int) -> Pixels:
-    """For validation and inference: the shorter side resized to `size`, then the middle square."""
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        return image
-    scale = size / min(height, width)
-    if scale != 1:
-        image = _resized(image, max(size, round(height * scale)), max(size, round(width * scale)))
-        height, width = image.shape[:2]
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size].reshape(size, size, -1)
-
-
-def _resized(image: Pixels, height: int, width: int) -> Pixels:
-    interpolation = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
-    flat = image.reshape(*image.shape[:2], -1)
-    parts = [
-        cv2.resize(flat[:, :, at : at + 4], (width, height), interpolation=interpolation).reshape(
-            height, width, -1
-        )
-        for at in range(0, flat.shape[2], 4)  # OpenCV takes four channels at most
-    ]
-    return np.concatenate(parts, 2).astype(image.dtype, copy=False)
-
-
 class Preprocess:
     """From a uint8 batch to the model's input: normalizing, and the ops of a recipe that run on a batch."""
 
@@ -284,8 +269,8 @@ class Preprocess:
         """(batch, channels, height, width), uint8 -> normalized float. Without seeds nothing is augmented."""
         x = images.to(self.normalize.device, non_blocking=True)
         if seeds is not None:
-            # Batches are channels-last. On a CPU that saves a forward pass a sixth to a quarter with resnet18 and efficientnet_b0,
-            # but a training step of resnet18 takes a third longer.
+            # Batches are channels-last. On a CPU that saves a forward pass a sixth to a quarter with resnet18
+            # and efficientnet_b0, but a training step of resnet18 takes a third longer.
             x = x.contiguous()
         x = x.float()
         if images.dtype == torch.uint16:

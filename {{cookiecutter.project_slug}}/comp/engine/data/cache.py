@@ -1,16 +1,17 @@
 """data/cache/<key>: every image decoded once, at the run's size and depth, in one memory-mapped file.
 
     pixels.bin          the images one after the other, only ever appended to
-    index-<hash>.arrow  one row a file: offset, shape, crc32, and of its source: bytes, mtime, hash; or why it is damaged
+    index-<hash>.arrow  one row a file: offset, shape, crc32; bytes, mtime, hash of the file; or its fault
     manifest.json       written last: which index is current, and what decides the pixels
-    journal.jsonl       only during a build: what is finished, so that a killed build resumes behind its last line
+    journal.jsonl       only during a build: what is finished, so that a killed build resumes there
 
-The key is a hash of everything that decides pixels except the files themselves; a file is unchanged while its size and mtime
-are. The cache is keyed by file, not by sample: folds, runs, trials and processes share it. `images[i]` is the same with and
-without a cache.
+The key is a hash of everything that decides pixels except the files themselves; a file is unchanged while its
+size and mtime are. The cache is keyed by file, not by sample: folds, runs, trials and processes share it.
+`images[i]` is the same with and without a cache.
 
-Pixels are never overwritten, since other processes may be reading them. Those of a file that has changed stay as waste until
-the folder is deleted. Images are written in order, so the same files give the same bytes, killed and resumed or not.
+Pixels are never overwritten, since other processes may be reading them. Those of a file that has changed stay
+as waste until the folder is deleted. Images are written in order, so the same files give the same bytes,
+killed and resumed or not.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class CacheSpaceError(UserError):
 def open_images(cfg: Config, names: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
     """The images of these files under raw, in this order. What the cache lacks is decoded into it first.
 
-    On a disk that is too small or read-only they are decoded on the fly, and a line says so; with must_fit it is an error."""
+    On a disk that is too small or read-only they are decoded on the fly, and a line says so; with must_fit it
+    is an error."""
     reader, files = image_reader.from_config(cfg), pa.array(names, pa.string())
     if not cfg.data.cache:
         return UncachedImages(reader, files)
@@ -118,7 +120,7 @@ def _make_folder(folder: Path) -> None:
         raise CacheSpaceError("not-writable", where=paths.relative(folder), what=what) from None
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 class UncachedImages:
@@ -163,7 +165,8 @@ class CachedImages:
         return {key: value for key, value in self.__dict__.items() if key != "pages"}
 
 
-# images[i]: (height, width, channels) in the dtype of data.bit_depth; raises DamagedImage with file and reason.
+# images[i]: (height, width, channels) in the dtype of data.bit_depth; raises DamagedImage with file and
+# reason.
 Images = UncachedImages | CachedImages
 
 
@@ -214,7 +217,7 @@ def _damaged(file: Path, what: str) -> UserError:
     return UserError("cache-damaged", where=paths.relative(file), what=what, remedy=remedy)
 
 
-# --- index ---------------------------------------------------------------------------------------------------------------
+# --- index --------------------------------------------------------------------------------------------------
 # A new index is a new file. manifest.json, replaced last, names the current one.
 
 
@@ -240,8 +243,9 @@ def _publish(folder: Path, reader: ImageReader, previous: Path | None, rows: lis
     damaged = int((table["height"].to_numpy() == 0).sum())
     size = (folder / "pixels.bin").stat().st_size
     facts = {
-        "images": len(table), "damaged": damaged, "pixels": size, "raw": reader.raw, "px": reader.size, "resize": reader.resize,
-        "channels": reader.channels, "depth": reader.pixel_format.bit_depth, "decoder": decode.DECODER,
+        "images": len(table), "damaged": damaged, "pixels": size, "raw": reader.raw, "px": reader.size,
+        "resize": reader.resize, "channels": reader.channels, "depth": reader.pixel_format.bit_depth,
+        "decoder": decode.DECODER,
     }  # fmt: skip
     with artifacts.atomic(folder / "index.arrow") as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -291,7 +295,8 @@ def locate(names: pa.Array, stamps: Stamps, table: pa.Table) -> NDArray[np.int64
 
 
 def known_hashes(raw: str, names: pa.Array, stamps: Stamps) -> NDArray[Any]:
-    """The hash of each file out of any cache of this raw folder; empty where none has read it as it is now."""
+    """The hash of each file out of any cache of this raw folder; empty where none has read it as it is
+    now."""
     hashes = np.full(len(names), "", object)
     for manifest in sorted(paths.path("data", "cache").glob(f"*/{artifacts.MANIFEST}")):
         index = current_index(manifest.parent)
@@ -304,11 +309,12 @@ def known_hashes(raw: str, names: pa.Array, stamps: Stamps) -> NDArray[Any]:
     return hashes
 
 
-# --- building ------------------------------------------------------------------------------------------------------------
+# --- building -----------------------------------------------------------------------------------------------
 
 
 def build(folder: Path, reader: ImageReader, names: pa.Array, stamps: Stamps, progress: bool) -> Path:
-    """Adds what the cache lacks of these files, and returns the current index. The caller holds the folder's lock."""
+    """Adds what the cache lacks of these files, and returns the current index. The caller holds the folder's
+    lock."""
     previous = current_index(folder)
     rows = _resume(folder, reader, previous)
     known = _merged(previous, rows)
@@ -339,8 +345,8 @@ def _append(
     rows: list[Row],
     progress: bool,
 ) -> None:
-    """Decodes the files and appends their pixels; `rows` gets a row each. fsync has a thread of its own, or decoding would wait
-    for the disk."""
+    """Decodes the files and appends their pixels; `rows` gets a row each. fsync has a thread of its own, or
+    decoding would wait for the disk."""
     with (
         (folder / "pixels.bin").open("ab") as pixels,
         (folder / "journal.jsonl").open("ab") as journal,
@@ -426,8 +432,8 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Row]) -> None:
 
 
 def _resume(folder: Path, reader: ImageReader, previous: Path | None) -> list[Row]:
-    """The rows that a killed build had finished; pixels.bin and the journal are cut there. Rows that the index has already change
-    nothing when they are merged again."""
+    """The rows that a killed build had finished; pixels.bin and the journal are cut there. Rows that the
+    index has already change nothing when they are merged again."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
     journal.touch()
     pixels.touch()

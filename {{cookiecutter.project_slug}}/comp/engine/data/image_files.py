@@ -1,8 +1,10 @@
-"""data/images/<digest>.parquet: the image files that runs were trained on, so that a run notices when files are replaced.
+"""data/images/<digest>.parquet: the image files that runs were trained on, so that a run notices when files
+are replaced.
 
-A row a file: name, bytes, mtime, and the hash from an image cache; empty where no cache has read the file. An archive is one
-row for all its members. The digest is of names and hashes (of sizes where there is no hash), so it is the same in a copied
-project; mtimes only save reading. A comparison costs one stat a file, and reads the files whose mtime has changed.
+A row a file: name, bytes, mtime, and the hash from an image cache; empty where no cache has read the file. An
+archive is one row for all its members. The digest is of names and hashes (of sizes where there is no hash),
+so it is the same in a copied project; mtimes only save reading. A comparison costs one stat a file, and reads
+the files whose mtime has changed.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def _digest(table: pa.Table) -> str:
 
 
 def _write(table: pa.Table) -> str:
-    """Named by its content, so it needs no manifest, and a reader at the same time reads the same content in any case."""
+    """Named by its content, so it needs no manifest, and a reader at the same time reads the same content in
+    any case."""
     digest = _digest(table)
     with artifacts.atomic(_file(digest)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -123,8 +126,8 @@ def _table(cfg: Config, hashes: Hashes) -> pa.Table:
 
 
 def _files(cfg: Config) -> dict[str, list[str]]:
-    """file -> images in it: the members of an archive; of any other file one of the images made from it. Files that are channels of
-    one image count as one, as in ImageReader.stamp."""
+    """file -> images in it: the members of an archive; of any other file one of the images made from it.
+    Files that are channels of one image count as one, as in ImageReader.stamp."""
     reader = image_reader.from_config(cfg)
     listed = samples.load().frame["images"]
     keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.max_images]}

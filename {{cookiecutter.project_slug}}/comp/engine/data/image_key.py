@@ -1,11 +1,12 @@
-"""The text that names one image in data/samples.parquet: its files under raw, and the values of its row for load_image.
+"""The text that names one image in data/samples.parquet: its files under raw, and the values of its row for
+load_image.
 
     train/7.png                      one file
     red/7.png//green/7.png           two files that are channels of one image
     train/7.png///{"x":"3","w":"9"}  the values of competition.image_columns in this row
 
-A path has no empty part, so neither separator can be part of a file's name, while + or a brace can. The text is the key of the
-image cache, so two rows that crop one file have an entry each.
+A path has no empty part, so neither separator can be part of a file's name, while + or a brace can. The text
+is the key of the image cache, so two rows that crop one file have an entry each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""From a file of the raw data to an image of the run: decoded and resized, or made by load_image of competition.py."""
+"""From a file of the raw data to an image of the run: decoded and resized, or made by load_image of
+competition.py."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ class ImageReader:
         return Path(self.folder, image_key.paths(name))
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Size and mtime, by which a file or a member of an archive counts as unchanged. -1, -1 if there is no such file."""
+        """Size and mtime, by which a file or a member of an archive counts as unchanged. -1, -1 if there is
+        no such file."""
         if image_key.CHANNELS in name:
             return self._member_stamp(name)
         try:
@@ -146,7 +148,8 @@ class ImageReader:
         return {**image_key.row(name), "image": paths, "file": self.file(image_key.files(name)[0])}
 
     def decode(self, name: str, full: bool = False) -> Pixels:
-        """The argument `decode` of load_image: an image as it would be without the hook, or at its full size."""
+        """The argument `decode` of load_image: an image as it would be without the hook, or at its full
+        size."""
         return self._decoded(name, None if full else self.size)
 
     def _decoded(self, name: str, size: int | None, data: bytes | None = None) -> Pixels:
@@ -183,7 +186,8 @@ def from_config(cfg: Config) -> ImageReader:
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:
-    """The source of the hook and of everything of its module that it uses: an edit of any of it changes the cache's key."""
+    """The source of the hook and of everything of its module that it uses: an edit of any of it changes the
+    cache's key."""
     if not isinstance(hook, FunctionType):
         raise UserError(
             "load-image-invalid",

@@ -1,11 +1,12 @@
-"""Images that are arrays of numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels. Numbers become grey levels by
-one declared rule.
+"""Images that are arrays of numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels. Numbers
+become grey levels by one declared rule.
 
-`competition.pixels.range: [low, high]`: the numbers that become 0 and the maximum. Without it: uint8 as it is; uint16 by its high byte
-(as in PNG); DICOM by the window in the file, else from its lowest to its highest pixel; anything else is an error.
+`competition.pixels.range: [low, high]`: the numbers that become 0 and the maximum. Without it: uint8 as it
+is; uint16 by its high byte (as in PNG); DICOM by the window in the file, else from its lowest to its highest
+pixel; anything else is an error.
 
-`data.bit_depth`: 8, 16 (0 to 65535, without loss for 16 bit files), or 32 (floats in units of 8 bits; nothing is clipped, and
-without a range numbers stay as they are).
+`data.bit_depth`: 8, 16 (0 to 65535, without loss for 16 bit files), or 32 (floats in units of 8 bits; nothing
+is clipped, and without a range numbers stay as they are).
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _dicom(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
             syntax = file.file_meta.TransferSyntaxUID.name.partition(",")[0]
             raise DamagedImage(
                 name,
-                f"is DICOM compressed as {syntax}; pip install python-gdcm (the extra `dicom` of pyproject.toml)",
+                f"is DICOM compressed as {syntax}; pip install python-gdcm (the extra `dicom`)",
             ) from None
         raise DamagedImage(
             name, f"damaged DICOM, {str(error).splitlines()[0][:200] or type(error).__name__}"
@@ -201,7 +202,8 @@ def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[
 
 
 def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """A TIFF with bands besides grey, RGB and RGBA, like near infrared: Pillow drops those, or refuses the file."""
+    """A TIFF with bands besides grey, RGB and RGBA, like near infrared: Pillow drops those, or refuses the
+    file."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         stream = io.BytesIO(data)

@@ -1,4 +1,5 @@
-"""Files that hold images: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder is expected.
+"""Files that hold images: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder
+is expected.
 
     zip, uncompressed tar     read in place
     7z, compressed tar, .gz   unpacking once into data/unpacked
@@ -7,8 +8,9 @@
     parquet                   `x.parquet/<first column>`: the numbers of a row, as .npy bytes
     json                      `x.json/<id>/<field>`: a list of numbers, as .npy bytes
 
-The type of a file is taken from its first bytes, never from its name. A member in a folder of the archive is found without the
-folder's name too, if that is unambiguous. Everything here returns bytes, so a decoder does not depend on where they come from.
+The type of a file is taken from its first bytes, never from its name. A member in a folder of the archive is
+found without the folder's name too, if that is unambiguous. Everything here returns bytes, so a decoder does
+not depend on where they come from.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ def is_container(file: Path) -> bool:
 
 
 def open_container(file: Path) -> Container:
-    """Opened once a process: a forked loader process must not share the position in an open file with its parent."""
+    """Opened once a process: a forked loader process must not share the position in an open file with its
+    parent."""
     return _opened(str(file), os.stat(file).st_mtime_ns, os.getpid())
 
 
@@ -185,7 +188,8 @@ class _Zip:
             self._arrays()
 
     def _arrays(self) -> None:
-        """An .npz: its members have names without the suffix too, and each image of a stack has its number."""
+        """An .npz: its members have names without the suffix too, and each image of a stack has its
+        number."""
         self.names += [name.removesuffix(".npy") for name in self.sizes]
         for name in list(self.sizes):
             shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)), self.sizes[name])

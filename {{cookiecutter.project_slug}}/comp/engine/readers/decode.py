@@ -1,16 +1,17 @@
 """From the bytes of an image file to pixels: one decoder for the cache, training, inference and Kaggle.
 
-A JPEG is decoded at the smallest power-of-two scale that covers the target size, which the inverse cosine transform does at almost no
-cost, and area-resized from there: twice as fast as decoding every pixel first. Other formats are decoded in full.
+A JPEG is decoded at the smallest power-of-two scale that covers the target size, which the inverse cosine
+transform does at almost no cost, and area-resized from there: twice as fast as decoding every pixel first.
+Other formats are decoded in full.
 
-Rules for every format: RGB or grey, rotated as EXIF says, without alpha, the first frame or page. Of 16 bits the high byte (the same for
-all images: 12 bits in 16 become dark, and load_image of comp/competition.py is the place to window them), or both with
-data.bit_depth: 16. Floats only with data.bit_depth: 32. A file that was cut off is damaged even if a decoder would make half an image
-of it.
+Rules for every format: RGB or grey, rotated as EXIF says, without alpha, the first frame or page. Of 16 bits
+the high byte (the same for all images: 12 bits in 16 become dark, and load_image of comp/competition.py is
+the place to window them), or both with data.bit_depth: 16. Floats only with data.bit_depth: 32. A file that
+was cut off is damaged even if a decoder would make half an image of it.
 
-So is a JPEG that libjpeg warns about: only the warning tells half an image with an end marker from a whole one. Of the three decoders
-here simplejpeg alone reports it (OpenCV prints it, Pillow drops it), so without simplejpeg no JPEG is accepted.
-competition.pixels.lenient: true accepts such files as far as they decode.
+So is a JPEG that libjpeg warns about: only the warning tells half an image with an end marker from a whole
+one. Of the three decoders here simplejpeg alone reports it (OpenCV prints it, Pillow drops it), so without
+simplejpeg no JPEG is accepted. competition.pixels.lenient: true accepts such files as far as they decode.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ except ImportError:  # Kaggle's image lacks it: comp kernel packs it
 Pixels = arrays.Pixels
 Resize = Literal["stretch", "cover", "contain"]
 
-DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"  # part of every cache key: change it when pixels change
+# Part of every cache key: change it when pixels change.
+DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"
 LARGEST = 2**28  # pixels; 800 MB as RGB
-# Only these: Pillow imports no plugins in the first thread that decodes, and opens no format that can run a program.
+# Only these: Pillow imports no plugins in the first thread that decodes, and opens no format that can run a
+# program.
 PLUGINS = (
     JpegImagePlugin,
     PngImagePlugin,
@@ -61,9 +64,9 @@ PLUGINS = (
     Jpeg2KImagePlugin,
 )
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
-# scale -> margin, smallest image first. A JPEG decoded `scale` times smaller is used if it has exactly the target size, or `margin`
-# times as much. With a smaller margin its pixels straddle those of the target: from 1024 to 224 px the mean difference to a full
-# decode is 1.2 grey levels instead of 0.3.
+# scale -> margin, smallest image first. A JPEG decoded `scale` times smaller is used if it has exactly the
+# target size, or `margin` times as much. With a smaller margin its pixels straddle those of the target: from
+# 1024 to 224 px the mean difference to a full decode is 1.2 grey levels instead of 0.3.
 SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
 DEFAULT_FORMAT = arrays.PixelFormat()
 WARNED = "libjpeg warns: "  # begins the reasons that competition.pixels.lenient overrides
@@ -81,7 +84,8 @@ assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 class _Decoded(NamedTuple):
-    """Before EXIF rotation. `height` and `width` are the file's; a JPEG's pixels may be `scale` times smaller."""
+    """Before EXIF rotation. `height` and `width` are the file's; a JPEG's pixels may be `scale` times
+    smaller."""
 
     pixels: Pixels
     height: int
@@ -122,8 +126,8 @@ def decode(
     name: str,
     pixel_format: arrays.PixelFormat = DEFAULT_FORMAT,
 ) -> Pixels:
-    """(height, width, channels). `size` None: the full image. stretch: (size, size); cover: the shorter side becomes size; contain:
-    the longer side becomes size, padded with black to a square."""
+    """(height, width, channels). `size` None: the full image. stretch: (size, size); cover: the shorter side
+    becomes size; contain: the longer side becomes size, padded with black to a square."""
     if not data:
         raise DamagedImage(name, "empty, no bytes")
     if numeric := arrays.decode_numeric(data, channels, pixel_format, name):
@@ -170,12 +174,13 @@ def _target_shape(height: int, width: int, size: int, resize: Resize) -> tuple[i
 
 
 def _resized(decoded: _Decoded, height: int, width: int) -> Pixels:
-    """Area averaging of a side that shrinks, then bicubic of one that grows (by Pillow: OpenCV's rounding depends on its version)."""
+    """Area averaging of a side that shrinks, then bicubic of one that grows (by Pillow: OpenCV's rounding
+    depends on its version)."""
     image, channels = decoded.pixels, decoded.pixels.shape[2]
     low, narrow = min(height, decoded.height), min(width, decoded.width)
     if image.shape[:2] != (low, narrow):
-        # The last row and column may stand for fewer than `scale` of the file's. With factors instead of a size OpenCV weighs
-        # them by their share, and may append a line of the rest, which is cut off.
+        # The last row and column may stand for fewer than `scale` of the file's. With factors instead of a
+        # size OpenCV weighs them by their share, and may append a line of the rest, which is cut off.
         down, across = low * decoded.scale / decoded.height, narrow * decoded.scale / decoded.width
         parts = [
             cv2.resize(image[:, :, at : at + 4], None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
@@ -208,7 +213,8 @@ def _rotate(image: Pixels, orientation: int) -> Pixels:
 
 
 def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: str, lenient: bool) -> _Decoded:
-    """At the smallest scale that covers the target size. libjpeg reads the whole file at every scale, so the warnings are the same."""
+    """At the smallest scale that covers the target size. libjpeg reads the whole file at every scale, so the
+    warnings are the same."""
     header = formats.jpeg(data)
     if header is None:
         decoded = _pillow(data, channels, name)
@@ -289,7 +295,7 @@ def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: st
     if pixel_format.bit_depth < 32 and image.dtype != np.uint16 and pixel_format.low is None:
         raise DamagedImage(
             name,
-            f"pixels of {image.dtype} have no standard conversion to 16 bits; set data.bit_depth: 32, or {HOOK}",
+            f"pixels of {image.dtype} do not convert to 16 bits; set data.bit_depth: 32, or {HOOK}",
         )
     grey = image.reshape(height, width, -1).astype(np.float64) if channels == 1 and image.ndim == 3 else None
     if grey is not None:
@@ -310,11 +316,11 @@ def _exif(image: Image.Image) -> bytes:
 
 def _uint8(image: Image.Image, channels: int, name: str) -> Pixels:
     if image.mode == "F":
-        raise DamagedImage(name, f"floating point pixels have no standard conversion to uint8; {HOOK}")
+        raise DamagedImage(name, f"floating point pixels do not convert to uint8; {HOOK}")
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
-            raise DamagedImage(name, f"32 bit pixels have no standard conversion to uint8; {HOOK}")
+            raise DamagedImage(name, f"32 bit pixels do not convert to uint8; {HOOK}")
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     if channels == 3:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,4 +1,5 @@
-"""Reads csv and parquet as text, strictly: a row with a missing field is an error with its line, never filled up."""
+"""Reads csv and parquet as text, strictly: a row with a missing field is an error with its line, never filled
+up."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def as_text(values: pd.Series) -> pd.Series:
-    """Numbers as text: a column of integers that pandas holds as 3.0, since another row is missing, becomes 3."""
+    """Numbers as text: a column of integers that pandas holds as 3.0, since another row is missing, becomes
+    3."""
     import pandas as pd
 
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():

@@ -1,8 +1,10 @@
-"""Reads the structure of an image file before any pixel is decoded: whether the file is complete, and its orientation.
+"""Reads the structure of an image file before any pixel is decoded: whether the file is complete, and its
+orientation.
 
-Decoders accept files that were cut off, above all where zeros fill the rest, as after an interrupted download, and make half an
-image of them. So the end of the file is checked here, and zeros inside a JPEG, which costs microseconds. Flipped bits are not
-found: only PNG has checksums, and Pillow does not check those of the pixels.
+Decoders accept files that were cut off, above all where zeros fill the rest, as after an interrupted
+download, and make half an image of them. So the end of the file is checked here, and zeros inside a JPEG,
+which costs microseconds. Flipped bits are not found: only PNG has checksums, and Pillow does not check those
+of the pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Jpeg(NamedTuple):
 
 
 def jpeg(data: bytes) -> Jpeg | None:
-    """The header before the first scan; None if it is invalid. Every decode calls it, so it is written for speed."""
+    """The header before the first scan; None if it is invalid. Every decode calls it, so it is written for
+    speed."""
     position, last, orientation, frame = 2, len(data) - 10, 1, 0
     tables: list[int] = []
     size: tuple[int, int, int] | None = None
@@ -68,10 +71,10 @@ def jpeg(data: bytes) -> Jpeg | None:
 
 
 def _zeros_are_flat(data: bytes, tables: list[int]) -> bool:
-    """Whether a run of zero bits can be a flat part of an image: if the first code of every AC table, which is all zeros, ends a
-    block. In the usual luminance table it is a coefficient of -1 instead, and 64 bytes of it are more than a block of nothing
-    else, which no camera produces. In one file of eight with such a hole the decoder gets as many blocks as it needs, and does
-    not warn."""
+    """Whether a run of zero bits can be a flat part of an image: if the first code of every AC table, which
+    is all zeros, ends a block. In the usual luminance table it is a coefficient of -1 instead, and 64 bytes
+    of it are more than a block of nothing else, which no camera produces. In one file of eight with such a
+    hole the decoder gets as many blocks as it needs, and does not warn."""
     for position in tables:
         at, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         while at + 17 < end:
@@ -99,7 +102,8 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def fault(data: bytes) -> str:
-    """Why a PNG, GIF or BMP is not complete; empty if it is. Pillow itself refuses other formats that were cut off."""
+    """Why a PNG, GIF or BMP is not complete; empty if it is. Pillow itself refuses other formats that were
+    cut off."""
     for start, check in CHECKS.items():
         if data.startswith(start):
             return check(data)

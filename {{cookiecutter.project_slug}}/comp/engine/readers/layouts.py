@@ -1,4 +1,5 @@
-"""Reads tables that are no csv: json in its many shapes, .bson, arrays, and the files themselves where there is no table.
+"""Reads tables that are no csv: json in its many shapes, .bson, arrays, and the files themselves where there
+is no table.
 
 Values become text, as in delimited.py. What a column means is decided in data/targets.py.
 """
@@ -126,7 +127,8 @@ def bson_frame(file: Path) -> pd.DataFrame:
 
 
 def array_frame(file: Path) -> pd.DataFrame:
-    """Labels in .npy or .npz: a row an entry, with its number as `key`, and a column an array. Arrays of images are left out."""
+    """Labels in .npy or .npz: a row an entry, with its number as `key`, and a column an array. Arrays of
+    images are left out."""
     import pandas as pd
 
     try:
@@ -156,7 +158,8 @@ def array_frame(file: Path) -> pd.DataFrame:
 
 
 def files_frame(raw: Path, pattern: str) -> pd.DataFrame:
-    """A row for every file that matches the pattern, with a column for each name in the pattern, and FILE_COLUMN for its path."""
+    """A row for every file that matches the pattern, with a column for each name in the pattern, and
+    FILE_COLUMN for its path."""
     import pandas as pd
 
     try:
@@ -218,7 +221,8 @@ def list_files(raw: Path, under: str) -> Iterator[str]:
 
 
 def _validate_links(folder: str, folders: list[str]) -> None:
-    """A link to a parent folder would be followed until the system stops it, after some 40 levels of the same files."""
+    """A link to a parent folder would be followed until the system stops it, after some 40 levels of the same
+    files."""
     for name in folders:
         link = os.path.join(folder, name)
         if os.path.islink(link):

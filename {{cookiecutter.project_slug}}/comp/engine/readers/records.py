@@ -19,7 +19,8 @@ from comp.engine.store import paths
 
 
 class Bson:
-    """Images in documents, as `<_id>/<n>.jpg`. Their places in the file are found in one pass, when it is opened."""
+    """Images in documents, as `<_id>/<n>.jpg`. Their places in the file are found in one pass, when it is
+    opened."""
 
     def __init__(self, file: Path):
         self.path = file
@@ -155,8 +156,8 @@ def as_npy(array: Any) -> bytes:
 
 
 def npy_shape(file: BinaryIO, size: int) -> tuple[int, ...]:
-    """The shape in the header of a .npy of `size` bytes. ValueError, in one line, if the file is no complete array: np.load would
-    reserve memory for any shape in the header, and parses the header as Python."""
+    """The shape in the header of a .npy of `size` bytes. ValueError, in one line, if the file is no complete
+    array: np.load would reserve memory for any shape in the header, and parses the header as Python."""
     try:
         version = np.lib.format.read_magic(file)
         reader = (

@@ -1,5 +1,6 @@
-"""File names and labels are compared in Unicode's NFC, and written as they are where they come from. é is one character in NFC, as most
-tables have it, and an e with an accent in NFD, as macOS writes file names: the same text in other bytes.
+"""File names and labels are compared in Unicode's NFC, and written as they are where they come from. é is one
+character in NFC, as most tables have it, and an e with an accent in NFD, as macOS writes file names: the same
+text in other bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ def nfc(text: str) -> str:
 
 
 def on_disk(raw: Path, name: str) -> str:
-    """The path under raw in the spelling of the disk. What does not exist, and members of archives, stay as they are."""
+    """The path under raw in the spelling of the disk. What does not exist, and members of archives, stay as
+    they are."""
     if name.isascii() or os.path.exists(raw / name):
         return name
     spelled: list[str] = []

@@ -1,8 +1,8 @@
 """Unpacks archives of the host's: files come out below the folder where they belong, and nothing else does.
 
-Every name is validated before the first byte is written, and bytes are counted while they are written, since the sizes that an
-archive declares may be wrong. Links, devices and encrypted members are errors, never skipped: a competition with a missing file
-is noticed too late. Modes, owners and times are not restored.
+Every name is validated before the first byte is written, and bytes are counted while they are written, since
+the sizes that an archive declares may be wrong. Links, devices and encrypted members are errors, never
+skipped: a competition with a missing file is noticed too late. Modes, owners and times are not restored.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ TABLES = (
     ".txt",
     ".parquet",
 )  # x.csv.gz is unpacked, x.nii.gz is an image and stays
-SUFFIXES = {".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar", ".tar": "tar", ".zip": "zip", ".7z": "7z"}  # fmt: skip
+TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar")
+SUFFIXES = {**dict.fromkeys(TAR, "tar"), ".zip": "zip", ".7z": "7z"}
 WINDOWS_DRIVE = re.compile(r"^[a-zA-Z]:")
 ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
 
 
 class DamagedArchive(Exception):
-    """The bytes are damaged, and a second download may help. An archive that is hostile or unsupported is a UserError."""
+    """The bytes are damaged, and a second download may help. An archive that is hostile or unsupported is a
+    UserError."""
 
     def __init__(self, archive: Path, what: str):
         super().__init__(f"{paths.relative(archive)}: {what}")
@@ -82,7 +84,7 @@ def stem(file: Path) -> str:
     return re.sub(r"(\.tar)?\.(gz|bz2|xz|zip|7z|tgz|tar)$", "", file.name, flags=re.IGNORECASE)
 
 
-# --- unpacking -----------------------------------------------------------------------------------------------------------
+# --- unpacking ----------------------------------------------------------------------------------------------
 
 
 def unpack(
@@ -134,8 +136,14 @@ def _unpack_level(archive: Path, folder: Path, budget: _Budget, progress: bool, 
     with open_archive(archive) as members:
         targets = _targets(archive, members, folder)
         budget.reserve(sum(member.size for member in members), archive)
-        bar = tqdm(total=sum(m.size for m in members), desc=f"unpacking {archive.name}", unit="B", unit_scale=True, leave=False, disable=None if progress else True)  # fmt: skip
-        with bar:
+        with tqdm(
+            total=sum(member.size for member in members),
+            desc=f"unpacking {archive.name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=None if progress else True,
+        ) as bar:
             for member, target in zip(members, targets, strict=True):
                 _write(archive, member, target, budget, bar.update)
                 written.append(target)
@@ -145,7 +153,8 @@ def _unpack_level(archive: Path, folder: Path, budget: _Budget, progress: bool, 
 
 
 def _folder_of(archive: Path) -> Path:
-    """train.zip with train/1.png in it unpacks where it is; train.zip with 1.png in it unpacks into train/."""
+    """train.zip with train/1.png in it unpacks where it is; train.zip with 1.png in it unpacks into
+    train/."""
     if archive_type(archive) == "gz":
         return archive.parent
     with open_archive(archive) as members:
@@ -243,7 +252,7 @@ def _special(archive: Path, name: str) -> UserError:
     return _hostile(archive, f"{name!r} is a link or a device, not a file")
 
 
-# --- types of archive ----------------------------------------------------------------------------------------------------
+# --- types of archive ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -302,7 +311,8 @@ def _tar(archive: Path) -> Iterator[list[Member]]:
 
 @contextmanager
 def _gz(archive: Path) -> Iterator[list[Member]]:
-    """One file, named after the archive: the name inside may be anything. Its size is unknown until it is read."""
+    """One file, named after the archive: the name inside may be anything. Its size is unknown until it is
+    read."""
     yield [Member(stem(archive), 0, partial(gzip.open, archive))]
 
 
@@ -336,7 +346,8 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
 
 
 class _Solid:
-    """A 7z packs its members as one stream, so they are unpacked together, into temporary files with numbers for names."""
+    """A 7z packs its members as one stream, so they are unpacked together, into temporary files with numbers
+    for names."""
 
     def __init__(self, archive: Path, sizes: dict[str, int]):
         self.archive, self.sizes = archive, sizes

@@ -1,4 +1,4 @@
-"""A page to look at and to send around: sentences, pictures and a table in one file that needs nothing beside it."""
+"""A report as one HTML file: lines of text, a table, and images that are embedded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one looks at when a fold is done: who is taken for whom, how far off, and the rows that went worst."""
+"""Plots of a fold: confusion matrix, residuals, the worst rows, and grids of images."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_CLASSES = 30  # more cannot be read; then the ones with the most mistakes are shown
-MOST_POINTS = 5000  # more are drawn as density
-TILE = 112  # px of a picture on a sheet
+MAX_CLASSES = 30  # of more, those with the most errors are plotted
+MAX_POINTS = 5000  # more are plotted as a density
+TILE = 112  # px, of an image in a grid
 SMALLEST = 1e-15
 
 Array = NDArray[Any]
 
 
 def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path, title: str = "") -> None:
-    """Class codes against class codes. Colour is the share of the true class, so a rare class counts like a common one."""
+    """Confusion matrix of class codes, coloured by the share of the true class, so that rare classes are
+    visible."""
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, (np.asarray(truth, np.int64), np.asarray(predicted, np.int64)), 1)
     right = np.trace(counts) / max(counts.sum(), 1)
-    heading = f"{title}\n{right:.1%} of {counts.sum():,} right".strip()
+    heading = f"{title}\n{right:.1%} of {counts.sum():,} correct".strip()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names = list(classes)
-    if len(names) > MOST_CLASSES:
-        off = counts - np.diag(np.diag(counts))
-        shown = np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MOST_CLASSES])
-        heading += f"; {MOST_CLASSES} of {len(names)} classes, those with the most mistakes"
+    if len(names) > MAX_CLASSES:
+        errors = counts - np.diag(np.diag(counts))
+        shown = np.sort(np.argsort(-(errors.sum(0) + errors.sum(1)), kind="stable")[:MAX_CLASSES])
+        heading += f"; {MAX_CLASSES} of {len(names)} classes, those with the most errors"
         counts, share, names = (
             counts[np.ix_(shown, shown)],
             share[np.ix_(shown, shown)],
@@ -59,12 +60,12 @@ def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path
 
 
 def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> None:
-    """Left: prediction over truth, the line is perfect. Right: how far off, and which way."""
+    """Left: prediction over truth, with the diagonal. Right: histogram of the errors."""
     truth, predicted = np.asarray(truth, float).ravel(), np.asarray(predicted, float).ravel()
     error = predicted - truth
     figure, left = new_figure(10, 4.5, panels=2)
     right = figure.axes[1]
-    if len(truth) > MOST_POINTS:
+    if len(truth) > MAX_POINTS:
         left.hexbin(truth, predicted, gridsize=60, bins="log", cmap="Blues", mincnt=1)
     else:
         left.scatter(truth, predicted, s=12, alpha=0.5, linewidths=0)
@@ -84,10 +85,12 @@ def residuals(truth: Array, predicted: Array, file: Path, title: str = "") -> No
 def worst_rows(
     truth: Array, prediction: Array, ids: Sequence[str], classes: Sequence[str] = (), count: int = 16
 ) -> pd.DataFrame:
-    """The rows that cost most, the worst first: id, true, predicted, error, and `position` to find the picture by.
+    """The rows with the largest errors, largest first: id, true, predicted, error, and `position` to find the
+    image by.
 
-    With classes: probabilities (rows,) or (rows, 1) for the second of two, else (rows, classes); truth as codes or as shares;
-    the error is the log loss of the row. Without: values; the error is the distance. Rows never predicted (NaN) are left out.
+    With classes: probabilities (rows,) or (rows, 1) for the second of two, else (rows, classes); truth as
+    codes or as shares; the error is the log loss of the row. Without: values and absolute errors. Rows
+    without prediction (NaN) are left out.
     """
     import pandas as pd
 
@@ -101,24 +104,25 @@ def worst_rows(
             else np.eye(len(classes))[truth.reshape(-1).astype(int)]
         )
         error = -(true * np.log(np.clip(shares, SMALLEST, 1))).sum(1)
-        said = [
+        shown = [
             f"{classes[k]} ({row[k]:.3f})"
             for k, row in zip(np.nan_to_num(shares).argmax(1), shares, strict=True)
         ]
-        meant = [classes[k] for k in true.argmax(1)]
+        true_text = [classes[k] for k in true.argmax(1)]
     else:
         wide = truth.reshape(len(truth), -1)
         error = np.abs(flat - wide).mean(1)
-        said, meant = [_numbers(row) for row in flat], [_numbers(row) for row in wide]
+        shown, true_text = [_numbers(row) for row in flat], [_numbers(row) for row in wide]
     known = np.flatnonzero(np.isfinite(error))
     order = known[np.argsort(-error[known], kind="stable")][:count]
-    columns = {"id": ids, "true": meant, "predicted": said}
+    columns = {"id": ids, "true": true_text, "predicted": shown}
     table: dict[str, Any] = {name: [str(values[i]) for i in order] for name, values in columns.items()}
     return pd.DataFrame({**table, "error": error[order], "position": order})
 
 
 def _label(name: str) -> str:
-    """Short, both ends kept since either may tell two classes apart; a dollar sign would start a formula."""
+    """Shortened in the middle, since either end may distinguish two classes. A dollar sign would start a
+    formula."""
     return (name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}").replace("$", r"\$")
 
 
@@ -127,7 +131,7 @@ def _numbers(row: Array) -> str:
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
-    """Without pyplot: no window system is looked for, and no figure stays in memory."""
+    """Without pyplot, which looks for a window system and keeps every figure in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,38 +143,36 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Ax
 
 def save(figure: Figure, file: Path) -> None:
     with artifacts.atomic(file) as temporary, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a class name in letters that the font lacks is drawn as boxes, and that is all
+        warnings.simplefilter("ignore")  # a class name in letters that the font lacks: boxes are good enough
         figure.savefig(temporary, format="png", dpi=100)
 
 
 def image_grid(
     tiles: Sequence[tuple[Array, str]], file: Path, columns: int = 8, title: str = "", pairs: bool = False
 ) -> None:
-    """Small pictures with a caption each, row by row; with pairs every second gap is wide. Any number of channels."""
+    """Thumbnails with captions, row by row; with `pairs` every second gap is wide. Any number of channels."""
     from PIL import Image, ImageDraw
 
     gap, line = 6, 16
     left = [gap + i * (TILE + gap) + (i // 2 * 3 * gap if pairs else 0) for i in range(columns)]
     rows = -(-len(tiles) // columns)
-    drawn = Image.new("RGB", (left[-1] + TILE + gap, line + gap + rows * (TILE + line + gap)), "white")
-    pen = ImageDraw.Draw(drawn)
+    grid = Image.new("RGB", (left[-1] + TILE + gap, line + gap + rows * (TILE + line + gap)), "white")
+    pen = ImageDraw.Draw(grid)
     pen.text((gap, 2), title, "black")
     for number, (image, caption) in enumerate(tiles):
         x, y = left[number % columns], line + gap + number // columns * (TILE + line + gap)
-        drawn.paste(Image.fromarray(to_rgb(image)).resize((TILE, TILE)), (x, y))
-        pen.text((x, y + TILE + 2), _fitting(caption), "black")
+        grid.paste(Image.fromarray(to_rgb(image)).resize((TILE, TILE)), (x, y))
+        pen.text((x, y + TILE + 2), _caption(caption), "black")
     with artifacts.atomic(file) as temporary:
-        drawn.save(temporary, "PNG")
+        grid.save(temporary, "PNG")
 
 
 def to_rgb(image: Array) -> Array:
-    """(height, width, 3) of any number of channels: the first three as red, green and blue, of one or two the first as grey."""
+    """(height, width, 3): the first three channels as RGB; of one or two channels the first as grey."""
     return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 
 
-def _fitting(caption: str, most: int = 18) -> str:
-    """Of letters that the built-in font has, and as many as fit under a picture."""
+def _caption(caption: str, most: int = 18) -> str:
+    """In the letters that the built-in font has, and as short as an image is wide."""
     plain = caption.encode("latin-1", "replace").decode("latin-1")
     return plain if len(plain) <= most else plain[: most - 1] + "~"

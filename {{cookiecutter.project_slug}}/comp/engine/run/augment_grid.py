@@ -29,8 +29,8 @@ GAP, TITLE = 6, 22  # px
 
 
 def write(cfg: Config, samples: Samples, file: Path) -> None:
-    """Eight samples, each as it is and in seven draws of the first epoch, mixed ones among them. The same config gives the same
-    image."""
+    """Eight samples, each as it is and in seven draws of the first epoch, mixed ones among them. The same
+    config gives the same image."""
     epoch = transforms.epoch_augments(cfg)[0]
     chosen = epoch_rows(samples.positions("train"), 0, 0)[:ROWS]
     columns = _columns(cfg, samples, epoch, chosen)
@@ -69,7 +69,8 @@ def _columns(
             what=damaged.reason,
             remedy="comp check lists every such file",
         ) from None
-    plain = np.stack([transforms.center_crop(image, epoch.size) for image in images])
+    resize = transforms.Augment(transforms.none(epoch.size), epoch.size)
+    plain = np.stack([resize(image, seed=0) for image in images])
     columns = [_to_uint8(transforms.Preprocess(normalize)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
         seeds = np.array([fold_in(0, 0, int(row), number) for row in rows], np.int64)

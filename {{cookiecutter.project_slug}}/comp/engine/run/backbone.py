@@ -1,8 +1,8 @@
 """timm's models by name, at any size of image; also `hf-hub:owner/name` and `local-dir:folder`.
 
-A model is first built on the meta device, where weights cost neither memory nor time. That finds out whether it takes the size of its
-images as an argument (img_size), whether a forward pass at that size works, and which sizes near it work. So a model that cannot be
-built is refused before an image is decoded.
+A model is first built on the meta device, where weights cost neither memory nor time. That finds out whether
+it takes the size of its images as an argument (img_size), whether a forward pass at that size works, and
+which sizes near it work. So a model that cannot be built is refused before an image is decoded.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def split(name: str) -> tuple[str | None, str]:
 
 @lru_cache(maxsize=64)
 def _described(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """config.json of a hub repository or of a folder: pretrained_cfg, timm's name of the architecture, its arguments."""
+    """config.json of a hub repository or of a folder: pretrained_cfg, timm's name of the architecture, its
+    arguments."""
     import timm
     from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
@@ -164,7 +165,8 @@ def _described(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
 
 
 def hub_config(name: str) -> dict[str, Any] | None:
-    """The content of config.json, from which a model of the hub or of a folder is built on another machine; None for timm's own."""
+    """The content of config.json, from which a model of the hub or of a folder is built on another machine;
+    None for timm's own."""
     if split(name)[0] is None:
         return None
     weights, architecture, options = _described(name)
@@ -178,12 +180,13 @@ def _absolute(name: str) -> str:
     return f"{source}:{paths.path(place)}" if source == "local-dir" else name
 
 
-# --- arguments of a model ------------------------------------------------------------------------------------------------
+# --- arguments of a model -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def model_kwargs(wanted: Request) -> dict[str, Any]:
-    """Keyword arguments of create_model besides name and num_classes, for data.size and augment.progressive_sizes."""
+    """Keyword arguments of create_model besides name and num_classes, for data.size and
+    augment.progressive_sizes."""
     if not _takes_size(wanted):
         return wanted.base
     sized = _sized(wanted, wanted.size)
@@ -270,12 +273,12 @@ def _validate_kwargs(wanted: Request) -> None:
             ) from error
 
 
-# --- sizes of images -------------------------------------------------------------------------------------------------
+# --- sizes of images ----------------------------------------------------------------------------------------
 
 
 def validate(cfg: Config, on_output: Callable[[nn.Module, Tensor], object]) -> None:
-    """A forward pass at every size, and one of a training batch, on the meta device. `on_output`(model, output) validates what comes
-    after the backbone."""
+    """A forward pass at every size, and one of a training batch, on the meta device. `on_output`(model,
+    output) validates what comes after the backbone."""
     for key in cfg.model.kwargs:
         if key in OWN_KNOBS:
             raise UserError("kwarg-reserved", key=f"model.kwargs.{key}", what=f"is set by {OWN_KNOBS[key]}")
@@ -301,7 +304,7 @@ def _validate_output(
         raise UserError(
             "model-unsupported",
             key="model.name",
-            what=f"{wanted.name} outputs {tuple(output.shape[1:])} an image instead of a number a class: it is no classifier",
+            what=f"{wanted.name} is no classifier: it outputs {tuple(output.shape[1:])} an image",
         )
     on_output(module, output)
 
@@ -345,24 +348,21 @@ def _validate_batch(cfg: Config, module: nn.Module, size: int) -> None:
         raise UserError(
             "batch-too-small",
             key="train.batch_size",
-            what=f"{count} image of {size} px leaves batch norm of {cfg.model.name} a single value per channel",
+            what=f"{count} image of {size} px: batch norm of {cfg.model.name} gets one value per channel",
             remedy="set train.batch_size to 2 or more, or model.freeze_norm=true",
         ) from error
 
 
 def _no_such_size(wanted: Request, size: int, key: str, error: Exception) -> UserError:
     """Names the nearest smaller and larger size that works."""
-    works = _works_after_build(wanted) if key == "augment.progressive_sizes" else _works_when_built(wanted)
+    later = key == "augment.progressive_sizes"
+    works = _works_after_build(wanted) if later else _works_when_built(wanted)
     grid = {step * count for step in GRIDS for count in range(1, LARGEST // step + 1)} - {size}
     found: dict[bool, int] = {}  # larger -> size
     for each in sorted(grid, key=lambda other: abs(other - size))[:MAX_TRIED]:
         if (each > size) not in found and works(each):
             found[each > size] = each
-    own = (
-        wanted.size
-        if key == "augment.progressive_sizes"
-        else int(pretrained_cfg(wanted.name)["input_size"][1])
-    )
+    own = wanted.size if later else int(pretrained_cfg(wanted.name)["input_size"][1])
     if not found and not works(own):
         return UserError(
             "model-unsupported",
@@ -405,7 +405,7 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-# --- weights -------------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
@@ -425,12 +425,11 @@ def describe(cfg: Config) -> str:
         return f"{cfg.model.name}: has no pretrained weights"
     size, patch = weights["input_size"][1], _patch(request(cfg))
     sizes = [f"{size} px"] + [f"{weights[k][1]} px to test" for k in ("test_input_size",) if weights.get(k)]
-    what = (
-        f"{cfg.model.name}{f' ({tag})' if (tag := weights.get('tag')) and '.' not in cfg.model.name else ''}"
-    )
+    tag = weights.get("tag") if "." not in cfg.model.name else None
     return (
-        f"{what}: weights for {', '.join(sizes)}, crop_pct {weights['crop_pct']:g}, {weights['interpolation']}, "
-        f"license {weights.get('license') or 'unknown'}; here {cfg.data.size} px, data.resize {cfg.data.resize}"
+        f"{cfg.model.name}{f' ({tag})' if tag else ''}: weights for {', '.join(sizes)}, crop_pct {weights['crop_pct']:g}, "
+        f"{weights['interpolation']}, license {weights.get('license') or 'unknown'}; "
+        f"here {cfg.data.size} px, data.resize {cfg.data.resize}"
         + (
             f"; its patches of {patch} px cover {cfg.data.size // patch * patch} of them"
             if cfg.data.size % patch
@@ -445,8 +444,9 @@ def _patch(wanted: Request) -> int:
 
 
 def create_from_weights(cfg: Config, tensors: dict[str, Tensor], name: str) -> nn.Module:
-    """The model with weights of other names or shapes: timm maps the names, resizes position embeddings and adapts the first
-    convolution to data.channels. It has as many classes as the weights, so timm loads strictly: no tensor may be missing."""
+    """The model with weights of other names or shapes: timm maps the names, resizes position embeddings and
+    adapts the first convolution to data.channels. It has as many classes as the weights, so timm loads
+    strictly: no tensor may be missing."""
     import timm
 
     wanted = request(cfg)
@@ -487,11 +487,12 @@ def _first_mismatch(text: str) -> str:
     return text.strip().splitlines()[0][:160]
 
 
-# --- layers around a backbone -----------------------------------------------------------------------------------------------
+# --- layers around a backbone -------------------------------------------------------------------------------
 
 
 def inner(module: nn.Module) -> tuple[Any, str]:
-    """The backbone inside the layers for several images, metadata and embeddings, and the prefix of its parameters' names."""
+    """The backbone inside the layers for several images, metadata and embeddings, and the prefix of its
+    parameters' names."""
     prefix = ""
     while isinstance(inside := getattr(module, "backbone", None), nn.Module):
         module, prefix = inside, f"{prefix}backbone."

@@ -1,7 +1,9 @@
-"""Augmentation ops on a sample by OpenCV alone: (image, random) -> image of the same dtype.
+"""Augmentation ops on a sample by OpenCV alone: (image, random) -> image of the same dtype; resizing and
+cropping without randomness.
 
-They release Python's lock (GIL), so threads of one process run them over the cache: no loader processes, and no copies of
-batches between processes. A recipe whose ops on samples are all from here is loaded by threads; see run/data_loader.py.
+They release Python's lock (GIL), so threads of one process run them over the cache: no loader processes, and
+no copies of batches between processes. A recipe whose ops on samples are all from here is loaded by threads;
+see run/data_loader.py.
 """
 
 from __future__ import annotations
@@ -53,3 +55,28 @@ def random_rotate90() -> Op:
         return np.ascontiguousarray(np.rot90(image, random.randrange(4)))
 
     return apply
+
+
+def center_crop(image: Pixels, size: int) -> Pixels:
+    """For validation and inference: the shorter side resized to `size`, then the middle square."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    if scale != 1:
+        image = resize(image, max(size, round(height * scale)), max(size, round(width * scale)))
+        height, width = image.shape[:2]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size].reshape(size, size, -1)
+
+
+def resize(image: Pixels, height: int, width: int) -> Pixels:
+    interpolation = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
+    flat = image.reshape(*image.shape[:2], -1)
+    parts = [
+        cv2.resize(flat[:, :, at : at + 4], (width, height), interpolation=interpolation).reshape(
+            height, width, -1
+        )
+        for at in range(0, flat.shape[2], 4)  # OpenCV takes four channels at most
+    ]
+    return np.concatenate(parts, 2).astype(image.dtype, copy=False)

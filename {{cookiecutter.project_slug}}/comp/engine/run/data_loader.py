@@ -1,4 +1,5 @@
-"""The loader of a process: opened once, it serves every fold, training and inference. `batches` tells it what to read next.
+"""The loader of a process: opened once, it serves every fold, training and inference. `batches` tells it what
+to read next.
 
 Where examples are made follows from the recipe and from what fits into memory, and changes no byte:
   processes  the recipe holds albumentations or a policy, which keep Python's lock (GIL)
@@ -74,7 +75,8 @@ class Loader:
     def batches(
         self, sampler: Batches, epoch_augment: transforms.EpochAugment | None = None
     ) -> Iterator[Batch]:
-        """Batches on the device, the next one being copied while one is in use. `epoch_augment`: the augmentation of indices with a seed."""
+        """Batches on the device, the next one being copied while one is in use. `epoch_augment`: the
+        augmentation of indices with a seed."""
         if epoch_augment is not None:
             sampler = (
                 [index._replace(epoch_augment=epoch_augment) for index in indices] for indices in sampler
@@ -175,7 +177,7 @@ class GpuCache:
             yield Batch(rows, pixels, seeds, damaged)
 
 
-# --- processes -----------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 
 class WorkerPool(Generic[Indices, Collated]):
@@ -193,7 +195,8 @@ class WorkerPool(Generic[Indices, Collated]):
         self.restarted = False
 
     def batches(self, sampler: Iterable[Indices]) -> Iterator[Collated]:
-        """When a worker is killed, mostly for lack of memory, the pool restarts once with half as many, at the batch that is due."""
+        """When a worker is killed, mostly for lack of memory, the pool restarts once with half as many, at
+        the batch that is due."""
         if self.num_workers == 0:
             for indices in sampler:
                 yield self.collate_fn([self.dataset[index] for index in indices])
@@ -238,8 +241,8 @@ class WorkerPool(Generic[Indices, Collated]):
             raise UserError(
                 "tmpdir-too-long",
                 where="TMPDIR",
-                what=f"{tempfile.gettempdir()} is too long for the sockets of loader processes, {LONGEST_TMPDIR} characters at most",
-                remedy="set a shorter one, or machine.num_workers=0",
+                what=f"{tempfile.gettempdir()} is too long for the sockets of loader processes",
+                remedy=f"{LONGEST_TMPDIR} characters at most; set a shorter one, or machine.num_workers=0",
             )
         return DataLoader(
             self.dataset,
@@ -254,8 +257,8 @@ class WorkerPool(Generic[Indices, Collated]):
 
 
 def without_signal_handler(loader: DataLoader[Any]) -> Iterator[Any]:
-    """torch's SIGCHLD handler would raise a worker's death in the middle of any statement; without it the wait for the next
-    batch raises it."""
+    """torch's SIGCHLD handler would raise a worker's death in the middle of any statement; without it the
+    wait for the next batch raises it."""
     if threading.current_thread() is not threading.main_thread():
         yield from loader
         return
@@ -266,8 +269,8 @@ def without_signal_handler(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _worker_died(error: Exception) -> bool:
-    """torch names a worker that was killed between two batches. One that was killed while it sent a batch only leaves a broken
-    pipe. What a dataset raises is wrapped in text of torch's own."""
+    """torch names a worker that was killed between two batches. One that was killed while it sent a batch
+    only leaves a broken pipe. What a dataset raises is wrapped in text of torch's own."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker (pid" in str(error)
     return "in DataLoader worker process" not in str(error)
@@ -286,7 +289,8 @@ def _init_worker(worker: int) -> None:
     """OpenCV and torch would start a pool of threads in every worker."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl+C, SLURM and torchrun signal the whole process group. The trainer decides when to stop, and needs its workers till then.
+    # Ctrl+C, SLURM and torchrun signal the whole process group. The trainer decides when to stop, and needs
+    # its workers till then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a worker that ends of it is restarted
@@ -295,7 +299,8 @@ def _init_worker(worker: int) -> None:
 
 
 def _exit_on_sigterm_of_parent() -> None:
-    """torch sends SIGTERM from the trainer to a worker that does not end by itself. From any other sender it is for the trainer."""
+    """torch sends SIGTERM from the trainer to a worker that does not end by itself. From any other sender it
+    is for the trainer."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

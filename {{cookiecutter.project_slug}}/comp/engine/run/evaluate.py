@@ -49,8 +49,9 @@ def forward_rows(
 ) -> tuple[Outputs, dict[int, str]]:
     """(views, rows, model outputs), and for each row with a damaged image the reason.
 
-    When every process of a distributed training calls it, each computes a share of the rows and all get all of them. `parallel`:
-    forward passes at the same time (default: 1 on a GPU, one a core on a CPU); it changes no result.
+    When every process of a distributed training calls it, each computes a share of the rows and all get all
+    of them. `parallel`: forward passes at the same time (default: 1 on a GPU, one a core on a CPU); it
+    changes no result.
     """
     shared = distributed.is_collective()
     own_rows = rows[distributed.rank() :: distributed.world_size()] if shared else rows
@@ -79,8 +80,8 @@ def forward_rows(
             images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             extras = loader.extras(batch)
             for number, make_view in enumerate(views, 1):
-                # Views transform the uint8 batch, so that it is decoded once. They run in this thread: the ops of a recipe
-                # are not safe in several at a time.
+                # Views transform the uint8 batch, so that it is decoded once. They run in this thread: the
+                # ops of a recipe are not safe in several at a time.
                 view, done = make_view(images), len(batch.samples) if number == len(views) else 0
                 yield lambda view=view, extras=extras, done=done: (done, forward(view, extras))  # type: ignore[misc]
 
@@ -104,7 +105,8 @@ def _replicas(module: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _in_order(calls: Iterator[Callable[[], T]], parallel: int) -> Iterator[T]:
-    """The results of the calls in their order, `parallel` of them running at a time; one runs in this thread."""
+    """The results of the calls in their order, `parallel` of them running at a time; one runs in this
+    thread."""
     if parallel == 1:
         yield from (call() for call in calls)
         return
@@ -140,11 +142,12 @@ def _interleaved(count: int, parts: list[tuple[Outputs, dict[int, str]]]) -> tup
 
 
 class AutoBatch:
-    """A model that splits a batch into parts that fit into memory: out of memory halves them for the rest of the pass, down to
-    one image.
+    """A model that splits a batch into parts that fit into memory: out of memory halves them for the rest of
+    the pass, down to one image.
 
-    On a CPU the parts keep every activation below 32 MB, above which the C library asks the system for each block anew. Its
-    pages must be zeroed first, which costs mobilenetv3 a fourth of its speed and efficientnet a fifth."""
+    On a CPU the parts keep every activation below 32 MB, above which the C library asks the system for each
+    block anew. Its pages must be zeroed first, which costs mobilenetv3 a fourth of its speed and efficientnet
+    a fifth."""
 
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size = module, size

@@ -1,8 +1,9 @@
-"""Heads on a frozen backbone: their arrays are fitted by comp features with scikit-learn, and predict here without it.
+"""Heads on a frozen backbone: their arrays are fitted by comp features with scikit-learn, and predict here
+without it.
 
-    runs/<run>/frozen/weights.safetensors                   the backbone, the same for all folds
-    runs/<run>/seed0/fold3/<head>/weights.safetensors       the head of a fold: scale of the features, and its own arrays
-    runs/<run>/features.npy                                 (samples, features): the training rows of knn heads
+    runs/<run>/frozen/weights.safetensors              the backbone, the same for all folds
+    runs/<run>/seed0/fold3/<head>/weights.safetensors  the head of a fold: scale of the features, arrays
+    runs/<run>/features.npy                            (samples, features): the training rows of knn heads
 
 A head is stored where and as a checkpoint is, so ensembles, the recheck and kernels treat it as one.
 """

@@ -1,8 +1,8 @@
 """Augmentation ops on a whole batch, on the device: (images, seeds) -> images.
 
-Images are float, 0 to 1, (batch, channels, height, width). The random numbers of an image come from its own seed, which is a
-function of (seed, epoch, position), so micro-batches, loading and resuming change nothing. On a GPU these ops cost next to
-nothing; on a CPU they cost what they would cost in the loader.
+Images are float, 0 to 1, (batch, channels, height, width). The random numbers of an image come from its own
+seed, which is a function of (seed, epoch, position), so micro-batches, loading and resuming change nothing.
+On a GPU these ops cost next to nothing; on a CPU they cost what they would cost in the loader.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class BatchOp:
 
 
 def to_device(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy that does not block: a plain `.to(device)` waits until the GPU has finished everything queued before it."""
+    """A copy that does not block: a plain `.to(device)` waits until the GPU has finished everything queued
+    before it."""
     return torch.from_numpy(values).to(device, dtype, non_blocking=True)
 
 
@@ -78,7 +79,8 @@ def color_jitter(
 
 
 def random_affine(translate: float = 0.08, degrees: float = 12.0, scale: float = 0.1) -> BatchOp:
-    """Translated by a share of the side, rotated, scaled by a share; the area outside of the image is black."""
+    """Translated by a share of the side, rotated, scaled by a share; the area outside of the image is
+    black."""
 
     def apply(images: Tensor, seeds: Seeds) -> Tensor:
         x, y, angle, size = _uniform(seeds, 2, 4, images).unbind(1)
@@ -102,8 +104,9 @@ def horizontal_flip(p: float = 0.5) -> BatchOp:
 def random_erasing(
     p: float, scale: tuple[float, float] = (0.02, 0.33), ratio: tuple[float, float] = (0.3, 3.3)
 ) -> BatchOp:
-    """A rectangle of normal noise in a share `p` of the images, `scale` of their area; the noise has the scale of normalized
-    pixels, so it comes after normalizing. The rectangles are drawn on the CPU, so nothing waits for the device."""
+    """A rectangle of normal noise in a share `p` of the images, `scale` of their area; the noise has the
+    scale of normalized pixels, so it comes after normalizing. The rectangles are drawn on the CPU, so nothing
+    waits for the device."""
 
     def apply(images: Tensor, seeds: Seeds) -> Tensor:
         draws = uniform(seeds, 4, 5)  # (batch, 5)

@@ -1,7 +1,9 @@
-"""Predictions by nearest neighbors: a row gets the classes of the nearest training rows of its fold, by the model's embeddings. What
-is stored is a score for each class, as from a classifier, so ensembles and submissions need not distinguish them.
+"""Predictions by nearest neighbors: a row gets the classes of the nearest training rows of its fold, by the
+model's embeddings. What is stored is a score for each class, as from a classifier, so ensembles and
+submissions need not distinguish them.
 
-weights.safetensors has its gallery in weights-gallery.safetensors: normalized embeddings (rows, size), and the class of each.
+weights.safetensors has its gallery in weights-gallery.safetensors: normalized embeddings (rows, size), and
+the class of each.
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ def mean_embedding(views: NDArray[np.float32], size: int) -> Values:
 def class_scores(
     queries: Values, gallery: Values, codes: NDArray[np.int64], head: Head, k: int, device: torch.device
 ) -> NDArray[np.float64]:
-    """(rows, classes), log probabilities. The k nearest vote for their classes. A class without a vote is ranked after those by its
-    own nearest row; a class without training rows comes last."""
+    """(rows, classes), log probabilities. The k nearest vote for their classes. A class without a vote is
+    ranked after those by its own nearest row; a class without training rows comes last."""
     import torch  # comp kernel imports this module without it
 
     embeddings, classes = torch.from_numpy(gallery).to(device), torch.from_numpy(codes).to(device)

@@ -1,7 +1,7 @@
 """Normalizes images on the device: `data.normalize` and `data.whiten`.
 
-Statistics of pixels are those of the training rows of a fold alone. They are buffers of the model, so they are saved in its
-weights, and a kernel on Kaggle normalizes with the same numbers.
+Statistics of pixels are those of the training rows of a fold alone. They are buffers of the model, so they
+are saved in its weights, and a kernel on Kaggle normalizes with the same numbers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Normalize:
 
 
 def _standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std. Batches are channels-last, where broadcasting over three channels costs a CPU seven times what whole rows of
-    pixels cost. The results are the same bits."""
+    """(x - mean) / std. Batches are channels-last, where broadcasting over three channels costs a CPU seven
+    times what whole rows of pixels cost. The results are the same bits."""
     rows = x.permute(0, 2, 3, 1)
     if not rows.is_contiguous():
         return (x - mean) / std

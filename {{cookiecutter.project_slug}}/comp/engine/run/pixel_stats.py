@@ -1,4 +1,5 @@
-"""Mean, deviation and whitening of the pixels of a fold's training rows, written to the buffers of normalize.register."""
+"""Mean, deviation and whitening of the pixels of a fold's training rows, written to the buffers of
+normalize.register."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def fit_pixel_stats(cfg: Config, module: nn.Module, loader: Loader, train_rows: 
         module.get_buffer("pixel_mean").copy_(255 * mean)
         module.get_buffer("pixel_std").copy_(torch.where(deviation > 1e-4, 255 * deviation, 255.0))
     if cfg.data.whiten != "none":
-        normalize = build(cfg.model_copy(update={"data": cfg.data.model_copy(update={"whiten": "none"})}), module,
-                    torch.device("cpu"))  # fmt: skip
+        data = cfg.data.model_copy(update={"whiten": "none"})
+        normalize = build(cfg.model_copy(update={"data": data}), module, torch.device("cpu"))
         # Two passes: one pass would subtract large numbers from each other.
         sums = [
             (normalize(x).flatten(1).double().sum(0), len(x))
@@ -51,7 +52,8 @@ def fit_pixel_stats(cfg: Config, module: nn.Module, loader: Loader, train_rows: 
 
 
 def _whitening(covariance: Tensor, kind: str, eps: float) -> Tensor:
-    """The matrix that makes the covariance the identity, but for eps. zca rotates back, which stays closest to the image."""
+    """The matrix that makes the covariance the identity, but for eps. zca rotates back, which stays closest
+    to the image."""
     variance, axes = torch.linalg.eigh(covariance)
     matrix = axes / (variance.clamp(min=0) + eps).sqrt()
     return matrix @ axes.T if kind == "zca" else matrix.flip(1)  # largest first

@@ -1,4 +1,5 @@
-"""Weights to start from: a file, or those of another run, of the same fold and seed, which did not see the validation rows of the fold.
+"""Weights to start from: a file, or those of another run, of the same fold and seed, which did not see the
+validation rows of the fold.
 
 model.pretrained: weights/backbone.safetensors | weights/theirs.pth | run:exp001
 """
@@ -55,8 +56,8 @@ def validate(cfg: Config, folds: Folds) -> None:
 
 
 def validate_safetensors(file: Path, key: str) -> None:
-    """Raises unless the file is safetensors, whatever its name: its header is parsed, and every length in it compared to the size of
-    the file. Nothing in it is executed, and torch is not imported."""
+    """Raises unless the file is safetensors, whatever its name: its header is parsed, and every length in it
+    compared to the size of the file. Nothing in it is executed, and torch is not imported."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -100,7 +101,8 @@ def _validate_folds(run: str, folds: Folds) -> None:
 
 
 def load_pretrained(module: nn.Module, cfg: Config, seed: int, fold: int | str) -> None:
-    """Loads the weights into the model, and prints the parameters that they do not have; only the head may differ."""
+    """Loads the weights into the model, and prints the parameters that they do not have; only the head may
+    differ."""
     if not isinstance(cfg.model.pretrained, str):
         return
     file = weights_file(cfg)
@@ -111,8 +113,8 @@ def load_pretrained(module: nn.Module, cfg: Config, seed: int, fold: int | str) 
                 "run-incomplete",
                 key="model.pretrained",
                 what=(
-                    f"runs/{run} has no seed {seed} fold {fold}, and weights of another fold were trained on validation rows "
-                    "of this one"
+                    f"runs/{run} has no seed {seed} fold {fold}, and weights of another fold were trained on "
+                    "validation rows of this one"
                 ),
                 remedy=f"train it first: comp train {run} --seed {seed} --fold {fold}",
             )
@@ -127,7 +129,7 @@ def load_pretrained(module: nn.Module, cfg: Config, seed: int, fold: int | str) 
 def matching_weights(module: nn.Module, cfg: Config, file: Path) -> dict[str, Tensor]:
     """The tensors of a file that fit into the model, by their names in it. Three cases, in this order:
 
-    1. Names and shapes are those of the model, as from a run of this project, or from timm at the same size: unchanged.
+    1. Names and shapes are those of the model, as from a run of this project or from timm: unchanged.
     2. Others, as of another size, of other channels, or with the authors' names: timm's loader converts them.
     3. What does not fit then raises.
     """
@@ -145,7 +147,8 @@ def matching_weights(module: nn.Module, cfg: Config, file: Path) -> dict[str, Te
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Tensors by name; objects of a pickled file are never built. Of a checkpoint the averaged weights, if it has any."""
+    """Tensors by name; objects of a pickled file are never built. Of a checkpoint the averaged weights, if it
+    has any."""
     import torch
     from timm.models import load_state_dict
 
@@ -186,7 +189,8 @@ def _stripped(name: str) -> str:
 
 
 def _renamed(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of the model: in one of the two the backbone may be wrapped, for several images a sample or for metadata."""
+    """By the names of the model: in one of the two the backbone may be wrapped, for several images a sample
+    or for metadata."""
     from comp.engine.run.backbone import inner
 
     own, prefix = module.state_dict(), inner(module)[1]

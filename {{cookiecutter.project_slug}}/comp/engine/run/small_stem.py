@@ -1,5 +1,5 @@
-"""A stem for small images (model.stem=small). Models for 224 px reduce an image by 2 or 4 in their first layers, which leaves little of
-32 px.
+"""A stem for small images (model.stem=small). Models for 224 px reduce an image by 2 or 4 in their first
+layers, which leaves little of 32 px.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ KERNEL = 3  # px; larger kernels are replaced by untrained ones of this size
 
 
 def small(module: nn.Module, name: str) -> Any:
-    """Sets the stride of the stem's convolutions to 1 and removes its pooling. Kernels of up to 3 px keep their weights."""
+    """Sets the stride of the stem's convolutions to 1 and removes its pooling. Kernels of up to 3 px keep
+    their weights."""
     pooled = isinstance(getattr(module, "conv1", None), nn.Module) and isinstance(
         getattr(module, "maxpool", None), nn.Module
     )

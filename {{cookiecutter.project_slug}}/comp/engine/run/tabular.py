@@ -18,7 +18,8 @@ MAX_LEVELS = 64  # of a text column; rarer ones share the code of unknown ones, 
 
 
 def encode_metadata(samples: Samples, device: torch.device) -> torch.Tensor:
-    """(samples, features). Means, deviations and levels are those of the training rows; labels are not used."""
+    """(samples, features). Means, deviations and levels are those of the training rows; labels are not
+    used."""
     names = [str(name) for name in samples.frame.columns if str(name).startswith("meta.")]
     if not names:
         raise UserError(
@@ -33,7 +34,8 @@ def encode_metadata(samples: Samples, device: torch.device) -> torch.Tensor:
 
 
 def _block(column: pd.Series, train: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers: standardized, with 0 and a flag where one is missing. Text: one-hot, all zeros where it is unknown or missing."""
+    """Numbers: standardized, with 0 and a flag where one is missing. Text: one-hot, all zeros where it is
+    unknown or missing."""
     if column.dtype.kind in "fiu":
         values = column.to_numpy(np.float64)
         finite = values[train][np.isfinite(values[train])]

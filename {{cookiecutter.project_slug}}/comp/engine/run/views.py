@@ -1,7 +1,9 @@
-"""Views of an image for test-time augmentation (TTA): small functions on the batch as it was loaded (batch, channels, height, width).
+"""Views of an image for test-time augmentation (TTA): small functions on the batch as it was loaded (batch,
+channels, height, width).
 
-`predict.tta` lists them by name; the predictions of all views are averaged in `predict.averaging_space`. No view has to be undone, since
-classification and regression do not depend on where in the image something is. Every recipe of transforms.py is a view as well.
+`predict.tta` lists them by name; the predictions of all views are averaged in `predict.averaging_space`. No
+view has to be undone, since classification and regression do not depend on where in the image something is.
+Every recipe of transforms.py is a view as well.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ VIEWS: dict[str, View] = {
 
 
 def resized_crop(x: Tensor, share: float, down: float, across: float) -> Tensor:
-    """A square crop of `share` of the side, resized to the full size. Position (down, across): (0, 0) is the top left corner and
-    (0.5, 0.5) the center."""
+    """A square crop of `share` of the side, resized to the full size. Position (down, across): (0, 0) is the
+    top left corner and (0.5, 0.5) the center."""
     side = x.shape[2]
     crop = max(1, round(side * share))
     top, left = round((side - crop) * down), round((side - crop) * across)
@@ -86,9 +88,9 @@ CROPS: dict[str, View] = {
 class RecipeView:
     """One draw of an augmentation recipe: `light2` is the second draw of `light`.
 
-    The seed of an image is a hash of its pixels, so the draw is the same in any batch, in any process and on Kaggle. It costs as
-    much as augmenting does, one image after the other in this process. What a recipe does after normalizing (mixup, erasing) is
-    left out."""
+    The seed of an image is a hash of its pixels, so the draw is the same in any batch, in any process and on
+    Kaggle. It costs as much as augmenting does, one image after the other in this process. What a recipe does
+    after normalizing (mixup, erasing) is left out."""
 
     def __init__(self, name: str, draw: int):
         self.name, self.draw = name, draw
