@@ -306,24 +306,25 @@ def test_a_greedy_soup_adds_weights_that_do_not_lower_the_score(project: Path) -
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "key", "words"),
     [
-        (["snapshots.cycles=20"], "20 cycles do not fit into 15 epochs"),
-        (["snapshots.cycles=3", "schedule=constant"], "schedule.name: constant has no effect"),
-        (["average.members=[ema]"], "ema is the run itself"),
-        (["average.predict_with=raw"], "train.ema_decay: has no effect"),
-        (["average.predict_with=uniform", "train.ema_decay=null"], "set snapshots.cycles"),
-        (["average.members=[tail]", "average.tail_epochs=16"], "more than there are"),
-        (["average.predict_with=swa", "train.ema_decay=null", "select=best"], "one of the two"),
-        (["select.patience=2"], "without select.name: best"),
-        (["select=best", "select.patience=2", "snapshots.cycles=3"], "select.patience"),
-        (["select.on=fold"], "nothing is chosen"),
+        (["snapshots.cycles=20"], "snapshots.cycles", "train.epochs: 15"),
+        (["snapshots.cycles=3", "schedule=constant"], "schedule.name", "constant has no effect"),
+        (["average.members=[ema]"], "average.members", "ema"),
+        (["average.predict_with=raw"], "train.ema_decay", "has no effect"),
+        (["average.predict_with=uniform", "train.ema_decay=null"], "average", "set snapshots.cycles"),
+        (["average.members=[tail]", "average.tail_epochs=16"], "average.tail_epochs", "train.epochs: 15"),
+        (["average.predict_with=swa", "train.ema_decay=null", "select=best"], "select.name", "swa"),
+        (["select.patience=2"], "select.patience", "select.name: best"),
+        (["select=best", "select.patience=2", "snapshots.cycles=3"], "select.patience", "snapshots"),
+        (["select.on=fold"], "select.on", "has no effect"),
     ],
 )
-def test_knobs_without_effect_are_errors(empty: Path, override: list[str], words: str) -> None:
+def test_knobs_without_effect_are_errors(empty: Path, override: list[str], key: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         config(*override)
-    assert words in str(caught.value) and "override" not in str(caught.value)
+    (line,) = [line for line in caught.value.lines if key in line and words in line]
+    assert "override" not in line
 
 
 def test_a_mean_of_members_is_a_mean_of_predictions() -> None:

@@ -59,11 +59,9 @@ def test_views_are_neighbours_with_their_own_seeds(empty: Path) -> None:
 
 
 def test_incompatible_knobs_are_errors(empty: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"train.batch_size: 32 would part the views of a picture; a multiple of 3"
-    ):
+    with pytest.raises(UserError, match=r"train.batch_size: 32 .*augment.jsd_views: 3.*a multiple of 3"):
         config("augment.jsd_views=3", experiment="base")
-    with pytest.raises(UserError, match=r"augment.jsd_views: 2 of a picture stand side by side, so mixup"):
+    with pytest.raises(UserError, match=r"augment.jsd_views: 2.*mixup"):
         config("augment.jsd_views=2", "augment.mixup=0.2", experiment="base")
     with pytest.raises(UserError, match=r"augment.jsd_views: target label is a value"):
         consistency.validate(config("augment.jsd_views=2", experiment="base"), (banked.HEADS["regression"],))

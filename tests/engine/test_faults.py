@@ -29,8 +29,8 @@ def broken(step: int, value: float, part: str, monkeypatch: pytest.MonkeyPatch) 
     passes = 0
     whole = losses.build_loss
 
-    def total(*args: Any) -> Any:
-        right = whole(*args)
+    def total(*args: Any, **more: Any) -> Any:
+        right = whole(*args, **more)
 
         def wrong(output: torch.Tensor, targets: Any) -> torch.Tensor:
             nonlocal passes

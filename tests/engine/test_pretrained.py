@@ -80,7 +80,7 @@ def test_each_stage_has_its_learning_rate_and_the_whole_schedule(empty: Path) ->
     curve = schedule.lr_schedule(cfg, schedule.train_length(cfg, 10 * cfg.train.batch_size))
     assert [curve.lr(step) for step in (0, 10, 20)] == pytest.approx([1e-2, 2e-3, 1e-3])
     assert curve.lr(9) < 1e-3 and curve.lr(39) < 1e-4
-    with pytest.raises(UserError, match="their 4 epochs are not the 5"):
+    with pytest.raises(UserError, match=r"train.stages: have 4 epochs, train.epochs is 5"):
         config(STAGES, "train.epochs=5")
 
 
