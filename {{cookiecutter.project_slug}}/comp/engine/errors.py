@@ -69,14 +69,3 @@ def joined(errors: Sequence[UserError]) -> UserError:
         remedy=first.remedy,
         others=[*first.errors[1:], *others],
     )
-
-
-class Refused(UserError):
-    """Whole sentences instead of fields: what is still raised so is to be made a UserError with its
-    fields."""
-
-    def __init__(self, *lines: str):
-        super().__init__("refused", what=lines[0], others=[UserError("refused", what=x) for x in lines[1:]])
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Refused, tuple(self.lines)
