@@ -227,7 +227,7 @@ def test_an_unfit_form_is_reported_before_training(empty: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert (
         "competition.submission.form: the multiclass target 'label'" in printed
-        and "not as probability" in printed
+        and "cannot be written as probability" in printed
     )
     assert printed.endswith("1 fault\n")
 
@@ -282,7 +282,7 @@ def test_check_and_submit_report_the_same_for_every_form(
     ("form", "sample", "changes", "part"),
     [
         ("value", "id,label\n18,0\n19,0\n", {"task": "regression", "metric": "rmse", "submission": {"sample": "sample.csv", "form": "value", "range": [50, 60]}}, "far outside the range"),
-        ("labels", "id,label\n18,c0\n19,c0\n", {"task": "multilabel", "metric": "f1_micro", "separator": ","}, "the class '0.5 0' holds one"),
+        ("labels", "id,label\n18,c0\n19,c0\n", {"task": "multilabel", "metric": "f1_micro", "separator": ","}, "class '0.5 0' contains one"),
         ("probabilities", "id,c0\n18,0\n19,0\n", {"submission": {"sample": "sample.csv", "form": "probabilities", "sums_to_one": True}, "classes": ["c0", "c1"]}, "no column for the class 'c1'"),
     ],
 )  # fmt: skip
