@@ -60,8 +60,8 @@ def last_bytes_missing(number: int) -> File:
 def zeros_at_the_end(number: int) -> File:
     """A download that broke off into a file of the full size. What is not compressed cannot tell, so these kinds are left out."""
     data, suffix = encoded(number, ("JPEG", "JPEG progressive", "PNG", "GIF"))
-    kept = int(len(data) * np.random.default_rng(number).uniform(0.3, 0.95))
-    return File(data[:kept] + bytes(len(data) - kept), suffix, True)
+    length = int(len(data) * np.random.default_rng(number).uniform(0.3, 0.95))
+    return File(data[:length] + bytes(len(data) - length), suffix, True)
 
 
 def empty(number: int) -> File:

@@ -1,4 +1,4 @@
-"""What teaches beside the recipe: policies, erasing, what pairs samples, sizes that grow, and when they end."""
+"""Augmentation: recipes, policies, random erasing, mixup, cutmix, mosaic, progressive sizes and the last epochs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as raised:
         config(*TINY, *overrides)
-    return str(refused.value)
+    return str(raised.value)
 
 
 def images(count: int = 16, side: int = 12) -> torch.Tensor:
@@ -38,8 +38,8 @@ def images(count: int = 16, side: int = 12) -> torch.Tensor:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [64, 224])
-def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: int) -> None:
-    """Of a plain grey picture each draw is one grey, but for black holes and edges, and for noise of at most a tenth of the range."""
+def test_no_recipe_turns_an_image_into_noise_or_outlines(size: int, channels: int) -> None:
+    """A plain grey image stays one grey, except for black holes and edges, and noise of at most a tenth of the range."""
     grey = np.full((size, size, channels), 128, np.uint8)
     noisy = 0
     for name in transforms.RECIPES:
@@ -51,7 +51,7 @@ def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: i
             assert deviation < 0.12 * 255, name
             noisy += deviation > 0
             if deviation == 0:
-                assert drawn.max() - np.median(drawn) < 8, f"{name}: a light line beside a dark edge"
+                assert drawn.max() - np.median(drawn) < 8, f"{name}: a light line next to a dark edge"
                 assert (drawn > 0).mean() > 0.6, f"{name}: holes"
     assert noisy > 5, "there is noise, mild"
 
@@ -61,7 +61,7 @@ def test_no_recipe_turns_a_picture_into_noise_or_outlines(size: int, channels: i
 
 @pytest.mark.parametrize("name", ["trivial", "rand-m9-n2-mstd0.5-inc1", "augmix-m3-w2", "original-mstd0.5"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_policy_is_a_function_of_the_seed_and_leaves_the_process_as_it_was(
+def test_a_policy_is_a_function_of_the_seed_and_restores_the_global_generators(
     name: str, channels: int
 ) -> None:
     policy = policies.create(name, channels)
@@ -126,7 +126,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
 # --- erasing -------------------------------------------------------------------------------------------------------------
 
 
-def test_erasing_takes_its_share_and_does_not_mind_how_batches_are_cut() -> None:
+def test_random_erasing_has_its_share_and_does_not_depend_on_micro_batches() -> None:
     op = gpu_augment.random_erasing(0.3)
     whole = torch.full((400, 1, 20, 20), 9.0)
     out = op(whole, SEEDS)
@@ -146,7 +146,7 @@ def mix(x: torch.Tensor, mixup: float = 0, cutmix: float = 0, share: float = 1, 
     return mixing.mix_images(x, SEEDS[: len(x)], mixup, cutmix, share, mosaic)
 
 
-def test_mixup_blends_neighbours_by_the_share_that_their_targets_get() -> None:
+def test_mixup_blends_neighbors_by_the_weights_of_their_targets() -> None:
     x = images(400, 4)
     out, [(own, first), (mate, second)] = mix(x, mixup=0.4)
     assert own.tolist() == list(range(400)) and mate.tolist() == [i ^ 1 for i in range(400)]
@@ -158,7 +158,7 @@ def test_mixup_blends_neighbours_by_the_share_that_their_targets_get() -> None:
     assert abs(float(first.var()) - 1 / (4 * 1.8)) < 0.02
 
 
-def test_cutmix_takes_the_area_that_the_targets_say() -> None:
+def test_cutmix_pastes_the_area_of_the_target_weights() -> None:
     x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 16, 16)
     out, [_, (mate, second)] = mix(x, cutmix=1.0)
     taken = (out[:, 0] == mate.view(-1, 1, 1)).float().mean((1, 2))
@@ -170,7 +170,7 @@ def test_cutmix_takes_the_area_that_the_targets_say() -> None:
         assert each.sum() == len(rows) * len(columns) and (np.diff(rows) == 1).all(), "one rectangle"
 
 
-def test_a_mosaic_shows_four_whole_pictures_by_their_areas() -> None:
+def test_a_mosaic_holds_four_whole_images_weighted_by_area() -> None:
     x = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 3, 16, 16).contiguous()
     out, parts = mix(x, mosaic=1.0)
     assert len(parts) == 4 and torch.allclose(sum(share for _, share in parts), torch.ones(32))
@@ -181,7 +181,7 @@ def test_a_mosaic_shows_four_whole_pictures_by_their_areas() -> None:
     assert abs(float((parts[0][1] < 1).float().mean()) - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 400)
 
 
-def test_shares_of_what_is_mixed_and_both_at_once() -> None:
+def test_shares_of_mixed_images_and_mixup_with_cutmix() -> None:
     x = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 1, 8, 8).contiguous()
     out, _ = mix(x, mixup=0.8, cutmix=1.0, share=0.5)
     alone = (out == x).flatten(1).all(1)
@@ -247,7 +247,7 @@ def test_the_loss_of_a_mixture_is_the_loss_against_the_soft_target(empty: Path) 
     assert (only[:2] > 0).all() and (only[2:] == 0).all()
 
 
-def test_where_a_mixture_means_nothing_it_is_refused_by_name(project: Path) -> None:
+def test_mixing_is_refused_where_it_has_no_meaning(project: Path) -> None:
     cfg = config("augment.mosaic=0.5")
     retrieval = (Head("whale", "retrieval", ("a", "b"), ("target.whale",)),)
     for heads, several, words in (
@@ -281,7 +281,7 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
 # --- sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) -> None:
+def test_progressive_sizes_resize_and_do_not_crop(project: Path) -> None:
     cfg = config(*TINY, "augment.recipe=light", "augment.progressive_sizes=[16,24,32]", "train.epochs=7")
     assert [transforms.epoch_augment(cfg, epoch).size for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     table = samples.load()
@@ -301,7 +301,7 @@ def test_pictures_grow_over_the_epochs_and_keep_what_they_show(project: Path) ->
 # --- a run ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
+def test_a_run_with_every_augmentation_trains_and_prints_its_ops(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     every = [
@@ -309,7 +309,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "augment.disable_last_epochs=1", "augment.progressive_sizes=[24,32]", "train.epochs=3", "train.grad_accum_steps=2", "train.batch_size=8",
     ]  # fmt: skip
     previews.augment("exp001", every)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in (
         "Affine",
         "trivial",
@@ -321,7 +321,7 @@ def test_a_run_with_everything_on_ends_and_its_ops_are_printed(
         "24, 32 px",
         "next:",
     ):
-        assert word in said, word
+        assert word in printed, word
     assert augment_grid.ops(config("augment.recipe=none")) == ["no augmentation"]
     runner.train("exp001", [*TINY, *every], fold="0", name="x")
     assert (project / "runs/x/seed0/fold0/oof.arrow").exists()

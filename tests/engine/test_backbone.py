@@ -1,4 +1,4 @@
-"""Any of timm's networks at any size of picture: built, or refused in one line before a picture is decoded."""
+"""Any of timm's models at any image size: built, or refused in one line before an image is decoded."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def checked(name: str, size: int, *more: str) -> None:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         models.validate(config(*overrides))
-    (line,) = refused.value.lines
+    (line,) = caught.value.lines
     return line
 
 
@@ -63,7 +63,7 @@ def built(*overrides: str) -> Any:
 
 
 def test_a_transformer_learns_at_any_size(project: Path) -> None:
-    """timm's test_vit takes any size; this one, like most, only the one that it is built for."""
+    """timm's test_vit takes any size; this model, like most, only the one it is built for."""
     runner.train("exp001", [*TINY, f"model.name={VIT}"], fold="0", name="x")
     weights = pretrained.read(paths.fold_folder("x", 0, 0) / "weights.safetensors")
     assert weights["pos_embed"].shape == (1, 1 + (32 // 16) ** 2, 192)
@@ -83,7 +83,7 @@ def test_one_of_each_family_at_four_sizes(empty: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "size", "near"), [("maxvit_pico_rw_256", 100, "96 px and 128 px"), ("inception_v3", 32, "80 px")])  # fmt: skip
-def test_what_cannot_be_is_refused_with_the_nearest_that_can(
+def test_a_size_that_does_not_work_is_refused_with_the_nearest_that_do(
     project: Path, capsys: pytest.CaptureFixture[str], name: str, size: int, near: str
 ) -> None:
     (project / "configs/exp003.yaml").write_text(
@@ -91,8 +91,13 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(
     )
     before = sorted((project / "data" / "cache").rglob("*"))
     assert cli.main(["train", "exp003"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said and f"data.size: {name}" in said and f"{size} px" in said and near in said
+    printed = capsys.readouterr().err.strip()
+    assert (
+        "\n" not in printed
+        and f"data.size: {name}" in printed
+        and f"{size} px" in printed
+        and near in printed
+    )
     assert sorted((project / "data" / "cache").rglob("*")) == before
     for each in near.replace(" px", "").split(" and "):
         checked(name, int(each))
@@ -112,7 +117,7 @@ def test_training_goes_through_progressive_sizes(project: Path, name: str) -> No
 
 
 def test_progressive_sizes(empty: Path) -> None:
-    """Position embeddings are interpolated, windows are laid out anew; what can do neither says which sizes it takes."""
+    """Position embeddings are interpolated and windows rebuilt; other models are refused with the sizes that work."""
     checked(VIT, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     checked(SWIN, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     name = FAMILIES["coatnet"]
@@ -124,18 +129,23 @@ def test_progressive_sizes(empty: Path) -> None:
     assert line.startswith("augment.progressive_sizes:") and "32 px and 48 px" in line
 
 
-def test_one_picture_is_too_few_for_batch_norm_of_a_single_pixel(
+def test_one_image_is_too_few_for_batch_norm_of_a_single_pixel(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "configs/exp003.yaml").write_text("base: exp001\ndata: {size: 16}\ntrain: {batch_size: 1}\n")
     assert cli.main(["train", "exp003"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said and "train.batch_size: 1" in said and "16 px" in said and "freeze_norm" in said
+    printed = capsys.readouterr().err.strip()
+    assert (
+        "\n" not in printed
+        and "train.batch_size: 1" in printed
+        and "16 px" in printed
+        and "freeze_norm" in printed
+    )
     for works in (["train.batch_size=2"], ["model.freeze_norm=true"], ["data.size=96"]):
         models.validate(config("data.size=16", "train.batch_size=1", *works))
 
 
-def test_what_is_no_classifier_is_refused(empty: Path) -> None:
+def test_a_model_that_is_no_classifier_is_refused(empty: Path) -> None:
     line = refusal("model.name=gemma4_vit_167m_enc", "data.channels=3", "data.size=96")
     assert line.startswith("model.name:") and "no classifier" in line
 
@@ -148,7 +158,7 @@ def test_other_arguments_of_create_model_reach_it(empty: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("overrides", "words"),
     [
         (["model.kwargs={patch_dropp_rate: 0.3}"], ("model.kwargs.patch_dropp_rate:", "nearest is patch_drop_rate")),
         (["model.kwargs={depth: lots}"], ("model.kwargs.depth:", "'lots'")),
@@ -163,38 +173,40 @@ def test_other_arguments_of_create_model_reach_it(empty: Path) -> None:
         (["model.name=test_vit", "model.global_pool=gem"], ("model.global_pool:", "test_vit")),
     ],
 )  # fmt: skip
-def test_a_wrong_one_is_refused_in_one_line(empty: Path, said: list[str], words: tuple[str, ...]) -> None:
-    line = refusal(f"model.name={VIT}", "data.size=64", *said)
+def test_wrong_names_and_arguments_are_refused_in_one_line(
+    empty: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    line = refusal(f"model.name={VIT}", "data.size=64", *overrides)
     assert all(word in line for word in words), line
 
 
 @pytest.fixture
 def folder(project: Path) -> Path:
-    """A network as timm saves it for the hub: another mean, fewer blocks, and weights."""
+    """A model as timm saves it for the hub: another mean, fewer blocks, and weights."""
     torch.manual_seed(0)
     module = timm.create_model(VIT, depth=2, num_classes=5)
     place = project / "weights" / "mine"
     place.mkdir(parents=True)
     about = dict(backbone.pretrained_cfg(VIT), mean=[0.1, 0.2, 0.3], num_classes=5, license="mit", custom_load=False)  # fmt: skip
-    said = {"architecture": VIT, "pretrained_cfg": about, "model_args": {"depth": 2}}
-    (place / "config.json").write_text(json.dumps(said))
+    printed = {"architecture": VIT, "pretrained_cfg": about, "model_args": {"depth": 2}}
+    (place / "config.json").write_text(json.dumps(printed))
     save_file(module.state_dict(), place / "model.safetensors")
     return place
 
 
-def test_a_folder_is_a_network(folder: Path) -> None:
+def test_a_folder_is_a_model(folder: Path) -> None:
     cfg = config("model.name=local-dir:weights/mine", "data.size=96", "data.channels=3")
     models.validate(cfg)
     module: Any = models.build(cfg, (HEAD,), pretrained=True)
-    given = pretrained.read(folder / "model.safetensors")
+    tensors = pretrained.read(folder / "model.safetensors")
     assert len(module.blocks) == 2 and torch.equal(
-        module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"]
+        module.blocks[1].mlp.fc1.weight, tensors["blocks.1.mlp.fc1.weight"]
     )
     assert module.pos_embed.shape == (1, 37, 192) and module.head.out_features == 3
     assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and "license mit" in backbone.describe(cfg)
 
 
-def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
+def test_a_repository_of_the_hub_is_a_model_and_needs_no_hub_on_kaggle(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub.constants as hub
@@ -210,8 +222,8 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     network = "model.name=hf-hub:me/mine"
     cfg = config(network, "data.size=32", "data.channels=3")
     module: Any = models.build(cfg, (HEAD,), pretrained=True)
-    given = pretrained.read(folder / "model.safetensors")
-    assert torch.equal(module.blocks[1].mlp.fc1.weight, given["blocks.1.mlp.fc1.weight"])
+    tensors = pretrained.read(folder / "model.safetensors")
+    assert torch.equal(module.blocks[1].mlp.fc1.weight, tensors["blocks.1.mlp.fc1.weight"])
     assert "no/where" in refusal("model.name=hf-hub:no/where", "data.size=32")
     # What the bundle holds of it is enough.
     runner.train("exp001", [*TINY, network], fold="0", name="x")
@@ -238,19 +250,19 @@ def test_a_repository_of_the_hub_is_a_network_and_needs_no_hub_on_kaggle(
     assert tuple(module.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
 
 
-def test_what_the_weights_want_to_see_is_said(
+def test_the_input_of_the_pretrained_weights_is_printed(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(measure, "LEAST", 1)
     overrides = [*TINY, f"model.name={VIT}", "data.size=40", "predict.batch_size=1"]
     measure.measure("exp001", overrides)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in (VIT, "224 px", "crop_pct 0.9", "bicubic", "license apache-2.0", "here 40 px", "cover 32"):
-        assert word in said, word
+        assert word in printed, word
 
 
-def test_comp_check_looks_at_the_network_of_an_experiment(
+def test_comp_check_validates_the_model_of_an_experiment(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "configs/exp003.yaml").write_text(
@@ -321,7 +333,7 @@ def test_names_of_the_authors_are_mapped(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["other network", "text", "list", "unsafe"])
-def test_a_file_that_is_none_is_refused_before_the_cache(
+def test_a_file_without_weights_is_refused_before_the_cache(
     project: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     file = project / "theirs.pth"
@@ -336,15 +348,15 @@ def test_a_file_that_is_none_is_refused_before_the_cache(
     )
     before = sorted((project / "data" / "cache").rglob("*"))
     assert cli.main(["train", "exp003"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "theirs.pth: model.pretrained:" in said
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "theirs.pth: model.pretrained:" in printed
     assert sorted((project / "data" / "cache").rglob("*")) == before
 
 
-def test_a_larger_size_begins_with_a_run_of_a_smaller_one(project: Path) -> None:
+def test_a_larger_size_starts_from_a_run_of_a_smaller_one(project: Path) -> None:
     runner.train("exp001", [*TINY, f"model.name={VIT}", "data.size=32"], fold="0", name="small")
-    said = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.lr=1e-20"]
-    runner.train("exp001", said, fold="0", name="large")
+    printed = [*TINY, f"model.name={VIT}", "data.size=64", "model.pretrained=run:small", "optim.lr=1e-20"]
+    runner.train("exp001", printed, fold="0", name="large")
     small, large = (
         pretrained.read(paths.fold_folder(n, 0, 0) / "weights.safetensors") for n in ("small", "large")
     )
@@ -358,7 +370,7 @@ def test_a_larger_size_begins_with_a_run_of_a_smaller_one(project: Path) -> None
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN])
-def test_what_is_explained_is_a_map(empty: Path, name: str) -> None:
+def test_saliency_is_a_map(empty: Path, name: str) -> None:
     """A class token is read alone behind the last attention, and Swin keeps channels last at every width."""
     torch.manual_seed(0)
     network = built(f"model.name={name}", "data.size=96").eval()
@@ -373,7 +385,7 @@ def test_what_is_explained_is_a_map(empty: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [VIT, SWIN, "maxvit_pico_rw_256", "convnext_atto", "tiny_vit_5m_224", "mobilenetv4_conv_small_035"])  # fmt: skip
-def test_two_steps_predictions_a_picture_and_an_export(project: Path, name: str) -> None:
+def test_two_steps_predictions_saliency_and_an_export(project: Path, name: str) -> None:
     run = [*TINY, f"model.name={name}", "data.size=96", "data.channels=3"]
     runner.train("exp001", run, fold="0", name="x")
     with Image.open(explain.explain("x", [], 2)) as drawn:

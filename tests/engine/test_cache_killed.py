@@ -79,7 +79,7 @@ def journal_lines() -> list[str]:
 
 
 def test_a_build_killed_while_adding_ends_with_the_same_bytes(names: list[str]) -> None:
-    """Adding to a cache, with one file changed since: what was there before must not be touched by the resume."""
+    """Adding to a cache, with one file changed since: the resume must not change what was there before."""
 
     def change() -> None:
         raw(names[0]).write_bytes(raw(names[2]).read_bytes())

@@ -1,4 +1,4 @@
-"""JPEGs that libjpeg warns about, and those with a hole: damaged on every way that a picture takes, unless pixels.lenient is declared."""
+"""JPEGs that libjpeg warns about, and those with a hole, are damaged everywhere, unless competition.pixels.lenient is set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import config
 from PIL import Image
-from test_images import encoded, photograph
+from test_decode import encoded, photograph
 
 from comp.engine.data import cache
 from comp.engine.deliver import kernel_inputs, kernel_models
@@ -61,9 +61,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 BROKEN = {f"{kind}, {how}": damage(data) for kind, data in WHOLE.items() for how, damage in DAMAGES.items()}
 
 
-def outcome(data: bytes, *given: Any) -> str | tuple[int, ...]:
+def outcome(data: bytes, *arguments: Any) -> str | tuple[int, ...]:
     try:
-        return decode.decode(data, *given).shape
+        return decode.decode(data, *arguments).shape
     except DamagedImage as damaged:
         return damaged.reason
 
@@ -78,8 +78,8 @@ def test_every_kind_of_damage_at_every_scale() -> None:
             assert isinstance(reason, str) and reason.startswith((decode.WARNED, "damaged, there are zeros")), (name, size, reason)  # fmt: skip
 
 
-def test_a_lenient_declaration_takes_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pixels with and without simplejpeg; without it, and not lenient, no JPEG is taken."""
+def test_lenient_accepts_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pixels with and without simplejpeg; without it, and not lenient, no JPEG is accepted."""
     lenient = {
         name: decode.decode(data, 100, "stretch", 3, name, LENIENT)
         for name, data in BROKEN.items()
@@ -99,7 +99,7 @@ def test_a_lenient_declaration_takes_what_decodes(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_header_that_only_pillow_reads() -> None:
-    """No start of a scan where its length says there is one: what a decoder resynchronises to may be a picture or not."""
+    """No start of a scan where a length points to one: what a decoder resynchronizes to may be an image or not."""
     data = WHOLE["baseline"]
     scan = data.index(b"\xff\xda")
     broken = data[:scan] + b"\xff\xfe\xff\xff" + data[scan:]  # a comment longer than the file
@@ -107,8 +107,8 @@ def test_a_header_that_only_pillow_reads() -> None:
 
 
 def test_holes_of_zeros_are_found_wherever_they_are() -> None:
-    """Quality 95, as OpenCV writes by default: one hole in eight gives a decoder as many blocks as it wants, so libjpeg is content.
-    A flat picture has runs of zeros that are blocks."""
+    """Quality 95, as OpenCV writes by default: one hole in eight gives a decoder as many blocks as it needs, so libjpeg does not warn.
+    A flat image has runs of zeros that are blocks."""
     data, random, silent = by_opencv(), np.random.default_rng(0), 0
     scan = data.index(b"\xff\xda") + 14
     for at in random.integers(scan, len(data) - 2002, 60).tolist():
@@ -120,7 +120,7 @@ def test_holes_of_zeros_are_found_wherever_they_are() -> None:
         for options in ({}, {"optimize": True}, {"progressive": True}):
             file = encoded(Image.fromarray(flat), "JPEG", **options)
             assert outcome(file, 32, "stretch", 3, "x") == (32, 32, 3), options
-    after = WHOLE["baseline"] + bytes(5000) + WHOLE["grey"]  # a second picture, as phones append
+    after = WHOLE["baseline"] + bytes(5000) + WHOLE["grey"]  # a second image, as phones append
     assert outcome(after, 32, "stretch", 3, "x") == (32, 32, 3)
 
 
@@ -189,9 +189,7 @@ def test_cache_loader_and_check_agree(laid: Path, capsys: pytest.CaptureFixture[
     assert f"{warned} of them are JPEGs that libjpeg warns about" in printed and "pixels: {lenient: true}" in printed  # fmt: skip
 
 
-def test_check_counts_and_names_what_a_lenient_declaration_takes(
-    laid: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_counts_and_lists_what_lenient_accepts(laid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     declared = laid / "configs" / "competition.yaml"
     declared.write_text(declared.read_text() + "pixels: {lenient: true}\n")
     names = [*NAMES, *PACKED]
@@ -207,8 +205,10 @@ def test_check_counts_and_names_what_a_lenient_declaration_takes(
         assert any("data/raw/train.csv:3: image train/cut.jpg: " in line for line in warned)
 
 
-def test_in_a_kernel_they_get_the_mean_of_the_labels(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """comp predict --kernel reads a hidden set by the same decoder, and says which rows it could not."""
+def test_in_a_kernel_damaged_images_get_the_mean_of_the_labels(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """comp predict --kernel reads a hidden set by the same decoder, and lists the rows it could not decode."""
     from comp.engine.deliver import kernel
 
     cfg = config(experiment="base")

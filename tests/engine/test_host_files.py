@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import config
-from test_layouts import declare, image, opened, prepared, put, refused
+from test_layouts import declare, error_line, image, opened, prepared, put
 from test_submission_forms import logits, submission_lines, write_run
 
 from comp import competition
@@ -137,7 +137,7 @@ def test_a_sample_that_repeats_ids_can_be_the_list_of_the_test_rows(empty: Path)
     assert table.frame["id"].tolist()[4:] == ["8", "7"]
     assert checked() == []
     put(empty, "train.csv", "id,label\n0,a\n1,b\n0,a\n")
-    assert "train.csv:4: the id '0' occurs again" in refused()
+    assert "train.csv:4: the id '0' occurs again" in error_line()
 
 
 # --- names in two spellings ----------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_of_several_labels_in_a_cell_the_samples_columns_decide(
     assert head.outputs == ("mildew", "rust", "scab") and head.graded == ("scab", "rust")
     put(empty, "sample.csv", "id,x,y\nx,0,0\n")
     declare(empty, target="tags", task="multilabel", metric="roc_auc", submission={"sample": "sample.csv", "form": "probabilities"})  # fmt: skip
-    line = refused()
+    line = error_line()
     assert (
         line.startswith("configs/competition.yaml:")
         and ": target: none of 3 labels of tags, like 'mildew'" in line
@@ -315,7 +315,7 @@ def test_labels_that_are_not_in_the_mapping_are_faults(
     printed = capsys.readouterr().out
     assert "UERD/0.png: label: 'UERD' is not in competition.classes" in printed and "2 faults" in printed
     assert "note: competition.classes lists nsF5, which no row has as label" in printed
-    assert "UERD/1.png: label: 'UERD' is not in competition.classes" in refused()
+    assert "UERD/1.png: label: 'UERD' is not in competition.classes" in error_line()
 
 
 def test_a_mapping_of_labels_in_tables_and_in_cells(empty: Path) -> None:
@@ -348,5 +348,5 @@ def test_a_mapping_of_labels_in_tables_and_in_cells(empty: Path) -> None:
 )
 def test_a_mapping_without_effect_is_refused(empty: Path, changes: dict[str, Any], part: str) -> None:
     declare(empty, classes={"a": 1, "b": 2}, **changes)
-    line = refused()
+    line = error_line()
     assert line.startswith("configs/competition.yaml:") and part in line

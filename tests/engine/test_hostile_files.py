@@ -1,4 +1,4 @@
-"""Arrays whose header says anything, and links that lead back to themselves: one line that names them, exit code 2."""
+"""Arrays with any header, and links in a loop: one line with the file, exit code 2."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def raw(empty: Path) -> Path:
     return raw
 
 
-def said(capsys: pytest.CaptureFixture[str], verb: str = "check") -> list[str]:
+def error_lines(capsys: pytest.CaptureFixture[str], verb: str = "check") -> list[str]:
     """The lines of `comp check` that name a file; it exits with 2."""
     capsys.readouterr()
     assert cli.main([verb]) == 2
@@ -77,10 +77,10 @@ def said(capsys: pytest.CaptureFixture[str], verb: str = "check") -> list[str]:
 
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_an_array_with_any_header(raw: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    """As a picture, as one of an .npz, as a stack of pictures and as a table."""
+    """As an image, as a member of an .npz, as a stack of images and as a table."""
     whole, broken = (raw / "b.npy").read_bytes(), ARRAYS[kind]
     (raw / "b.npy").write_bytes(broken)
-    (line,) = said(capsys)
+    (line,) = error_lines(capsys)
     assert line.startswith("data/raw/train.csv:3: image b.npy: no complete array") and "0x" not in line
     (raw / "b.npy").write_bytes(whole)
 
@@ -90,43 +90,43 @@ def test_an_array_with_any_header(raw: Path, capsys: pytest.CaptureFixture[str],
     for named in ("x.npz/b", "x.npy/0"):
         (raw / "x.npy").write_bytes(broken)
         (raw / "train.csv").write_text(table.replace("b.npy", named))
-        (line,) = said(capsys)
+        (line,) = error_lines(capsys)
         assert line.startswith(f"data/raw/{named.split('/')[0]}: is damaged")
     (raw / "train.csv").write_text(table)
 
     declared = raw.parents[1] / "configs" / "competition.yaml"
     for name in ("x.npy", "x.npz"):
         declared.write_text(DECLARED.replace("table: train.csv", f"table: {name}"))
-        (line,) = said(capsys)
+        (line,) = error_lines(capsys)
         assert line.startswith(f"data/raw/{name}: is no complete array")
 
 
-def test_a_zip_that_says_too_little_of_a_member(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The header of the member fits what the archive's directory says, and not what is in it."""
+def test_a_zip_with_a_member_that_is_too_short(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The header of the member agrees with the archive's directory, but not with its content."""
     out = io.BytesIO()
     np.save(out, np.zeros((4, 8, 8), np.uint8))
     with zipfile.ZipFile(raw / "x.npz", "w") as packed:
         packed.writestr("b.npy", out.getvalue()[:-9])
     (raw / "train.csv").write_text((raw / "train.csv").read_text().replace("b.npy", "x.npz/b"))
-    (line,) = said(capsys)
+    (line,) = error_lines(capsys)
     assert line.startswith("data/raw/x.npz: is damaged") and "256 bytes, and 247 follow" in line
 
 
-def test_a_link_that_leads_to_itself(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_in_a_loop(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "b.npy").unlink()
     (raw / "b.npy").symlink_to("e.npy")
     (raw / "e.npy").symlink_to("b.npy")
-    (line,) = [line for line in said(capsys) if not line.startswith("note: ")]
+    (line,) = [line for line in error_lines(capsys) if not line.startswith("note: ")]
     assert line.startswith("data/raw/train.csv:3: image b.npy: too many levels of symbolic links")
     (raw / "train.csv").rename(raw / "other.csv")
     (raw / "train.csv").symlink_to("train.csv")
-    (line,) = said(capsys, "prepare")
+    (line,) = error_lines(capsys, "prepare")
     assert line.startswith("data/raw/train.csv: no such table")
 
 
 @pytest.mark.parametrize("leads", ["..", "."])
-def test_a_folder_that_stands_in_itself(raw: Path, capsys: pytest.CaptureFixture[str], leads: str) -> None:
-    """Walked, it gives the same files some 40 times, or two to that power: comp inspect, `files:` and `*` meet it."""
+def test_a_folder_with_a_link_to_itself(raw: Path, capsys: pytest.CaptureFixture[str], leads: str) -> None:
+    """Followed, it gives the same files some 40 times, or two to that power, in comp inspect, `files:` and `*`."""
     (raw / "train").mkdir()
     for name in ("a", "b", "c"):
         (raw / f"{name}.npy").rename(raw / "train" / f"{name}.npy")
@@ -139,8 +139,8 @@ def test_a_folder_that_stands_in_itself(raw: Path, capsys: pytest.CaptureFixture
                 "target: label", "target: id"
             )
         )
-        (line,) = said(capsys, "prepare")
+        (line,) = error_lines(capsys, "prepare")
         assert line.startswith("data/raw/train/again: is a link") and "rm data/raw/train/again" in line
     declared.unlink()
-    (line,) = said(capsys, "inspect")
+    (line,) = error_lines(capsys, "inspect")
     assert line.startswith("data/raw/train/again: is a link") and "rm data/raw/train/again" in line

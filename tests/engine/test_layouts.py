@@ -1,4 +1,4 @@
-"""Competitions as they are laid out in reality, by declaration alone: tables of every kind, images inside other files, rows
+"""Layouts of real competitions, by declaration alone: tables of every kind, images inside other files, rows
 of several images, several labels and several lines."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def prepared() -> samples.Samples:
     return samples.load()
 
 
-def refused() -> str:
+def error_line() -> str:
     with pytest.raises(UserError) as found:
         prepared()
     return "\n".join(found.value.lines)
@@ -86,7 +86,7 @@ def test_files_are_the_rows_and_their_paths_the_labels(empty: Path) -> None:
     assert table.heads[0].classes == ("cat", "dog")
     assert table.frame["id"].tolist() == ["train/cat.0", "train/cat.2", "train/dog.1", "0", "1", "2"]
     declare(empty, train={"files": "trian/{label}.{number}.png"}, test={"files": "test/{id}.png"})
-    assert "matches no file" in refused()
+    assert "matches no file" in error_line()
 
 
 @pytest.mark.parametrize("shape", ["coco", "list", "columns", "by id"])
@@ -113,7 +113,7 @@ def test_json_of_every_shape(empty: Path, shape: str) -> None:
     assert table.frame["images"].iloc[1].tolist() == ["a/1.png"]
     assert table.heads[0].classes == ("7", "8")
     put(empty, "train.json", json.dumps(text)[:-3])
-    assert "data/raw/train.json:1: invalid json" in refused()
+    assert "data/raw/train.json:1: invalid json" in error_line()
 
 
 def archive(kind: str, prefix: str) -> bytes:
@@ -137,7 +137,7 @@ def archive(kind: str, prefix: str) -> bytes:
 
 @pytest.mark.parametrize("prefix", ["", "train/deeper/"])
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "7z"])
-def test_images_inside_archives_whatever_they_are_called(empty: Path, kind: str, prefix: str) -> None:
+def test_images_inside_archives_of_any_name(empty: Path, kind: str, prefix: str) -> None:
     put(empty, "train.zip", archive(kind, prefix))  # by its bytes, not by its name
     put(empty, "train.csv", "id,label\n0,a\n1,b\n2,a\n")
     put(empty, "sample.csv", "id,label\n1,a\n")
@@ -175,7 +175,7 @@ def bson(records: list[dict[str, Any]]) -> bytes:
     return b"".join(map(document, records))
 
 
-def test_bson_gives_rows_and_their_several_pictures(empty: Path) -> None:
+def test_bson_gives_rows_with_several_images(empty: Path) -> None:
     records = [
         {"_id": 5, "category_id": 1, "imgs": [{"picture": image(0)}, {"picture": image(50)}]},
         {"_id": 6, "category_id": 2, "imgs": [{"picture": image(100)}]},
@@ -188,7 +188,7 @@ def test_bson_gives_rows_and_their_several_pictures(empty: Path) -> None:
     read = opened(table)
     assert [int(read[i][0, 0, 0]) for i in range(3)] == [0, 50, 100]
     put(empty, "train.bson", bson(records)[:-9])
-    assert "cut off or damaged at byte" in refused()
+    assert "cut off or damaged at byte" in error_line()
 
 
 def test_a_table_inside_an_archive(empty: Path) -> None:
@@ -245,7 +245,7 @@ def test_stacks_of_pages_and_of_files_become_channels(empty: Path) -> None:
         made("a_red.png//a_blue.png", channels=2)
 
 
-def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
+def test_dicom_by_its_window_and_photometric_interpretation(empty: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
     for meaning, first in (("MONOCHROME2", 0), ("MONOCHROME1", 255)):
         file = pydicom.Dataset()
@@ -289,7 +289,7 @@ def test_dicom_by_its_window_and_its_meaning(empty: Path) -> None:
 # --- several images, metadata --------------------------------------------------------------------------------------------
 
 
-def test_several_images_and_metadata_go_through_the_network(empty: Path) -> None:
+def test_several_images_and_metadata_are_model_inputs(empty: Path) -> None:
     from comp import models
     from comp.data import sequential_batches
     from comp.engine.run import loading, runner
@@ -353,7 +353,7 @@ def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
 # --- your own ------------------------------------------------------------------------------------------------------------
 
 
-def test_closer_views_show_the_part_they_name() -> None:
+def test_crop_views_show_their_part() -> None:
     import torch
 
     from comp.engine.run import views

@@ -1,4 +1,4 @@
-"""load_image of competition.py sees the row: crops of one file by the columns that competition.yaml declares."""
+"""load_image of competition.py gets the row: crops of one file by the columns that competition.yaml declares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import config
 from PIL import Image
-from test_layouts import declare, opened, prepared, put, refused
+from test_layouts import declare, error_line, opened, prepared, put
 
 from comp import competition
 from comp.engine.bank import bank
@@ -38,7 +38,7 @@ def in_force(patch: pytest.MonkeyPatch, code: str) -> None:
 
 
 def slides(root: Path, number: int = 6) -> None:
-    """Slides of two halves; the label of a row is the colour of its half, which nothing but the box tells."""
+    """Slides of two halves; the label of a row is the colour of its half, which only the box determines."""
     for i in range(number):
         whole = np.zeros((20, 40, 3), np.uint8)
         whole[:, :20] = (200 + i, 0, 0)
@@ -68,7 +68,7 @@ def test_a_key_gives_back_its_files_and_its_row() -> None:
     assert image_key.joined(["train/a+b.png"]) == "train/a+b.png", "a plain path is its own key"
 
 
-def test_a_plus_parts_files_where_both_sides_name_a_column() -> None:
+def test_a_plus_separates_files_if_both_sides_have_a_column() -> None:
     assert raw_tables.channels("{id}_r.png+{id}_g.png") == ["{id}_r.png", "{id}_g.png"]
     assert raw_tables.channels("v1+v2/{id}.png") == ["v1+v2/{id}.png"]
     assert raw_tables.channels("{a+b}.png") == ["{a+b}.png"]
@@ -133,9 +133,9 @@ def test_without_load_image_nothing_changes_in_the_keys(empty: Path) -> None:
     ]
 
 
-def test_what_load_image_may_read_is_declared(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_image_gets_only_declared_columns(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slides(empty)
-    line = refused()
+    line = error_line()
     assert "configs/competition.yaml: image_columns: " in line and "load_image(row, decode)" in line, (
         "nothing reads them"
     )
@@ -149,10 +149,10 @@ def test_what_load_image_may_read_is_declared(empty: Path, monkeypatch: pytest.M
         line.startswith("comp/competition.py:3: ") and "slides/0.png" in line and "image_columns: [x]" in line
     )
     declare(empty, train=IN_TRAIN, test=IN_TEST, image_columns=["x", "depth"])
-    assert "image_columns: data/raw/train.csv:1 has no column 'depth'" in refused()
+    assert "image_columns: data/raw/train.csv:1 has no column 'depth'" in error_line()
     for wrong in ("label", "file"):
         declare(empty, train=IN_TRAIN, test=IN_TEST, image_columns=[wrong])
-        assert "image_columns" in refused() and "competition.yaml" in refused()
+        assert "image_columns" in error_line() and "competition.yaml" in error_line()
 
 
 def test_an_empty_crop_is_a_damaged_image_with_its_row(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +208,10 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     hidden = kernel_inputs.test_rows(
         at_home, tuple(map(kernel_inputs.head_of, about["heads"])), about["multi_image"]
     )
-    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, hidden.positions("test"))
-    assert not damaged and said["exp001"]["label"] == pytest.approx(stored.heads["label"], abs=1e-5)
+    predicted, damaged, _ = kernel_models.predict_runs(about, home, hidden, hidden.positions("test"))
+    assert not damaged and predicted["exp001"]["label"] == pytest.approx(stored.heads["label"], abs=1e-5)
     assert (
-        kernel_predict.write(at_home, hidden, "exp001", said["exp001"], bundle / "working").read_bytes()
+        kernel_predict.write(at_home, hidden, "exp001", predicted["exp001"], bundle / "working").read_bytes()
         == submitted
     )
 
@@ -254,7 +254,7 @@ def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:
     assert missing == ["image train/y_r.png + train/y_g.png: no such file"]
 
 
-def test_several_pictures_of_an_archive_are_channels_too(empty: Path) -> None:
+def test_several_images_of_an_archive_are_channels_too(empty: Path) -> None:
     import zipfile
 
     out = io.BytesIO()

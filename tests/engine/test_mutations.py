@@ -1,4 +1,4 @@
-"""Broken and unusual files by the thousand: what is bad is named with its reason, what is not has the right pixels."""
+"""Thousands of damaged and unusual files: each has the right pixels, or a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from comp.engine.readers.arrays import DamagedImage
 
 
 def independent(data: bytes) -> np.ndarray | None:
-    """OpenCV's own decoders; ours are Pillow's and libjpeg-turbo's by way of simplejpeg. (height, width, RGB)"""
+    """By OpenCV; the project decodes with Pillow and simplejpeg. (height, width, RGB)"""
     try:
         made = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
@@ -25,7 +25,7 @@ def independent(data: bytes) -> np.ndarray | None:
 
 
 def far(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean grey levels apart; decoders round differently, and no more."""
+    """Mean difference in grey levels; decoders differ by rounding alone."""
     return float(np.abs(a.astype(int) - b).mean()) if a.shape == b.shape else np.inf
 
 

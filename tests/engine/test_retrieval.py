@@ -1,4 +1,4 @@
-"""Retrieval by embeddings: margin losses by hand, neighbours by hand, and the whole road on a small competition of its own."""
+"""Retrieval by embeddings: margin losses and nearest neighbors by hand, and a small competition from training to the kernel."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_gem_lies_between_mean_and_max(empty: Path, name: str) -> None:
         assert gem(images).detach().numpy() == pytest.approx(wanted.detach().numpy(), rel=1e-4, abs=1e-6)
 
 
-def test_gem_of_a_network_without_a_map_is_refused(empty: Path) -> None:
+def test_gem_of_a_model_without_a_feature_map_is_refused(empty: Path) -> None:
     cfg = config("model.global_pool=gem", "model.name=test_vit", "data.size=160")
     module = models.build(cfg, (Head("x", "multiclass", tuple("ab"), ("t",), tuple("ab")),), pretrained=False)
     with pytest.raises(UserError, match=r"model.global_pool: gem .*test_vit"):
@@ -133,20 +133,20 @@ def test_attention_is_a_weighted_mean_of_the_images_of_a_sample() -> None:
 # --- neighbours ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_nearest_vote_and_the_others_stand_behind() -> None:
+def test_the_nearest_vote_and_other_classes_rank_behind() -> None:
     angle = np.deg2rad([0, 10, 20, 40, 90])
     gallery = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-    codes = np.array([0, 1, 1, 2, 2])  # class d was never taught
+    codes = np.array([0, 1, 1, 2, 2])  # class d has no training rows
     asked = np.array([[1.0, 0.0]], np.float32)
-    said = knn.class_scores(asked, gallery, codes, HEAD, 3, torch.device("cpu"))[0]
+    predicted = knn.class_scores(asked, gallery, codes, HEAD, 3, torch.device("cpu"))[0]
     vote = np.exp(20 * (np.cos(angle) - 1))
     weights = np.array([vote[0], vote[1] + vote[2], vote[3], np.exp(-40)])
-    assert np.exp(said) == pytest.approx(weights / weights.sum(), rel=1e-4)
+    assert np.exp(predicted) == pytest.approx(weights / weights.sum(), rel=1e-4)
     one = knn.class_scores(asked, gallery, codes, HEAD, 1, torch.device("cpu"))[0]
     assert one[1] - one[0] == pytest.approx(20 * (np.cos(angle[1]) - 1), rel=1e-4)
 
 
-def test_views_are_averaged_on_the_sphere() -> None:
+def test_embeddings_of_views_are_averaged_and_normalized() -> None:
     views = np.stack([np.eye(2, 5), np.eye(2, 5, k=1)]).astype(
         np.float32
     )  # outputs beyond the embedding are left out
@@ -155,7 +155,7 @@ def test_views_are_averaged_on_the_sphere() -> None:
     )
 
 
-def test_where_the_unknown_class_comes_is_fitted_exactly() -> None:
+def test_the_threshold_of_the_unknown_class_is_fitted_exactly() -> None:
     random = np.random.default_rng(0)
     p = random.dirichlet(np.ones(6), 200)
     truth = np.where(p[:, :5].max(axis=1) < 0.35, 5, p[:, :5].argmax(axis=1))
@@ -232,15 +232,15 @@ def tails(empty: Path) -> tuple[Path, dict[str, str]]:
 
 
 def map_at_5(file: Path, answers: dict[str, str]) -> float:
-    said = pd.read_csv(file, dtype=str)
+    predicted = pd.read_csv(file, dtype=str)
     ranks = [
         row.split().index(answers[i]) if answers[i] in row.split() else None
-        for i, row in zip(said["Image"], said["Id"], strict=True)
+        for i, row in zip(predicted["Image"], predicted["Id"], strict=True)
     ]
     return float(np.mean([0 if rank is None else 1 / (rank + 1) for rank in ranks]))
 
 
-def test_the_whole_road_from_training_to_the_kernel(
+def test_from_training_to_the_kernel(
     tails: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, answers = tails
@@ -263,9 +263,9 @@ def test_the_whole_road_from_training_to_the_kernel(
     for number in range(2):
         weights = paths.fold_folder("x", 0, number) / "weights.safetensors"
         held, codes = knn.read(knn.gallery_file(weights))
-        taught, scored = split.split(number)
-        own = table.truth(head, taught)
-        assert codes.tolist() == own[own != unknown].tolist() and not set(taught) & set(scored)
+        train_rows, scored = split.split(number)
+        own = table.truth(head, train_rows)
+        assert codes.tolist() == own[own != unknown].tolist() and not set(train_rows) & set(scored)
         assert np.linalg.norm(held, axis=1) == pytest.approx(np.ones(len(held)), abs=1e-5)
     # views: the normalised embeddings are averaged, then asked
     predict_run.predict("x", tta="identity,hflip")
@@ -306,19 +306,19 @@ def test_the_whole_road_from_training_to_the_kernel(
         about["multi_image"],
     )
     rows = hidden.positions("test")
-    said, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
+    predicted, damaged, _ = kernel_models.predict_runs(about, home, hidden, rows)
     assert not damaged
-    there = kernel_predict.blend("b", said, hidden.frame.iloc[rows])
+    there = kernel_predict.blend("b", predicted, hidden.frame.iloc[rows])
     assert there["Id"] == pytest.approx(stored.heads["Id"], abs=1e-4)
     at_home = cfg.model_copy(update={"competition": home})
     assert kernel_predict.write(at_home, hidden, "b", there, bundle / "working").read_bytes() == submitted
 
 
-def test_rows_of_the_unknown_class_do_not_teach(tails: tuple[Path, dict[str, str]]) -> None:
+def test_rows_of_the_unknown_class_are_not_trained_on(tails: tuple[Path, dict[str, str]]) -> None:
     table = samples.load()
     rows = table.positions("train")
-    kept = metric_learning.drop_unknown_class(config(*TINY), table, rows)
-    assert len(rows) - len(kept) == 16
+    rest = metric_learning.drop_unknown_class(config(*TINY), table, rows)
+    assert len(rows) - len(rest) == 16
     assert len(
         metric_learning.drop_unknown_class(config(*TINY[:-1], "loss=cross_entropy"), table, rows)
     ) == len(rows)

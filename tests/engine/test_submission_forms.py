@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import config
-from test_layouts import declare, prepared, put, refused
+from test_layouts import declare, error_line, prepared, put
 
 from comp import competition, submission
 from comp.engine.bank import bank, predictions, score
@@ -99,7 +99,7 @@ def test_a_sample_with_some_of_the_label_columns(empty: Path) -> None:
     header, line = submission_lines()
     assert header == "id,b,a" and [round(float(x), 3) for x in line.split(",")[1:]] == [0.5, 0.25]
     put(empty, "train.csv", "id,a,b,c\n0,1,2,0\n1,0,1,0\n")
-    assert "train.csv:2: b: '2' is no label, 0 or 1" in refused()
+    assert "train.csv:2: b: '2' is no label, 0 or 1" in error_line()
 
 
 def test_targets_of_different_tasks_in_long_format(empty: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import config
-from test_layouts import declare, opened, prepared, put, refused
+from test_layouts import declare, error_line, opened, prepared, put
 from test_submission_forms import logits, submission_lines, write_run
 
 from comp.engine.data import raw_tables
@@ -40,7 +40,7 @@ def test_annotations_of_one_image_are_its_labels(empty: Path) -> None:
     assert [each.tolist() for each in table.frame["images"]] == [["0.png"], ["1.png"], ["2.png"], ["x.png"]]
     declare(empty, **where, gather=True, target="category_id")
     assert (
-        refused()
+        error_line()
         .splitlines()[0]
         .startswith(
             "data/raw/train.json: row 1: category_id: '1', but '0' in data/raw/train.json: row 0, which has the same id"
@@ -68,7 +68,7 @@ def test_a_sample_in_an_archive_is_written_like_any_other(empty: Path, inside: s
     )
     assert submission_lines() == ["id,label", "1,b", "2,a"]
     put(empty, "train.csv.gz", gzip.compress(b"id,label\n07,a\n")[:-6])
-    assert "data/raw/train.csv.gz: is damaged and cannot be opened" in refused()
+    assert "data/raw/train.csv.gz: is damaged and cannot be opened" in error_line()
 
 
 def test_cells_of_parquet_are_the_text_that_a_csv_would_have(empty: Path) -> None:
@@ -120,11 +120,11 @@ def test_a_training_table_with_a_line_for_each_class(empty: Path) -> None:
         [float(line.split(",")[1]) for line in submission_lines()[1:]], [0.25, 0.5, 0.75, 0.125]
     )
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_0_in_any,1\n"]))
-    assert refused() == "data/raw/train.csv:2: in_any: '0', but '1' in another line of its id"
+    assert error_line() == "data/raw/train.csv:2: in_any: '0', but '1' in another line of its id"
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_any,1\n"]))
-    assert refused() == "data/raw/train.csv:18: in_any: the label is missing"
+    assert error_line() == "data/raw/train.csv:18: in_any: the label is missing"
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_all,1\n"]))
-    assert refused().startswith(
+    assert error_line().startswith(
         "data/raw/train.csv:18: ID: 'ID_9_all' does not match {id}_{class} with one of the targets any, in_any"
     )
 
@@ -154,7 +154,7 @@ def test_labels_and_images_in_arrays(empty: Path) -> None:
     assert table.frame["target.label"].tolist()[:6] == [0, 1, 0, 1, 0, 1]
     assert [int(opened(table)[i].max()) for i in (0, 5, 6)] == [0, 5, 3]
     declare(empty, train={"table": "imgs.npz", "image": "{key}"})
-    assert refused() == (
+    assert error_line() == (
         "data/raw/imgs.npz: holds arr_0 (6, 16, 16); columns are arrays of one dimension and of the same length"
     )
 
@@ -171,7 +171,7 @@ def test_other_peoples_tables_have_other_names(empty: Path) -> None:
     assert (table.heads[0].classes, table.frame["target.label"].iloc[-1]) == (("a", "b"), 1)
     assert table.frame["images"].iloc[-1].tolist() == ["7.png"]
     declare(empty, extra=[{"table": "old.csv", "image": "{id}.png", "columns": {"id": "nmae"}}])
-    assert refused() == (
+    assert error_line() == (
         "configs/competition.yaml:1: extra.columns: data/raw/old.csv:1 has no column 'nmae'; did you mean 'name'?"
     )
 

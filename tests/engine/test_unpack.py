@@ -189,7 +189,7 @@ BROKEN: dict[str, Build] = {
     ),
     "tar cut": changed(tar_of("a", suffix=".tar.gz", mode="w:gz"), lambda data: data[:40]),
     "gz cut": raw("a.csv.gz", gzip.compress(os.urandom(5000))[:3000]),
-    "no zip at all": raw("a.zip", b"<html>please log in</html>"),
+    "not a zip": raw("a.zip", b"<html>please log in</html>"),
     "empty": raw("a.zip", b""),
     "7z bit": changed(seven("a"), lambda data: data[:33] + bytes([data[33] ^ 1]) + data[34:]),
 }

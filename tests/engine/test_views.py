@@ -1,4 +1,4 @@
-"""Recipes as views: the same draw of a picture whatever stands beside it, averaged for every kind of task."""
+"""Recipes as TTA views: the draw depends on the image alone, and views are averaged for every task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images(count: int = 5, side: int = 24) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["light", "medium", "fast", "resident"])
-def test_a_draw_follows_from_the_picture_alone(name: str) -> None:
+def test_a_draw_depends_on_the_image_alone(name: str) -> None:
     x = images()
     first, second = views.views([name, f"{name}2"])
     whole = first(x)
@@ -51,7 +51,7 @@ def test_a_view_named_twice_is_refused() -> None:
     assert (caught.value.code, caught.value.key) == ("view-twice", "predict.tta")
 
 
-def test_a_recipe_of_ones_own_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_recipe_is_a_view(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = lambda size: transforms.Recipe([cv2_ops.random_rotate90()])  # noqa: E731
     monkeypatch.setattr(competition, "recipe", turns, raising=False)
     x = images(1)
@@ -79,7 +79,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
     declared.write_text(text.replace("metric: accuracy", f"metric: {metric}"))
     torch.manual_seed(0)
     views = ["identity", "hflip", "crop_top_left", "light2"]
-    said = {}
+    predicted = {}
     for names in [views, *([name] for name in views)]:
         cfg = config(f"predict.tta=[{','.join(names)}]", "machine.num_workers=0", "machine.progress=false")
         context = loading.load_context(cfg)
@@ -88,7 +88,7 @@ def test_views_are_averaged_for_every_task(project: Path, task: str) -> None:
             models.save_weights(models.build(cfg, context.samples.heads, False, context.loader), weights)
         head = context.samples.heads[0]
         stored, _ = predict.predict(context, weights, context.samples.positions("test")[:7])
-        said[",".join(names)] = head.spec.to_probability(stored[head.name].astype(np.float64))
-    mean = np.mean([said[name] for name in views], axis=0)
-    assert said[",".join(views)] == pytest.approx(mean, abs=1e-5)
-    assert not np.allclose(said["identity"], said["light2"], atol=1e-5)
+        predicted[",".join(names)] = head.spec.to_probability(stored[head.name].astype(np.float64))
+    mean = np.mean([predicted[name] for name in views], axis=0)
+    assert predicted[",".join(views)] == pytest.approx(mean, abs=1e-5)
+    assert not np.allclose(predicted["identity"], predicted["light2"], atol=1e-5)

@@ -1,4 +1,4 @@
-"""data.bit_depth: 16 bit files and arrays come whole through decoder, cache, loader and views."""
+"""data.bit_depth: 16 bit files and arrays lose nothing in decoder, cache, loader and views."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved(array: Any) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_a_16_bit_file_stays_whole(suffix: str) -> None:
+def test_a_16_bit_file_keeps_its_values(suffix: str) -> None:
     data = encoded(suffix, DEEP[:, :, ::-1])
     found = decode.decode(data, None, "stretch", 3, "x", numbers(16))
     assert found.dtype == np.uint16 and np.array_equal(found, DEEP)
@@ -80,7 +80,7 @@ def test_bands_of_a_tiff_are_channels() -> None:
         decode.decode(data[: len(data) // 2], None, "stretch", 13, "x")
 
 
-def test_arrays_stay_whole() -> None:
+def test_arrays_keep_their_values() -> None:
     deep = decode.decode(saved(DEEP), None, "stretch", 3, "x", numbers(16))
     assert deep.dtype == np.uint16 and np.array_equal(deep, DEEP)
     values = np.random.default_rng(0).normal(0, 3, (24, 24, 3)).astype(np.float32)
@@ -93,14 +93,14 @@ def test_arrays_stay_whole() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 40])
-@pytest.mark.parametrize("fit", ["stretch", "cover", "contain"])
-def test_all_depths_agree(size: int, fit: Any) -> None:
-    """An 8 bit file is the same picture in every depth, resized as finely as the depth allows."""
+@pytest.mark.parametrize("resize", ["stretch", "cover", "contain"])
+def test_all_depths_agree(size: int, resize: Any) -> None:
+    """An 8 bit file is the same image at every depth, resized with the precision of the depth."""
     image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 24, 3), np.uint8), (5, 5), 0)
     data = encoded(".png", image)
-    coarse = decode.decode(data, size, fit, 3, "x")
-    fine = decode.decode(data, size, fit, 3, "x", numbers(16)) / 257
-    real = decode.decode(data, size, fit, 3, "x", numbers(32))
+    coarse = decode.decode(data, size, resize, 3, "x")
+    fine = decode.decode(data, size, resize, 3, "x", numbers(16)) / 257
+    real = decode.decode(data, size, resize, 3, "x", numbers(32))
     assert coarse.shape == fine.shape == real.shape
     assert np.abs(fine - coarse).max() < 1.6 and np.abs(np.clip(real, 0, 255) - fine).max() < 0.02
 
@@ -132,7 +132,7 @@ def test_cached_and_direct_are_the_same(empty: Path) -> None:
     )
 
 
-def test_the_network_sees_both_bytes(empty: Path) -> None:
+def test_the_model_gets_both_bytes(empty: Path) -> None:
     cfg, names = deep_project(empty, 16)
     image = image_reader.from_config(cfg).image(names[0])
     seen = transforms.Preprocess(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
@@ -144,12 +144,12 @@ def test_the_network_sees_both_bytes(empty: Path) -> None:
         assert view(turned).dtype == torch.uint16
 
 
-def test_people_see_8_bits() -> None:
+def test_plots_have_8_bits() -> None:
     assert np.array_equal(arrays.to_uint8(DEEP), np.rint(DEEP / 257).astype(np.uint8))
     assert arrays.to_uint8(np.array([-3.0, 7.4, 300.0], np.float32)).tolist() == [0, 7, 255]
 
 
-def test_what_works_on_8_bits_is_refused(empty: Path) -> None:
+def test_an_8_bit_op_is_refused(empty: Path) -> None:
     cfg = config("data.bit_depth=16", "augment=medium", experiment="base")
     with pytest.raises(UserError, match=r"16 bits, and RandomResizedCrop of augment.recipe medium") as caught:
         transforms.epoch_recipe(cfg, transforms.epoch_augments(cfg)[0])
@@ -190,7 +190,7 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
 
 @pytest.mark.parametrize("channels", [5, 7])
 def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: int) -> None:
-    """comp augment, the pictures that a run notes beside its numbers, and comp explain."""
+    """comp augment, the images that a run logs, and comp explain."""
     file = project / "configs" / "competition.yaml"
     planes = "+".join(["train/{id}.png"] * channels)
     file.write_text(
@@ -217,7 +217,7 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
     assert (paths.run_folder("exp003") / "explain.png").exists()
 
 
-def test_channels_in_colour() -> None:
+def test_channels_to_rgb() -> None:
     seven = np.arange(2 * 2 * 7, dtype=np.uint8).reshape(2, 2, 7)
     assert np.array_equal(drawings.to_rgb(seven), seven[:, :, :3])
     for few in (1, 2):

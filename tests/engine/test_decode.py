@@ -1,4 +1,4 @@
-"""One decoder for every path: whole pictures by the same rules, or an error that names the file."""
+"""The decoder: complete images by the same rules for every format, or an error with the file."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 LENIENT = decode.arrays.PixelFormat(lenient=True)
-PICTURE = photograph(90, 120)
-COLOUR = Image.fromarray(PICTURE)
+IMAGE = photograph(90, 120)
+COLOUR = Image.fromarray(IMAGE)
 GREY = COLOUR.convert("L")
-DEEP = (PICTURE[:, :, 0].astype(np.uint16) << 8) + 77  # the low byte is not lost by rounding up
+DEEP = (IMAGE[:, :, 0].astype(np.uint16) << 8) + 77  # the low byte is not lost by rounding up
 PALETTE = COLOUR.quantize(64)
-TURNED = COLOUR.rotate(90, expand=True)
+ROTATED = COLOUR.rotate(90, expand=True)
 
 # kind -> (bytes, the pixels that must come back; None where the kind loses some)
 KINDS: dict[str, tuple[bytes, Pixels | None]] = {
@@ -58,28 +58,28 @@ KINDS: dict[str, tuple[bytes, Pixels | None]] = {
     "jpeg 4:4:4": (encoded(COLOUR, "JPEG", subsampling=0), None),
     "jpeg grey": (encoded(GREY, "JPEG"), None),
     "jpeg cmyk": (encoded(COLOUR.convert("CMYK"), "JPEG", quality=95), None),
-    "jpeg restarts": (cv2.imencode(".jpg", PICTURE[:, :, ::-1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 4])[1].tobytes(), None),
+    "jpeg restarts": (cv2.imencode(".jpg", IMAGE[:, :, ::-1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 4])[1].tobytes(), None),
     "jpeg thumbnail": (b"\xff\xd8\xff\xe1\x00\x0aExif\0\0\xff\xd9" + encoded(COLOUR, "JPEG", quality=95)[2:], None),
-    "png": (encoded(COLOUR, "PNG"), PICTURE),
+    "png": (encoded(COLOUR, "PNG"), IMAGE),
     "png grey": (encoded(GREY, "PNG"), np.asarray(GREY)),
     "png 1 bit": (encoded(GREY.convert("1"), "PNG"), np.asarray(GREY.convert("1")) * np.uint8(255)),
     "png palette": (encoded(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB"))),
-    "png alpha": (encoded(Image.fromarray(np.dstack([PICTURE, PICTURE[:, :, 1]])), "PNG"), PICTURE),
+    "png alpha": (encoded(Image.fromarray(np.dstack([IMAGE, IMAGE[:, :, 1]])), "PNG"), IMAGE),
     "png grey alpha": (encoded(Image.merge("LA", [GREY, GREY]), "PNG"), np.asarray(GREY)),
-    "png 16 bit": (cv2.imencode(".png", DEEP)[1].tobytes(), PICTURE[:, :, 0]),
+    "png 16 bit": (cv2.imencode(".png", DEEP)[1].tobytes(), IMAGE[:, :, 0]),
     "png 16 bit colour": (cv2.imencode(".png", np.dstack([DEEP, DEEP // 2, DEEP // 3]))[1].tobytes(),
                           (np.dstack([DEEP // 3, DEEP // 2, DEEP]) >> 8).astype(np.uint8)),
     "gif": (encoded(PALETTE, "GIF"), np.asarray(PALETTE.convert("RGB"))),
     "gif of frames": (encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), np.asarray(PALETTE.convert("RGB"))),
     "webp": (encoded(COLOUR, "WEBP", quality=95), None),
-    "webp lossless": (encoded(COLOUR, "WEBP", lossless=True), PICTURE),
-    "webp of frames": (encoded(COLOUR, "WEBP", lossless=True, save_all=True, append_images=[TURNED.resize(COLOUR.size)]), PICTURE),
-    "tiff": (encoded(COLOUR, "TIFF"), PICTURE),
-    "tiff lzw": (encoded(COLOUR, "TIFF", compression="tiff_lzw"), PICTURE),
-    "tiff 16 bit": (cv2.imencode(".tiff", DEEP)[1].tobytes(), PICTURE[:, :, 0]),
-    "tiff of pages": (encoded(COLOUR, "TIFF", save_all=True, append_images=[TURNED]), PICTURE),
-    "bmp": (encoded(COLOUR, "BMP"), PICTURE),
-    "ppm": (encoded(COLOUR, "PPM"), PICTURE),
+    "webp lossless": (encoded(COLOUR, "WEBP", lossless=True), IMAGE),
+    "webp of frames": (encoded(COLOUR, "WEBP", lossless=True, save_all=True, append_images=[ROTATED.resize(COLOUR.size)]), IMAGE),
+    "tiff": (encoded(COLOUR, "TIFF"), IMAGE),
+    "tiff lzw": (encoded(COLOUR, "TIFF", compression="tiff_lzw"), IMAGE),
+    "tiff 16 bit": (cv2.imencode(".tiff", DEEP)[1].tobytes(), IMAGE[:, :, 0]),
+    "tiff of pages": (encoded(COLOUR, "TIFF", save_all=True, append_images=[ROTATED]), IMAGE),
+    "bmp": (encoded(COLOUR, "BMP"), IMAGE),
+    "ppm": (encoded(COLOUR, "PPM"), IMAGE),
 }  # fmt: skip
 
 
@@ -93,13 +93,13 @@ def away(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_pixels_that_were_put_in(kind: str) -> None:
+def test_every_format_gives_the_pixels_that_were_encoded(kind: str) -> None:
     data, expected = KINDS[kind]
     image = whole(data)
     assert image.dtype == np.uint8 and image.flags.c_contiguous
     if expected is None:
         grey = np.repeat(np.asarray(GREY)[:, :, None], 3, 2)
-        assert away(image, grey if "grey" in kind else PICTURE) < 4
+        assert away(image, grey if "grey" in kind else IMAGE) < 4
     else:
         assert np.array_equal(image, np.broadcast_to(expected.reshape(90, 120, -1), (90, 120, 3)))
     assert away(whole(data, 1)[:, :, 0], cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) < 1
@@ -111,25 +111,25 @@ def test_a_cut_file_is_damaged_wherever_it_is_cut(kind: str) -> None:
     random = np.random.default_rng(len(data))
     last = (
         len(KINDS["tiff"][0]) if kind == "tiff of pages" else len(data)
-    )  # a whole first page is a whole picture
+    )  # a complete first page is a complete image
     cuts = {*random.integers(1, last, 60).tolist(), 1, 2, 3, 8, last - 3, last - 2, last - 1}
     for cut in sorted(cuts):
         for size in (None, 32):
             with pytest.raises(DamagedImage, match=r"^some/file.jpg: "):
                 decode.decode(data[:cut], size, "stretch", 3, "some/file.jpg")
-                pytest.fail(f"{kind} cut after {cut} of {len(data)} bytes gave a picture at size {size}")
-    assert whole(data + b"\0" * 20).shape == (90, 120, 3), "what follows the end of a file is no damage"
+                pytest.fail(f"{kind} cut after {cut} of {len(data)} bytes gave an image at size {size}")
+    assert whole(data + b"\0" * 20).shape == (90, 120, 3), "bytes after the end of a file are no damage"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.split()[0] in ("jpeg", "png", "gif")])
-def test_a_broken_download_with_zeros_for_the_rest_is_damaged(kind: str) -> None:
+def test_a_file_filled_up_with_zeros_is_damaged(kind: str) -> None:
     data, _ = KINDS[kind]
     for share in (0.2, 0.5, 0.9, 0.99):
         cut = data[: int(len(data) * share)]
         for size in (None, 32):
             with pytest.raises(DamagedImage):
                 decode.decode(cut + bytes(len(data) - len(cut)), size, "stretch", 3, "x")
-                pytest.fail(f"{share} of a {kind} gave a picture at size {size}")
+                pytest.fail(f"{share} of a {kind} gave an image at size {size}")
 
 
 def test_a_flipped_bit_of_a_png_is_noticed_by_its_checksum() -> None:
@@ -156,7 +156,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-NO_PICTURE = {
+NO_IMAGE = {
     "empty": (b"", "empty"),
     "text": (b"<html>404 not found</html>", "no image"),
     "zip": (b"PK\x03\x04" + bytes(range(200)), "no image"),
@@ -172,9 +172,9 @@ NO_PICTURE = {
 }
 
 
-@pytest.mark.parametrize("what", NO_PICTURE)
-def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
-    data, reason = NO_PICTURE[what]
+@pytest.mark.parametrize("what", NO_IMAGE)
+def test_a_file_that_is_no_image_is_reported_with_the_reason(what: str) -> None:
+    data, reason = NO_IMAGE[what]
     with pytest.raises(DamagedImage, match=f"^train/7.jpg: .*{reason}") as caught:
         decode.decode(data, 224, "cover", 3, "train/7.jpg")
     again = pickle.loads(pickle.dumps(caught.value))
@@ -186,22 +186,20 @@ def test_what_is_no_picture_is_named_with_its_reason(what: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_kind_is_decoded_beyond_the_largest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_format_is_decoded_beyond_the_largest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LARGEST", 90 * 120 - 1)
     with pytest.raises(DamagedImage, match="120 x 90 px are too many"):
         decode.decode(KINDS[kind][0], 8, "stretch", 3, "x")
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Any) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Any) -> None:
     with pytest.raises(DamagedImage, match=r"^train/7.jpg: no such file"):
         decode.read(tmp_path / "7.jpg", "train/7.jpg")
     with pytest.raises(DamagedImage, match=r"^train: is a directory"):
         decode.read(tmp_path, "train")
 
 
-TURNS: dict[
-    int, Callable[[Pixels], Pixels]
-] = {  # by EXIF's number, from the picture as it lies to the picture upright
+ROTATIONS: dict[int, Callable[[Pixels], Pixels]] = {  # by EXIF number, from the stored to the upright image
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -213,20 +211,20 @@ TURNS: dict[
 }
 
 
-@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("orientation", ROTATIONS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_turns_every_kind_by_the_same_rule(
+def test_exif_rotates_every_format_by_the_same_rule(
     kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
     straight, turned = encoded(COLOUR, kind, **options), encoded(COLOUR, kind, exif=exif, **options)
-    expected = TURNS[orientation](whole(straight))
+    expected = ROTATIONS[orientation](whole(straight))
     assert np.array_equal(whole(turned), expected) and whole(turned).flags.c_contiguous
-    for fit in get_args(Resize):
-        small = decode.decode(turned, 24, fit, 3, "x")
-        assert away(small, TURNS[orientation](decode.decode(straight, 24, fit, 3, "x"))) < 0.5
+    for resize in get_args(Resize):
+        small = decode.decode(turned, 24, resize, 3, "x")
+        assert away(small, ROTATIONS[orientation](decode.decode(straight, 24, resize, 3, "x"))) < 0.5
     monkeypatch.setattr(decode, "simplejpeg", None)
     assert np.array_equal(decode.decode(turned, None, "stretch", 3, "x", LENIENT), expected)
 
@@ -235,7 +233,7 @@ SHAPES = [(640, 640), (480, 640), (427, 639), (333, 500), (1001, 257)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_reduced_jpeg_is_as_good_as_a_full_decode_and_area(shape: tuple[int, int]) -> None:
+def test_a_reduced_jpeg_is_close_to_a_full_decode_and_area_averaging(shape: tuple[int, int]) -> None:
     data = encoded(Image.fromarray(photograph(*shape)), "JPEG", quality=90)
     full, scaled = whole(data), 0
     for size in (24, 40, 64, 80, 100, 128, 160, 200, 224, 240):
@@ -250,7 +248,7 @@ def test_a_reduced_jpeg_is_as_good_as_a_full_decode_and_area(shape: tuple[int, i
 def test_the_pixels_are_the_same_with_and_without_simplejpeg(
     shape: tuple[int, int], channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a JPEG is taken by a lenient declaration only."""
+    """Without it JPEGs are accepted with competition.pixels.lenient only."""
     pytest.importorskip("simplejpeg")
     image = Image.fromarray(photograph(*shape))
     options = (
@@ -261,8 +259,10 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
         {"keep_rgb": True},
     )
     files = [encoded(image, "JPEG", **each) for each in options] + [encoded(image.convert("L"), "JPEG")]
-    cases = [(data, size, fit) for data in files for size in (None, 8, 56, 100) for fit in get_args(Resize)]
-    fast = [decode.decode(data, size, fit, channels, "x") for data, size, fit in cases]
+    cases = [
+        (data, size, resize) for data in files for size in (None, 8, 56, 100) for resize in get_args(Resize)
+    ]
+    fast = [decode.decode(data, size, resize, channels, "x") for data, size, resize in cases]
     monkeypatch.setattr(decode, "simplejpeg", None)
     for case, picture_with in zip(cases, fast, strict=True):
         without = decode.decode(case[0], case[1], case[2], channels, "x", LENIENT)
@@ -271,21 +271,23 @@ def test_the_pixels_are_the_same_with_and_without_simplejpeg(
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "jpeg cmyk"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_fits(kind: str, channels: int) -> None:
+def test_resize(kind: str, channels: int) -> None:
     data = KINDS[kind][0]  # 90 x 120
     for size in (8, 30, 45, 90, 200):
-        shapes = {fit: decode.decode(data, size, fit, channels, "x").shape for fit in get_args(Resize)}
+        shapes = {
+            resize: decode.decode(data, size, resize, channels, "x").shape for resize in get_args(Resize)
+        }
         assert shapes == {
             "stretch": (size, size, channels),
             "cover": (size, round(size * 120 / 90), channels),
             "contain": (size, size, channels),
         }
     padded = decode.decode(data, 60, "contain", channels, "x")
-    assert not padded[:7].any() and not padded[53:].any(), "45 of 60 rows hold the picture, the rest is black"
+    assert not padded[:7].any() and not padded[53:].any(), "45 of 60 rows hold the image, the rest is black"
     assert padded[8:52].mean((1, 2)).min() > 20
 
 
-def test_growing_is_smooth_and_keeps_what_was_there() -> None:
+def test_enlarging_is_smooth_and_keeps_the_content() -> None:
     ramp = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[None], 16, 0)
     data = encoded(Image.fromarray(ramp), "PNG")
     large = decode.decode(data, 128, "stretch", 1, "x")[:, :, 0].astype(int)
@@ -296,7 +298,7 @@ def test_growing_is_smooth_and_keeps_what_was_there() -> None:
     )
 
 
-def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
+def test_a_jpeg_that_only_a_lenient_decoder_accepts() -> None:
     data = KINDS["jpeg"][0]
     scan = data.index(b"\xff\xda")
     odd = data[:scan] + b"\x12\x34\x56" + data[scan:]  # left behind by some cameras
@@ -312,10 +314,10 @@ def test_a_jpeg_that_only_a_lenient_decoder_takes() -> None:
 
 
 def test_a_wrong_suffix_does_not_matter() -> None:
-    assert np.array_equal(decode.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), PICTURE)
+    assert np.array_equal(decode.decode(KINDS["png"][0], None, "stretch", 3, "really.jpg"), IMAGE)
 
 
-def test_mutated_files_give_a_picture_or_a_reason_and_nothing_else() -> None:
+def test_mutated_files_give_an_image_or_a_reason() -> None:
     random = np.random.default_rng(3)
     for kind, (data, _) in KINDS.items():
         for _ in range(12):

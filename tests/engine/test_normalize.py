@@ -1,4 +1,4 @@
-"""data.normalize and data.whiten: what they do to pictures, and that only the training part of a fold has a say."""
+"""data.normalize and data.whiten: their effect on images, with statistics of the training rows of a fold alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
-    """The training part as the network gets it."""
+    """The training rows as model input."""
     table = samples.load()
     loader = data_loader.Loader(cfg, table, CPU)
     module = models.build(cfg, table.heads, pretrained=False)
@@ -37,7 +37,7 @@ def seen_of(cfg: Config, rows: Positions) -> torch.Tensor:
 
 
 def noisy(project: Path) -> Positions:
-    """Pictures that fill every direction: digits under noise, 12 px."""
+    """Images of full rank: digits with noise, 12 px."""
     table = samples.load()
     rows = table.positions("train")[:600]
     draw = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def noisy(project: Path) -> Positions:
 
 
 @pytest.mark.parametrize("kind", ["pca", "zca"])
-def test_the_covariance_of_whitened_training_pictures_is_the_identity(project: Path, kind: str) -> None:
+def test_the_covariance_of_whitened_training_images_is_the_identity(project: Path, kind: str) -> None:
     rows = noisy(project)
     cfg = config(*TINY, "data.size=8", f"data.whiten={kind}", "data.whiten_eps=1e-7", "data.normalize=data")
     flat = seen_of(cfg, rows).flatten(1).double()
@@ -59,10 +59,10 @@ def test_the_covariance_of_whitened_training_pictures_is_the_identity(project: P
     assert torch.allclose(flat.T @ flat / len(flat), torch.eye(64, dtype=torch.float64), atol=1e-3)
     plain = seen_of(config(*TINY, "data.size=8", "data.normalize=data"), rows).flatten(1).double()
     likeness = (plain * flat).sum() / (plain.norm() * flat.norm())
-    assert (likeness > 0.7) == (kind == "zca"), "zca stays near the picture, pca does not"
+    assert (likeness > 0.7) == (kind == "zca"), "zca stays close to the image, pca does not"
 
 
-def test_what_each_normalising_does(project: Path) -> None:
+def test_each_kind_of_normalization(project: Path) -> None:
     rows = samples.load().positions("train")[:200]
     as_data = seen_of(config(*TINY, "data.normalize=data"), rows)
     assert abs(float(as_data.mean())) < 1e-4 and abs(float(as_data.std()) - 1) < 1e-3
@@ -74,10 +74,10 @@ def test_what_each_normalising_does(project: Path) -> None:
     assert torch.allclose(by_model, (raw - 0.5) / 0.5, atol=1e-6)  # what test_resnet was made for
 
 
-def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
-    """And the numbers are in the weights: inference and the kernel have no other."""
+def test_an_outlier_among_the_validation_rows_has_no_effect(project: Path) -> None:
+    """The statistics are in the weights, for inference and the kernel."""
     table = samples.load()
-    taught, scored = folds.load(table).split(0)
+    train_rows, scored = folds.load(table).split(0)
     run = [
         *TINY,
         "train.epochs=1",
@@ -104,30 +104,30 @@ def test_an_outlier_in_the_validation_part_does_not_show(project: Path) -> None:
     plant(np.concatenate([scored[:3], table.positions("test")[:3]]))
     after = numbers("after")
     assert all(torch.equal(before[key], after[key]) for key in before)
-    plant(taught[:3])
+    plant(train_rows[:3])
     assert not any(torch.equal(before[key], value) for key, value in numbers("taught").items())
-    said = bank.read(paths.fold_folder("before", 0, 0) / "oof.arrow", table, folds.load(table))
-    assert said.predicted.all()
+    stored = bank.read(paths.fold_folder("before", 0, 0) / "oof.arrow", table, folds.load(table))
+    assert stored.predicted.all()
 
 
-def test_whitening_is_for_small_pictures(empty: Path) -> None:
+def test_whitening_is_for_small_images(empty: Path) -> None:
     for overrides in (["data.size=96"], ["augment.progressive_sizes=[16,32]"]):
         with pytest.raises(UserError, match=r"data.whiten"):
             config("data.whiten=zca", *overrides)
 
 
-def test_rows_of_pixels_give_what_single_pixels_give() -> None:
-    """The channels lie innermost as a loader has them, or outermost; flipped and turned."""
+def test_normalizing_rows_of_pixels_gives_the_same_bits() -> None:
+    """Channels last as from the loader, or channels first; flipped and rotated."""
     mean, std = (
         torch.tensor([124.0, 116.0, 104.0])[:, None, None],
         torch.tensor([58.0, 57.0, 56.0])[:, None, None],
     )
     inner = torch.rand(2, 5, 7, 3).permute(0, 3, 1, 2) * 255
     for x in (inner, inner.contiguous(), inner.flip(3), inner.transpose(2, 3), inner[:, :1]):
-        kept = x.clone()
+        copied = x.clone()
         channels = x.shape[1]
         made = normalize.Normalize(mean[:channels], std[:channels])(x)
-        assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, kept)
+        assert torch.equal(made, (x - mean[:channels]) / std[:channels]) and torch.equal(x, copied)
         assert torch.equal(normalize.Normalize(mean[:1], std[:1])(x), (x - mean[:1]) / std[:1]), (
             "one for all channels"
         )
