@@ -313,7 +313,7 @@ LOCKING = {
     "comp/engine/deliver/push.py": ["kernel"],
     "comp/engine/deliver/rehearse.py": ["kernel"],
     "comp/engine/deliver/submit.py": ["submit"],
-    "comp/engine/extras/tta_search.py": ["tta"],
+    "comp/engine/extras/tta_views.py": ["tta"],
     "comp/engine/ensemble/blend.py": ["ensemble"],
     "comp/engine/run/fingerprint.py": ["train", "tune", "seed-noise", "compare"],
     "comp/engine/run/execute.py": ["train", "tune", "seed-noise", "compare"],

@@ -57,7 +57,7 @@ def label(
     soft: bool = False,
     weight: float = 1.0,
 ) -> None:
-    """comp pseudo"""
+    """comp pseudo: the options of `Selection`; `table` is the name of the table, default: `source`."""
     write(source, table or source, Selection(confidence, share, soft, weight))
 
 
