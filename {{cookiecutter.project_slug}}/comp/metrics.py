@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from comp.engine import pages
 from comp.engine.bank import metric_formulas
 from comp.engine.bank.metric import Metric, Needs
 from comp.engine.errors import UserError
@@ -106,7 +107,18 @@ def nearest(name: str, count: int = 3) -> list[str]:
 
 
 def find(name: str) -> Metric:
-    """The metric of METRICS with this name; map@k and accuracy@k with any k."""
+    """The metric of METRICS with this name; map@k and accuracy@k with any k; `metric`: the function of this
+    name in comp/competition.py."""
+    if name == "metric":
+        function = pages.get("metric")
+        if function is None:
+            raise UserError(
+                "metric-missing",
+                key=name,
+                what="comp/competition.py defines no function named metric",
+                remedy="define it, or name a metric of comp/metrics.py",
+            )
+        return custom(function)
     stem, _, k = name.partition("@")
     if name in METRICS:
         return METRICS[name]

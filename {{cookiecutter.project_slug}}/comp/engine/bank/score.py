@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp import metrics
-from comp.engine import pages
 from comp.engine.bank import nested_cv, thresholds
 from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
@@ -71,19 +70,11 @@ def check_metric(cfg: Config) -> list[UserError]:
 
 
 def _find(name: str, task: str) -> Metric:
-    if name == "metric":
-        function = pages.get("metric")
-        if function is None:
-            raise UserError(
-                "metric-missing",
-                **METRIC_KNOB,
-                what="comp/competition.py defines no function named metric",
-                remedy="define it, or name a metric of comp/metrics.py",
-            )
-        return metrics.custom(function)
     try:
         metric = metrics.find(name)
     except UserError as error:
+        if error.where:  # in comp/competition.py
+            raise
         raise UserError(
             error.code, **METRIC_KNOB, what=f"{name}: {error.what}", remedy=error.remedy
         ) from None

@@ -70,11 +70,11 @@ def _fit_slope_and_shift(stored: Array, truth: NDArray[Any], head: Head, shifted
         return float(value) / len(target), gradient / len(target)
 
     start = np.append(1.0, np.zeros(width if shifted else 0))
-    found = minimize(
+    solution = minimize(
         loss, start, jac=True, method="L-BFGS-B", bounds=[(0.01, 20.0)] + [(-20, 20)] * (len(start) - 1)
     ).x
-    shift = (found[1:] - (found[1:].mean() if exclusive else 0)).tolist() if shifted else [0.0] * width
-    return {"kind": "scaled", "slope": float(found[0]), "shift": shift}
+    shift = (solution[1:] - (solution[1:].mean() if exclusive else 0)).tolist() if shifted else [0.0] * width
+    return {"kind": "scaled", "slope": float(solution[0]), "shift": shift}
 
 
 # --- isotonic -----------------------------------------------------------------------------------------------
@@ -136,7 +136,6 @@ FITS: dict[str, Fit] = {
     "isotonic": _isotonic,
     "thresholds": _thresholds,
 }
-APPLY: dict[str, Callable[[Mapping[str, Any], Array, Head], Array]] = {}
 
 
 def not_applicable(name: str, head: Head, metric: Metric, truth: NDArray[Any]) -> str:
@@ -211,4 +210,8 @@ def _mapped(step: Mapping[str, Any], stored: Array, head: Head) -> Array:
     return log_softmax(out) if head.exclusive else out
 
 
-APPLY |= {"scaled": _scaled, "isotonic": _interpolated, "mapped": _mapped}
+APPLY: dict[str, Callable[[Mapping[str, Any], Array, Head], Array]] = {
+    "scaled": _scaled,
+    "isotonic": _interpolated,
+    "mapped": _mapped,
+}

@@ -71,19 +71,17 @@ def compare(
         scores = [scorer(np.ones(count, np.int64)) for scorer in scorers]
     except MetricUndefined as error:
         return {"interval": None, "against": {}, "undefined_interval": str(error)}
-    low, high = np.quantile(resampled[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    interval = _interval(resampled[0])
+    test_rows = len(set(samples.frame["row"].to_numpy()[samples.positions("test")]))
+    factor = interval_widening(count, test_rows)
+    lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)
+    interval["on_test"] = {  # clipped to the range of the metric
+        "low": max(float(lowest), scores[0] - factor * (scores[0] - interval["low"])),
+        "high": min(float(highest), scores[0] + factor * (interval["high"] - scores[0])),
+    }
     against = {}
     for name, own, drawn in zip(others, scores[1:], resampled[1:], strict=True):
-        gains = sign * (resampled[0] - drawn)
-        low_gain, high_gain = (float(q) for q in np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        pair = nested_cv.Paired(
-            sign * (scores[0] - own),
-            float(gains.std(ddof=1)),
-            float(np.mean(gains > 0) + np.mean(gains == 0) / 2),
-            low_gain,
-            high_gain,
-            len(gains),
-        )
+        pair = _pair(sign * (scores[0] - own), sign * (resampled[0] - drawn))
         against[name] = {
             **{
                 key: getattr(pair, key)
@@ -91,21 +89,19 @@ def compare(
             },
             "text": str(pair),
         }
-    test_rows = len(set(samples.frame["row"].to_numpy()[samples.positions("test")]))
-    factor = interval_widening(count, test_rows)
-    lowest, highest = np.mean([[metric.low, metric.high] for metric in metrics], axis=0)
-    on_test = {  # clipped to the range of the metric
-        "low": max(float(lowest), scores[0] - factor * (scores[0] - float(low))),
-        "high": min(float(highest), scores[0] + factor * (float(high) - scores[0])),
-    }
-    interval = {
-        "on_test": on_test,
-        "low": float(low),
-        "high": float(high),
-        "level": LEVEL,
-        "error": float(resampled[0].std(ddof=1)),
-    }
     return {"interval": interval, "against": against}
+
+
+def _interval(resampled: NDArray[np.float64]) -> dict[str, Any]:
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"low": float(low), "high": float(high), "level": LEVEL, "error": float(resampled.std(ddof=1))}
+
+
+def _pair(difference: float, gains: NDArray[np.float64]) -> nested_cv.Paired:
+    """gains: of each resample."""
+    low, high = (float(q) for q in np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    share = float(np.mean(gains > 0) + np.mean(gains == 0) / 2)
+    return nested_cv.Paired(difference, float(gains.std(ddof=1)), share, low, high, len(gains))
 
 
 def interval_widening(rows: int, test_rows: int) -> float:

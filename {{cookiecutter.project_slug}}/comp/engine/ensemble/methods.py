@@ -118,15 +118,15 @@ def _weights(blend: Blend, data: TrainingData, budget: weight_search.Budget) -> 
         return SEARCHES[blend.method](blend, subset, own_budget)
 
     bags = blend.bags or 1
-    found = weight_search.bagged(search, len(data.parts), data.fold, bags, blend.bag_of or "members")
+    weights = weight_search.bagged(search, len(data.parts), data.fold, bags, blend.bag_of or "members")
     seconds = np.asarray(budget.seconds)
-    if seconds[found != 0].sum() > budget.ceiling:
+    if seconds[weights != 0].sum() > budget.ceiling:
         # Bags differ in their members: keep those with the largest weights that fit into the budget together.
-        fits = np.zeros(len(found), bool)
-        for i in np.argsort(-np.abs(found), kind="stable"):
-            fits[i] = found[i] != 0 and seconds[fits].sum() + budget.seconds[i] <= budget.ceiling
-        found = np.where(fits, found, 0.0)
-    return found / found.sum()
+        fits = np.zeros(len(weights), bool)
+        for i in np.argsort(-np.abs(weights), kind="stable"):
+            fits[i] = weights[i] != 0 and seconds[fits].sum() + budget.seconds[i] <= budget.ceiling
+        weights = np.where(fits, weights, 0.0)
+    return weights / weights.sum()
 
 
 def _scorer(blend: Blend, data: TrainingData) -> tuple[fast_metrics.FastScorer, list[NDArray[np.float32]]]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.engine.bank import score
 from comp.engine.bank.predictions import PredictionSet, merge
 from comp.engine.ensemble import blend, blend_config, fit, members, report
 from comp.engine.ensemble.blend_config import BlendConfig
@@ -104,7 +103,7 @@ def waterfall(
         if shares is None or None in shares or abs(sum(shares)) < 1e-9:
             shares = None
         merged = merge([oof[i] for i in used], setup.samples, setup.folds, space, shares)
-        scores.append(score.evaluate(setup.cfg, setup.samples, setup.folds, merged)["oof"] or np.nan)
+        scores.append(report.oof_score(setup, merged) or np.nan)
     figure, axes = plots.new_figure(max(5.0, 0.4 * len(order) + 3), 4.5)
     sign = 1 if record["direction"] == "max" else -1
     before = [scores[0], *scores[:-1]]
@@ -171,8 +170,8 @@ def optimism(
 
 def _score(setup: Setup, like: PredictionSet, heads: dict[str, NDArray[Any]]) -> float:
     predictions = PredictionSet(like.row, like.fold, heads, like.meta)
-    found = score.evaluate(setup.cfg, setup.samples, setup.folds, predictions)["oof"]
-    return np.nan if found is None else float(found)
+    oof = report.oof_score(setup, predictions)
+    return np.nan if oof is None else oof
 
 
 def log_to_wandb(name: str, setup: Setup, files: dict[str, Path], record: Any) -> None:

@@ -30,6 +30,12 @@ def write_score(
     return score.write(folder, setup.cfg, setup.samples, setup.folds, blended, **facts)
 
 
+def oof_score(setup: Setup, predictions: PredictionSet) -> float | None:
+    """The score over all OOF rows; None if it is undefined."""
+    oof: float | None = score.evaluate(setup.cfg, setup.samples, setup.folds, predictions)["oof"]
+    return oof
+
+
 def _facts(
     setup: Setup,
     config: BlendConfig,
@@ -53,7 +59,7 @@ def _facts(
     in_sample = None
     if fitted.in_sample is not None:
         set_in_sample = PredictionSet(blended.row, blended.fold, fitted.in_sample, blended.meta)
-        in_sample = score.evaluate(*tables, set_in_sample)["oof"]
+        in_sample = oof_score(setup, set_in_sample)
     others, scores = {}, {}
     sign = score.metric_of(setup.cfg).sign
     with_score = [i for i, member in enumerate(listed) if member["oof"] is not None]

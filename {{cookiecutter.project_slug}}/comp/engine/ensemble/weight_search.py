@@ -1,9 +1,7 @@
-"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed
-first.
+"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed first.
 
 All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the
-predictions. A limit on inference time restricts the candidates: members that would exceed it are never
-tried.
+predictions. A limit on inference time restricts the candidates: members that would exceed it are never tried.
 """
 
 from __future__ import annotations
@@ -192,7 +190,7 @@ def slsqp(loss: Callable[[Array], tuple[float, Array]], members: int, negative: 
     from scipy.optimize import minimize
 
     low = -1.0 if negative else 0.0
-    found = minimize(
+    solution = minimize(
         loss,
         np.full(members, 1 / members),
         jac=True,
@@ -201,7 +199,7 @@ def slsqp(loss: Callable[[Array], tuple[float, Array]], members: int, negative: 
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
         options={"maxiter": 500, "ftol": 1e-12},
     )
-    weights = np.where(np.abs(found.x) < 1e-9, 0.0, found.x)
+    weights = np.where(np.abs(solution.x) < 1e-9, 0.0, solution.x)
     return np.asarray(weights / weights.sum())
 
 
