@@ -254,7 +254,7 @@ def test_the_input_of_the_pretrained_weights_is_printed(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    monkeypatch.setattr(measure, "LEAST", 1)
+    monkeypatch.setattr(measure, "REPEATS", 1)
     overrides = [*TINY, f"model.name={VIT}", "data.size=40", "predict.batch_size=1"]
     measure.measure("exp001", overrides)
     printed = capsys.readouterr().out
@@ -306,7 +306,7 @@ def test_a_file_of_another_size_and_other_classes(
     assert torch.allclose(ours.patch_embed.proj.weight, theirs.patch_embed.proj.weight.sum(1, keepdim=True))
     resized = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [4, 4], num_prefix_tokens=1)
     assert torch.allclose(ours.pos_embed, resized, atol=1e-6)
-    assert "new: head.weight, head.bias" in capsys.readouterr().out
+    assert "not in it: head.weight, head.bias" in capsys.readouterr().out
 
 
 AUTHORS = (
