@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From data/raw to folds that may be trained on:    scripts/make_folds.sh
+# Reads data/raw, validates it and makes the folds:    scripts/make_folds.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
