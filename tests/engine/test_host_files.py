@@ -341,9 +341,9 @@ def test_a_mapping_of_labels_in_tables_and_in_cells(empty: Path) -> None:
     [
         (
             {"target": ["label", "other"], "task": "multilabel"},
-            "classes: a mapping is of the labels of one column",
+            "classes: a mapping needs a single target",
         ),
-        ({"task": "regression", "metric": "rmse"}, "classes: the numbers of task: regression have none"),
+        ({"task": "regression", "metric": "rmse"}, "classes: have no meaning for task: regression"),
     ],
 )
 def test_a_mapping_without_effect_is_refused(empty: Path, changes: dict[str, Any], part: str) -> None:

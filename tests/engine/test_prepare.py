@@ -267,7 +267,7 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "not UTF-8": (b"id,label\na,1\n\xff,2\n", {}, "train.csv:3: is not UTF-8"),
     "an open quote": ('id,label\n"a,1\nb,2\n', {}, "train.csv:2: the row that begins here is damaged"),
     "no rows": ("id,label\n", {}, "train.csv: has no rows"),
-    "no bytes": ("", {}, "train.csv: empty"),
+    "no bytes": ("", {}, "train.csv: is empty"),
     "lines are lines of the file": (
         'id,label\n\n"a\na",1\nc,2\nb,\n',
         {},

@@ -50,7 +50,7 @@ def test_a_stale_sample(case: Case) -> None:
         (text.replace("a_3", "a_4"), "'a_4'"),
         (text.replace("9,", "new,"), "'new'"),
         (text.rsplit("\n", 2)[0] + "\n", "'9'"),
-        (text.replace("\n", "\r\n"), "not the file"),
+        (text.replace("\n", "\r\n"), "changed after"),
     ):
         case.sample.write_bytes(changed.encode())
         line = refusal(lambda: case.write(prediction))
@@ -64,7 +64,7 @@ def test_prepare_stores_the_hash_of_the_sample(project: Path) -> None:
     sample = project / "data" / "raw" / "sample_submission.csv"
     validate_current(read_sample(sample), samples.load())
     sample.write_text(sample.read_text().replace(",0", ",1"))
-    assert "not the file" in refusal(lambda: validate_current(read_sample(sample), samples.load()))
+    assert "changed after" in refusal(lambda: validate_current(read_sample(sample), samples.load()))
 
 
 def test_an_invalid_sample(case: Case) -> None:
@@ -76,7 +76,7 @@ def test_an_invalid_sample(case: Case) -> None:
         case.sample.write_bytes(data)
         assert "sample_submission.csv" in refusal(lambda: read_sample(case.sample))
     case.sample.unlink()
-    assert "no such table" in refusal(lambda: read_sample(case.sample))
+    assert "no such file" in refusal(lambda: read_sample(case.sample))
 
 
 def test_columns_without_an_output(empty: Path) -> None:

@@ -1,4 +1,5 @@
-"""Mistakes in configs/competition.yaml that show only when the tables are read: the error names the line of the key."""
+"""Mistakes in configs/competition.yaml that show only when the tables are read: the error names the line of
+the key."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def error(code: str, key: str, what: str, remedy: str = "") -> UserError:
 
 
 def where(key: str) -> str:
-    """The file with the line of `key`, or of the section that it belongs to; the file alone if neither is there."""
+    """The file with the line of `key`, or of the section that it belongs to; the file alone if neither is
+    there."""
     file = paths.path(*FILE.split("/"))
     lines = yaml_lines.parse(file.read_bytes())[1] if file.is_file() else {}
     while key:

@@ -150,8 +150,8 @@ def report(cfg: Config, samples: Samples) -> pd.DataFrame:
     equal = int((frame["similarity"] == 1).sum())
     print(
         f"{found.readable} images: {len(frame)} pairs of duplicates, {equal} of them the same bytes"
-        f" (threshold: correlation {found.threshold.correlation:.3f}, which {found.threshold.expected:.2g} pairs "
-        "are expected to reach by chance)"
+        f" (threshold: correlation {found.threshold.correlation:.3f}, which "
+        f"{found.threshold.expected:.2g} pairs are expected to reach by chance)"
     )
     if found.by_chance:
         print(
@@ -163,9 +163,8 @@ def report(cfg: Config, samples: Samples) -> pd.DataFrame:
             _print_pairs(kind, part)
     if len(frame):
         _draw(cfg, frame, drawing)
-        print(
-            f"{paths.relative(file)}: all pairs\n{paths.relative(drawing)}: the first {min(DRAWN, len(frame))}"
-        )
+        print(f"{paths.relative(file)}: all pairs")
+        print(f"{paths.relative(drawing)}: the first {min(DRAWN, len(frame))}")
     across = sum(_across_folds(part) for kind, part in _by_kind(frame).items() if kind in CROSSABLE)
     print(f"next: {_next_step(cfg, across)}")
     return frame
@@ -208,7 +207,7 @@ def _print_pairs(kind: str, part: pd.DataFrame) -> None:
 
 def _across_folds(part: pd.DataFrame) -> int:
     """Pairs of which one row is among the training rows of the fold that scores the other. The fold of an
-    extra row is the one that it is kept out of."""
+    extra row is the one that is not trained on it."""
     scored = (part["source_a"] == "train") | (part["source_b"] == "train")
     return int(((part["fold_a"] != part["fold_b"]) & scored).sum())
 

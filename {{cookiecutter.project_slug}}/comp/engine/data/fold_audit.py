@@ -263,7 +263,7 @@ def _duplicates_of_scored_rows(samples: Samples, folds: Folds) -> list[str]:
     source, has_fold = samples.frame["source"].to_numpy(), folds.assignment[0] != TRAIN_ONLY
     texts = {
         "extra": "extra rows share an image with a scored row; its fold is not trained on them",
-        "test": "test rows share an image with a training row; its fold is not trained on their pseudo-labels",
+        "test": "test rows share an image with a training row; its fold does not use their pseudo-labels",
     }
     counts = {kind: int((has_fold & (source == kind)).sum()) for kind in texts}
     notes = [f"{count} {texts[kind]}" for kind, count in counts.items() if count]

@@ -1,8 +1,8 @@
 """folds.scheme: the fold of every row or group, such that each fold has the class distribution of the whole.
 
 Integers only. The fold of a row follows from a hash of its id and the seed: no random stream, no sum of
-floats. Folds are therefore the same under any library version, on any machine, and in whatever order the rows
-stand.
+floats. Folds are therefore the same under any library version, on any machine, and for any order of the
+rows.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BATCH = 2000  # images submitted to the pool at once
 SMALL = 96  # px; smaller images lose most of their detail in the first two layers of the usual stems
-DECODED_SIZE = 32  # px, unless images are decoded as an experiment does: faster, and finds the same damage
+DECODED_SIZE = 32  # px; finds the same damage as a full decode, and is faster
 
 
 class CheckedImage(NamedTuple):
@@ -53,7 +53,7 @@ def check(cfg: Config, prepared: Prepared, exact: bool) -> tuple[list[UserError]
         for name in prepared.frame["images"].iloc[position]
     }
     listed = {file for name in rows for file in image_key.files(name)}
-    files = set(_files_beside(raw, listed))
+    files = set(_files_in_folders(raw, listed))
     folders = {folder: (raw / folder).is_dir() for folder in {os.path.dirname(file) for file in listed}}
     files |= {  # in an archive
         file for file in listed if not folders[os.path.dirname(file)] and reader.stamp(file)[0] >= 0
@@ -74,8 +74,8 @@ def check(cfg: Config, prepared: Prepared, exact: bool) -> tuple[list[UserError]
     if sides and np.median(sides) < SMALL and cfg.model.stem != "small":
         side = int(np.median(sides))
         notes.append(
-            f"hint: half of the images are {side} px or smaller, and stems of ImageNet models reduce the size by "
-            f"4; use model.stem=small with data.size={side}, or a data.size above that of the images"
+            f"hint: half of the images are {side} px or smaller, and stems of ImageNet models divide the "
+            f"size by 4; use model.stem=small with data.size={side}, or a data.size above that of the images"
         )
     notes += _libjpeg_warnings(warned, prepared, rows, lenient)
     return faults, notes
@@ -152,7 +152,7 @@ def _unlisted(prepared: Prepared, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _files_beside(raw: Path, listed: Collection[str]) -> Iterator[str]:
+def _files_in_folders(raw: Path, listed: Collection[str]) -> Iterator[str]:
     """All files in the folders of the listed images that have a suffix of theirs."""
     suffixes = {os.path.splitext(name)[1] for name in listed}
     for folder in sorted({os.path.dirname(name) for name in listed}):

@@ -1,6 +1,6 @@
 """Makes data/folds.parquet. Once: the same samples, scheme and seed give the same bytes on any machine.
 
-Which rows share a fold, beside those of one declared group:
+Rows that share a fold, in addition to those of one declared group:
   - training rows that name the same image file, under every scheme but time
   - duplicates, by bytes or by pixels, with folds.duplicates: group
 Extra rows are TRAIN_ONLY, and so is the first block of a split by time. An extra or a test row that shares an
@@ -60,8 +60,8 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     if plan.duplicates == "group":
         similar = duplicates.find(cfg, samples).pairs
         print(
-            f"{len(similar)} pairs of duplicates: training rows share a fold, other rows are not trained on in the "
-            "fold of their duplicate; list them with comp folds --duplicates"
+            f"{len(similar)} pairs of duplicates: training rows share a fold, other rows are not trained on "
+            "in the fold of their duplicate; list them with comp folds --duplicates"
         )
     # After duplicates.find, which fills a cache that holds the hashes of the files.
     images = exact_duplicates.find_by_bytes(cfg, samples)
@@ -70,8 +70,8 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     report = fold_audit.audit(samples, made, images)
     if report["faults"]:
         # In a file of its own: if older folds exist, folds_audit.json is theirs.
-        refused = _write_audit(report, file.with_name("folds_refused.json"))
-        remedy = f"the audit is in {paths.relative(refused)}"
+        audit_file = _write_audit(report, file.with_name("folds_refused.json"))
+        remedy = f"the audit is in {paths.relative(audit_file)}"
         unwritten = UserError(
             "folds-unwritten", where=paths.relative(file), what="not written", remedy=remedy
         )

@@ -3,7 +3,8 @@
 1. An image of 32 x 32 grey levels becomes 64 bits: which of its low DCT frequencies are above their median.
    Brightness, size and encoding change few of them.
 2. Two hashes that differ in at most 11 bits have at least one quarter of 16 bits with at most 2 differences.
-   So each quarter is a table of 65,536 buckets, and a hash looks into the 137 buckets within 2 bits of its own.
+   So each quarter is a table of 65,536 buckets, and a hash is compared with the 137 buckets within 2 bits of
+   its own.
 3. Candidates are compared by the correlation of their pixels, also under small crops of either image: the hash
    alone is not enough, since line drawings share their low frequencies.
 """

@@ -125,7 +125,7 @@ def _cell_text(cell: Any) -> str:
     return "\x00" if np.ndim(cell) == 0 else "\x1f".join(cell)
 
 
-# --- several samples of one scored row, for example several images of one patient ----------------------------
+# --- several samples of one scored row, for example several images of one patient -------------------------
 
 
 def unique_rows(keys: NDArray[Any]) -> list[str]:

@@ -20,7 +20,7 @@ LISTED = 30  # labels that a proposed line of YAML lists
 
 
 class Doubt(NamedTuple):
-    """A text that may not mean what it says, and the line of competition.yaml that resolves it."""
+    """A label or group that may be a spelling of another one, and the line of competition.yaml that decides."""
 
     text: str
     code: str
@@ -59,8 +59,8 @@ def of_labels(counts: Mapping[str, int], classes: Sequence[str], unknown: str | 
             Doubt(
                 first,
                 "labels-similar",
-                f"{first!r} and {other!r} {DIFFER}, and are two classes of {counts[first]} and {counts[other]} "
-                f"rows{_more(different)}",
+                f"{first!r} and {other!r} {DIFFER}, and are two classes of {counts[first]} and "
+                f"{counts[other]} rows{_more(different)}",
                 f"{declaration.FILE}: classes: {_yaml(mapping)} makes one of them, {separate} keeps two",
             )
         )

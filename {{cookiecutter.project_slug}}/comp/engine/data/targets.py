@@ -137,8 +137,8 @@ def _label_lists(rows: RawRows, competition: Competition, name: str, labeled: ND
     if ignored:
         common = ", ".join(f"{label} ({count})" for label, count in ignored.most_common(6))
         notes += (
-            f"note: {len(ignored)} of {len(found)} labels of {name} have no column in the sample submission and "
-            f"are not trained on: {common}; list them in competition.classes to train on them as well",
+            f"note: {len(ignored)} of {len(found)} labels of {name} have no column in the sample submission "
+            f"and are not trained on: {common}; list them in competition.classes to train on them as well",
         )
     graded = tuple(label for label in from_sample if label in classes)
     head = Head(

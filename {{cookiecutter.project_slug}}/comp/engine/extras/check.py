@@ -20,7 +20,8 @@ SHOWN = 50  # lines printed; data/check.txt has all
 
 
 def check(experiment: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """Exit code 2 if there is a fault. Without an experiment images are decoded small, and torch is not imported."""
+    """Exit code 2 if there is a fault. Without an experiment images are decoded small, and torch is not
+    imported."""
     if experiment is None:
         return 2 if run(resolve.load(paths.root(), "base").config) else 0
     cfg = experiments.load(experiment, overrides).config
