@@ -5,7 +5,7 @@ resnet18, 64 px, batch 32, one thread, 200 steps a side in blocks of 20 that tak
          in memory (what loading them costs is in step.py)
   bare   the same network and optimizer on a batch in memory: forward, backward, step, nothing else
 
-The loop asks for its batches, and between two of its blocks the feed runs a bare block before it answers.
+The loop asks for its batches, and between two of its blocks the loader runs a bare block before it answers.
 """
 
 from __future__ import annotations

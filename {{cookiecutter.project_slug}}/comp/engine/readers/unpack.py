@@ -32,14 +32,8 @@ from comp.engine.store import artifacts, paths
 CHUNK = 2**20  # bytes
 MAX_DEPTH = 3  # archives inside archives inside archives
 MAX_MEMBERS = 5_000_000
-TABLES = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".txt",
-    ".parquet",
-)  # x.csv.gz is unpacked, x.nii.gz is an image and stays
+# x.csv.gz is unpacked, x.nii.gz is an image and stays.
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar")
 SUFFIXES = {**dict.fromkeys(TAR, "tar"), ".zip": "zip", ".7z": "7z"}
 WINDOWS_DRIVE = re.compile(r"^[a-zA-Z]:")

@@ -40,9 +40,8 @@ def predicts(context: Context) -> bool:
 
 def build_gallery(context: Context, weights: Path, train_rows: Positions, forward: Forward) -> None:
     """The embeddings of the fold's training rows by the fold's model, unless they are there."""
-    from comp.engine.data import (
-        class_balance,  # imports torch, as metric_learning does; comp kernel needs neither
-    )
+    # Both import torch, which comp kernel does not need.
+    from comp.engine.data import class_balance
     from comp.engine.run import metric_learning
 
     file, cfg = gallery_file(weights), context.cfg
