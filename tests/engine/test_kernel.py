@@ -335,7 +335,7 @@ def test_regression_is_rehearsed_and_rechecked_in_the_targets_unit(
         bank.write(
             place / "test.arrow", predictions.PredictionSet(stored_part.row, None, large, stored_part.meta)
         )
-    with pytest.raises(UserError, match=r"exp001, seed 0, fold 0, row .*: the stored prediction is"):
+    with pytest.raises(UserError, match=r"exp001, seed 0, fold 0: row .*: the stored prediction is"):
         recheck.recheck("exp001")
     assert cli.main(["kernel", "exp001", "--rehearse"]) == 2
     assert "differ from the stored ones by up to 1.0e-04" in capsys.readouterr().err
