@@ -76,6 +76,16 @@ def test_a_knob_that_the_network_does_not_have_is_refused(project: Path) -> None
     assert "model.drop_path_rate" in said and "vgg11" in said
 
 
+def test_independent_mistakes_are_reported_together(project: Path) -> None:
+    overrides = [*TINY, "predict.tta=[hflp]", "model.image_pool=max", "optim.name=adamww"]
+    said = refusal(lambda: runner.train("exp001", overrides, fold="0", name="x"))
+    lines = said.splitlines()
+    assert len(lines) == 3, said
+    for line, key in zip(lines, ("predict.tta", "model.image_pool", "optim.name"), strict=True):
+        assert key in line
+    assert not (project / "runs/x").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Path) -> None:
     said = refusal(
         lambda: runner.train(
