@@ -220,7 +220,7 @@ def test_arrays_by_their_declared_range(empty: Path) -> None:
     out = io.BytesIO()
     np.savez(out, images=np.stack([np.full((16, 16), i, np.uint8) for i in range(9)]))
     put(empty, "b.npz", out.getvalue())
-    assert made("b.npz/pictures/7").max() == 7
+    assert made("b.npz/images/7").max() == 7
     put(empty, "c.json", json.dumps([{"id": "x", "band": list(range(256)), "label": 1}]))
     assert np.array_equal(made("c.json/x/band")[:, :, 0].ravel(), np.arange(256))
     pd.DataFrame({"image_id": ["u", "v"], **{str(i): [i, 255 - i] for i in range(256)}}).to_parquet(
