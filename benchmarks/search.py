@@ -103,8 +103,8 @@ def picks_equal(head: kinds.Head, metric: str, call: Callable[[Any, Any], float]
     for seed in range(cases):
         truth, said = members(head, 12, 400, seed)
         scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
-        taken = [scorer.extract(each) for each in said]
-        ours = weight_search.greedy(scorer, taken, 12, weight_search.unlimited(len(said)))
+        extracted = [scorer.extract(each) for each in said]
+        ours = weight_search.greedy(scorer, extracted, 12, weight_search.unlimited(len(said)))
         shown = [head.spec.to_probability(each.astype(np.float64)) for each in said]
         same += bool(np.allclose(ours, naive_greedy(truth, shown, call, 12), atol=1e-12))
     return same
@@ -117,16 +117,16 @@ def one_case(name: str, count: int, rows: int) -> dict[str, Any]:
     gc.collect()
     tracemalloc.start()
     scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
-    taken = [scorer.extract(each) for each in said]
+    extracted = [scorer.extract(each) for each in said]
     budget = weight_search.unlimited(count)
-    weight_search.greedy(scorer, taken, 1, budget)
+    weight_search.greedy(scorer, extracted, 1, budget)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     shown = [head.spec.to_probability(each.astype(np.float64)) for each in said[:5]]
     ours, theirs = [], []
     for turn in range(5):
         began = time.perf_counter()
-        weight_search.greedy(scorer, taken, 2, budget)  # the checks of the best five belong to it
+        weight_search.greedy(scorer, extracted, 2, budget)  # the checks of the best five belong to it
         ours.append((time.perf_counter() - began) / (2 * count))
         began = time.perf_counter()
         call(truth, (shown[turn] + shown[0]) / 2)
@@ -163,8 +163,8 @@ def against_hillclimbers(count: int, rows: int) -> dict[str, Any]:
     spent = time.perf_counter() - began
     began = time.perf_counter()
     scorer = fast_metrics.fast_scorer(metrics.find("roc_auc"), BINARY, "probability", truth, signed=True)
-    taken = [scorer.extract(each) for each in said]
-    weights = weight_search.hill(scorer, taken, 0.05, True, weight_search.unlimited(count))
+    extracted = [scorer.extract(each) for each in said]
+    weights = weight_search.hill(scorer, extracted, 0.05, True, weight_search.unlimited(count))
     ours = time.perf_counter() - began
     blend = sum(weight * column for weight, column in zip(weights, columns.values(), strict=True))
     return {

@@ -33,13 +33,13 @@ def read_error(file: Path, project: Project, expect: dict[str, object] | None = 
 
 def rewritten(file: Path, project: Project, **facts: object) -> Path:
     """The same predictions with other metadata, and a valid manifest entry."""
-    said = bank.read(file, project.samples, project.folds)
-    said.meta.update(facts)
+    stored = bank.read(file, project.samples, project.folds)
+    stored.meta.update(facts)
     other = PredictionSet(
-        said.row.copy(),
-        said.fold.copy() if said.fold is not None else None,
-        {k: v.copy() for k, v in said.heads.items()},
-        said.meta,
+        stored.row.copy(),
+        stored.fold.copy() if stored.fold is not None else None,
+        {k: v.copy() for k, v in stored.heads.items()},
+        stored.meta,
     )
     return bank.write(file, other)
 
@@ -49,13 +49,13 @@ def rewritten(file: Path, project: Project, **facts: object) -> Path:
 
 def test_reading_copies_nothing(project: Project) -> None:
     file = member(project, "exp001") / "oof.arrow"
-    said = bank.read(file, project.samples, project.folds)
-    assert said.row.dtype == np.int32 and said.fold is not None and said.fold.dtype == np.int16
-    assert said.row.tolist() == list(range(TRAIN)) and said.fold.tolist() == [i % 5 for i in range(TRAIN)]
-    values = said.heads["label"]
+    stored = bank.read(file, project.samples, project.folds)
+    assert stored.row.dtype == np.int32 and stored.fold is not None and stored.fold.dtype == np.int16
+    assert stored.row.tolist() == list(range(TRAIN)) and stored.fold.tolist() == [i % 5 for i in range(TRAIN)]
+    values = stored.heads["label"]
     assert values.dtype == np.float32 and values.shape == (TRAIN, len(CLASSES))
     assert not values.flags.owndata and not values.flags.writeable
-    assert np.allclose(said.probability(project.head).sum(axis=1), 1)
+    assert np.allclose(stored.probability(project.head).sum(axis=1), 1)
 
 
 def test_file_format(project: Project) -> None:
@@ -102,8 +102,8 @@ def test_many_outputs_may_be_half_floats(empty: Path, monkeypatch: pytest.Monkey
     rows = project.samples.positions("test")
     meta = predictions.build_meta("test", project.samples, project.folds, {"run": "e"})
     for kind in (np.float16, np.float32):
-        said = {"label": np.zeros((len(rows), 300), kind)}
-        bank.write(empty / "runs/e/test.arrow", PredictionSet(rows.astype(np.int32), None, said, meta))
+        stored = {"label": np.zeros((len(rows), 300), kind)}
+        bank.write(empty / "runs/e/test.arrow", PredictionSet(rows.astype(np.int32), None, stored, meta))
         assert bank.load("e", "test", project.samples, project.folds).heads["label"].dtype == kind
 
 
@@ -112,19 +112,23 @@ def test_rows_never_predicted_are_nan(project: Project) -> None:
     meta = predictions.build_meta("oof", project.samples, project.folds, {"run": "e"})
     part = PredictionSet(rows, np.zeros(10, np.int16), {"label": np.zeros((10, 3), np.float32)}, meta)
     whole = predictions.merge([part], project.samples, project.folds, "probability")
-    said = bank.read(bank.write(project.root / "runs/e/oof.arrow", whole), project.samples, project.folds)
-    assert said.predicted.sum() == 10 and np.isnan(said.heads["label"][10:]).all() and len(said.row) == TRAIN
+    stored = bank.read(bank.write(project.root / "runs/e/oof.arrow", whole), project.samples, project.folds)
+    assert (
+        stored.predicted.sum() == 10
+        and np.isnan(stored.heads["label"][10:]).all()
+        and len(stored.row) == TRAIN
+    )
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_infinite_or_partly_nan_rows_are_not_written(project: Project, bad: float) -> None:
-    said = bank.load("exp001", "oof", project.samples, project.folds) if member(project, "exp001") else None
-    assert said is not None
-    values = said.heads["label"].copy()
+    stored = bank.load("exp001", "oof", project.samples, project.folds) if member(project, "exp001") else None
+    assert stored is not None
+    values = stored.heads["label"].copy()
     values[3, 1] = bad
     file = project.root / "runs" / "e" / "oof.arrow"
     with pytest.raises(UserError, match="label"):
-        bank.write(file, PredictionSet(said.row, said.fold, {"label": values}, said.meta))
+        bank.write(file, PredictionSet(stored.row, stored.fold, {"label": values}, stored.meta))
     assert not file.exists() and not artifacts.manifest_entry(file)
 
 

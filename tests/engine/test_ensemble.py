@@ -118,12 +118,12 @@ def test_members_with_other_folds(empty: Path) -> None:
 
 
 def test_members_that_predict_other_rows(project: Project) -> None:
-    said = load(project, "exp002")
-    values = said.heads["label"].copy()
+    stored = load(project, "exp002")
+    values = stored.heads["label"].copy()
     values[7:] = np.nan
     bank.write(
         bank.find("exp002", "oof"),
-        predictions.PredictionSet(said.row, said.fold, {"label": values}, said.meta),
+        predictions.PredictionSet(stored.row, stored.fold, {"label": values}, stored.meta),
     )
     (line,) = lines_of(project, "members: [exp001, exp002]\nmethod: mean")
     assert "exp002 and exp001 predict different oof rows (7 and 400)" in line
@@ -182,10 +182,10 @@ def test_method_rank_orders_by_mean_rank_and_predicts_values(empty: Path, task: 
     blend("blend001")
     parts = [load(project, f"exp00{i}").heads["label"][:, 0] for i in (1, 2, 3)]
     mean_rank = np.average([rankdata(part) for part in parts], axis=0, weights=[2, 1, 1])
-    said = load(project, "blend001").heads["label"][:, 0]
-    assert (rankdata(np.round(mean_rank, 6)) == rankdata(said)).all()
+    stored = load(project, "blend001").heads["label"][:, 0]
+    assert (rankdata(np.round(mean_rank, 6)) == rankdata(stored)).all()
     low, high = min(part.min() for part in parts), max(part.max() for part in parts)
-    assert low <= said.min() and said.max() <= high and said.std() > 0.5 * parts[0].std()
+    assert low <= stored.min() and stored.max() <= high and stored.std() > 0.5 * parts[0].std()
 
 
 def test_test_rows_are_ranked_among_oof_values(empty: Path) -> None:
@@ -196,8 +196,8 @@ def test_test_rows_are_ranked_among_oof_values(empty: Path) -> None:
     recipe = json.loads((bank.folder("blend001") / "apply.json").read_text())
     far = {name: {"label": np.array([[99.0], [-99.0]], np.float32)} for name in ("exp001", "exp002")}
     top, bottom = average.apply(recipe, far)["label"][:, 0]
-    said = load(project, "blend001").heads["label"]
-    assert top >= said.max() and bottom <= said.min()
+    stored = load(project, "blend001").heads["label"]
+    assert top >= stored.max() and bottom <= stored.min()
 
 
 def test_quantile_maps_have_at_most_knots_points() -> None:
@@ -230,11 +230,11 @@ def test_score_of_an_ensemble(project: Project, capsys: pytest.CaptureFixture[st
         np.std(folds, ddof=1)
     )
     assert record == artifacts.read_json(artifacts.verified(bank.folder("blend001") / "score.json"))
-    for said in record["members"]:
-        own = artifacts.read_json(bank.folder(said["address"]) / "score.json")
-        assert said["oof"] == own["oof"]
-        assert said["sha256"]["test"] == artifacts.sha256(bank.find(said["address"], "test"))
-    assert record["oof"] > max(said["oof"] for said in record["members"])
+    for stored in record["members"]:
+        own = artifacts.read_json(bank.folder(stored["address"]) / "score.json")
+        assert stored["oof"] == own["oof"]
+        assert stored["sha256"]["test"] == artifacts.sha256(bank.find(stored["address"], "test"))
+    assert record["oof"] > max(stored["oof"] for stored in record["members"])
     out = capsys.readouterr().out
     assert (
         "against the best member exp001 (" in out
@@ -256,10 +256,10 @@ def test_cut_points_are_fitted_on_the_other_folds(empty: Path) -> None:
 def test_cut_points_by_time_are_fitted_on_the_past(empty: Path) -> None:
     project = lay_out(empty, "ordinal", rule="earlier")
     member(project, "exp001", noise=0.5)
-    said, metric, rows = load(project, "exp001"), metrics.METRICS["qwk"], np.arange(TRAIN)
+    stored, metric, rows = load(project, "exp001"), metrics.METRICS["qwk"], np.arange(TRAIN)
     # shrunken, so that fitted cut points are better on every past fold
     value, truth = (
-        0.4 * said.heads["label"][:, 0].astype(np.float64),
+        0.4 * stored.heads["label"][:, 0].astype(np.float64),
         project.samples.truth(project.head, rows),
     )
     fold = rows * 5 // TRAIN
@@ -292,8 +292,8 @@ def test_ensembles_nest_down_to_the_row(project: Project) -> None:
     recipe = json.loads((bank.folder("blend002") / "apply.json").read_text())
     assert average.leaves(recipe) == ["exp001", "exp002", "exp003"]
     given = {name: {"label": load(project, name, "test").heads["label"]} for name in average.leaves(recipe)}
-    said = load(project, "blend002", "test")
-    assert (average.apply(recipe, given)["label"] == said.heads["label"]).all()
+    stored = load(project, "blend002", "test")
+    assert (average.apply(recipe, given)["label"] == stored.heads["label"]).all()
     del given["exp002"]
     with pytest.raises(UserError, match="exp002"):
         average.apply(recipe, given)
@@ -346,13 +346,13 @@ def test_every_metric_scores_its_tasks(empty: Path, task: str) -> None:
         column = project.samples.frame["target.label"]
         project.samples.frame["target.label"] = column.abs()  # rmsle is undefined below 0
     member(project, "exp001", noise=0.001)
-    said, seen = load(project, "exp001"), 0
-    said.heads["label"].setflags(write=False)
+    stored, seen = load(project, "exp001"), 0
+    stored.heads["label"].setflags(write=False)
     for name, metric in metrics.METRICS.items():
         if task in metric.tasks:
             competition = project.cfg.competition.model_copy(update={"metric": name})
             cfg = project.cfg.model_copy(update={"competition": competition})
-            record = score.evaluate(cfg, project.samples, project.folds, said)
+            record = score.evaluate(cfg, project.samples, project.folds, stored)
             assert (record["oof"] is None) == bool(record["undefined"]), name
             assert record["oof"] is not None or "from 0 up" in record["undefined"][0], record["undefined"]
             seen += 1

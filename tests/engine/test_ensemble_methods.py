@@ -48,16 +48,18 @@ def test_every_method_is_valid_and_applies_row_by_row(
     given = {a: load(project, a, "test").heads for a in ("exp001", "exp002", "exp003")}
     for method in every:
         record = made(project, f"method: {method}\n{EXTRA.get(method, '')}")
-        recipe, said = recipe_of("blend001"), load(project, "blend001", "test")
-        p = said.probability(project.head)
+        recipe, stored = recipe_of("blend001"), load(project, "blend001", "test")
+        p = stored.probability(project.head)
         assert np.isfinite(p).all() and p.shape[1] == len(project.head.outputs), method
         if project.head.spec.space == "logit":
             assert p.min() >= 0 and p.max() <= 1
         if task == "multiclass":
             assert np.allclose(p.sum(axis=1), 1, atol=1e-12)
-        for row in range(0, len(said.row), 37):
+        for row in range(0, len(stored.row), 37):
             alone = {a: {"label": heads["label"][row : row + 1]} for a, heads in given.items()}
-            assert (average.apply(recipe, alone)["label"] == said.heads["label"][row : row + 1]).all(), method
+            assert (average.apply(recipe, alone)["label"] == stored.heads["label"][row : row + 1]).all(), (
+                method
+            )
         assert (record["in_sample"] is not None) == (method in SEARCHED + STACKED)
         assert record["interval"]["low"] < record["oof"] < record["interval"]["high"], method
 
@@ -141,9 +143,9 @@ def test_two_levels_and_snapshots(empty: Path, method: str) -> None:
     assert record["oof"] < 0.8 and set(average.leaves(recipe_of("blend004"))) <= {
         "exp001", "exp002", "exp003", "exp003:snap1", "exp003:snap2", "exp003:snap3"
     }  # fmt: skip
-    said = load(project, "blend004", "test")
+    stored = load(project, "blend004", "test")
     given = {a: load(project, a, "test").heads for a in average.leaves(recipe_of("blend004"))}
-    assert (average.apply(recipe_of("blend004"), given)["label"] == said.heads["label"]).all()
+    assert (average.apply(recipe_of("blend004"), given)["label"] == stored.heads["label"]).all()
 
 
 def test_weights_per_class_and_bags(empty: Path) -> None:
@@ -190,7 +192,7 @@ def test_classes_and_targets_share_one_budget(empty: Path, method: str) -> None:
     seconds = weight_search.Budget([1.0, 1.0, 1.0], 2.0)
     random = np.random.default_rng(0)
     hot = np.eye(3)[random.integers(0, 3, 300)]
-    said = [
+    stored = [
         (hot * [[6 if c == i else 0.5 for c in range(3)]]) + random.normal(0, 1, hot.shape) for i in range(3)
     ]
     options: dict[str, Any] = {"members": ["a", "b", "c"], "method": method}
@@ -199,7 +201,7 @@ def test_classes_and_targets_share_one_budget(empty: Path, method: str) -> None:
     classes = Head("t", "multiclass", tuple("abc"), ("t",), tuple("abc"))
     metric, fold = metrics.find("log_loss"), np.zeros(300, np.int64)
     frame = pd.DataFrame({"row": range(300)})
-    given = methods.TrainingData(classes, metric, "probability", said, hot.argmax(axis=1), frame, fold)
+    given = methods.TrainingData(classes, metric, "probability", stored, hot.argmax(axis=1), frame, fold)
     free = methods.fit(Blend(**options, per_class=True), given, weight_search.unlimited(3))
     tight = methods.fit(Blend(**options, per_class=True), given, seconds)
     assert methods.used_members(free, 3).all() and 0 < methods.used_members(tight, 3).sum() <= 2
@@ -298,13 +300,13 @@ def test_weights_per_label(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for i in range(3):  # each predicts one label well
         member(project, f"exp00{i + 1}", noise=4.0, seed=i)
         for kind in bank.KINDS:
-            said = load(project, f"exp00{i + 1}", kind)
-            values = said.heads["label"].copy()
-            values[:, i] += (8 * project.samples.targets(project.head)[said.row, i] - 4).astype(np.float32)
-            fold = None if said.fold is None else said.fold.copy()
+            stored = load(project, f"exp00{i + 1}", kind)
+            values = stored.heads["label"].copy()
+            values[:, i] += (8 * project.samples.targets(project.head)[stored.row, i] - 4).astype(np.float32)
+            fold = None if stored.fold is None else stored.fold.copy()
             bank.write(
                 bank.folder(f"exp00{i + 1}") / f"{kind}.arrow",
-                type(said)(said.row.copy(), fold, {"label": values}, said.meta),
+                type(stored)(stored.row.copy(), fold, {"label": values}, stored.meta),
             )
     table = project.samples.frame
     shared = made(project, "method: greedy")["oof"]

@@ -27,11 +27,13 @@ def test_calibration_is_used_only_where_it_improves(empty: Path, capsys: pytest.
     member(project, "exp001", noise=2.0)
     folder = bank.folder("exp001")
     for kind in bank.KINDS:  # logits five times too large
-        said = load(project, "exp001", kind)
-        loud = {"label": said.heads["label"] * 5}
+        stored = load(project, "exp001", kind)
+        loud = {"label": stored.heads["label"] * 5}
         bank.write(
             folder / f"{kind}.arrow",
-            type(said)(said.row.copy(), None if said.fold is None else said.fold.copy(), loud, said.meta),
+            type(stored)(
+                stored.row.copy(), None if stored.fold is None else stored.fold.copy(), loud, stored.meta
+            ),
         )
     sure = made(project, "method: mean", "[exp001]")["oof"]
     calm = {}
@@ -103,16 +105,16 @@ def test_thresholds_are_used_where_they_improve(empty: Path, task: str, metric: 
     member(project, "exp001", noise=1.5)
     folder = bank.folder("exp001")
     for kind in bank.KINDS:  # one class is never predicted
-        said = load(project, "exp001", kind)
-        shifted = said.heads["label"].copy()
+        stored = load(project, "exp001", kind)
+        shifted = stored.heads["label"].copy()
         shifted[:, 0] -= 3.0
         bank.write(
             folder / f"{kind}.arrow",
-            type(said)(
-                said.row.copy(),
-                None if said.fold is None else said.fold.copy(),
+            type(stored)(
+                stored.row.copy(),
+                None if stored.fold is None else stored.fold.copy(),
                 {"label": shifted},
-                said.meta,
+                stored.meta,
             ),
         )
     before = made(project, "method: mean", "[exp001]")["oof"]

@@ -80,9 +80,9 @@ def cases(head: Head, count: int, rows: int, seed: int) -> tuple[Any, list[Any]]
         else (truth * (2.0 if head.task == "binary" else 1.0))[:, None]
     )
     base = base - (1.0 if head.task == "binary" else 0.0)
-    said = [base + random.normal(size=base.shape) * (0.7 + i % 4 / 3) for i in range(count)]
+    stored = [base + random.normal(size=base.shape) * (0.7 + i % 4 / 3) for i in range(count)]
     return truth.astype(float), [
-        (log_softmax(s) if head.task == "multiclass" else s).astype(np.float32) for s in said
+        (log_softmax(s) if head.task == "multiclass" else s).astype(np.float32) for s in stored
     ]
 
 
@@ -103,27 +103,31 @@ def naive_greedy(truth: Any, shown: list[Any], call: Call, rounds: int) -> Any:
 def test_greedy_picks_the_members_of_a_naive_search(name: str) -> None:
     head, metric, call = NAIVE[name]
     for seed in range(2 if head is LABELS or name == "auc_5" else 6):
-        truth, said = cases(head, 9, 150, seed)
+        truth, stored = cases(head, 9, 150, seed)
         scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
-        taken = [scorer.extract(each) for each in said]
-        ours = weight_search.greedy(scorer, taken, 10, weight_search.unlimited(len(said)))
-        shown = [head.spec.to_probability(each.astype(float)) for each in said]
+        extracted = [scorer.extract(each) for each in stored]
+        ours = weight_search.greedy(scorer, extracted, 10, weight_search.unlimited(len(stored)))
+        shown = [head.spec.to_probability(each.astype(float)) for each in stored]
         assert ours == pytest.approx(naive_greedy(truth, shown, call, 10), abs=1e-12)
         blended = sum(w * s for w, s in zip(ours, shown, strict=True))
-        found = scorer.exact(weight_search.weighted_sum(taken, ours))
+        found = scorer.exact(weight_search.weighted_sum(extracted, ours))
         assert found == pytest.approx(call(truth, blended), abs=1e-6)
 
 
 @pytest.mark.parametrize("negative", [False, True])
 def test_hill_climbing_like_a_naive_loop(negative: bool) -> None:
     for seed in range(3):
-        truth, said = cases(BINARY, 6, 200, seed)
-        shown = [BINARY.spec.to_probability(each.astype(float))[:, 0] for each in said]
+        truth, stored = cases(BINARY, 6, 200, seed)
+        shown = [BINARY.spec.to_probability(each.astype(float))[:, 0] for each in stored]
         scorer = fast_metrics.fast_scorer(
             metrics.find("roc_auc"), BINARY, "probability", truth, signed=negative
         )
         ours = weight_search.hill(
-            scorer, [scorer.extract(each) for each in said], 0.1, negative, weight_search.unlimited(len(said))
+            scorer,
+            [scorer.extract(each) for each in stored],
+            0.1,
+            negative,
+            weight_search.unlimited(len(stored)),
         )
         order = np.argsort([-roc_auc_score(truth, each) for each in shown], kind="stable")
         now, left = shown[order[0]], list(order[1:])
@@ -148,20 +152,22 @@ def test_slsqp_weights_are_those_of_another_solver(head: Head, space: str) -> No
     """The loss is convex: an independent descent on scikit-learn's loss has the same minimum."""
     from scipy.optimize import minimize
 
-    truth, said = cases(head, 4, 300, 0)
-    ours = weight_search.slsqp(gradients.loss(said, head, space, truth), 4, negative=False)
-    spoken = [spaces.to_space(each, head, space) for each in said]
+    truth, stored = cases(head, 4, 300, 0)
+    ours = weight_search.slsqp(gradients.loss(stored, head, space, truth), 4, negative=False)
+    spoken = [spaces.to_space(each, head, space) for each in stored]
 
     def plain(w: Any) -> float:
-        said = spaces.to_prediction(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
-        return by_column(log_loss)(truth, said) if head is LABELS else float(log_loss(truth, said.squeeze()))
+        stored = spaces.to_prediction(sum(a * b for a, b in zip(w, spoken, strict=True)), head, space)
+        return (
+            by_column(log_loss)(truth, stored) if head is LABELS else float(log_loss(truth, stored.squeeze()))
+        )
 
     free = minimize(
         lambda v: plain(softmax(np.append(v, 0)[None])[0]), np.zeros(3), method="BFGS", options={"gtol": 1e-9}
     )
     assert plain(ours) <= free.fun + 1e-9
     assert plain(ours) == pytest.approx(free.fun, abs=1e-6)
-    value, slope = gradients.loss(said, head, space, truth)(ours)
+    value, slope = gradients.loss(stored, head, space, truth)(ours)
     assert value == pytest.approx(plain(ours), abs=1e-7)
     step = np.array([1e-6, -1e-6, 0, 0])
     assert slope @ step == pytest.approx(plain(ours + step / 2) - plain(ours - step / 2), abs=1e-10)
@@ -210,23 +216,29 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
 @pytest.mark.parametrize("method", [m for m in STACKED if m != "lightgbm"])
 def test_a_stacker_of_labels_is_one_model_per_label(method: str) -> None:
     """Each label is fitted alone on the rows where it is known; a label without positive rows gets a small probability."""
-    truth, said = cases(LABELS, 3, 200, 0)
+    truth, stored = cases(LABELS, 3, 200, 0)
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)
-    params = stack.fit(method, LABELS, said, truth, lone(200), fold, strength=1e-3)
-    p = LABELS.spec.to_probability(apply.predict(params, said, LABELS, "logit"))
+    params = stack.fit(method, LABELS, stored, truth, lone(200), fold, strength=1e-3)
+    p = LABELS.spec.to_probability(apply.predict(params, stored, LABELS, "logit"))
     assert p.shape == truth.shape and p[:, 2].max() < 0.01
     known = ~np.isnan(truth[:, 1])
     again = stack.fit(
-        method, LABELS, [s[known] for s in said], truth[known], lone(known.sum()), fold[known], strength=1e-3
+        method,
+        LABELS,
+        [s[known] for s in stored],
+        truth[known],
+        lone(known.sum()),
+        fold[known],
+        strength=1e-3,
     )
-    theirs = LABELS.spec.to_probability(apply.predict(again, said, LABELS, "logit"))
+    theirs = LABELS.spec.to_probability(apply.predict(again, stored, LABELS, "logit"))
     assert p[:, 1] == pytest.approx(theirs[:, 1], abs=0.05 if method == "mlp" else 1e-3)
     for k in (0, 1):
         assert roc_auc_score(truth[known, k], p[known, k]) > 0.97
         assert log_loss(truth[known, k], p[known, k]) < 0.3
     if method == "logistic":
-        x = np.concatenate(said, axis=1).astype(float)
+        x = np.concatenate(stored, axis=1).astype(float)
         model = LogisticRegression(C=1e3, max_iter=5000, tol=1e-8).fit(x, truth[:, 0])
         assert p[:, 0] == pytest.approx(np.clip(model.predict_proba(x)[:, 1], 1e-6, 1 - 1e-6), abs=1e-6)
 
@@ -234,7 +246,7 @@ def test_a_stacker_of_labels_is_one_model_per_label(method: str) -> None:
 @pytest.mark.parametrize("head", [BINARY, CLASSES, LABELS], ids=lambda head: head.task)
 def test_fast_auc_equals_the_metric(head: Head) -> None:
     """In every space, with negative weights, unknown labels, and a class without rows."""
-    truth, said = cases(head, 3, 400, 0)
+    truth, stored = cases(head, 3, 400, 0)
     if head is LABELS:
         truth[::5, 1], truth[:, 2] = np.nan, 0.0
     if head is CLASSES:
@@ -247,14 +259,16 @@ def test_fast_auc_equals_the_metric(head: Head) -> None:
             slow = fast_metrics.any_metric(metric, head, space, truth, None, np.array([]))
             shares = weights if signed else np.abs(weights) / np.abs(weights).sum()
             ours, theirs = (
-                weight_search.weighted_sum([lens_.extract(each) for each in said], shares)
-                for lens_ in (scorer, slow)
+                weight_search.weighted_sum([each_scorer.extract(each) for each in stored], shares)
+                for each_scorer in (scorer, slow)
             )
             assert scorer.exact(ours) == pytest.approx(slow.exact(theirs), abs=1e-9), (space, signed)
             assert scorer.approximate(ours.astype(np.float32)) == pytest.approx(scorer.exact(ours), abs=1e-4)
     if head is not BINARY:
         strict = fast_metrics.fast_scorer(metrics.find("roc_auc"), head, "probability", truth)
-        assert strict.exact(strict.extract(said[0]).astype(float)) == -np.inf, "one column has no area at all"
+        assert strict.exact(strict.extract(stored[0]).astype(float)) == -np.inf, (
+            "one column has no area at all"
+        )
 
 
 def test_exact_auc_with_ties_and_signs() -> None:
@@ -274,13 +288,15 @@ def test_memory_of_a_search_is_less_than_twice_the_predictions() -> None:
 
     for name in ("auc", "auc_5", "log_loss", "f1_macro_5", "qwk"):
         head, metric, _ = NAIVE[name]
-        truth, said = cases(head, 60, 20_000, 0)
+        truth, stored = cases(head, 60, 20_000, 0)
         tracemalloc.start()
         scorer = fast_metrics.fast_scorer(metrics.find(metric), head, "probability", truth)
-        weight_search.greedy(scorer, [scorer.extract(each) for each in said], 2, weight_search.unlimited(60))
+        weight_search.greedy(
+            scorer, [scorer.extract(each) for each in stored], 2, weight_search.unlimited(60)
+        )
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 2 * sum(each.nbytes for each in said), name
+        assert peak < 2 * sum(each.nbytes for each in stored), name
 
 
 @pytest.mark.parametrize("method", ["greedy", "trimmed"])
@@ -289,20 +305,20 @@ def test_memory_of_a_whole_ensemble_is_less_than_twice_the_predictions(empty: Pa
     import tracemalloc
 
     project = lay_out(empty, "binary")
-    truth, said = cases(BINARY, 60, 20_000, 0)
+    truth, stored = cases(BINARY, 60, 20_000, 0)
     ids = [str(i) for i in range(len(truth))]
     frame = pd.DataFrame({"id": ids, "row": ids, "weight": 1.0, "source": "train", "target.label": truth})
     table = samples.Samples(frame, project.samples.heads, "s")
     fold = np.arange(len(truth)) % 5
     split = folds.Folds(pd.DataFrame({"id": ids, "repeat": 0, "fold": fold}), project.folds.meta, table)
     at = np.arange(len(truth), dtype=np.int32)
-    oof = [PredictionSet(at, fold.astype(np.int16), {"label": each}, {}) for each in said]
-    names = [f"m{i}" for i in range(len(said))]
+    oof = [PredictionSet(at, fold.astype(np.int16), {"label": each}, {}) for each in stored]
+    names = [f"m{i}" for i in range(len(stored))]
     options = {"rounds": 2} if method == "greedy" else {}
     blend = Blend.model_validate({"members": names, "method": method, **options})
     tracemalloc.start()
     recipe = fit.fit_ensemble(Setup(project.cfg, table, split), blend, oof, (), {}, {}).recipe
-    average.apply(recipe, {name: {"label": each} for name, each in zip(names, said, strict=True)}, frame)
+    average.apply(recipe, {name: {"label": each} for name, each in zip(names, stored, strict=True)}, frame)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * sum(each.nbytes for each in said), peak / sum(each.nbytes for each in said)
+    assert peak < 2 * sum(each.nbytes for each in stored), peak / sum(each.nbytes for each in stored)
