@@ -86,7 +86,7 @@ def test_predictions_that_the_checkpoints_do_not_repeat_are_not_sent(
         said_ = capsys.readouterr().err
         assert (
             said_.startswith("exp001, seed 0, fold ")
-            and "the checkpoint says" in said_
+            and "its checkpoint now predicts" in said_
             and len(said_.splitlines()) == 1
         )
     assert not server.submissions and not paths.submission_file("exp001").exists()
