@@ -99,7 +99,7 @@ def test_a_sample_with_some_of_the_label_columns(empty: Path) -> None:
     header, line = submission_lines()
     assert header == "id,b,a" and [round(float(x), 3) for x in line.split(",")[1:]] == [0.5, 0.25]
     put(empty, "train.csv", "id,a,b,c\n0,1,2,0\n1,0,1,0\n")
-    assert "train.csv:2: b: '2' is no label, 0 or 1" in error_line()
+    assert "train.csv:2: b: '2' is not between 0 and 1" in error_line()
 
 
 def test_targets_of_different_tasks_in_long_format(empty: Path) -> None:
@@ -125,7 +125,7 @@ def test_targets_of_different_tasks_in_long_format(empty: Path) -> None:
     declare(
         empty, target={"kind": "multiclass", "size": "regression"}, metric={"kind": "accuracy"}, task=None
     )
-    with pytest.raises(UserError, match="metric: names kind, where the targets are kind, size"):
+    with pytest.raises(UserError, match="competition.metric: has kind, but the targets are kind, size"):
         config(experiment="base")
 
 
