@@ -125,7 +125,7 @@ def test_targets_of_different_tasks_in_long_format(empty: Path) -> None:
     declare(
         empty, target={"kind": "multiclass", "size": "regression"}, metric={"kind": "accuracy"}, task=None
     )
-    with pytest.raises(UserError, match="competition.metric: has kind, but the targets are kind, size"):
+    with pytest.raises(UserError, match=r"competition\.metric: has kind, but the targets are kind, size"):
         config(experiment="base")
 
 
