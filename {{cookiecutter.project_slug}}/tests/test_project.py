@@ -1,8 +1,10 @@
-"""Checks of this project, in under a minute: every config reads, every experiment's network can be built, no fold leaks, and exp001
-trains. They use your data once `comp prepare` and `comp folds` have run, and the practice digits before that."""
+"""Tests of this project, in under a minute: every config resolves, every experiment's network builds, the functions of
+competition.py have the right parameters, folds do not leak, and exp001 trains. They use your data once `comp prepare`
+and `comp folds` have run, and practice digits before that."""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from comp import competition
 from comp.engine import cli, hardware
 from comp.engine.config import resolve
 from comp.engine.data import folds, samples
@@ -33,6 +36,17 @@ metadata: [pen]
 folds: {scheme: stratified_group, k: 5, seed: 0}
 submission: {sample: sample_submission.csv, form: label}
 """
+# function of comp/competition.py -> its parameters
+SIGNATURES = {
+    "read_samples": ["raw"],
+    "load_image": ["row", "decode"],
+    "model": ["cfg", "outputs"],
+    "loss": ["output", "target"],
+    "metric": ["truth", "prediction", "rows"],
+    "recipe": ["size"],
+    "postprocess": ["rows", "prediction"],
+    "write_submission": ["rows", "prediction", "sample"],
+}
 TINY = "base: base\ndata: {size: 32, channels: 1}\nmodel: {name: test_resnet, pretrained: false}\n"
 
 hardware.set_threads(1)  # before torch is imported
@@ -40,7 +54,7 @@ hardware.set_threads(1)  # before torch is imported
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of configs and tables, so that nothing of yours is written to. Raw files are read where they lie."""
+    """A copy of configs and tables, so that no file of yours is changed. data/raw is a link."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(HERE / "configs", root / "configs")
     (root / "data").mkdir()
@@ -62,8 +76,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_reads_and_its_network_can_be_built(place: Path, name: str) -> None:
-    """On the meta device, which holds no weights and downloads none."""
+def test_experiment_resolves_and_its_network_builds(place: Path, name: str) -> None:
+    """On the meta device: no weights are allocated or downloaded."""
     from comp import models
 
     cfg = resolve.load(place, name).config
@@ -73,38 +87,48 @@ def test_an_experiment_reads_and_its_network_can_be_built(place: Path, name: str
 @pytest.mark.parametrize(
     "name", sorted(file.stem for file in (HERE / "configs" / "ensembles").glob("*.yaml"))
 )
-def test_an_ensemble_reads(place: Path, name: str) -> None:
+def test_ensemble_resolves(place: Path, name: str) -> None:
     from comp.engine.ensemble import blend_config
 
     file = place / "configs" / "ensembles" / f"{name}.yaml"
-    tree, lines = resolve.parse(file, file.name)  # which of its members are trained is not asked here
+    tree, lines = resolve.parse(file, file.name)  # its members need not be trained
     assert resolve.validate(blend_config.Blend, tree, lines, file.name).members
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (HERE / "configs" / "tune").glob("*.yaml")))
-def test_a_search_space_reads(place: Path, name: str) -> None:
+def test_search_space_resolves(place: Path, name: str) -> None:
     from comp.engine.tune import study_config
 
     assert study_config.read(name, resolve.load(place, "exp001").config, "exp001").knobs
 
 
-def test_no_fold_leaks(place: Path) -> None:
-    """No row, and no group where the scheme keeps groups together, is trained on and scored by one fold; each row is scored once."""
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_function_of_competition_has_its_parameters(name: str) -> None:
+    function = getattr(competition, name, None)
+    if function is not None:
+        assert len(inspect.signature(function).parameters) == len(SIGNATURES[name]), SIGNATURES[name]
+
+
+def test_folds_do_not_leak(place: Path) -> None:
+    """No row (and no group, if the scheme keeps groups together) is in the training and validation rows of the same fold;
+    each row is scored once per repeat."""
     table = samples.load()
     split = folds.load(table)
     keep = ["row", *(["group"] if "group" in split.meta["scheme"] else [])]
     scored = []
-    for number in range(split.count):
-        train, valid = split.split(number)
+    for fold in range(split.count):
+        train, valid = split.split(fold)
         scored.append(valid)
         for column in keep:
             values = table.frame[column].to_numpy(object)
-            assert not set(values[train]) & set(values[valid]), f"fold {number}: {column} on both sides"
+            assert not set(values[train]) & set(values[valid]), (
+                f"fold {fold}: {column} in training and validation"
+            )
     repeats = int(split.meta["repeats"])
     assert set(np.unique(np.concatenate(scored), return_counts=True)[1]) == {repeats}
 
 
 def test_exp001_trains(place: Path) -> None:
-    """One epoch of 64 images of one fold, as `comp train exp001 --debug` does it."""
+    """One epoch of 64 images of one fold, like `comp train exp001 --debug`."""
     assert cli.main(["train", "exp001", "--debug", "--as", "check", "--fold", "0", "data.cache=false"]) == 0
     assert (place / "runs" / "check" / "seed0" / "fold0" / "weights.safetensors").is_file()
