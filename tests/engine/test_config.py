@@ -235,3 +235,11 @@ def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
     assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is lr"
+
+
+def test_a_copy_with_a_name_that_is_no_knob_is_a_fault(root: Path) -> None:
+    """pydantic itself takes it in silence: after a renaming the change would have no effect."""
+    cfg = resolve.load(root, "exp001").config
+    assert cfg.predict.model_copy(update={"tta": ["hflip"]}).tta == ["hflip"]
+    with pytest.raises(AssertionError, match="space"):
+        cfg.predict.model_copy(update={"space": "logit"})

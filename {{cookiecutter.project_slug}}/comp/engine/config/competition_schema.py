@@ -4,13 +4,20 @@ does not need (group, time) have defaults and may be left out.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """pydantic's own takes unknown names in silence, so that a knob that was renamed would have no effect."""
+        unknown = set(update or {}) - type(self).model_fields.keys()
+        assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
+        return super().model_copy(update=update, deep=deep)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
