@@ -48,8 +48,8 @@ demo: setup
 	$(BIN)/python demo.py
 
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --config pyproject.toml .
+	$(BIN)/ruff format --config pyproject.toml --check .
 	$(MAKE) --jobs 2 types-template types-project
 
 # A cache each: two that write to one break it.
@@ -57,7 +57,7 @@ types-template:
 	MYPY_CACHE_DIR=$(CURDIR)/build/mypy-template $(BIN)/mypy
 
 types-project:
-	cd "$(PROJECT)" && MYPYPATH=. $(BIN)/mypy comp tests ../tests/engine
+	cd "$(PROJECT)" && MYPYPATH=. $(BIN)/mypy --config-file ../tests/engine/mypy.ini comp tests ../tests/engine
 
 # The engine's tests run on the project as it lies here, unbaked.
 ENGINE := cd "$(PROJECT)" && $(BIN)/python -m pytest -c ../tests/engine/pytest.ini ../tests/engine -o cache_dir=$(CURDIR)/build/pytest-engine \

@@ -1,5 +1,6 @@
 """A project with names out of the ordinary passes its own checks, and its README works as written."""
 
+import configparser
 import io
 import os
 import re
@@ -33,8 +34,96 @@ def run(folder: Path, *command: str) -> str:
 
 
 def test_lint_and_format(odd):
+    """The light rules of its own pyproject.toml, and every rule of the template's."""
+    strict = ["--no-cache", "--config", str(CHECKOUT / "pyproject.toml")]
     run(odd, sys.executable, "-m", "ruff", "check", "--no-cache", ".")
-    run(odd, sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".")
+    run(odd, sys.executable, "-m", "ruff", "check", *strict, ".")
+    run(odd, sys.executable, "-m", "ruff", "format", *strict, "--check", ".")
+
+
+# What somebody may type below a page in a hurry: no types, no format, a lambda, a loop variable that is overwritten.
+HASTY = """
+def my_mix( x,y = None,**kw ) :
+  import os; f = lambda a : a*2
+  for i in [ 1,2 ] :
+        i = f( i )
+  if y == None : y = os.getpid( )
+  return x,y,i
+"""
+
+
+@pytest.fixture
+def edited(template, tmp_path) -> Path:
+    """A project with this environment in place of its own, so that its `make check` installs nothing."""
+    made = bake(template, tmp_path, {})
+    (made / ".venv").mkdir()
+    (made / ".venv" / "installed").touch()  # newer than requirements.txt
+    return made
+
+
+def make_check(project: Path) -> subprocess.CompletedProcess[str]:
+    command = ["make", "check", f"BIN={Path(sys.executable).parent}"]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+
+
+def append(project: Path, name: str, text: str) -> int:
+    """The number of the last line."""
+    with (project / name).open("a", encoding="utf-8") as file:
+        file.write(text)
+    return (project / name).read_text("utf-8").count("\n")
+
+
+@pytest.mark.parametrize("page", ["losses.py", "transforms.py", "competition.py"])
+def test_an_untyped_unformatted_function_in_a_page_passes(edited, page):
+    append(edited, f"comp/{page}", HASTY)
+    done = make_check(edited)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for target in ("check", "test"):
+        commands = run(edited, "make", "--dry-run", target)
+        assert "ruff check" in commands
+        assert not re.search(r"mypy|ruff format", commands)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("\n\ndef shifted(x):\n    return x + offzet\n", "F821"),
+        ("\n\ndef shifted(x:\n", "invalid-syntax"),
+        ("\n\nimport colorsys\n", "F401"),
+    ],
+)
+def test_an_error_in_a_page_fails_with_file_and_line(edited, text, what):
+    last = append(edited, "comp/losses.py", text)
+    done = make_check(edited)
+    assert done.returncode != 0
+    assert what in done.stdout
+    assert re.search(rf"comp/losses\.py:({last}|{last + 1}):\d+", done.stdout), done.stdout
+
+
+def test_the_engine_is_not_checked_in_a_project(edited):
+    append(edited, "comp/engine/cli.py", "\n\nimport colorsys\n")
+    done = make_check(edited)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_template_checks_the_same_function_with_every_rule(edited):
+    """The commands of the template's Makefile, with its settings, on a page and on the engine."""
+    commands = run(CHECKOUT, "make", "--dry-run", "check")
+    assert "ruff check --config pyproject.toml ." in commands
+    assert "ruff format --config pyproject.toml --check ." in commands
+    assert "mypy --config-file ../tests/engine/mypy.ini comp tests ../tests/engine" in commands
+    for name in ("comp/losses.py", "comp/engine/cli.py"):
+        append(edited, name, HASTY)
+    settings = str(CHECKOUT / "pyproject.toml")
+    for arguments in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--config", settings, "."]
+        done = subprocess.run(command, cwd=edited, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        for name in ("comp/losses.py", "comp/engine/cli.py"):
+            assert name in done.stdout, (arguments, done.stdout)
+    types = configparser.ConfigParser()
+    types.read(CHECKOUT / "tests" / "engine" / "mypy.ini")
+    assert types["mypy"].getboolean("disallow_untyped_defs")
 
 
 def test_verbs_start_and_the_config_reads(odd):
