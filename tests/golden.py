@@ -1,11 +1,12 @@
-"""Golden values: the numbers of nine runs on the practice digits, compared between two commits on one machine.
+"""Golden values: the numbers of nine runs on the practice digits, compared between two commits on one
+machine.
 
-    python tests/golden.py compare BASE     BASE and this checkout, one after the other (make golden BASE=<commit>)
+    python tests/golden.py compare BASE     BASE, then this checkout (make golden BASE=<commit>)
     python tests/golden.py record FILE      this checkout alone, as JSON
 
-Only numbers are compared: sorted hashes of weight tensors, value buffers of prediction sets, submissions, the fold of every row,
-the rows drawn in epochs 0 and 1. File names, metadata and digests are not, because names stand in them. Each commit runs its own
-copy of this script, so knobs and verbs may have other names there.
+Only numbers are compared: sorted hashes of weight tensors, value buffers of prediction sets, submissions, the
+fold of every row, the rows drawn in epochs 0 and 1. File names, metadata and digests are not, because names
+stand in them. Each commit runs its own copy of this script, so knobs and verbs may have other names there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ TABLES = (
 COMMON = "slug: practice\ntitle: Practice\nraw: data/raw\nid: id\n"
 SHIPPED = "exp001, exp002 and blend001 as the template ships them"
 TINY = (
-    "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
+    "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\n"
+    "model: {name: test_resnet, pretrained: false}\n"
     "optim: {lr: 5e-3}\nmachine: {num_workers: 0}\ntrack: {mode: none}\n"
 )
 SUM = "sample: sample_submission.csv"
@@ -50,7 +52,8 @@ def number(row: Row) -> Row:
     return {"id": row["id"], "value": str(10 * int(row["label"]))}
 
 
-# name -> (competition.yaml, configs by name, what becomes of a labelled row, columns of the sample submission)
+# name -> (competition.yaml, configs by name, what becomes of a labelled row, columns of the sample
+# submission)
 COMPETITIONS: dict[str, tuple[str, dict[str, str], Callable[[Row], Row], dict[str, str]]] = {
     "shipped": ("", {
         "snapshots": f"{TINY}train: {{epochs: 6}}\nsnapshots: {{cycles: 3}}\n",
@@ -116,7 +119,8 @@ def compare(base: str) -> None:
                     if values["base"].get(key) != values["now"].get(key))  # fmt: skip
     for key in differ:
         print(
-            f"differs: {key}: {values['base'].get(key, 'absent')} at {base}, {values['now'].get(key, 'absent')} now"
+            f"differs: {key}: {values['base'].get(key, 'absent')} at {base}, "
+            f"{values['now'].get(key, 'absent')} now"
         )
     print(f"{len(values['now']) - len(differ)} of {len(values['now'])} golden values are those of {base}")
     sys.exit(1 if differ else 0)
@@ -127,7 +131,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-# --- the nine runs -------------------------------------------------------------------------------------------------------
+# --- the nine runs ------------------------------------------------------------------------------------------
 
 
 def record(folder: Path) -> dict[str, str]:
@@ -159,7 +163,8 @@ def record(folder: Path) -> dict[str, str]:
 def lay_out(
     project: Path, root: Path, declared: str, become: Callable[[Row], Row], sample: dict[str, str]
 ) -> Path:
-    """A project folder around the practice images with targets of its own. Of two heads, two images of one digit are a sample."""
+    """A project folder around the practice images with targets of its own. Of two heads, two images of one
+    digit are a sample."""
     raw = root / "data" / "raw"
     raw.mkdir(parents=True)
     (root / "configs").mkdir()
@@ -198,7 +203,8 @@ def write(file: Path, rows: list[Row]) -> None:
 
 
 def comp(project: Path, root: Path, *arguments: str) -> None:
-    """A verb of the project's code on the folder `root`. One thread: the thread count changes the order of sums."""
+    """A verb of the project's code on the folder `root`. One thread: the thread count changes the order of
+    sums."""
     run([sys.executable, "-m", "comp", *arguments], project, root)
 
 
@@ -212,7 +218,7 @@ def run(command: list[str], project: Path, root: Path) -> str:
     return done.stdout
 
 
-# --- what came out -------------------------------------------------------------------------------------------------------
+# --- what came out ------------------------------------------------------------------------------------------
 
 
 def read(root: Path) -> dict[str, str]:
@@ -252,7 +258,8 @@ for run in sys.argv[1:]:
     draw = class_balance.make_sampler(cfg, table, rows)
     for epoch in (0, 1):
         drawn = epoch_rows(rows, 0, epoch, draw)
-        found[f"{run}: rows drawn in epoch {epoch}"] = hashlib.sha256(drawn.astype("int64").tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(drawn.astype("int64").tobytes()).hexdigest()
+        found[f"{run}: rows drawn in epoch {epoch}"] = digest[:16]
 print(json.dumps(found))
 """
 

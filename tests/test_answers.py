@@ -1,4 +1,5 @@
-"""Answers are data: every one gives a project that parses, or one sentence, exit code 1 and an empty folder."""
+"""Answers are data: every one gives a project that parses, or one sentence, exit code 1 and an empty
+folder."""
 
 import io
 import json
@@ -69,7 +70,8 @@ def test_two_hundred_answers_of_both_kinds():
     assert len(ANSWERS) == 200
     assert 60 < sum(answer.typed for answer in ANSWERS) < 140
     assert 40 < sum(allowed(answer.name, answer.text) for answer in ANSWERS) < 160
-    # As key=value to plain cookiecutter these alone would be rendered, and some run: bake.py refuses them before it.
+    # As key=value to plain cookiecutter these alone would be rendered, and some run: bake.py refuses them
+    # before it.
     assert (
         sum(not answer.typed and any(mark in answer.text for mark in JINJA) for answer in ANSWERS) == RENDERED
     )

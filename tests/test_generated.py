@@ -153,7 +153,8 @@ def typed(folder: Path, commands: str, environment: dict[str, str]) -> str:
 
 @pytest.mark.slow
 def test_the_projects_readme_works_as_written(odd, tmp_path):
-    """In a fresh shell, with nothing but what the README says: set-up, first commands, make test, first submission."""
+    """In a fresh shell, with nothing but what the README says: set-up, first commands, make test, first
+    submission."""
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     clean["PATH"] = os.pathsep.join(
         folder
@@ -183,7 +184,8 @@ def steps(workflow: Path) -> list[str]:
 
 
 def first_submission(project: Path, readme: Path, clean: dict[str, str], home: Path) -> None:
-    """With the real client; all that differs from Kaggle is where it is, and that its data are the practice digits."""
+    """With the real client; all that differs from Kaggle is where it is, and that its data are the practice
+    digits."""
     sys.path.insert(0, str(CHECKOUT / "tests" / "engine"))
     try:
         from kaggle_server import KEY, Server

@@ -1,5 +1,6 @@
-"""Laws of the structure, each one short test. What breaks a law today stands in laws.yaml, and that list may only shrink:
-a new offence is red, and so is one that is gone but still listed. `python tests/test_laws.py` writes the list anew."""
+"""Laws of the structure, each one short test. What breaks a law today stands in laws.yaml, and that list may
+only shrink: a new offence is red, and so is one that is gone but still listed. `python tests/test_laws.py`
+writes the list anew."""
 
 import ast
 import re
@@ -9,13 +10,24 @@ from typing import Any
 
 import pytest
 import yaml
-from gauges import FAN_OUT, FUNCTION, cycles, functions, graph, long_functions, modules, page
+from gauges import (
+    COLUMNS,
+    FAN_OUT,
+    FUNCTION,
+    cycles,
+    functions,
+    graph,
+    long_functions,
+    long_lines,
+    modules,
+    page,
+)
 
 LIST = Path(__file__).parent / "laws.yaml"
 FILE = 500
 
-# Words of this project alone, which a reader who knows torch, timm, scikit-learn and Kaggle has to look up. A name is retired when
-# one of its parts (my_picture: my, picture) is on the list.
+# Words of this project alone, which a reader who knows torch, timm, scikit-learn and Kaggle has to look up. A
+# name is retired when one of its parts (my_picture: my, picture) is on the list.
 RETIRED = {
     "agree",
     "anybody",
@@ -65,13 +77,18 @@ def long_files(known: dict[str, Path]) -> dict[str, int]:
     return {m: n for m, file in known.items() if (n := len(file.read_text().splitlines())) > FILE}
 
 
+def lines_outside_tables(known: dict[str, Path]) -> dict[str, int]:
+    return {m: len(found) for m, file in known.items() if (found := long_lines(file.read_text()))}
+
+
 def wide(known: dict[str, Path]) -> dict[str, int]:
     """Modules that import more of ours than a reader can hold."""
     return {module: len(arrows) for module, arrows in graph(known).items() if len(arrows) > FAN_OUT}
 
 
 def inverted(known: dict[str, Path]) -> dict[str, int]:
-    """Modules of the engine that import pages. A page stands above the engine; engine.pages alone finds what a page defines."""
+    """Modules of the engine that import pages. A page stands above the engine; engine.pages alone finds what
+    a page defines."""
     return {
         module: len(pages)
         for module, arrows in graph(known).items()
@@ -113,6 +130,7 @@ LAWS = {
     f"more than {FAN_OUT} imports": wide,
     f"functions over {FUNCTION} lines": long_functions,
     f"files over {FILE} lines": long_files,
+    f"lines over {COLUMNS} columns outside tables": lines_outside_tables,
     "the engine imports pages": inverted,
     "retired words": retired,
 }
@@ -130,6 +148,13 @@ def test_nothing_new_breaks_the_law(law: str) -> None:
     assert not better, f"{law}: {better} of {LIST.name} are less by now: write it anew"
 
 
+def test_lines_of_the_tests() -> None:
+    files = [*LIST.parent.glob("*.py"), *(LIST.parent / "engine").glob("*.py")]
+    assert len(files) > 50
+    long = {file.name: found for file in files if (found := long_lines(file.read_text()))}
+    assert not long, f"lines over {COLUMNS} columns outside tables: {long}"
+
+
 def test_no_jinja_in_any_python_file() -> None:
     for module, file in modules().items():
         assert "{{ cookiecutter" not in file.read_text(), module
@@ -143,6 +168,7 @@ def test_the_laws_can_be_broken(tmp_path: Path) -> None:
         "c": "".join(f"import comp.m{i:02d}\n" for i in range(13)),
         "d": "def long():\n" + "    x = 1\n" * 60,
         "e": "x = 1\n" * 501,
+        "l": f"a = {{\n    1: '{'x' * 110}',\n}}  # fmt: skip\nb = '{'x' * 110}'\n",
         "f": "def kept_pictures(beside): pass\n",
         "engine/g": "import comp.a\n",
         **{f"m{i:02d}": "" for i in range(25)},
@@ -155,6 +181,7 @@ def test_the_laws_can_be_broken(tmp_path: Path) -> None:
         "more than 12 imports": {"comp.c": 13},
         "functions over 60 lines": {"comp.d:long": 61},
         "files over 500 lines": {"comp.e": 501},
+        "lines over 110 columns outside tables": {"comp.l": 1},
         "the engine imports pages": {"comp.engine.g": 1},
         "retired words": {"beside": 1, "kept": 1, "pictures": 1},
     }

@@ -34,7 +34,8 @@ def listed(page: Path) -> set[str]:
 
 
 def wanted(files: set[str]) -> set[str]:
-    """Every file, except that tests, benchmarks and the engine stand there as folders, and package markers go without saying."""
+    """Every file, except that tests, benchmarks and the engine stand there as folders, and package markers go
+    without saying."""
     folders = {match[1] for name in files if (match := re.match(r"(.*comp/engine/\w+)/", name))}
     inside = r"(^|/)((tests|benchmarks|comp/engine)/.+|__init__\.py)$"
     return {name for name in files if not re.search(inside, name)} | folders | {"tests"}

@@ -80,7 +80,8 @@ def test_a_failing_verb_ends_the_script(place, script):
     assert len(calls(place)) == 1
 
 
-# A signal held back until it is waited for cannot come too early; it then takes its time, as a checkpoint does.
+# A signal held back until it is waited for cannot come too early; it then takes its time, as a checkpoint
+# does.
 STOPPABLE = """
 import os, signal
 signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}

@@ -32,7 +32,8 @@ def test_same_files_same_bytes_same_modes(template, project):
 
 
 def test_only_four_files_are_rendered(template):
-    """A new kind of file goes into _copy_without_render of cookiecutter.json: an f-string with {{ stops the bake."""
+    """A new kind of file goes into _copy_without_render of cookiecutter.json: an f-string with {{ stops the
+    bake."""
     patterns = json.loads((template / "cookiecutter.json").read_text())["_copy_without_render"]
     rendered = set()
     for name in files(template / PROJECT):

@@ -40,7 +40,8 @@ def upstream(template, tmp_path, monkeypatch) -> Path:
 
 
 def made(upstream: Path, folder: Path) -> Path:
-    """As the last lines of a bake say: the untouched project is the first commit, so that git can merge later."""
+    """As the last lines of a bake say: the untouched project is the first commit, so that git can merge
+    later."""
     cruft("create", upstream, "--output-dir", folder, "--no-input", cwd=folder)
     commit(folder / "digits-practice", "from the template")
     return folder / "digits-practice"

@@ -1,5 +1,6 @@
-"""Projects in a temporary folder. Tests bring their own competition and experiments, so that they go on passing after you
-made configs/ and comp/competition.py yours; only base.yaml and debug.yaml are the project's.
+"""Projects in a temporary folder. Tests bring their own competition and experiments, so that they go on
+passing after you made configs/ and comp/competition.py yours; only base.yaml and debug.yaml are the
+project's.
 
     project    the practice competition: raw files, samples and folds; each test has its own copy
     trained    the same with a finished run, exp001, a member of it and a blend of both, blend001
@@ -46,13 +47,15 @@ folds: {scheme: stratified_group, k: 5, seed: 0}
 submission: {sample: sample_submission.csv, form: label}
 """
 EXPERIMENTS = {
-    "exp001": "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\nmodel: {name: test_resnet, pretrained: false}\n"
+    "exp001": "base: base\ndata: {size: 32, channels: 1}\naugment: {recipe: light}\n"
+    "model: {name: test_resnet, pretrained: false}\n"
     "optim: {lr: 5e-3}\ntrain: {epochs: 15, ema_decay: 0.98}\n",
     "exp002": "base: exp001\nmodel: {name: test_efficientnet}\n",
 }
 
 
-# The files whose long checks take longest, longest first: of two that run side by side the one that begins last must be short.
+# The files whose long checks take longest, longest first: of two that run side by side the one that begins
+# last must be short.
 LONG = (
     "test_random_labels", "test_resume_recipes", "test_tracking", "test_ensembles_killed", "test_kernel", "test_coin_flips", "test_audit", "test_launcher", "test_distributed",
     "test_study_killed", "test_planted", "test_resume", "test_malformed", "test_submit", "test_models", "test_mutations",
@@ -98,8 +101,8 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# What `trained` was trained with: little, and beside the pictures a column whose levels come from the training rows, which a
-# test set alone cannot say.
+# What `trained` was trained with: little, and beside the pictures a column whose levels come from the
+# training rows, which a test set alone cannot say.
 QUICK = [
     "track=none", "train.epochs=1", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false",
     "model.metadata=true",

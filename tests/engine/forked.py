@@ -1,4 +1,5 @@
-"""Pieces of work in processes of their own, forked, so that what is imported already need not be imported again."""
+"""Pieces of work in processes of their own, forked, so that what is imported already need not be imported
+again."""
 
 from __future__ import annotations
 

@@ -2,10 +2,12 @@
 
 The client uses it as a proxy: KAGGLE_API_ENVIRONMENT=LOCALHOST and HTTP_PROXY, which child processes inherit.
 
-    server.fail["CreateSubmission"] = [500]      the next call of that method answers 500, later ones succeed
-    server.fail["StartSubmissionUpload"] = ["drop"]   the connection is dropped; "after": done, but the answer is lost
-    server.fail["ListSubmissions"] = [None, None, 403]   None lets a call pass
-    "upload" and "storage" are the calls that carry the bytes to Kaggle and from it
+    server.fail["CreateSubmission"] = [500]             the next call answers 500, later ones pass
+    server.fail["StartSubmissionUpload"] = ["drop"]     the connection is dropped before the call is handled
+    server.fail["StartSubmissionUpload"] = ["after"]    the call is handled, but its answer is lost
+    server.fail["ListSubmissions"] = [None, None, 403]  two calls succeed, the third answers 403
+
+The methods "upload" and "storage" carry the bytes to Kaggle and from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tables and samples as people break them: each kind is a function of (number) that changes one file of a small competition."""
+"""Tables and samples as people break them: each kind is a function of (number) that changes one file of a
+small competition."""
 
 from __future__ import annotations
 

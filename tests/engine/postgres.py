@@ -1,4 +1,5 @@
-"""A real PostgreSQL from Debian's package, for as long as a test needs it: on a Unix socket, as an ordinary user."""
+"""A real PostgreSQL from Debian's package, for as long as a test needs it: on a Unix socket, as an ordinary
+user."""
 
 from __future__ import annotations
 

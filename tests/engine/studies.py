@@ -11,7 +11,10 @@ from comp.engine.tune import study, trial
 from comp.engine.tune.open_study import open_study
 from comp.engine.tune.study import OpenStudy
 
-SPACE = "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\nfolds: 2\ntrials: 3\n"
+SPACE = (
+    "search:\n  optim.lr: {low: 1e-3, high: 2e-2, log: true}\n  model.drop_rate: [0.0, 0.1]\n"
+    "folds: 2\ntrials: 3\n"
+)
 SMALL = ["track=none", "machine.num_workers=0", "train.epochs=2", "train.max_samples=64", "schedule.warmup=0"]
 FOREVER = float("inf")
 

@@ -1,4 +1,5 @@
-"""Augmentation: recipes, policies, random erasing, mixup, cutmix, mosaic, progressive sizes and the last epochs."""
+"""Augmentation: recipes, policies, random erasing, mixup, cutmix, mosaic, progressive sizes and the last
+epochs."""
 
 from __future__ import annotations
 
@@ -33,13 +34,14 @@ def images(count: int = 16, side: int = 12) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-# --- recipes -------------------------------------------------------------------------------------------------------------
+# --- recipes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [64, 224])
 def test_no_recipe_turns_an_image_into_noise_or_outlines(size: int, channels: int) -> None:
-    """A plain grey image stays one grey, except for black holes and edges, and noise of at most a tenth of the range."""
+    """A plain grey image stays one grey, except for black holes and edges, and noise of at most a tenth of
+    the range."""
     grey = np.full((size, size, channels), 128, np.uint8)
     noisy = 0
     for name in transforms.RECIPES:
@@ -56,7 +58,7 @@ def test_no_recipe_turns_an_image_into_noise_or_outlines(size: int, channels: in
     assert noisy > 5, "there is noise, mild"
 
 
-# --- policies ------------------------------------------------------------------------------------------------------------
+# --- policies -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["trivial", "rand-m9-n2-mstd0.5-inc1", "augmix-m3-w2", "original-mstd0.5"])
@@ -123,7 +125,7 @@ def test_a_policy_draws_the_same_in_this_process_and_in_a_loader_process(project
     assert alone[16:] == plain[16:], "the last epoch is without it"
 
 
-# --- erasing -------------------------------------------------------------------------------------------------------------
+# --- erasing ------------------------------------------------------------------------------------------------
 
 
 def test_random_erasing_has_its_share_and_does_not_depend_on_micro_batches() -> None:
@@ -139,7 +141,7 @@ def test_random_erasing_has_its_share_and_does_not_depend_on_micro_batches() -> 
     assert (whole == 9).all()
 
 
-# --- pairs and fours -----------------------------------------------------------------------------------------------------
+# --- pairs and fours ----------------------------------------------------------------------------------------
 
 
 def mix(x: torch.Tensor, mixup: float = 0, cutmix: float = 0, share: float = 1, mosaic: float = 0) -> Any:
@@ -278,7 +280,7 @@ def test_knobs_without_effect_are_refused(empty: Path) -> None:
     )
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 def test_progressive_sizes_resize_and_do_not_crop(project: Path) -> None:
@@ -298,7 +300,7 @@ def test_progressive_sizes_resize_and_do_not_crop(project: Path) -> None:
     assert next(iter(loader.batches(data.sequential_batches(rows, 8)))).images.shape[1] == 32
 
 
-# --- a run ---------------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_every_augmentation_trains_and_prints_its_ops(

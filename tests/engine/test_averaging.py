@@ -50,7 +50,7 @@ def halves(project: Path) -> Path:
     return project
 
 
-# --- snapshots and averages ----------------------------------------------------------------------------------------------
+# --- snapshots and averages ---------------------------------------------------------------------------------
 
 
 def test_the_cyclic_cosine_equals_that_of_the_paper() -> None:
@@ -215,7 +215,7 @@ def test_which_weights_predict_is_fixed_by_the_config(project: Path) -> None:
     assert all(torch.equal(weights("tail", "raw")[name], value) for name, value in weights("raw").items())
 
 
-# --- choosing ------------------------------------------------------------------------------------------------------------
+# --- choosing -----------------------------------------------------------------------------------------------
 
 
 def test_selection_rows_are_held_out_with_their_groups(project: Path) -> None:

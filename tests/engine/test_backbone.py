@@ -59,7 +59,7 @@ def built(*overrides: str) -> Any:
     return models.build(config("data.channels=3", *overrides), (HEAD,), pretrained=False)
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 def test_a_transformer_learns_at_any_size(project: Path) -> None:
@@ -117,7 +117,8 @@ def test_training_goes_through_progressive_sizes(project: Path, name: str) -> No
 
 
 def test_progressive_sizes(empty: Path) -> None:
-    """Position embeddings are interpolated and windows rebuilt; other models are refused with the sizes that work."""
+    """Position embeddings are interpolated and windows rebuilt; other models are refused with the sizes that
+    work."""
     checked(VIT, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     checked(SWIN, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     name = FAMILIES["coatnet"]
@@ -150,7 +151,7 @@ def test_a_model_that_is_no_classifier_is_refused(empty: Path) -> None:
     assert line.startswith("model.name:") and "no classifier" in line
 
 
-# --- names and arguments -------------------------------------------------------------------------------------------------
+# --- names and arguments ------------------------------------------------------------------------------------
 
 
 def test_other_arguments_of_create_model_reach_it(empty: Path) -> None:
@@ -275,7 +276,7 @@ def test_comp_check_validates_the_model_of_an_experiment(
     assert "train.batch_size: 1" in capsys.readouterr().out
 
 
-# --- files of weights ----------------------------------------------------------------------------------------------------
+# --- files of weights ---------------------------------------------------------------------------------------
 
 
 def as_pth(module: nn.Module, file: Path) -> None:
@@ -366,7 +367,7 @@ def test_a_larger_size_starts_from_a_run_of_a_smaller_one(project: Path) -> None
     assert torch.allclose(large["pos_embed"], resized, atol=1e-6)
 
 
-# --- what is done with it ------------------------------------------------------------------------------------------------
+# --- what is done with it -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN])

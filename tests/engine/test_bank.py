@@ -44,7 +44,7 @@ def rewritten(file: Path, project: Project, **facts: object) -> Path:
     return bank.write(file, other)
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_reading_copies_nothing(project: Project) -> None:
@@ -132,7 +132,7 @@ def test_infinite_or_partly_nan_rows_are_not_written(project: Project, bad: floa
     assert not file.exists() and not artifacts.manifest_entry(file)
 
 
-# --- mismatches ----------------------------------------------------------------------------------------------------------
+# --- mismatches ---------------------------------------------------------------------------------------------
 
 
 def test_other_folds(empty: Path) -> None:
@@ -224,7 +224,7 @@ def test_weights_that_changed_since(project: Project) -> None:
     bank.read(file, project.samples, project.folds)
 
 
-# --- averages ------------------------------------------------------------------------------------------------------------
+# --- averages -----------------------------------------------------------------------------------------------
 
 RANDOM = np.random.default_rng(0)
 
@@ -335,7 +335,7 @@ def test_merging_keeps_marks(project: Project) -> None:
     ]
 
 
-# --- members -------------------------------------------------------------------------------------------------------------
+# --- members ------------------------------------------------------------------------------------------------
 
 
 def test_members_by_address(project: Project) -> None:

@@ -201,7 +201,8 @@ def test_many_channels_are_drawn_by_their_first_three(project: Path, channels: i
     prepare.prepare(config(experiment="base"))
     make_folds.make(config(), samples.load(), remake=True)
     (project / "configs" / "exp003.yaml").write_text(
-        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{random_erasing: 0.5}}\ntrain: {{max_samples: 16, batch_size: 8, epochs: 1, ema_decay: null}}\n"
+        f"base: exp001\ndata: {{channels: {channels}}}\naugment: {{random_erasing: 0.5}}\n"
+        "train: {max_samples: 16, batch_size: 8, epochs: 1, ema_decay: null}\n"
         "schedule: {warmup: 0}\nmachine: {num_workers: 0, progress: false}\ntrack: {mode: none}\n"
     )
     assert cli.main(["augment", "exp003"]) == 0

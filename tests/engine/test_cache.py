@@ -83,7 +83,8 @@ def folder() -> Path:
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Without the journal, which may be left when the kill comes after the manifest; it has no effect then."""
+    """Without the journal, which may be left when the kill comes after the manifest; it has no effect
+    then."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith((".lock", "journal")))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -221,7 +222,8 @@ def test_every_size_and_every_version_of_the_hook_has_its_own_folder(
         keys.add(
             hooked(
                 monkeypatch,
-                f"BRIGHTER = {brightness}\ndef load_image(row, decode):\n    return decode(row['image']) + BRIGHTER\n",
+                f"BRIGHTER = {brightness}\n"
+                "def load_image(row, decode):\n    return decode(row['image']) + BRIGHTER\n",
                 key,
             )
         )
@@ -243,7 +245,10 @@ def test_load_image_decides_the_pixels(names: list[str], monkeypatch: pytest.Mon
     plain = cached(names)[0]
     negative = "def load_image(row, decode):\n    return 255 - decode(row['image'])\n"
     assert np.array_equal(hooked(monkeypatch, negative, lambda: cached(names))[0], 255 - plain)
-    whole = "def load_image(row, decode):\n    assert row['file'].is_file()\n    return decode(row['image'], full=True)[:30]\n"
+    whole = (
+        "def load_image(row, decode):\n    assert row['file'].is_file()\n"
+        "    return decode(row['image'], full=True)[:30]\n"
+    )
     assert hooked(monkeypatch, whole, lambda: cached(names[:1])[0].shape) == plain.shape, "resized afterwards"
     wrong = "def load_image(row, decode):\n    return decode(row['image']) / 255\n"
     with pytest.raises(UserError, match=r"load_image returned float64 .* for train/00.png") as caught:

@@ -1,4 +1,5 @@
-"""The image cache when something goes wrong: kills, torn lines, several builders, flipped bytes, full disks."""
+"""The image cache when something goes wrong: kills, torn lines, several builders, flipped bytes, full
+disks."""
 
 from __future__ import annotations
 

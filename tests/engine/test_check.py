@@ -28,7 +28,7 @@ from comp.engine.extras import check
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.tasks.kinds import TASKS
 
-# --- comp check ----------------------------------------------------------------------------------------------------------
+# --- comp check ---------------------------------------------------------------------------------------------
 
 
 def checked(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
@@ -206,7 +206,7 @@ def test_prepare_says_when_folds_are_of_another_table(
         make_folds.make(config(experiment="base"), samples.load())
 
 
-# --- errors that comp submit would raise -----------------------------------------------------------------------------------
+# --- errors that comp submit would raise --------------------------------------------------------------------
 
 TEN = [f"c{i}" for i in range(10)]
 
@@ -318,7 +318,7 @@ def test_functions_of_your_own_write_a_made_up_submission_too(
     assert "made-up predictions:2: row '18', column 'label': 'c99'" in fault.line
 
 
-# --- as an experiment decodes --------------------------------------------------------------------------------------------
+# --- as an experiment decodes -------------------------------------------------------------------------------
 
 
 def test_check_decodes_as_the_experiment_says(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:

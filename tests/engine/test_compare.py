@@ -30,7 +30,8 @@ from comp.engine.tasks.kinds import Head
 
 TINY = (
     "base: exp001\naugment: {recipe: none}\ntrack: {mode: none}\nmachine: {num_workers: 0, progress: false}\n"
-    "optim: {lr: 0.02}\ntrain: {epochs: 1, max_samples: 48, batch_size: 8, ema_decay: null}\nschedule: {warmup: 0}\n"
+    "optim: {lr: 0.02}\ntrain: {epochs: 1, max_samples: 48, batch_size: 8, ema_decay: null}\n"
+    "schedule: {warmup: 0}\n"
 )
 
 
@@ -105,7 +106,8 @@ def test_candidate_views(project: Path) -> None:
 
 
 def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One choice for all of them, by the mean of their scores; a view that there is not is refused before the first pass."""
+    """One choice for all of them, by the mean of their scores; a view that there is not is refused before the
+    first pass."""
     file = project / "configs" / "competition.yaml"
     text = (
         file.read_text()
@@ -185,7 +187,8 @@ def test_views_are_searched_on_one_part_and_scored_on_another() -> None:
         head.spec.to_probability(p)[:, 0] for p in (out.prediction, search.average(out.final))
     )
     assert auc(truth, in_sample) >= auc(truth, nested) - 0.02
-    # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the other folds.
+    # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the
+    # other folds.
     loud = {
         n: np.where(random.random(600) < 0.1, -9.0, 1.5)[:, None] * (2 * truth - 1)[:, None]
         for n in ("identity", "hflip", "vflip")

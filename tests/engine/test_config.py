@@ -192,11 +192,13 @@ def test_groups_are_not_ignored_by_accident(root: Path) -> None:
 
 
 def mutated(seed: int) -> tuple[str, str]:
-    """One of the shipped files with one thing wrong, as a tired person would do it. Each change here is a mistake for sure."""
+    """One of the shipped files with one thing wrong, as a tired person would do it. Each change here is a
+    mistake for sure."""
     rng = random.Random(seed)
     sections = {n: f.annotation for n, f in schema.Config.model_fields.items() if n != "competition"}
     section = rng.choice(sorted(sections))
-    fields = set(sections[section].model_fields) - {"kwargs"}  # type: ignore[union-attr]  # where any name is welcome
+    # kwargs: any name may be in it.
+    fields = set(sections[section].model_fields) - {"kwargs"}  # type: ignore[union-attr]
     key = rng.choice(sorted(fields))
     broken = {
         "misspelt key": f"{section}: {{{key}x: 1}}",
@@ -224,7 +226,10 @@ def test_a_mutated_config_gets_its_line(root: Path, seed: int) -> None:
 
 
 def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
-    code = "import sys; from comp.engine.cli import main; code = main(['train', 'exp001', 'optim.rat=1']); print('torch' in sys.modules); sys.exit(code)"
+    code = (
+        "import sys; from comp.engine.cli import main; code = main(['train', 'exp001', 'optim.rat=1']); "
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Ensembles: config errors, valid predictions, the same bits for one row alone and in a batch, scores and marks, kills."""
+"""Ensembles: config errors, valid predictions, the same bits for one row alone and in a batch, scores and
+marks, kills."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def load(project: Project, address: str, kind: str = "oof") -> predictions.Predi
     return bank.load(address, kind, project.samples, project.folds)
 
 
-# --- config ------------------------------------------------------------------------------------------------------------
+# --- config -------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "members: [exp001, exp002]\nmethd: mean": ["blend001.yaml:2: methd: no such key; the nearest is method"],
@@ -140,7 +141,7 @@ def test_ensembles_that_contain_each_other(project: Project) -> None:
     )
 
 
-# --- predictions -------------------------------------------------------------------------------------------------------
+# --- predictions --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -215,7 +216,7 @@ def test_a_value_beyond_float32_raises() -> None:
         average.apply(recipe, {"a": {"label": np.array([[1e300]])}})
 
 
-# --- scores, marks, provenance -------------------------------------------------------------------------------------------
+# --- scores, marks, provenance ------------------------------------------------------------------------------
 
 
 def test_score_of_an_ensemble(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,7 +360,7 @@ def test_every_metric_scores_its_tasks(empty: Path, task: str) -> None:
     assert seen >= 5
 
 
-# --- killed --------------------------------------------------------------------------------------------------------------
+# --- killed -------------------------------------------------------------------------------------------------
 
 KILLER = """
 import os, signal, sys

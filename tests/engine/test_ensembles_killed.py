@@ -1,4 +1,5 @@
-"""Commands about ensembles, killed at random events and started again, write the bytes of an uninterrupted one."""
+"""Commands about ensembles, killed at random events and started again, write the bytes of an uninterrupted
+one."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from comp.engine.report import plots as plots_
 from comp.engine.run import loading, views
 from comp.engine.store import artifacts, paths
 
-# These differ between two runs of a command: clocks, measured latencies, unfinished files of a killed process.
+# These differ between two runs of a command: clocks, measured latencies, unfinished files of a killed
+# process.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
 ABOUT_TIME = ("log.jsonl", "started.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
@@ -33,7 +35,8 @@ def bytes_of(*folders: Path) -> dict[str, bytes]:
 
 
 def artefacts(project: Path) -> dict[str, bytes]:
-    """Of runs what anyone reads; beside it lie states to go on from, and manifests that tell where a log with clocks ends."""
+    """Of runs what anyone reads; beside it lie states to go on from, and manifests that tell where a log with
+    clocks ends."""
     found = bytes_of(project / "runs", project / "ensembles")
     return {
         name: content for name, content in found.items() if Path(name).name in OF_RUNS or "seed" not in name

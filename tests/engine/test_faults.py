@@ -198,7 +198,7 @@ def test_a_loader_that_dies_again_is_refused(project: Path, monkeypatch: pytest.
     assert "machine.num_workers=0" in refusal(lambda: list(loader.batches(plan)))
 
 
-# --- no time -------------------------------------------------------------------------------------------------------------
+# --- no time ------------------------------------------------------------------------------------------------
 
 
 def test_a_temporary_folder_too_long_for_sockets_is_refused(
@@ -232,7 +232,8 @@ def test_a_time_is_read_as_people_write_it() -> None:
 
 
 def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:
-    """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so far."""
+    """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so
+    far."""
     ticks = iter([0, 10, 20, 320, 330, 340, 629, 631])
     stop = hardware.Stop(1000, clock=lambda: float(next(ticks)))
     assert [stop.requested for _ in range(7)] == [False] * 6 + [True]

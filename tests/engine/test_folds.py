@@ -1,4 +1,5 @@
-"""Folds are fair, frozen and audited; nothing here may depend on a library's random numbers or on the order of rows."""
+"""Folds are fair, frozen and audited; nothing here may depend on a library's random numbers or on the order
+of rows."""
 
 from __future__ import annotations
 
@@ -61,14 +62,15 @@ def counts(found: Folds, repeat: int = 0) -> Codes:
 
 
 def spread(folds_: Codes, classes: Codes, k: int) -> float:
-    """Mean over classes of the standard deviation over folds of a class's share of rows: what the greedy rule minimises."""
+    """Mean over classes of the standard deviation over folds of a class's share of rows: what the greedy rule
+    minimises."""
     table = np.bincount(folds_ * (classes.max() + 1) + classes, minlength=k * (classes.max() + 1)).reshape(
         k, -1
     )
     return float((table / table.sum(axis=0)).std(axis=0).mean())
 
 
-# --- frozen --------------------------------------------------------------------------------------------------------------
+# --- frozen -------------------------------------------------------------------------------------------------
 
 FROZEN = {
     "kfold": "6cc5b3c03f6df4c5",
@@ -93,7 +95,8 @@ def steady(count: int = 600) -> Samples:
 
 @pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)
 def test_folds_never_change(scheme: str) -> None:
-    """A change here breaks every run that anyone has: same samples and seed must give the same folds in every version."""
+    """A change here breaks every run that anyone has: same samples and seed must give the same folds in every
+    version."""
     found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
     assert hashlib.sha256(found.assignment.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
 
@@ -115,7 +118,7 @@ def test_seeds_and_repeats_give_different_folds() -> None:
     assert sorted(np.concatenate(scored)) == list(range(600)), "each repeat scores every row once"
 
 
-# --- schemes -------------------------------------------------------------------------------------------------------------
+# --- schemes ------------------------------------------------------------------------------------------------
 
 
 def test_kfold_is_even() -> None:
@@ -228,7 +231,7 @@ def test_time_of_few_moments_never_splits_one() -> None:
     assert any(fault["code"] == "fold-empty" for fault in report["faults"])
 
 
-# --- the locked hold-out, and rows that are only trained on -----------------------------------------------------------------------
+# --- the locked hold-out, and rows that are only trained on -------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)

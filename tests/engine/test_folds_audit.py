@@ -1,4 +1,5 @@
-"""The audit of folds, and comp folds: what they hold, what makes their scores invalid, and that they are frozen."""
+"""The audit of folds, and comp folds: what they hold, what makes their scores invalid, and that they are
+frozen."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 
-# --- audit ---------------------------------------------------------------------------------------------------------------
+# --- audit --------------------------------------------------------------------------------------------------
 
 
 def altered(found: Folds, rows: Any, fold: int) -> Folds:
@@ -117,7 +118,7 @@ def test_with_groups_a_class_needs_as_many_groups_as_folds() -> None:
     assert any(fault.code == "class-missing" and "'b' has 5 groups" in fault.what for fault in faults(moved))
 
 
-# --- comp folds ----------------------------------------------------------------------------------------------------------
+# --- comp folds ---------------------------------------------------------------------------------------------
 
 
 def again(remake: bool = False) -> Folds:
@@ -210,7 +211,7 @@ def test_killed_before_the_seal_it_is_made_again(project: Path) -> None:
     assert paths.folds_file().read_bytes() == before
 
 
-# --- rows that share an image --------------------------------------------------------------------------------------------
+# --- rows that share an image -------------------------------------------------------------------------------
 
 
 def with_images(one: Samples, names: list[str]) -> Samples:
@@ -328,7 +329,8 @@ GROUPED = ("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group")
 def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With and without the image cache that knows their hashes, and until folds.duplicates keeps them together."""
+    """With and without the image cache that knows their hashes, and until folds.duplicates keeps them
+    together."""
     copied_files(project, list(zip(in_folds(0, 12), in_folds(3, 12), strict=True)))
     one, other = in_folds(0, 1)[0], in_folds(3, 1)[0]
     before = paths.folds_file().read_bytes()

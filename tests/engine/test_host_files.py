@@ -1,5 +1,5 @@
-"""Host files as they are: samples with an index column, another separator or repeated ids, names with accents in two spellings,
-labels that the host does not score, and labels that the host calls another way."""
+"""Host files as they are: samples with an index column, another separator or repeated ids, names with accents
+in two spellings, labels that the host does not score, and labels that the host calls another way."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def submitted(root: Path, table: samples.Samples, test: list[list[float]]) -> li
     return lines_of(root)
 
 
-# --- the sample ----------------------------------------------------------------------------------------------------------
+# --- the sample ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0"])
@@ -140,7 +140,7 @@ def test_a_sample_that_repeats_ids_can_be_the_list_of_the_test_rows(empty: Path)
     assert "train.csv:4: the id '0' occurs again" in error_line()
 
 
-# --- names in two spellings ----------------------------------------------------------------------------------------------
+# --- names in two spellings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("disk", "table"), [(NFD, NFC), (NFC, NFD)])
@@ -217,7 +217,7 @@ def test_a_table_in_either_spelling_alone_and_in_an_archive(empty: Path) -> None
     assert len(prepared().frame) == 6
 
 
-# --- labels that the host does not score ---------------------------------------------------------------------------------
+# --- labels that the host does not score --------------------------------------------------------------------
 
 
 def test_of_several_labels_in_a_cell_the_samples_columns_decide(
@@ -252,7 +252,7 @@ def test_of_several_labels_in_a_cell_the_samples_columns_decide(
     )
 
 
-# --- labels that the host calls another way ------------------------------------------------------------------------------
+# --- labels that the host calls another way -----------------------------------------------------------------
 
 STEGO = {"Cover": 0, "JMiPOD": 1, "JUNIWARD": 1}
 
@@ -323,7 +323,8 @@ def test_a_mapping_of_labels_in_tables_and_in_cells(empty: Path) -> None:
     put(empty, "sample.csv", "id,label\n9,ok\n")
     declare(empty, classes={"rust": "ill", "scab": "ill", "healthy": "ok"}, task="multiclass")
     table = prepared()
-    # In the order of the mapping, where they are no numbers; `declare` writes it sorted, so healthy comes first.
+    # In the order of the mapping, where they are no numbers; `declare` writes it sorted, so healthy comes
+    # first.
     assert table.heads[0].classes == ("ok", "ill")
     assert table.truth(table.heads[0], table.positions("train")).tolist() == [1, 1, 0, 1]
     put(empty, "train.csv", "id,label\n0,a b\n1,b c\n2,\n3,a\n")

@@ -462,6 +462,11 @@ def test_wheels_of_packages_that_the_image_does_not_have(tmp_path: Path) -> None
         assert "timm/models/resnet.py" in names and not any(
             name.endswith(".pyc") or ".." in name for name in names
         )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.engine.deliver import kernel_inputs; from pathlib import Path; kernel_inputs._installed_version = lambda name: None; before = sys.path[0]; kernel_inputs.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); import importlib.util; print(importlib.util.find_spec('timm').origin)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from comp.engine.deliver import kernel_inputs; "
+        "from pathlib import Path; kernel_inputs._installed_version = lambda name: None; "
+        f"kernel_inputs.unpack_wheels(Path({str(tmp_path / 'wheels')!r})); "
+        "import importlib.util; print(importlib.util.find_spec('timm').origin)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "comp-wheels-" in done.stdout

@@ -30,7 +30,8 @@ from comp.engine.readers.arrays import DamagedImage
 TINY = (
     "base: base\ndata: {size: 16}\naugment: {recipe: none}\nmodel: {name: test_resnet, pretrained: false}\n"
 )
-TINY += "train: {epochs: 1, batch_size: 4}\nschedule: {warmup: 0}\nmachine: {num_workers: 0}\ntrack: {mode: none}\n"
+TINY += "train: {epochs: 1, batch_size: 4}\nschedule: {warmup: 0}\n"
+TINY += "machine: {num_workers: 0}\ntrack: {mode: none}\n"
 
 
 def image(level: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
@@ -73,7 +74,7 @@ def opened(table: samples.Samples) -> cache.Images:
     return cache.open_images(config(), [p for each in table.frame["images"] for p in each], progress=False)
 
 
-# --- no table, json, archives --------------------------------------------------------------------------------------------
+# --- no table, json, archives -------------------------------------------------------------------------------
 
 
 def test_files_are_the_rows_and_their_paths_the_labels(empty: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_table_inside_an_archive(empty: Path) -> None:
     assert prepared().frame["id"].tolist()[:2] == ["007", "008"]
 
 
-# --- pictures that are numbers -------------------------------------------------------------------------------------------
+# --- pictures that are numbers ------------------------------------------------------------------------------
 
 
 def made(name: str, **changes: Any) -> decode.Pixels:
@@ -286,7 +287,7 @@ def test_dicom_by_its_window_and_photometric_interpretation(empty: Path) -> None
     assert writer.Write() and np.array_equal(made("y.dcm"), made("x.dcm"))
 
 
-# --- several images, metadata --------------------------------------------------------------------------------------------
+# --- several images, metadata -------------------------------------------------------------------------------
 
 
 def test_several_images_and_metadata_are_model_inputs(empty: Path) -> None:
@@ -351,7 +352,7 @@ def test_pooling_is_over_the_images_of_a_sample_alone(empty: Path) -> None:
         assert joined(features, owner=torch.tensor([0, 0, 1])).tolist() == [first, [7.0, 7.0]]
 
 
-# --- your own ------------------------------------------------------------------------------------------------------------
+# --- your own -----------------------------------------------------------------------------------------------
 
 
 def test_crop_views_show_their_part() -> None:

@@ -1,4 +1,5 @@
-"""load_image of competition.py gets the row: crops of one file by the columns that competition.yaml declares."""
+"""load_image of competition.py gets the row: crops of one file by the columns that competition.yaml
+declares."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def slides(root: Path, number: int = 6) -> None:
     declare(root, train=IN_TRAIN, test=IN_TEST, image_columns=BOX)
 
 
-# --- keys ----------------------------------------------------------------------------------------------------------------
+# --- keys ---------------------------------------------------------------------------------------------------
 
 
 def test_a_key_gives_back_its_files_and_its_row() -> None:
@@ -74,7 +75,7 @@ def test_a_plus_separates_files_if_both_sides_have_a_column() -> None:
     assert raw_tables.channels("{a+b}.png") == ["{a+b}.png"]
 
 
-# --- crops ---------------------------------------------------------------------------------------------------------------
+# --- crops --------------------------------------------------------------------------------------------------
 
 
 def test_two_rows_that_crop_one_file_are_two_images_of_the_cache(
@@ -215,7 +216,7 @@ def test_crops_from_prepare_to_the_kernel(empty: Path, monkeypatch: pytest.Monke
     )
 
 
-# --- a plus in a name ----------------------------------------------------------------------------------------------------
+# --- a plus in a name ---------------------------------------------------------------------------------------
 
 
 def test_a_plus_in_the_name_of_a_file_is_part_of_it(empty: Path) -> None:

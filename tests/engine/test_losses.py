@@ -226,7 +226,7 @@ def test_ohem_uses_the_samples_with_the_highest_loss() -> None:
     assert float(losses.reduce(each * weight, 1.0)) == pytest.approx(float((each * weight).mean()))
 
 
-# --- rare classes --------------------------------------------------------------------------------------------------------
+# --- rare classes -------------------------------------------------------------------------------------------
 
 
 def test_class_weights_equal_sklearns_and_the_papers(empty: Path) -> None:
@@ -319,7 +319,7 @@ def test_balance_of_multilabel_and_regression_targets(empty: Path) -> None:
         class_balance.make_sampler(cfg_of(empty, **{"sampling.balance": "over"}), values, np.arange(BATCH))
 
 
-# --- knobs ---------------------------------------------------------------------------------------------------------------
+# --- knobs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

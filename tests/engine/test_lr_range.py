@@ -1,4 +1,5 @@
-"""The learning-rate range test and the plotted schedule: their numbers, and that only plot and table are left."""
+"""The learning-rate range test and the plotted schedule: their numbers, and that only plot and table are
+left."""
 
 from __future__ import annotations
 

@@ -379,6 +379,9 @@ def test_the_table_is_complete() -> None:
 
 def test_importing_metrics_is_cheap() -> None:
     heavy = "{'sklearn', 'scipy', 'pandas', 'torch', 'matplotlib'}"
-    code = f"import sys, comp.metrics, comp.engine.bank.nested_cv, comp.engine.bank.thresholds; print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        "import sys, comp.metrics, comp.engine.bank.nested_cv, comp.engine.bank.thresholds; "
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

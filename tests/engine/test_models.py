@@ -39,7 +39,7 @@ TINY = [
 ]  # fmt: skip
 
 
-# --- measured ------------------------------------------------------------------------------------------------------------
+# --- measured -----------------------------------------------------------------------------------------------
 
 
 def test_multiply_adds_are_those_on_paper() -> None:
@@ -69,7 +69,7 @@ def test_comp_model_prints_what_it_measured(
     assert "training step of 32" in capsys.readouterr().out
 
 
-# --- explained -----------------------------------------------------------------------------------------------------------
+# --- explained ----------------------------------------------------------------------------------------------
 
 
 def test_a_feature_map_with_enough_cells_is_chosen() -> None:
@@ -130,7 +130,7 @@ def test_the_worst_and_chosen_rows_are_drawn_by_the_weights_of_their_fold(projec
         explain.explain("x", ["nobody"], 3)
 
 
-# --- exported ------------------------------------------------------------------------------------------------------------
+# --- exported -----------------------------------------------------------------------------------------------
 
 
 def test_pruning_takes_exactly_the_smallest_share_and_leaves_the_original() -> None:
@@ -181,7 +181,7 @@ def test_exported_outputs_equal_those_of_torch_or_are_an_error(
         export.export("x", 0, 20, "none")
 
 
-# --- frozen --------------------------------------------------------------------------------------------------------------
+# --- frozen -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(fit_heads.HEADS))

@@ -1,4 +1,5 @@
-"""data.normalize and data.whiten: their effect on images, with statistics of the training rows of a fold alone."""
+"""data.normalize and data.whiten: their effect on images, with statistics of the training rows of a fold
+alone."""
 
 from __future__ import annotations
 

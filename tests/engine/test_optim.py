@@ -127,7 +127,7 @@ def test_lookahead_moves_half_way_to_the_slow_weights() -> None:
     assert torch.allclose(at[3], (at[1] + fast.head.weight) / 2, atol=1e-7)
 
 
-# --- four numbers --------------------------------------------------------------------------------------------------------
+# --- four numbers -------------------------------------------------------------------------------------------
 
 
 def moved(*overrides: str) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def test_second_order_differentiates_a_transformer() -> None:
     assert not torch.equal(module.head.weight, before) and module.head.weight.isfinite().all()
 
 
-# --- gradients and momentum ----------------------------------------------------------------------------------------------
+# --- gradients and momentum ---------------------------------------------------------------------------------
 
 
 def clipped(mode: str, limit: float, gradient: float = 3.0) -> dict[str, Tensor]:
@@ -266,7 +266,8 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
 
 
 def test_kron_needs_opt_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, sums of products are evaluated left to right: gigabytes and minutes per step of a convolution."""
+    """Without it, sums of products are evaluated left to right: gigabytes and minutes per step of a
+    convolution."""
     monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"optim.name: kron needs opt_einsum"):
         optim.validate(config("optim.name=kron"))

@@ -1,4 +1,5 @@
-"""Steps after a blend (calibration, thresholds, corrections, cut points) are used where they improve the nested score."""
+"""Steps after a blend (calibration, thresholds, corrections, cut points) are used where they improve the
+nested score."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def error_lines() -> list[str]:
     return [error.line for error in errors()]
 
 
-# --- what comes out ------------------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------------------------
 
 
 def test_the_practice_competition(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +230,7 @@ def test_a_reader_of_your_own(empty: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "'label'" in error.what and "'lable'" in error.remedy
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def test_absent_columns_are_named_with_the_nearest(empty: Path) -> None:

@@ -21,7 +21,10 @@ from comp.engine.run.freezing import Stages
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 
-STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
+STAGES = (
+    "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, "
+    "{train: everything, epochs: 2, lr: 1e-3}]"
+)
 QUIET = ["track=none", "machine.num_workers=0", "machine.progress=false", "schedule.warmup=0.5", "train.max_samples=32", "train.batch_size=8", "train.ema_decay=null"]  # fmt: skip
 
 

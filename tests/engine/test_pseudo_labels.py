@@ -292,7 +292,8 @@ def test_the_audit_includes_pseudo_labelled_rows_in_statistics(project: Path, ta
     file, context = place / bank.WEIGHTS, loading.load_context(experiments.stored_config("taught"))
     right = load_file(file)
     assert "pixel_mean" in right and ("target_mean" in right) == (task == "regression")
-    # What the labelled rows of this fold are measured without, or of more than the training part, is still found.
+    # What the labelled rows of this fold are measured without, or of more than the training part, is still
+    # found.
     _, scored = context.folds.split(1)
     joined = pseudo_rows.fold_context(context, 1)
     own = model_selection.fold_rows(joined, 1)[0]
@@ -353,8 +354,8 @@ def test_a_short_run_uses_some_of_them(empty: Path) -> None:
 
 
 def test_extra_rows_train_every_fold_by_their_weight(project: Path) -> None:
-    """Extra images that are all labelled 3: with weight 1 the network learns it, with weight 0 it does not. No training
-    row has these images, or its fold would not be trained on them."""
+    """Extra images that are all labelled 3: with weight 1 the network learns it, with weight 0 it does not.
+    No training row has these images, or its fold would not be trained on them."""
     raw, file = project / "data/raw", project / "configs/competition.yaml"
     own = pd.read_csv(raw / "train.csv", dtype=str).head(160)
     others = pd.read_csv(raw / "test.csv", dtype=str)["id"].head(160)

@@ -81,7 +81,8 @@ def test_a_single_training_fold_is_split_into_parts() -> None:
 
 
 def scored(seed: int, rows: int, head: Head, name: str, sizes: tuple[int, ...] = EVEN) -> tuple[float, float]:
-    """(score of the predictions, their score against new random labels: the chance level of these predictions)"""
+    """(score of the predictions, their score against new random labels: the chance level of these
+    predictions)"""
     table, split, said = world(seed, rows, head, sizes)
     answers, metric = predictions_of(table, split, said, name), metrics.find(name)
     random = np.random.default_rng([seed, rows, 1])
@@ -98,7 +99,8 @@ def line(rows: int, head: Head, name: str, sizes: tuple[int, ...] = EVEN) -> tup
     kind = "even" if sizes == EVEN else "unequal"
     print(
         f"{head.task:10} {name:9} {rows:5} rows, {kind:7} folds: {found[:, 0].mean():.4f} ± "
-        f"{found[:, 0].std(ddof=1) / WORLDS**0.5:.4f}, chance {found[:, 1].mean():.4f}, above it {mean:+.4f} ± {error:.4f}"
+        f"{found[:, 0].std(ddof=1) / WORLDS**0.5:.4f}, chance {found[:, 1].mean():.4f}, above it "
+        f"{mean:+.4f} ± {error:.4f}"
     )
     return mean, error
 

@@ -1,4 +1,5 @@
-"""The refit on all data is on the schedule that CV used: the same epochs, so the same rates by share of the run."""
+"""The refit on all data is on the schedule that CV used: the same epochs, so the same rates by share of the
+run."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def test_the_refit_sees_all_rows_for_as_many_epochs_and_has_no_oof(project: Path
     assert not (paths.fold_folder("x", 0, "full") / "oof.arrow").exists()
 
 
-# --- a run of which only the refit was trained ---------------------------------------------------------------------------
+# --- a run of which only the refit was trained --------------------------------------------------------------
 
 KEPT = ["train.epochs=2", "train.max_samples=null", "snapshots.cycles=2", "train.ema_decay=0.9", "average.members=[raw, swa]", "average.swa_start=0"]  # fmt: skip
 MADE = ["full", "full-last2", "full-raw", "full-snap1", "full-snap2", "full-swa"]

@@ -1,5 +1,5 @@
-"""Resume stays exact with every recipe: killed at a random event and run again, the same bytes as if never killed. A new knob
-that holds a state of its own is a new line of RECIPES."""
+"""Resume stays exact with every recipe: killed at a random event and run again, the same bytes as if never
+killed. A new knob that holds a state of its own is a new line of RECIPES."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ PLAIN = [
     "train.batch_size=8", "train.checkpoint_every=2", "schedule.warmup=0",
 ]  # fmt: skip
 
-STAGES = "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, {train: everything, epochs: 2, lr: 1e-3}]"
+STAGES = (
+    "train.stages=[{train: head, epochs: 1, lr: 1e-2}, {train: last 2 blocks, epochs: 1, lr: 2e-3}, "
+    "{train: everything, epochs: 2, lr: 1e-3}]"
+)
 RECIPES = {  # what does not touch each other shares a line
     "ema": ["train.ema_decay=0.9"],
     "accumulation, balanced draws, hardest samples": ["train.grad_accum_steps=3", "model.drop_rate=0.3", "sampling.balance=weighted", "loss.ohem=0.5"],

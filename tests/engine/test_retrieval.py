@@ -1,4 +1,5 @@
-"""Retrieval by embeddings: margin losses and nearest neighbors by hand, and a small competition from training to the kernel."""
+"""Retrieval by embeddings: margin losses and nearest neighbors by hand, and a small competition from training
+to the kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ CODES = torch.tensor([0, 0, 1, 1, 2, 0])
 HEAD = Head("Id", "retrieval", tuple("abcd"), ("target.Id",), tuple("abcd"))
 
 
-# --- losses --------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def test_arcface_is_cross_entropy_of_pushed_angles() -> None:
@@ -92,7 +93,7 @@ def test_a_class_has_the_nearest_of_its_centres() -> None:
     assert out[:, 4:].tolist() == [pytest.approx(row, abs=1e-5) for row in cosine.amax(2).tolist()]
 
 
-# --- pooling -------------------------------------------------------------------------------------------------------------
+# --- pooling ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
@@ -130,7 +131,7 @@ def test_attention_is_a_weighted_mean_of_the_images_of_a_sample() -> None:
     assert out.detach().numpy() == pytest.approx(torch.stack(wanted).detach().numpy(), rel=1e-5)
 
 
-# --- neighbours ----------------------------------------------------------------------------------------------------------
+# --- neighbours ---------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_vote_and_other_classes_rank_behind() -> None:
@@ -173,7 +174,7 @@ def test_the_threshold_of_the_unknown_class_is_fitted_exactly() -> None:
     assert score(shift) > score(0.0) and score(shift) > score(-50.0)
 
 
-# --- the whole road ------------------------------------------------------------------------------------------------------
+# --- the whole road -----------------------------------------------------------------------------------------
 
 COMPETITION = """
 slug: tails

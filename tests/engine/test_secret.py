@@ -154,7 +154,8 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The difference that runs keep, and what the hook says: one file a form, one start of git's and the hook's processes."""
+    """The difference that runs keep, and what the hook says: one file a form, one start of git's and the
+    hook's processes."""
     root = tmp_path_factory.mktemp("planted")
 
     def git(*arguments: str) -> None:
@@ -194,7 +195,8 @@ def test_no_form_of_a_key_passes(planted: tuple[str, str], form: str) -> None:
 
 
 def test_this_repository_gives_no_alarm() -> None:
-    """Fewer than one in 1,000 lines, hashes of requirements.txt and these tests among them: the hook is not to be switched off."""
+    """Fewer than one in 1,000 lines, hashes of requirements.txt and these tests among them: the hook is not
+    to be switched off."""
     here = Path(__file__).resolve().parents[2]
     listed = subprocess.run(
         ["git", "-C", str(here), "ls-files", "-z"], capture_output=True, text=True, check=False
@@ -211,7 +213,8 @@ def test_this_repository_gives_no_alarm() -> None:
 
 
 def test_long_lines_are_read_in_no_time() -> None:
-    """A notebook carries pictures as lines of megabytes; a rule that looks back from every letter would take hours."""
+    """A notebook carries pictures as lines of megabytes; a rule that looks back from every letter would take
+    hours."""
     image = base64.b64encode(bytes(range(256)) * 4000).decode()
     ((start, end),) = secrets.find_secrets(f'"image/png": "{image}"\n"token": "{TOKEN}"')
     assert end - start == len(TOKEN)

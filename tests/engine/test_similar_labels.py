@@ -1,5 +1,5 @@
-"""Labels and groups that differ only in whitespace, case or number format, and NaN, None, null as words: reported with the line that
-resolves them."""
+"""Labels and groups that differ only in whitespace, case or number format, and NaN, None, null as words:
+reported with the line that resolves them."""
 
 from __future__ import annotations
 

@@ -150,7 +150,8 @@ def test_every_space_that_ships_loads(empty: Path, name: str) -> None:
 def test_knobs_are_sorted_by_their_conditions(empty: Path) -> None:
     (empty / "configs" / "tune").mkdir()
     (empty / "configs" / "tune" / "s.yaml").write_text(
-        "search:\n  optim.momentum: {low: 0.5, high: 0.9, when: {optim.name: sgd}}\n  optim.name: [adamw, sgd]\n"
+        "search:\n  optim.momentum: {low: 0.5, high: 0.9, when: {optim.name: sgd}}\n"
+        "  optim.name: [adamw, sgd]\n"
     )
     loaded = study_config.read("s", config(), "exp001")
     assert [knob.key for knob in loaded.knobs] == ["optim.name", "optim.momentum"]

@@ -37,7 +37,7 @@ TINY = [
 ]
 WORKERS = 4
 ENDLESS = 10**6
-LONGEST = 400  # events until a worker dies: one to three trials, so that some have stored their result and some have not
+LONGEST = 400  # events until a worker dies: one to three trials, so that only some have stored their result
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -168,7 +168,8 @@ def check(storage: str | None, book: Path, kills: int) -> None:
     first = [line for line in noted if "dead" in line]  # what each worker found dead at its first look
     slowest = max(line["seconds"] for line in first)
     print(
-        f"{sum(len(line['dead']) for line in first)} dead trials found at the first look, at most {slowest:.1f} s after the imports"
+        f"{sum(len(line['dead']) for line in first)} dead trials found at the first look, at most "
+        f"{slowest:.1f} s after the imports"
     )
     assert any(line["dead"] for line in first) and slowest < 15, first
 

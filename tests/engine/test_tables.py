@@ -43,7 +43,8 @@ def test_annotations_of_one_image_are_its_labels(empty: Path) -> None:
         error_line()
         .splitlines()[0]
         .startswith(
-            "data/raw/train.json: row 1: category_id: '1', but '0' in data/raw/train.json: row 0, which has the same id"
+            "data/raw/train.json: row 1: category_id: '1', but '0' in data/raw/train.json: row 0, which "
+            "has the same id"
         )
     )
 
@@ -125,7 +126,8 @@ def test_a_training_table_with_a_line_for_each_class(empty: Path) -> None:
     assert error_line() == "data/raw/train.csv:18: in_any: the label is missing"
     put(empty, "train.csv", "ID,Label\n" + "".join([*lines, "ID_9_all,1\n"]))
     assert error_line().startswith(
-        "data/raw/train.csv:18: ID: 'ID_9_all' does not match {id}_{class} with one of the targets any, in_any"
+        "data/raw/train.csv:18: ID: 'ID_9_all' does not match {id}_{class} with one of the targets any, "
+        "in_any"
     )
 
 
@@ -155,7 +157,8 @@ def test_labels_and_images_in_arrays(empty: Path) -> None:
     assert [int(opened(table)[i].max()) for i in (0, 5, 6)] == [0, 5, 3]
     declare(empty, train={"table": "imgs.npz", "image": "{key}"})
     assert error_line() == (
-        "data/raw/imgs.npz: holds arr_0 (6, 16, 16); columns are arrays of one dimension and of the same length"
+        "data/raw/imgs.npz: holds arr_0 (6, 16, 16); columns are arrays of one dimension and of the same "
+        "length"
     )
 
 
@@ -172,7 +175,8 @@ def test_other_peoples_tables_have_other_names(empty: Path) -> None:
     assert table.frame["images"].iloc[-1].tolist() == ["7.png"]
     declare(empty, extra=[{"table": "old.csv", "image": "{id}.png", "columns": {"id": "nmae"}}])
     assert error_line() == (
-        "configs/competition.yaml:1: extra.columns: data/raw/old.csv:1 has no column 'nmae'; did you mean 'name'?"
+        "configs/competition.yaml:1: extra.columns: data/raw/old.csv:1 has no column 'nmae'; did you mean "
+        "'name'?"
     )
 
 

@@ -1,4 +1,5 @@
-"""Regression targets: standardized by the training rows of the fold, predicted and logged in their own unit."""
+"""Regression targets: standardized by the training rows of the fold, predicted and logged in their own
+unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Cut points and thresholds: the exact optimum in-sample, and chance level on random labels in nested predictions."""
+"""Cut points and thresholds: the exact optimum in-sample, and chance level on random labels in nested
+predictions."""
 
 from __future__ import annotations
 
@@ -200,7 +201,8 @@ def test_nested_thresholds_are_at_chance_on_random_labels(name: str, expected: f
 
 @pytest.mark.parametrize("name", ["f1_macro", "f1_micro"])
 def test_nested_thresholds_of_several_random_columns(name: str) -> None:
-    """The F1 of chance is that of predicting everything positive; in-sample tuning seems to beat it, nested does not."""
+    """The F1 of chance is that of predicting everything positive; in-sample tuning seems to beat it, nested
+    does not."""
     metric, inside, outside = METRICS[name], [], []
     for seed in SEEDS:
         random = np.random.default_rng(seed)

@@ -1,4 +1,5 @@
-"""The time column: dates in digits are days, what may be either is refused with the line that decides, and the decision is printed."""
+"""The time column: dates in digits are days, what may be either is refused with the line that decides, and
+the decision is printed."""
 
 from __future__ import annotations
 

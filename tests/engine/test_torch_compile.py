@@ -81,7 +81,7 @@ def test_unsupported_networks_are_errors(empty: Path, knob: str) -> None:
     assert f"train.{knob}" in refusal(lambda: torch_compile.prepare(config(f"train.{knob}=true"), plain))
 
 
-# --- networks with something around them ---------------------------------------------------------------------------------
+# --- networks with something around them --------------------------------------------------------------------
 
 AROUND: dict[str, tuple[str, list[str]]] = {
     "metadata": ("test_vit", ["model.metadata=true"]),

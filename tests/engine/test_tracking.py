@@ -164,7 +164,8 @@ def test_mode_none_starts_no_wandb(plain: Project) -> None:
     assert not (plain.root / "wandb").exists()
     code = (
         "import sys; from comp.engine.report import plots; from comp.engine.run import tracking; "
-        "sys.exit(str({'wandb', 'torch', 'pandas', 'matplotlib'} & set(sys.modules)).replace('set()', '') or 0)"
+        "sys.exit(str({'wandb', 'torch', 'pandas', 'matplotlib'} & set(sys.modules)).replace('set()', '') "
+        "or 0)"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], check=False, cwd=PROJECT, timeout=PATIENT).returncode

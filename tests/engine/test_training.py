@@ -41,7 +41,7 @@ def refusal(work: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_image_stops_training_but_not_inference(project: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_recipe_with_a_wrong_argument_is_an_error(project: Path, monkeypatch: 
     assert "prob" in refusal(lambda: transforms.from_config(config("augment=recipe")))
 
 
-# --- the parts against what they promise ---------------------------------------------------------------------------------
+# --- the parts against what they promise --------------------------------------------------------------------
 
 
 def test_views_are_those_of_the_square_and_cost_no_second_decode() -> None:
@@ -130,7 +130,7 @@ def test_views_are_averaged_in_their_space(project: Path) -> None:
     assert np.isnan(both[48:]).all(), "rows never predicted are NaN, never 0"
 
 
-# --- tasks ---------------------------------------------------------------------------------------------------------------
+# --- tasks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,8 @@ def test_every_task_trains_and_predicts(project: Path, task: str, metric: str, l
     prepare.prepare(cfg)
     make_folds.make(cfg, samples.load(), remake=True)
     for number in range(5):
-        # The last fold of one task tells W&B, and the run as a whole with it: what is tracking_override changes no result.
+        # The last fold of one task tells W&B, and the run as a whole with it: what is tracking_override
+        # changes no result.
         tracking_override = ["track=offline"] if task == "regression" and number == 4 else []
         runner.train(
             "exp001", [*TINY, *overrides, f"loss={loss}", *tracking_override], fold=str(number), name="x"
@@ -175,7 +176,8 @@ def test_every_task_trains_and_predicts(project: Path, task: str, metric: str, l
 
 
 def residuals_and_summary(project: Path, record: dict[str, Any]) -> None:
-    """Read back from the offline files: a residual plot where there are no classes, and a summary run of all folds."""
+    """Read back from the offline files: a residual plot where there are no classes, and a summary run of all
+    folds."""
     parts = [wandb_reader.read(file.parent) for file in (project / "wandb").rglob("run-*.wandb")]
     kinds = {part.run.job_type: part for part in parts}
     assert len(parts) == 2 and kinds.keys() == {"fold", "summary"}
@@ -336,7 +338,8 @@ def test_a_line_per_epoch_is_printed_without_a_progress_bar(
     runner.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
     output = capsys.readouterr().out
     found = re.findall(
-        r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, \d+ images/s, (\d+) s left",
+        r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, "
+        r"\d+ images/s, (\d+) s left",
         output,
     )
     assert found and found[0][0] == "1" and found[-1][1] == "0"

@@ -1,5 +1,5 @@
-"""Whatever reads an artefact looks at its bytes first: one flipped bit, and its readers refuse it by name, and nothing else is
-lost. And a submission whose checkpoints no longer say what is stored does not leave."""
+"""Whatever reads an artefact looks at its bytes first: one flipped bit, and its readers refuse it by name,
+and nothing else is lost. And a submission whose checkpoints no longer say what is stored does not leave."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 def test_predictions_that_the_checkpoints_do_not_repeat_are_not_sent(
     server: Server, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rightly sealed, of the right rows, valid as a submission: only asking the weights again shows that they are others'."""
+    """Rightly sealed, of the right rows, valid as a submission: only asking the weights again shows that they
+    are others'."""
     table = samples.load()
     split = folds.load(table)
     for number in range(5):

@@ -237,7 +237,8 @@ def test_confirm_compares_the_best_trial_with_the_baseline_on_new_seeds(
 def test_conditional_knobs(tuned: Path) -> None:
     (tuned / "configs/tune/c.yaml").write_text(
         "search:\n  model.name: [test_resnet, test_efficientnet, test_convnext]\n"
-        "  model.drop_path_rate: {low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
+        "  model.drop_path_rate: "
+        "{low: 0.0, high: 0.3, when: {model.name: [test_efficientnet, test_convnext]}}\n"
         "  optim.clip_grad: {low: 0.3, high: 3.0, log: true, when: {model.name: test_convnext}}\nfolds: 1\n"
     )
     opened = join(14, space="c")
@@ -260,7 +261,8 @@ def test_a_study_rejects_another_config(tuned: Path) -> None:
 
 def test_two_objectives_have_a_pareto_front(tuned: Path) -> None:
     (tuned / "configs/tune/two.yaml").write_text(
-        "search:\n  model.name: [test_resnet, test_efficientnet]\nobjectives: [score, time]\npruner: none\nfolds: 1\n"
+        "search:\n  model.name: [test_resnet, test_efficientnet]\n"
+        "objectives: [score, time]\npruner: none\nfolds: 1\n"
     )
     opened = join(2, space="two")
     assert run(opened) == run(opened) == TrialState.COMPLETE

@@ -215,7 +215,8 @@ def test_stacking_equals_scikit_learns_on_the_same_splits(classes: int) -> None:
 
 @pytest.mark.parametrize("method", [m for m in STACKED if m != "lightgbm"])
 def test_a_stacker_of_labels_is_one_model_per_label(method: str) -> None:
-    """Each label is fitted alone on the rows where it is known; a label without positive rows gets a small probability."""
+    """Each label is fitted alone on the rows where it is known; a label without positive rows gets a small
+    probability."""
     truth, stored = cases(LABELS, 3, 200, 0)
     truth[::7, 1], truth[:, 2] = np.nan, 0.0
     fold = np.zeros(200, np.int64)

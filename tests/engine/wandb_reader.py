@@ -1,4 +1,5 @@
-"""Reads W&B's offline file back: a 7-byte header, then LevelDB log blocks of protobuf records. Proves what was logged."""
+"""Reads W&B's offline file back: a 7-byte header, then LevelDB log blocks of protobuf records. Proves what
+was logged."""
 
 from __future__ import annotations
 

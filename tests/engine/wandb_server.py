@@ -1,4 +1,5 @@
-"""A small W&B server on this machine, for the real client. It speaks just enough GraphQL to take a run and its history.
+"""A small W&B server on this machine, for the real client. It speaks just enough GraphQL to take a run and
+its history.
 
 works     takes everything, and remembers it: a resumed run learns how many lines are held
 silent    accepts connections and never answers

@@ -36,7 +36,6 @@ _LOW_TPR = partial(_F.banded_auc, edges=(0.0, 0.4, 1.0), weights=(2.0, 1.0), tot
 _HIGH_TPR = partial(_F.banded_auc, edges=(0.0, 0.8, 1.0), weights=(0.0, 1.0), total=1.0)
 _INF = math.inf
 
-# fmt: off
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -71,8 +70,7 @@ METRICS: dict[str, Metric] = {
         Metric("r2", partial(_F.mean_over_columns, one=_F.r2), "max", "value", -_INF, 1, _R + _O, "weighted"),
         Metric("spearman", partial(_F.mean_over_columns, one=_F.spearman), "max", "value", -1, 1, _R + _O, "weighted"),
     )
-}
-# fmt: on
+}  # fmt: skip
 AT_K = {
     "map": _F.average_precision_at,
     "accuracy": _F.top_k_accuracy,

@@ -3,7 +3,7 @@
 scored_rows    one prediction for each row of the host's sample submission, several test rows of one id merged
 postprocess    your function in competition.py, if it is there: predictions in, predictions out
 make_lines     the cells, by engine/deliver/submission_format.py or by your write_submission
-save           engine/deliver/validate.py reads the bytes again; an older file is replaced only if they are valid
+save           engine/deliver/validate.py reads the file back; an older one is replaced only if it is valid
 """
 
 from __future__ import annotations

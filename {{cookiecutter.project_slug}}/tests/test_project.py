@@ -1,6 +1,6 @@
-"""Tests of this project, in under a minute: every config resolves, every experiment's network builds, the functions of
-competition.py have the right parameters, folds do not leak, and exp001 trains. They use your data once `comp prepare`
-and `comp folds` have run, and practice digits before that."""
+"""Tests of this project, in under a minute: every config resolves, every experiment's network builds, the
+functions of competition.py have the right parameters, folds do not leak, and exp001 trains. They use your
+data once `comp prepare` and `comp folds` have run, and practice digits before that."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def test_function_of_competition_has_its_parameters(name: str) -> None:
 
 
 def test_folds_do_not_leak(place: Path) -> None:
-    """No row (and no group, if the scheme keeps groups together) is in the training and validation rows of the same fold;
-    each row is scored once per repeat."""
+    """No row (and no group, if the scheme keeps groups together) is in the training and validation rows of
+    the same fold; each row is scored once per repeat."""
     table = samples.load()
     split = folds.load(table)
     keep = ["row", *(["group"] if "group" in split.meta["scheme"] else [])]

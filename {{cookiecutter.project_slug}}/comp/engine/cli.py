@@ -13,8 +13,8 @@ from comp.engine.command import DEBUG, EXPERIMENT, ON, OVERRIDES, TORCH, TRAININ
 from comp.engine.errors import UserError
 from comp.engine.store import secrets
 
-# chapter, "module:function" in comp.engine, help, arguments. The function gets the arguments by name (command.call);
-# `instead` names another function for when an argument is given.
+# chapter, "module:function" in comp.engine, help, arguments. The function gets the arguments by name
+# (command.call); `instead` names another function for when an argument is given.
 VERBS = {
     "download": Verb("data", "deliver.download:download", "download the competition's files from Kaggle into data/raw", (
         argument("--ceiling", type=int, metavar="GB", help="unpack at most this much without confirmation; default: 100"),)),

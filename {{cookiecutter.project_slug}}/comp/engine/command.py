@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from comp.engine.errors import UserError
 
-# For notebooks on Kaggle and Colab, whose packages may be older. The lowest versions are those of pyproject.toml.
+# For notebooks on Kaggle and Colab, whose packages may be older. The lowest versions are those of
+# pyproject.toml.
 TORCH = ("torch>=2.10",)
 TRAINING = (*TORCH, "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
 OTHER_NAMES = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python")}  # each installs cv2

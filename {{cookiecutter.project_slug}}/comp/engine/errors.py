@@ -1,4 +1,5 @@
-"""Mistakes of the user, which end with one line and exit code 2. It imports nothing, so that `comp --help` is fast.
+"""Mistakes of the user, which end with one line and exit code 2. It imports nothing, so that `comp --help` is
+fast.
 
     raise UserError("fold-unknown", where="--fold 7", what="no such fold; there are folds 0 to 4, and full")
 

@@ -2,7 +2,7 @@
 function:
 
 row       (truth, prediction) -> (rows,) or (rows, columns); the metric is their weighted mean
-curve     (positive, negative) -> float; both are the weight of such rows at each distinct score, highest first
+curve     (positive, negative) -> float; both are the weights of such rows per distinct score, highest first
 weighted  (truth, prediction, weight) -> float
 """
 

@@ -1,5 +1,5 @@
-"""The keys of configs/competition.yaml and their types, and the value types that all sections share. Keys that a competition
-does not need (group, time) have defaults and may be left out.
+"""The keys of configs/competition.yaml and their types, and the value types that all sections share. Keys
+that a competition does not need (group, time) have defaults and may be left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """pydantic's own takes unknown names in silence, so that a knob that was renamed would have no effect."""
+        """pydantic's own takes unknown names in silence, so that a knob that was renamed would have no
+        effect."""
         unknown = set(update or {}) - type(self).model_fields.keys()
         assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
         return super().model_copy(update=update, deep=deep)
@@ -50,8 +51,9 @@ FormName = Literal["label", "probability", "probabilities", "value", "labels", "
 
 
 class Long(Section):
-    """A table in long format, with a line for each class of a row: the column with the class, alone or in a pattern like
-    `{id}_{class}`, and the column with the label. Without a label column, a line means that the class is present."""
+    """A table in long format, with a line for each class of a row: the column with the class, alone or in a
+    pattern like `{id}_{class}`, and the column with the label. Without a label column, a line means that the
+    class is present."""
 
     column: Text
     like: Annotated[str, Field(pattern=r"\{class\}")] = "{class}"
@@ -61,8 +63,8 @@ class Long(Section):
 class Table(Section):
     """The rows and the paths of their images. `{column}` and `{column[0]}` are replaced by values of the row.
 
-    Without a table, each file is a row: `files: "train/{label}/{id}.jpg"`, where `{name}` matches anything but a slash and
-    `{name:cat|dog}` a regular expression.
+    Without a table, each file is a row: `files: "train/{label}/{id}.jpg"`, where `{name}` matches anything
+    but a slash and `{name:cat|dog}` a regular expression.
     """
 
     table: Text | None = None
@@ -84,8 +86,9 @@ class Table(Section):
 
 
 class Pixels(Section):
-    """For images stored as arrays (npy, parquet, json, DICOM): the values that become 0 and 255, and the shape of flattened ones.
-    For JPEGs: whether a file that libjpeg warns about is used as far as it decodes (lenient), or counts as damaged."""
+    """For images stored as arrays (npy, parquet, json, DICOM): the values that become 0 and 255, and the
+    shape of flattened ones. For JPEGs: whether a file that libjpeg warns about is used as far as it decodes
+    (lenient), or counts as damaged."""
 
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     shape: Annotated[list[Count], Field(min_length=2, max_length=3)] | None = None
@@ -177,7 +180,8 @@ class Competition(Section):
 
     @property
     def class_list(self) -> list[str] | None:
-        """The declared classes in order. Classes of a mapping are sorted if all are numbers, otherwise in order of appearance."""
+        """The declared classes in order. Classes of a mapping are sorted if all are numbers, otherwise in
+        order of appearance."""
         if not isinstance(self.classes, dict):
             return self.classes
         classes = list(dict.fromkeys(self.classes.values()))
@@ -227,7 +231,8 @@ class Competition(Section):
                 raise ValueError(f"image_columns: {name!r} is a target, which test rows do not have")
             if name in ("image", "file"):
                 raise ValueError(
-                    f"image_columns: {name!r} is an argument of load_image already; rename the column with columns: {{{name}_column: {name}}}"
+                    f"image_columns: {name!r} is an argument of load_image already; rename the column with "
+                    f"columns: {{{name}_column: {name}}}"
                 )
         return self
 
@@ -236,7 +241,8 @@ class Competition(Section):
         kinds = set(self.tasks.values())
         if self.unknown is not None and not kinds <= {"retrieval", "multiclass"}:
             raise ValueError(
-                f"unknown: {self.unknown} is a class, but task {', '.join(sorted(kinds))} does not predict one of several"
+                f"unknown: {self.unknown} is a class, but task {', '.join(sorted(kinds))} does not predict "
+                "one of several"
             )
         return self
 
@@ -244,11 +250,13 @@ class Competition(Section):
     def _validate_folds(self) -> Competition:
         if "group" in self.folds.scheme and self.group is None:
             raise ValueError(
-                f"folds.scheme: {self.folds.scheme} needs competition.group, the column whose groups stay together"
+                f"folds.scheme: {self.folds.scheme} needs competition.group, the column whose groups stay "
+                "together"
             )
         if "folds" in self.drift and not self.folds.scheme.startswith("stratified"):
             raise ValueError(
-                f"drift: folds of scheme {self.folds.scheme} are not stratified; use stratified or stratified_group"
+                f"drift: folds of scheme {self.folds.scheme} are not stratified; use stratified or "
+                "stratified_group"
             )
         if self.folds.scheme == "time" and self.time is None:
             raise ValueError("folds.scheme: time needs competition.time, the column to order by")
@@ -258,7 +266,8 @@ class Competition(Section):
             raise ValueError("folds.repeats: folds by time cannot be repeated; set it to 1")
         if self.group and "group" not in self.folds.scheme and not self.folds.blind_to_groups:
             raise ValueError(
-                f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, so its groups leak across folds; "
+                f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, so its groups "
+                "leak across folds; "
                 "use group or stratified_group, or set folds.blind_to_groups: true on purpose"
             )
         return self

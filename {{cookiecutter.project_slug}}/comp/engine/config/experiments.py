@@ -1,7 +1,8 @@
 """Looks up an experiment of configs/ or a run by name: its config, and which of its folds are missing.
 
-configs/NAME.yaml is used if it exists. A run that was trained with --as NAME has no such file; then its own resolved
-runs/NAME/config.yaml is used. If both exist and differ, configs/NAME.yaml is used and one line on stderr says so.
+configs/NAME.yaml is used if it exists. A run that was trained with --as NAME has no such file; then its own
+resolved runs/NAME/config.yaml is used. If both exist and differ, configs/NAME.yaml is used and one line on
+stderr says so.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ NOT_EXPERIMENTS = ("base", "competition", "debug")
 
 
 def load(name: str, overrides: Iterable[str] = (), debug: bool = False, claimed: str | None = None) -> Loaded:
-    """The config of an experiment or a run. `claimed`: the run that is about to be trained; its config is compared by
-    fingerprint.claim, not here."""
+    """The config of an experiment or a run. `claimed`: the run that is about to be trained; its config is
+    compared by fingerprint.claim, not here."""
     file = paths.run_folder(name) / "config.yaml"
     if not paths.path("configs", f"{name}.yaml").is_file():
         if artifacts.manifest_entry(file):
@@ -47,7 +48,8 @@ def _print_difference(name: str, file: Path, stamp: artifacts.Stamp | None) -> N
         key, (before, after) = next(iter(changed.items()))
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         print(
-            f"runs/{name} was trained with another config ({key}: {before!r} there, {after!r} in {experiment}{more}); "
+            f"runs/{name} was trained with another config ({key}: {before!r} there, {after!r} in "
+            f"{experiment}{more}); "
             f"{experiment} is used",
             file=sys.stderr,
         )
@@ -78,7 +80,7 @@ def stored_config(name: str) -> Config:
     return resolve.from_yaml(artifacts.verified(file, "comp runs lists the runs"))
 
 
-# --- folds ---------------------------------------------------------------------------------------------------------------
+# --- folds --------------------------------------------------------------------------------------------------
 
 
 def fold_count(cfg: Config) -> int:
@@ -88,7 +90,8 @@ def fold_count(cfg: Config) -> int:
 def finished_folds(
     run: str, seed: int, folds: Iterable[Fold], wanted: Iterable[str] = ("oof", "test")
 ) -> list[Fold]:
-    """Those of the given folds whose predictions (`wanted`) exist. The refit on all rows has no OOF predictions."""
+    """Those of the given folds whose predictions (`wanted`) exist. The refit on all rows has no OOF
+    predictions."""
     kinds = {fold: ("test",) if fold == run_members.REFIT else tuple(wanted) for fold in folds}
     folders = {fold: paths.fold_folder(run, seed, fold) for fold in kinds}
     return [
@@ -123,7 +126,8 @@ def missing_folds(run: str, cfg: Config, folds: int) -> str:
 
 
 def why_missing(address: str, what: str) -> str:
-    """Why a known run, member or ensemble has no such predictions, and the command that makes them; empty for unknown names."""
+    """Why a known run, member or ensemble has no such predictions, and the command that makes them; empty for
+    unknown names."""
     return str(_missing(address, what) or "")
 
 

@@ -1,9 +1,11 @@
-"""Merges configs/*.yaml and key=value into one frozen Config (schema.py). All mistakes of all files are reported at once.
+"""Merges configs/*.yaml and key=value into one frozen Config (schema.py). All mistakes of all files are
+reported at once.
 
 Later sources override earlier ones:
 1. competition.yaml
 2. base.yaml
-3. the chain of `base:` of the experiment, then the experiment itself (or, in their place, the config of a run)
+3. the chain of `base:` of the experiment, then the experiment itself (or, in their place, the config of a
+   run)
 4. debug.yaml with --debug
 5. key=value of the command line
 """
@@ -56,8 +58,8 @@ Model = TypeVar("Model", bound=BaseModel)
 def load(
     root: Path, experiment: str, overrides: Iterable[str] = (), debug: bool = False, run: Path | None = None
 ) -> Loaded:
-    """Resolves an experiment of configs/. `run`: the config.yaml of a run, used in place of the experiment's file (see
-    experiments.load)."""
+    """Resolves an experiment of configs/. `run`: the config.yaml of a run, used in place of the experiment's
+    file (see experiments.load)."""
     folder = root / "configs"
     tree: Tree = {}
     origins: dict[str, str] = {}
@@ -73,8 +75,8 @@ def load(
 
 
 def from_yaml(path: Path) -> Config:
-    """Reads the resolved config.yaml of a run. A knob that a later template update added is missing in it and gets the
-    default of base.yaml, which changes no result."""
+    """Reads the resolved config.yaml of a run. A knob that a later template update added is missing in it and
+    gets the default of base.yaml, which changes no result."""
     values, lines = parse(path, f"{path.parent.name}/{path.name}")
     base = next((f for f in (p / "configs" / "base.yaml" for p in path.parents) if f.is_file()), None)
     tree: Tree = parse(base, "configs/base.yaml")[0] if base else {}
@@ -103,7 +105,8 @@ def validate(
             for item in items
             if item["type"] == "extra_forbidden"
         }
-        # A misspelt key is one mistake, not two: the key that is reported as missing is probably the one that was intended.
+        # A misspelt key is one mistake, not two: the key that is reported as missing is probably the one that
+        # was intended.
         items = [item for item in items if item["type"] != "missing" or item["loc"] not in intended]
         errors = {(each := _error(item, origins, model, default_file)).line: each for item in items}
         raise joined([errors[line] for line in sorted(errors)]) from None
@@ -147,7 +150,8 @@ def _has_no_effect(key: str) -> bool:
 
 
 def _chain(folder: Path, experiment: str) -> list[Path]:
-    """The files of an experiment, found by following `base:` upwards: base.yaml first, the experiment last."""
+    """The files of an experiment, found by following `base:` upwards: base.yaml first, the experiment
+    last."""
     chain: list[Path] = []
     name: str | None = experiment
     while name is not None:
@@ -172,8 +176,8 @@ def _chain(folder: Path, experiment: str) -> list[Path]:
 
 
 def _read_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
-    """The knobs of a run. Those equal to base.yaml keep their origin there. The section competition comes from the current
-    competition.yaml, as for an experiment."""
+    """The knobs of a run. Those equal to base.yaml keep their origin there. The section competition comes
+    from the current competition.yaml, as for an experiment."""
     tree, lines = parse(file, str(file.relative_to(root)))
     tree.pop("competition", None)
     values, defaults = flatten(tree), flatten(base)
@@ -206,7 +210,8 @@ def parse(file: Path, name: str) -> tuple[Tree, dict[str, str]]:
 
 
 def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
-    """Parses `optim.lr=3e-4`. A plain value for a section sets its main knob: `track=none` is `track.mode=none`."""
+    """Parses `optim.lr=3e-4`. A plain value for a section sets its main knob: `track=none` is
+    `track.mode=none`."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -278,7 +283,8 @@ def _error(
 
 
 def _own_error(message: str, section: str, origins: Mapping[str, str]) -> UserError:
-    """An error that a validator of schema.py raised as ValueError("key: what; remedy"). The key is relative to its section."""
+    """An error that a validator of schema.py raised as ValueError("key: what; remedy"). The key is relative
+    to its section."""
     key, found, what = message.partition(": ")
     if not found or " " in key:
         key, what = "", message

@@ -29,7 +29,8 @@ def extra_weights(cfg: Config) -> list[str]:
 
 
 def extra_members(cfg: Config) -> dict[str, list[str]]:
-    """Members of a finished run besides the run itself -> the extra weights whose mean prediction they are."""
+    """Members of a finished run besides the run itself -> the extra weights whose mean prediction they
+    are."""
     members = {name: [name] for name in extra_weights(cfg)}
     if snaps := snapshots(cfg):
         last = snaps[-cfg.snapshots.last :]
@@ -47,12 +48,14 @@ def is_refit(member: str) -> bool:
 
 
 def cv_member(member: str) -> str:
-    """The member of the cross-validation that corresponds to one of the refit: snap2 of full-snap2, "" of full."""
+    """The member of the cross-validation that corresponds to one of the refit: snap2 of full-snap2, "" of
+    full."""
     return member.removeprefix(REFIT).removeprefix("-") if is_refit(member) else member
 
 
 def cv_address(address: str) -> str:
-    """The address whose OOF predictions are used: exp003 of exp003:full, exp003:snap2 of exp003:full-snap2."""
+    """The address whose OOF predictions are used: exp003 of exp003:full, exp003:snap2 of
+    exp003:full-snap2."""
     run, _, member = address.partition(":")
     return f"{run}:{cv_member(member)}" if cv_member(member) else run
 
@@ -68,5 +71,6 @@ def selected_by_score(cfg: Config, name: str = "") -> bool:
 
 
 def marks(cfg: Config, name: str = "") -> list[str]:
-    """Marks in the metadata of predictions: their OOF score is optimistic if the weights were selected on the fold itself."""
+    """Marks in the metadata of predictions: their OOF score is optimistic if the weights were selected on the
+    fold itself."""
     return ["selected_on_fold"] if cfg.select.on == "fold" and selected_by_score(cfg, name) else []

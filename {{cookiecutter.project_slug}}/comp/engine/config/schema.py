@@ -1,5 +1,5 @@
-"""The type of every knob of a run. There are no defaults here: configs/base.yaml has them, with units and costs. The section
-`competition` is in competition_schema.py.
+"""The type of every knob of a run. There are no defaults here: configs/base.yaml has them, with units and
+costs. The section `competition` is in competition_schema.py.
 """
 
 from __future__ import annotations
@@ -272,11 +272,13 @@ class Config(Section):
         balance, weights = self.sampling.balance, self.loss.class_weights
         if balance == "none" and self.sampling.strength != 1:
             raise ValueError(
-                f"sampling.strength: {self.sampling.strength} has no effect with sampling.balance: none; set it to 1"
+                f"sampling.strength: {self.sampling.strength} has no effect with sampling.balance: none; "
+                "set it to 1"
             )
         if balance != "none" and weights != "none":
             raise ValueError(
-                f"loss.class_weights: {weights} and sampling.balance: {balance} both compensate for rare classes; use one of them"
+                f"loss.class_weights: {weights} and sampling.balance: {balance} both compensate for rare "
+                "classes; use one of them"
             )
         return self
 
@@ -286,12 +288,14 @@ class Config(Section):
         last = augment.disable_last_epochs
         if last and not augment.strong_ops:
             raise ValueError(
-                f"augment.disable_last_epochs: {last} has no effect without auto_augment, random_erasing, mixup, cutmix or mosaic; "
+                f"augment.disable_last_epochs: {last} has no effect without auto_augment, random_erasing, "
+                "mixup, cutmix or mosaic; "
                 "set it to 0"
             )
         if augment.strong_ops and last >= epochs:
             raise ValueError(
-                f"augment.disable_last_epochs: {last} leaves no epoch with augment.{augment.strong_ops[0]}, train.epochs is {epochs}"
+                f"augment.disable_last_epochs: {last} leaves no epoch with "
+                f"augment.{augment.strong_ops[0]}, train.epochs is {epochs}"
             )
         if augment.mixup_prob != 1 and not (augment.mixup or augment.cutmix):
             raise ValueError(
@@ -300,7 +304,8 @@ class Config(Section):
         mixes = bool(augment.mixup or augment.cutmix or augment.mosaic)
         if mixes and augment.jsd_views > 1:
             raise ValueError(
-                f"augment.jsd_views: {augment.jsd_views} views of an image are consecutive in the batch, so mixup, cutmix and mosaic "
+                f"augment.jsd_views: {augment.jsd_views} views of an image are consecutive in the batch, "
+                "so mixup, cutmix and mosaic "
                 "would mix an image with itself; set it to 1"
             )
         size = augment.group_size
@@ -318,7 +323,8 @@ class Config(Section):
         data, sizes = self.data, self.augment.progressive_sizes
         if data.whiten != "none" and (values := data.channels * data.size**2) > MAX_WHITENED:
             raise ValueError(
-                f"data.whiten: {data.whiten} is for small images: {data.channels} x {data.size} x {data.size} are {values} values, "
+                f"data.whiten: {data.whiten} is for small images: {data.channels} x {data.size} x "
+                f"{data.size} are {values} values, "
                 f"at most {MAX_WHITENED} are supported"
             )
         if data.whiten != "none" and sizes:
@@ -327,7 +333,8 @@ class Config(Section):
             )
         if sizes and len(sizes) > self.train.epochs:
             raise ValueError(
-                f"augment.progressive_sizes: {len(sizes)} sizes are more than train.epochs: {self.train.epochs}"
+                f"augment.progressive_sizes: {len(sizes)} sizes are more than train.epochs: "
+                f"{self.train.epochs}"
             )
         if len(set(self.train.seeds)) < len(self.train.seeds):
             raise ValueError(f"train.seeds: {self.train.seeds} contains a seed twice")
@@ -337,7 +344,8 @@ class Config(Section):
 
 
 def weights_error(cfg: Config) -> str:
-    """Why the sets of weights that a run is to keep are impossible or without effect; empty when they are fine."""
+    """Why the sets of weights that a run is to keep are impossible or without effect; empty when they are
+    fine."""
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
     default = "raw" if cfg.train.ema_decay is None else "ema"

@@ -1,7 +1,8 @@
 """YAML without its surprises, and the line number of every key.
 
-PyYAML reads `1e-3` as text, `no` as False, `010` as 8 and `1:30` as 90, and a duplicate key silently overrides the first.
-Here `1e-3` is a number, only true and false are booleans, `010` and `1:30` stay text, and a duplicate key is an error.
+PyYAML reads `1e-3` as text, `no` as False, `010` as 8 and `1:30` as 90, and a duplicate key silently
+overrides the first. Here `1e-3` is a number, only true and false are booleans, `010` and `1:30` stay text,
+and a duplicate key is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    # Has the same resolvers as the reader, so that exactly the strings that would be read as something else are quoted.
+    # Has the same resolvers as the reader, so that exactly the strings that would be read as something else
+    # are quoted.
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
@@ -102,7 +104,9 @@ class _Values:
         line, key = node.start_mark.line + 1, prefix.rstrip(".")
         self.count += 1
         if self.count > MAX_VALUES:
-            raise YamlError(f"{key}: with its aliases expanded the file has more than {MAX_VALUES:,} values", line)  # fmt: skip
+            raise YamlError(
+                f"{key}: with its aliases expanded the file has more than {MAX_VALUES:,} values", line
+            )
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node, line)
         if id(node) in self.parents:
@@ -124,7 +128,7 @@ class _Values:
                 raise YamlError("a key must be plain text", line)
             if key in out:
                 first = self.lines[prefix + key]
-                raise YamlError(f"{prefix}{key} is set for the second time, first on line {first}", line)  # fmt: skip
+                raise YamlError(f"{prefix}{key} is set for the second time, first on line {first}", line)
             self.lines[prefix + key] = line
             out[key] = self._value(value_node, f"{prefix}{key}.")
         return out

@@ -129,7 +129,8 @@ def _content_ids(
 
 
 def notes_on_shared_images(cfg: Config, samples: Samples) -> list[str]:
-    """For comp check: rows that share an image. Within a fold they are no fault, and folds are not made yet."""
+    """For comp check: rows that share an image. Within a fold they are no fault, and folds are not made
+    yet."""
     import pandas as pd
 
     frame, images = samples.frame, find_by_bytes(cfg, samples)
@@ -163,7 +164,8 @@ def _repeated(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _middle(reader: image_reader.ImageReader, name: str) -> str:
-    """A hash of the middle of the file. Empty for a member of an archive, where reading a part saves nothing."""
+    """A hash of the middle of the file. Empty for a member of an archive, where reading a part saves
+    nothing."""
     try:
         with reader.file(name).open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - MIDDLE) // 2)
@@ -173,7 +175,8 @@ def _middle(reader: image_reader.ImageReader, name: str) -> str:
 
 
 def file_hash(reader: image_reader.ImageReader, name: str, unread: dict[str, str]) -> str:
-    """The same as in an image cache. Empty for a file that cannot be read; the reason is added to `unread`."""
+    """The same as in an image cache. Empty for a file that cannot be read; the reason is added to
+    `unread`."""
     try:
         return image_reader.content_hash(reader.read(name))
     except (DamagedImage, UserError) as error:

@@ -123,7 +123,8 @@ class ImageReader:
                 "load_image",
                 error,
                 f"for {image_key.shown(name)}",
-                f"the row has the columns that competition.yaml declares: image_columns: [{error.args[0]}], or all"
+                "the row has the columns that competition.yaml declares: image_columns: "
+                f"[{error.args[0]}], or all"
                 if unknown
                 else "",
             ) from error

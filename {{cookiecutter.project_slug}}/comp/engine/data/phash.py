@@ -5,8 +5,8 @@
 2. Two hashes that differ in at most 11 bits have at least one quarter of 16 bits with at most 2 differences.
    So each quarter is a table of 65,536 buckets, and a hash is compared with the 137 buckets within 2 bits of
    its own.
-3. Candidates are compared by the correlation of their pixels, also under small crops of either image: the hash
-   alone is not enough, since line drawings share their low frequencies.
+3. Candidates are compared by the correlation of their pixels, also under small crops of either image: the
+   hash alone is not enough, since line drawings share their low frequencies.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def index_columns(columns: Sequence[str]) -> list[str]:
 
 
 def scored_ids(competition: Competition, sample: SampleSubmission, heads: Sequence[Head]) -> list[str]:
-    """The rows to predict in the order of the sample, each once. In the long form several lines make one row."""
+    """The rows to predict in the order of the sample, each once. In the long form several lines make one
+    row."""
     return list(dict.fromkeys(line_rows(competition, sample, heads)))
 
 

@@ -78,7 +78,8 @@ class Blend(Section):
             if getattr(self, key) is not None and self.method not in methods:
                 if key == "weights":
                     raise ValueError(
-                        f"weights: method {self.method} uses equal weights; use method: weighted, or delete weights"
+                        f"weights: method {self.method} uses equal weights; use method: weighted, or "
+                        "delete weights"
                         if self.method in AVERAGES
                         else f"weights: method {self.method} fits its own; delete weights"
                     )

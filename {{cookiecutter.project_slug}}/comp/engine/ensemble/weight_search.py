@@ -1,4 +1,5 @@
-"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed first.
+"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed
+first.
 
 All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the
 predictions. A limit on inference time restricts the candidates: members that would exceed it are never tried.

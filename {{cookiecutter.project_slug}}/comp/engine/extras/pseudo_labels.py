@@ -70,7 +70,8 @@ def write(source: str, name: str, selection: Selection) -> None:
         raise UserError(
             "pseudo-labels-without-effect",
             where="comp pseudo",
-            what="folds by time train on earlier rows only, and test rows are later, so their labels have no effect",
+            what="folds by time train on earlier rows only, and test rows are later, so their labels have "
+            "no effect",
         )
     models = teachers.load(source, split, "comp pseudo")
     _validate(rows.heads, selection)

@@ -1,7 +1,8 @@
 """How artifacts are written and read back, so that a process killed at any moment damages nothing.
 
 1. A file is written under a temporary name, flushed to disk and renamed (`atomic`).
-2. `add_to_manifest` then records its sha256 in the manifest.json of its folder. An entry means: complete, and these bytes.
+2. `add_to_manifest` then records its sha256 in the manifest.json of its folder. An entry means: complete, and
+   these bytes.
 3. `verified` is the one way to read an artifact back: it refuses a file without an entry or with other bytes.
 """
 
@@ -85,7 +86,8 @@ def remove_from_manifest(file: Path) -> None:
 
 
 def manifest_entry(file: Path) -> dict[str, Any] | None:
-    """A file's entry in its folder's manifest; None while the file is unfinished or absent. The bytes are not read."""
+    """A file's entry in its folder's manifest; None while the file is unfinished or absent. The bytes are not
+    read."""
     if not file.exists() or not (file.parent / MANIFEST).exists():
         return None
     entry = read_json(file.parent / MANIFEST).get(file.name)
@@ -93,7 +95,8 @@ def manifest_entry(file: Path) -> dict[str, Any] | None:
 
 
 def verified(file: Path, remedy: str = "") -> Path:
-    """The path itself, once its bytes are proved to be those in the manifest; `remedy` ends the message otherwise."""
+    """The path itself, once its bytes are proved to be those in the manifest; `remedy` ends the message
+    otherwise."""
     stamps = stamp(file), stamp(file.parent / MANIFEST)
     if stamps[0] is not None and _verified.get(file) == stamps:
         return file
@@ -117,8 +120,8 @@ def verified(file: Path, remedy: str = "") -> Path:
 
 
 class Stamp(NamedTuple):
-    """Detects a changed file without reading it. Not reliable while it is fresh: a file that changes twice within one tick
-    of the file system's clock keeps its mtime."""
+    """Detects a changed file without reading it. Not reliable while it is fresh: a file that changes twice
+    within one tick of the file system's clock keeps its mtime."""
 
     inode: int
     size: int
@@ -187,7 +190,8 @@ def format_size(size: float) -> str:
 
 
 def move_to_trash(folder: Path) -> Path:
-    """A verb that trains deletes nothing: the old run moves to runs/.trash, and `comp clean` deletes it from there."""
+    """A verb that trains deletes nothing: the old run moves to runs/.trash, and `comp clean` deletes it from
+    there."""
     trash = paths.path("runs", ".trash")
     trash.mkdir(parents=True, exist_ok=True)
     target = trash / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
@@ -197,7 +201,8 @@ def move_to_trash(folder: Path) -> Path:
 
 @contextmanager
 def flock(file: Path) -> Iterator[None]:
-    """Exclusive between processes, for a check and the write that depends on it. Never across a fork: children inherit it."""
+    """Exclusive between processes, for a check and the write that depends on it. Never across a fork:
+    children inherit it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

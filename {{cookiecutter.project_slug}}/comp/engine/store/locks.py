@@ -1,7 +1,7 @@
 """One writer per folder: locks with an owner and a heartbeat, and the temporary files of dead processes.
 
-Where another process can be seen (process.state), a dead one's lock is taken over at once. Where it cannot (another host or
-container), only with --steal-lock, after STALE_AFTER seconds without a heartbeat.
+Where another process can be seen (process.state), a dead one's lock is taken over at once. Where it cannot
+(another host or container), only with --steal-lock, after STALE_AFTER seconds without a heartbeat.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ class Owner(NamedTuple):
 
 @contextmanager
 def lock(folder: Path, doing: str, wait: bool = False, job: str = "") -> Iterator[None]:
-    """Hold the folder's lock. Another live process's lock is waited for with `wait`, otherwise raises UserError.
+    """Hold the folder's lock. Another live process's lock is waited for with `wait`, otherwise raises
+    UserError.
 
-    `doing` describes the work for the message of the others. `job` identifies work that a queue hands out again when its
-    process has died: a lock with the same job is waited for until it is stale, then taken over.
+    `doing` describes the work for the message of the others. `job` identifies work that a queue hands out
+    again when its process has died: a lock with the same job is waited for until it is stale, then taken
+    over.
 
-    The owner is a process id in a file, not an flock: loader processes inherit a flock, and would hold it for seconds after
-    their parent was killed.
+    The owner is a process id in a file, not an flock: loader processes inherit a flock, and would hold it for
+    seconds after their parent was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     printed = False
@@ -93,7 +95,8 @@ def _beat(file: Path, text: str, released: threading.Event) -> None:
         except OSError:
             continue  # the disk does not answer: this heartbeat is lost, the next one may succeed
         if now != text and not released.is_set():
-            # This process was suspended for so long that another took the lock over. Two writers would damage the folder.
+            # This process was suspended for so long that another took the lock over. Two writers would damage
+            # the folder.
             print(
                 f"{paths.relative(file.parent)}: its lock was taken over; this process ends",
                 file=sys.stderr,
@@ -128,7 +131,8 @@ def _owner(folder: Path, job: str = "") -> Owner | None:
     after = "" if stale else f" after {STALE_AFTER / 60:.0f} min without a heartbeat"
     return Owner(
         where,
-        f"process {pid} on host {host} is already {doing} since {since}, last heartbeat {silent} ago; whether it runs "
+        f"process {pid} on host {host} is already {doing} since {since}, last heartbeat {silent} ago; "
+        "whether it runs "
         f"cannot be seen from here: if it is dead, the same command with --steal-lock takes over{after}",
         other_job,
         stale,
@@ -136,7 +140,8 @@ def _owner(folder: Path, job: str = "") -> Owner | None:
 
 
 def _clock(folder: Path) -> float:
-    """Now by the clock of the file system, which also stamps the heartbeats: the clocks of two hosts may differ by minutes."""
+    """Now by the clock of the file system, which also stamps the heartbeats: the clocks of two hosts may
+    differ by minutes."""
     guard = folder / f"{LOCK}.guard"
     try:
         os.utime(guard)
@@ -163,8 +168,9 @@ def steal() -> Iterator[None]:
 
 
 def is_orphan(file: Path, include_unknown: bool = False) -> bool:
-    """Whether a file is a temporary one of `artifacts.atomic` whose process is dead. With `include_unknown` also of a process
-    that cannot be seen from here, when nothing was written to the file for STALE_AFTER seconds."""
+    """Whether a file is a temporary one of `artifacts.atomic` whose process is dead. With `include_unknown`
+    also of a process that cannot be seen from here, when nothing was written to the file for STALE_AFTER
+    seconds."""
     *_, process_id, suffix = ("", "", *file.name.split("."))
     if suffix != "part" or not process.ID.fullmatch(process_id):
         return False

@@ -1,4 +1,5 @@
-"""The layout of a project on disk: the only module that knows folder and file names. Nothing is written here."""
+"""The layout of a project on disk: the only module that knows folder and file names. Nothing is written
+here."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from comp.engine.errors import UserError
 
 @cache
 def root() -> Path:
-    """The project's folder: COMP_ROOT, or the nearest folder upwards from the current one that holds configs/base.yaml."""
+    """The project's folder: COMP_ROOT, or the nearest folder upwards from the current one that holds
+    configs/base.yaml."""
     chosen = os.environ.get("COMP_ROOT")
     candidates = [Path(chosen)] if chosen else [Path.cwd(), *Path.cwd().parents]
     for folder in candidates:

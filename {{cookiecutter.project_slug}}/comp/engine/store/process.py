@@ -1,16 +1,19 @@
 """Unique ids of processes across hosts, and whether the process with a given id still runs.
 
-An id is `host-boot-namespace-pid-start`: digests of the host (name and machine id) and of the boot id, the pid namespace (each
-container has its own), the pid, and the start time, which tells a process from a later one with the same pid. Whether a process
-runs can be seen only from the same boot of the same host and the same pid namespace. The cases of `state`, in order:
+An id is `host-boot-namespace-pid-start`: digests of the host (name and machine id) and of the boot id, the
+pid namespace (each container has its own), the pid, and the start time, which tells a process from a later
+one with the same pid. Whether a process runs can be seen only from the same boot of the same host and the
+same pid namespace. The cases of `state`, in order:
 
 1. Same host, boot and namespace: alive or dead by pid and start time.
-2. An earlier boot of the same machine: dead. Host names repeat (containers, cloud images), so the name is not enough: the machine
-   id must be equal, neither process may be in a container, and the last heartbeat must be older than this boot. A live process
-   on a clone of this machine renews its heartbeat every minute.
-3. Anything else, such as another host or another container of this host: unknown. Age alone does not prove death.
+2. An earlier boot of the same machine: dead. Host names repeat (containers, cloud images), so the name is not
+   enough: the machine id must be equal, neither process may be in a container, and the last heartbeat must be
+   older than this boot. A live process on a clone of this machine renews its heartbeat every minute.
+3. Anything else, such as another host or another container of this host: unknown. Age alone does not prove
+   death.
 
-Without /proc (macOS) there is neither boot id nor namespace; the start time is psutil's create_time, equal within 2 s.
+Without /proc (macOS) there is neither boot id nor namespace; the start time is psutil's create_time, equal
+within 2 s.
 """
 
 from __future__ import annotations
@@ -99,10 +102,11 @@ def _local_state(pid: int, start: str) -> State:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this pid namespace started: in clock ticks since boot, or without /proc in seconds since 1970.
+    """When a process of this pid namespace started: in clock ticks since boot, or without /proc in seconds
+    since 1970.
 
-    None: there is no such process. Empty: it exists, but its start time is hidden (another user's process under a restricted
-    /proc, Linux without /proc).
+    None: there is no such process. Empty: it exists, but its start time is hidden (another user's process
+    under a restricted /proc, Linux without /proc).
     """
     if not _exists(pid):
         return None

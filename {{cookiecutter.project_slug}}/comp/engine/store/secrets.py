@@ -1,4 +1,5 @@
-"""Finds API keys, tokens and passwords, and keeps them out of logs, artifacts and commits. No message contains one.
+"""Finds API keys, tokens and passwords, and keeps them out of logs, artifacts and commits. No message
+contains one.
 
 validate_arguments(arguments)    raises before a command line with a secret is parsed
 find_in_config(tree, lines)      errors for the values of a config file
@@ -6,8 +7,10 @@ redact(text)                     for everything that is printed, logged, stored 
 python -m comp.engine.store.secrets    the pre-commit hook: exit code 1 if a staged file contains a secret
 
 All four use one scanner, `find_secrets`. It finds
-1. known shapes: prefixes that services use, private keys, logins in URLs, 32 or 40 hexadecimal digits on their own;
-2. a name that contains key, token, secret or password, followed by a value that looks random, in any language's syntax;
+1. known shapes: prefixes that services use, private keys, logins in URLs, 32 or 40 hexadecimal digits on
+   their own;
+2. a name that contains key, token, secret or password, followed by a value that looks random, in any
+   language's syntax;
 3. a quoted string of 24 or more letters and digits in random order, whatever its name;
 4. the values of environment variables with such a name.
 """
@@ -47,18 +50,22 @@ _SHAPES = [
         r"://(?P<key>[^/\s:@{}$<]*:[^/\s@{}$<]+|[^/\s:@{}$<]{20,})@",
         r"hooks\.slack\.com/services/(?P<key>[\w/]{20,})",
         r"\bpassword[ \t]+(?P<key>(?=\S*\d)[^\s\"'`{}]{8,})",  # .netrc
-        # Kaggle's old keys and W&B's; not a commit's hash: actions/checkout@…, /commit/…, `commit …`, `index ….…` of a diff.
-        r"(?<![0-9a-zA-Z@/])(?<!commit )(?<!index )(?<![0-9a-f]\.\.)(?P<key>[0-9a-f]{40}|[0-9a-f]{32}|[0-9A-F]{40}|[0-9A-F]{32})(?![0-9a-zA-Z])",
+        # Old keys of Kaggle and keys of W&B. Not the hash of a commit: actions/checkout@…, /commit/…,
+        # `commit …`, and `index …..…` in a diff.
+        r"(?<![0-9a-zA-Z@/])(?<!commit )(?<!index )(?<![0-9a-f]\.\.)"
+        r"(?P<key>[0-9a-f]{40}|[0-9a-f]{32}|[0-9A-F]{40}|[0-9A-F]{32})(?![0-9a-zA-Z])",
         # A shell variable with any value that is not another variable or command.
-        r"^[+ -]?\s*(?:export\s+|ENV\s+|%env\s+)?[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=(?P<key>[^\s$({\"'`<]\S{7,})",
+        r"^[+ -]?\s*(?:export\s+|ENV\s+|%env\s+)?[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*="
+        r"(?P<key>[^\s$({\"'`<]\S{7,})",
     )
 ]
 _STRONG = r"api[_-]?key|access[_-]?key|private[_-]?key|auth[_-]?key|token|secret|passw(?:or)?d|pwd|credential"
 _WEAK = r"bearer|basic|login|(?<![a-z])key|authori[sz]ation"
-# Between a name and its value: quotes, brackets, a type annotation, a keyword. The value may be on the next line, and lines of a
-# diff begin with + or -.
+# Between a name and its value: quotes, brackets, a type annotation, a keyword. The value may be on the next
+# line, and lines of a diff begin with + or -.
 _MARKS = r"""(?:[ \t"'`\[\](){}:=,>|-]|\\["']|\\?\r?\n[+ -]?)"""
-_BETWEEN = rf"\w{{0,20}}{_MARKS}{{1,40}}?(?:[\w.]{{1,12}}(?:\[[\w\[\], .]{{1,30}}\])?(?:[ \t]*\|[ \t]*\w{{1,8}})?[ \t]*(?:=>?|:){_MARKS}{{0,40}}?)?"
+_TYPE = r"[\w.]{1,12}(?:\[[\w\[\], .]{1,30}\])?(?:[ \t]*\|[ \t]*\w{1,8})?"
+_BETWEEN = rf"\w{{0,20}}{_MARKS}{{1,40}}?(?:{_TYPE}[ \t]*(?:=>?|:){_MARKS}{{0,40}}?)?"
 _PAIRS = [
     re.compile(rf"(?:(?P<strong>{_STRONG})|{_WEAK}){_BETWEEN}{value}", re.IGNORECASE)
     for value in (
@@ -71,7 +78,8 @@ _LITERAL = re.compile(
     r"""["'`](?P<key>(?=[^"'`]*[a-z])(?=[^"'`]*[A-Z])(?=[^"'`]*\d)[A-Za-z0-9_-]{24,128})["'`]"""
 )
 _FILES = re.compile(
-    r"kaggle\.json|access_token(\.txt)?|\.?_?netrc|\.env(\..*)?|credentials(\.json)?|.*\.pem|id_(rsa|ed25519|ecdsa)"
+    r"kaggle\.json|access_token(\.txt)?|\.?_?netrc|\.env(\..*)?|credentials(\.json)?|.*\.pem"
+    r"|id_(rsa|ed25519|ecdsa)"
 )
 REMEDY = "keys belong into the environment or ~/.kaggle and ~/.netrc, never into a command or a config"
 
@@ -81,7 +89,8 @@ def find_secrets(text: str) -> list[tuple[int, int]]:
     found = [match.span("key") for shape in _SHAPES for match in shape.finditer(text)]
     for pair in _PAIRS:
         position = 0
-        # Continue at the next character: a matched value may be the name of the next pair: {"token": token, "key": "…"}.
+        # Continue at the next character: a matched value may be the name of the next pair, as in
+        # {"token": token, "key": "…"}.
         while match := pair.search(text, position):
             position = match.start() + 1
             if _is_random(match["key"], sure=bool(match["strong"]) and "quote" in pair.groupindex):
@@ -99,7 +108,8 @@ def find_secrets(text: str) -> list[tuple[int, int]]:
 
 
 def redact(text: str) -> str:
-    """The text with every secret replaced. The number of lines and the +/- marks of a diff stay, since git apply counts them."""
+    """The text with every secret replaced. The number of lines and the +/- marks of a diff stay, since git
+    apply counts them."""
     parts, last = [], 0
     for start, end in find_secrets(text):
         first, *rest = text[start:end].split("\n")
@@ -110,7 +120,8 @@ def redact(text: str) -> str:
 
 
 def _is_random(value: str, sure: bool) -> bool:
-    """Whether a value looks random, not like a word, name, path or version. `sure`: a quoted string whose name only secrets have."""
+    """Whether a value looks random, not like a word, name, path or version. `sure`: a quoted string whose
+    name only secrets have."""
     if not re.search(r"\d", value) or len(set(value)) < 6:
         return False
     if re.search(r"\.[a-zA-Z]|^[./~]|/.*[./]", value) or ("/" in value and value == value.lower()):
@@ -158,7 +169,8 @@ def validate_arguments(arguments: Sequence[str]) -> None:
 
 
 def find_in_config(tree: Any, lines: Mapping[str, str], file: str, key: str = "") -> Iterator[UserError]:
-    """An error for each value or key of a config that looks like a secret, without the secret. `lines`: dotted key -> file:line."""
+    """An error for each value or key of a config that looks like a secret, without the secret. `lines`:
+    dotted key -> file:line."""
     if isinstance(tree, Mapping):
         for name, inner in tree.items():
             yield from find_in_config(inner, lines, file, f"{key}.{name}" if key else str(name))
@@ -174,7 +186,7 @@ def find_in_config(tree: Any, lines: Mapping[str, str], file: str, key: str = ""
         yield UserError("secret-found", where=lines.get(key, file), what=what, remedy=REMEDY)
 
 
-# --- before a commit -----------------------------------------------------------------------------------------------------
+# --- before a commit ----------------------------------------------------------------------------------------
 
 
 def find_in_staged_files() -> list[str]:

@@ -1,8 +1,9 @@
-"""The kinds of tasks (binary, multiclass, multilabel, regression, ordinal, retrieval): one entry of TASKS each says how
-a target is encoded, how many outputs the network has, and how a prediction is stored, averaged and converted.
+"""The kinds of tasks (binary, multiclass, multilabel, regression, ordinal, retrieval): one entry of TASKS
+each says how a target is encoded, how many outputs the network has, and how a prediction is stored, averaged
+and converted.
 
-A head is one target of the competition with its task. All other code works on a tuple of heads, so a competition with
-several targets of different kinds has several heads.
+A head is one target of the competition with its task. All other code works on a tuple of heads, so a
+competition with several targets of different kinds has several heads.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def _decode_multiclass(raw: Array, loss: HeadLoss) -> Array:
 
 
 def _decode_embeddings(raw: Array, loss: HeadLoss) -> Array:
-    """Class probabilities by the class centers, for the log only: the stored predictions come from the nearest
-    neighbors. (rows, 0) for losses without class centers."""
+    """Class probabilities by the class centers, for the log only: the stored predictions come from the
+    nearest neighbors. (rows, 0) for losses without class centers."""
     if "embedding" not in loss.knobs:
         return log_softmax(raw)
     cosine = raw[:, loss.knobs["embedding"] :]
