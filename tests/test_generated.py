@@ -41,7 +41,7 @@ def test_lint_and_format(odd):
     run(odd, sys.executable, "-m", "ruff", "format", *strict, "--check", ".")
 
 
-# What somebody may type below a page in a hurry: no types, no format, a lambda, a loop variable that is overwritten.
+# Careless code that a user may add to a page: no types, unformatted, a lambda, an overwritten loop variable.
 HASTY = """
 def my_mix( x,y = None,**kw ) :
   import os; f = lambda a : a*2

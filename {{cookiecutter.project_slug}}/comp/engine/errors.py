@@ -1,5 +1,4 @@
-"""Mistakes of the user, which end with one line and exit code 2. It imports nothing, so that `comp --help` is
-fast.
+"""The user's mistakes: one line and exit code 2. Imports nothing, so that `comp --help` is fast.
 
     raise UserError("fold-unknown", where="--fold 7", what="no such fold; there are folds 0 to 4, and full")
 

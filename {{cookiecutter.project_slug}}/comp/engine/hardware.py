@@ -71,8 +71,7 @@ def rank() -> int:
 # Ctrl+C; SLURM, Kubernetes and spot machines before they end; "save and stop", for your own scripts.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_EXIT_CODES = tuple(128 + number for number in STOP_SIGNALS)
-# Seconds within which SIGTERM may come several times: torchrun and SLURM send it to a process and to its
-# group.
+# Further SIGTERMs within so many seconds are one: torchrun and SLURM send it to a process and its group.
 REPEATED_WITHIN = 5.0
 
 

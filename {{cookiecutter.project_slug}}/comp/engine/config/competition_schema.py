@@ -14,8 +14,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """pydantic's own takes unknown names in silence, so that a knob that was renamed would have no
-        effect."""
+        """Unlike pydantic's, asserts that all names exist: an old name of a knob would have no effect."""
         unknown = set(update or {}) - type(self).model_fields.keys()
         assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
         return super().model_copy(update=update, deep=deep)
@@ -86,9 +85,12 @@ class Table(Section):
 
 
 class Pixels(Section):
-    """For images stored as arrays (npy, parquet, json, DICOM): the values that become 0 and 255, and the
-    shape of flattened ones. For JPEGs: whether a file that libjpeg warns about is used as far as it decodes
-    (lenient), or counts as damaged."""
+    """How to read images.
+
+    range    of images stored as arrays (npy, parquet, json, DICOM): the values that become 0 and 255
+    shape    of images stored as flat lists: height, width and, if there are several, channels
+    lenient  a JPEG that libjpeg warns about is used as far as it decodes; default: it counts as damaged
+    """
 
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     shape: Annotated[list[Count], Field(min_length=2, max_length=3)] | None = None
@@ -180,8 +182,8 @@ class Competition(Section):
 
     @property
     def class_list(self) -> list[str] | None:
-        """The declared classes in order. Classes of a mapping are sorted if all are numbers, otherwise in
-        order of appearance."""
+        """The declared classes in order. The classes of a mapping are sorted if all are numbers; otherwise
+        they keep the order of the mapping."""
         if not isinstance(self.classes, dict):
             return self.classes
         classes = list(dict.fromkeys(self.classes.values()))
@@ -266,8 +268,8 @@ class Competition(Section):
             raise ValueError("folds.repeats: folds by time cannot be repeated; set it to 1")
         if self.group and "group" not in self.folds.scheme and not self.folds.blind_to_groups:
             raise ValueError(
-                f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, so its groups "
-                "leak across folds; "
+                f"folds.scheme: {self.folds.scheme} ignores the group column {self.group!r}, "
+                "so its groups leak across folds; "
                 "use group or stratified_group, or set folds.blind_to_groups: true on purpose"
             )
         return self

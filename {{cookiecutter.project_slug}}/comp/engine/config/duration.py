@@ -1,5 +1,4 @@
-"""Durations of a training run: 500 steps, 3 epochs, 10% of the run, or a plain number of epochs. The only
-place that converts them."""
+"""Parses and converts durations: 500 steps, 3 epochs, 10% of the run, or a plain number of epochs."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ class Duration(NamedTuple):
         return round(self.amount * {"steps": 1, "epochs": steps_per_epoch, "share": steps}[self.unit])
 
     def in_epochs(self, epochs: float) -> float | None:
-        """Number of epochs, in a run of `epochs` epochs. None for a duration in steps, which needs the number
-        of steps in an epoch."""
+        """Number of epochs, in a run of `epochs` epochs. None for a duration in steps."""
         return {"steps": None, "epochs": self.amount, "share": self.amount * epochs}[self.unit]
 
 

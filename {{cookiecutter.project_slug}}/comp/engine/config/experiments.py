@@ -1,4 +1,4 @@
-"""Looks up an experiment of configs/ or a run by name: its config, and which of its folds are missing.
+"""Looks up an experiment or a run by name: its config, and which of its folds are finished or missing.
 
 configs/NAME.yaml is used if it exists. A run that was trained with --as NAME has no such file; then its own
 resolved runs/NAME/config.yaml is used. If both exist and differ, configs/NAME.yaml is used and one line on
@@ -23,8 +23,8 @@ NOT_EXPERIMENTS = ("base", "competition", "debug")
 
 
 def load(name: str, overrides: Iterable[str] = (), debug: bool = False, claimed: str | None = None) -> Loaded:
-    """The config of an experiment or a run. `claimed`: the run that is about to be trained; its config is
-    compared by fingerprint.claim, not here."""
+    """Returns the config of an experiment or a run. `claimed`: the run that is about to be trained; its
+    config is compared by fingerprint.claim, not here."""
     file = paths.run_folder(name) / "config.yaml"
     if not paths.path("configs", f"{name}.yaml").is_file():
         if artifacts.manifest_entry(file):
@@ -48,9 +48,8 @@ def _print_difference(name: str, file: Path, stamp: artifacts.Stamp | None) -> N
         key, (before, after) = next(iter(changed.items()))
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         print(
-            f"runs/{name} was trained with another config ({key}: {before!r} there, {after!r} in "
-            f"{experiment}{more}); "
-            f"{experiment} is used",
+            f"runs/{name} was trained with another config ({key}: {before!r} there, "
+            f"{after!r} in {experiment}{more}); {experiment} is used",
             file=sys.stderr,
         )
 
@@ -90,8 +89,7 @@ def fold_count(cfg: Config) -> int:
 def finished_folds(
     run: str, seed: int, folds: Iterable[Fold], wanted: Iterable[str] = ("oof", "test")
 ) -> list[Fold]:
-    """Those of the given folds whose predictions (`wanted`) exist. The refit on all rows has no OOF
-    predictions."""
+    """Which of the folds have the predictions in `wanted`. The refit on all rows has no OOF predictions."""
     kinds = {fold: ("test",) if fold == run_members.REFIT else tuple(wanted) for fold in folds}
     folders = {fold: paths.fold_folder(run, seed, fold) for fold in kinds}
     return [
@@ -126,8 +124,8 @@ def missing_folds(run: str, cfg: Config, folds: int) -> str:
 
 
 def why_missing(address: str, what: str) -> str:
-    """Why a known run, member or ensemble has no such predictions, and the command that makes them; empty for
-    unknown names."""
+    """Why a run, member or ensemble has no such predictions, and the command that makes them. Empty if there
+    is nothing of that name."""
     return str(_missing(address, what) or "")
 
 

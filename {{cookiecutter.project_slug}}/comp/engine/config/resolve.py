@@ -1,11 +1,9 @@
-"""Merges configs/*.yaml and key=value into one frozen Config (schema.py). All mistakes of all files are
-reported at once.
+"""Merges configs/*.yaml and key=value into one frozen Config (schema.py). Reports all mistakes at once.
 
 Later sources override earlier ones:
 1. competition.yaml
 2. base.yaml
-3. the chain of `base:` of the experiment, then the experiment itself (or, in their place, the config of a
-   run)
+3. the files that the experiment names with `base:`, then the experiment itself; or the config of a run
 4. debug.yaml with --debug
 5. key=value of the command line
 """
@@ -28,7 +26,7 @@ from comp.engine.store import secrets
 __all__ = ["Config", "Schedule"]
 
 
-# Knobs that may change between two starts of the same run, since no weight depends on them.
+# Knobs that may change between two starts of a run, since its weights do not depend on them.
 NO_EFFECT_ON_RESULTS = (
     "machine",
     "track",
@@ -75,8 +73,8 @@ def load(
 
 
 def from_yaml(path: Path) -> Config:
-    """Reads the resolved config.yaml of a run. A knob that a later template update added is missing in it and
-    gets the default of base.yaml, which changes no result."""
+    """Reads the resolved config.yaml of a run. Knobs that a later template update added are missing there
+    and get the defaults of base.yaml, which do not change results."""
     values, lines = parse(path, f"{path.parent.name}/{path.name}")
     base = next((f for f in (p / "configs" / "base.yaml" for p in path.parents) if f.is_file()), None)
     tree: Tree = parse(base, "configs/base.yaml")[0] if base else {}
@@ -105,8 +103,7 @@ def validate(
             for item in items
             if item["type"] == "extra_forbidden"
         }
-        # A misspelt key is one mistake, not two: the key that is reported as missing is probably the one that
-        # was intended.
+        # Report a misspelt key once: the correct key, which is missing because of it, is not reported.
         items = [item for item in items if item["type"] != "missing" or item["loc"] not in intended]
         errors = {(each := _error(item, origins, model, default_file)).line: each for item in items}
         raise joined([errors[line] for line in sorted(errors)]) from None
@@ -140,7 +137,7 @@ def changes_results(overrides: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
-    """The n words that are spelt most like `word`; upper and lower case are equal."""
+    """The n words that are spelt most like `word`, ignoring case."""
     by_lower = {candidate.lower(): candidate for candidate in reversed(list(words))}
     return [by_lower[low] for low in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
 
@@ -150,8 +147,7 @@ def _has_no_effect(key: str) -> bool:
 
 
 def _chain(folder: Path, experiment: str) -> list[Path]:
-    """The files of an experiment, found by following `base:` upwards: base.yaml first, the experiment
-    last."""
+    """The files of an experiment, found by following `base:`: base.yaml first, the experiment last."""
     chain: list[Path] = []
     name: str | None = experiment
     while name is not None:
@@ -176,8 +172,9 @@ def _chain(folder: Path, experiment: str) -> list[Path]:
 
 
 def _read_run(file: Path, root: Path, base: Tree) -> tuple[Tree, dict[str, str]]:
-    """The knobs of a run. Those equal to base.yaml keep their origin there. The section competition comes
-    from the current competition.yaml, as for an experiment."""
+    """The knobs in the config.yaml of a run, and their origins; of those that equal base.yaml, the origin
+    stays base.yaml. The section competition is left out: the current competition.yaml is used, as for an
+    experiment."""
     tree, lines = parse(file, str(file.relative_to(root)))
     tree.pop("competition", None)
     values, defaults = flatten(tree), flatten(base)
@@ -210,8 +207,7 @@ def parse(file: Path, name: str) -> tuple[Tree, dict[str, str]]:
 
 
 def _override(text: str, tree: Tree) -> tuple[Tree, dict[str, str]]:
-    """Parses `optim.lr=3e-4`. A plain value for a section sets its main knob: `track=none` is
-    `track.mode=none`."""
+    """Parses `optim.lr=3e-4`. A value for a section sets its main knob: `track=none` is `track.mode=none`."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -283,8 +279,8 @@ def _error(
 
 
 def _own_error(message: str, section: str, origins: Mapping[str, str]) -> UserError:
-    """An error that a validator of schema.py raised as ValueError("key: what; remedy"). The key is relative
-    to its section."""
+    """Parses the ValueError("key: what; remedy") of a validator in schema.py; `key` is relative to the
+    section."""
     key, found, what = message.partition(": ")
     if not found or " " in key:
         key, what = "", message

@@ -29,8 +29,7 @@ def extra_weights(cfg: Config) -> list[str]:
 
 
 def extra_members(cfg: Config) -> dict[str, list[str]]:
-    """Members of a finished run besides the run itself -> the extra weights whose mean prediction they
-    are."""
+    """The further members of a finished run -> the extra weights whose predictions each one averages."""
     members = {name: [name] for name in extra_weights(cfg)}
     if snaps := snapshots(cfg):
         last = snaps[-cfg.snapshots.last :]
@@ -39,7 +38,7 @@ def extra_members(cfg: Config) -> dict[str, list[str]]:
 
 
 def refit_member(member: str = "") -> str:
-    """A member's name in the refit: full of the run itself, full-snap2 of snap2."""
+    """The name of a member in the refit: full for the run itself, full-snap2 for snap2."""
     return f"{REFIT}-{member}" if member else REFIT
 
 
@@ -48,13 +47,13 @@ def is_refit(member: str) -> bool:
 
 
 def cv_member(member: str) -> str:
-    """The member of the cross-validation that corresponds to one of the refit: snap2 of full-snap2, "" of
-    full."""
+    """The cross-validated member that corresponds to a member of the refit: snap2 to full-snap2, "" (the
+    run itself) to full."""
     return member.removeprefix(REFIT).removeprefix("-") if is_refit(member) else member
 
 
 def cv_address(address: str) -> str:
-    """The address whose OOF predictions are used: exp003 of exp003:full, exp003:snap2 of
+    """The address whose OOF predictions are used: exp003 for exp003:full, exp003:snap2 for
     exp003:full-snap2."""
     run, _, member = address.partition(":")
     return f"{run}:{cv_member(member)}" if cv_member(member) else run
@@ -66,11 +65,11 @@ def selects_by_score(cfg: Config) -> bool:
 
 
 def selected_by_score(cfg: Config, name: str = "") -> bool:
-    """Whether this set of weights was selected by its score; the run's own weights have no name."""
+    """Whether this set of weights was selected by its score. `name`: "" for the run's own weights."""
     return name == "greedy" or (name == "" and (cfg.select.name == "best" or final_weights(cfg) == "greedy"))
 
 
 def marks(cfg: Config, name: str = "") -> list[str]:
-    """Marks in the metadata of predictions: their OOF score is optimistic if the weights were selected on the
-    fold itself."""
+    """Marks for the metadata of predictions. selected_on_fold: the weights were selected on the validation
+    rows of the fold, so the OOF score is optimistic."""
     return ["selected_on_fold"] if cfg.select.on == "fold" and selected_by_score(cfg, name) else []

@@ -289,8 +289,7 @@ class Config(Section):
         if last and not augment.strong_ops:
             raise ValueError(
                 f"augment.disable_last_epochs: {last} has no effect without auto_augment, random_erasing, "
-                "mixup, cutmix or mosaic; "
-                "set it to 0"
+                "mixup, cutmix or mosaic; set it to 0"
             )
         if augment.strong_ops and last >= epochs:
             raise ValueError(
@@ -305,8 +304,7 @@ class Config(Section):
         if mixes and augment.jsd_views > 1:
             raise ValueError(
                 f"augment.jsd_views: {augment.jsd_views} views of an image are consecutive in the batch, "
-                "so mixup, cutmix and mosaic "
-                "would mix an image with itself; set it to 1"
+                "so mixup, cutmix and mosaic would mix an image with itself; set it to 1"
             )
         size = augment.group_size
         if self.train.batch_size % size:
@@ -323,8 +321,8 @@ class Config(Section):
         data, sizes = self.data, self.augment.progressive_sizes
         if data.whiten != "none" and (values := data.channels * data.size**2) > MAX_WHITENED:
             raise ValueError(
-                f"data.whiten: {data.whiten} is for small images: {data.channels} x {data.size} x "
-                f"{data.size} are {values} values, "
+                f"data.whiten: {data.whiten} is for small images: "
+                f"{data.channels} x {data.size} x {data.size} are {values} values, "
                 f"at most {MAX_WHITENED} are supported"
             )
         if data.whiten != "none" and sizes:
@@ -344,8 +342,8 @@ class Config(Section):
 
 
 def weights_error(cfg: Config) -> str:
-    """Why the sets of weights that a run is to keep are impossible or without effect; empty when they are
-    fine."""
+    """The error of a combination of snapshots, averages and selection that is impossible or has an unused
+    knob; empty if there is none."""
     stages = cfg.train.stages
     cycles, average, select, epochs = cfg.snapshots.cycles, cfg.average, cfg.select, cfg.train.epochs
     default = "raw" if cfg.train.ema_decay is None else "ema"

@@ -41,8 +41,8 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    # Has the same resolvers as the reader, so that exactly the strings that would be read as something else
-    # are quoted.
+    # The resolvers of the reader, so that a string is quoted if and only if it would be read as another
+    # type.
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 

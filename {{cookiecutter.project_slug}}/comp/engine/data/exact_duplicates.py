@@ -129,8 +129,8 @@ def _content_ids(
 
 
 def notes_on_shared_images(cfg: Config, samples: Samples) -> list[str]:
-    """For comp check: rows that share an image. Within a fold they are no fault, and folds are not made
-    yet."""
+    """For comp check, before folds are made: notes on rows that share an image; no errors, as they may
+    end up in one fold."""
     import pandas as pd
 
     frame, images = samples.frame, find_by_bytes(cfg, samples)
@@ -164,8 +164,7 @@ def _repeated(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _middle(reader: image_reader.ImageReader, name: str) -> str:
-    """A hash of the middle of the file. Empty for a member of an archive, where reading a part saves
-    nothing."""
+    """Hash of the middle of a file. Empty for a member of an archive, which cannot be read in part."""
     try:
         with reader.file(name).open("rb") as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - MIDDLE) // 2)
@@ -175,8 +174,7 @@ def _middle(reader: image_reader.ImageReader, name: str) -> str:
 
 
 def file_hash(reader: image_reader.ImageReader, name: str, unread: dict[str, str]) -> str:
-    """The same as in an image cache. Empty for a file that cannot be read; the reason is added to
-    `unread`."""
+    """Hash as in an image cache. Empty for an unreadable file; the reason is added to `unread`."""
     try:
         return image_reader.content_hash(reader.read(name))
     except (DamagedImage, UserError) as error:

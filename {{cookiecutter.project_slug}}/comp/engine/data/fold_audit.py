@@ -183,8 +183,7 @@ def _empty(entries: list[dict[str, Any]], repeats: int) -> list[UserError]:
 
 
 class SharedImage(NamedTuple):
-    """An image that is among the training and the validation rows of a fold, or in a fold and the
-    hold-out."""
+    """An image in both the training and the validation rows of a fold, or in a fold and the hold-out."""
 
     names: list[str]  # its paths
     rows: Positions  # that have it, in order, without test rows

@@ -69,8 +69,7 @@ def _splitmix64(x: Keys) -> Keys:
 
 
 def deal_by_class(classes: Ints, k: int, key: Keys) -> Ints:
-    """Round robin over the rows sorted by class, shuffled within a class. With a single class this is
-    KFold."""
+    """Round robin over the rows sorted by class and shuffled within it; with one class, KFold."""
     fold = np.empty(len(key), np.int64)
     fold[np.lexsort((key, classes))] = np.arange(len(key)) % k
     return fold

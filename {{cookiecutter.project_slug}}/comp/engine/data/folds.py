@@ -206,8 +206,7 @@ def save(frame: pd.DataFrame, meta: dict[str, Any], file: Path | None = None) ->
 
 
 def content_hash(frame: pd.DataFrame, meta: dict[str, Any]) -> str:
-    """Of the assignment and its rule, not of the file: another pyarrow writes other bytes for the same
-    folds."""
+    """Hash of the assignment and its rule, not of the file, whose bytes depend on pyarrow's version."""
     hashed = hashlib.sha256(json.dumps([meta["rule"], meta["gap"], meta["k"], meta["repeats"]]).encode())
     hashed.update("\n".join(frame["id"]).encode())
     hashed.update(frame[["repeat", "fold"]].to_numpy(np.int32).tobytes())

@@ -139,8 +139,7 @@ def index_columns(columns: Sequence[str]) -> list[str]:
 
 
 def scored_ids(competition: Competition, sample: SampleSubmission, heads: Sequence[Head]) -> list[str]:
-    """The rows to predict in the order of the sample, each once. In the long form several lines make one
-    row."""
+    """The rows to predict, each once, in the sample's order. In long format a row has several lines."""
     return list(dict.fromkeys(line_rows(competition, sample, heads)))
 
 

@@ -20,8 +20,8 @@ LISTED = 30  # labels that a proposed line of YAML lists
 
 
 class Doubt(NamedTuple):
-    """A label or group that may be a spelling of another one, and the line of competition.yaml that
-    decides."""
+    """A label or group that may be another spelling of a second one, and the line of competition.yaml
+    that decides whether they are equal."""
 
     text: str
     code: str

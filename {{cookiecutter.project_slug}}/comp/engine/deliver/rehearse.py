@@ -119,8 +119,8 @@ def _print(
     )
     print(
         f"{1000 * sum(report['seconds_per_image'].values()):.1f} ms an image, "
-        f"{report['seconds'] / 3600:.2f} h for {report['hidden_rows']:,} rows on this machine (limit "
-        f"{limits.hours:g} h); "
+        f"{report['seconds'] / 3600:.2f} h for {report['hidden_rows']:,} rows on this machine "
+        f"(limit {limits.hours:g} h); "
         f"memory {artifacts.format_size(report['peak'])} (limit {limits.ram:g} GB)"
     )
     if not limits.hidden_rows:

@@ -1,5 +1,4 @@
-"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Ties go to the member that is listed
-first.
+"""Weights by search: greedy selection, hill climbing, SLSQP, Optuna. Of equal members the first is used.
 
 All but SLSQP work on what a FastScorer extracts from the members, so memory stays below twice the size of the
 predictions. A limit on inference time restricts the candidates: members that would exceed it are never tried.

@@ -30,8 +30,7 @@ def check(experiment: str | None = None, overrides: Sequence[str] = ()) -> int:
 
 
 def run(cfg: Config, exact: bool = False) -> list[UserError]:
-    """Prints and returns the faults. `exact`: decode images as `cfg` does, and send one through its
-    network."""
+    """Prints and returns the faults. `exact`: also decode as `cfg` does and run its network on an image."""
     faults, notes = _checks(cfg, exact)
     faults = list({fault.line: fault for fault in faults}.values())
     file = paths.path("data", "check.txt")

@@ -427,8 +427,8 @@ def describe(cfg: Config) -> str:
     sizes = [f"{size} px"] + [f"{weights[k][1]} px to test" for k in ("test_input_size",) if weights.get(k)]
     tag = weights.get("tag") if "." not in cfg.model.name else None
     return (
-        f"{cfg.model.name}{f' ({tag})' if tag else ''}: weights for {', '.join(sizes)}, crop_pct "
-        f"{weights['crop_pct']:g}, "
+        f"{cfg.model.name}{f' ({tag})' if tag else ''}: weights for {', '.join(sizes)}, "
+        f"crop_pct {weights['crop_pct']:g}, "
         f"{weights['interpolation']}, license {weights.get('license') or 'unknown'}; "
         f"here {cfg.data.size} px, data.resize {cfg.data.resize}"
         + (

@@ -23,8 +23,7 @@ def announce(context: Context, run: str, todo: list[tuple[int, Fold]], total: in
     weights += knn.gallery_bytes(context.cfg, context.samples)
     sets = len(todo) * (1 + len(run_members.extra_weights(context.cfg)))
     rows = len(context.samples.positions("train")) + len(context.samples.positions("test"))
-    # A checkpoint holds weights, two moments of the optimizer and averaged weights; two checkpoints exist at
-    # once.
+    # A checkpoint has weights, two moments of the optimizer and averaged weights; two exist at once.
     size = sets * (weights + bank.nbytes(context.samples, rows)) + 8 * weights
     print(f"{run}: {len(todo)} of {total} folds to train, up to {artifacts.format_size(size)} to write")
     seed, fold = todo[0]

@@ -3,7 +3,7 @@
 1. A file is written under a temporary name, flushed to disk and renamed (`atomic`).
 2. `add_to_manifest` then records its sha256 in the manifest.json of its folder. An entry means: complete, and
    these bytes.
-3. `verified` is the one way to read an artifact back: it refuses a file without an entry or with other bytes.
+3. `verified` is called before an artifact is read: it raises if there is no entry or the bytes differ.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def remove_from_manifest(file: Path) -> None:
 
 
 def manifest_entry(file: Path) -> dict[str, Any] | None:
-    """A file's entry in its folder's manifest; None while the file is unfinished or absent. The bytes are not
-    read."""
+    """The file's entry in the manifest, without reading the file; None if it is unfinished or absent."""
     if not file.exists() or not (file.parent / MANIFEST).exists():
         return None
     entry = read_json(file.parent / MANIFEST).get(file.name)
@@ -95,8 +94,7 @@ def manifest_entry(file: Path) -> dict[str, Any] | None:
 
 
 def verified(file: Path, remedy: str = "") -> Path:
-    """The path itself, once its bytes are proved to be those in the manifest; `remedy` ends the message
-    otherwise."""
+    """Returns `file` if its sha256 is the one in the manifest, otherwise raises UserError with `remedy`."""
     stamps = stamp(file), stamp(file.parent / MANIFEST)
     if stamps[0] is not None and _verified.get(file) == stamps:
         return file
@@ -120,8 +118,8 @@ def verified(file: Path, remedy: str = "") -> Path:
 
 
 class Stamp(NamedTuple):
-    """Detects a changed file without reading it. Not reliable while it is fresh: a file that changes twice
-    within one tick of the file system's clock keeps its mtime."""
+    """Detects a changed file without reading it. Not reliable for a file written less than 50 ms ago: one
+    that changes twice within a tick of the file system's clock keeps its mtime."""
 
     inode: int
     size: int
@@ -145,7 +143,7 @@ def stamp(file: Path) -> Stamp | None:
 
 
 def sha256(file: Path) -> str:
-    """Cached for the life of the process: a file with the same inode, size and mtime is not read again."""
+    """Hash of a file, cached in this process: with the same inode, size and mtime it is not read again."""
     now = stamp(file)
     if now is not None and file in _hashes and _hashes[file][0] == now:
         return _hashes[file][1]
@@ -171,7 +169,7 @@ def digest(value: Any) -> str:
 
 
 def require_space(size: int, writer: str) -> None:
-    """Raises before the work starts when the disk has no room for `size` bytes and a reserve of 256 MB."""
+    """Raises UserError if the disk has no room for `size` bytes and a reserve of 256 MB."""
     free = shutil.disk_usage(paths.root()).free
     if free < size + 2**28:
         raise UserError(
@@ -190,8 +188,7 @@ def format_size(size: float) -> str:
 
 
 def move_to_trash(folder: Path) -> Path:
-    """A verb that trains deletes nothing: the old run moves to runs/.trash, and `comp clean` deletes it from
-    there."""
+    """Moves an old run to runs/.trash. Commands that train delete nothing; `comp clean` empties the trash."""
     trash = paths.path("runs", ".trash")
     trash.mkdir(parents=True, exist_ok=True)
     target = trash / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
@@ -201,8 +198,8 @@ def move_to_trash(folder: Path) -> Path:
 
 @contextmanager
 def flock(file: Path) -> Iterator[None]:
-    """Exclusive between processes, for a check and the write that depends on it. Never across a fork:
-    children inherit it."""
+    """Exclusive lock between processes, for a check and the write that depends on it. Never fork while it is
+    held: children inherit it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

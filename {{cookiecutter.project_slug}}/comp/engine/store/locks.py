@@ -1,7 +1,8 @@
 """One writer per folder: locks with an owner and a heartbeat, and the temporary files of dead processes.
 
-Where another process can be seen (process.state), a dead one's lock is taken over at once. Where it cannot
-(another host or container), only with --steal-lock, after STALE_AFTER seconds without a heartbeat.
+The lock of a dead process is taken over at once if the process can be checked (process.state). If it cannot,
+because it is on another host or in another container, the lock is taken over only with --steal-lock and
+STALE_AFTER seconds after its last heartbeat.
 """
 
 from __future__ import annotations
@@ -40,15 +41,13 @@ class Owner(NamedTuple):
 
 @contextmanager
 def lock(folder: Path, doing: str, wait: bool = False, job: str = "") -> Iterator[None]:
-    """Hold the folder's lock. Another live process's lock is waited for with `wait`, otherwise raises
-    UserError.
+    """Hold the folder's lock. If another live process has it, wait for it (`wait`) or raise UserError.
 
-    `doing` describes the work for the message of the others. `job` identifies work that a queue hands out
-    again when its process has died: a lock with the same job is waited for until it is stale, then taken
-    over.
+    `doing` describes the work, for the messages of other processes. `job` identifies work that a queue starts
+    again after its process died: a lock with the same job is waited for until it is stale, then taken over.
 
-    The owner is a process id in a file, not an flock: loader processes inherit a flock, and would hold it for
-    seconds after their parent was killed.
+    The lock is a file with a process id and not an flock, because loader processes inherit an flock and would
+    hold it for seconds after their parent was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     printed = False
@@ -78,7 +77,7 @@ def lock(folder: Path, doing: str, wait: bool = False, job: str = "") -> Iterato
 
 
 def _acquire(folder: Path, text: str, job: str) -> Owner | None:
-    """None when the lock belongs to this process now, otherwise its owner."""
+    """Try to take the lock. None: this process has it now. Otherwise the process that has it."""
     with artifacts.flock(folder / f"{LOCK}.guard"):
         if other := _owner(folder, job):
             return other
@@ -95,8 +94,8 @@ def _beat(file: Path, text: str, released: threading.Event) -> None:
         except OSError:
             continue  # the disk does not answer: this heartbeat is lost, the next one may succeed
         if now != text and not released.is_set():
-            # This process was suspended for so long that another took the lock over. Two writers would damage
-            # the folder.
+            # This process was suspended, and another one took the lock over. Two writers would damage the
+            # folder.
             print(
                 f"{paths.relative(file.parent)}: its lock was taken over; this process ends",
                 file=sys.stderr,
@@ -106,7 +105,7 @@ def _beat(file: Path, text: str, released: threading.Event) -> None:
 
 
 def owner(folder: Path) -> str:
-    """A sentence about the process that holds a folder's lock; empty when none does."""
+    """Describes the process that holds a folder's lock; empty if there is none."""
     return str(_owner(folder) or "")
 
 
@@ -132,15 +131,15 @@ def _owner(folder: Path, job: str = "") -> Owner | None:
     return Owner(
         where,
         f"process {pid} on host {host} is already {doing} since {since}, last heartbeat {silent} ago; "
-        "whether it runs "
-        f"cannot be seen from here: if it is dead, the same command with --steal-lock takes over{after}",
+        f"whether it runs cannot be seen from here: if it is dead, "
+        f"the same command with --steal-lock takes over{after}",
         other_job,
         stale,
     )
 
 
 def _clock(folder: Path) -> float:
-    """Now by the clock of the file system, which also stamps the heartbeats: the clocks of two hosts may
+    """The time by the clock of the file system, which also dates the heartbeats: the clocks of two hosts may
     differ by minutes."""
     guard = folder / f"{LOCK}.guard"
     try:
@@ -159,7 +158,7 @@ def _read(file: Path) -> str:
 
 @contextmanager
 def steal() -> Iterator[None]:
-    """--steal-lock."""
+    """The effect of --steal-lock, for the commands in this context."""
     os.environ[STEAL] = "1"
     try:
         yield
@@ -168,9 +167,8 @@ def steal() -> Iterator[None]:
 
 
 def is_orphan(file: Path, include_unknown: bool = False) -> bool:
-    """Whether a file is a temporary one of `artifacts.atomic` whose process is dead. With `include_unknown`
-    also of a process that cannot be seen from here, when nothing was written to the file for STALE_AFTER
-    seconds."""
+    """Whether a file is a temporary one of `artifacts.atomic` whose process is dead. `include_unknown`: also
+    if the process cannot be checked from here and the file is older than STALE_AFTER seconds."""
     *_, process_id, suffix = ("", "", *file.name.split("."))
     if suffix != "part" or not process.ID.fullmatch(process_id):
         return False

@@ -1,5 +1,4 @@
-"""The layout of a project on disk: the only module that knows folder and file names. Nothing is written
-here."""
+"""The layout of a project on disk: where each folder and file is. This module creates and writes nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from comp.engine.errors import UserError
 
 @cache
 def root() -> Path:
-    """The project's folder: COMP_ROOT, or the nearest folder upwards from the current one that holds
-    configs/base.yaml."""
+    """The project's folder: COMP_ROOT, or the current folder or its nearest parent with configs/base.yaml."""
     chosen = os.environ.get("COMP_ROOT")
     candidates = [Path(chosen)] if chosen else [Path.cwd(), *Path.cwd().parents]
     for folder in candidates:

@@ -1,9 +1,9 @@
 """Unique ids of processes across hosts, and whether the process with a given id still runs.
 
 An id is `host-boot-namespace-pid-start`: digests of the host (name and machine id) and of the boot id, the
-pid namespace (each container has its own), the pid, and the start time, which tells a process from a later
-one with the same pid. Whether a process runs can be seen only from the same boot of the same host and the
-same pid namespace. The cases of `state`, in order:
+pid namespace (each container has its own), the pid, and the start time, which distinguishes the process from
+a later one with the same pid. Only processes of the same host, boot and pid namespace can be looked up. The
+cases of `state`, in order:
 
 1. Same host, boot and namespace: alive or dead by pid and start time.
 2. An earlier boot of the same machine: dead. Host names repeat (containers, cloud images), so the name is not
@@ -102,11 +102,11 @@ def _local_state(pid: int, start: str) -> State:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this pid namespace started: in clock ticks since boot, or without /proc in seconds
+    """Start time of a process of this pid namespace, in clock ticks since boot; without /proc in seconds
     since 1970.
 
-    None: there is no such process. Empty: it exists, but its start time is hidden (another user's process
-    under a restricted /proc, Linux without /proc).
+    None: there is no such process. Empty: it exists, but its start time cannot be read (another user's
+    process under a restricted /proc, Linux without /proc).
     """
     if not _exists(pid):
         return None

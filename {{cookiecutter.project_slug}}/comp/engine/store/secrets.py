@@ -1,5 +1,4 @@
-"""Finds API keys, tokens and passwords, and keeps them out of logs, artifacts and commits. No message
-contains one.
+"""Finds API keys, tokens and passwords, and keeps them out of logs, artifacts, messages and commits.
 
 validate_arguments(arguments)    raises before a command line with a secret is parsed
 find_in_config(tree, lines)      errors for the values of a config file
@@ -7,10 +6,8 @@ redact(text)                     for everything that is printed, logged, stored 
 python -m comp.engine.store.secrets    the pre-commit hook: exit code 1 if a staged file contains a secret
 
 All four use one scanner, `find_secrets`. It finds
-1. known shapes: prefixes that services use, private keys, logins in URLs, 32 or 40 hexadecimal digits on
-   their own;
-2. a name that contains key, token, secret or password, followed by a value that looks random, in any
-   language's syntax;
+1. known formats: prefixes that services use, private keys, logins in URLs, 32 or 40 hexadecimal digits;
+2. a name that contains key, token, secret or password and a random value, in the syntax of any language;
 3. a quoted string of 24 or more letters and digits in random order, whatever its name;
 4. the values of environment variables with such a name.
 """
@@ -61,8 +58,8 @@ _SHAPES = [
 ]
 _STRONG = r"api[_-]?key|access[_-]?key|private[_-]?key|auth[_-]?key|token|secret|passw(?:or)?d|pwd|credential"
 _WEAK = r"bearer|basic|login|(?<![a-z])key|authori[sz]ation"
-# Between a name and its value: quotes, brackets, a type annotation, a keyword. The value may be on the next
-# line, and lines of a diff begin with + or -.
+# Between a name and its value: quotes, brackets, a type annotation, a keyword. The value may be on the
+# next line, and lines of a diff begin with + or -.
 _MARKS = r"""(?:[ \t"'`\[\](){}:=,>|-]|\\["']|\\?\r?\n[+ -]?)"""
 _TYPE = r"[\w.]{1,12}(?:\[[\w\[\], .]{1,30}\])?(?:[ \t]*\|[ \t]*\w{1,8})?"
 _BETWEEN = rf"\w{{0,20}}{_MARKS}{{1,40}}?(?:{_TYPE}[ \t]*(?:=>?|:){_MARKS}{{0,40}}?)?"
@@ -108,8 +105,8 @@ def find_secrets(text: str) -> list[tuple[int, int]]:
 
 
 def redact(text: str) -> str:
-    """The text with every secret replaced. The number of lines and the +/- marks of a diff stay, since git
-    apply counts them."""
+    """Replaces every secret by "(removed)". The number of lines and the +/- marks of a diff stay the same,
+    since git apply needs them."""
     parts, last = [], 0
     for start, end in find_secrets(text):
         first, *rest = text[start:end].split("\n")
@@ -120,8 +117,8 @@ def redact(text: str) -> str:
 
 
 def _is_random(value: str, sure: bool) -> bool:
-    """Whether a value looks random, not like a word, name, path or version. `sure`: a quoted string whose
-    name only secrets have."""
+    """Whether a value looks random, unlike a word, name, path or version. `sure`: a quoted string whose name
+    (token, password) is used for secrets only; one digit is enough then."""
     if not re.search(r"\d", value) or len(set(value)) < 6:
         return False
     if re.search(r"\.[a-zA-Z]|^[./~]|/.*[./]", value) or ("/" in value and value == value.lower()):
@@ -145,14 +142,14 @@ def _secret_values(variables: tuple[tuple[str, str], ...]) -> list[str]:
 
 
 def is_secret(text: str, name: str = "") -> bool:
-    """Whether a text contains a secret, or is the value of a name that only secrets have."""
+    """Whether a text contains a secret. `name`: its key; all values of api_key, token … are secrets."""
     if len(text) >= 8 and NAME.fullmatch(name):
         return True
     return bool(find_secrets(text))
 
 
 def validate_arguments(arguments: Sequence[str]) -> None:
-    """Call it before parsing: argparse prints the arguments that it does not know."""
+    """Raises UserError if an argument is a secret. Call it first: argparse prints unknown arguments."""
     for place, text in enumerate(arguments, 1):
         before = arguments[place - 2] if place > 1 else ""
         name, equals, value = text.lstrip("-").partition("=")
@@ -169,8 +166,8 @@ def validate_arguments(arguments: Sequence[str]) -> None:
 
 
 def find_in_config(tree: Any, lines: Mapping[str, str], file: str, key: str = "") -> Iterator[UserError]:
-    """An error for each value or key of a config that looks like a secret, without the secret. `lines`:
-    dotted key -> file:line."""
+    """Yields an error for each value or key of a config that looks like a secret. The secret is not in the
+    message. `lines`: dotted key -> file:line."""
     if isinstance(tree, Mapping):
         for name, inner in tree.items():
             yield from find_in_config(inner, lines, file, f"{key}.{name}" if key else str(name))

@@ -1,6 +1,6 @@
-"""The kinds of tasks (binary, multiclass, multilabel, regression, ordinal, retrieval): one entry of TASKS
-each says how a target is encoded, how many outputs the network has, and how a prediction is stored, averaged
-and converted.
+"""The tasks: binary, multiclass, multilabel, regression, ordinal, retrieval. An entry of TASKS defines the
+encoding of a target, the number of outputs of the network, and how predictions are stored, averaged and
+converted.
 
 A head is one target of the competition with its task. All other code works on a tuple of heads, so a
 competition with several targets of different kinds has several heads.
@@ -125,8 +125,8 @@ def _decode_multiclass(raw: Array, loss: HeadLoss) -> Array:
 
 
 def _decode_embeddings(raw: Array, loss: HeadLoss) -> Array:
-    """Class probabilities by the class centers, for the log only: the stored predictions come from the
-    nearest neighbors. (rows, 0) for losses without class centers."""
+    """Log-probabilities of the classes by the class centers, for the log only: the stored predictions come
+    from the nearest neighbors. (rows, 0) for losses without class centers."""
     if "embedding" not in loss.knobs:
         return log_softmax(raw)
     cosine = raw[:, loss.knobs["embedding"] :]

@@ -1,8 +1,7 @@
-"""The loss of each head: its name, and the knobs of `loss:` that it takes. The formulas are in
-comp/losses.py.
+"""The loss of each head, and which knobs of `loss:` it takes. The formulas are in comp/losses.py.
 
-A null knob of `loss:` takes the loss's default, in DEFAULTS. A knob that no loss of the run takes raises
-UserError.
+A knob that is null has the default of the loss, in DEFAULTS. A knob that is set although no loss of the run
+takes it raises UserError.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def metric_learning_loss(cfg: Config, heads: Sequence[Head]) -> HeadLoss | None:
 
 
 def head_losses(cfg: Config, heads: Sequence[Head]) -> list[HeadLoss]:
-    """The loss of each head. Knobs without effect and impossible combinations raise UserError, all at
-    once."""
+    """The loss of each head. Raises one UserError for all unused knobs and impossible combinations."""
     losses = [_head_loss(cfg, head) for head in heads]
     if errors := [*_unused(cfg, heads, losses), *_incompatible(cfg, heads, losses)]:
         raise joined(errors)
