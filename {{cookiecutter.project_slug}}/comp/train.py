@@ -34,7 +34,7 @@ from comp.engine.run import (
     target_scaler,
     torch_compile,
     tracking,
-)  # fmt: skip
+)
 from comp.engine.run.averaging import WeightSets, bn_updater
 from comp.engine.run.context import Context
 from comp.engine.run.evaluate import HALF, forward_rows, raise_damaged
@@ -219,8 +219,8 @@ def fold(
             last_line = time.perf_counter()
             speed = report["images_per_second"]
             seconds_left = (steps - step) * length.effective_batch_size / speed
-            bar.write(f"{title}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}"
-                      f"{valid_text}, {speed:.0f} images/s, {seconds_left:.0f} s left")  # fmt: skip
+            text = f"{title}, epoch {epoch + 1} of {cfg.train.epochs}: loss {report['train_loss']:.4f}"
+            bar.write(f"{text}{valid_text}, {speed:.0f} images/s, {seconds_left:.0f} s left")
         save()
         weight_sets.delete_unneeded(epoch + 1)
 
@@ -244,17 +244,22 @@ def planned_schedule(context: Context, seed: int, fold: int | str) -> schedule.S
 
 
 def validate(
-    context: Context, module: nn.Module, preprocess: transforms.Preprocess, criterion: losses.MultiHeadLoss,
-    rows: Positions, targets: list[Tensor], step: int,
-) -> dict[str, float]:  # fmt: skip
+    context: Context,
+    module: nn.Module,
+    preprocess: transforms.Preprocess,
+    criterion: losses.MultiHeadLoss,
+    rows: Positions,
+    targets: list[Tensor],
+    step: int,
+) -> dict[str, float]:
     """Loss and metric on the validation rows, for the log. The CV score comes from oof.arrow instead."""
     if len(rows) == 0:
         return {}
     cfg, heads = context.cfg, context.samples.heads
     distributed.broadcast_buffers(module)
-    raw, damaged = forward_rows(
-        module, context.loader, rows, cfg.predict.batch_size, preprocess, cfg.train.amp
-    )  # (1, rows, all outputs)
+    batch_size, amp = cfg.predict.batch_size, cfg.train.amp
+    # raw: (1, rows, outputs of all heads)
+    raw, damaged = forward_rows(module, context.loader, rows, batch_size, preprocess, amp)
     raise_damaged(damaged, context.samples)
     output = torch.from_numpy(target_scaler.to_loss_units(cfg, module, raw[0]))
     loss = criterion(output, [target[rows].cpu() for target in targets]).numpy()  # (rows,)
@@ -288,10 +293,6 @@ def _undamaged(batches: Iterator[Batch], count: int, context: Context) -> Iterat
 
 def _progress_bar(cfg: Config, length: schedule.TrainLength, step: int, description: str) -> tqdm[Any]:
     images = length.effective_batch_size
-    return tqdm(total=length.steps * images, initial=step * images, desc=description, unit=" images",
-                unit_scale=True, disable=_disable_bar(cfg), leave=False)  # fmt: skip
-
-
-def _disable_bar(cfg: Config) -> bool | None:
-    """None: tqdm disables the bar where stderr is no terminal."""
-    return None if cfg.machine.progress else True
+    disable = None if cfg.machine.progress else True  # None: disabled where stderr is no terminal
+    options: dict[str, Any] = {"unit": " images", "unit_scale": True, "disable": disable, "leave": False}
+    return tqdm(total=length.steps * images, initial=step * images, desc=description, **options)

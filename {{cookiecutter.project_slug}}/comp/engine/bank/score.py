@@ -215,9 +215,15 @@ def metric_predictions(
             inner, by_split = place * PARTS // (place.max() + 1), False
         try:
             nested = nested_predict(
-                samples, folds, rows[at], inner,
-                lambda few: fit(at[few]), lambda cuts, few: labels.apply(cuts, at[few]), default, by_split,
-            ).prediction  # fmt: skip
+                samples,
+                folds,
+                rows[at],
+                inner,
+                lambda few: fit(at[few]),
+                lambda cuts, few: labels.apply(cuts, at[few]),
+                default,
+                by_split,
+            ).prediction
             gain = labels.signed_score(nested, at) - labels.signed_score(labels.apply(default, at), at)
         except MetricUndefined:
             return default

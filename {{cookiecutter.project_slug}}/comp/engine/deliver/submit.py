@@ -130,9 +130,11 @@ def validate_score(name: str, sent: list[dict[str, Any]]) -> None:
     rivals = [
         (sign * rival, entry)
         for entry in sent
-        if entry.get("cv") and entry["cv"]["metric"] == record["metric"] and entry["status"] != "ERROR"
+        if entry.get("cv")
+        and entry["cv"]["metric"] == record["metric"]
+        and entry["status"] != "ERROR"
         and (rival := ledger.cv_score(entry)) is not None
-    ]  # fmt: skip
+    ]
     best, entry = max(rivals, key=lambda rival: rival[0], default=(sign * value, {}))
     if sign * value < best:
         raise UserError(

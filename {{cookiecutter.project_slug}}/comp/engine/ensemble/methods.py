@@ -68,9 +68,17 @@ def fit(blend: Blend, data: TrainingData, budget: weight_search.Budget | None = 
     method, members = blend.method, len(data.parts)
     if method in stack.FITS:
         return stack.fit(
-            method, data.head, data.parts, data.truth, data.frame, data.fold, space=data.space,
-            strength=blend.strength, metadata=blend.metadata or (), encoded=blend.encoded or (),
-        )  # fmt: skip
+            method,
+            data.head,
+            data.parts,
+            data.truth,
+            data.frame,
+            data.fold,
+            space=data.space,
+            strength=blend.strength,
+            metadata=blend.metadata or (),
+            encoded=blend.encoded or (),
+        )
     if method in SEARCHES:
         budget = budget or weight_search.unlimited(members)
         weights = _per_class(blend, data, budget) if blend.per_class else _weights(blend, data, budget)

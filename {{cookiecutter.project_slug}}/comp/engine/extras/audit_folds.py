@@ -58,10 +58,13 @@ def pseudo_sources(rows: Samples, split: Folds) -> list[Leak]:
     source, found = rows.frame["source"].astype(str).to_numpy(), []
     for fold in range(split.count):
         train_rows = split.split(fold)[0]
-        wrong = sorted({
-            name for name in source[train_rows]
-            if name.startswith("pseudo:") and not name.endswith(f":fold{fold}")
-        })  # fmt: skip
+        wrong = sorted(
+            {
+                name
+                for name in source[train_rows]
+                if name.startswith("pseudo:") and not name.endswith(f":fold{fold}")
+            }
+        )
         found += [
             Leak(
                 "pseudo-labels from models trained on the fold",

@@ -36,8 +36,14 @@ def explain(run: str, ids: list[str], count: int) -> Path:
     pen.text((GAP, GAP), f"{run}: image, Grad-CAM, SmoothGrad", "black")
     fold_of_row = context.folds.assignment[0]
     networks: dict[int, nn.Module] = {}
-    bar = tqdm(list(zip(rows, captions, strict=True)), desc="explaining", unit="row", leave=False, delay=2,
-               disable=None if cfg.machine.progress else True)  # fmt: skip
+    bar = tqdm(
+        list(zip(rows, captions, strict=True)),
+        desc="explaining",
+        unit="row",
+        leave=False,
+        delay=2,
+        disable=None if cfg.machine.progress else True,
+    )
     for line, (row, caption) in enumerate(bar):
         fold = int(fold_of_row[row])
         if fold not in networks:

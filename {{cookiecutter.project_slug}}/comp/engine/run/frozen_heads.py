@@ -95,10 +95,12 @@ def outputs(head: Head, arrays: Arrays, features: NDArray[np.floating]) -> Array
     if head.spec.space != "logit":
         return predict(f"{head.name}/") * arrays[f"{head.name}/scale"] + arrays[f"{head.name}/shift"]
     if head.task in ("multilabel", "binary"):
-        return np.column_stack([
-            _probabilities(predict(f"{head.name}/{k}/"), arrays[f"{head.name}/{k}/present"], 2)[:, 1]
-            for k in range(len(head.outputs))
-        ])  # fmt: skip
+        return np.column_stack(
+            [
+                _probabilities(predict(f"{head.name}/{k}/"), arrays[f"{head.name}/{k}/present"], 2)[:, 1]
+                for k in range(len(head.outputs))
+            ]
+        )
     return _probabilities(predict(f"{head.name}/"), arrays[f"{head.name}/present"], len(head.outputs))
 
 
