@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import link_environment
 
 from bake import CHECKOUT, bake
 
@@ -54,16 +55,11 @@ def my_mix( x,y = None,**kw ) :
 
 @pytest.fixture
 def edited(template, tmp_path) -> Path:
-    """A project with this environment in place of its own, so that its `make check` installs nothing."""
-    made = bake(template, tmp_path, {})
-    (made / ".venv").mkdir()
-    (made / ".venv" / "installed").touch()  # newer than requirements.txt
-    return made
+    return link_environment(bake(template, tmp_path, {}))
 
 
 def make_check(project: Path) -> subprocess.CompletedProcess[str]:
-    command = ["make", "check", f"BIN={Path(sys.executable).parent}"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    return subprocess.run(["make", "check"], cwd=project, capture_output=True, text=True, check=False)
 
 
 def append(project: Path, name: str, text: str) -> int:
@@ -172,6 +168,7 @@ def test_the_projects_readme_works_as_written(odd, tmp_path):
         ):  # make setup again, which finds nothing to do, and make test
             said = typed(odd, step, clean)
         assert " passed" in said
+        assert (odd / ".git" / "hooks" / "pre-commit").exists()
         first_submission(odd, readme, clean, tmp_path)
     finally:
         shutil.rmtree(odd / ".venv", ignore_errors=True)  # gigabytes

@@ -34,7 +34,7 @@ from comp.engine import cli, hardware
 hardware.set_threads(1)
 validate = train.validate
 def loud(*given):
-    print({said!r}, flush=True)
+    print({printed!r}, flush=True)
     return validate(*given)
 train.validate = loud
 sys.exit(cli.main(["train", "exp001", "--as", "tiny", "train.epochs=1", "schedule.warmup=0"]))
@@ -74,9 +74,8 @@ def test_no_planted_key_is_in_anything_written(
     for name, key in VARIABLES.items():
         monkeypatch.setenv(name, key)
     shutil.copy(HERE / ".gitignore", project)
-    shutil.copytree(HERE / ".githooks", project / ".githooks")
+    shutil.copy(HERE / ".pre-commit-config.yaml", project)
     git("init", "-q")
-    git("config", "core.hooksPath", ".githooks")
     mine = {  # what a careless person has lying about, in the project's folder itself
         project / "kaggle.json": json.dumps({"username": USER, "key": FILES[0]}),
         project / ".netrc": f"machine api.wandb.ai login user password {FILES[1]}\n",
@@ -130,7 +129,12 @@ def test_no_planted_key_is_in_anything_written(
     sent = [str(server.calls).encode(), *server.uploads.values()]
     assert not [key for key in PLANTED for data in sent if key.encode() in data], "nor sent"
     git("add", "-f", "kaggle.json")
-    (project / ".venv" / "bin").mkdir(parents=True)
-    (project / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (project / ".venv").symlink_to(sys.prefix)
+    monkeypatch.setenv("PRE_COMMIT_HOME", str(tmp_path / "pre-commit"))
+    subprocess.run(
+        [sys.executable, "-m", "pre_commit", "install"], cwd=project, capture_output=True, check=True
+    )
     refused = git("-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "all of it")
-    assert refused.returncode and b"kaggle.json" in refused.stderr and FILES[0].encode() not in refused.stderr
+    refusal = refused.stdout + refused.stderr
+    assert refused.returncode and b"kaggle.json: a file of this name holds keys" in refusal
+    assert FILES[0].encode() not in refusal
