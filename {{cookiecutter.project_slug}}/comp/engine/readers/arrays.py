@@ -1,12 +1,11 @@
-"""Images that are arrays of numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels. Numbers
-become grey levels by one declared rule.
+"""Decodes images that are arrays of numbers: .npy bytes, DICOM, and TIFF whose pages or bands are channels.
 
-`competition.pixels.range: [low, high]`: the numbers that become 0 and the maximum. Without it: uint8 as it
-is; uint16 by its high byte (as in PNG); DICOM by the window in the file, else from its lowest to its highest
-pixel; anything else is an error.
+`competition.pixels.range: [low, high]` are the numbers that become 0 and the maximum. Without it, uint8 stays
+as it is; of uint16 the high byte is used (as in PNG); DICOM uses the window in the file, otherwise its lowest
+and highest pixel; any other dtype is an error.
 
-`data.bit_depth`: 8, 16 (0 to 65535, without loss for 16 bit files), or 32 (floats in units of 8 bits; nothing
-is clipped, and without a range numbers stay as they are).
+`data.bit_depth` is 8, 16 (0 to 65535, lossless for 16 bit files), or 32 (floats, where 255 is the white of 8
+bits; values are not clipped, and without a range they stay as they are).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MAX_VALUE = {8: 255, 16: 65535, 32: 255}
 
 
 class DamagedImage(Exception):
-    """An image file that gives no complete image: truncated, empty, unknown or absurdly large."""
+    """Raised for an image file that is truncated, empty, of an unknown format or too large."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -51,7 +50,7 @@ class PixelFormat(NamedTuple):
 
 
 def decode_numeric(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> list[Pixels]:
-    """One image (height, width, channels), or none if these bytes are no array but an ordinary image."""
+    """One image (height, width, channels); None if the bytes are not an array but an ordinary image."""
     if data.startswith(b"\x93NUMPY"):
         return [_npy(data, channels, pixel_format, name)]
     if data[128:132] == b"DICM":
@@ -76,7 +75,7 @@ def _npy(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pi
 
 
 def _layout(array: NDArray[Any], channels: int, pixel_format: PixelFormat, name: str) -> NDArray[Any]:
-    """(height, width, channels), from any order of axes. One channel is repeated to `channels`."""
+    """Reorders the axes to (height, width, channels). A single channel is repeated `channels` times."""
     if array.ndim == 1:
         side = math.isqrt(array.size // channels)
         square = (side, side) if side * side == array.size else (side, side, channels)
@@ -123,7 +122,7 @@ def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
         return np.ascontiguousarray(array, np.float32)
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
-        # grey levels that a table or json stores as another type
+        # 8 bit grey levels, stored in a table or json as another dtype
         return to_depth(array.astype(np.uint8), pixel_format.bit_depth)
     raise DamagedImage(
         name,
@@ -132,12 +131,12 @@ def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
 
 
 def to_depth(image: NDArray[np.uint8], bit_depth: int) -> Pixels:
-    """From 8 bits: 255 becomes the maximum."""
+    """Converts an 8 bit image to `bit_depth`: 255 becomes the maximum."""
     return np.ascontiguousarray(image, DTYPES[bit_depth]) * DTYPES[bit_depth](MAX_VALUE[bit_depth] // 255)
 
 
 def to_uint8(image: Pixels) -> NDArray[np.uint8]:
-    """From any depth, for plots."""
+    """Converts an image of any bit depth to 8 bits, for plots."""
     if image.dtype == np.uint8:
         return image
     grey = image / 257 if image.dtype == np.uint16 else image
@@ -202,8 +201,8 @@ def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[
 
 
 def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """A TIFF with bands besides grey, RGB and RGBA, like near infrared: Pillow drops those, or refuses the
-    file."""
+    """Decodes a TIFF with bands besides grey, RGB and RGBA, such as near infrared, which Pillow drops or
+    cannot open."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         stream = io.BytesIO(data)
@@ -239,7 +238,7 @@ def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
 
 
 def _pages(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """As many pages as channels, of one grey band each; any other TIFF is an ordinary image."""
+    """Decodes a TIFF with one grey page per channel; None for any other TIFF, which is an ordinary image."""
     try:
         with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
             if getattr(image, "n_frames", 1) != channels or len(image.getbands()) != 1 or image.mode == "P":

@@ -1,16 +1,16 @@
-"""Files that hold images: `train.zip/0001.jpg` is a member of an archive, wherever a path of the raw folder
-is expected.
+"""Reads members of archives and other containers: `train.zip/0001.jpg` may be written wherever a path of the
+raw folder is expected.
 
     zip, uncompressed tar     read in place
-    7z, compressed tar, .gz   unpacking once into data/unpacked
+    7z, compressed tar, .gz   unpacked once into data/unpacked
     bson                      `train.bson/<_id>/0.jpg`: the images of a record, in their order
     npz, npy                  `x.npz/<key>` or `x.npz/<key>/17`, `x.npy/17`: one array of it, as .npy bytes
     parquet                   `x.parquet/<first column>`: the numbers of a row, as .npy bytes
     json                      `x.json/<id>/<field>`: a list of numbers, as .npy bytes
 
-The type of a file is taken from its first bytes, never from its name. A member in a folder of the archive is
-found without the folder's name too, if that is unambiguous. Everything here returns bytes, so a decoder does
-not depend on where they come from.
+The type of a file is taken from its first bytes, never from its name. The leading
+folders of a member may be left out if the rest is unambiguous. Everything here returns bytes, so decoders do
+not depend on the container.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Container(Protocol):
 
 
 def split(path: Path) -> tuple[Path, str] | None:
-    """(container file, name of the member), or None where no part of the path is a file."""
+    """(container file, name of the member); None if no part of the path is a file."""
     for parent in path.parents:
         if parent.is_file():
             return parent, path.relative_to(parent).as_posix()
@@ -88,8 +88,8 @@ def is_container(file: Path) -> bool:
 
 
 def open_container(file: Path) -> Container:
-    """Opened once a process: a forked loader process must not share the position in an open file with its
-    parent."""
+    """Opens a container once per process: a forked loader process must not share the position in an open file
+    with its parent."""
     return _opened(str(file), os.stat(file).st_mtime_ns, os.getpid())
 
 
@@ -128,7 +128,7 @@ def _read(file: Path, name: str) -> bytes:
 
 
 def _find(container: Container, name: str) -> str | None:
-    """The member of that name, or the only one whose path ends in it."""
+    """The member of that name, or the only one whose path ends with it."""
     if name in _all(container):
         return name
     if name.isdecimal() and isinstance(container, Bson | Npy):
@@ -144,7 +144,7 @@ def _all(container: Container) -> frozenset[str]:
 
 @cache
 def _by_ending(container: Container) -> dict[str, str]:
-    """Every ending of every path that no other member shares."""
+    """Ending of a path -> the path, for endings that only one member has."""
     by_ending: dict[str, str] = {}
     twice = set()
     for name in container.names:
@@ -158,7 +158,7 @@ def _by_ending(container: Container) -> dict[str, str]:
 
 @cache
 def _by_nfc(container: Container) -> dict[str, str]:
-    """The members that are not ASCII, by their name or an unshared ending in NFC."""
+    """NFC form of a name or an ending -> the path, for names that are not ASCII."""
     members = {name: name for name in container.names} | _by_ending(container)
     return {nfc(name): member for name, member in members.items() if not name.isascii()}
 
@@ -180,7 +180,7 @@ def _container_type(file: Path) -> Callable[[Path], Container] | None:
 
 class _Zip:
     def __init__(self, file: Path):
-        self.file = zipfile.ZipFile(file)  # reading holds a lock, so threads may share it
+        self.file = zipfile.ZipFile(file)  # zipfile locks while reading, so threads may share it
         self.infos = {zip_name(info): info for info in self.file.infolist() if not info.is_dir()}
         self.sizes = {name: info.file_size for name, info in self.infos.items()}
         self.names = [name for name in self.sizes if not name.startswith("__MACOSX/")]
@@ -188,8 +188,8 @@ class _Zip:
             self._arrays()
 
     def _arrays(self) -> None:
-        """An .npz: its members have names without the suffix too, and each image of a stack has its
-        number."""
+        """The members of an .npz: arrays by name with or without the suffix, and images of a stack by
+        index."""
         self.names += [name.removesuffix(".npy") for name in self.sizes]
         for name in list(self.sizes):
             shape = npy_shape(io.BytesIO(self.file.open(self.infos[name]).read(4096)), self.sizes[name])
@@ -220,7 +220,7 @@ def _stack(container: _Zip, member: str) -> Any:
 
 
 class _Tar:
-    """Uncompressed: read in place, by a table of offsets."""
+    """An uncompressed tar, read in place by a table of offsets."""
 
     def __init__(self, file: Path):
         self.path = file
@@ -239,7 +239,7 @@ class _Tar:
 
 
 class _Unpacked:
-    """What cannot be read in place is unpacked into data/unpacked; done.json is written last."""
+    """A container that cannot be read in place: unpacked into data/unpacked; done.json is written last."""
 
     def __init__(self, file: Path):
         status = file.stat()

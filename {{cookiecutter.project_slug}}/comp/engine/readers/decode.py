@@ -1,17 +1,18 @@
-"""From the bytes of an image file to pixels: one decoder for the cache, training, inference and Kaggle.
+"""Decodes the bytes of an image file. The cache, training, inference and Kaggle kernels use this decoder.
 
 A JPEG is decoded at the smallest power-of-two scale that covers the target size, which the inverse cosine
 transform does at almost no cost, and area-resized from there: twice as fast as decoding every pixel first.
 Other formats are decoded in full.
 
-Rules for every format: RGB or grey, rotated as EXIF says, without alpha, the first frame or page. Of 16 bits
-the high byte (the same for all images: 12 bits in 16 become dark, and load_image of comp/competition.py is
-the place to window them), or both with data.bit_depth: 16. Floats only with data.bit_depth: 32. A file that
-was cut off is damaged even if a decoder would make half an image of it.
-
-So is a JPEG that libjpeg warns about: only the warning tells half an image with an end marker from a whole
-one. Of the three decoders here simplejpeg alone reports it (OpenCV prints it, Pillow drops it), so without
-simplejpeg no JPEG is accepted. competition.pixels.lenient: true accepts such files as far as they decode.
+Rules for every format:
+- RGB or grey, rotated by the EXIF orientation, without alpha, the first frame or page.
+- 16 bits: the high byte, or both bytes with data.bit_depth: 16. All images are treated alike, so 12 bits
+  stored in 16 become dark; apply a window to them in load_image of comp/competition.py.
+- Floats: only with data.bit_depth: 32.
+- A truncated file is damaged, even if a decoder returns half an image.
+- A JPEG that libjpeg warns about is damaged: half an image with an end marker is recognized by the warning
+  alone. Only simplejpeg reports it (OpenCV prints it, Pillow drops it), so JPEGs need simplejpeg.
+  competition.pixels.lenient: true accepts such files as far as they decode.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ except ImportError:  # Kaggle's image lacks it: comp kernel packs it
 Pixels = arrays.Pixels
 Resize = Literal["stretch", "cover", "contain"]
 
-# Part of every cache key: change it when pixels change.
+# Part of every cache key: change it when the decoded pixels change.
 DECODER = f"5, opencv {cv2.__version__}, pillow {PIL.__version__}"
 LARGEST = 2**28  # pixels; 800 MB as RGB
-# Only these: Pillow imports no plugins in the first thread that decodes, and opens no format that can run a
-# program.
+# Pillow may open these formats only: no plugin is imported in the first thread that decodes, and none that
+# runs an external program.
 PLUGINS = (
     JpegImagePlugin,
     PngImagePlugin,
@@ -76,16 +77,16 @@ NO_SIMPLEJPEG = (
 )
 HOOK = "convert them in load_image of comp/competition.py"
 
-cv2.setNumThreads(0)  # many images at a time, a thread each
+cv2.setNumThreads(0)  # many images are decoded at a time, in a thread each
 Image.MAX_IMAGE_PIXELS = None  # _validate_size has its own limit
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Photoshop writes long text chunks
-warnings.filterwarnings("ignore", module="PIL")  # about palettes and metadata, once an image
+warnings.filterwarnings("ignore", module="PIL")  # warnings about palettes and metadata, for every image
 assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 class _Decoded(NamedTuple):
-    """Before EXIF rotation. `height` and `width` are the file's; a JPEG's pixels may be `scale` times
-    smaller."""
+    """A decoded image before EXIF rotation. `height` and `width` are those of the file; the pixels of a JPEG
+    may be `scale` times smaller."""
 
     pixels: Pixels
     height: int
@@ -95,7 +96,7 @@ class _Decoded(NamedTuple):
 
 
 def read(file: Path | str, name: str) -> bytes:
-    """Not by cv2.imread: of a truncated file it makes an image that is grey from the cut on."""
+    """Not by cv2.imread, which returns an image for a truncated file, grey from the cut on."""
     try:
         with open(file, "rb") as opened:
             return opened.read()
@@ -110,7 +111,7 @@ def read(file: Path | str, name: str) -> bytes:
 
 
 def shape(file: Path) -> tuple[int, int] | None:
-    """(height, width) from a file's header, or None."""
+    """(height, width) from a file's header; None if it cannot be read."""
     try:
         with Image.open(file, formats=KINDS) as image:
             return image.height, image.width
@@ -126,8 +127,9 @@ def decode(
     name: str,
     pixel_format: arrays.PixelFormat = DEFAULT_FORMAT,
 ) -> Pixels:
-    """(height, width, channels). `size` None: the full image. stretch: (size, size); cover: the shorter side
-    becomes size; contain: the longer side becomes size, padded with black to a square."""
+    """Returns (height, width, channels). `size`: None is the full image. `resize`: stretch to (size, size);
+    cover: the shorter side becomes size; contain: the longer side becomes size, padded with black to a
+    square."""
     if not data:
         raise DamagedImage(name, "empty, no bytes")
     if numeric := arrays.decode_numeric(data, channels, pixel_format, name):
@@ -146,7 +148,7 @@ def decode(
 
 
 def resize_image(image: Pixels, size: int, resize: Resize, name: str) -> Pixels:
-    """As `decode` resizes."""
+    """Resizes an array by the rules of `decode`."""
     return _to_size(_Decoded(image, image.shape[0], image.shape[1]), size, resize, name)
 
 
@@ -166,7 +168,7 @@ def _to_size(decoded: _Decoded, size: int | None, resize: Resize, name: str) -> 
 
 
 def _target_shape(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
-    """Height and width to resize to, before or after rotation: every rule treats both sides alike."""
+    """Height and width after resizing; correct before and after rotation, as no rule depends on the side."""
     if resize == "stretch":
         return size, size
     scale = size / (min if resize == "cover" else max)(height, width)
@@ -174,8 +176,8 @@ def _target_shape(height: int, width: int, size: int, resize: Resize) -> tuple[i
 
 
 def _resized(decoded: _Decoded, height: int, width: int) -> Pixels:
-    """Area averaging of a side that shrinks, then bicubic of one that grows (by Pillow: OpenCV's rounding
-    depends on its version)."""
+    """Averages the area of a side that shrinks, then enlarges by bicubic interpolation (Pillow's, since the
+    rounding of OpenCV's depends on its version)."""
     image, channels = decoded.pixels, decoded.pixels.shape[2]
     low, narrow = min(height, decoded.height), min(width, decoded.width)
     if image.shape[:2] != (low, narrow):
@@ -202,7 +204,7 @@ def _resized(decoded: _Decoded, height: int, width: int) -> Pixels:
 
 
 def _rotate(image: Pixels, orientation: int) -> Pixels:
-    """By EXIF's number: 5 to 8 swap height and width."""
+    """Rotates by the EXIF orientation, 1 to 8; 5 to 8 swap height and width."""
     if orientation > 4:
         image = image.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -213,8 +215,8 @@ def _rotate(image: Pixels, orientation: int) -> Pixels:
 
 
 def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: str, lenient: bool) -> _Decoded:
-    """At the smallest scale that covers the target size. libjpeg reads the whole file at every scale, so the
-    warnings are the same."""
+    """Decodes a JPEG at the smallest scale that covers the target size. libjpeg reads the whole file at every
+    scale, so the warnings are the same."""
     header = formats.jpeg(data)
     if header is None:
         decoded = _pillow(data, channels, name)
@@ -244,7 +246,7 @@ def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: st
             return _Decoded(pixels, height, width, header.orientation, scale)
         except ValueError as warning:
             reason = f"{WARNED}{str(warning).removeprefix('Corrupt JPEG data: ')}"
-    # Where there is no image at all, Pillow's reason is the better one.
+    # If nothing can be decoded, Pillow's message is clearer.
     pixels = _pillow(data, channels, name, scale).pixels
     if not lenient:
         raise DamagedImage(name, reason)
@@ -252,7 +254,7 @@ def _jpeg(data: bytes, size: int | None, resize: Resize, channels: int, name: st
 
 
 def _from_cmyk(cmyk: Pixels, channels: int, name: str) -> Pixels:
-    """Inverted, as Adobe stores it: 255 is no ink. Pillow reads every JPEG of four components like that."""
+    """Decodes a CMYK JPEG as inverted (255 is no ink), like Adobe's, which Pillow assumes for all of them."""
     height, width = cmyk.shape[:2]
     return _uint8(Image.frombytes("CMYK", (width, height), cmyk.tobytes(), "raw", "CMYK;I"), channels, name)
 
@@ -262,7 +264,7 @@ def _covers(side: int, target: int, scale: int, margin: float) -> bool:
 
 
 def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
-    """Every other format, and unusual JPEGs. `scale` has an effect on JPEGs alone."""
+    """Decodes every other format, and unusual JPEGs. `scale` has an effect on JPEGs only."""
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
             _validate_size(image.height, image.width, name)
@@ -281,7 +283,7 @@ def _pillow(data: bytes, channels: int, name: str, scale: int = 1) -> _Decoded:
 
 
 def _deep(data: bytes, channels: int, pixel_format: arrays.PixelFormat, name: str) -> Pixels | None:
-    """PNG and TIFF of more than 8 bits, which Pillow reduces to 8 or cannot read. None: an ordinary image."""
+    """Decodes PNG and TIFF of more than 8 bits, which Pillow reduces or cannot read. None for all others."""
     if not (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16) and data[:4] not in (b"II*\0", b"MM\0*"):
         return None
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

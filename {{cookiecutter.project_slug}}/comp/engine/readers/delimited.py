@@ -1,5 +1,4 @@
-"""Reads csv and parquet as text, strictly: a row with a missing field is an error with its line, never filled
-up."""
+"""Reads csv and parquet as text. A row with too few fields is an error with its line."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def as_text(values: pd.Series) -> pd.Series:
-    """Numbers as text: a column of integers that pandas holds as 3.0, since another row is missing, becomes
-    3."""
+    """Values as text. Integers that pandas stores as 3.0, because another row is missing, become "3"."""
     import pandas as pd
 
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
@@ -47,9 +45,9 @@ def _arrow_text(values: pa.ChunkedArray) -> pd.Series:
     import pyarrow as pa
 
     kind = values.type
-    if pa.types.is_integer(kind):  # with missing values pandas makes floats of it, and loses the last digits
+    if pa.types.is_integer(kind):  # with missing values pandas would convert to float and lose digits
         return values.cast(pa.string()).to_pandas().astype(object)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # several labels, as a csv has them
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # several labels, separated as in a csv
         return values.to_pandas().map(lambda cell: " ".join(map(str, cell)), na_action="ignore")
     return as_text(values.to_pandas())
 
@@ -99,7 +97,7 @@ def _table_error(file: Path, what: str, line: int | None = None, remedy: str = "
 
 
 def lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of each row, slow and exact: for the header, and for the line of an error."""
+    """(first line, fields) of each row. Slow; used for the header and to find the line of an error."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # outlines and masks make long fields
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -126,7 +124,7 @@ def _decodes(text: bytes) -> bool:
 
 
 def delimiter(file: Path) -> str:
-    """By the first line."""
+    """The separator, from the first line."""
     if file.suffix == ".tsv":
         return "\t"
     with file.open("rb") as opened:

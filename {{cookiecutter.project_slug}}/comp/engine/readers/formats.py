@@ -1,10 +1,10 @@
 """Reads the structure of an image file before any pixel is decoded: whether the file is complete, and its
 orientation.
 
-Decoders accept files that were cut off, above all where zeros fill the rest, as after an interrupted
-download, and make half an image of them. So the end of the file is checked here, and zeros inside a JPEG,
-which costs microseconds. Flipped bits are not found: only PNG has checksums, and Pillow does not check those
-of the pixels.
+Decoders accept truncated files and return half an image, above all if zeros fill the rest, as after an
+interrupted download. So the end of the file is checked here, and zeros inside a JPEG, which costs
+microseconds. Flipped bits are not detected: only PNG has checksums, and Pillow does not check those of the
+pixels.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Jpeg(NamedTuple):
 
 
 def jpeg(data: bytes) -> Jpeg | None:
-    """The header before the first scan; None if it is invalid. Every decode calls it, so it is written for
-    speed."""
+    """Reads the header before the first scan; None if it is invalid. Every decode calls it, so it must be
+    fast."""
     position, last, orientation, frame = 2, len(data) - 10, 1, 0
     tables: list[int] = []
     size: tuple[int, int, int] | None = None
@@ -71,10 +71,10 @@ def jpeg(data: bytes) -> Jpeg | None:
 
 
 def _zeros_are_flat(data: bytes, tables: list[int]) -> bool:
-    """Whether a run of zero bits can be a flat part of an image: if the first code of every AC table, which
-    is all zeros, ends a block. In the usual luminance table it is a coefficient of -1 instead, and 64 bytes
-    of it are more than a block of nothing else, which no camera produces. In one file of eight with such a
-    hole the decoder gets as many blocks as it needs, and does not warn."""
+    """Whether a run of zero bits can be a flat area of an image. It can if the code 0...0 of every AC table
+    means "end of block". In the standard luminance table that code is a coefficient of -1, and 64 zero bytes
+    are more than one block of them, which no camera writes. The check is needed because one file in eight
+    with such a hole still has enough blocks, so that the decoder does not warn."""
     for position in tables:
         at, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         while at + 17 < end:
@@ -85,7 +85,7 @@ def _zeros_are_flat(data: bytes, tables: list[int]) -> bool:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """1 to 8: tag 274 of the first directory. 1 if there is none."""
+    """The EXIF orientation, 1 to 8: tag 274 of the first directory, or 1."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return 1
@@ -97,13 +97,13 @@ def exif_orientation(tiff: bytes) -> int:
             if tag == 274:
                 return int(value) if 1 <= value <= 8 else 1
     except struct.error:
-        pass  # an invalid block counts as none
+        pass  # an invalid EXIF block is ignored
     return 1
 
 
 def fault(data: bytes) -> str:
-    """Why a PNG, GIF or BMP is not complete; empty if it is. Pillow itself refuses other formats that were
-    cut off."""
+    """Why a PNG, GIF or BMP is incomplete; empty if it is complete. For other truncated formats Pillow itself
+    raises."""
     for start, check in CHECKS.items():
         if data.startswith(start):
             return check(data)
@@ -130,7 +130,7 @@ def _png(data: bytes) -> str:
 
 
 def _gif(data: bytes) -> str:
-    """Walks all frames: each is a chain of blocks of up to 255 bytes."""
+    """Checks all frames of a GIF: each is a chain of blocks of up to 255 bytes."""
 
     def table(flags: int) -> int:
         return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
@@ -156,7 +156,8 @@ def _gif(data: bytes) -> str:
 
 
 def _bmp(data: bytes) -> str:
-    """Pillow fills up as many bytes as the padding of a row. It checks compressed files itself."""
+    """Checks the size of an uncompressed BMP: Pillow silently fills up to one row's padding. Pillow checks
+    compressed files itself."""
     try:
         offset, header, width, height, _, depth, compression = struct.unpack_from("<IIiiHHI", data, 10)
     except struct.error:

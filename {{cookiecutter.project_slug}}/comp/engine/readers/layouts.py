@@ -1,7 +1,6 @@
-"""Reads tables that are no csv: json in its many shapes, .bson, arrays, and the files themselves where there
-is no table.
+"""Reads tables that are not csv: json of several layouts, .bson, arrays, and lists of files by a pattern.
 
-Values become text, as in delimited.py. What a column means is decided in data/targets.py.
+Values become text, as in delimited.py. data/targets.py decides what a column means.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from comp.engine.store import paths
 if TYPE_CHECKING:
     import pandas as pd
 
-# The path, where the files are the rows. No table has a column of that name.
+# Column with the path if the rows are files. Its spaces make a clash with a column of a table unlikely.
 FILE_COLUMN = "path of the file"
 
 
 def json_frame(file: Path) -> pd.DataFrame:
-    """A list of records, COCO (lists that refer to each other), columns, or id -> label or record."""
+    """Reads a list of records, COCO (lists that refer to each other), columns, or id -> label or record."""
     import pandas as pd
 
     text, lines, data = file.read_bytes(), 0, None
@@ -80,7 +79,7 @@ def _rows(data: Any, file: Path) -> list[dict[str, Any]]:
 
 
 def _coco(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row an annotation, with the fields of its image and category; without annotations a row an image."""
+    """One row per annotation, with the fields of its image and category; without annotations, per image."""
     key = "id" if "id" in data["images"][0] else "image_id"
     annotations = data.get("annotations") or []
     if not annotations:
@@ -127,8 +126,8 @@ def bson_frame(file: Path) -> pd.DataFrame:
 
 
 def array_frame(file: Path) -> pd.DataFrame:
-    """Labels in .npy or .npz: a row an entry, with its number as `key`, and a column an array. Arrays of
-    images are left out."""
+    """Labels in .npy or .npz: one column per array, and the index of the row as `key`. Arrays of images are
+    left out."""
     import pandas as pd
 
     try:
@@ -158,8 +157,8 @@ def array_frame(file: Path) -> pd.DataFrame:
 
 
 def files_frame(raw: Path, pattern: str) -> pd.DataFrame:
-    """A row for every file that matches the pattern, with a column for each name in the pattern, and
-    FILE_COLUMN for its path."""
+    """One row per file that matches the pattern, with a column for each name in the pattern, and FILE_COLUMN
+    for the path."""
     import pandas as pd
 
     try:
@@ -187,7 +186,7 @@ def _pattern_error(code: str, what: str, remedy: str = "") -> UserError:
 
 
 def pattern_regex(pattern: str) -> str:
-    """`train/{label}/{id}.jpg` as a regular expression; `{label:cat|dog}` has its own."""
+    """Converts `train/{label}/{id}.jpg` to a regular expression; in `{label:cat|dog}` it is given."""
     out, last = "", 0
     for match in re.finditer(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}", pattern):
         out += re.escape(pattern[last : match.start()])
@@ -221,8 +220,7 @@ def list_files(raw: Path, under: str) -> Iterator[str]:
 
 
 def _validate_links(folder: str, folders: list[str]) -> None:
-    """A link to a parent folder would be followed until the system stops it, after some 40 levels of the same
-    files."""
+    """Raises for a link to a parent folder, which would list the same files some 40 levels deep."""
     for name in folders:
         link = os.path.join(folder, name)
         if os.path.islink(link):
@@ -238,7 +236,7 @@ def _validate_links(folder: str, folders: list[str]) -> None:
 
 
 class Globs:
-    """`{id}/*.png` in an image template: every file that matches, in natural order."""
+    """Expands `{id}/*.png` in an image template to all files that match, in natural order."""
 
     def __init__(self, raw: Path):
         self.raw = raw
@@ -269,5 +267,5 @@ def _grouped(names: list[str]) -> dict[str, list[str]]:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """2.png before 10.png."""
+    """Sort key of the natural order: 2.png before 10.png."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -19,8 +19,8 @@ from comp.engine.store import paths
 
 
 class Bson:
-    """Images in documents, as `<_id>/<n>.jpg`. Their places in the file are found in one pass, when it is
-    opened."""
+    """Images in the documents of a .bson file, as `<_id>/<n>.jpg`. Their offsets are found in one pass when
+    the file is opened."""
 
     def __init__(self, file: Path):
         self.path = file
@@ -113,7 +113,7 @@ class Npy:
 
 
 class Parquet:
-    """Rows of numbers that are images, named by the first column."""
+    """Rows of a parquet file whose numbers are an image, named by the first column."""
 
     def __init__(self, file: Path):
         import pyarrow.parquet as pq
@@ -131,7 +131,7 @@ class Parquet:
 
 
 class Json:
-    """A list of records: fields that are lists of numbers, as `<id>/<field>`."""
+    """Fields with lists of numbers in the records of a json file, as `<id>/<field>`."""
 
     def __init__(self, file: Path):
         self.lists: dict[str, Any] = {}
@@ -156,8 +156,8 @@ def as_npy(array: Any) -> bytes:
 
 
 def npy_shape(file: BinaryIO, size: int) -> tuple[int, ...]:
-    """The shape in the header of a .npy of `size` bytes. ValueError, in one line, if the file is no complete
-    array: np.load would reserve memory for any shape in the header, and parses the header as Python."""
+    """The shape in the header of a .npy of `size` bytes. Raises ValueError with one line if the file is not a
+    complete array: np.load would allocate memory for any shape, and parses the header as Python."""
     try:
         version = np.lib.format.read_magic(file)
         reader = (

@@ -1,6 +1,6 @@
-"""File names and labels are compared in Unicode's NFC, and written as they are where they come from. é is one
-character in NFC, as most tables have it, and an e with an accent in NFD, as macOS writes file names: the same
-text in other bytes.
+"""Compares file names and labels by their Unicode NFC form; they are stored and written as they were read.
+é is one character in NFC, which most tables use, and an e with a combining accent in NFD, which macOS uses
+for file names: the same text in different bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def nfc(text: str) -> str:
 
 
 def on_disk(raw: Path, name: str) -> str:
-    """The path under raw in the spelling of the disk. What does not exist, and members of archives, stay as
-    they are."""
+    """The path under raw as it is spelt on disk. Missing files and members of archives are returned
+    unchanged."""
     if name.isascii() or os.path.exists(raw / name):
         return name
     spelled: list[str] = []
@@ -35,7 +35,7 @@ def on_disk(raw: Path, name: str) -> str:
 
 @cache
 def _by_nfc(folder: str, mtime: int) -> dict[str, str]:
-    """NFC -> the name on the disk."""
+    """NFC form -> the name on disk."""
     return {nfc(name): name for name in os.listdir(folder) if not name.isascii()}
 
 

@@ -1,8 +1,8 @@
-"""Unpacks archives of the host's: files come out below the folder where they belong, and nothing else does.
+"""Unpacks the host's archives, and writes nothing outside of the given folder.
 
-Every name is validated before the first byte is written, and bytes are counted while they are written, since
-the sizes that an archive declares may be wrong. Links, devices and encrypted members are errors, never
-skipped: a competition with a missing file is noticed too late. Modes, owners and times are not restored.
+All names are validated before the first byte is written, and bytes are counted while they are written, since
+the sizes that an archive declares may be wrong. Links, devices and encrypted members are errors and not
+skipped, as a missing file would be noticed too late. Modes, owners and times are not restored.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFE
 
 
 class DamagedArchive(Exception):
-    """The bytes are damaged, and a second download may help. An archive that is hostile or unsupported is a
-    UserError."""
+    """Raised for damaged bytes, which another download may repair. Malicious and unsupported archives raise
+    UserError instead."""
 
     def __init__(self, archive: Path, what: str):
         super().__init__(f"{paths.relative(archive)}: {what}")
@@ -64,7 +64,7 @@ class Member:
 
 
 def archive_type(file: Path) -> str | None:
-    """By name, as hosts mean it: the bytes of .npz and .docx are a zip too, and are not to be unpacked."""
+    """The type of an archive, by its name: .npz and .docx are zip files too, but must not be unpacked."""
     name = file.name.lower()
     for suffix, found in SUFFIXES.items():
         if name.endswith(suffix):
@@ -101,7 +101,7 @@ class _Budget:
         self.ceiling, self.ask, self.used = ceiling, ask, 0
 
     def reserve(self, size: int, archive: Path) -> None:
-        """The size that an archive declares. `spend` counts what really comes."""
+        """Counts the size that an archive declares; `spend` counts the bytes that are written."""
         total = self.used + size
         if total > self.ceiling:
             if not self.ask(total):
@@ -112,7 +112,7 @@ class _Budget:
                     f"{artifacts.format_size(self.ceiling)}",
                     f"if that is right: comp download --ceiling {-(-2 * total // 10**9)}",
                 )
-            self.ceiling = 2 * total  # so that the archives in it do not ask one by one
+            self.ceiling = 2 * total  # do not ask again for the archives in it
         artifacts.require_space(size, f"unpacking {paths.relative(archive)}")
 
     def spend(self, size: int, archive: Path) -> None:
@@ -147,8 +147,7 @@ def _unpack_level(archive: Path, folder: Path, budget: _Budget, progress: bool, 
 
 
 def _folder_of(archive: Path) -> Path:
-    """train.zip with train/1.png in it unpacks where it is; train.zip with 1.png in it unpacks into
-    train/."""
+    """The folder to unpack into: a train.zip with train/1.png in its own folder, one with 1.png in train/."""
     if archive_type(archive) == "gz":
         return archive.parent
     with open_archive(archive) as members:
@@ -193,7 +192,7 @@ def _write(
 
 
 def _targets(archive: Path, members: list[Member], folder: Path) -> list[Path]:
-    """Where each member goes. All of them are validated before one is written."""
+    """The target of each member. All are validated before the first one is written."""
     if len(members) > MAX_MEMBERS:
         raise _hostile(archive, f"{len(members)} members, more than {MAX_MEMBERS}")
     files: dict[str, str] = {}
@@ -213,7 +212,7 @@ def _targets(archive: Path, members: list[Member], folder: Path) -> list[Path]:
         raise _hostile(archive, f"{both[0]!r} is a file and a folder in it")
     root = folder.resolve()
     for member, target in zip(members, targets, strict=True):
-        if not target.resolve().is_relative_to(root):  # through a link that existed before
+        if not target.resolve().is_relative_to(root):  # a link that was there before leads outside
             raise _hostile(archive, f"{member.name!r} is outside of {paths.relative(folder)}")
     return targets
 
@@ -251,7 +250,7 @@ def _special(archive: Path, name: str) -> UserError:
 
 @contextmanager
 def open_archive(archive: Path) -> Iterator[list[Member]]:
-    """The files in it, with their names as they are. Members that are neither file nor folder raise."""
+    """The files in an archive, with unchanged names. Raises for members that are neither file nor folder."""
     try:
         with OPENERS[str(archive_type(archive))](archive) as members:
             yield members
@@ -281,7 +280,7 @@ def _zip(archive: Path) -> Iterator[list[Member]]:
             if info.is_dir():
                 path_parts(archive, info.filename)
                 continue
-            # zipfile cuts a name off at a NUL: the original is passed on, for path_parts to refuse.
+            # zipfile truncates a name at a NUL; the original name is passed on, and path_parts raises for it.
             name = zip_name(info) if info.orig_filename == info.filename else info.orig_filename
             members.append(Member(name, info.file_size, partial(opened.open, info)))
         yield members
@@ -305,8 +304,8 @@ def _tar(archive: Path) -> Iterator[list[Member]]:
 
 @contextmanager
 def _gz(archive: Path) -> Iterator[list[Member]]:
-    """One file, named after the archive: the name inside may be anything. Its size is unknown until it is
-    read."""
+    """The single file of a .gz, named after the archive, since the name inside is arbitrary. Its size is
+    unknown until it is read."""
     yield [Member(stem(archive), 0, partial(gzip.open, archive))]
 
 
@@ -340,8 +339,7 @@ def _7z(archive: Path) -> Iterator[list[Member]]:
 
 
 class _Solid:
-    """A 7z packs its members as one stream, so they are unpacked together, into temporary files with numbers
-    for names."""
+    """Unpacks all members of a 7z together, since they are one stream, into numbered temporary files."""
 
     def __init__(self, archive: Path, sizes: dict[str, int]):
         self.archive, self.sizes = archive, sizes
@@ -377,7 +375,7 @@ class _Solid:
 
 
 def _counting(archive: Path, target: Path, size: int) -> Any:
-    """A file for py7zr that stops after the declared size."""
+    """A file that py7zr writes to; it raises after the declared size."""
     from py7zr.io import Py7zIO
 
     class Counting(Py7zIO):
