@@ -1,13 +1,13 @@
 """data/cache/<key>: every image decoded once, at the run's size and depth, in one memory-mapped file.
 
     pixels.bin          the images one after the other, only ever appended to
-    index-<hash>.arrow  one row a file: offset, shape, crc32; bytes, mtime, hash of the file; or its fault
+    index-<hash>.arrow  one row per file: offset, shape, crc32; bytes, mtime, hash of the file; or its fault
     manifest.json       written last: which index is current, and what decides the pixels
     journal.jsonl       only during a build: what is finished, so that a killed build resumes there
 
-The key is a hash of everything that decides pixels except the files themselves; a file is unchanged while its
-size and mtime are. The cache is keyed by file, not by sample: folds, runs, trials and processes share it.
-`images[i]` is the same with and without a cache.
+The key is a hash of everything that determines the pixels except the files themselves. A file counts as
+unchanged while its size and mtime are. Entries are files, not samples: folds, runs, trials and processes
+share the cache. `images[i]` is the same with and without a cache.
 
 Pixels are never overwritten, since other processes may be reading them. Those of a file that has changed stay
 as waste until the folder is deleted. Images are written in order, so the same files give the same bytes,
@@ -45,7 +45,7 @@ from comp.engine.readers.arrays import DamagedImage, Pixels
 from comp.engine.store import artifacts, locks, paths
 
 COMMIT = 64  # images between two lines of the journal: at most so many are decoded again after a kill
-CHUNK = 8  # images a task of the pool: few enough for memory, many enough to hide the cost of a task
+CHUNK = 8  # images per task of the pool: few enough for memory, many enough to hide the cost of a task
 
 SCHEMA = pa.schema({
     "name": pa.string(),  # path under raw
@@ -74,14 +74,14 @@ class Row(NamedTuple):
 
 
 class CacheSpaceError(UserError):
-    """The cache cannot be written; decoding on the fly is possible."""
+    """Raised if the cache cannot be written. Images can still be decoded on the fly."""
 
 
 def open_images(cfg: Config, names: Sequence[str], progress: bool, must_fit: bool = False) -> Images:
-    """The images of these files under raw, in this order. What the cache lacks is decoded into it first.
+    """The images of these files under raw, in this order. Missing files are first decoded into the cache.
 
-    On a disk that is too small or read-only they are decoded on the fly, and a line says so; with must_fit it
-    is an error."""
+    If the disk is too small or read-only, images are decoded on the fly, after a printed line. `must_fit`:
+    raise instead."""
     reader, files = image_reader.from_config(cfg), pa.array(names, pa.string())
     if not cfg.data.cache:
         return UncachedImages(reader, files)
@@ -104,7 +104,7 @@ def open_images(cfg: Config, names: Sequence[str], progress: bool, must_fit: boo
 
 
 def fill(experiment: str, overrides: Sequence[str]) -> None:
-    """comp cache: decodes every image of the samples, or fails when they do not fit on the disk."""
+    """comp cache: decodes every image of the samples. Raises if they do not fit on the disk."""
     cfg = experiments.load(experiment, overrides).config
     hardware.set_threads(cfg.train.threads)
     names = sorted({path for images in samples.load().frame["images"] for path in images})
@@ -124,7 +124,7 @@ def _make_folder(folder: Path) -> None:
 
 
 class UncachedImages:
-    """Decoded on the fly."""
+    """Images that are decoded on the fly."""
 
     def __init__(self, reader: ImageReader, names: pa.Array):
         self.reader = reader
@@ -138,12 +138,12 @@ class UncachedImages:
 
 
 class CachedImages:
-    """Read-only views of one mapped file."""
+    """Images of a cache: read-only views of one memory-mapped file."""
 
     def __init__(self, reader: ImageReader, names: pa.Array, index: Path, rows: NDArray[np.int32]):
         self.reader = reader
         self.index = index
-        self.rows = rows  # of each image in the index, or negative
+        self.rows = rows  # row of each image in the index; ABSENT or STALE if it has none
         # Decoding a file that is absent raises the reason.
         self.absent = {int(i): names[i].as_py() for i in np.flatnonzero(rows < 0)}
         # Mapped before loader processes start: pages shared with the parent do not count as their memory.
@@ -161,7 +161,7 @@ class CachedImages:
         return _Pages(self.index, np.dtype(self.reader.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A mapping cannot be pickled for another process."""
+        """Without the mapping, which cannot be pickled for another process."""
         return {key: value for key, value in self.__dict__.items() if key != "pages"}
 
 
@@ -171,7 +171,7 @@ Images = UncachedImages | CachedImages
 
 
 class _Pages:
-    """The mapped files of a process. It checks the crc32 of an image when it first reads it."""
+    """The mapped files of a process. The crc32 of an image is checked when it is first read."""
 
     MAX_MAPPED = 2**24  # bytes of pixels: mapped pages count as this process's memory
 
@@ -222,8 +222,8 @@ def _damaged(file: Path, what: str) -> UserError:
 
 
 def current_index(folder: Path) -> Path | None:
-    """Its sha256 is verified. None before the first build."""
-    for _ in range(9):  # another process may be replacing one index by the next right now
+    """The current index, after its sha256 is verified; None before the first build."""
+    for _ in range(9):  # another process may just be replacing the index
         if not (folder / artifacts.MANIFEST).exists():
             return None
         ((name, facts),) = artifacts.read_json(folder / artifacts.MANIFEST).items()
@@ -238,7 +238,7 @@ def current_index(folder: Path) -> Path | None:
 
 
 def _publish(folder: Path, reader: ImageReader, previous: Path | None, rows: list[Row]) -> Path:
-    """Writes the index and makes it the current one. The same rows have the same name and bytes."""
+    """Writes an index and makes it the current one. The same rows give the same name and bytes."""
     table = _merged(previous, rows)
     damaged = int((table["height"].to_numpy() == 0).sum())
     size = (folder / "pixels.bin").stat().st_size
@@ -257,7 +257,7 @@ def _publish(folder: Path, reader: ImageReader, previous: Path | None, rows: lis
     entry = {"sha256": sha, "size": index.stat().st_size, **facts}
     artifacts.write_json(folder / artifacts.MANIFEST, {index.name: entry})
     for old in folder.glob("index-*.arrow"):
-        if old not in (index, before):  # a process that is just starting may be about to map the previous one
+        if old not in (index, before):  # a process that is starting may be about to map the previous one
             old.unlink()
     (folder / "journal.jsonl").unlink()
     what = f"{len(table):,} images, {damaged} of them damaged, {artifacts.format_size(size)}"
@@ -266,18 +266,18 @@ def _publish(folder: Path, reader: ImageReader, previous: Path | None, rows: lis
 
 
 def read_index(index: Path | None) -> pa.Table:
-    """Memory-mapped: no process copies a million rows."""
+    """The index, memory-mapped, so that no process copies a million rows."""
     return pa.ipc.open_file(pa.memory_map(str(index))).read_all() if index else SCHEMA.empty_table()
 
 
 def column(table: pa.Table, name: str) -> NDArray[Any]:
-    """A view of the mapped file where that is possible, not a copy."""
+    """A column of the index: a view of the mapped file if possible, otherwise a copy."""
     chunks = table[name].chunks
     return chunks[0].to_numpy() if len(chunks) == 1 else table[name].to_numpy()
 
 
 def _pixels_end(table: pa.Table, itemsize: int) -> int:
-    """Where the pixels of these rows end in pixels.bin."""
+    """The offset at which the pixels of these rows end in pixels.bin."""
     height, width, channels = (
         column(table, name).astype(np.int64) for name in ("height", "width", "channels")
     )
@@ -285,7 +285,7 @@ def _pixels_end(table: pa.Table, itemsize: int) -> int:
 
 
 def locate(names: pa.Array, stamps: Stamps, table: pa.Table) -> NDArray[np.int64]:
-    """(files,) the row of each in the index, or ABSENT, or STALE."""
+    """(files,): the row of each file in the index, or ABSENT, or STALE."""
     rows = pc.index_in(names, table["name"]).fill_null(STALE).to_numpy().astype(np.int64)
     made_from = np.stack([column(table, "bytes"), column(table, "mtime")], 1)
     listed = np.flatnonzero(rows >= 0)
@@ -295,8 +295,8 @@ def locate(names: pa.Array, stamps: Stamps, table: pa.Table) -> NDArray[np.int64
 
 
 def known_hashes(raw: str, names: pa.Array, stamps: Stamps) -> NDArray[Any]:
-    """The hash of each file out of any cache of this raw folder; empty where none has read it as it is
-    now."""
+    """The hash of each file, from any cache of this raw folder; empty if no cache has read its current
+    version."""
     hashes = np.full(len(names), "", object)
     for manifest in sorted(paths.path("data", "cache").glob(f"*/{artifacts.MANIFEST}")):
         index = current_index(manifest.parent)
@@ -313,8 +313,8 @@ def known_hashes(raw: str, names: pa.Array, stamps: Stamps) -> NDArray[Any]:
 
 
 def build(folder: Path, reader: ImageReader, names: pa.Array, stamps: Stamps, progress: bool) -> Path:
-    """Adds what the cache lacks of these files, and returns the current index. The caller holds the folder's
-    lock."""
+    """Adds the files that are missing in the cache, and returns the current index. The caller holds the
+    folder's lock."""
     previous = current_index(folder)
     rows = _resume(folder, reader, previous)
     known = _merged(previous, rows)
@@ -345,8 +345,8 @@ def _append(
     rows: list[Row],
     progress: bool,
 ) -> None:
-    """Decodes the files and appends their pixels; `rows` gets a row each. fsync has a thread of its own, or
-    decoding would wait for the disk."""
+    """Decodes the files, appends their pixels, and adds a row per file to `rows`. fsync runs in a separate
+    thread, so that decoding does not wait for the disk."""
     with (
         (folder / "pixels.bin").open("ab") as pixels,
         (folder / "journal.jsonl").open("ab") as journal,
@@ -382,7 +382,7 @@ def _append(
 def _decoded(
     reader: ImageReader, names: list[str], by_hash: dict[str, Row]
 ) -> Iterator[tuple[Row, Pixels | None]]:
-    """In the order of `names`, by a thread a core: decoders release Python's lock (GIL)."""
+    """Decoded files in the order of `names`, by one thread per core: decoders release the GIL."""
     threads = hardware.cores()
     chunks = iter([names[start : start + CHUNK] for start in range(0, len(names), CHUNK)])
     with ThreadPoolExecutor(threads) as pool:
@@ -402,7 +402,7 @@ def _decoded(
 def _decode_chunk(
     reader: ImageReader, names: list[str], by_hash: dict[str, Row]
 ) -> list[tuple[Row, Pixels | None]]:
-    """Files that cannot be read are left out: that may be temporary, while damage inside a file is not."""
+    """Decodes some files. Unreadable ones are left out, since that may be temporary, unlike damage."""
     decoded: list[tuple[Row, Pixels | None]] = []
     for name in names:
         size, mtime = reader.stamp(name)  # before the bytes: a change in between makes the row stale
@@ -424,7 +424,7 @@ def _decode_chunk(
 
 
 def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Row]) -> None:
-    """The pixels are on the disk before the line that lists them."""
+    """Syncs the pixels to disk, then writes the journal line that lists them."""
     pixels.flush()
     os.fsync(pixels.fileno())
     journal.write(json.dumps(fresh).encode() + b"\n")
@@ -432,13 +432,13 @@ def _commit(pixels: BinaryIO, journal: BinaryIO, fresh: list[Row]) -> None:
 
 
 def _resume(folder: Path, reader: ImageReader, previous: Path | None) -> list[Row]:
-    """The rows that a killed build had finished; pixels.bin and the journal are cut there. Rows that the
-    index has already change nothing when they are merged again."""
+    """The rows that a killed build had finished; pixels.bin and the journal are truncated after them. Rows
+    that the index already has may be merged again without effect."""
     journal, pixels = folder / "journal.jsonl", folder / "pixels.bin"
     journal.touch()
     pixels.touch()
     text = journal.read_bytes()
-    text = text[: text.rfind(b"\n") + 1]  # without a line that was cut off
+    text = text[: text.rfind(b"\n") + 1]  # without an incomplete last line
     rows = [Row(*values) for line in text.splitlines() for values in json.loads(line)]
     indexed = artifacts.read_json(folder / artifacts.MANIFEST)[previous.name]["pixels"] if previous else 0
     itemsize = np.dtype(reader.dtype).itemsize
@@ -463,7 +463,7 @@ def _announce(folder: Path, reader: ImageReader, todo: list[str]) -> None:
 
 
 def _bytes_each(reader: ImageReader, names: list[str]) -> int:
-    """An estimate: with resize=cover it depends on the aspect ratios, of which 64 are sampled."""
+    """Estimated bytes per image: with resize=cover they depend on aspect ratios, of which 64 are sampled."""
     square = reader.size * reader.size * reader.channels * np.dtype(reader.dtype).itemsize
     if reader.resize != "cover":
         return square
@@ -473,7 +473,7 @@ def _bytes_each(reader: ImageReader, names: list[str]) -> int:
 
 
 def _merged(previous: Path | None, rows: list[Row]) -> pa.Table:
-    """One row a file: the latest."""
+    """The rows of both, one per file: the latest."""
     latest = {row.name: row for row in rows}
     new = pa.Table.from_pylist([row._asdict() for row in latest.values()], SCHEMA)
     old = read_index(previous)

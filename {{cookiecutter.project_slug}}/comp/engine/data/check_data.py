@@ -1,4 +1,4 @@
-"""The checks of comp check that concern tables, sample submission and images."""
+"""The checks of tables, sample submission and images in comp check."""
 
 from __future__ import annotations
 

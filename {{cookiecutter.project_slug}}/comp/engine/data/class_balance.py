@@ -32,7 +32,7 @@ def shuffle(rows: Positions, random: np.random.Generator) -> Positions:
 def make_sampler(cfg: Config, samples: Samples, train_rows: Positions) -> Sampler:
     """The sampler of the section `sampling`. Every epoch has the same length."""
     sampling, views = cfg.sampling, cfg.augment.jsd_views
-    if views > 1:  # views of a row follow each other, each augmented on its own
+    if views > 1:  # views of a row are consecutive, and augmented independently
         one_view = cfg.augment.model_copy(update={"jsd_views": 1})
         once = make_sampler(cfg.model_copy(update={"augment": one_view}), samples, train_rows)
         return lambda rows, random: np.repeat(once(rows, random), views)
@@ -91,20 +91,20 @@ def no_balance(rows: Positions, codes: Codes, strength: float, random: np.random
 
 
 def weighted(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """As many draws as rows, with replacement, like torch's WeightedRandomSampler."""
+    """Draws as many rows as there are, with replacement, like torch's WeightedRandomSampler."""
     _, index, count = np.unique(codes, return_inverse=True, return_counts=True)
     weight = (1.0 / count**strength)[index]
     return random.choice(rows, len(rows), p=weight / weight.sum())
 
 
 def undersample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """Each class as often as the rarest one; other rows in every epoch."""
+    """Draws each class as often as the rarest one, with different rows in every epoch."""
     return _resample(rows, codes, strength, random, np.min)
 
 
 def oversample(rows: Positions, codes: Codes, strength: float, random: np.random.Generator) -> Positions:
-    """Each class as often as the most frequent one: every row at least once, rows of rare classes several
-    times."""
+    """Draws each class as often as the most frequent one: every row at least once, rows of rare classes
+    several times."""
     return _resample(rows, codes, strength, random, np.max)
 
 
@@ -146,8 +146,8 @@ def m_per_class(drawn: Positions, codes: Codes, m: int, random: np.random.Genera
 def class_weights(
     cfg: Config, head: Head, samples: Samples, train_rows: Positions
 ) -> Callable[[Tensor], Tensor] | None:
-    """target -> weights of loss.class_weights: (batch,), or (batch, labels) where every label is a yes or no
-    of its own. Their mean over the training rows is 1."""
+    """Returns a function of the target: the weights of loss.class_weights, (batch,), or (batch, labels) for
+    independent labels. Their mean over the training rows is 1."""
     if cfg.loss.class_weights == "none" or not loss_knobs.has_classes(head):
         return None
     count = class_counts(head, samples, train_rows)
@@ -191,8 +191,8 @@ def effective(count: NDArray[np.float64], beta: float) -> NDArray[np.float64]:
 
 
 def _normalized(raw: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    """To a mean of 1 over the training rows, so that the learning rate keeps its scale. A class without
-    training rows has weight 1: it occurs in validation only."""
+    """Scales weights to a mean of 1 over the training rows, so that the learning rate keeps its meaning. A
+    class without training rows, which occurs in validation only, has weight 1."""
     present = count > 0
     raw = np.where(present, raw, 0.0)
     return np.where(present, raw * count.sum(axis=0) / (raw * count).sum(axis=0), 1.0)

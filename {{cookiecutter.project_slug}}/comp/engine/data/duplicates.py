@@ -1,9 +1,9 @@
 """Duplicate images: files of equal bytes, and near-duplicates that differ in encoding, size, brightness or a
 small crop.
 
-A duplicate across folds makes a score too good; one between train and test may give a label away. `comp folds
---duplicates` lists the pairs, `folds.duplicates: group` keeps them in one fold. Every image is decoded once,
-into a cache of 32 px.
+Duplicates across folds make scores optimistic; a duplicate in train and test may reveal a test label. `comp
+folds --duplicates` lists the pairs, `folds.duplicates: group` keeps them in one fold. Every image is decoded
+once, into a cache of 32 px.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def find(cfg: Config, samples: Samples) -> Duplicates:
 
 
 def _row_pairs(one: list[int], other: list[int]) -> set[tuple[int, int]]:
-    """The first row of either image with all rows of the other: connects all of them without all pairs."""
+    """Pairs of rows for a pair of images: the first row of either with all rows of the other, which connects
+    all of them."""
     return {
         (min(p, q), max(p, q))
         for p, q in [*((one[0], q) for q in other), *((p, other[0]) for p in one)]
@@ -94,8 +95,8 @@ def _row_pairs(one: list[int], other: list[int]) -> set[tuple[int, int]]:
 
 
 def _read_small(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
-    """Grey pixels, and a hash of each file. A damaged image is black with an empty hash; comp check reports
-    it."""
+    """Grey pixels and hash of each file. A damaged image, which comp check reports, is black without a
+    hash."""
     small = cfg.data.model_copy(update={"size": phash.SIDE, "cache_scale": 1.0, "resize": "stretch"})
     images = cache.open_images(cfg.model_copy(update={"data": small}), names, cfg.machine.progress)
     grey = np.zeros((len(names), phash.SIDE, phash.SIDE), np.float32)
@@ -123,8 +124,8 @@ def connected_components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int
 
 
 def group_names(names: NDArray[Any], pairs: Iterable[Iterable[int]]) -> NDArray[Any]:
-    """The groups that must share a fold: rows of one name, and pairs of rows. A group has the first of its
-    names."""
+    """The group of each row, for rows that must share a fold: those of one name, and pairs. A group is named
+    after the first of its names."""
     unique, code = np.unique(names.astype(str), return_inverse=True)
     edges = code[np.array(list(pairs), np.int64).reshape(-1, 2)]
     component = connected_components(len(unique), edges)
@@ -136,7 +137,7 @@ def group_names(names: NDArray[Any], pairs: Iterable[Iterable[int]]) -> NDArray[
 
 
 def list_duplicates(cfg: Config) -> None:
-    """comp folds --duplicates"""
+    """comp folds --duplicates: searches and reports duplicates."""
     report(cfg, samples_table.load())
 
 
@@ -206,8 +207,8 @@ def _print_pairs(kind: str, part: pd.DataFrame) -> None:
 
 
 def _across_folds(part: pd.DataFrame) -> int:
-    """Pairs of which one row is among the training rows of the fold that scores the other. The fold of an
-    extra row is the one that is not trained on it."""
+    """Counts the pairs of which one row is trained on in the fold that scores the other. The fold of an extra
+    row is the one that does not train on it."""
     scored = (part["source_a"] == "train") | (part["source_b"] == "train")
     return int(((part["fold_a"] != part["fold_b"]) & scored).sum())
 

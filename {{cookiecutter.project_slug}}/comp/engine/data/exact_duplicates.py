@@ -1,8 +1,7 @@
-"""Which samples name the same image file, and which files have equal bytes. No image is decoded.
+"""Finds samples with the same image file, and files with equal bytes. No image is decoded.
 
-Cost: one stat a file. Bytes are read only of files whose size another file has too: 4 KB from the middle, and
-the whole file if these are equal as well. Hashes are taken from the index of an image cache where one has
-them.
+Cost: one stat per file. Only files of equal size are read: 4 KB from the middle, and the whole file if these
+are equal too. Hashes that the index of an image cache has are used instead.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
 
 MIDDLE = 4096  # bytes; file headers are alike within a format, and file ends within a border of one colour
-CHUNK = 64  # files a task of the thread pool
+CHUNK = 64  # files per task of the thread pool
 
 Ints = NDArray[np.int64]
 
@@ -51,7 +50,7 @@ class ImageFiles(NamedTuple):
 
 
 def find_by_path(samples: Samples) -> ImageFiles:
-    """From the table alone: `train/a.png` and `train/./a.png` are one file, and so are two crops of it."""
+    """By path alone: `train/a.png` and `train/./a.png` are one file, and so are two crops of it."""
     import pandas as pd
 
     if "images" not in samples.frame:
@@ -61,13 +60,13 @@ def find_by_path(samples: Samples) -> ImageFiles:
     code, normal = pd.factorize(listed.map(_normal))
     first = np.full(len(normal), len(code))
     np.minimum.at(first, code, np.arange(len(code)))
-    names = listed.to_numpy(object)[first].tolist()  # as the image caches spell them
+    names = listed.to_numpy(object)[first].tolist()  # the spelling of the image caches
     sample = listed.index.to_numpy(np.int64)
     return ImageFiles(names, sample, code.astype(np.int64), np.arange(len(names)), {})
 
 
 def _files(key: str) -> list[str]:
-    """The files of an image; of a single file the key itself, by which the image caches know it."""
+    """The files of an image key. A single file is returned as the key itself, as in the image caches."""
     files = image_key.files(key)
     return files if len(files) > 1 else [key]
 
@@ -107,15 +106,14 @@ def _content_ids(
     chosen = [names[at] for at in candidates]
     hashes = cache.known_hashes(reader.raw, pa.array(chosen, pa.string()), stamps[candidates])
     new = hashes == ""
-    # 1. No hash of this size is known: the middle of the files tells most of them apart.
+    # 1. No hash of a file of this size is cached: compare the middle of the files, which usually differs.
     hash_known = np.isin(size[candidates], size[candidates][~new])
     by_middle = np.flatnonzero(new & ~hash_known)
     middle = np.full(len(candidates), "", object)
     middle[by_middle] = map_files(
         lambda name: _middle(reader, name), [chosen[at] for at in by_middle], "comparing images"
     )
-    # 2. Files whose size and middle are equal, and those that have to be compared with a known hash: the
-    # whole file.
+    # 2. Hash whole files: those with equal size and middle, and those to compare with a cached hash.
     sizes = size[candidates][by_middle]
     pair = np.array([f"{n} {m}" for n, m in zip(sizes, middle[by_middle], strict=True)], object)
     whole = np.union1d(by_middle[_repeated(pair)], np.flatnonzero(new & hash_known))

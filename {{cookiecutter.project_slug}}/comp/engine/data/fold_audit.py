@@ -1,4 +1,5 @@
-"""What the folds hold, and what makes their scores invalid. A pure function of samples and folds."""
+"""Reports the contents of the folds and faults that make their scores invalid. Depends on samples and folds
+only."""
 
 from __future__ import annotations
 
@@ -24,8 +25,7 @@ OTHER_SCHEME = "remove rows from the table, or use another folds.scheme than tim
 
 
 def audit(samples: Samples, folds: Folds, images: ImageFiles | None = None) -> dict[str, Any]:
-    """A report for JSON: one entry a fold, notes as text, and faults as the fields of a UserError (see
-    `errors`).
+    """Returns a report for JSON: one entry per fold, notes as text, and faults as the fields of UserError.
 
     `images`: files with their content, from exact_duplicates.find_by_bytes (default: paths alone are
     compared).
@@ -80,7 +80,7 @@ def errors(report: dict[str, Any]) -> list[UserError]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: a line a fold, then notes and faults."""
+    """The report as text: a line per fold, then notes and faults."""
     repeats, folds = report["repeats"], report["folds"]
     header = ["fold", "valid", "train"]
     body = [[_name(each, repeats)[5:], each["valid_rows"], each["train_rows"]] for each in folds]
@@ -111,7 +111,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *report["notes"], *(f"FAULT {fault.line}" for fault in errors(report))])
 
 
-# --- one entry a fold --------------------------------------------------------------------------------------
+# --- one entry per fold -------------------------------------------------------------------------------------
 
 
 def _fold(samples: Samples, folds: Folds, group: NDArray | None, repeat: int, fold: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _empty(entries: list[dict[str, Any]], repeats: int) -> list[UserError]:
     return no_valid + no_train
 
 
-# --- images in training and validation rows ----------------------------------------------------------------
+# --- images in training and validation rows -----------------------------------------------------------------
 
 
 class SharedImage(NamedTuple):
@@ -191,7 +191,8 @@ class SharedImage(NamedTuple):
 
 
 def shared_images(samples: Samples, folds: Folds, images: ImageFiles, image_id: NDArray) -> list[SharedImage]:
-    """By Folds.split itself, hence for every scheme, and for extra and pseudo-labelled rows as well.
+    """Images in training and validation rows by Folds.split, hence for every scheme and also for extra and
+    pseudo-labelled rows.
 
     `image_id`: images.by_path or images.by_bytes.
     """
@@ -216,7 +217,7 @@ def shared_images(samples: Samples, folds: Folds, images: ImageFiles, image_id: 
 
 
 def _not_empty(folds: Folds) -> list[int]:
-    """Folds with validation rows; the others are faults of their own."""
+    """Folds with validation rows. The others are reported as separate faults."""
     k = int(folds.meta["k"])
     return [f for f in range(folds.count) if ((folds.assignment[f // k] == f % k) & folds.scorable).any()]
 
@@ -259,7 +260,7 @@ def _shared_faults(samples: Samples, shared: list[SharedImage], how: str, remedy
 
 
 def _duplicates_of_scored_rows(samples: Samples, folds: Folds) -> list[str]:
-    """Extra and test rows that have a fold, which is the one that they are not trained on for."""
+    """Notes on extra and test rows with a fold: they duplicate a row of it, so it does not train on them."""
     source, has_fold = samples.frame["source"].to_numpy(), folds.assignment[0] != TRAIN_ONLY
     texts = {
         "extra": "extra rows share an image with a scored row; its fold is not trained on them",
@@ -275,7 +276,7 @@ def _duplicates_of_scored_rows(samples: Samples, folds: Folds) -> list[str]:
     return notes
 
 
-# --- groups and classes ------------------------------------------------------------------------------------
+# --- groups and classes -------------------------------------------------------------------------------------
 
 
 def _groups(samples: Samples) -> tuple[NDArray | None, NDArray]:

@@ -1,8 +1,7 @@
-"""folds.scheme: the fold of every row or group, such that each fold has the class distribution of the whole.
+"""The schemes of folds.scheme. Each assigns rows or groups to folds with similar class distributions.
 
-Integers only. The fold of a row follows from a hash of its id and the seed: no random stream, no sum of
-floats. Folds are therefore the same under any library version, on any machine, and for any order of the
-rows.
+They use integers and a hash of id and seed, and neither a random stream nor sums of floats. So folds do not
+depend on library versions, the machine or the order of the rows.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ HOLDOUT_DRAWS = 64  # draws of a hold-out of whole groups, of which the most rep
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The training rows as arrays, one entry a row."""
+    """The training rows as arrays, one entry per row."""
 
     hashed: Keys  # of their ids
-    labels: Ints  # one class a row, or (rows, labels) of 0 and 1
+    labels: Ints  # one class per row, or (rows, labels) of 0 and 1
     value: NDArray  # rank among the targets, for quantiles
     group: Ints | None  # index into group_hashed
     group_hashed: Keys
@@ -57,7 +56,7 @@ def hash_ids(ids: Iterable[str]) -> Keys:
 
 
 def sort_keys(hashed: Keys, seed: int) -> Keys:
-    """splitmix64 of hash and seed: sorting by it shuffles."""
+    """splitmix64 of hash and seed. Sorting by these keys shuffles."""
     return _splitmix64(hashed ^ _splitmix64(np.array([seed % 2**64], np.uint64)))
 
 
@@ -76,7 +75,7 @@ def deal_by_class(classes: Ints, k: int, key: Keys) -> Ints:
 
 
 def deal_by_value(values: NDArray, k: int, key: Keys) -> Ints:
-    """Of every k rows that are neighbours in value each fold gets one."""
+    """Sorts rows by value; of each k consecutive rows every fold gets one."""
     block = np.empty(len(key), np.int64)
     block[np.lexsort((key, values))] = np.arange(len(key)) // k
     return deal_by_class(block, k, _splitmix64(key))
@@ -84,7 +83,7 @@ def deal_by_value(values: NDArray, k: int, key: Keys) -> Ints:
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """How many rows of each label every group has: a sparse table without its zeros, ordered by group."""
+    """The number of rows per group and label: a sparse table, ordered by group."""
 
     group: Ints
     label: Ints
@@ -94,8 +93,8 @@ class LabelCounts:
 
 
 def count_labels(group: Ints, labels: Ints) -> LabelCounts:
-    """`labels`: one class a row, or (rows, labels) of 0 and 1. In the latter case "is a row" is one more
-    label, so that rows without any label and rows with many are spread evenly too."""
+    """`labels`: one class per row, or (rows, labels) of 0 and 1. In the latter case one more label is 1 for
+    every row, so that rows without labels and rows with many are balanced too."""
     size = np.bincount(group)
     if labels.ndim == 1:
         row, label, width = np.arange(len(labels)), labels, int(labels.max()) + 1
@@ -107,15 +106,15 @@ def count_labels(group: Ints, labels: Ints) -> LabelCounts:
 
 
 def balance_groups(counts: LabelCounts, k: int, key: Keys) -> Ints:
-    """The fold of every group, by the greedy rule of scikit-learn's StratifiedGroupKFold in integers: the
-    groups of the most uneven label counts first, each to the fold in which the squares of the label shares
-    grow least. Then local search."""
+    """The fold of every group, by the greedy rule of scikit-learn's StratifiedGroupKFold in integers: groups
+    with the most uneven label counts first, each to the fold where the sum of squared label shares grows
+    least. Then local search."""
     totals = np.bincount(counts.label, counts.count, counts.labels).astype(np.int64)
     square = np.bincount(counts.group, counts.count**2, len(counts.size)).astype(np.int64)
     whole = np.bincount(counts.group, counts.count, len(counts.size)).astype(np.int64)
     order = np.lexsort((key, -counts.size, whole**2 - counts.labels * square))
 
-    # Plain Python: a group has few labels, and numpy would spend its time on the calls.
+    # Plain Python: a group has few labels, so the overhead of numpy's calls would dominate.
     begin = np.searchsorted(counts.group, np.arange(len(counts.size) + 1)).tolist()
     label = counts.label.tolist()
     share = ((counts.count << SHARE_BITS) // totals[counts.label]).tolist()
@@ -136,8 +135,8 @@ def balance_groups(counts: LabelCounts, k: int, key: Keys) -> Ints:
 
 
 def local_search(counts: LabelCounts, k: int, fold: Ints, passes: int = 10) -> Ints:
-    """Moves and swaps of groups as long as they help. With few groups the greedy rule alone is a third more
-    uneven. Costs groups² x labels a pass."""
+    """Moves and swaps groups while that improves the balance. With few groups the greedy rule alone is a
+    third less balanced. A pass costs groups² x labels."""
     groups = len(counts.size)
     if groups**2 * (counts.labels + 1) > SEARCH_LIMIT:
         return fold
@@ -224,8 +223,8 @@ assert TRAIN_ONLY == -1  # the number that `_time` gives its first block
 
 
 def holdout_mask(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
-    """(rows,): the locked hold-out. By scheme: the latest rows, whole groups, or a share of every class or
-    range of values."""
+    """(rows,): whether a row is in the locked hold-out. Depending on the scheme it consists of the latest
+    rows, of whole groups, or of a share of every class or range of values."""
     held_out = np.zeros(len(rows), bool)
     if plan.holdout == 0:
         return held_out
@@ -246,16 +245,15 @@ def holdout_mask(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.
         if classes.ndim > 1:
             classes = np.unique(rows.labels, axis=0, return_inverse=True)[1].ravel()
         order = np.lexsort((key, classes))
-    # Every 1/share-th row of the order: of each class its share, with the rounding carried on to the next
-    # class.
+    # Every 1/share-th row of the order: the share of each class, with the rounding carried to the next class.
     steps = np.floor(np.arange(len(rows) + 1) * plan.holdout)
     held_out[order] = np.diff(steps) > 0
     return held_out
 
 
 def _holdout_groups(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[np.bool_]:
-    """Groups in random order until the share is reached; of HOLDOUT_DRAWS orders the one whose label
-    distribution is nearest to that of all rows."""
+    """Takes groups in random order until the share is reached; of HOLDOUT_DRAWS orders it uses the one whose
+    label distribution is nearest to that of all rows."""
     assert rows.group is not None
     labels = rows.labels if plan.scheme == "stratified_group" else np.zeros(len(rows), np.int64)
     counts = count_labels(rows.group, labels)
@@ -264,7 +262,7 @@ def _holdout_groups(rows: TrainRows, plan: competition_schema.Folds) -> NDArray[
     for draw in range(HOLDOUT_DRAWS):
         order = np.argsort(sort_keys(rows.group_hashed, ~plan.seed - draw), kind="stable")
         filled = np.cumsum(counts.size[order])
-        # The group that crosses the line is included if this misses the share by less.
+        # The group that exceeds the share is included if the result is closer to it.
         chosen = order[: max(1, int((filled - counts.size[order] / 2 <= plan.holdout * len(rows)).sum()))]
         inside = np.isin(counts.group, chosen)
         share = np.bincount(counts.label[inside], counts.count[inside], counts.labels) / np.maximum(totals, 1)

@@ -1,4 +1,4 @@
-"""data/folds.parquet, and the only place that turns it into train and validation rows of a fold."""
+"""data/folds.parquet, and the training and validation rows of each fold, which are computed only here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comp.engine.store import artifacts, paths
 if TYPE_CHECKING:
     import pandas as pd
 
-# Values of the column `fold` that are no fold.
+# Special values of the column `fold`.
 TRAIN_ONLY = -1  # trained on, never scored
 HOLDOUT = -2  # the locked hold-out: read only by comp predict NAME --last-look
 
@@ -30,11 +30,11 @@ PLAN_KEYS = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_group
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds of all repeats: fold f of repeat r is r * k + f. Every labelled row has one line a repeat.
+    """The folds of all repeats: fold f of repeat r is r * k + f. Every labelled row has one line per repeat.
 
-    Only source = train is scored. For any other row, `fold` is the fold whose training rows it must not be
-    part of, because that fold scores a duplicate of it. A test row has a line only if it has such a
-    duplicate; it matters once the test row is pseudo-labelled.
+    Only source = train is scored. For any other row, `fold` is the fold that must not train
+    on it, because it scores a duplicate of the row. A test row has a line only if it has such a duplicate;
+    it matters if the test row is pseudo-labelled.
     """
 
     frame: pd.DataFrame  # id, repeat, fold; and group, if rows share images: see make_folds
@@ -72,7 +72,7 @@ class Folds:
         return np.flatnonzero((self.assignment[0] >= 0) & self.scorable)
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
-        """(train_rows, valid_rows). `full` trains on all rows and validates on none."""
+        """(train_rows, valid_rows) of a fold. `full` trains on all rows and validates on none."""
         labeled = self.samples.labeled
         if fold == "full":
             return labeled[self.assignment[0, labeled] != HOLDOUT], labeled[:0]
@@ -89,8 +89,8 @@ class Folds:
         return labeled[train], valid_rows
 
     def inner_split(self, fold: int | str, share: float) -> tuple[Positions, Positions]:
-        """(train_rows, inner validation rows) within the training rows of a fold: for choices, such as the
-        best epoch, that must not see the fold's validation rows.
+        """Splits the training rows of a fold into (train_rows, inner validation rows), to select the best
+        epoch and the like without the fold's validation rows.
 
         Groups stay together. Of a split by time the latest rows are held out, with folds.gap before them.
         """
@@ -110,7 +110,9 @@ class Folds:
             train = (time[rows] <= cut - float(self.meta["gap"])) & ~np.isin(rows, inner_valid)
         else:
             names, group = self.shuffled_groups(own, f"inner of {fold}")
-            before = np.cumsum(np.bincount(group)) - np.bincount(group)  # rows of the groups in front of each
+            before = np.cumsum(np.bincount(group)) - np.bincount(
+                group
+            )  # number of rows in the groups before each one
             chosen = np.flatnonzero(before < round(share * len(own)))[: len(names) - 1]
             inner_valid = own[np.isin(group, chosen)] if len(chosen) else own[group == 0]
             train = ~np.isin(self._groups[rows], names[chosen] if len(chosen) else names[:1])
@@ -128,7 +130,7 @@ class Folds:
         """Names of the groups among `rows` in an order drawn by `salt`, and for each row the index of its
         group.
 
-        A hash is the random key, so that the order depends on nothing but names and salt.
+        The order comes from a hash, so it depends on names and salt only.
         """
         names, group = np.unique(self._groups[rows], return_inverse=True)
         hashed = [hashlib.blake2b(f"{salt}:{name}".encode(), digest_size=8).digest() for name in names]
@@ -139,8 +141,8 @@ class Folds:
 
     @cached_property
     def _groups(self) -> NDArray[Any]:
-        """(samples,): what must stay together: the declared group, else the scored row; and rows that share
-        images."""
+        """(samples,): the group of rows that must stay together: the declared group, else the scored row,
+        joined with rows that share images."""
         column = "group" if "group" in self.samples.frame else "row"
         names = self.samples.frame[column].to_numpy(object).astype(str).astype(object)
         if "group" in self.frame:
@@ -173,7 +175,7 @@ def load(samples: Samples, file: Path | None = None) -> Folds:
 
 
 def validate_plan(folds: Folds, loaded: Loaded) -> None:
-    """The folds must have been made from what competition.yaml declares now."""
+    """Raises UserError unless the folds were made from what competition.yaml declares now."""
     plan, shown = loaded.config.competition.folds, paths.relative(paths.folds_file())
     faults = [
         UserError(

@@ -1,5 +1,5 @@
-"""comp check: every image that the tables list exists and decodes. Files that are unchanged since the last
-check are not opened again."""
+"""comp check: checks that every image of the tables exists and decodes. Files that are unchanged since the
+last check are not opened again."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ DECODED_SIZE = 32  # px; finds the same damage as a full decode, and is faster
 
 
 class CheckedImage(NamedTuple):
-    """The result of opening an image; size and mtime tell later whether the file is still the same."""
+    """The result of opening an image. Size and mtime show later whether the file has changed."""
 
     name: str
     bytes: int
     mtime: int
     side: int  # px of the shorter side; 0 if unknown
-    fault: str  # "": decodes; starts with decode.WARNED for a JPEG that libjpeg warns about
+    fault: str  # empty if it decodes; starts with decode.WARNED for a JPEG that libjpeg warns about
 
 
 def check(cfg: Config, prepared: Prepared, exact: bool) -> tuple[list[UserError], list[str]]:
-    """Faults and notes. `exact`: decode at the size and by the resize of `cfg`."""
+    """Returns faults and notes. `exact`: decode at the size and by the resize of `cfg`."""
     reader = image_reader.from_config(cfg)
     if not exact:
         reader = replace(reader, size=DECODED_SIZE, resize="stretch")
@@ -88,7 +88,7 @@ def _described(image: CheckedImage) -> str:
 def _missing_images(
     prepared: Prepared, rows: dict[str, int], on_disk: set[str], files: set[str], raw: Path
 ) -> list[UserError]:
-    """One fault a missing image; or one for the template of a table if none of its images exists."""
+    """One fault per missing image, or one for the template of a table if none of its images exists."""
     faults = []
     for source in prepared.frame["source"].unique():
         names = [n for images in prepared.frame["images"][prepared.frame["source"] == source] for n in images]
@@ -119,7 +119,7 @@ def _missing_images(
 def _libjpeg_warnings(
     warned: Sequence[CheckedImage], prepared: Prepared, rows: dict[str, int], lenient: bool
 ) -> list[str]:
-    """JPEGs that decode with a warning. Only a look at them shows whether they are complete."""
+    """Notes on JPEGs that decode with a warning. Whether they are complete must be checked by eye."""
     if not warned:
         return []
     if not lenient:
@@ -136,8 +136,8 @@ def _libjpeg_warnings(
 
 
 def _unlisted(prepared: Prepared, names: Sequence[str]) -> list[str]:
-    """Images that no row lists, one note a folder. Hosts leave some behind, so they are no fault; but rows
-    that were lost look the same, and lost test rows are missing from the submission."""
+    """Notes on images that no row lists, one per folder. They are not faults, since hosts leave some behind;
+    but they may also belong to rows that were lost."""
     sources: dict[str, set[str]] = {}  # of the rows that list images of a folder
     for source, listed in zip(prepared.frame["source"], prepared.frame["images"], strict=True):
         for name in (file for key in listed for file in image_key.files(key)):
@@ -218,7 +218,7 @@ def _check_one(reader: image_reader.ImageReader, name: str) -> CheckedImage:
 
 
 def _shorter_side(data: bytes) -> int:
-    """From the header; 0 for a format that only load_image of competition.py reads."""
+    """The shorter side from the header; 0 for a format that only load_image of competition.py reads."""
     from PIL import Image
 
     try:
@@ -229,7 +229,7 @@ def _shorter_side(data: bytes) -> int:
 
 
 def _load(file: Path) -> list[CheckedImage]:
-    """The last check. If its file is incomplete or damaged, all images are opened again."""
+    """Reads the results of the last check. If the file is damaged, all images are opened again."""
     import pyarrow.parquet as pq
 
     entry = artifacts.manifest_entry(file)

@@ -1,10 +1,10 @@
-"""data/images/<digest>.parquet: the image files that runs were trained on, so that a run notices when files
-are replaced.
+"""Records the image files that runs were trained on in data/images/<digest>.parquet, to detect replaced
+files.
 
-A row a file: name, bytes, mtime, and the hash from an image cache; empty where no cache has read the file. An
-archive is one row for all its members. The digest is of names and hashes (of sizes where there is no hash),
-so it is the same in a copied project; mtimes only save reading. A comparison costs one stat a file, and reads
-the files whose mtime has changed.
+One row per file: name, bytes, mtime, and the hash from an image cache, or empty if no cache has read the
+file. An archive is one row for all its members. The digest is computed from names and hashes (sizes without a
+hash), so it is the same in a copied project; mtimes only save reading. A comparison costs one stat per file,
+and reads the files whose mtime has changed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def record(cfg: Config) -> str:
 
 
 def compare(cfg: Config, digest: str) -> Comparison:
-    """The files of a record with those that are there now."""
+    """Compares the files of a record with the files as they are now."""
     old = _read(cfg, digest)
     names, hashed = old["name"].to_pylist(), old["hash"].to_numpy(zero_copy_only=False)
     then = np.stack([cache.column(old, name) for name in ("bytes", "mtime")], 1)
@@ -61,7 +61,7 @@ def compare(cfg: Config, digest: str) -> Comparison:
         changed[read[again != hashed[read]]] = True
         same = read[again == hashed[read]]
         then[same] = now[same]
-        if len(same):  # so that they are not read the next time
+        if len(same):  # the next comparison does not read them
             _write(pa.table([old["name"], *map(pa.array, then.T), old["hash"]], schema=SCHEMA))
     touched = moved & ~changed
     return Comparison(
@@ -87,8 +87,8 @@ def _digest(table: pa.Table) -> str:
 
 
 def _write(table: pa.Table) -> str:
-    """Named by its content, so it needs no manifest, and a reader at the same time reads the same content in
-    any case."""
+    """Writes a record under the digest of its content, so that it needs no manifest and concurrent readers
+    always read the same content."""
     digest = _digest(table)
     with artifacts.atomic(_file(digest)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -96,7 +96,7 @@ def _write(table: pa.Table) -> str:
 
 
 def _read(cfg: Config, digest: str) -> pa.Table:
-    """A record that is missing or damaged is written again, if the files are still the same."""
+    """Reads a record. A missing or damaged one is written again if the files are still the same."""
     try:
         table = pq.read_table(_file(digest), schema=SCHEMA)
         if _digest(table) == digest:
@@ -126,8 +126,8 @@ def _table(cfg: Config, hashes: Hashes) -> pa.Table:
 
 
 def _files(cfg: Config) -> dict[str, list[str]]:
-    """file -> images in it: the members of an archive; of any other file one of the images made from it.
-    Files that are channels of one image count as one, as in ImageReader.stamp."""
+    """file -> image keys: all members of an archive; for any other file one of the images made from it. Files
+    that are channels of one image count as one file, as in ImageReader.stamp."""
     reader = image_reader.from_config(cfg)
     listed = samples.load().frame["images"]
     keys = {image_key.paths(key): key for images in listed for key in images[: cfg.data.max_images]}

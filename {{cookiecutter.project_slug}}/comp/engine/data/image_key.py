@@ -5,8 +5,8 @@ load_image.
     red/7.png//green/7.png           two files that are channels of one image
     train/7.png///{"x":"3","w":"9"}  the values of competition.image_columns in this row
 
-A path has no empty part, so neither separator can be part of a file's name, while + or a brace can. The text
-is the key of the image cache, so two rows that crop one file have an entry each.
+The separators are unambiguous because a path has no empty part, while a + or a brace may be in a file's name.
+The text is the key in the image cache, so two rows with crops of one file have separate entries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def with_row(paths: str, row: Row) -> str:
 
 
 def paths(key: str) -> str:
-    """Without the values of the row."""
+    """The key without the values of the row."""
     return key.partition(ROW)[0]
 
 
@@ -42,6 +42,6 @@ def row(key: str) -> dict[str, str | None]:
 
 
 def shown(key: str) -> str:
-    """For messages: `train/7.png (x=3, w=9)`."""
+    """The key in the form for messages: `train/7.png (x=3, w=9)`."""
     values = ", ".join(f"{column}={value}" for column, value in row(key).items())
     return " + ".join(files(key)) + (f" ({values})" if values else "")

@@ -1,5 +1,4 @@
-"""From a file of the raw data to an image of the run: decoded and resized, or made by load_image of
-competition.py."""
+"""Reads the image of a sample: decodes and resizes the file, or calls load_image of competition.py."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ from comp.engine.store import artifacts, paths
 
 
 def content_hash(data: bytes) -> str:
-    """Of a file, in the index of a cache and wherever two files are compared."""
+    """Hash of the bytes of a file, for the index of a cache and to compare files."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Everything that decides the pixels of an image except the bytes of its file."""
+    """Everything that determines the pixels of an image except the bytes of its file."""
 
     raw: str
     size: int
@@ -43,7 +42,7 @@ class ImageReader:
 
     @cached_property
     def key(self) -> str:
-        """The folder of the cache: other pixels have another key."""
+        """Name of the cache folder: a hash of all settings that change pixels."""
         hook = pages.get("load_image")
         return artifacts.digest(
             [
@@ -59,7 +58,7 @@ class ImageReader:
 
     @property
     def dtype(self) -> Any:
-        """Of a pixel, by data.bit_depth."""
+        """The dtype of a pixel, by data.bit_depth."""
         return DTYPES[self.pixel_format.bit_depth]
 
     @property
@@ -74,8 +73,8 @@ class ImageReader:
         return Path(self.folder, image_key.paths(name))
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Size and mtime, by which a file or a member of an archive counts as unchanged. -1, -1 if there is
-        no such file."""
+        """Size and mtime of a file or a member of an archive, to detect changes. -1, -1 if it does not
+        exist."""
         if image_key.CHANNELS in name:
             return self._member_stamp(name)
         try:
@@ -85,7 +84,7 @@ class ImageReader:
         return status.st_size, status.st_mtime_ns
 
     def stamps(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """(files, 2). Two to four seconds for a million files."""
+        """(files, 2): the stamp of each file. Takes two to four seconds for a million files."""
         return np.fromiter((n for name in names for n in self.stamp(name)), np.int64, 2 * len(names)).reshape(
             -1, 2
         )
@@ -98,7 +97,7 @@ class ImageReader:
         return sum(size for size, _ in existing), max(mtime for _, mtime in existing)
 
     def read(self, name: str) -> bytes:
-        """The bytes of the file; of several files that are channels, one after the other."""
+        """The bytes of the file, or of all files of an image one after the other."""
         return b"".join(decode.read(self.file(part), part) for part in image_key.files(name))
 
     def image(self, name: str, data: bytes | None = None) -> Pixels:
@@ -187,7 +186,7 @@ def from_config(cfg: Config) -> ImageReader:
 
 
 def _source(hook: Callable[..., Any]) -> list[str]:
-    """The source of the hook and of everything of its module that it uses: an edit of any of it changes the
+    """The source of load_image and of everything in its module that it uses. An edit of any of it changes the
     cache's key."""
     if not isinstance(hook, FunctionType):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Makes data/folds.parquet. Once: the same samples, scheme and seed give the same bytes on any machine.
+"""Makes data/folds.parquet. The same samples, scheme and seed give the same bytes on any machine.
 
 Rows that share a fold, in addition to those of one declared group:
   - training rows that name the same image file, under every scheme but time
@@ -28,7 +28,7 @@ from comp.engine.store import artifacts, paths
 if TYPE_CHECKING:
     import pandas as pd
 
-# The scheme that is used if some rows have to share a fold.
+# The scheme that replaces folds.scheme if some rows have to share a fold.
 GROUPED: dict[competition_schema.Scheme, competition_schema.Scheme] = {
     "kfold": "group", "stratified": "stratified_group", "quantiles": "stratified_group"
 }  # fmt: skip
@@ -37,7 +37,7 @@ LARGE = 200_000  # rows from which a line says that it takes some seconds
 
 
 def make_for_table(cfg: Config, *, remake: bool = False) -> None:
-    """comp folds"""
+    """comp folds: makes and prints the folds."""
     make(cfg, samples_table.load(), remake)
 
 
@@ -69,7 +69,7 @@ def make(cfg: Config, samples: Samples, remake: bool = False) -> Path:
     made = Folds(assign(samples, plan, similar, equal), meta, samples)
     report = fold_audit.audit(samples, made, images)
     if report["faults"]:
-        # In a file of its own: if older folds exist, folds_audit.json is theirs.
+        # In a separate file: folds_audit.json may be the audit of older folds.
         audit_file = _write_audit(report, file.with_name("folds_refused.json"))
         remedy = f"the audit is in {paths.relative(audit_file)}"
         unwritten = UserError(
@@ -148,7 +148,7 @@ def _validate_targets(samples: Samples, plan: competition_schema.Folds) -> None:
 
 
 def _validate_scored_rows(samples: Samples, plan: competition_schema.Folds) -> None:
-    """Samples that are aggregated to one scored row must share a fold."""
+    """Raises UserError unless all samples of one scored row share a fold."""
     keys = samples.frame["row"].iloc[samples.positions("train")]
     if "group" not in plan.scheme and keys.duplicated().any():
         raise declaration.error(
@@ -160,13 +160,13 @@ def _validate_scored_rows(samples: Samples, plan: competition_schema.Folds) -> N
 
 
 def _any_tied(pairs: Ints, train: NDArray, count: int) -> bool:
-    """Whether any two training rows are tied to each other."""
+    """Whether any pair consists of two training rows."""
     component = duplicates.connected_components(count, pairs)[train]
     return len(np.unique(component)) < len(component)
 
 
 def _with_fold_of_duplicate(fold: Ints, samples: Samples, tied: Ints, equal: Ints) -> Ints:
-    """Extra and test rows that share an image with a training row get its fold."""
+    """Gives extra and test rows that share an image with a training row the fold of that row."""
     source = samples.frame["source"].to_numpy()
     fold = fold.copy()
     for pairs, sources in ((tied, ("extra", "test")), (np.concatenate([tied, equal]), ("test",))):
@@ -215,8 +215,8 @@ def _train_rows(
 
 
 def _strata(samples: Samples, rows: NDArray) -> Ints:
-    """What to stratify by: (rows,) classes if there is one target with classes, else (rows, strata) of 0 and
-    1 with a column for each class of each target. A number counts as the tenth of the ranks it lies in."""
+    """What to stratify by: (rows,) classes of a single target with classes, otherwise (rows, strata) of 0 and
+    1 with a column per class of each target. Numeric targets are binned into ten quantiles."""
     codes: list[Ints] = []
     binary: list[Ints] = []
     for head in samples.heads:
@@ -227,7 +227,7 @@ def _strata(samples: Samples, rows: NDArray) -> Ints:
             codes += [_tenths(column) for column in columns.T]
         elif columns.shape[1] > 1:
             codes.append(columns.argmax(axis=1))
-        else:  # a soft label counts as the nearer class
+        else:  # a soft label counts as the nearest class
             codes.append(np.rint(columns[:, 0]).astype(np.int64))
     if "drift" in samples.frame:
         codes.append(_tenths(samples.frame["drift"].to_numpy(np.float64)[rows]))

@@ -35,7 +35,7 @@ CHUNK = 2048  # pairs of images in memory
 LEAST, MOST, EXPECTED, DRAWN = 0.90, 0.995, 0.01, 256
 MEDIAN, HIGH = 0.5, 0.99
 CHANCE_FACTOR = 2.0  # up to this many times the expected number of pairs cannot be told from chance
-CROP = 0.97  # side of a crop
+CROP = 0.97  # side of a crop, as a share of the image's
 FLAT = (
     2.0  # standard deviation of grey levels, below which an image is of one colour and matches any such image
 )
@@ -62,7 +62,7 @@ def similar_pairs(hashed: NDArray[np.uint64], far: int = FAR) -> Pairs:
 
 
 def _in_quarter(hashed: NDArray[np.uint64], quarter: int, far: int) -> Iterator[NDArray[np.int64]]:
-    """Pairs that are near in one quarter, as one integer each: first * number of hashes + second."""
+    """Pairs that are near in one quarter, each as one integer: first * number of hashes + second."""
     key = ((hashed >> np.uint64(BITS * quarter)) & np.uint64(2**BITS - 1)).astype(np.int64)
     order = np.argsort(key, kind="stable")
     start = np.searchsorted(key[order], np.arange(2**BITS + 1))
@@ -82,8 +82,8 @@ def _in_quarter(hashed: NDArray[np.uint64], quarter: int, far: int) -> Iterator[
 
 
 def correlation(grey: Grey, pairs: Pairs) -> NDArray[np.float32]:
-    """(pairs,): of pixels; the highest of the images as they are, and of either one with the crops of the
-    other."""
+    """(pairs,): the highest correlation of the pixels of two images, unchanged or with one of them
+    cropped."""
     best = np.zeros(len(pairs), np.float32)
     for start in range(0, len(pairs), CHUNK):
         part = slice(start, start + CHUNK)
@@ -128,9 +128,9 @@ def find_duplicates(grey: Grey) -> tuple[Pairs, NDArray[np.float32], Threshold]:
 
 
 def chance_threshold(grey: Grey) -> Threshold:
-    """Set by what pairs of different images of the set reach: digits correlate more than photographs, and of
-    many images some pair correlates more than of few. Fisher's z = arctanh(correlation) is taken to be
-    normal."""
+    """Sets the threshold by the correlation of different images of the set: digits correlate more than
+    photographs, and the maximum grows with the number of pairs. Assumes that Fisher's z =
+    arctanh(correlation) is normal."""
     some = np.random.Generator(np.random.PCG64(0)).permutation(len(grey))[:DRAWN]
     if len(some) < 3:
         return Threshold(MOST, 0.0)

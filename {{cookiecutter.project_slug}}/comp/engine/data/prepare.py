@@ -1,7 +1,7 @@
-"""data/raw -> data/samples.parquet, as configs/competition.yaml declares it.
+"""Makes data/samples.parquet from data/raw, as configs/competition.yaml declares it.
 
-Two kinds of mistake. A declaration that does not fit the tables is raised at once. Faults of single rows are
-collected, so that one run of `comp check` reports all of them.
+A declaration that does not fit the tables raises at once. Faults of single rows are collected, so that one
+run of `comp check` reports all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 20  # faults in the message of comp prepare; comp check lists all
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples table before it is written, and what is wrong with its rows."""
+    """The samples table before it is written, and the faults of its rows."""
 
     frame: pd.DataFrame  # as in data/samples.parquet
     heads: tuple[Head, ...]
@@ -40,8 +40,7 @@ class Prepared:
 
 
 def prepare(cfg: Config) -> Path:
-    """Writes data/samples.parquet. The same raw files give the same bytes, also if it is killed and run
-    again."""
+    """Writes data/samples.parquet. The same raw files always give the same bytes, also after a kill."""
     before = (artifacts.manifest_entry(paths.samples_file()) or {}).get("hash")
     prepared = read_samples(cfg.competition)
     if prepared.faults:
@@ -125,8 +124,8 @@ def _validate_metadata(competition: Competition) -> None:
 
 
 def _with_unique_ids(rows: RawRows) -> tuple[pd.DataFrame, list[UserError]]:
-    """If test or extra rows have ids of training rows, theirs get a prefix; `row`, the key in the submission,
-    stays."""
+    """Prefixes the ids of test or extra rows if training rows have the same ids. `row`, the key in the
+    submission, stays unchanged."""
     frame = rows.samples.copy()
     faults = _missing(rows, frame["id"].isna().to_numpy(), "id")
     for source in ("test", "extra"):
@@ -145,8 +144,8 @@ def _with_unique_ids(rows: RawRows) -> tuple[pd.DataFrame, list[UserError]]:
 
 
 def _groups(rows: RawRows, competition: Competition, name: str) -> tuple[pd.Series, list[UserError]]:
-    """As written (group_spelling: keep), or in one spelling (merge). If neither is declared, similar groups
-    are faults."""
+    """The groups, unchanged (group_spelling: keep) or with spellings merged (merge). If neither is declared,
+    similar groups are faults."""
     text = rows.columns[name]
     counts = {str(key): int(count) for key, count in text.value_counts(sort=False).items()}
     if competition.group_spelling == "merge":
@@ -177,8 +176,8 @@ def _times(
 
 
 def _with_drift(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
-    """competition.drift: weight, and likelihood of being a test row, that comp audit --drift wrote for the
-    training rows. Extra rows keep their weight."""
+    """Adds the weights and test-row probabilities that comp audit --drift wrote for the training rows, as
+    competition.drift declares. Extra rows keep their weight."""
     import pandas as pd
 
     file, make = paths.path("data", "adversarial_validation.csv"), "make it with comp audit --drift RUN"
@@ -202,7 +201,7 @@ def _with_drift(frame: pd.DataFrame, competition: Competition) -> pd.DataFrame:
 
 
 def _metadata(text: pd.Series) -> pd.Series:
-    """Numbers if every value of train and test is one, else text."""
+    """A metadata column as numbers if all values of train and test are numbers, otherwise as text."""
     import pandas as pd
 
     numbers = targets.to_numbers(text)
@@ -219,7 +218,7 @@ def _missing(rows: RawRows, missing: NDArray, column: str) -> list[UserError]:
 
 
 def check_written(prepared: Prepared) -> list[str]:
-    """A note if data/samples.parquet was made from other tables than those of now."""
+    """A note if the tables have changed since data/samples.parquet was made."""
     if prepared.faults or not artifacts.manifest_entry(paths.samples_file()):
         return []
     if samples.load().hash == samples.content_hash(prepared.frame, prepared.heads):

@@ -1,8 +1,6 @@
-"""Reads the tables under data/raw that competition.yaml declares. Every value is text, and every row knows
-its file and line.
-
-An id of 00042 must stay 00042, so no reader guesses a type. targets.py and times.py decide what a column
-means.
+"""Reads the tables under data/raw that competition.yaml declares. Every value is text, so
+that an id of 00042 stays 00042, and the file and line of each row are known. targets.py and times.py convert
+columns.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ def load(competition: Competition) -> RawRows:
 
 
 def load_test(competition: Competition) -> RawRows:
-    """The test rows alone: a hidden test set comes without training data."""
+    """The test rows only, since a hidden test set comes without training data."""
     raw = paths.path(competition.raw)
     hook = pages.get("read_samples")
     if hook is not None:
@@ -103,7 +101,7 @@ def load_test(competition: Competition) -> RawRows:
 
 
 def _open(name: str, raw: Path, table: Table, competition: Competition) -> RawTable:
-    """The table with the column names that the other tables use, and a row a sample."""
+    """Reads a table, renames its columns (`columns:`) and reshapes it to one row per sample."""
     if table.files is not None:
         found = RawTable(raw / layouts.pattern_folder(table.files), layouts.files_frame(raw, table.files))
     else:
@@ -122,7 +120,7 @@ def _open(name: str, raw: Path, table: Table, competition: Competition) -> RawTa
 
 
 def _unique_ids(source: RawTable, key: str) -> RawTable:
-    """A sample submission may have an id in several lines; as the list of test rows it has each once."""
+    """Drops repeated ids of a sample submission that serves as the table of test rows."""
     if key not in source.frame or source.frame[key].is_unique:
         return source
     first = np.flatnonzero(~source.frame[key].duplicated().to_numpy())
@@ -157,7 +155,7 @@ def _samples(
 
 
 def _ids(source: RawTable, name: str) -> pd.Series:
-    """A column, or a template like `{patient}_{side}`."""
+    """The ids: values of a column, or of a template like `{patient}_{side}`."""
     import pandas as pd
 
     if "{" not in name:
@@ -184,7 +182,7 @@ def _images(
 def _with_columns(images: list[list[str]], frame: pd.DataFrame, competition: Competition) -> list[list[str]]:
     """Adds the values of competition.image_columns to the keys."""
     names = competition.image_columns
-    if names == "all":  # except what test rows do not have, and the keys that load_image gets anyway
+    if names == "all":  # except columns that test rows lack, and names that load_image gets anyway
         never = {*competition.targets, competition.weight, "image", "file", "images", "source", "row"}
         names = [name for name in column_names(frame) if name not in never]
     if not names:
@@ -307,7 +305,7 @@ def expand_template(source: RawTable, template: str) -> list[str]:
 
 
 def template_fields(template: str) -> Iterator[tuple[str, str | None, int | slice | None]]:
-    """Its parts in order: (literal, None, None) or ("", column, None, an index or a slice of its text)."""
+    """Parts of a template: (literal, None, None) or ("", column, None, an index or a slice of its text)."""
     last = 0
     for found in re.finditer(r"\{([^{}\[\]]+)(?:\[(-?\d+)?(:)?(-?\d+)?\])?\}", template):
         if found.start() > last:
@@ -342,7 +340,7 @@ def _columns_in(template: str, bare: bool = True) -> list[str]:
 
 
 def _from_page(frame: Any, competition: Competition, raw: Path) -> RawRows:
-    """What read_samples returned, validated."""
+    """Calls read_samples of competition.py and validates the result."""
     import pandas as pd
 
     if not isinstance(frame, pd.DataFrame):

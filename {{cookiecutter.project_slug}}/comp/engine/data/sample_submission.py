@@ -1,7 +1,7 @@
-"""The host's sample submission. It decides the columns, ids, order and separator of a submission; its values
+"""The host's sample submission. It defines the columns, ids, order and separator of a submission; its values
 are ignored.
 
-A column without a name is an index that the host's own tool wrote; a submission repeats it as it is.
+A column without a name is an index that the host's tool wrote; a submission copies it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SampleSubmission:
         return {each: numbers for each, numbers in lines.items() if len(numbers) > 1}
 
     def deduplicated(self) -> SampleSubmission:
-        """With one line for each id."""
+        """The sample with one line per id."""
         first: dict[str, list[str]] = {}
         for key, row in zip(self.row_keys, self.rows, strict=True):
             first.setdefault(key, row)
@@ -151,16 +151,16 @@ def line_rows(competition: Competition, sample: SampleSubmission, heads: Sequenc
     return [each.row for each in parse_long_ids(template, sample.row_keys, heads)]
 
 
-# --- the test rows must be those of the sample -------------------------------------------------------------
+# --- the test rows must be those of the sample --------------------------------------------------------------
 
 
 def unknown_rows(lines: Sequence[str], rows: set[str]) -> list[tuple[int, str]]:
-    """(line of the sample, row) of the rows that are no test rows."""
+    """(line of the sample, row) for rows that are not test rows."""
     return [(line, row) for line, row in enumerate(lines, 2) if row not in rows]
 
 
 def validate_current(sample: SampleSubmission, samples: Samples, lines: list[str] | None = None) -> None:
-    """The sample must be the one that `comp prepare` read: hosts replace files during a competition.
+    """Raises UserError unless the sample is the one that `comp prepare` read: hosts sometimes replace files.
 
     `lines`: rows to predict (default: the ids of the sample).
     """
@@ -184,8 +184,8 @@ def validate_current(sample: SampleSubmission, samples: Samples, lines: list[str
 def check(
     competition: Competition, frame: pd.DataFrame, heads: Sequence[Head], where: Callable[[int], str]
 ) -> tuple[list[UserError], list[str]]:
-    """Faults and notes for comp check: the sample must have the test rows of `frame` and the columns of the
-    heads.
+    """Compares the sample with the test rows of `frame` and the columns of the heads. Returns faults and
+    notes for comp check.
 
     `where`: file and line of a row of `frame`.
     """
@@ -259,7 +259,7 @@ def _columns_of(head: Head, present: Sequence[str]) -> tuple[str, ...]:
     return head.classes if both else head.outputs
 
 
-# --- long form: a line for each class or target of a row, with an id like {id}_{class} ---------------------
+# --- long format: a line for each class or target of a row, with an id like {id}_{class} --------------------
 
 
 class LongId(NamedTuple):

@@ -1,4 +1,4 @@
-"""data/samples.parquet: one line a sample, written by `comp prepare` from the tables that competition.yaml
+"""data/samples.parquet: one row per sample, written by `comp prepare` from the tables that competition.yaml
 declares."""
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Samples:
     frame: pd.DataFrame
     heads: tuple[Head, ...]
     hash: str
-    # Whether any sample has several images, which a network then pools. Not of a test set alone: the network
-    # of a run has the same form when the hidden test set happens to have one image a sample.
+    # Whether any sample has several images, which the network pools. Stored, since it must not change for a
+    # hidden test set in which all samples have one image.
     multi_image: bool = False
 
     def positions(self, source: str) -> Positions:
@@ -84,8 +84,8 @@ def _head(fields: dict[str, Any]) -> Head:
 def save(
     frame: pd.DataFrame, heads: tuple[Head, ...], file: Path | None = None, **manifest_entry: Any
 ) -> Path:
-    """The same frame gives the same bytes. `manifest_entry` is added to the manifest, for example the sha256
-    of a source."""
+    """Writes the table; the same frame gives the same bytes. `manifest_entry` is added to the manifest, for
+    example the sha256 of a source."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -104,8 +104,8 @@ def save(
 
 
 def content_hash(frame: pd.DataFrame, heads: tuple[Head, ...]) -> str:
-    """Of rows and heads, not of the file: another pyarrow writes other bytes for the same table. Every later
-    artefact records it."""
+    """Hash of rows and heads, not of the file, whose bytes depend on pyarrow's version. Every later artifact
+    records it."""
     hashed = hashlib.sha256(json.dumps([asdict(head) for head in heads]).encode())
     for name in frame.columns:
         values = frame[name].to_numpy()
@@ -118,7 +118,7 @@ def content_hash(frame: pd.DataFrame, heads: tuple[Head, ...]) -> str:
 
 
 def _cell_text(cell: Any) -> str:
-    """Text as it is, a list of paths joined, or one mark for a missing value, which pandas 2 and 3 represent
+    """A cell as text: lists joined, and one symbol for missing values, which pandas 2 and 3 represent
     differently."""
     if isinstance(cell, str):
         return cell
@@ -129,13 +129,13 @@ def _cell_text(cell: Any) -> str:
 
 
 def unique_rows(keys: NDArray[Any]) -> list[str]:
-    """Every row key once, in the order of its first sample."""
+    """The distinct row keys, in the order of their first samples."""
     return list(dict.fromkeys(keys.tolist()))
 
 
 def aggregate_rows(keys: NDArray[Any], values: Array, order: Sequence[str], how: str) -> Array:
-    """(samples, outputs) -> (rows of `order`, outputs): the mean, or with how="max" the maximum, over the
-    samples of a row. With one sample for each row, in this order, `values` is returned unchanged."""
+    """(samples, outputs) -> (rows of `order`, outputs): mean over the samples of a row, or maximum with
+    how="max". If there is one sample per row, in this order, `values` is returned unchanged."""
     if len(order) == len(keys) and keys.tolist() == list(order):
         return values
     index = {key: i for i, key in enumerate(order)}

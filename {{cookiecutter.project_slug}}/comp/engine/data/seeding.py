@@ -1,5 +1,5 @@
-"""Random numbers as a function of where they are used (seed, epoch, position), without a generator's state
-that a checkpoint would have to save or loader workers to share."""
+"""Random numbers that are functions of (seed, epoch, position). There is no generator state for checkpoints
+to save or loader workers to share."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
 
 
 def uniform(seeds: NDArray[np.int64], salt: int, count: int) -> NDArray[np.float32]:
-    """(seeds, count), uniform from 0 to 1; each a function of its seed, the salt and its column only."""
+    """(seeds, count) uniform numbers in [0, 1). Each depends only on its seed, the salt and its column."""
     places = np.stack([fold_in(salt, number, spread=seeds) for number in range(count)], axis=1)
     return ((places >> 39).astype(np.float32) / np.float32(2**24)).astype(np.float32)

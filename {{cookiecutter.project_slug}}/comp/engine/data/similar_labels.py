@@ -1,8 +1,8 @@
-"""Labels and groups that are different texts but may mean the same: "cat", "cat " and "Cat"; 1, 1.0 and 01.
-And the words NaN, None and null, which are texts here: a missing value is an empty cell.
+"""Finds labels and groups that differ as text but may mean the same: "cat", "cat " and "Cat"; 1, 1.0 and 01.
+Also the words NaN, None and null, which are not missing values here; an empty cell is.
 
-Tables are read as text, so each text is a class or group of its own until configs/competition.yaml says
-otherwise.
+Tables are read as text, so different texts are different classes or groups unless configs/competition.yaml
+merges them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Doubt(NamedTuple):
 
 
 def normalized(text: str) -> str:
-    """Equal for texts that differ only in whitespace, case or number format."""
+    """A form that is equal for texts that differ only in whitespace, case or number format."""
     words = " ".join(text.split()).casefold()
     if re.fullmatch(r"[+-]?\d+(\.\d*)?", words):
         number = Decimal(words)
@@ -47,7 +47,7 @@ def merge_spellings(counts: Mapping[str, int]) -> dict[str, str]:
 
 
 def of_labels(counts: Mapping[str, int], classes: Sequence[str], unknown: str | None) -> list[Doubt]:
-    """If competition.classes is not declared. `counts`: rows of each label."""
+    """Checks labels if competition.classes is not declared. `counts`: rows of each label."""
     into = merge_spellings(counts)
     different = [text for text in classes if text in into and into[text] != text]
     words = [text for text in classes if text in counts and text != unknown and _is_null_word(text)]
@@ -79,7 +79,7 @@ def of_labels(counts: Mapping[str, int], classes: Sequence[str], unknown: str | 
 
 
 def of_groups(counts: Mapping[str, int]) -> list[Doubt]:
-    """If competition.group_spelling is not declared. `counts`: rows of each group."""
+    """Checks groups if competition.group_spelling is not declared. `counts`: rows of each group."""
     into = merge_spellings(counts)
     different = sorted(text for text in counts if into[text] != text)
     words = sorted(filter(_is_null_word, counts))
@@ -118,7 +118,7 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _yaml(value: Mapping[str, str] | Sequence[str]) -> str:
-    """On one line; the first LISTED of many."""
+    """YAML on one line, with at most LISTED items."""
     if len(value) > LISTED:
         value = dict(list(value.items())[:LISTED]) if isinstance(value, Mapping) else list(value)[:LISTED]
         return f"{yaml_lines.inline(value)[:-1]}, … and the others)"

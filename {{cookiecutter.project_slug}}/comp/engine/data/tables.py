@@ -1,8 +1,7 @@
 """Raw tables in memory. RawTable: one table as text, with file and line of each row. RawRows: the rows of all
 tables.
 
-Two reshapings, after which a row is a sample: `group_images` (several rows of one id) and `pivot_long` (a row
-for each class).
+`group_images` (several rows per id) and `pivot_long` (a row per class) reshape tables to one row per sample.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class RawTable:
 
     @cached_property
     def _lines(self) -> list[int]:
-        """The line on which each row begins: quoted line breaks and blank lines shift all rows after them."""
+        """The line on which each row begins, which quoted line breaks and blank lines shift."""
         return [line for line, _ in delimited.lines(self.file)][1:]
 
     def where(self, position: int) -> str:
@@ -54,13 +53,13 @@ class RawTable:
 
     @property
     def header(self) -> str:
-        """Where the columns are named, for messages."""
+        """The place of the column names, for messages."""
         return paths.relative(self.file) + ":1" * (self.file.suffix in (".csv", ".tsv"))
 
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows of train, test and extra tables below each other."""
+    """The rows of train, test and extra tables, concatenated."""
 
     samples: pd.DataFrame  # id, images (list of paths under raw), source, row, weight
     columns: pd.DataFrame  # the raw columns, as text
@@ -74,15 +73,15 @@ def column_names(frame: pd.DataFrame) -> list[str]:
 
 
 def missing_column(key: str, table: RawTable, column: str) -> UserError:
-    """`key` of competition.yaml names a column that the table does not have."""
+    """The error if `key` of competition.yaml names a column that the table does not have."""
     close = nearest(column, column_names(table.frame))
     remedy = f"did you mean {close[0]!r}?" if close else ""
     return declaration.error("column-missing", key, f"{table.header} has no column {column!r}", remedy)
 
 
 def group_images(rows: RawRows, competition: Competition) -> RawRows:
-    """`gather: true`: rows of one id become one sample with the images of all. A multilabel cell gets the
-    labels of all; any other target must be the same in all rows; other columns are those of the first row."""
+    """`gather: true`: joins the rows of an id to one sample with all their images. Multilabel targets are
+    united; any other target must be equal in all rows; other columns are taken from the first row."""
     keys = rows.samples["source"] + "\0" + rows.samples["id"].fillna("")
     codes, first_keys = keys.factorize()
     images: list[dict[str, None]] = [{} for _ in first_keys]
@@ -127,7 +126,7 @@ def group_images(rows: RawRows, competition: Competition) -> RawRows:
 def _all_labels(
     cells: NDArray[Any], codes: NDArray, first: NDArray, different: NDArray
 ) -> dict[int, list[str]]:
-    """code of an id -> the different cells of its rows, of the ids whose rows differ."""
+    """code of an id -> the distinct cells of its rows, for ids whose rows differ."""
     labels = {code: [cells[first[code]]] for code in codes[different].tolist()}
     for row in different.tolist():
         labels[codes[row]].append(cells[row])
@@ -135,7 +134,7 @@ def _all_labels(
 
 
 def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawTable:
-    """`train.long`: a row for each class of a sample becomes a column for each class."""
+    """`train.long`: pivots one row per class to one column per class."""
     import pandas as pd
 
     long = table.long
@@ -178,7 +177,7 @@ def pivot_long(source: RawTable, table: Table, competition: Competition) -> RawT
 
 
 def _parts_of_ids(source: RawTable, long: Long, targets: Sequence[str]) -> pd.DataFrame:
-    """What the parts of `long.like`, such as {id}_{class}, are in each row."""
+    """The values of the parts of `long.like`, such as {id}_{class}, in each row."""
     cells = source.frame[long.column].fillna("")
     classes = "|".join(map(re.escape, sorted(targets, key=len, reverse=True)))
     pattern = layouts.pattern_regex(long.like.replace("{class}", "{class:" + classes + "}"))

@@ -1,4 +1,4 @@
-"""Target columns of the raw tables as heads and numbers. Each kind of target is one function here."""
+"""Converts target columns of the raw tables to heads and numbers, with one function per kind of target."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Targets(NamedTuple):
 
 
 def read(rows: RawRows, competition: Competition, labeled: NDArray) -> Targets:
-    """`labeled`: positions of the rows with labels. A list of targets is one task, a mapping has a task for
-    each."""
+    """Reads all targets. `labeled`: positions of the rows with labels. A list of targets is one task; a
+    mapping has a task for each target."""
     one_task = isinstance(competition.target, list)
     heads: list[Head] = []
     columns: dict[str, NDArray] = {}
@@ -74,7 +74,7 @@ def _numbers(rows: RawRows, names: list[str], labeled: NDArray) -> Targets:
 
 
 def _labels(rows: RawRows, competition: Competition, name: str, task: str, labeled: NDArray) -> Targets:
-    """One label a row, as the code of its class. A binary label may be a share between 0 and 1."""
+    """One label per row, as the code of its class. A binary label may be a share between 0 and 1."""
     text = rows.columns[name].iloc[labeled]
     if task == "binary" and competition.class_mapping is None and _is_soft(text):
         values = to_numbers(text)
@@ -83,7 +83,7 @@ def _labels(rows: RawRows, competition: Competition, name: str, task: str, label
     from_sample = task == "multiclass" and _column_per_class(competition)
     doubtful = [] if from_sample else _doubtful(rows, competition, name, text.dropna().items())
     if doubtful and task == "binary":
-        raise joined(doubtful)  # otherwise the message would be about a third class
+        raise joined(doubtful)  # otherwise the error would be a third class
     classes = _classes(rows, competition, name, task, labeled)
     if competition.unknown is not None and competition.unknown not in classes:
         classes = (*classes, competition.unknown)  # also if no training row has it
@@ -238,7 +238,7 @@ def _one_hot(rows: RawRows, competition: Competition, labeled: NDArray) -> Targe
 def _classes(
     rows: RawRows, competition: Competition, name: str, task: str, labeled: NDArray
 ) -> tuple[str, ...]:
-    """In the declared order, else in that of the sample's columns, else sorted."""
+    """The classes in the declared order, else in the order of the sample's columns, else sorted."""
     labels = rows.columns[name].iloc[labeled].dropna()
     values = to_numbers(labels)
     declared = competition.class_list if len(competition.targets) == 1 else None
@@ -272,7 +272,7 @@ def _classes(
 
 
 def _codes(competition: Competition, classes: Sequence[str]) -> dict[str, float]:
-    """Label of the tables, as NFC -> the code of its class."""
+    """Label of the tables, in NFC -> the code of its class."""
     code = {nfc(label): float(i) for i, label in enumerate(classes)}
     if competition.class_mapping is None:
         return code
@@ -292,12 +292,12 @@ def _column_per_class(competition: Competition) -> bool:
 
 
 def _sorted_spellings(labels: set[str]) -> list[str]:
-    """Sorted, with one of several Unicode spellings of a label."""
+    """Sorted labels; of several Unicode spellings of a label, one."""
     return _sorted(set({nfc(label): label for label in sorted(labels)}.values()))
 
 
 def _sorted(labels: set[str]) -> list[str]:
-    """By value if all are numbers."""
+    """Sorted by value if all are numbers, otherwise as text."""
     try:
         return sorted(labels, key=lambda label: (float(label), label))
     except ValueError:
@@ -312,7 +312,7 @@ def _fault(code: str, rows: RawRows, position: int, name: str, what: str, remedy
 
 
 def _unknown_label(label: str, competition: Competition, classes: Sequence[str]) -> tuple[str, str]:
-    """What is wrong with a label that is not one of the classes, and the remedy."""
+    """(what, remedy) for a label that is not one of the classes."""
     mapping = competition.class_mapping
     if mapping is not None and nfc(label) not in map(nfc, mapping):
         what = f"{label!r} is not in competition.classes, which maps {abbreviated(list(mapping))}"
@@ -337,8 +337,8 @@ def _not_numbers(rows: RawRows, labeled: NDArray, name: str, values: NDArray) ->
 def _doubtful(
     rows: RawRows, competition: Competition, name: str, labels: Iterable[tuple[Any, str]]
 ) -> list[UserError]:
-    """Labels that may be one class, or no class, if competition.classes is not declared. `labels`: (position,
-    label)."""
+    """Faults for labels that may be one class, or none, if competition.classes is not declared. `labels`:
+    (position, label)."""
     if competition.classes is not None:
         return []
     counts: Counter[str] = Counter()
@@ -362,7 +362,7 @@ def _unused_labels(competition: Competition, name: str, labels: set[str]) -> tup
 
 
 def to_numbers(text: pd.Series) -> NDArray[np.float64]:
-    """NaN where the text is not a number."""
+    """Converts text to floats; NaN if it is not a number."""
     import pandas as pd
 
     return pd.to_numeric(text, errors="coerce").to_numpy(np.float64, na_value=np.nan)
@@ -375,6 +375,6 @@ def _is_soft(labels: pd.Series) -> bool:
 
 
 def abbreviated(names: Sequence[str]) -> str:
-    """The first and the last of many names."""
+    """Lists names; of many only the first and the last."""
     names = list(names)
     return ", ".join(names if len(names) <= 6 else [*names[:4], "…", names[-1]])
