@@ -320,7 +320,7 @@ def test_without_a_comparison_the_scores_decide_and_the_reason_is_said(
     record = blend("blend001")
     out = capsys.readouterr().out
     assert record["against"] == {} and record["oof"] < record["members"][0]["oof"]
-    assert "no interval and no comparison: one group only" in out
+    assert "no interval and no comparison: there is only one group" in out
     assert "recommended: the best member exp001, which is simpler" in out
 
 
