@@ -148,8 +148,7 @@ def member(
 
 
 def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, **facts: Any) -> None:
-    """As much of a finished run as can teach others: its config, and what each of its models says of the test
-    rows."""
+    """The parts of a finished run that a teacher needs: its config and test predictions of each model."""
     folder, cfg = paths.run_folder(name), cfg or project.cfg
     artifacts.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
     artifacts.write_json(folder / "made_of.json", fingerprint.input_hashes(cfg, project.folds) | facts)
@@ -182,8 +181,7 @@ def digits(root: Path) -> Project:
 
 
 def teacher(root: Path) -> None:
-    """runs/teacher with weights of fold 1, and its labels. It has learned nothing, which is enough to
-    teach."""
+    """runs/teacher with untrained weights of fold 1, which suffice as a teacher, and its labels."""
     import torch
 
     from comp import models

@@ -1,6 +1,5 @@
-"""Projects in a temporary folder. Tests bring their own competition and experiments, so that they go on
-passing after you made configs/ and comp/competition.py yours; only base.yaml and debug.yaml are the
-project's.
+"""Fixtures: projects in a temporary folder. Tests have their own competition and experiments, so that they do
+not depend on edits of configs/ and comp/competition.py; only base.yaml and debug.yaml are the project's.
 
     project    the practice competition: raw files, samples and folds; each test has its own copy
     trained    the same with a finished run, exp001, a member of it and a blend of both, blend001
@@ -54,8 +53,8 @@ EXPERIMENTS = {
 }
 
 
-# The files whose long checks take longest, longest first: of two that run side by side the one that begins
-# last must be short.
+# Test files with the longest slow tests, longest first, so that parallel workers finish at about the same
+# time.
 LONG = (
     "test_random_labels", "test_resume_recipes", "test_tracking", "test_ensembles_killed", "test_kernel", "test_coin_flips", "test_audit", "test_launcher", "test_distributed",
     "test_study_killed", "test_planted", "test_resume", "test_malformed", "test_submit", "test_models", "test_mutations",
@@ -101,8 +100,8 @@ def practice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# What `trained` was trained with: little, and beside the pictures a column whose levels come from the
-# training rows, which a test set alone cannot say.
+# The config of `trained`: a short run, with a metadata column whose levels come from the training rows and
+# cannot be derived from a test set.
 QUICK = [
     "track=none", "train.epochs=1", "schedule.warmup=0", "machine.num_workers=0", "machine.progress=false",
     "model.metadata=true",

@@ -1,5 +1,4 @@
-"""Pieces of work in processes of their own, forked, so that what is imported already need not be imported
-again."""
+"""Runs functions in forked processes, which need not import again what the parent has imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""A piece of work in a process of its own that kills itself at its n-th event: a file opened for writing, a
-rename, a removal, a line of output. So a test can kill at every moment that leaves something behind, without
-looking at a clock."""
+"""Runs a function in a process that kills itself at its n-th event: a file opened for writing, a rename, a
+removal, a line of output. So a test can kill at every point that changes the disk, without timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and samples as people break them: each kind is a function of (number) that changes one file of a
+"""Malformed tables and sample submissions: each kind is a function of (number) that changes one file of a
 small competition."""
 
 from __future__ import annotations

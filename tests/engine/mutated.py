@@ -1,5 +1,5 @@
-"""Image files as competitions have them, and as they break: 14 kinds, each a function of (number) -> File.
-Same number, same bytes."""
+"""Valid and damaged image files of 14 kinds, each a function (number) -> File. The same number gives the same
+bytes."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def last_bytes_missing(number: int) -> File:
 
 
 def zeros_at_the_end(number: int) -> File:
-    """A download that broke off into a file of the full size. What is not compressed cannot tell, so these
-    kinds are left out."""
+    """An interrupted download into a file of full size. Left out for uncompressed formats, where the damage
+    cannot be detected."""
     data, suffix = encoded(number, ("JPEG", "JPEG progressive", "PNG", "GIF"))
     length = int(len(data) * np.random.default_rng(number).uniform(0.3, 0.95))
     return File(data[:length] + bytes(len(data) - length), suffix, True)

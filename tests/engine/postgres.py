@@ -1,5 +1,4 @@
-"""A real PostgreSQL from Debian's package, for as long as a test needs it: on a Unix socket, as an ordinary
-user."""
+"""Starts a PostgreSQL server from Debian's package for a test, on a Unix socket, as an ordinary user."""
 
 from __future__ import annotations
 

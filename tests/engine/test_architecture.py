@@ -12,8 +12,7 @@ from comp.engine.tasks import kinds
 
 COMP = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}" / "comp"
 
-# Folders and modules of comp/engine, lowest first. A module imports from lines above its own and from its
-# folder.
+# Folders and modules of comp/engine, lowest first. A module imports from lines above and from its folder.
 LAYERS = [
     ["errors", "text_table", "notebook", "hardware"],
     ["store"],

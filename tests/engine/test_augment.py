@@ -1,5 +1,4 @@
-"""Augmentation: recipes, policies, random erasing, mixup, cutmix, mosaic, progressive sizes and the last
-epochs."""
+"""Recipes, policies, random erasing, mixup, cutmix, mosaic, progressive sizes and disable_last_epochs."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ def images(count: int = 16, side: int = 12) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [64, 224])
 def test_no_recipe_turns_an_image_into_noise_or_outlines(size: int, channels: int) -> None:
-    """A plain grey image stays one grey, except for black holes and edges, and noise of at most a tenth of
-    the range."""
+    """An image of one grey stays so, except for black holes and edges and noise below a tenth of the
+    range."""
     grey = np.full((size, size, channels), 128, np.uint8)
     noisy = 0
     for name in transforms.RECIPES:

@@ -117,8 +117,8 @@ def test_training_goes_through_progressive_sizes(project: Path, name: str) -> No
 
 
 def test_progressive_sizes(empty: Path) -> None:
-    """Position embeddings are interpolated and windows rebuilt; other models are refused with the sizes that
-    work."""
+    """Position embeddings are interpolated and windows rebuilt; the error for other models has valid
+    sizes."""
     checked(VIT, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     checked(SWIN, 96, "augment.progressive_sizes=[64,96]", "train.epochs=2")
     name = FAMILIES["coatnet"]

@@ -83,8 +83,7 @@ def folder() -> Path:
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Without the journal, which may be left when the kill comes after the manifest; it has no effect
-    then."""
+    """Without the journal, which may be left without effect if the kill comes after the manifest."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith((".lock", "journal")))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

@@ -1,5 +1,4 @@
-"""The image cache when something goes wrong: kills, torn lines, several builders, flipped bytes, full
-disks."""
+"""The image cache after kills, with incomplete lines, several builders, flipped bytes and full disks."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_candidate_views(project: Path) -> None:
 
 
 def test_views_of_several_targets(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One choice for all of them, by the mean of their scores; a view that there is not is refused before the
+    """One set of views for all runs, by the mean of their scores; an unknown view is an error before the
     first pass."""
     file = project / "configs" / "competition.yaml"
     text = (
@@ -187,8 +187,8 @@ def test_views_are_searched_on_one_part_and_scored_on_another() -> None:
         head.spec.to_probability(p)[:, 0] for p in (out.prediction, search.average(out.final))
     )
     assert auc(truth, in_sample) >= auc(truth, nested) - 0.02
-    # One whose deviation is the label has its mean in one space alone: the space is chosen as well, by the
-    # other folds.
+    # A view whose deviation is the label cancels in one space only: the space is selected by the other folds
+    # too.
     loud = {
         n: np.where(random.random(600) < 0.1, -9.0, 1.5)[:, None] * (2 * truth - 1)[:, None]
         for n in ("identity", "hflip", "vflip")

@@ -192,8 +192,7 @@ def test_groups_are_not_ignored_by_accident(root: Path) -> None:
 
 
 def mutated(seed: int) -> tuple[str, str]:
-    """One of the shipped files with one thing wrong, as a tired person would do it. Each change here is a
-    mistake for sure."""
+    """One of the shipped files with a typical mistake. Every change here is invalid."""
     rng = random.Random(seed)
     sections = {n: f.annotation for n, f in schema.Config.model_fields.items() if n != "competition"}
     section = rng.choice(sorted(sections))

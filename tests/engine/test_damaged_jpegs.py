@@ -49,8 +49,7 @@ def middle(data: bytes) -> int:
     return (data.index(b"\xff\xda") + len(data)) // 2
 
 
-# As they come out of broken downloads and disks. All of them end in an end marker, so the structure of the
-# file is whole.
+# As after failed downloads and disks. All of them have an end marker, so the file structure is complete.
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut in the middle": lambda data: data[: middle(data)] + END,
     "cut 40 bytes before the end": lambda data: data[:-40] + END,
@@ -101,8 +100,7 @@ def test_lenient_accepts_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_header_that_only_pillow_reads() -> None:
-    """No start of a scan where a length points to one: what a decoder resynchronizes to may be an image or
-    not."""
+    """No scan starts where a length points to; the decoder resynchronizes, with or without an image."""
     data = WHOLE["baseline"]
     scan = data.index(b"\xff\xda")
     broken = data[:scan] + b"\xff\xfe\xff\xff" + data[scan:]  # a comment longer than the file
@@ -110,8 +108,8 @@ def test_a_header_that_only_pillow_reads() -> None:
 
 
 def test_holes_of_zeros_are_found_wherever_they_are() -> None:
-    """Quality 95, as OpenCV writes by default: one hole in eight gives a decoder as many blocks as it needs,
-    so libjpeg does not warn. A flat image has runs of zeros that are blocks."""
+    """Quality 95, OpenCV's default: with one hole in eight the decoder still has enough blocks, so libjpeg
+    does not warn. In a flat image, runs of zeros are valid blocks."""
     data, random, silent = by_opencv(), np.random.default_rng(0), 0
     scan = data.index(b"\xff\xda") + 14
     for at in random.integers(scan, len(data) - 2002, 60).tolist():
@@ -211,8 +209,8 @@ def test_check_counts_and_lists_what_lenient_accepts(laid: Path, capsys: pytest.
 def test_in_a_kernel_damaged_images_get_the_mean_of_the_labels(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """comp predict --kernel reads a hidden set by the same decoder, and lists the rows it could not
-    decode."""
+    """comp predict --kernel uses the same decoder for a hidden set, and lists the rows with damaged
+    images."""
     from comp.engine.deliver import kernel
 
     cfg = config(experiment="base")

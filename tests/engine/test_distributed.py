@@ -32,8 +32,8 @@ from comp.engine.run import distributed, runner, tracking
 from comp.engine.store import artifacts, paths
 from comp.engine.tune.open_study import open_study
 
-# Everything that draws but dropout, what pairs pictures included, on a network without batch norm, and an
-# optimizer that does not blow rounding up.
+# All random operations except dropout, including mixup, a network without batch norm, and an optimizer that
+# does not amplify rounding errors.
 SHARED = [
     "track=none", "machine.num_workers=0", "machine.progress=false", "model.name=test_convnext", "augment=heavy", "optim.name=sgd",
     "optim.lr=0.05", "augment.mixup=0.4", "augment.mosaic=0.3", "train.ema_decay=0.9", "train.epochs=2", "train.max_samples=100", "keep.optimizer_state=true",

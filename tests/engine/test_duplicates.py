@@ -103,8 +103,7 @@ def test_as_many_pairs_as_by_chance_are_left_out(
 
 
 def with_copies(project: Path) -> None:
-    """The first 150 digits; the last ten of the test rows, and ten new rows of other writers, are copies of
-    training rows."""
+    """The first 150 digits. The last ten test rows, and ten new rows of other writers, copy training rows."""
     raw = project / "data" / "raw"
     train, test = (pd.read_csv(raw / f"{kind}.csv", dtype=str) for kind in ("train", "test"))
     sample = pd.read_csv(raw / "sample_submission.csv", dtype=str)

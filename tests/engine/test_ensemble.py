@@ -1,5 +1,5 @@
-"""Ensembles: config errors, valid predictions, the same bits for one row alone and in a batch, scores and
-marks, kills."""
+"""Ensembles: config errors, valid predictions, equal bits for one row and a batch, scores and marks,
+kills."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Commands about ensembles, killed at random events and started again, write the bytes of an uninterrupted
-one."""
+"""Ensemble commands, killed at random events and restarted, write the same bytes as without a kill."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ from comp.engine.report import plots as plots_
 from comp.engine.run import loading, views
 from comp.engine.store import artifacts, paths
 
-# These differ between two runs of a command: clocks, measured latencies, unfinished files of a killed
-# process.
+# These differ between two runs of a command: times, measured latencies, temporary files after a kill.
 OF_RUNS = ("oof.arrow", "test.arrow", "weights.safetensors", "score.json")
 ABOUT_TIME = ("log.jsonl", "started.json", "speed.json", "code.diff", ".lock", ".guard", ".part")
 
@@ -35,8 +33,8 @@ def bytes_of(*folders: Path) -> dict[str, bytes]:
 
 
 def artefacts(project: Path) -> dict[str, bytes]:
-    """Of runs what anyone reads; beside it lie states to go on from, and manifests that tell where a log with
-    clocks ends."""
+    """The files of runs that other commands read. Checkpoints and manifests are left out: they record the
+    length of a log with times."""
     found = bytes_of(project / "runs", project / "ensembles")
     return {
         name: content for name, content in found.items() if Path(name).name in OF_RUNS or "seed" not in name

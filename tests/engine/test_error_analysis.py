@@ -28,8 +28,8 @@ def with_columns(project: banked.Project, **columns: Any) -> banked.Project:
 
 
 def write_run(project: banked.Project, run: str, seed: int, wrong: np.ndarray) -> None:
-    """OOF predictions that are correct except for the rows `wrong`, where they are confident of another
-    class."""
+    """OOF predictions that are correct except for the rows `wrong`, which get another class with
+    confidence."""
     at = predictions.rows_of("oof", project.samples, project.folds)
     values = banked.values(project, at, 0.5, seed)
     values[wrong] = np.roll(values[wrong], 1, axis=1) if values.shape[1] > 1 else -values[wrong]

@@ -232,7 +232,7 @@ def test_a_time_is_read_as_people_write_it() -> None:
 
 
 def test_the_clock_stops_where_one_more_stretch_might_not_end() -> None:
-    """1000 s of which 10 are for the end itself; a stretch may take 1.2 times as long as the longest so
+    """1000 s, of which 10 are reserved for the end; a step may take 1.2 times as long as the longest so
     far."""
     ticks = iter([0, 10, 20, 320, 330, 340, 629, 631])
     stop = hardware.Stop(1000, clock=lambda: float(next(ticks)))

@@ -1,5 +1,4 @@
-"""Folds are fair, frozen and audited; nothing here may depend on a library's random numbers or on the order
-of rows."""
+"""Folds are balanced, frozen and audited, and independent of library versions and the order of rows."""
 
 from __future__ import annotations
 
@@ -62,8 +61,8 @@ def counts(found: Folds, repeat: int = 0) -> Codes:
 
 
 def spread(folds_: Codes, classes: Codes, k: int) -> float:
-    """Mean over classes of the standard deviation over folds of a class's share of rows: what the greedy rule
-    minimises."""
+    """The quantity that the greedy rule minimises: the standard deviation over folds of a class's share of
+    rows, averaged over classes."""
     table = np.bincount(folds_ * (classes.max() + 1) + classes, minlength=k * (classes.max() + 1)).reshape(
         k, -1
     )
@@ -95,8 +94,8 @@ def steady(count: int = 600) -> Samples:
 
 @pytest.mark.parametrize("scheme", fold_schemes.SCHEMES)
 def test_folds_never_change(scheme: str) -> None:
-    """A change here breaks every run that anyone has: same samples and seed must give the same folds in every
-    version."""
+    """The same samples and seed must give the same folds in every version: otherwise all existing runs are
+    invalid."""
     found = made(steady(), scheme, holdout=0.1, repeats=1 if scheme == "time" else 2)
     assert hashlib.sha256(found.assignment.astype("<i4").tobytes()).hexdigest()[:16] == FROZEN[scheme]
 

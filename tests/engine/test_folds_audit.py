@@ -1,5 +1,4 @@
-"""The audit of folds, and comp folds: what they hold, what makes their scores invalid, and that they are
-frozen."""
+"""The audit of folds and comp folds: contents, faults that make scores invalid, and that folds are frozen."""
 
 from __future__ import annotations
 
@@ -329,8 +328,7 @@ GROUPED = ("k: 5, seed: 0", "k: 5, seed: 0, duplicates: group")
 def test_equal_bytes_on_both_sides_of_a_fold_are_a_fault(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With and without the image cache that knows their hashes, and until folds.duplicates keeps them
-    together."""
+    """With and without an image cache that has their hashes; without faults if folds.duplicates is group."""
     copied_files(project, list(zip(in_folds(0, 12), in_folds(3, 12), strict=True)))
     one, other = in_folds(0, 1)[0], in_folds(3, 1)[0]
     before = paths.folds_file().read_bytes()

@@ -1,5 +1,5 @@
-"""Host files as they are: samples with an index column, another separator or repeated ids, names with accents
-in two spellings, labels that the host does not score, and labels that the host calls another way."""
+"""Irregular host files: samples with an index column, another separator or repeated ids, names with accents
+in two Unicode forms, labels that the host does not score, and labels to which the host gives other names."""
 
 from __future__ import annotations
 
@@ -323,8 +323,7 @@ def test_a_mapping_of_labels_in_tables_and_in_cells(empty: Path) -> None:
     put(empty, "sample.csv", "id,label\n9,ok\n")
     declare(empty, classes={"rust": "ill", "scab": "ill", "healthy": "ok"}, task="multiclass")
     table = prepared()
-    # In the order of the mapping, where they are no numbers; `declare` writes it sorted, so healthy comes
-    # first.
+    # In the order of the mapping unless they are numbers; `declare` writes it sorted: healthy is first.
     assert table.heads[0].classes == ("ok", "ill")
     assert table.truth(table.heads[0], table.positions("train")).tolist() == [1, 1, 0, 1]
     put(empty, "train.csv", "id,label\n0,a b\n1,b c\n2,\n3,a\n")

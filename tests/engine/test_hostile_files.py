@@ -126,8 +126,7 @@ def test_links_in_a_loop(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("leads", ["..", "."])
 def test_a_folder_with_a_link_to_itself(raw: Path, capsys: pytest.CaptureFixture[str], leads: str) -> None:
-    """Followed, it gives the same files some 40 times, or two to that power, in comp inspect, `files:` and
-    `*`."""
+    """If followed, comp inspect, `files:` and `*` would list the same files 40 or even 2**40 times."""
     (raw / "train").mkdir()
     for name in ("a", "b", "c"):
         (raw / f"{name}.npy").rename(raw / "train" / f"{name}.npy")

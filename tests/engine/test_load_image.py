@@ -1,5 +1,4 @@
-"""load_image of competition.py gets the row: crops of one file by the columns that competition.yaml
-declares."""
+"""load_image of competition.py gets columns that competition.yaml declares, for example to crop one file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The learning-rate range test and the plotted schedule: their numbers, and that only plot and table are
-left."""
+"""The learning-rate range test and the plotted schedule: their numbers, and that they leave no other
+files."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ def each_is_one_line(root: Path, count: int, capsys: pytest.CaptureFixture[str])
             declared = DECLARED.replace("train.csv", broken.file)
             (root / "configs" / "competition.yaml").write_text(declared)
         file.write_bytes(broken.data) if broken.data is not None else file.unlink()
-        # prepare reads tables as check does, so two of each kind suffice; it reads neither images nor the
-        # sample.
+        # prepare and check read tables alike, so two of each kind suffice. It reads no images and no sample.
         both = number < 2 * len(malformed.KINDS) and "sample" not in broken.file
         for verb in ("check", "prepare") if both and kind is not malformed.image_absent else ("check",):
             status = cli.main([verb])

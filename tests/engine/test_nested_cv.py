@@ -1,5 +1,4 @@
-"""Nested predictions, intervals, comparisons and fold tables: known values, and chance level on random
-labels."""
+"""Nested predictions, intervals, comparisons and fold tables: known values, chance level on random labels."""
 
 from __future__ import annotations
 
@@ -100,8 +99,7 @@ def test_nested_asserts_that_a_train_mask_does_not_leak() -> None:
 
 
 def test_nested_is_at_chance_for_a_memorising_model() -> None:
-    """A model that memorises its training rows is perfect in-sample and at chance in the nested
-    predictions."""
+    """A model that memorises training rows is perfect in-sample and at chance level in nested predictions."""
     scores = []
     for seed in SEEDS:
         truth, value, fold = noise(seed, 400)

@@ -1,5 +1,4 @@
-"""data.normalize and data.whiten: their effect on images, with statistics of the training rows of a fold
-alone."""
+"""data.normalize and data.whiten change images by statistics of the training rows of the fold only."""
 
 from __future__ import annotations
 

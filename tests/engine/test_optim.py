@@ -266,8 +266,8 @@ def test_momentum_is_set_and_cycles(name: str, read: Callable[[dict[str, Any]], 
 
 
 def test_kron_needs_opt_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, sums of products are evaluated left to right: gigabytes and minutes per step of a
-    convolution."""
+    """Without it, einsum is evaluated left to right, which takes gigabytes and minutes per convolution
+    step."""
     monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"optim.name: kron needs opt_einsum"):
         optim.validate(config("optim.name=kron"))

@@ -1,4 +1,4 @@
-"""Steps after a blend (calibration, thresholds, corrections, cut points) are used where they improve the
+"""Postprocessing of a blend (calibration, thresholds, label shift, cut points) is used if it improves the
 nested score."""
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ RUNS = {"last": [], "chosen": ["select.name=best", "select.on=inner"]}
 
 @pytest.mark.slow
 def test_random_labels_score_chance(project: Path) -> None:
-    """1,000 rows, 10 draws of labels, the default configuration and the best epoch by inner rows: mean CV
-    within 3 standard errors of one in ten."""
+    """1,000 rows, 10 draws of labels, the default config and the best epoch by inner rows: the mean CV
+    accuracy is within 3 standard errors of 0.1."""
     raw = project / "data/raw/train.csv"
     table = pd.read_csv(raw, dtype=str).head(1000)
     scores: dict[str, list[float]] = {name: [] for name in RUNS}

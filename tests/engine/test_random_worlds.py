@@ -81,8 +81,7 @@ def test_a_single_training_fold_is_split_into_parts() -> None:
 
 
 def scored(seed: int, rows: int, head: Head, name: str, sizes: tuple[int, ...] = EVEN) -> tuple[float, float]:
-    """(score of the predictions, their score against new random labels: the chance level of these
-    predictions)"""
+    """(score of the predictions, their chance level: the score against new random labels)"""
     table, split, said = world(seed, rows, head, sizes)
     answers, metric = predictions_of(table, split, said, name), metrics.find(name)
     random = np.random.default_rng([seed, rows, 1])

@@ -1,4 +1,4 @@
-"""The refit on all data is on the schedule that CV used: the same epochs, so the same rates by share of the
+"""The refit on all data uses the schedule of CV: equal epochs and equal learning rates by share of the
 run."""
 
 from __future__ import annotations

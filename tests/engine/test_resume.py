@@ -1,8 +1,8 @@
-"""A run that was killed ends in the same bytes as one that was not: real processes, real SIGKILL, at chosen
-events.
+"""A run that was killed and resumed ends in the same bytes as one that was not: real processes, real SIGKILL,
+at given events.
 
-Children are forked from this process, which has torch in memory already, so that twenty kills do not cost
-twenty imports. An event is a line of the log or either side of a rename.
+Children are forked from this process, which has imported torch, so that twenty kills do not cost twenty
+imports. An event is a line of the log, or before or after a rename.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import checkpoint, runner, tracking
 from comp.engine.store import artifacts, locks, paths
 
-# Everything that has a state is on: momentum, averaged weights, dropout, random crops, accumulation, a moving
-# rate.
+# Everything that has a state: momentum, averaged weights, dropout, random crops, accumulation, a schedule.
 RECIPE = [
     "track=none", "augment=heavy", "model.drop_rate=0.3", "train.ema_decay=0.9", "train.epochs=2", "train.max_samples=96", "train.batch_size=8",
     "train.grad_accum_steps=2", "train.checkpoint_every=2", "machine.num_workers=0", "machine.progress=false",
@@ -44,8 +43,7 @@ def train(*overrides: str) -> None:
 
 
 def killed_at(event: int, work: Callable[[], None], after: str = "") -> Callable[[], None]:
-    """The same work, in a process that ends itself with SIGKILL at its n-th event, counted from a file's
-    rename on."""
+    """The same in a process that kills itself with SIGKILL at the n-th event after a file was renamed."""
 
     def run() -> None:
         count, begun = 0, not after

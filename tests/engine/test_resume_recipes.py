@@ -1,5 +1,5 @@
-"""Resume stays exact with every recipe: killed at a random event and run again, the same bytes as if never
-killed. A new knob that holds a state of its own is a new line of RECIPES."""
+"""Resume is exact with every training recipe: killed at a random event and run again, it gives the same
+bytes. A new knob that has a state gets a line in RECIPES."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Retrieval by embeddings: margin losses and nearest neighbors by hand, and a small competition from training
-to the kernel."""
+"""Retrieval: margin losses and nearest neighbors against formulas, and a competition from training to
+kernel."""
 
 from __future__ import annotations
 

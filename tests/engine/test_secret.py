@@ -154,8 +154,8 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The difference that runs keep, and what the hook says: one file a form, one start of git's and the
-    hook's processes."""
+    """The diff that runs store, and the messages of the hook: one file per syntax, one start of git and of
+    the hook."""
     root = tmp_path_factory.mktemp("planted")
 
     def git(*arguments: str) -> None:
@@ -195,8 +195,8 @@ def test_no_form_of_a_key_passes(planted: tuple[str, str], form: str) -> None:
 
 
 def test_this_repository_gives_no_alarm() -> None:
-    """Fewer than one in 1,000 lines, hashes of requirements.txt and these tests among them: the hook is not
-    to be switched off."""
+    """False positives are below one in 1,000 lines, including hashes of requirements.txt and these tests;
+    otherwise users would disable the hook."""
     here = Path(__file__).resolve().parents[2]
     listed = subprocess.run(
         ["git", "-C", str(here), "ls-files", "-z"], capture_output=True, text=True, check=False
@@ -213,7 +213,7 @@ def test_this_repository_gives_no_alarm() -> None:
 
 
 def test_long_lines_are_read_in_no_time() -> None:
-    """A notebook carries pictures as lines of megabytes; a rule that looks back from every letter would take
+    """A notebook has images as lines of megabytes, which a pattern with quadratic time would scan for
     hours."""
     image = base64.b64encode(bytes(range(256)) * 4000).decode()
     ((start, end),) = secrets.find_secrets(f'"image/png": "{image}"\n"token": "{TOKEN}"')

@@ -189,8 +189,7 @@ def test_loader_processes_ignore_signals(fresh: dict[str, str], capfd: pytest.Ca
     assert artefacts() == fresh
 
 
-# Verb -> its arguments, and the file whose temporary one is whole and not yet in its place when the signal
-# comes.
+# Verb -> arguments, and the file whose complete temporary file is not yet renamed when the signal arrives.
 VERBS = {
     "prepare": ([], "samples.parquet"),
     "folds": (["--remake"], "folds.parquet"),
