@@ -103,7 +103,8 @@ def compared(
                 rows = table.positions("train")
                 return rows, rows[:0]
 
-        train._disable_bar = lambda cfg: False  # a progress bar although stderr is no terminal
+        real_bar = train.tqdm
+        train.tqdm = lambda **how: real_bar(**how | {"disable": False})  # although stderr is no terminal
         split: Any = Split()
         context = Context(cfg, table, split, Paused(cfg, table, device), device)
         fold = root / "runs" / "exp001" / "seed0" / "fold0"

@@ -69,8 +69,8 @@ def config(*overrides: str) -> Any:
 def training(root: Path, table: Any) -> None:
     import torch
 
-    from comp import data, train
-    from comp.engine.run import tracking
+    from comp import train
+    from comp.engine.run import data_loader, tracking
     from comp.engine.run.context import Context
 
     cfg = config(
@@ -80,7 +80,7 @@ def training(root: Path, table: Any) -> None:
     device = torch.device("cpu")
     waiting = turns()
 
-    class InTurns(data.Loader):
+    class InTurns(data_loader.Loader):
         def batches(self, plan: Any, *more: Any) -> Iterator[Any]:
             for number, batch in enumerate(super().batches(plan, *more)):
                 if number % STEPS == 0 and next(waiting, self) is self:
@@ -107,9 +107,10 @@ def loading(root: Path, table: Any) -> None:
     import torch
 
     from comp import data
+    from comp.engine.run import data_loader
 
     cfg = config("data.size=224", f"data.cache_scale={256 / 224}", "augment=medium", "machine.gpu_cache_mb=0")
-    loader = data.Loader(cfg, table, torch.device("cpu"))
+    loader = data_loader.Loader(cfg, table, torch.device("cpu"))
     rows = table.positions("train")
     for number, _ in enumerate(turns()):
         for epoch in range(EPOCHS):
@@ -121,12 +122,12 @@ def inference(root: Path, table: Any) -> None:
     import timm
     import torch
 
-    from comp import data, transforms
-    from comp.engine.run import normalize, views
+    from comp import transforms
+    from comp.engine.run import data_loader, normalize, views
     from comp.engine.run.evaluate import forward_rows
 
     cfg = config("data.size=64", "augment=none", "machine.gpu_cache_mb=0")
-    loader = data.Loader(cfg, table, torch.device("cpu"))
+    loader = data_loader.Loader(cfg, table, torch.device("cpu"))
     module = timm.create_model("resnet18", num_classes=10).eval()
     preprocess = transforms.Preprocess(
         normalize.Normalize(torch.full((3, 1, 1), 124.0), torch.full((3, 1, 1), 58.0))
