@@ -58,7 +58,7 @@ def main() -> None:
     from comp.engine.config import resolve
     from comp.engine.run import data_loader, normalize
     from comp.engine.run import views as tta
-    from comp.engine.run.evaluate import forward_rows
+    from comp.engine.run.forward import forward_rows
 
     torch.set_num_threads(1)
     views = tta.views(["identity", "hflip", "vflip", "rot180"])

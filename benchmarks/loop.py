@@ -44,8 +44,9 @@ def compared(
     from comp import optim, train
     from comp.engine import hardware
     from comp.engine.config import resolve
-    from comp.engine.run import data_loader, evaluate, torch_compile, tracking
+    from comp.engine.run import data_loader, torch_compile, tracking
     from comp.engine.run.context import Context
+    from comp.engine.run.device import AMP_DTYPES
 
     taken: dict[str, list[float]] = {"loop": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +65,7 @@ def compared(
 
         module = timm.create_model(cfg.model.name, num_classes=CLASSES).train().to(device)
         network, optimizer = torch_compile.prepare(cfg, module), optim.optimizer(cfg, module)
-        half = evaluate.HALF[cfg.train.amp]
+        half = AMP_DTYPES[cfg.train.amp]
         scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
         images = torch.randn(batch, 3, cfg.data.size, cfg.data.size, device=device)
         if cfg.train.channels_last:
@@ -114,7 +115,7 @@ def compared(
         )  # fmt: skip
         try:
             with log:
-                train.fold(context, 0, 0, fold, log)
+                train.train_fold(context, 0, 0, fold, log)
         except Enough:
             pass
     return taken

@@ -100,7 +100,7 @@ def training(root: Path, table: Any) -> None:
         fold, run_id="pairs", name="pairs", group="pairs", job_type="fold", config=cfg.model_dump(), settings=cfg.track, resume_at=None
     )  # fmt: skip
     with log:
-        train.fold(context, 0, 0, fold, log)
+        train.train_fold(context, 0, 0, fold, log)
 
 
 def loading(root: Path, table: Any) -> None:
@@ -124,7 +124,7 @@ def inference(root: Path, table: Any) -> None:
 
     from comp import transforms
     from comp.engine.run import data_loader, normalize, views
-    from comp.engine.run.evaluate import forward_rows
+    from comp.engine.run.forward import forward_rows
 
     cfg = config("data.size=64", "augment=none", "machine.gpu_cache_mb=0")
     loader = data_loader.Loader(cfg, table, torch.device("cpu"))

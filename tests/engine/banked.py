@@ -151,8 +151,8 @@ def run(project: Project, name: str, seeds: int = 1, cfg: Config | None = None, 
     """The parts of a finished run that a teacher needs: its config and test predictions of each model."""
     folder, cfg = paths.run_folder(name), cfg or project.cfg
     artifacts.write_text(folder / "config.yaml", resolve.to_yaml(cfg))
-    artifacts.write_json(folder / "made_of.json", fingerprint.input_hashes(cfg, project.folds) | facts)
-    artifacts.add_to_manifest(folder / "config.yaml", folder / "made_of.json")
+    artifacts.write_json(folder / "inputs.json", fingerprint.input_hashes(cfg, project.folds) | facts)
+    artifacts.add_to_manifest(folder / "config.yaml", folder / "inputs.json")
     for seed in range(seeds):
         for number in range(project.folds.count):
             said(project, name, seed, number, 100 * seed + number)

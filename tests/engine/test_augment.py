@@ -13,13 +13,13 @@ from conftest import config
 
 from comp import data, losses, transforms
 from comp.engine.data import samples
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.run import augment_grid, data_loader, gpu_augment, policies, previews, runner
 from comp.engine.run import mixup as mixing
 from comp.engine.tasks.kinds import Head
 
-SEEDS = fold_in(1, spread=np.arange(400))
+SEEDS = derive_seed(1, spread=np.arange(400))
 TINY = ["track=none", "machine.num_workers=0", "machine.progress=false", "train.max_samples=48"]
 
 
@@ -45,7 +45,7 @@ def test_no_recipe_turns_an_image_into_noise_or_outlines(size: int, channels: in
     noisy = 0
     for name in transforms.RECIPES:
         change = transforms.Augment(transforms.by_name(name, size), size)
-        for seed in fold_in(3, spread=np.arange(150)).tolist():
+        for seed in derive_seed(3, spread=np.arange(150)).tolist():
             drawn = change(grey, int(seed)).astype(float)[:, :, 0]
             steps = np.abs(np.diff(drawn, axis=1))
             deviation = 1.4826 * np.median(steps) / np.sqrt(2)  # holes are a small part of it

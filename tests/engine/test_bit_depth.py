@@ -19,7 +19,7 @@ from comp.data import Index, sequential_batches
 from comp.engine import cli
 from comp.engine.data import cache, image_reader, make_folds, prepare, samples
 from comp.engine.data.samples import Samples
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.readers import arrays, decode
 from comp.engine.report import plots as drawings
@@ -137,7 +137,7 @@ def test_the_model_gets_both_bytes(empty: Path) -> None:
     image = image_reader.from_config(cfg).image(names[0])
     seen = transforms.Preprocess(UNITS)(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
     assert torch.allclose(seen[0], torch.from_numpy(image.astype(np.float32) / 257).permute(2, 0, 1))
-    drawn = transforms.Augment(transforms.from_config(cfg), 24)(image, fold_in(1, 2))
+    drawn = transforms.Augment(transforms.from_config(cfg), 24)(image, derive_seed(1, 2))
     assert drawn.dtype == np.uint16 and (drawn % 257 != 0).any()
     turned = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     for view in views.views(list(views.VIEWS | views.CROPS)):
@@ -176,7 +176,7 @@ def test_five_channels_go_from_file_to_output(empty: Path) -> None:
     loader = Loader(cfg, Samples(frame, (head,), "x"), cpu)
     (batch,) = loader.batches(sequential_batches(np.arange(3), 4))
     assert np.array_equal(batch.images.numpy(), images)
-    assert loader.images[Index(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
+    assert loader.dataset[Index(0, 7)][1][0].shape == (24, 24, 5), "augmented too"
     module = models.build(cfg, (head,), pretrained=False, loader=loader).eval()
     seen = transforms.Preprocess(normalize.build(cfg, module, cpu))
 

@@ -223,7 +223,7 @@ def test_verbs_for_one_process_are_errors_under_torchrun(
 
 
 def test_the_rows_of_all_processes_are_interleaved_in_their_order() -> None:
-    from comp.engine.run.evaluate import _interleaved
+    from comp.engine.run.forward import _interleaved
 
     whole = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)
     opened, damaged = _interleaved(7, [(whole[:, rank::3], {rank: "x"}) for rank in range(3)])

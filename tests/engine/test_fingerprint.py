@@ -376,7 +376,7 @@ def test_scores_of_old_and_new_images_are_not_merged(
 
 def test_a_lost_record_of_images_is_made_again_if_the_files_are_the_same(trained: Path) -> None:
     (record,) = (trained / "data/images").glob("*.parquet")
-    assert artifacts.read_json(trained / "runs/exp001/made_of.json")["images"] == record.stem
+    assert artifacts.read_json(trained / "runs/exp001/inputs.json")["images"] == record.stem
     whole = record.read_bytes()
     for damage in (whole[:-100], b"", None):
         record.unlink()

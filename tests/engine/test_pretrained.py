@@ -114,7 +114,7 @@ def test_pretrained_weights_of_another_run_are_those_of_the_same_fold(project: P
         runner.train("exp001", [*still, "model.pretrained=run:first"], fold="2", name="second")
     with pytest.raises(UserError, match="no such run; the nearest are"):
         runner.train("exp001", [*still, "model.pretrained=run:frist"], fold="1", name="third")
-    made = paths.run_folder("first") / "made_of.json"
+    made = paths.run_folder("first") / "inputs.json"
     artifacts.write_json(made, artifacts.read_json(made) | {"folds": "others"})
     artifacts.add_to_manifest(made)
     with pytest.raises(UserError, match="other folds"):

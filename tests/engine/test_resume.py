@@ -151,7 +151,7 @@ def forget(part: str) -> Callable[..., Any]:
 
 def careless(part: str) -> None:
     if part == "random":
-        loop.fold_in = lambda *numbers: random.SystemRandom().getrandbits(62)
+        loop.derive_seed = lambda *numbers: random.SystemRandom().getrandbits(62)
     elif part == "sampler":
         whole_epoch = data.training_batches
 

@@ -22,7 +22,7 @@ from comp.engine import cli, pages
 from comp.engine.bank import bank, score
 from comp.engine.data import folds, make_folds, prepare, samples
 from comp.engine.errors import UserError
-from comp.engine.run import data_loader, evaluate, predict_run, runner, views
+from comp.engine.run import data_loader, forward, predict_run, runner, views
 from comp.engine.store import artifacts
 
 TINY = [
@@ -269,7 +269,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_output() -> None:
                 raise torch.OutOfMemoryError("out of memory")
             return x * 2
 
-    network = evaluate.AutoBatch(Small(), 10)
+    network = forward.AutoBatch(Small(), 10)
     x = torch.arange(10.0)[:, None]
     assert torch.equal(network(x), x * 2) and torch.equal(network(x), x * 2)
     assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3, "the size that fits is used from then on"
@@ -285,10 +285,10 @@ def test_a_cpu_splits_large_batches() -> None:
             return x.flatten(1)[:, :1]
 
     x = torch.arange(40.0)[:, None, None, None].expand(40, 3, 224, 224)
-    assert torch.equal(evaluate.AutoBatch(Counting(), 64)(x).flatten(), torch.arange(40.0))
-    assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= evaluate.CPU_BATCH_BYTES
+    assert torch.equal(forward.AutoBatch(Counting(), 64)(x).flatten(), torch.arange(40.0))
+    assert sizes == [14, 13, 13] and 14 * x[0].nbytes <= forward.CPU_BATCH_BYTES
     sizes.clear()
-    assert len(evaluate.AutoBatch(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
+    assert len(forward.AutoBatch(Counting(), 64)(x[:, :, :32, :32])) == 40 and sizes == [40], (
         "small images are one part"
     )
 
@@ -306,10 +306,10 @@ def test_replicas_share_weights_and_nothing_else() -> None:
             together.wait()
             return self.input * self.weight
 
-    first, second = evaluate._replicas(Stateful(), 2)
+    first, second = forward._replicas(Stateful(), 2)
     assert second.weight is first.weight
     calls = [partial(one, torch.tensor(value)) for one, value in ((first, 3.0), (second, 5.0))]
-    assert list(evaluate._in_order(iter(calls), 2)) == [6.0, 10.0]
+    assert list(forward._in_order(iter(calls), 2)) == [6.0, 10.0]
 
 
 def test_locked_rows_are_read_by_last_look_only(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         original(context, *rest, **more)
 
-    original = train.fold
+    original = train.train_fold
     monkeypatch.setattr(train, "fold", fold)
     ends = []
     while taken := study.next_trial(opened):

@@ -21,7 +21,7 @@ from comp import transforms
 from comp.engine.config.schema import Config
 from comp.engine.data import cache, class_balance
 from comp.engine.data.samples import Positions
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.readers.arrays import DamagedImage, Pixels
 from comp.engine.run import cv2_ops
 
@@ -75,7 +75,7 @@ def epoch_rows(
     rows: Positions, seed: int, epoch: int, draw: class_balance.Sampler = class_balance.shuffle
 ) -> Positions:
     """The rows of an epoch in their order. Oversampling repeats some of them."""
-    return draw(rows, np.random.Generator(np.random.PCG64(fold_in(seed, epoch, 1))))
+    return draw(rows, np.random.Generator(np.random.PCG64(derive_seed(seed, epoch, 1))))
 
 
 def training_batches(
@@ -91,7 +91,7 @@ def training_batches(
     drawn = epoch_rows(rows, seed, epoch, draw)
     size = min(size, len(drawn))
     for start in range(first * size, len(drawn) - size + 1, size):
-        seeds = fold_in(seed, epoch, 2, spread=np.arange(start, start + size))
+        seeds = derive_seed(seed, epoch, 2, spread=np.arange(start, start + size))
         yield [
             Index(sample, image_seed)
             for sample, image_seed in zip(drawn[start : start + size].tolist(), seeds.tolist(), strict=True)
@@ -159,7 +159,7 @@ class ImageDataset(Dataset[Any]):
 
 def image_seed(seed: int | None, number: int) -> int | None:
     """The seed of the image `number` of a sample: each is augmented on its own."""
-    return seed if seed is None or number == 0 else fold_in(seed, number)
+    return seed if seed is None or number == 0 else derive_seed(seed, number)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.run.backbone import inner
 from comp.engine.run.unused_knobs import CYCLING
@@ -267,4 +267,4 @@ def _seed_hessian_draws(optimizer: Any, args: Any, kwargs: Any) -> None:
     resume."""
     weight = next(iter(optimizer.get_params()))
     optimizer.generator = torch.Generator(weight.device)
-    optimizer.generator.manual_seed(fold_in(optimizer.seed, optimizer.state[weight]["hessian step"]))
+    optimizer.generator.manual_seed(derive_seed(optimizer.seed, optimizer.state[weight]["hessian step"]))

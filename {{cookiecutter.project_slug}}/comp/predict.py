@@ -16,8 +16,9 @@ from tqdm import tqdm
 from comp import models, transforms
 from comp.engine.bank import predictions
 from comp.engine.hardware import Stop, Stopped
-from comp.engine.run import evaluate, fold_predictions, frozen_heads, knn, normalize, views
+from comp.engine.run import fold_predictions, frozen_heads, knn, normalize, views
 from comp.engine.run.context import Context
+from comp.engine.run.forward import forward_rows, validate_finite
 from comp.engine.tasks.kinds import Head
 
 Rows = NDArray[np.int64]  # positions in the samples table
@@ -100,7 +101,7 @@ def forward(
             if stop is not None and stop.requested:
                 raise Stopped(f"{description or 'predictions'}: {bar.n} of {len(rows)} images")
 
-        outputs, damaged = evaluate.forward_rows(
+        outputs, damaged = forward_rows(
             module,
             context.loader,
             rows,
@@ -110,5 +111,5 @@ def forward(
             tta,
             on_batch=on_batch,
         )
-    evaluate.validate_finite(outputs, weights)
+    validate_finite(outputs, weights)
     return outputs, damaged

@@ -18,7 +18,7 @@ from comp.engine.bank import score
 from comp.engine.config.schema import Config
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Positions
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.hardware import Stop, Stopped
 from comp.engine.run import (
     checkpoint,
@@ -37,9 +37,9 @@ from comp.engine.run import (
 )
 from comp.engine.run.averaging import WeightSets, bn_updater
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import HALF, forward_rows, raise_damaged
+from comp.engine.run.device import AMP_DTYPES, to_device
+from comp.engine.run.forward import forward_rows, raise_damaged
 from comp.engine.run.freezing import Stages
-from comp.engine.run.gpu_augment import to_device
 from comp.engine.run.microbatch import MicroBatches
 from comp.engine.run.nan_guard import NanGuard, nan_error
 from comp.engine.run.profiler import Profiler
@@ -47,7 +47,7 @@ from comp.engine.run.profiler import Profiler
 LOG_INTERVAL = 10  # seconds between two printed lines where there is no progress bar: nohup, a notebook's log
 
 
-def fold(
+def train_fold(
     context: Context,
     seed: int,
     fold: int | str,
@@ -67,38 +67,38 @@ def fold(
     # --- setup ------------------------------------------------------------------------------------
     cfg, device, heads = context.cfg, context.device, context.samples.heads
     stop, profiler = stop or Stop(), profiler or Profiler(device)
-    torch.manual_seed(fold_in(seed, 3))
+    torch.manual_seed(derive_seed(seed, 3))
 
     # --- data -------------------------------------------------------------------------------------
     train_rows, valid_rows, select_rows = model_selection.fold_rows(context, fold)
     sampler = class_balance.make_sampler(cfg, context.samples, train_rows)
     length = schedule.train_length(cfg, len(epoch_rows(train_rows, seed, 0, sampler)))
-    batch_size, grad_accum_steps, steps_per_epoch, steps = length
+    batch_size, grad_accum_steps, steps_per_epoch, steps = length  # a schedule.TrainLength
     lr_schedule = schedule.lr_schedule(cfg, length)
     targets = target_scaler.training_targets(cfg, context.samples, train_rows, device)  # one per head
     teacher_targets = distillation.teacher_targets(context, fold, folder)  # one more per head, or none
     weight = torch.tensor(context.samples.frame["weight"].to_numpy(), dtype=torch.float32, device=device)
 
     # --- model ------------------------------------------------------------------------------------
-    module = models.build(cfg, heads, cfg.model.pretrained is True, context.loader).to(device)
+    model = models.build(cfg, heads, cfg.model.pretrained is True, context.loader).to(device)
     if checkpoint.log_offset(folder) is None:
-        pretrained.load_pretrained(module, cfg, seed, fold)
-    stages = Stages(cfg, module)
-    pixel_stats.fit_pixel_stats(cfg, module, context.loader, train_rows)
-    target_scaler.fit(cfg, module, context.samples, train_rows)
-    network = torch_compile.prepare(cfg, module)
+        pretrained.load_pretrained(model, cfg, seed, fold)
+    stages = Stages(cfg, model)
+    pixel_stats.fit_pixel_stats(cfg, model, context.loader, train_rows)
+    target_scaler.fit(cfg, model, context.samples, train_rows)
+    compiled_model = torch_compile.prepare(cfg, model)  # same weights
     # Regression targets are standardized: one loss is minimized, the same in the target's units is logged.
-    unit_loss = losses.build_loss(cfg, context.samples, train_rows, standardized=False)
+    valid_criterion = losses.build_loss(cfg, context.samples, train_rows, standardized=False)
     criterion = _mixed_criterion(context, train_rows, standardized=True)
     logged_criterion = _mixed_criterion(context, train_rows, standardized=False)
     log_other_loss = losses.has_scaled_targets(cfg, heads)
     consistency_loss = consistency.consistency_loss(cfg, heads)
-    optimizer = optim.optimizer(cfg, module)
-    weight_sets = WeightSets(cfg, module, folder, schedule.snapshot_steps(cfg, length))  # EMA, SWA, snapshots
-    normalized = transforms.Preprocess(normalize.build(cfg, module, device))  # no augmentation
-    scorer = model_selection.build_scorer(context, select_rows, normalized)
+    optimizer = optim.optimizer(cfg, model)
+    weight_sets = WeightSets(cfg, model, folder, schedule.snapshot_steps(cfg, length))  # EMA, SWA, snapshots
+    plain_preprocess = transforms.Preprocess(normalize.build(cfg, model, device))  # no augmentation
+    scorer = model_selection.build_scorer(context, select_rows, plain_preprocess)
     second_order = optim.second_order(optimizer)
-    half = HALF[cfg.train.amp]
+    half = AMP_DTYPES[cfg.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
 
     # --- resume -----------------------------------------------------------------------------------
@@ -106,25 +106,25 @@ def fold(
     state = distributed.broadcast(checkpoint.load_latest(folder, device))
     distributed.validate_resume(state)
     if state is not None:
-        module.load_state_dict(state["model"])
+        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         weight_sets.load_state_dict(state["weight_sets"])
         distributed.broadcast_files(folder)
         step, step_losses = state["step"], state["step_losses"]
         lr_schedule.epoch_losses.extend(state["epoch_losses"])
-    distributed.validate(cfg, batch_size, grad_accum_steps, module)
-    distributed.broadcast_module(module)
+    distributed.validate(cfg, batch_size, grad_accum_steps, model)
+    distributed.broadcast_module(model)
     micro_batch_size = state["micro_batch_size"] if state else batch_size
-    micro_batches = MicroBatches(module, micro_batch_size, cfg.augment.group_size)
+    micro_batches = MicroBatches(model, micro_batch_size, cfg.augment.group_size)
     nan_guard = NanGuard(log, context.samples, half == torch.float16, micro_batches.size)
 
     def save() -> None:
-        nan_guard.check_weights(module, step)
+        nan_guard.check_weights(model, step)
         checkpoint.save(folder, step, {
             "step": step, "world_size": distributed.world_size(), "micro_batch_size": micro_batches.size,
             "step_losses": step_losses, "epoch_losses": lr_schedule.epoch_losses,
-            "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "weight_sets": weight_sets.state_dict(),
         }, log.offset())  # fmt: skip
 
@@ -141,7 +141,7 @@ def fold(
         first_pass = (step - epoch * steps_per_epoch) * grad_accum_steps
         augment = transforms.epoch_augment(cfg, epoch)  # image size, and whether strong augmentation is on
         recipe = transforms.epoch_recipe(cfg, augment)
-        preprocess = transforms.Preprocess(normalize.build(cfg, module, device), recipe)
+        preprocess = transforms.Preprocess(normalize.build(cfg, model, device), recipe)
         mix = mixup.epoch_mix(cfg, augment)
         plan = training_batches(train_rows, batch_size, seed, epoch, first_pass, sampler)
         plan = distributed.shard(plan, grad_accum_steps, cfg.augment.group_size)
@@ -150,7 +150,7 @@ def fold(
             optim.set_lr(optimizer, lr_schedule.lr(step), lr_schedule.momentum(step))
             nan_guard.start_step(step + 1, lr_schedule.lr(step))
             passes = _undamaged(batches, distributed.local_passes(grad_accum_steps), context)
-            micro_batches.start_step(passes, fold_in(seed, step, 4, distributed.rank()))
+            micro_batches.start_step(passes, derive_seed(seed, step, 4, distributed.rank()))
             images_seen += length.effective_batch_size
             profiler.lap("data loading")
             while micro_batches.pending:
@@ -162,7 +162,7 @@ def fold(
                     rows = to_device(batch.samples, device)
                     target = [each[rows] for each in (*targets, *teacher_targets)]
                     with torch.autocast(device.type, half, enabled=half is not None):
-                        output = network(images, **context.loader.extras(batch))  # (batch, all outputs)
+                        output = compiled_model(images, **context.loader.extras(batch))  # (batch, all outputs)
                     per_sample_loss = criterion(output, target, weight[rows], mix_parts)  # (batch,), weighted
                     per_sample_loss = per_sample_loss + consistency_loss(output)
                     share = len(batch.samples) / length.effective_batch_size
@@ -175,10 +175,10 @@ def fold(
                     scaler.scale(loss).backward(create_graph=second_order)
                     profiler.lap("backward")
                     nan_guard.record(batch.samples, per_sample_loss, logged_loss)
-            distributed.sum_gradients(module)
+            distributed.sum_gradients(model)
             if cfg.optim.clip_grad is not None:
                 scaler.unscale_(optimizer)
-                nan_guard.record_grad_norm(optim.clip_gradients(cfg, module))
+                nan_guard.record_grad_norm(optim.clip_gradients(cfg, model))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -193,7 +193,7 @@ def fold(
                 step_losses += nan_guard.check(micro_batches.size)
                 bar.set_postfix_str(f"loss {step_losses[-1]:.4f}{valid_text}")
             if snapshot_now:
-                nan_guard.check_weights(module, step)
+                nan_guard.check_weights(model, step)
             weight_sets.after_step(step)
             if save_now or stop_now:
                 save()
@@ -208,7 +208,8 @@ def fold(
         lr_schedule.epoch_losses.append(report["train_loss"])
         step_losses.clear()
         profiler.lap("log and checkpoint")
-        report |= validate(context, weight_sets.eval_model, preprocess, unit_loss, valid_rows, targets, step)
+        eval_model = weight_sets.eval_model
+        report |= evaluate(context, eval_model, preprocess, valid_criterion, valid_rows, targets, step)
         report |= weight_sets.after_epoch(epoch + 1, scorer)
         profiler.lap("validation")
         log.log(report)
@@ -243,9 +244,9 @@ def planned_schedule(context: Context, seed: int, fold: int | str) -> schedule.S
     return schedule.lr_schedule(context.cfg, length)
 
 
-def validate(
+def evaluate(
     context: Context,
-    module: nn.Module,
+    model: nn.Module,
     preprocess: transforms.Preprocess,
     criterion: losses.MultiHeadLoss,
     rows: Positions,
@@ -256,12 +257,12 @@ def validate(
     if len(rows) == 0:
         return {}
     cfg, heads = context.cfg, context.samples.heads
-    distributed.broadcast_buffers(module)
+    distributed.broadcast_buffers(model)
     batch_size, amp = cfg.predict.batch_size, cfg.train.amp
     # raw: (1, rows, outputs of all heads)
-    raw, damaged = forward_rows(module, context.loader, rows, batch_size, preprocess, amp)
+    raw, damaged = forward_rows(model, context.loader, rows, batch_size, preprocess, amp)
     raise_damaged(damaged, context.samples)
-    output = torch.from_numpy(target_scaler.to_loss_units(cfg, module, raw[0]))
+    output = torch.from_numpy(target_scaler.to_loss_units(cfg, model, raw[0]))
     loss = criterion(output, [target[rows].cpu() for target in targets]).numpy()  # (rows,)
     if len(nan_rows := rows[~(np.isfinite(loss) & np.isfinite(raw[0]).all(1))]):
         where, what = f"validation after step {step}", "outputs or losses are NaN or inf"

@@ -35,7 +35,7 @@ import torch
 from comp.engine import pages
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DTYPES, Pixels
 from comp.engine.run import cv2_ops, gpu_augment, policies
@@ -212,7 +212,7 @@ class Augment:
             height, width = (max(self.size, round(side * self.scale)) for side in image.shape[:2])
             image = cv2_ops.resize(image, height, width)
         for number, step in enumerate(self.steps):
-            image = step(image, fold_in(seed, number))
+            image = step(image, derive_seed(seed, number))
         assert image.dtype in DTYPES.values(), (
             "a recipe must return the dtype that it got: normalizing comes later, on the device"
         )

@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 
 def record(cfg: Config) -> str:
-    """Writes a record of the files as they are now and returns its digest, for made_of.json."""
+    """Writes a record of the files as they are now and returns its digest, for inputs.json."""
     return _write(_table(cfg, "cached"))
 
 

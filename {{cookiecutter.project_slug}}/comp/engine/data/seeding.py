@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
+def derive_seed(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
     """One 63-bit seed from several numbers (splitmix64, like jax.random.fold_in); neighbouring numbers give
     unrelated seeds.
 
@@ -28,5 +28,5 @@ def fold_in(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
 
 def uniform(seeds: NDArray[np.int64], salt: int, count: int) -> NDArray[np.float32]:
     """(seeds, count) uniform numbers in [0, 1). Each depends only on its seed, the salt and its column."""
-    places = np.stack([fold_in(salt, number, spread=seeds) for number in range(count)], axis=1)
+    places = np.stack([derive_seed(salt, number, spread=seeds) for number in range(count)], axis=1)
     return ((places >> 39).astype(np.float32) / np.float32(2**24)).astype(np.float32)

@@ -31,7 +31,7 @@ def validate_labels(run: str, cfg: Config, split: Folds) -> None:
         return
     file = paths.pseudo_file(cfg.data.pseudo_labels)
     entry = artifacts.manifest_entry(file)
-    trained_on = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))["pseudo"]
+    trained_on = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "inputs.json"))["pseudo"]
     if entry is None or entry["sha256"] != trained_on or entry["folds"] != split.hash:
         raise UserError(
             "pseudo-labels-changed", where=paths.relative(file), what="is gone or changed since the training"

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from comp import models, transforms
 from comp.engine.data import image_reader
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError, joined
 from comp.engine.run import frozen_heads, normalize, pretrained
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import forward_rows
+from comp.engine.run.forward import forward_rows
 from comp.engine.store import artifacts, paths
 
 SPEED = "speed.json"
@@ -30,7 +30,7 @@ def of_backbone(context: Context, run: str, fresh: bool) -> Features:
     """Those on disk, if they were made of the same images and weights; otherwise they are computed, and the
     backbone is saved."""
     cfg, file = context.cfg, paths.run_folder(run) / frozen_heads.FILE
-    torch.manual_seed(fold_in(cfg.train.seeds[0], 3))
+    torch.manual_seed(derive_seed(cfg.train.seeds[0], 3))
     backbone = models.headless(cfg, cfg.model.pretrained is True, context.loader).to(context.device)
     pretrained.load_pretrained(
         backbone, cfg, cfg.train.seeds[0], "full"

@@ -17,7 +17,7 @@ from comp.engine import hardware, pages, text_table
 from comp.engine.config import experiments
 from comp.engine.data import samples
 from comp.engine.run import backbone, torch_compile
-from comp.engine.run.evaluate import HALF
+from comp.engine.run.device import AMP_DTYPES
 from comp.engine.store import artifacts
 
 SECONDS, REPEATS = 1.5, 5  # a measurement repeats for at least this long, and this often
@@ -34,7 +34,7 @@ def measure(experiment: str, overrides: list[str]) -> None:
     module = models.build(cfg, heads, pretrained=False).to(device)
     network = torch_compile.prepare(cfg, module)  # as the training loop runs it
     image = torch.rand(1, cfg.data.channels, cfg.data.size, cfg.data.size, device=device)
-    half = HALF[cfg.train.amp]
+    half = AMP_DTYPES[cfg.train.amp]
 
     def forward(batch: Tensor) -> Callable[[], object]:
         def run() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from comp import models, transforms
 from comp.data import Index
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.readers import arrays
 from comp.engine.run import normalize
@@ -37,7 +37,7 @@ def maps(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """(height, width, channels) of the sample's first image, and Grad-CAM and SmoothGrad as (height, width),
     0 to 1."""
-    batch = context.loader.images.batch([Index(row, None)])
+    batch = context.loader.dataset.batch([Index(row, None)])
     extras = context.loader.extras(batch)
     preprocess = transforms.Preprocess(normalize.build(context.cfg, module, context.device))
     x = preprocess(batch.images.permute(0, 3, 1, 2))  # (1 or more images, channels, height, width)
@@ -47,7 +47,7 @@ def maps(
         feature, gradient = choose_layer(layers, sign * output[0, column], module)
     cam = grad_cam(to_nchw(feature, module)[:1], to_nchw(gradient, module)[:1], x.shape[2:])
     total = torch.zeros_like(x[0, 0])
-    generator = torch.Generator().manual_seed(fold_in(row, 6))
+    generator = torch.Generator().manual_seed(derive_seed(row, 6))
     std = NOISE * float(x[0].max() - x[0].min())
     for _ in range(COPIES):
         noise = torch.randn(x.shape, generator=generator).to(x.device) * std

@@ -16,7 +16,7 @@ from comp.data import epoch_rows
 from comp.engine.config.schema import Config
 from comp.engine.data import image_reader
 from comp.engine.data.samples import Positions, Samples
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
 from comp.engine.report import plots
@@ -73,7 +73,7 @@ def _columns(
     plain = np.stack([resize(image, seed=0) for image in images])
     columns = [_to_uint8(transforms.Preprocess(normalize)(torch.from_numpy(plain).permute(0, 3, 1, 2)))]
     for number in range(DRAWS):
-        seeds = np.array([fold_in(0, 0, int(row), number) for row in rows], np.int64)
+        seeds = np.array([derive_seed(0, 0, int(row), number) for row in rows], np.int64)
         batch = np.stack([augment(*pair) for pair in zip(images, seeds.tolist(), strict=True)])
         drawn, _ = mix(preprocess(torch.from_numpy(batch).permute(0, 3, 1, 2), seeds), seeds)
         columns.append(_to_uint8(drawn))

@@ -21,7 +21,7 @@ from comp import models, transforms
 from comp.data import Batches
 from comp.engine.config import run_members
 from comp.engine.config.schema import Config
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.run import model_selection, normalize
 from comp.engine.run.model_selection import Scores
 from comp.engine.store import artifacts
@@ -278,7 +278,7 @@ def bn_updater(context: Context, stages: Stages, seed: int, plan: Callable[[], B
         recipe = transforms.epoch_recipe(cfg, augment)
         preprocess = transforms.Preprocess(normalize.build(cfg, module, context.device), recipe)
         stages.set_trainable(cfg.train.epochs - 1, module)
-        torch.manual_seed(fold_in(seed, 5))
+        torch.manual_seed(derive_seed(seed, 5))
         batches = loader.batches(plan(), augment)
         update_bn(
             module, ((preprocess(b.images.permute(0, 3, 1, 2), b.seeds), loader.extras(b)) for b in batches)

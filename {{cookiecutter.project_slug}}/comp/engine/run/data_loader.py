@@ -33,7 +33,7 @@ from comp.engine.data import cache
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.run import tabular
-from comp.engine.run.gpu_augment import to_device
+from comp.engine.run.device import to_device
 
 PREFETCH = 4  # batches that each worker has ready
 LONGEST_TMPDIR = (
@@ -52,7 +52,7 @@ class Loader:
         start = np.concatenate([[0], np.cumsum(paths.map(len).to_numpy())]).astype(np.int64)
         codes, unique = paths.explode().factorize()
         images = cache.open_images(cfg, list(unique), cfg.machine.progress)
-        self.images = ImageDataset(cfg, images, codes.astype(np.int64), start)
+        self.dataset = ImageDataset(cfg, images, codes.astype(np.int64), start)
         self.multi_image = samples.multi_image and cfg.data.max_images > 1
         if len(codes) > len(paths) and not self.multi_image:
             raise UserError(
@@ -63,7 +63,7 @@ class Loader:
             )
         self.metadata = tabular.encode_metadata(samples, device) if cfg.model.metadata else None
         self.cfg, self.device = cfg, device
-        self.gpu_cache = GpuCache(self.images, device, cfg.machine.gpu_cache_mb * 10**6)
+        self.gpu_cache = GpuCache(self.dataset, device, cfg.machine.gpu_cache_mb * 10**6)
 
     def extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The model's keyword arguments besides the images: `owner` and `metadata`, where there are any."""
@@ -87,8 +87,8 @@ class Loader:
 
     def _loaded(self, sampler: Batches) -> Iterator[Batch]:
         if self.cfg.machine.num_workers == 0:
-            return map(self.images.batch, sampler)
-        if all(augment.threads for augment in self.images.augment.values()):
+            return map(self.dataset.batch, sampler)
+        if all(augment.threads for augment in self.dataset.augment.values()):
             return self._by_threads(sampler)
         return self.processes.batches(sampler)
 
@@ -96,7 +96,7 @@ class Loader:
         pinned = self.device.type == "cuda"
 
         def load(indices: list[Index]) -> Batch:
-            batch = self.images.batch(indices)
+            batch = self.dataset.batch(indices)
             return batch.pin_memory() if pinned else batch
 
         waiting: deque[Any] = deque()
@@ -114,7 +114,7 @@ class Loader:
 
     @cached_property
     def processes(self) -> WorkerPool[list[Index], Batch]:
-        return WorkerPool(self.images, collate, self.cfg.machine.num_workers, self.device.type == "cuda")
+        return WorkerPool(self.dataset, collate, self.cfg.machine.num_workers, self.device.type == "cuda")
 
 
 def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -139,26 +139,26 @@ def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
 class GpuCache:
     """The whole set on the device, read at first use; a batch is then one gather."""
 
-    def __init__(self, images: ImageDataset, device: torch.device, max_bytes: int):
-        side = images.size
-        pixels = len(images.images) * side * side * images.channels
+    def __init__(self, dataset: ImageDataset, device: torch.device, max_bytes: int):
+        side = dataset.size
+        pixels = len(dataset.images) * side * side * dataset.channels
         self.usable = (
-            not any(augment.steps or augment.size != side for augment in images.augment.values())
-            and pixels * np.dtype(images.images.reader.dtype).itemsize <= max_bytes
-            and len(images.image_of) == len(images.first_image)  # one image a sample
+            not any(augment.steps or augment.size != side for augment in dataset.augment.values())
+            and pixels * np.dtype(dataset.images.reader.dtype).itemsize <= max_bytes
+            and len(dataset.image_of) == len(dataset.first_image)  # one image a sample
         )
-        self.images, self.device = images, device
+        self.dataset, self.device = dataset, device
         self.damaged: dict[int, str] = {}  # image -> reason
 
     @cached_property
     def tensor(self) -> torch.Tensor:
         """(images, height, width, channels)"""
-        image_of = self.images.first_image
+        image_of = self.dataset.first_image
         sample_of = {int(image): sample for sample, image in reversed(list(enumerate(image_of)))}
         parts = []
         for start in range(0, len(sample_of), 1024):
             end = min(start + 1024, len(sample_of))
-            part = self.images.batch([Index(sample_of[image], None) for image in range(start, end)])
+            part = self.dataset.batch([Index(sample_of[image], None) for image in range(start, end)])
             self.damaged |= {int(image_of[sample]): reason for sample, reason in part.damaged.items()}
             parts.append(part.images)
         return torch.cat(parts).to(self.device)
@@ -166,7 +166,7 @@ class GpuCache:
     def batches(self, sampler: Batches) -> Iterator[Batch]:
         for indices in sampler:
             rows = np.array([index.sample for index in indices], np.int64)
-            images = self.images.first_image[rows]
+            images = self.dataset.first_image[rows]
             seeds = None if indices[0].seed is None else np.array([index.seed for index in indices], np.int64)
             pixels = self.tensor[to_device(images, self.device)]
             damaged = {

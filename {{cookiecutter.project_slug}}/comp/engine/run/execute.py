@@ -56,7 +56,7 @@ def run_fold(
     """
     if _finished(name, seed, fold, search):
         return
-    fingerprint.validate_uncached_images(name, context.cfg, context.loader.images.images)
+    fingerprint.validate_uncached_images(name, context.cfg, context.loader.dataset.images)
     folder = paths.fold_folder(name, seed, fold)
     with locks.lock(folder, f"training seed {seed} fold {fold}", wait=wait, job=job), stop.listening():
         if _finished(name, seed, fold, search):  # by the process that held the lock

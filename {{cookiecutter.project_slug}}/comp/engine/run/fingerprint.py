@@ -2,7 +2,7 @@
 image files.
 
 What continues a run must agree with what started it: otherwise rows could be scored by a model that was
-trained on them. runs/<name>/ holds config.yaml, made_of.json (hashes of the inputs) and started.json (time of
+trained on them. runs/<name>/ holds config.yaml, inputs.json (hashes of the inputs) and started.json (time of
 the start, command that resumes it).
 """
 
@@ -86,8 +86,8 @@ def claim(name: str, cfg: Config, folds: Folds, command: str, replaced: Sequence
             return
         artifacts.write_text(file, resolve.to_yaml(cfg))
         inputs = input_hashes(cfg, folds) | {"images": images or image_files.record(cfg)}
-        artifacts.write_json(folder / "made_of.json", inputs)
-        artifacts.add_to_manifest(file, folder / "made_of.json")
+        artifacts.write_json(folder / "inputs.json", inputs)
+        artifacts.add_to_manifest(file, folder / "inputs.json")
 
 
 def _finished_files(folder: Path) -> Iterator[Path]:
@@ -103,7 +103,7 @@ def _remains(folder: Path, replaced: Sequence[Path]) -> bool:
 
 def _is_same_start(folder: Path, cfg: Config, folds: Folds) -> bool:
     """Whether a start that finished nothing, and that a kill may have interrupted, had the same inputs."""
-    files = folder / "config.yaml", folder / "made_of.json"
+    files = folder / "config.yaml", folder / "inputs.json"
     return (
         all(map(artifacts.manifest_entry, files))
         and not resolve.diff(resolve.from_yaml(artifacts.verified(files[0])), cfg)
@@ -182,7 +182,7 @@ def _validate_same_run(name: str, cfg: Config, folds: Folds, command: str) -> st
                 for key, (then, now) in changed.items()
             ]
         )
-    old_hashes = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))
+    old_hashes = artifacts.read_json(artifacts.verified(folder / "inputs.json", remedy))
     hashes = input_hashes(cfg, folds)
     inputs = {
         "samples": "another data/samples.parquet",
@@ -206,7 +206,7 @@ def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read:
     if not _remains(folder, replaced):
         return
     remedy = _remedy(name, resume_command(name))
-    started_with = artifacts.read_json(artifacts.verified(folder / "made_of.json", remedy))["images"]
+    started_with = artifacts.read_json(artifacts.verified(folder / "inputs.json", remedy))["images"]
     now = image_files.compare(cfg, started_with)
     other = [*now.changed, *(now.missing if read else [])]
     if other:

@@ -151,7 +151,7 @@ def predict_rows(context: Context, weights: Path, rows: Positions) -> tuple[list
     """For each head (rows, outputs) as they are stored, and for each row with a damaged image the reason."""
     from comp import transforms
     from comp.engine.run import normalize
-    from comp.engine.run.evaluate import forward_rows
+    from comp.engine.run.forward import forward_rows
 
     cfg, run = context.cfg, weights.parents[3].name
     module = headless(cfg, run, context)

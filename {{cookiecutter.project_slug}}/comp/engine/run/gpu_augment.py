@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comp.engine.data.seeding import uniform
+from comp.engine.run.device import to_device
 
 Seeds = NDArray[np.int64]
 
@@ -35,12 +36,6 @@ class BatchOp:
 
     def __call__(self, images: Tensor, seeds: Seeds) -> Tensor:
         return self.function(images, seeds)
-
-
-def to_device(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy that does not block: a plain `.to(device)` waits until the GPU has finished everything queued
-    before it."""
-    return torch.from_numpy(values).to(device, dtype, non_blocking=True)
 
 
 def _uniform(seeds: Seeds, salt: int, count: int, like: Tensor) -> Tensor:

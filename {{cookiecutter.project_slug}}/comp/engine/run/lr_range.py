@@ -58,7 +58,7 @@ def sweep(context: Context, low: float, high: float, steps: int, linear: bool) -
             log = _StepLog(Path(folder), steps)
             with log:
                 try:
-                    train.fold(context, context.cfg.train.seeds[0], 0, Path(folder), log)
+                    train.train_fold(context, context.cfg.train.seeds[0], 0, Path(folder), log)
                 except SweepFinished:
                     pass
                 except UserError as error:  # NaN before the loss was seen to diverge

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from comp.engine.config.schema import Config
 from comp.engine.data.seeding import uniform
 from comp.engine.errors import UserError
-from comp.engine.run.gpu_augment import Seeds, to_device
+from comp.engine.run.device import to_device
+from comp.engine.run.gpu_augment import Seeds
 from comp.engine.tasks.kinds import Head
 from comp.transforms import EpochAugment
 

@@ -22,7 +22,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
-from comp.engine.run.evaluate import forward_rows, raise_damaged
+from comp.engine.run.forward import forward_rows, raise_damaged
 from comp.engine.run.metric_learning import drop_unknown_class
 from comp.transforms import Preprocess
 

@@ -82,9 +82,9 @@ def validate_safetensors(file: Path, key: str) -> None:
 
 def _validate_folds(run: str, folds: Folds) -> None:
     """A run on other folds was trained on validation rows of this one."""
-    made = paths.run_folder(run) / "made_of.json"
+    made = paths.run_folder(run) / "inputs.json"
     if not artifacts.manifest_entry(made):
-        runs = [p.name for p in sorted(paths.path("runs").glob("*")) if (p / "made_of.json").exists()]
+        runs = [p.name for p in sorted(paths.path("runs").glob("*")) if (p / "inputs.json").exists()]
         remedy = f"the nearest are {', '.join(nearest(run, runs, 3))}" if runs else "there are no runs yet"
         raise UserError(
             "run-unknown",

@@ -69,7 +69,7 @@ def log_diagnostics(
 
 def preprocessed_images(context: Context, rows: Positions) -> list[Any]:
     """The first image of each row after resizing, as RGB; black if its file has become unreadable."""
-    drawn = context.loader.images.batch([Index(int(row), None) for row in rows])
+    drawn = context.loader.dataset.batch([Index(int(row), None) for row in rows])
     first = (
         np.searchsorted(drawn.owner, np.arange(len(rows)))
         if drawn.owner is not None

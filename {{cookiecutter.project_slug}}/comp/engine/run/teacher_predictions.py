@@ -19,7 +19,7 @@ from comp.engine.errors import UserError
 from comp.engine.hardware import Stop
 from comp.engine.run import distillation, teachers
 from comp.engine.run.context import Context
-from comp.engine.run.evaluate import raise_damaged
+from comp.engine.run.forward import raise_damaged
 from comp.engine.run.teachers import Teacher
 from comp.engine.store import artifacts, paths
 

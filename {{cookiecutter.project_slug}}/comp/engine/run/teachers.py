@@ -142,7 +142,7 @@ def _raise_absent(address: str, key: str) -> None:
 
 
 def _validate_data(run: str, folds: Folds, key: str) -> None:
-    made = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "made_of.json"))
+    made = artifacts.read_json(artifacts.verified(paths.run_folder(run) / "inputs.json"))
     if made["samples"] != folds.samples.hash:
         raise UserError(
             "run-outdated",

@@ -88,7 +88,7 @@ def _train(task: dict[str, Any], context: Context | None, stop: hardware.Stop) -
         try:
             with distributed.collective():
                 fold_context = pseudo_rows.fold_context(context, task["fold"])
-                train.fold(fold_context, task["seed"], task["fold"], folder, log, stop=stop)
+                train.train_fold(fold_context, task["seed"], task["fold"], folder, log, stop=stop)
         except (distributed.CollectiveError, distributed.Pruned, hardware.Stopped):
             stop.requested = False  # rank 0 has the same exception and decides what follows
     return context

@@ -32,10 +32,12 @@ def train_weights(
     """Does nothing when folder/weights.safetensors is finished."""
     if artifacts.manifest_entry(folder / "weights.safetensors"):
         return
-    own = pseudo_rows.fold_context(context, fold)
-    teacher_predictions.prepare(own, loading.load_context, fold, folder, stop)
+    fold_context = pseudo_rows.fold_context(context, fold)
+    teacher_predictions.prepare(fold_context, loading.load_context, fold, folder, stop)
     with distributed.collective(_order(context.cfg, seed, fold)):
-        train.fold(own, seed, fold, folder, log, stop=stop, profiler=profiler, on_epoch=on_epoch)
+        train.train_fold(
+            fold_context, seed, fold, folder, log, stop=stop, profiler=profiler, on_epoch=on_epoch
+        )
 
 
 def _order(cfg: Config, seed: int, fold: Fold) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from comp import transforms
 from comp.engine import pages
 from comp.engine.config.resolve import nearest
-from comp.engine.data.seeding import fold_in
+from comp.engine.data.seeding import derive_seed
 from comp.engine.errors import UserError
-from comp.engine.run.evaluate import View, identity
+from comp.engine.run.forward import View, identity
 from comp.engine.run.gpu_augment import BatchOp
 
 
@@ -103,7 +103,7 @@ class RecipeView:
             self.by_size[side] = transforms.Augment(recipe, side), recipe.batch_ops
         augment, batch_ops = self.by_size[side]
         images = [np.ascontiguousarray(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()]
-        seeds = np.array([fold_in(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
+        seeds = np.array([derive_seed(zlib.crc32(image.data), self.draw, 5) for image in images], np.int64)
         augmented = np.stack([augment(i, seed) for i, seed in zip(images, seeds.tolist(), strict=True)])
         out = torch.from_numpy(augmented).permute(0, 3, 1, 2).to(x.device)
         if not batch_ops:

@@ -21,6 +21,7 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError, joined
 from comp.engine.run import distributed
 from comp.engine.run.data_loader import Loader
+from comp.engine.run.device import AMP_DTYPES
 from comp.engine.store import paths
 from comp.transforms import Preprocess
 
@@ -28,7 +29,6 @@ T = TypeVar("T")
 View = Callable[[Tensor], Tensor]
 Outputs = NDArray[np.float32]  # (views, rows, model outputs)
 CPU_BATCH_BYTES = 10 * 2**20  # of one forward pass on a CPU: 17 RGB images of 224 px as float32
-HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def identity(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def forward_rows(
     def forward(view: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         network = networks.get()
         try:
-            with torch.autocast(device.type, HALF[amp], enabled=HALF[amp] is not None):
+            with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "fp32"):
                 return network(preprocess(view), extras).float()
         finally:
             networks.put(network)
