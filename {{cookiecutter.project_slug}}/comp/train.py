@@ -88,7 +88,7 @@ def train_fold(
     target_scaler.fit(cfg, model, context.samples, train_rows)
     compiled_model = torch_compile.prepare(cfg, model)  # same weights
     # Regression targets are standardized: one loss is minimized, the same in the target's units is logged.
-    valid_criterion = losses.build_loss(cfg, context.samples, train_rows, standardized=False)
+    valid_loss = losses.build_loss(cfg, context.samples, train_rows, standardized=False)
     criterion = _mixed_criterion(context, train_rows, standardized=True)
     logged_criterion = _mixed_criterion(context, train_rows, standardized=False)
     log_other_loss = losses.has_scaled_targets(cfg, heads)
@@ -162,7 +162,7 @@ def train_fold(
                     rows = to_device(batch.samples, device)
                     target = [each[rows] for each in (*targets, *teacher_targets)]
                     with torch.autocast(device.type, half, enabled=half is not None):
-                        output = compiled_model(images, **context.loader.extras(batch))  # (batch, all outputs)
+                        output = compiled_model(images, **context.loader.extras(batch))  # (batch, outputs)
                     per_sample_loss = criterion(output, target, weight[rows], mix_parts)  # (batch,), weighted
                     per_sample_loss = per_sample_loss + consistency_loss(output)
                     share = len(batch.samples) / length.effective_batch_size
@@ -208,8 +208,7 @@ def train_fold(
         lr_schedule.epoch_losses.append(report["train_loss"])
         step_losses.clear()
         profiler.lap("log and checkpoint")
-        eval_model = weight_sets.eval_model
-        report |= evaluate(context, eval_model, preprocess, valid_criterion, valid_rows, targets, step)
+        report |= evaluate(context, weight_sets.eval_model, preprocess, valid_loss, valid_rows, targets, step)
         report |= weight_sets.after_epoch(epoch + 1, scorer)
         profiler.lap("validation")
         log.log(report)

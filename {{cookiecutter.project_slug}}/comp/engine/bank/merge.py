@@ -22,7 +22,7 @@ from comp.engine.store import artifacts, paths
 Part = tuple[int, Fold]  # seed, fold
 
 
-def merge_run(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
+def merge_folds(experiment: str, cfg: Config, samples: Samples, folds: Folds) -> dict[str, Any] | None:
     """Merge what is complete: the run over its seeds, each seed if there are several, the refit on all rows,
     and the extra weight sets (EMA, SWA, snapshots) of both."""
     refits: list[Part] = [(seed, run_members.REFIT) for seed in experiments.refit_seeds(experiment)]

@@ -19,7 +19,7 @@ def merge_run(name: str, cfg: Config, *, refit: bool = False) -> dict[str, Any] 
     table = samples.load()
     split = folds.load(table)
     with locks.lock(paths.run_folder(name), "merging", wait=True):
-        score = merge.merge_run(name, cfg, table, split)
+        score = merge.merge_folds(name, cfg, table, split)
     command = fingerprint.resume_command(name)
     if refit and not experiments.refit_seeds(name):  # it was stopped by a time limit
         print(f"{name}: fold {run_members.REFIT} is missing\nnext: {command} --fold {run_members.REFIT}")
