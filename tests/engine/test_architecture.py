@@ -197,7 +197,7 @@ def test_the_loop_is_visible() -> None:
     lines = (COMP / "train.py").read_text().splitlines()
     at = {
         word: next(i for i, line in enumerate(lines) if word in line)
-        for word in ("network(images", ".backward(", "scaler.step(")
+        for word in ("compiled_model(images", ".backward(", "scaler.step(")
     }
     assert max(at.values()) - min(at.values()) < 50, "forward, backward and step stand within one screen"
 

@@ -112,7 +112,7 @@ def test_two_processes_give_the_results_of_one(project: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_same_command_ends_in_the_same_bytes(project: Path) -> None:
-    """With whole forward passes per process, and batch norm, whose statistics are those of rank 0."""
+    """With whole batches per process, and batch norm, whose statistics are those of rank 0."""
     arguments = [
         *SHARED,
         "model.name=test_resnet",
@@ -169,23 +169,23 @@ def pretend_rank(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(distributed, "rank", lambda: rank)
 
 
-@pytest.mark.parametrize(("accumulate", "passes"), [(1, 1), (2, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("accumulate", "batches"), [(1, 1), (2, 1), (3, 3), (4, 2)])
 def test_each_sample_of_a_step_is_computed_by_one_rank(
-    monkeypatch: pytest.MonkeyPatch, accumulate: int, passes: int
+    monkeypatch: pytest.MonkeyPatch, accumulate: int, batches: int
 ) -> None:
     plan = [[Index(8 * number + i, i) for i in range(8)] for number in range(2 * accumulate)]
     shares = []
     for rank in range(2):
         pretend_rank(2, rank, monkeypatch)
-        assert distributed.local_passes(accumulate) == passes
+        assert distributed.local_batches(accumulate) == batches
         shares.append(list(distributed.shard(plan, accumulate, 4)))
         assert all(part[0].sample % 4 == 0 and len(part) % 4 == 0 for part in shares[-1]), (
             "fours stay together"
         )
-        assert len(shares[-1]) == 2 * passes
+        assert len(shares[-1]) == 2 * batches
     for step in range(2):  # the same step in all processes
         mine = [
-            draw for share in shares for part in share[step * passes : (step + 1) * passes] for draw in part
+            draw for share in shares for part in share[step * batches : (step + 1) * batches] for draw in part
         ]
         assert sorted(mine) == sorted(
             draw for part in plan[step * accumulate : (step + 1) * accumulate] for draw in part
@@ -197,7 +197,7 @@ def test_batches_too_small_to_split_are_errors_and_differences_are_warnings(
 ) -> None:
     pretend_rank(4, 0, monkeypatch)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    with pytest.raises(UserError, match=r"2 images per forward pass .* 4 processes") as caught:
+    with pytest.raises(UserError, match=r"batch of 2 images .* 4 processes") as caught:
         distributed.validate(config(), 2, 1, network)
     assert (caught.value.code, caught.value.key) == ("batch-too-small", "train.batch_size")
     distributed.validate(config("loss.ohem=0.5"), 32, 1, network)

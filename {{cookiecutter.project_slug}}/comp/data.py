@@ -86,7 +86,7 @@ def training_batches(
     first: int,
     draw: class_balance.Sampler = class_balance.shuffle,
 ) -> Iterator[list[Index]]:
-    """The micro-batches of an epoch from the `first` on. A last batch smaller than `size` is dropped; a
+    """The batches of an epoch from the `first` on, grad_accum_steps of them a step. A last batch smaller than `size` is dropped; a
     dataset smaller than `size` is one batch."""
     drawn = epoch_rows(rows, seed, epoch, draw)
     size = min(size, len(drawn))

@@ -138,19 +138,19 @@ def train_fold(
             break
         stages.set_trainable(epoch)
         epoch_start, images_seen = time.perf_counter(), 0
-        first_pass = (step - epoch * steps_per_epoch) * grad_accum_steps
+        first_batch = (step - epoch * steps_per_epoch) * grad_accum_steps
         augment = transforms.epoch_augment(cfg, epoch)  # image size, and whether strong augmentation is on
         recipe = transforms.epoch_recipe(cfg, augment)
         preprocess = transforms.Preprocess(normalize.build(cfg, model, device), recipe)
         mix = mixup.epoch_mix(cfg, augment)
-        plan = training_batches(train_rows, batch_size, seed, epoch, first_pass, sampler)
+        plan = training_batches(train_rows, batch_size, seed, epoch, first_batch, sampler)
         plan = distributed.shard(plan, grad_accum_steps, cfg.augment.group_size)
         batches = context.loader.batches(plan, augment)
         while step < (epoch + 1) * steps_per_epoch:
             optim.set_lr(optimizer, lr_schedule.lr(step), lr_schedule.momentum(step))
             nan_guard.start_step(step + 1, lr_schedule.lr(step))
-            passes = _undamaged(batches, distributed.local_passes(grad_accum_steps), context)
-            micro_batches.start_step(passes, derive_seed(seed, step, 4, distributed.rank()))
+            step_batches = _undamaged(batches, distributed.local_batches(grad_accum_steps), context)
+            micro_batches.start_step(step_batches, derive_seed(seed, step, 4, distributed.rank()))
             images_seen += length.effective_batch_size
             profiler.lap("data loading")
             while micro_batches.pending:

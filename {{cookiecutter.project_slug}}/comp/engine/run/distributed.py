@@ -3,8 +3,8 @@ several.
 
 The number of processes belongs to the machine, not to the run: a step is batch_size x grad_accum_steps
 samples on however many processes, drawn and augmented as in one, so gradients are equal up to rounding.
-Forward passes are distributed whole where their number divides by the processes; otherwise each pass is
-split.
+Whole batches are distributed where grad_accum_steps divides by the number of processes; otherwise each
+batch is split.
 
 Rank 0 runs the command: it alone locks, logs, prints and writes. The other ranks take part in its collective
 work (comp/engine/run/torchrun.py), and what they write goes into a temporary folder. With one process, every
@@ -192,15 +192,15 @@ def call_on_epoch(on_epoch: Callable[[dict[str, Any]], None] | None, report: dic
 # --- sharing the work of a step ----------------------------------------------------------------------
 
 
-def local_passes(grad_accum_steps: int) -> int:
-    """Forward passes per step on this rank, whole or split."""
+def local_batches(grad_accum_steps: int) -> int:
+    """Batches per step on this rank, whole or split."""
     if grad_accum_steps % world_size() == 0:
         return grad_accum_steps // world_size()
     return grad_accum_steps
 
 
 def shard(plan: Batches, grad_accum_steps: int, group_size: int = 1) -> Iterator[list[Index]]:
-    """This rank's part of an epoch's forward passes. `group_size` neighbouring samples stay together."""
+    """This rank's part of an epoch's batches. `group_size` neighbouring samples stay together."""
     n = world_size()
     for number, batch in enumerate(plan):
         if grad_accum_steps % n == 0:
@@ -239,25 +239,25 @@ def validate(cfg: Config, batch_size: int, grad_accum_steps: int, module: nn.Mod
     n, group_size = world_size(), cfg.augment.group_size
     if n == 1:
         return
-    whole_passes = grad_accum_steps % n == 0
-    if not whole_passes and batch_size < n * group_size:
+    whole_batches = grad_accum_steps % n == 0
+    if not whole_batches and batch_size < n * group_size:
         at_least = f", at least {group_size} each" if group_size > 1 else ""
         raise CollectiveError(
             "batch-too-small",
             key="train.batch_size",
-            what=f"{batch_size} images per forward pass cannot be split among {n} processes{at_least}",
+            what=f"a batch of {batch_size} images cannot be split among {n} processes{at_least}",
             remedy=f"set it to {n * group_size} or more, or train.grad_accum_steps={n}",
         )
-    local = batch_size if whole_passes else batch_size // n
+    local = batch_size if whole_batches else batch_size // n
     differences = []
-    if cfg.loss.ohem < 1 and not whole_passes:
+    if cfg.loss.ohem < 1 and not whole_batches:
         differences.append(f"loss.ohem selects among {local} images, not {batch_size}")
     if layer := active_batch_norm(module):
         differences.append(
             f"batch norm ({layer}) normalizes over {local} images, and keeps the statistics of rank 0"
         )
     if differences and is_main():
-        advice = "" if whole_passes else f"; train.grad_accum_steps={n} would distribute whole passes"
+        advice = "" if whole_batches else f"; train.grad_accum_steps={n} would distribute whole batches"
         print(f"{n} processes differ from one: {'; '.join(differences)}{advice}", file=sys.stderr)
 
 

@@ -1,8 +1,9 @@
-"""The forward passes of a step in micro-batches as large as memory allows.
+"""A step computed in micro-batches as large as memory allows.
 
-Out of memory, the micro-batch is halved and the step computed again, with the same images and the same
-augmentation. The batch size of the optimizer step does not change. Two things do: dropout masks, and batch
-norm, which normalizes over a micro-batch; its running statistics are restored before the step is repeated.
+A step has grad_accum_steps batches. A micro-batch is a batch, or a part of one once memory ran out: then its
+size is halved and the step computed again, with the same images and the same augmentation. The batch size of
+the optimizer step does not change. Two things do: dropout masks, and batch norm, which normalizes over a
+micro-batch; its running statistics are restored before the step is repeated.
 """
 
 from __future__ import annotations

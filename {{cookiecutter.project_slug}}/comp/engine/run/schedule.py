@@ -22,14 +22,14 @@ THRESHOLD = 1e-4  # plateau: a loss is better when it is lower by this share, as
 class TrainLength(NamedTuple):
     """How long a fold trains, independent of the number of processes."""
 
-    batch_size: int  # images per forward pass
-    grad_accum_steps: int  # forward passes per step
+    batch_size: int  # samples per batch that the loader yields
+    grad_accum_steps: int  # batches per optimizer step
     steps_per_epoch: int
     steps: int
 
     @property
     def effective_batch_size(self) -> int:
-        """Images per step."""
+        """Samples per optimizer step."""
         return self.batch_size * self.grad_accum_steps
 
 
