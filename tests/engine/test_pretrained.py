@@ -17,7 +17,7 @@ from comp import models
 from comp.engine import cli
 from comp.engine.errors import UserError
 from comp.engine.run import pretrained, runner, schedule
-from comp.engine.run.freezing import Stages
+from comp.engine.run.stages import Stages
 from comp.engine.store import artifacts, paths
 from comp.engine.tasks.kinds import Head
 

@@ -158,12 +158,12 @@ def test_checkpointing_a_wrapped_backbone_keeps_gradients(empty: Path, kind: str
 
 
 def test_gem_pooling_works_with_stages_and_pretrained_files(empty: Path) -> None:
-    from comp.engine.run import freezing, pretrained
+    from comp.engine.run import pretrained, stages
 
     module, name, _ = joined("gem")
     given = timm.create_model(name, num_classes=5, in_chans=1).state_dict()
     fits = pretrained.matching_tensors(module, given, "x")
     missing = set(module.state_dict()) - set(fits)
     assert missing == {"backbone.p", "last.weight", "last.bias"}
-    names = freezing.trained_parameters(module, "last 1 block", name)
+    names = stages.trained_parameters(module, "last 1 block", name)
     assert {"last.weight", "backbone.p"} < names < {key for key, _ in module.named_parameters()}

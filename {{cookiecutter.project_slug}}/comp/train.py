@@ -39,10 +39,10 @@ from comp.engine.run.averaging import WeightSets, bn_updater
 from comp.engine.run.context import Context
 from comp.engine.run.device import AMP_DTYPES, to_device
 from comp.engine.run.forward import forward_rows, raise_damaged
-from comp.engine.run.freezing import Stages
 from comp.engine.run.microbatch import MicroBatches
 from comp.engine.run.nan_guard import NanGuard, nan_error
 from comp.engine.run.profiler import Profiler
+from comp.engine.run.stages import Stages
 
 LOG_INTERVAL = 10  # seconds between two printed lines where there is no progress bar: nohup, a notebook's log
 

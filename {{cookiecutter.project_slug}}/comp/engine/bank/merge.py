@@ -97,7 +97,7 @@ def _fold_folders(experiment: str, parts: list[Part]) -> list[Path]:
 
 
 def optimism(experiment: str, name: str, parts: list[Part]) -> dict[str, float | None]:
-    """How much too good a score is because the epoch was chosen on the scored rows: the mean over the
+    """How much too good a score is because the epoch was chosen on the validation rows: the mean over the
     folds."""
     files = [folder / "optimism.json" for folder in _fold_folders(experiment, parts)]
     key = name if name == "greedy" else ""

@@ -407,12 +407,12 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def _optimism(record: Mapping[str, Any]) -> str:
-    """By how much choosing the epoch on the scored rows biased the score, where it was chosen so."""
+    """By how much choosing the epoch on the validation rows biased the score, where it was chosen so."""
     optimism = record.get("optimism")
     if optimism is None:
         return ""
     corrected = record["oof"] - (optimism if record["direction"] == "max" else -optimism)
-    return f", optimism {optimism:+.4f} from choosing the epoch on the scored rows, corrected {corrected:.4f}"
+    return f", optimism {optimism:+.4f} from choosing the epoch on the validation rows, corrected {corrected:.4f}"
 
 
 def mean_std(record: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ class YamlError(Exception):
 
 
 MAX_DEPTH = 30  # levels of nesting; PyYAML recurses, and Python's stack ends at about 300
-MAX_VALUES = (
-    100_000  # values of a file after expanding aliases: nine lines of aliases can expand to a billion
-)
+# Values of a file after expanding aliases, against the "billion laughs" attack: nine lines of aliases of
+# aliases expand to a billion values.
+MAX_VALUES = 100_000
 MAX_DIGITS = 100  # of an integer; Python converts up to 4,300
 
 
@@ -46,18 +46,21 @@ class _Writer(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-_PLAIN = [
+# (tag, pattern of the whole scalar, its possible first characters). Anything else is text.
+SCALAR_PATTERNS = [
     ("tag:yaml.org,2002:bool", r"true|false", "tf"),
     ("tag:yaml.org,2002:null", r"null|~|", ["n", "~", ""]),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     (
         "tag:yaml.org,2002:float",
+        # 1.5, .5, 1. and 1e-3, but no leading zero (010). Every part is optional, so three lookbehinds at the end
+        # exclude what has no digit: an empty text or a sign alone, `+.`, and `.`
         r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]+|\.)?(?:[eE][-+]?[0-9]+)?(?<=[0-9.])(?<![-+]\.)(?<!^\.)",
         "-+.0123456789",
     ),
     ("tag:yaml.org,2002:float", r"[-+]?\.inf|\.nan", "-+."),
 ]
-for _tag, _pattern, _first in _PLAIN:
+for _tag, _pattern, _first in SCALAR_PATTERNS:
     for _class in (_Reader, _Writer):
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
 

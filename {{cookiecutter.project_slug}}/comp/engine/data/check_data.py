@@ -18,8 +18,9 @@ class DataReport(NamedTuple):
     sample_fits: bool  # the sample submission has the rows and columns that are predicted
 
 
-def check(cfg: Config, exact: bool) -> DataReport:
-    """`exact`: decode images at the size and by the resize of `cfg`; otherwise small, which is faster.
+def check(cfg: Config, as_trained: bool) -> DataReport:
+    """`as_trained`: decode images at data.size and by data.resize, as training does; otherwise small, which is
+    faster.
 
     Raises what prevents the tables from being read at all.
     """
@@ -32,6 +33,6 @@ def check(cfg: Config, exact: bool) -> DataReport:
     notes += exact_duplicates.notes_on_shared_images(cfg, Samples(frame, heads, ""))
     notes += prepare.check_written(prepared)
     of_sample, sample_notes = sample_submission.check(competition, frame, heads, prepared.where)
-    of_images, image_notes = image_check.check(cfg, prepared, exact)
+    of_images, image_notes = image_check.check(cfg, prepared, as_trained)
     faults = [*prepared.faults, *of_sample, *of_images]
     return DataReport(prepared, faults, [*notes, *sample_notes, *image_notes], not of_sample)

@@ -41,35 +41,36 @@ class CheckedImage(NamedTuple):
     fault: str  # empty if it decodes; starts with decode.WARNED for a JPEG that libjpeg warns about
 
 
-def check(cfg: Config, prepared: Prepared, exact: bool) -> tuple[list[UserError], list[str]]:
-    """Returns faults and notes. `exact`: decode at the size and by the resize of `cfg`."""
+def check(cfg: Config, prepared: Prepared, as_trained: bool) -> tuple[list[UserError], list[str]]:
+    """Returns faults and notes. `as_trained`: decode at data.size and by data.resize, as training does."""
     reader = image_reader.from_config(cfg)
-    if not exact:
+    if not as_trained:
         reader = replace(reader, size=DECODED_SIZE, resize="stretch")
     raw = paths.path(cfg.competition.raw)
-    rows = {  # image -> the first row that lists it
-        name: position
-        for position in range(len(prepared.frame) - 1, -1, -1)
-        for name in prepared.frame["images"].iloc[position]
+    first_row: dict[str, int] = {}  # image key -> the first row that lists it
+    for row, names in enumerate(prepared.frame["images"]):
+        for name in names:
+            first_row.setdefault(name, row)
+    listed_files = {file for name in first_row for file in image_key.files(name)}
+    existing_files = set(_files_in_folders(raw, listed_files))
+    is_folder = {
+        folder: (raw / folder).is_dir() for folder in {os.path.dirname(file) for file in listed_files}
     }
-    listed = {file for name in rows for file in image_key.files(name)}
-    files = set(_files_in_folders(raw, listed))
-    folders = {folder: (raw / folder).is_dir() for folder in {os.path.dirname(file) for file in listed}}
-    files |= {  # in an archive
-        file for file in listed if not folders[os.path.dirname(file)] and reader.stamp(file)[0] >= 0
+    existing_files |= {  # members of an archive
+        file for file in listed_files if not is_folder[os.path.dirname(file)] and reader.stamp(file)[0] >= 0
     }
-    on_disk = {name for name in rows if files.issuperset(image_key.files(name))}
-    faults = _missing_images(prepared, rows, on_disk, files, raw)
-    checked = _check_all(reader, [name for name in rows if name in on_disk])
+    existing = {name for name in first_row if existing_files.issuperset(image_key.files(name))}
+    faults = _missing_images(prepared, first_row, existing, existing_files, raw)
+    checked = _check_all(reader, [name for name in first_row if name in existing])
     lenient = reader.pixel_format.lenient
     warned = [image for image in checked if image.fault.startswith(decode.WARNED)]
     damaged = [image for image in checked if image.fault and not (lenient and image in warned)]
     faults += [
-        UserError("image-damaged", where=prepared.where(rows[image.name]), what=_described(image))
+        UserError("image-damaged", where=prepared.where(first_row[image.name]), what=_described(image))
         for image in damaged
     ]
-    notes = [f"{len(rows)} images listed, {len(checked)} found, {len(damaged)} damaged"]
-    notes += _unlisted(prepared, sorted(files - listed))
+    notes = [f"{len(first_row)} images listed, {len(checked)} found, {len(damaged)} damaged"]
+    notes += _unlisted(prepared, sorted(existing_files - listed_files))
     sides = [image.side for image in checked if image.side]
     if sides and np.median(sides) < SMALL and cfg.model.stem != "small":
         side = int(np.median(sides))
@@ -77,7 +78,7 @@ def check(cfg: Config, prepared: Prepared, exact: bool) -> tuple[list[UserError]
             f"hint: half of the images are {side} px or smaller, and stems of ImageNet models divide the "
             f"size by 4; use model.stem=small with data.size={side}, or a data.size above that of the images"
         )
-    notes += _libjpeg_warnings(warned, prepared, rows, lenient)
+    notes += _libjpeg_warnings(warned, prepared, first_row, lenient)
     return faults, notes
 
 
@@ -86,16 +87,16 @@ def _described(image: CheckedImage) -> str:
 
 
 def _missing_images(
-    prepared: Prepared, rows: dict[str, int], on_disk: set[str], files: set[str], raw: Path
+    prepared: Prepared, first_row: dict[str, int], existing: set[str], existing_files: set[str], raw: Path
 ) -> list[UserError]:
     """One fault per missing image, or one for the template of a table if none of its images exists."""
     faults = []
     for source in prepared.frame["source"].unique():
         names = [n for images in prepared.frame["images"][prepared.frame["source"] == source] for n in images]
-        missing = [name for name in names if name not in on_disk]
+        missing = [name for name in names if name not in existing]
         if missing and len(missing) == len(names):
-            candidates = sorted(files) or sorted(str(p.relative_to(raw)) for p in raw.iterdir())
-            example = next(file for file in image_key.files(missing[0]) if file not in files)
+            candidates = sorted(existing_files) or sorted(str(p.relative_to(raw)) for p in raw.iterdir())
+            example = next(file for file in image_key.files(missing[0]) if file not in existing_files)
             faults.append(
                 declaration.error(
                     "images-missing",
@@ -108,7 +109,7 @@ def _missing_images(
         faults += [
             UserError(
                 "image-missing",
-                where=prepared.where(rows[name]),
+                where=prepared.where(first_row[name]),
                 what=f"image {image_key.shown(name)}: no such file",
             )
             for name in dict.fromkeys(missing)
@@ -117,7 +118,7 @@ def _missing_images(
 
 
 def _libjpeg_warnings(
-    warned: Sequence[CheckedImage], prepared: Prepared, rows: dict[str, int], lenient: bool
+    warned: Sequence[CheckedImage], prepared: Prepared, first_row: dict[str, int], lenient: bool
 ) -> list[str]:
     """Notes on JPEGs that decode with a warning. Whether they are complete must be checked by eye."""
     if not warned:
@@ -131,7 +132,7 @@ def _libjpeg_warnings(
     return [
         f"note: {len(warned)} JPEGs that libjpeg warns about are used as far as they decode (pixels.lenient "
         f"in {declaration.FILE})",
-        *(f"note: {prepared.where(rows[image.name])}: {_described(image)}" for image in warned),
+        *(f"note: {prepared.where(first_row[image.name])}: {_described(image)}" for image in warned),
     ]
 
 

@@ -27,15 +27,15 @@ from comp.engine.store import artifacts, paths
 
 SCHEMA = pa.schema({"name": pa.string(), "bytes": pa.int64(), "mtime": pa.int64(), "hash": pa.string()})
 Stamps = NDArray[np.int64]  # (files, 2): size and mtime
-Hashes = Literal["none", "cached", "all"]
+HashLevel = Literal["none", "cached", "all"]  # of which files: those that an image cache has read, or all
 
 
 class Comparison(NamedTuple):
     files: int
     changed: list[str]
     missing: list[str]
-    touched: int  # new mtime, same bytes
-    sized: int  # new mtime, same size, and no hash to compare
+    mtime_only: int  # new mtime, same bytes
+    size_only: int  # new mtime, same size, and no hash to compare
 
 
 def record(cfg: Config) -> str:
@@ -45,31 +45,31 @@ def record(cfg: Config) -> str:
 
 def compare(cfg: Config, digest: str) -> Comparison:
     """Compares the files of a record with the files as they are now."""
-    old = _read(cfg, digest)
-    names, hashed = old["name"].to_pylist(), old["hash"].to_numpy(zero_copy_only=False)
-    then = np.stack([cache.column(old, name) for name in ("bytes", "mtime")], 1)
+    record = _read(cfg, digest)
+    names, old_hashes = record["name"].to_pylist(), record["hash"].to_numpy(zero_copy_only=False)
+    old_stamps = np.stack([cache.column(record, name) for name in ("bytes", "mtime")], 1)
     reader = image_reader.from_config(cfg)
-    now = reader.stamps(names)
-    missing = (now[:, 0] < 0) & (then[:, 0] >= 0)
-    changed = (now[:, 0] != then[:, 0]) & ~missing
-    moved = (now[:, 1] != then[:, 1]) & ~missing & ~changed
-    read = np.flatnonzero(moved & (hashed != ""))
-    if len(read):
+    new_stamps = reader.stamps(names)
+    missing = (new_stamps[:, 0] < 0) & (old_stamps[:, 0] >= 0)
+    changed = (new_stamps[:, 0] != old_stamps[:, 0]) & ~missing
+    new_mtime = (new_stamps[:, 1] != old_stamps[:, 1]) & ~missing & ~changed
+    to_read = np.flatnonzero(new_mtime & (old_hashes != ""))
+    if len(to_read):
         images = _files(cfg)
-        files = {names[at]: images.get(names[at], [names[at]]) for at in read}
-        again = np.array(_hashes(reader, files, now[read], "all"), object)
-        changed[read[again != hashed[read]]] = True
-        same = read[again == hashed[read]]
-        then[same] = now[same]
-        if len(same):  # the next comparison does not read them
-            _write(pa.table([old["name"], *map(pa.array, then.T), old["hash"]], schema=SCHEMA))
-    touched = moved & ~changed
+        files = {names[at]: images.get(names[at], [names[at]]) for at in to_read}
+        new_hashes = np.array(_hashes(reader, files, new_stamps[to_read], "all"), object)
+        changed[to_read[new_hashes != old_hashes[to_read]]] = True
+        same_bytes = to_read[new_hashes == old_hashes[to_read]]
+        old_stamps[same_bytes] = new_stamps[same_bytes]
+        if len(same_bytes):  # the next comparison does not read them
+            _write(pa.table([record["name"], *map(pa.array, old_stamps.T), record["hash"]], schema=SCHEMA))
+    unchanged = new_mtime & ~changed
     return Comparison(
         len(names),
         [names[at] for at in np.flatnonzero(changed)],
         [names[at] for at in np.flatnonzero(missing)],
-        int((touched & (hashed != "")).sum()),
-        int((touched & (hashed == "")).sum()),
+        int((unchanged & (old_hashes != "")).sum()),
+        int((unchanged & (old_hashes == "")).sum()),
     )
 
 
@@ -106,8 +106,9 @@ def _read(cfg: Config, digest: str) -> pa.Table:
         what = "missing"
     except (pa.ArrowException, OSError):
         what = "damaged"
-    ways: tuple[Hashes, ...] = ("none", "cached", "all")
-    for table in (_table(cfg, hashes) for hashes in ways):
+    # Which hashes the record had is not known any more, so all levels are tried, the cheapest first.
+    hash_levels: tuple[HashLevel, ...] = ("none", "cached", "all")
+    for table in (_table(cfg, level) for level in hash_levels):
         if _digest(table) == digest:
             _write(table)
             return table
@@ -118,10 +119,10 @@ def _read(cfg: Config, digest: str) -> pa.Table:
     )
 
 
-def _table(cfg: Config, hashes: Hashes) -> pa.Table:
+def _table(cfg: Config, level: HashLevel) -> pa.Table:
     reader, files = image_reader.from_config(cfg), _files(cfg)
     stamps = reader.stamps(list(files))
-    hashed = _hashes(reader, files, stamps, hashes)
+    hashed = _hashes(reader, files, stamps, level)
     return pa.table([list(files), stamps[:, 0], stamps[:, 1], hashed], schema=SCHEMA)
 
 
@@ -136,7 +137,8 @@ def _files(cfg: Config) -> dict[str, list[str]]:
     for joined, key in sorted(keys.items()):
         parts = image_key.files(joined)
         for folder in {os.path.dirname(part) for part in parts} - archives.keys():
-            inside = containers.split(Path(reader.folder, folder, "x"))
+            # containers.split looks at the parents of a path, so it gets the path of some member
+            inside = containers.split(Path(reader.folder, folder, "member"))
             archives[folder] = os.path.relpath(inside[0], reader.folder) if inside else ""
         places = [archives[os.path.dirname(part)] or part for part in parts]
         for place in dict.fromkeys(places) if places != parts else [joined]:
@@ -145,10 +147,10 @@ def _files(cfg: Config) -> dict[str, list[str]]:
 
 
 def _hashes(
-    reader: image_reader.ImageReader, files: dict[str, list[str]], stamps: Stamps, hashes: Hashes
+    reader: image_reader.ImageReader, files: dict[str, list[str]], stamps: Stamps, level: HashLevel
 ) -> list[str]:
     """The hash of each file; of an archive a hash of those of its members."""
-    if hashes == "none":
+    if level == "none":
         return [""] * len(files)
     names = list(files)
     single = np.array(
@@ -157,22 +159,22 @@ def _hashes(
     hashed = [""] * len(names)
     for at, file_hash in zip(
         single,
-        _file_hashes(reader, [files[names[at]][0] for at in single], stamps[single], hashes),
+        _file_hashes(reader, [files[names[at]][0] for at in single], stamps[single], level),
         strict=True,
     ):
         hashed[at] = file_hash
     for at in np.setdiff1d(np.arange(len(names)), single):
         members = files[names[at]]
-        inside = _file_hashes(reader, members, reader.stamps(members), hashes)
+        inside = _file_hashes(reader, members, reader.stamps(members), level)
         hashed[at] = artifacts.digest([*zip(members, inside, strict=True)]) if all(inside) else ""
     return hashed
 
 
 def _file_hashes(
-    reader: image_reader.ImageReader, names: list[str], stamps: Stamps, hashes: Hashes
+    reader: image_reader.ImageReader, names: list[str], stamps: Stamps, level: HashLevel
 ) -> list[str]:
     known = cache.known_hashes(reader.raw, pa.array(names, pa.string()), stamps)
-    if hashes == "all":
+    if level == "all":
         new = np.flatnonzero(known == "")
         unread: dict[str, str] = {}
         known[new] = exact_duplicates.map_files(

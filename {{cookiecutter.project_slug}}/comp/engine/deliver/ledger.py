@@ -86,7 +86,8 @@ def intend(kind: str, **fields: Any) -> Entry:
 
 
 def entries(kinds: Sequence[str], competition: str) -> list[Entry]:
-    """Intents with their outcome (`number` is None if it is not known yet), oldest first."""
+    """Intents with their outcome, oldest first. `number`: the ref of a submission, the version of a dataset or
+    notebook; None if Kaggle has not confirmed it."""
     found: dict[str, Entry] = {}
     status: dict[int, Entry] = {}
     for line in lines():
@@ -112,16 +113,16 @@ def submissions(competition: str) -> list[Entry]:
     return [found[ref] for ref in sorted(found)]
 
 
-def unsettled(kinds: Sequence[str], competition: str) -> list[Entry]:
+def pending_intents(kinds: Sequence[str], competition: str) -> list[Entry]:
     """Intents of which it is not known whether they were sent."""
     return [entry for entry in entries(kinds, competition) if entry["number"] is None]
 
 
-def settle(listed: Sequence[Entry], competition: str) -> None:
+def update(listed: Sequence[Entry], competition: str) -> None:
     """Append what Kaggle's list of submissions adds: refs of intents, found by their token, and every change
     of a status."""
     known = {entry["number"] for entry in entries(("file", "kernel"), competition)}
-    for intent in unsettled(("file", "kernel"), competition):
+    for intent in pending_intents(("file", "kernel"), competition):
         match = [
             entry
             for entry in listed

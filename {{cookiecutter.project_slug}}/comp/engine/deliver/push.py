@@ -79,34 +79,34 @@ def push(name: str, message: str | None, *, wait: bool = True, anyway: str | Non
 def upload_dataset(cfg: Config, slug: str, folder: Path, bundle: str) -> int:
     """The version of the dataset that holds this bundle; uploaded if there is none."""
     competition = cfg.competition.slug
-    there = kaggle_datasets.dataset(slug)
-    for intent in ledger.unsettled(("dataset",), competition):
-        if there and intent["slug"] == slug:  # a process died after sending and before writing `sent`
-            notes = there["notes"] | {1: f"{there['notes'].get(1, '')} {there['description']}"}
+    on_kaggle = kaggle_datasets.dataset(slug)
+    for intent in ledger.pending_intents(("dataset",), competition):
+        if on_kaggle and intent["slug"] == slug:  # a process died after sending and before writing `sent`
+            notes = on_kaggle["notes"] | {1: f"{on_kaggle['notes'].get(1, '')} {on_kaggle['description']}"}
             match = [version for version, note in notes.items() if intent["token"] in note]
             if match:
                 # The description is that of the newest version, so a token in it may be found at version 1
                 # too.
                 ledger.add("sent", token=intent["token"], number=max(match))
-    known = _usable("dataset", competition, slug, bundle)
-    if known and there and known[-1]["number"] == there["version"]:
-        number = int(known[-1]["number"])
+    usable = _usable("dataset", competition, slug, bundle)
+    if usable and on_kaggle and usable[-1]["number"] == on_kaggle["version"]:
+        version = int(usable[-1]["number"])
     else:
         intent = ledger.intend("dataset", competition=competition, slug=slug, file=bundle)
         note = f"{bundle} {intent['token']}"
         title = slug.partition("/")[2]
         kaggle_datasets.send_dataset(
-            slug, folder / "bundle", title, note, there is None, cfg.machine.progress
+            slug, folder / "bundle", title, note, on_kaggle is None, cfg.machine.progress
         )
-        number = int(kaggle_datasets.dataset(slug)["version"]) if there else 1  # type: ignore[index]
-        ledger.add("sent", token=intent["token"], number=number)
-    _wait(cfg, f"dataset {slug} version {number}", lambda: _dataset_state(slug, number))
-    print(f"dataset: {slug} version {number}", flush=True)
-    return number
+        version = int(kaggle_datasets.dataset(slug)["version"]) if on_kaggle else 1  # type: ignore[index]
+        ledger.add("sent", token=intent["token"], number=version)
+    _wait(cfg, f"dataset {slug} version {version}", lambda: _dataset_state(slug, version))
+    print(f"dataset: {slug} version {version}", flush=True)
+    return version
 
 
 def _dataset_state(slug: str, version: int) -> str:
-    """ "" when it is ready."""
+    """The status that Kaggle is still processing the dataset in; empty once it is ready."""
     status = kaggle_datasets.dataset_status(slug)
     if status in ("failed", "deleted"):
         ledger.add("failed", kind="dataset", slug=slug, number=version, reason=status)
@@ -123,13 +123,13 @@ def push_notebook(cfg: Config, slug: str, folder: Path, notebook: str) -> int:
     """The version of the notebook that runs this bundle. Every push starts a run, so the same one is pushed
     once."""
     competition = cfg.competition.slug
-    for intent in ledger.unsettled(("notebook",), competition):
-        there = kaggle_datasets.kernel(slug) if intent["slug"] == slug else None
-        if there and intent["token"] in there[1]:
-            ledger.add("sent", token=intent["token"], number=there[0])
-    known = _usable("notebook", competition, slug, notebook)
-    if known:
-        return int(known[-1]["number"])
+    for intent in ledger.pending_intents(("notebook",), competition):
+        on_kaggle = kaggle_datasets.kernel(slug) if intent["slug"] == slug else None  # (version, source)
+        if on_kaggle and intent["token"] in on_kaggle[1]:
+            ledger.add("sent", token=intent["token"], number=on_kaggle[0])
+    usable = _usable("notebook", competition, slug, notebook)
+    if usable:
+        return int(usable[-1]["number"])
     intent = ledger.intend("notebook", competition=competition, slug=slug, file=notebook)
     temporary = folder / ".pushing"
     if temporary.exists():
@@ -147,7 +147,7 @@ def push_notebook(cfg: Config, slug: str, folder: Path, notebook: str) -> int:
 
 
 def _usable(kind: str, competition: str, slug: str, sha256: str) -> list[ledger.Entry]:
-    """Versions on Kaggle with this content that did not fail."""
+    """Versions on Kaggle with this content that did not fail; `number` is the version."""
     failed = [line for line in ledger.lines() if line["event"] == "failed"]
     keys = ("kind", "slug", "number")
     return [
@@ -192,7 +192,7 @@ def _tail(log: str) -> list[str]:
 
 
 def _wait(cfg: Config, doing: str, state: Callable[[], Any]) -> None:
-    """Until `state` returns ""."""
+    """Wait until `state` returns an empty status."""
     waited = 0.0
     with tqdm(
         desc=doing, unit=" requests", leave=False, disable=None if cfg.machine.progress else True

@@ -180,7 +180,7 @@ def send_once(cfg: Config, intent: dict[str, Any], send: Callable[[], int]) -> i
 def sync(cfg: Config) -> list[dict[str, Any]]:
     """Update the ledger from Kaggle's list and return its submissions; new scores go to W&B."""
     slug = cfg.competition.slug
-    ledger.settle(kaggle.submissions(slug), slug)
+    ledger.update(kaggle.submissions(slug), slug)
     entries = ledger.submissions(slug)
     for entry in entries:
         if entry["kind"] != "foreign" and entry["status"] in ("COMPLETE", "ERROR"):

@@ -122,7 +122,7 @@ def summary_lines(name: str, record: dict[str, Any]) -> list[str]:
     if "selected_on_fold" in record["marks"]:
         marked = [m["address"] for m in record["members"] if "selected_on_fold" in m["marks"]]
         lines.append(
-            f"selected_on_fold: {', '.join(marked) or 'a member'} chose the epoch on the scored rows; "
+            f"selected_on_fold: {', '.join(marked) or 'a member'} chose the epoch on the validation rows; "
             "these scores are too good"
         )
     return lines

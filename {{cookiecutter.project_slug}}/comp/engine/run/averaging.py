@@ -28,7 +28,7 @@ from comp.engine.store import artifacts
 
 if TYPE_CHECKING:
     from comp.engine.run.context import Context
-    from comp.engine.run.freezing import Stages
+    from comp.engine.run.stages import Stages
 
 State = dict[str, Any]
 Scorer = Callable[[nn.Module], Scores]
@@ -90,7 +90,7 @@ class WeightSets:
         self.snapshot_steps = list(snapshot_steps)  # steps done at the end of each cycle
         self.scores: list[Scores] = []  # per epoch, with select.name=best
         self.soup = list[int]()  # files that the greedy soup averages
-        self.optimism: dict[str, float | None] = {}  # of weights selected on the scored rows, per member
+        self.optimism: dict[str, float | None] = {}  # of weights selected on the validation rows, per member
 
     @property
     def eval_model(self) -> nn.Module:

@@ -220,7 +220,10 @@ def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read:
     if now.missing:
         missing = f"{len(now.missing)} image files are missing, like {now.missing[0]}"
         print(f"note: runs/{name}: {missing}; they are not compared")
-    for count, what in ((now.touched, "bytes"), (now.sized, "size, and no image cache has hashed them")):
+    for count, what in (
+        (now.mtime_only, "bytes"),
+        (now.size_only, "size, and no image cache has hashed them"),
+    ):
         if count:
             touched = f"{count} image files have another mtime and the same {what}"
             print(f"note: runs/{name}: {touched}; it is resumed")

@@ -178,8 +178,8 @@ class _Unscored(Folds):
         super().__init__(folds.frame, folds.meta, folds.samples)
 
     def split(self, fold: int | str) -> tuple[Positions, Positions]:
-        train_rows, scored_rows = super().split(fold)
-        return train_rows, scored_rows[:0]
+        train_rows, valid_rows = super().split(fold)
+        return train_rows, valid_rows[:0]
 
 
 def _train_length(context: Context) -> schedule.TrainLength:

@@ -1,5 +1,5 @@
-"""Selecting weights by a score: on training rows held out for it (select.on: inner), or on the scored rows of
-the CV themselves, with an estimate of the optimism of that.
+"""Selecting weights by a score: on training rows held out for it (select.on: inner), or on the validation
+rows of the fold themselves, with an estimate of the optimism of that.
 
 The best of many on some rows has too good a score on those rows. By how much is estimated as for any
 selection: select on all rows but a fifth, score on that fifth, and compare with the selection that used all
@@ -35,9 +35,9 @@ Scores = NDArray[np.float64]
 
 
 def fold_rows(context: Context, fold: int | str) -> tuple[Positions, Positions, Positions]:
-    """(training rows, scored rows, rows that weights are selected on: empty without selection)"""
+    """(training rows, validation rows, rows that weights are selected on: empty without selection)"""
     cfg, folds = context.cfg, context.folds
-    train_rows, scored_rows = folds.split(fold)
+    train_rows, valid_rows = folds.split(fold)
     select_rows = train_rows[:0]
     if run_members.selects_by_score(cfg):
         if cfg.select.on == "inner":
@@ -47,18 +47,18 @@ def fold_rows(context: Context, fold: int | str) -> tuple[Positions, Positions, 
                 "select-without-rows",
                 where="--fold full",
                 key="select.on",
-                what="the refit has no scored rows to select on",
+                what="the refit has no validation rows to select on",
                 remedy="select.on=inner, or select.name=last and no greedy soup",
             )
         else:
-            select_rows = scored_rows
+            select_rows = valid_rows
     train_rows = limit_rows(train_rows, context.samples, cfg.train.max_samples)
     train_rows = drop_unknown_class(cfg, context.samples, train_rows)
     if len(train_rows) == 0:
         raise UserError("rows-missing", where=f"fold {fold}", what="no rows to train on")
     return (
         train_rows,
-        drop_unknown_class(cfg, context.samples, scored_rows[: cfg.train.max_samples]),
+        drop_unknown_class(cfg, context.samples, valid_rows[: cfg.train.max_samples]),
         drop_unknown_class(cfg, context.samples, select_rows[: cfg.train.max_samples]),
     )
 
@@ -93,7 +93,7 @@ def build_scorer(
 
 
 class Scorer:
-    """The competition's metric on the selection rows, and on parts of them where these are the scored
+    """The competition's metric on the selection rows, and on parts of them where these are the validation
     rows."""
 
     def __init__(self, cfg: Config, samples: Samples, folds: Folds, rows: Positions):

@@ -3,7 +3,7 @@ of several, fold by fold.
 
 The model of fold k was not trained on the rows that fold k scores, so its predictions may be targets in fold
 k, and in no other fold. A teacher therefore needs a model of its own for each fold, and none that was fitted
-or selected on scored rows.
+or selected on validation rows.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _teacher(address: str, weight: float, folds: Folds, key: str) -> Teacher:
             "teacher-leaks",
             key=key,
             what=f"{run}{':' if selected[0] else ''}{selected[0]} is selected_on_fold: "
-            "each model was selected on the scored rows of its fold",
+            "each model was selected on the validation rows of its fold",
             remedy="train it with select.on: inner",
         )
     return Teacher(address, run, cfg, seed, members, weight)

@@ -19,8 +19,8 @@ LAST_BLOCKS = re.compile(r"last (\d+) blocks?")
 
 
 class Stages:
-    """Which parameters train in which epoch, by train.stages; one stage with all of them where there are
-    none."""
+    """Which parameters train in which epoch, by train.stages. Without train.stages: one stage that trains all
+    parameters."""
 
     def __init__(self, cfg: Config, module: nn.Module):
         self.cfg, self.module = cfg, module
@@ -48,8 +48,9 @@ class Stages:
         return next((i for i, end in enumerate(ends) if epoch < end), len(self.trained) - 1)
 
     def set_trainable(self, epoch: int, module: nn.Module | None = None) -> None:
-        """Training mode for the parameters of this epoch's stage, evaluation mode and no gradients for the
-        others. `module`: a copy to apply it to instead, whose batch norm statistics are recomputed."""
+        """Set requires_grad for the parameters of this epoch's stage only, and eval mode for layers without any of
+        them. `module`: apply it to this copy of the model instead, before its batch norm statistics are
+        recomputed (default: the model itself)."""
         trained, module = self.trained[self.stage_at(epoch)], module or self.module
         module.train()
         for name, parameter in module.named_parameters():
@@ -78,7 +79,7 @@ def trained_parameters(module: nn.Module, train: str, model: str) -> set[str]:
             "stage-blocks",
             key="train.stages",
             what=f"train: {train}: {model} has {len(blocks)} blocks",
-            remedy="write everything",
+            remedy="set train: everything",
         )
     return head.union(*blocks[-int(match[1]) :])
 
@@ -94,7 +95,7 @@ def parameter_blocks(module: nn.Module, model: str) -> list[set[str]]:
             "stage-blocks",
             key="train.stages",
             what=f"{model} has no group_matcher to tell its blocks",
-            remedy="write head or everything",
+            remedy="set train: head or train: everything",
         )
     groups = group_parameters(network, matcher(coarse=False))
     return [{prefix + name for name in groups[index]} for index in sorted(groups)]
