@@ -119,6 +119,18 @@ def test_images_are_opened_once(
     assert len(checked(capsys)[0]) == 2 and len(opened) == 1799 + 1797, "a damaged memory is not believed"
 
 
+def test_a_repeated_row_is_an_error_and_no_shared_image(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = project / "data/raw/train.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, lines[1]]) + "\n")
+    capsys.readouterr()
+    (fault,) = check.run(config(experiment="base"))
+    assert fault.code == "id-repeated" and fault.where == f"data/raw/train.csv:{len(lines) + 1}"
+    assert "gather: true" in fault.remedy and "share an image file" not in capsys.readouterr().out
+
+
 def test_a_wrong_template_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = project / "configs/competition.yaml"
     file.write_text(file.read_text().replace("train/{id}.png", "train/{id}.jpg"))

@@ -241,6 +241,44 @@ def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
     assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is lr"
 
 
+def refused_by(*arguments: str) -> UserError:
+    with pytest.raises(UserError) as refused:
+        cli.run(list(arguments))
+    return refused.value
+
+
+def test_a_misspelt_verb_or_option_gets_its_likely_spelling_only() -> None:
+    assert refused_by("trian", "exp001").remedy == "did you mean train?"
+    for name in ("fit", "score", "--version"):
+        error = refused_by(name)
+        assert (error.code, error.remedy) == ("verb-unknown", "comp --help lists all")
+    error = refused_by("submit", "exp001", "--dryrun")
+    assert (error.where, error.remedy) == ("comp submit --dryrun", "did you mean --dry-run?")
+    error = refused_by("runs", "--what", "x")
+    assert (error.code, error.remedy) == ("argument-unknown", "comp runs --help lists the arguments")
+
+
+def test_the_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for arguments in (["help", "config"], ["config", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.run(arguments)
+        assert not end.value.code
+        helps.append(capsys.readouterr().out)
+    assert helps[0] == helps[1] and "usage: comp config" in helps[0] and "minute" not in helps[0]
+    with pytest.raises(SystemExit):
+        cli.run(["train"])
+    assert capsys.readouterr().err.strip().endswith("required: experiment")
+
+
+def test_options_of_train_are_validated_first(root: Path) -> None:
+    error = refused_by("train", "exp001", "--on", "moon")
+    assert (error.code, error.where) == ("option-invalid", "--on moon")
+    error = refused_by("train", "exp001", "--seed", "3")
+    assert (error.code, error.where, error.key) == ("seed-unknown", "--seed 3", "train.seeds")
+    assert "train.seeds=[0,3]" in error.remedy
+
+
 def test_a_copy_with_a_name_that_is_no_knob_is_a_fault(root: Path) -> None:
     """pydantic itself takes it in silence: after a renaming the change would have no effect."""
     cfg = resolve.load(root, "exp001").config

@@ -25,6 +25,7 @@ from comp.engine import cli, pages
 from comp.engine.bank import bank
 from comp.engine.config import experiments
 from comp.engine.data import cache, image_files, make_folds, prepare, samples
+from comp.engine.errors import UserError
 from comp.engine.run import fingerprint, runner
 from comp.engine.store import artifacts, locks, paths
 
@@ -37,7 +38,7 @@ from comp.engine.store import artifacts, locks, paths
         ("model.name=resnet81", ["resnet81", "resnet18"]),
         ("loss.name=mse", ["mse", "cross_entropy"]),
         ("augment.recipe=hevay", ["hevay", "heavy"]),
-        ("augment.recipe=recipe", ["comp/competition.py defines no recipe"]),
+        ("augment.recipe=recipe", ["comp/competition.py defines no recipe(size); define it there"]),
         ("predict.tta=[hflp]", ["hflp", "hflip"]),
     ],
 )
@@ -341,6 +342,12 @@ def test_a_changed_file_of_the_same_size_is_found_by_its_hash(
     assert cli.main(["predict", "exp001"]) == 2
     said = capsys.readouterr().err
     assert f"1 of its 1797 image files have changed since it was started: train/{victim.name};" in said
+    victim.unlink()
+    with pytest.raises(UserError) as missing:
+        fingerprint.validate_images("exp001", config())
+    (error,) = missing.value.errors
+    assert (error.code, error.where, error.remedy) == ("images-missing", "runs/exp001", "restore them")
+    assert f"1 of its 1797 image files are missing: train/{victim.name}" in error.what
 
 
 def test_scores_of_old_and_new_images_are_not_merged(

@@ -325,9 +325,10 @@ def test_balance_of_multilabel_and_regression_targets(empty: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "given", "words"),
     [
-        ("multiclass", {"loss.gamma": 1}, "loss.gamma: 1.0 has no effect on loss cross_entropy; focal, asymmetric takes it"),
+        ("multiclass", {"loss.gamma": 1}, "loss.gamma: 1.0 has no effect on loss cross_entropy; only focal and asymmetric use it"),
         ("multiclass", {"loss.name": "focul"}, "no 'focul'; the nearest is focal"),
         ("multiclass", {"loss.name": "focal", "loss.alpha": 0.3}, "loss.alpha"),
+        ("regression", {"loss.delta": 0.5, "loss.name": "mse"}, "loss.delta: 0.5 has no effect on loss mse; only huber uses it"),
         ("regression", {"loss.label_smoothing": 0.1}, "loss.label_smoothing: 0.1 has no effect"),
         ("regression", {"loss.class_weights": "balanced"}, "loss.class_weights: balanced has no effect on regression"),
         ("regression", {"loss.name": "bins"}, r"loss.range: bins needs .*\[0, 100\]"),
@@ -335,7 +336,7 @@ def test_balance_of_multilabel_and_regression_targets(empty: Path) -> None:
         ("multiclass", {"loss.class_weights": "balanced", "loss.beta": 0.9}, "loss.beta"),
         ("retrieval", {"loss.name": "triplet"}, "set sampling.m_per_class"),
         ("retrieval", {"loss.name": "triplet", "sampling.m_per_class": 2, "select.name": "best"}, "nothing can be selected"),
-        ("multiclass", {"model.embedding_size": 64}, "model.embedding_size: 64 has no effect on loss cross_entropy; arcface"),
+        ("multiclass", {"model.embedding_size": 64}, "model.embedding_size: 64 has no effect on loss cross_entropy; only arcface, contrastive and triplet use it"),
         ("retrieval", {"loss.name": "focal", "predict.n_neighbors": 3}, "predict.n_neighbors: 3 has no effect"),
         ("multiclass", {"sampling.strength": 0.5}, "sampling.strength: 0.5 has no effect"),
         ("multiclass", {"sampling.balance": "over", "loss.class_weights": "balanced"}, "both compensate for rare classes"),

@@ -276,7 +276,8 @@ ROW_FAULTS: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "id twice": (
         "id,label\na,1\nb,2\na,1\n",
         {},
-        "train.csv:4: the id 'a' occurs again, first in data/raw/train.csv:2",
+        "train.csv:4: the id 'a' occurs again, first in data/raw/train.csv:2; if an id has several "
+        "images set gather: true",
     ),
     "no id": ("id,label\na,1\n,2\n", {}, "train.csv:3: id: has no value for the template train/{id}.png"),
     "no id, image from elsewhere": (

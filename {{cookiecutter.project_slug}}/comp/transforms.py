@@ -173,13 +173,10 @@ def from_config(cfg: Config, size: int | None = None) -> Recipe:
 def by_name(name: str, size: int) -> Recipe:
     make = pages.get("recipe") if name == "recipe" else RECIPES.get(name)
     if make is None:
-        own = "comp/competition.py defines no recipe(size)"
-        raise UserError(
-            "recipe-unknown",
-            key="augment.recipe",
-            what=f"{name!r}: {own if name == 'recipe' else 'no such recipe'}",
-            remedy=f"the nearest is {nearest(name, RECIPES)[0]}",
-        )
+        what, remedy = "no such recipe", f"the nearest is {nearest(name, RECIPES)[0]}"
+        if name == "recipe":
+            what, remedy = "comp/competition.py defines no recipe(size)", "define it there"
+        raise UserError("recipe-unknown", key="augment.recipe", what=f"{name!r}: {what}", remedy=remedy)
     with warnings.catch_warnings():
         # A wrong argument is only a warning for albumentations, and the transform would run with its
         # defaults.

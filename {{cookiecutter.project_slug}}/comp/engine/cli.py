@@ -9,7 +9,18 @@ import signal
 import sys
 
 from comp.engine import command, hardware
-from comp.engine.command import DEBUG, EXPERIMENT, ON, OVERRIDES, TORCH, TRAINING, Verb, argument, flag
+from comp.engine.command import (
+    DEBUG,
+    EXPERIMENT,
+    ON,
+    OVERRIDES,
+    TORCH,
+    TRAINING,
+    WITH_DEBUG,
+    Verb,
+    argument,
+    flag,
+)
 from comp.engine.errors import UserError
 from comp.engine.store import secrets
 
@@ -43,7 +54,7 @@ VERBS = {
         flag("--profile", "print at the end how the time was spent")),
         needs=TRAINING),
     "schedule": Verb("training", "run.previews:schedule", "plot an experiment's learning rate schedule, without training", (
-        EXPERIMENT, OVERRIDES, DEBUG), needs=TRAINING, locks=False),
+        EXPERIMENT, OVERRIDES, WITH_DEBUG), needs=TRAINING, locks=False),
     "lr-range": Verb("training", "run.previews:lr_range", "learning rate range test: train while the rate rises; plot, table and a suggestion", (
         EXPERIMENT, OVERRIDES,
         argument("--low", type=float, default=1e-6, help="first learning rate; default: 1e-6"),
@@ -124,7 +135,7 @@ VERBS = {
 
     "runs": Verb("overview", "extras.list_runs:runs", "list runs and ensembles", locks=False),
     "config": Verb("overview", "extras.show_config:config", "print an experiment's resolved config, with the origin of each value", (
-        EXPERIMENT, OVERRIDES, DEBUG,
+        EXPERIMENT, OVERRIDES, WITH_DEBUG,
         argument("--diff", dest="against", metavar="OTHER", help="only what differs from another experiment")), locks=False),
     "clean": Verb("overview", "extras.clean:clean", "list what uses disk space, and delete it", (
         flag("--trash", "delete replaced runs"), flag("--cache", "delete decoded images; they are made again when needed"),
@@ -190,13 +201,15 @@ def _interrupted(interrupt: KeyboardInterrupt) -> int:
 def run(arguments: list[str]) -> int:
     secrets.validate_arguments(arguments)
     name, *rest = arguments
+    if name == "help" and rest:  # comp help train
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(command.overview(VERBS))
         return 0
     if name not in VERBS:
-        nearest = difflib.get_close_matches(name, VERBS, 1, cutoff=0.0)[0]
-        what, remedy = f"no such verb; the nearest is {nearest}", "comp --help lists all"
-        raise UserError("verb-unknown", where=f"comp {name}", what=what, remedy=remedy)
+        close = difflib.get_close_matches(name, VERBS, 1, cutoff=command.SIMILAR)
+        remedy = f"did you mean {close[0]}?" if close else "comp --help lists all"
+        raise UserError("verb-unknown", where=f"comp {name}", what="no such verb", remedy=remedy)
     verb = VERBS[name]
     args = vars(command.parse(name, verb, rest))
     command.check_versions(f"comp {name}", verb.needs)

@@ -4,6 +4,7 @@ needs."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,9 @@ from comp.engine.errors import UserError
 TORCH = ("torch>=2.10",)
 TRAINING = (*TORCH, "timm>=1.0.26", "albumentations==2.0.8", "opencv-python-headless>=4.12")
 OTHER_NAMES = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python")}  # each installs cv2
+
+
+SIMILAR = 0.7  # ratio of difflib; a name below it is no likely misspelling
 
 
 class Argument(NamedTuple):
@@ -50,8 +54,12 @@ def flag(name: str, help: str) -> Argument:
 EXPERIMENT = argument(
     "experiment", help="name of a file in configs/, like exp001, or of a run, like those of --as NAME"
 )
-OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="override knobs, like optim.lr=3e-4")
+# With a default, argparse does not list it as required.
+OVERRIDES = argument(
+    "overrides", nargs="*", default=[], metavar="key=value", help="override knobs, like optim.lr=3e-4"
+)
 DEBUG = flag("--debug", "a one-minute run with configs/debug.yaml")
+WITH_DEBUG = flag("--debug", "with configs/debug.yaml, as comp train --debug has it")
 ON = argument(
     "--on",
     metavar="WHERE",
@@ -77,7 +85,16 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(f"comp {name}", description=verb.help)
     for names, options in verb.arguments:
         parser.add_argument(*names, **options)
-    return parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
+    # Intermixed: key=value may stand before and after options.
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    if not unknown:
+        return parsed
+    known = [option for spec in verb.arguments for option in spec.names if option.startswith("-")]
+    close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, cutoff=SIMILAR)
+    remedy = f"did you mean {close[0]}?" if close else f"comp {name} --help lists the arguments"
+    raise UserError(
+        "argument-unknown", where=f"comp {name} {unknown[0]}", what="no such argument", remedy=remedy
+    )
 
 
 def call(verb: Verb, args: Mapping[str, Any]) -> int:

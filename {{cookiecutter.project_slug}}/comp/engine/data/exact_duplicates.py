@@ -144,6 +144,7 @@ def notes_on_shared_images(cfg: Config, samples: Samples) -> list[str]:
         (by_bytes[~np.isin(all_pairs, known)], "have files of the same bytes", rule),
     ):
         pairs = pairs[(source[pairs] != "test").any(axis=1)]
+        pairs = pairs[ids[pairs[:, 0]] != ids[pairs[:, 1]]]  # of an id that is twice in the table, an error
         if len(pairs):
             by_source = pd.Series(source[np.unique(pairs)]).value_counts(sort=False)
             counts = ", ".join(f"{count} {kind}" for kind, count in by_source.items())

@@ -25,6 +25,7 @@ from comp.engine.tasks.kinds import Head
 if TYPE_CHECKING:
     import pandas as pd
 
+REPEATED_ID = "if an id has several images set gather: true, if it has several classes train: {long: …}"
 SHOWN = 20  # faults in the message of comp prepare; comp check lists all
 
 
@@ -139,7 +140,7 @@ def _with_unique_ids(rows: RawRows) -> tuple[pd.DataFrame, list[UserError]]:
     for position in repeated:
         id_ = frame["id"].iloc[position]
         what = f"the id {id_!r} occurs again, first in {rows.where(first[id_])}"
-        faults.append(UserError("id-repeated", where=rows.where(position), what=what))
+        faults.append(UserError("id-repeated", where=rows.where(position), what=what, remedy=REPEATED_ID))
     return frame, faults
 
 

@@ -95,7 +95,7 @@ def train_seeds(experiment: str, seeds: int) -> SeedScores:
     """Trains what is missing, and scores every fold of every seed on its own OOF rows."""
     name = f"{experiment}-seeds"
     for seed in range(seeds):
-        runner.train(experiment, [], name=name, seed=seed)
+        runner.train(experiment, [], name=name, seed=seed, any_seed=True)
     rows = samples.load()
     split = folds.load(rows)
     cfg = resolve.load(paths.root(), "base").config

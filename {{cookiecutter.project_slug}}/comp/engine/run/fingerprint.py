@@ -208,15 +208,23 @@ def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read:
     remedy = _remedy(name, resume_command(name))
     started_with = artifacts.read_json(artifacts.verified(folder / "inputs.json", remedy))["images"]
     now = image_files.compare(cfg, started_with)
-    other = [*now.changed, *(now.missing if read else [])]
-    if other:
-        listed = ", ".join(other[:LISTED]) + (", …" if len(other) > LISTED else "")
-        raise UserError(
-            "images-differ",
-            where=f"runs/{name}",
-            what=f"{len(other)} of its {now.files} image files have changed since it was started: {listed}",
-            remedy=f"restore the old files, or {remedy}",
+    where = f"runs/{name}"
+    errors = []
+    if now.changed:
+        what = f"{len(now.changed)} of its {now.files} image files have changed since it was started: "
+        errors.append(
+            UserError(
+                "images-differ",
+                where=where,
+                what=what + _listed(now.changed),
+                remedy=f"restore the old files, or {remedy}",
+            )
         )
+    if now.missing and read:
+        what = f"{len(now.missing)} of its {now.files} image files are missing: {_listed(now.missing)}"
+        errors.append(UserError("images-missing", where=where, what=what, remedy="restore them"))
+    if errors:
+        raise joined(errors)
     if now.missing:
         missing = f"{len(now.missing)} image files are missing, like {now.missing[0]}"
         print(f"note: runs/{name}: {missing}; they are not compared")
@@ -227,6 +235,10 @@ def validate_images(name: str, cfg: Config, replaced: Sequence[Path] = (), read:
         if count:
             touched = f"{count} image files have another mtime and the same {what}"
             print(f"note: runs/{name}: {touched}; it is resumed")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
 
 
 def validate_uncached_images(name: str, cfg: Config, images: cache.Images) -> None:

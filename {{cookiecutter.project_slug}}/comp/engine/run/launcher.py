@@ -53,6 +53,7 @@ def validate_options(on: str | None, *, profile: bool, limited: bool) -> None:
     """`limited`: --time-limit"""
     if on is None:
         return
+    local_count(on)
     exclusive = {"--profile": profile, "--time-limit": limited, "torchrun": hardware.world_size() > 1}
     for option in [option for option, given in exclusive.items() if given]:
         what = "cannot be combined with --on, which trains folds in parallel"
@@ -155,13 +156,17 @@ def run_job(
 def make_executor(on: str, threads: int, on_line: Callable[[str], None] = print_line) -> Executor:
     """`on`: local, local:4 or ray. `on_line` gets the output of local jobs; that of other machines Ray prints
     itself."""
+    count = local_count(on)
+    return RayExecutor(threads) if on == "ray" else LocalExecutor(threads, count, on_line)
+
+
+def local_count(on: str) -> int | None:
+    """4 of local:4; None of local and ray. Raises for anything else."""
     kind, colon, count = on.partition(":")
-    if kind == "ray" and not colon:
-        return RayExecutor(threads)
-    if kind != "local" or (colon and not (count.isdigit() and int(count) > 0)):
-        what = "must be local (one job a GPU, or as many as the cores allow), local:N, or ray"
-        raise UserError("option-invalid", where=f"--on {on}", what=what)
-    return LocalExecutor(threads, int(count) if count else None, on_line)
+    if on == "ray" or (kind == "local" and (not colon or (count.isdigit() and int(count) > 0))):
+        return int(count) if count else None
+    what = "must be local (one job a GPU, or as many as the cores allow), local:N, or ray"
+    raise UserError("option-invalid", where=f"--on {on}", what=what)
 
 
 class LocalExecutor:

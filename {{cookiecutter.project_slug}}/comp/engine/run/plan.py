@@ -56,14 +56,26 @@ def make(
     name: str | None = None,
     fresh: bool = False,
     debug: bool = False,
+    any_seed: bool = False,
 ) -> Plan:
+    """`any_seed`: `seed` need not be one of train.seeds."""
     loaded = experiments.load(experiment, overrides, debug, claimed=name or experiment)
     if name is None and (changed := resolve.changes_results(overrides)):
         what = "changes results, so it is another run"
         raise UserError("name-missing", where=" ".join(changed), what=what, remedy="name it with --as NAME")
     command = _resume_command(experiment, overrides, name, debug)
     run = name or (f"{experiment}-debug" if debug else experiment)
-    seeds = loaded.config.train.seeds if seed is None else [seed]
+    declared = loaded.config.train.seeds
+    if seed is not None and not any_seed and seed not in declared:
+        more = f"train.seeds={[*declared, seed]}".replace(" ", "")
+        raise UserError(
+            "seed-unknown",
+            where=f"--seed {seed}",
+            key="train.seeds",
+            what=f"is {declared}, without {seed}",
+            remedy=f"add {more}, here or in the config",
+        )
+    seeds = declared if seed is None else [seed]
     replaced = []
     if fresh or run.endswith("-debug"):
         replaced = [paths.run_folder(run)]

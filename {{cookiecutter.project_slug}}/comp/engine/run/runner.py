@@ -28,13 +28,16 @@ def train(
     on: str | None = None,
     time_limit: str | None = None,
     stop: hardware.Stop | None = None,
+    any_seed: bool = False,
 ) -> None:
     """Every (seed, fold) that is not finished; then the score of the run. `stop`: default: one that ends
-    after time_limit."""
+    after time_limit. `any_seed`: `seed` need not be one of train.seeds."""
     if stop is None:
         stop = hardware.Stop(hardware.parse_duration("--time-limit", time_limit) if time_limit else None)
     launcher.validate_options(on, profile=profile, limited=stop.limit is not None)
-    plan = plans.make(experiment, overrides, fold=fold, seed=seed, name=name, fresh=fresh, debug=debug)
+    plan = plans.make(
+        experiment, overrides, fold=fold, seed=seed, name=name, fresh=fresh, debug=debug, any_seed=any_seed
+    )
     validate.training(plan.loaded, plan.name, plan.replaced)
     hardware.set_threads(plan.cfg.train.threads)
     context = loading.load_context(plan.cfg, plan.loaded)

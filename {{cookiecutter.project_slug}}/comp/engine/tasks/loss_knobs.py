@@ -91,8 +91,8 @@ def _unused(cfg: Config, heads: Sequence[Head], losses: Sequence[HeadLoss]) -> l
     for knob, value in cfg.loss.model_dump().items():
         if knob in (*COMMON, "beta") or knob in taken or value is None or value == 0:
             continue
-        takers = ", ".join(loss for loss, knobs in DEFAULTS.items() if knob in knobs)
-        out.append(_no_effect(f"loss.{knob}", f"{value} has no effect on loss {names}", f"{takers} takes it"))
+        used_by = _only([loss for loss, knobs in DEFAULTS.items() if knob in knobs])
+        out.append(_no_effect(f"loss.{knob}", f"{value} has no effect on loss {names}", used_by))
     weights = cfg.loss.class_weights
     if weights != "none" and not any(has_classes(head) for head in heads):
         what = f"{weights} has no effect on {heads[0].task}: no classes"
@@ -109,9 +109,14 @@ def _unused(cfg: Config, heads: Sequence[Head], losses: Sequence[HeadLoss]) -> l
             ("predict.n_neighbors", cfg.predict.n_neighbors),
         ):
             if value is not None:
-                takers = ", ".join(METRIC_LEARNING)
-                out.append(_no_effect(key, f"{value} has no effect on loss {names}", f"{takers} takes it"))
+                what = f"{value} has no effect on loss {names}"
+                out.append(_no_effect(key, what, _only(METRIC_LEARNING)))
     return out
+
+
+def _only(losses: Sequence[str]) -> str:
+    *others, last = losses
+    return f"only {', '.join(others)} and {last} use it" if others else f"only {last} uses it"
 
 
 def _incompatible(cfg: Config, heads: Sequence[Head], losses: Sequence[HeadLoss]) -> list[UserError]:
