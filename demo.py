@@ -61,13 +61,11 @@ def main() -> None:
     for line in lines:
         print("  " + "   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print(f"""
-  hidden answers   {hidden[1]} accuracy of {BLEND}, on writers that no model has seen
+  hidden labels    {hidden[1]} accuracy of {BLEND}, on writers that no model has seen
   submission       {(project / "submissions" / f"{BLEND}.csv").relative_to(CHECKOUT)}
   took             {time.perf_counter() - began:.0f} s""")
     if float(hidden[1]) < LEAST:
-        sys.exit(
-            f"{hidden[1]} is less than the {LEAST} that this road has reached before: something is broken"
-        )
+        sys.exit(f"{hidden[1]} is less than {LEAST}, the lowest accuracy expected of a working project")
 
 
 if __name__ == "__main__":

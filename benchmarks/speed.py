@@ -30,10 +30,10 @@ class Line(NamedTuple):
 
 LINES = [
     Line("loader", "1024 px / same_times_typical", "1,024 px files, cached, same albumentations chain: times the typical loader", "≥ 3"),
-    Line("loader", "1024 px / fast_times_typical", "1,024 px files, cached, crop and flip in threads, colour left to the device: times the typical loader", "≥ 20"),
+    Line("loader", "1024 px / fast_times_typical", "1,024 px files, cached, crop and flip in threads, color ops on the device: times the typical loader", "≥ 20"),
     Line("loader", "512 px / fast_times_typical", "the same from 512 px files", "≥ 10"),
     Line("decode", "decode / faster_than_typical", "1,024 px JPEG to 256 px: times full decode, cvtColor and area resize", "≥ 2"),
-    Line("decode", "decode / times_the_floor", "the same: cost over the floor, a reduced grey decode", "≤ 1.3"),
+    Line("decode", "decode / times_the_floor", "the same: cost over the floor, a reduced gray decode", "≤ 1.3"),
     Line("decode", "build / times_bare_decode", "filling the cache: cost over the bare decode on all cores", "≤ 1.3"),
     Line("inference", "once_times_four_typical_passes", "four views of TTA, mobilenetv3_small: times four typical passes", "≥ 2"),
     Line("inference", "once_times_four_passes_of_ours", "the same: times four passes of our own, bit for bit the same", ""),

@@ -199,10 +199,8 @@ def first_submission(project: Path, readme: Path, clean: dict[str, str], home: P
         keyless = {
             name: value for name, value in where.items() if name not in ("KAGGLE_USERNAME", "KAGGLE_KEY")
         }
-        away = re.search(r"`(mkdir \.\./practice .+?)`", readme.read_text("utf-8"))
-        assert away
-        typed(project, away[1], clean)
         commands = "source .venv/bin/activate\n" + block(readme, "First submission in ten minutes")
+        assert re.search(r"^mkdir -p \.\./practice && mv ", commands, re.MULTILINE)
         said = typed(project, commands, clean | keyless)
         (sent,) = server.submissions
         assert sent["description"].startswith("first ")

@@ -1,5 +1,6 @@
-"""What the READMEs say is there is there, and what is there stands in their trees."""
+"""READMEs and docs agree with the code: trees, links, commands, and the messages that docs/3am.md quotes."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -96,3 +97,39 @@ def file_of(page: str) -> Path:
 
 def test_two_commands():
     assert re.search(r"```bash\nmake demo .*\nmake test .*\n```", (CHECKOUT / "README.md").read_text("utf-8"))
+
+
+def quoted_messages() -> list[str]:
+    """The code spans in the first column of the tables of docs/3am.md."""
+    text = (CHECKOUT / PROJECT / "docs/3am.md").read_text("utf-8")
+    symptoms = re.findall(r"^\| (.*?) \|", text, re.MULTILINE)
+    return [span for symptom in symptoms for span in re.findall(r"`([^`]+)`", symptom)]
+
+
+def printed_texts() -> list[str]:
+    """The strings of comp/ except docstrings. A field of an f-string becomes …"""
+    texts = []
+    for file in (CHECKOUT / PROJECT / "comp").rglob("*.py"):
+        tree = ast.parse(file.read_text("utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = node.values
+                texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts))
+            elif (
+                isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+            ):
+                texts.append(node.value)
+    return texts
+
+
+def test_quoted_messages_are_printed():
+    """A message that is reworded in comp/ has to be reworded in docs/3am.md. The constant parts of a quote,
+    those between …, stand in this order in one string of comp/."""
+    messages, texts = quoted_messages(), printed_texts()
+    assert len(messages) >= 15, "docs/3am.md quotes messages as code spans in the first column"
+    for message in messages:
+        parts = [part.strip() for part in message.split("…")]
+        assert len("".join(parts)) >= 10, f"docs/3am.md: `{message}` is too short to be recognized"
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), f"docs/3am.md: comp prints no `{message}`"

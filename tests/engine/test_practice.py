@@ -1,4 +1,4 @@
-"""The practice competition: the same bytes every time, whole writers as test set, hidden answers that only
+"""The practice competition: the same bytes every time, whole writers as test set, hidden labels that only
 score reads."""
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def test_conditional_knobs(tuned: Path) -> None:
 
 def test_a_study_rejects_another_config(tuned: Path) -> None:
     join()
-    with pytest.raises(UserError, match=r"was begun with another train.batch_size"):
+    with pytest.raises(UserError, match=r"was started with another train.batch_size"):
         join(None, "train.batch_size=16")
     join(None, "machine.gpu_cache_mb=0")  # changes no result
 

@@ -1,13 +1,13 @@
-"""YOURS: what configs/competition.yaml cannot say. A template update never touches this file.
+"""YOURS: functions for what configs/competition.yaml cannot express. A template update never changes it.
 
 Define a function in this file under one of the names below and it replaces the built-in one. `comp check`
 lists what is defined. Name and number of arguments must be as here.
 
 read_samples(raw) -> pandas.DataFrame
     The rows, instead of the tables declared in competition.yaml. `raw` is the Path of the raw folder. One
-    line a sample, with the columns that competition.yaml names (id, target, group, time, metadata) and
+    row per sample, with the columns that competition.yaml names (id, target, group, time, metadata) and
         images   path of an image below `raw`, or a list of paths. "red/1.png//green/1.png" is one image
-                 whose channels lie in two files
+                 whose channels are in two files
         source   "train", "test" or "extra" (trained on, never scored)
         weight   optional: weight of the sample in the loss (default: 1)
         row      optional: its key in the submission (default: the id)

@@ -1,4 +1,4 @@
-"""Tests of this project, in under a minute: every config resolves, every experiment's network builds, the
+"""Tests of this project, in under two minutes: every config resolves, every experiment's network builds, the
 functions of competition.py have the right parameters, folds do not leak, and exp001 trains. They use your
 data once `comp prepare` and `comp folds` have run, and practice digits before that."""
 

@@ -30,7 +30,7 @@ VERBS = {
     "download": Verb("data", "deliver.download:download", "download the competition's files from Kaggle into data/raw", (
         argument("--ceiling", type=int, metavar="GB", help="unpack at most this much without confirmation; default: 100"),)),
     "practice": Verb("data", "extras.practice:make", "fill data/raw with a small competition to practise on", (
-        argument("--score", dest="name", metavar="NAME", help="score submissions/NAME.csv on the hidden answers"),),
+        argument("--score", dest="name", metavar="NAME", help="score submissions/NAME.csv on the hidden labels"),),
         instead={"name": "extras.practice:score"}, locks=False),
     "inspect": Verb("data", "extras.inspect:inspect", "read data/raw and write a first configs/competition.yaml"),
     "prepare": Verb("data", "data.prepare:prepare", "read data/raw as competition.yaml declares it, and write data/samples.parquet"),

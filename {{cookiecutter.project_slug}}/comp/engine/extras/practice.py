@@ -2,7 +2,7 @@
 download.
 
 Consecutive digits of the set are by one writer, so blocks of them are the group column, and the test set is
-whole blocks: folds that split writers overestimate the hidden score. Only `score` reads the hidden answers.
+whole blocks: folds that split writers overestimate the hidden score. Only `score` reads the hidden labels.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def make(raw: Path | None = None) -> Path:
 
 
 def score(name: str) -> float:
-    """Accuracy of submissions/<name>.csv on the hidden answers, as Kaggle would report it."""
+    """Accuracy of submissions/<name>.csv on the hidden labels, as Kaggle would report it."""
     file = paths.submission_file(name)
     if not file.is_file():
         known = sorted(f.stem for f in file.parent.glob("*.csv"))
@@ -114,7 +114,7 @@ def score(name: str) -> float:
             else "",
         )
     correct = sum(predicted[id_] == label for id_, label in truth.items())
-    print(f"{paths.relative(file)}: accuracy {correct / len(truth):.4f} on {len(truth)} hidden answers")
+    print(f"{paths.relative(file)}: accuracy {correct / len(truth):.4f} on {len(truth)} hidden labels")
     return correct / len(truth)
 
 

@@ -96,7 +96,7 @@ def _validate_identity(opened: OpenStudy, loaded: resolve.Loaded) -> None:
         raise UserError(
             "study-differs",
             where=f"study {opened.name}",
-            what=f"was begun with another {', '.join(changed)}",
+            what=f"was started with another {', '.join(changed)}",
             remedy=f"give the space file another name, or move {paths.relative(opened.folder)} away",
             others=[
                 UserError(
