@@ -119,7 +119,7 @@ def test_a_shortened_warmup_is_reported_once(halves: Path, capsys: pytest.Captur
     """With the warm-up of base.yaml and one epoch: once for all folds, and in the preview."""
     few = ["train.epochs=1", "train.max_samples=32", "train.batch_size=8", "augment=none"]
     previews.schedule("exp001", few)
-    assert "schedule.warmup: 4 steps" in capsys.readouterr().out
+    assert "schedule.warmup: 4 of the 4 steps" in capsys.readouterr().out
     runner.train("exp001", [*few, "track=none", "machine.num_workers=0", "machine.progress=false"], name="x")
     shown = capsys.readouterr()
     (line,) = [each for each in (shown.out + shown.err).splitlines() if "warmup" in each]
@@ -312,6 +312,7 @@ def test_a_greedy_soup_adds_weights_that_do_not_lower_the_score(project: Path) -
         (["snapshots.cycles=3", "schedule=constant"], "schedule.name", "constant has no effect"),
         (["average.members=[ema]"], "average.members", "ema"),
         (["average.predict_with=raw"], "train.ema_decay", "has no effect"),
+        (["average.predict_with=swa"], "train.ema_decay", "set train.ema_decay: null"),
         (["average.predict_with=uniform", "train.ema_decay=null"], "average", "set snapshots.cycles"),
         (["average.members=[tail]", "average.tail_epochs=16"], "average.tail_epochs", "train.epochs: 15"),
         (["average.predict_with=swa", "train.ema_decay=null", "select=best"], "select.name", "swa"),

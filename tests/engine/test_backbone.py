@@ -146,6 +146,20 @@ def test_one_image_is_too_few_for_batch_norm_of_a_single_pixel(
         models.validate(config("data.size=16", "train.batch_size=1", *works))
 
 
+def test_weights_of_another_model_are_refused_with_the_first_difference(empty: Path) -> None:
+    file = paths.path("runs", "x", "weights.safetensors")
+    models.save_weights(nn.Sequential(nn.Linear(3, 2)), file)
+    for other, difference in (
+        (nn.Linear(3, 2), "weight is not in it"),
+        (nn.Sequential(nn.Linear(4, 2)), "(2, 3)"),
+    ):
+        with pytest.raises(UserError) as caught:
+            models.load_weights(other, file)
+        error = caught.value
+        assert (error.code, error.where) == ("weights-differ", "runs/x/weights.safetensors")
+        assert difference in error.what and "comp/competition.py" in error.remedy
+
+
 def test_a_model_that_is_no_classifier_is_refused(empty: Path) -> None:
     line = refusal("model.name=gemma4_vit_167m_enc", "data.channels=3", "data.size=96")
     assert line.startswith("model.name:") and "no classifier" in line

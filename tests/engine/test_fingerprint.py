@@ -97,6 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project: Pat
         )
     )
     assert re.search(r"step \d+: the loss", said) or "validation" in said
+    assert "train.amp=bf16" in said and "no NaN was saved" in said
     assert not (project / "runs/x/seed0/fold0/weights.safetensors").exists()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comp import losses
+from comp.engine import pages
 from comp.engine.data import class_balance
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
@@ -393,3 +394,22 @@ def test_comments_of_base_yaml_give_the_default_of_each_knob() -> None:
                     knob,
                 )
         assert name in section
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_custom_loss_must_return_one_value_a_sample(
+    monkeypatch: pytest.MonkeyPatch, reduction: str
+) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction=reduction)
+
+    monkeypatch.setattr(pages.competition, "loss", loss, raising=False)
+    custom = losses._custom_loss()
+    if reduction == "none":
+        assert torch.equal(custom(OUTPUT, CODES), loss(OUTPUT, CODES))
+        return
+    with pytest.raises(UserError) as caught:
+        custom(OUTPUT, CODES)
+    error = caught.value
+    assert (error.code, error.where, error.key) == ("loss-shape", "comp/competition.py", "loss")
+    assert f"({BATCH},)" in error.what and 'reduction="none"' in error.remedy

@@ -93,6 +93,21 @@ def test_a_recipe_with_a_wrong_argument_is_an_error(project: Path, monkeypatch: 
     assert "prob" in refusal(lambda: transforms.from_config(config("augment=recipe")))
 
 
+def test_a_recipe_that_returns_something_else_is_an_error(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import albumentations as A
+
+    monkeypatch.setattr(
+        pages.competition, "recipe", lambda size: A.Compose([A.HorizontalFlip()]), raising=False
+    )
+    with pytest.raises(UserError) as caught:
+        transforms.from_config(config("augment=recipe"))
+    error = caught.value
+    assert (error.code, error.where, error.key) == ("recipe-invalid", "comp/competition.py", "recipe")
+    assert "Compose" in error.what and "Recipe([" in error.remedy
+
+
 # --- the parts against what they promise --------------------------------------------------------------------
 
 

@@ -30,16 +30,33 @@ load_image(row, decode) -> numpy.ndarray of uint8, (height, width, channels)
 model(cfg, outputs) -> torch.nn.Module
     The network, instead of the timm model `model.name`: (batch, channels, height, width) -> (batch, outputs).
 
+        def model(cfg, outputs):
+            return timm.create_model("resnet18", in_chans=cfg.data.channels, num_classes=outputs)
+
 loss(output, target) -> torch.Tensor, (batch,)
     One unreduced loss a sample, for `loss.name: loss`. `output` is (batch, outputs).
+
+        def loss(output, target):
+            return F.cross_entropy(output, target, reduction="none")
 
 metric(truth, prediction, rows) -> float
     For `metric: metric` in competition.yaml. `rows` are the scored rows of data/samples.parquet. Two
     attributes are required: metric.direction = "max" or "min", and metric.needs = "probability", "label",
     "ranking" or "value", which is what `prediction` holds.
 
+        def metric(truth, prediction, rows):
+            return float((truth == prediction).mean())
+
+        metric.direction, metric.needs = "max", "label"
+
 recipe(size) -> comp.transforms.Recipe
-    The augmentation, for `augment.recipe: recipe`. `size` is the side of the input in px.
+    The augmentation, for `augment.recipe: recipe`. `size` is the side of the input in px. Ops that move
+    pixels come first, and leave a square of `size`; then those that change values.
+
+        def recipe(size):
+            from comp.transforms import Recipe
+
+            return Recipe([A.RandomCrop(size, size), A.HorizontalFlip()], [A.ColorJitter(p=0.5)])
 
 postprocess(rows, prediction) -> prediction
     Called before a submission is written. `rows` are the test rows, `prediction` is an array (rows, outputs),
@@ -49,6 +66,6 @@ write_submission(rows, prediction, sample) -> pandas.DataFrame
     The submission, instead of `submission.form`. `sample` is the host's sample submission as a DataFrame of
     text. The result is validated like any other submission.
 
-This file may import comp.engine.config.resolve, comp.engine.tasks.kinds and comp.metrics, but no other
-module of comp: the modules above them import this one.
+At the top, this file may import comp.engine.config.resolve, comp.engine.tasks.kinds and comp.metrics. Other
+modules of comp import this one, so import them inside the function, as in the example of `recipe`.
 """

@@ -1,4 +1,5 @@
-"""Losses by name: `loss.name` in a config names a function of this page.
+"""Losses by name: `loss.name` in a config names a function of this page. The variants *_multiclass are not
+names: `focal` uses focal_multiclass where a sample has one of many classes.
 
 A loss is a function (network output of a head, target, *, its knobs) -> (batch,). Targets are class codes
 (batch,), or a share per class (batch, classes); 0, 1 or a share per label; or values. Losses that treat each
@@ -13,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -253,7 +253,7 @@ def _head_loss(
         knobs["margin"] = metric_learning.class_margins(count, knobs["margin"], knobs.pop("margin_rare"))
         del knobs["sub_centers"]  # a knob of the network
     if objective.name == "bins":
-        _validate_range(objective, head, samples.targets(head)[train_rows])
+        loss_knobs.validate_range(objective, head, samples.targets(head)[train_rows])
     if objective.name in POWERS:
         mean, std = map(target_scaler.on_device, target_scaler.mean_and_std(head, samples, train_rows))
         power = None if standardized else POWERS[objective.name]
@@ -280,16 +280,18 @@ def _custom_loss() -> Loss:
             what="loss: no such function",
             remedy="define loss(output, target)",
         )
-    return loss
 
+    def validated(output: Tensor, target: Tensor) -> Tensor:
+        """A scalar would be broadcast over the sample weights, and train as if it were one loss a sample."""
+        values: Tensor = loss(output, target)
+        if values.shape != (len(output),):
+            raise UserError(
+                "loss-shape",
+                where="comp/competition.py",
+                key="loss",
+                what=f"returns {tuple(values.shape)} for a batch of {len(output)}, not ({len(output)},)",
+                remedy='return one loss a sample, as F.cross_entropy(output, target, reduction="none")',
+            )
+        return values
 
-def _validate_range(objective: HeadLoss, head: Head, values: np.ndarray) -> None:
-    low, high = objective.knobs["range"]
-    if values.min() < low or values.max() > high:
-        raise UserError(
-            "target-out-of-range",
-            key="loss.range",
-            what=f"{low:g} to {high:g} does not contain the targets of {head.name}, "
-            f"{values.min():g} to {values.max():g}",
-            remedy="widen it",
-        )
+    return validated

@@ -20,7 +20,7 @@ from comp.engine.errors import UserError
 from comp.engine.run import backbone, normalize, target_scaler
 from comp.engine.run.backbone import inner
 from comp.engine.run.metric_learning import EmbeddingLayer, GeM, feature_map
-from comp.engine.store import artifacts
+from comp.engine.store import artifacts, paths
 from comp.engine.tasks import loss_knobs
 from comp.engine.tasks.kinds import Head
 
@@ -204,7 +204,16 @@ def weight_bytes(cfg: Config, heads: tuple[Head, ...]) -> int:
 def load_weights(module: nn.Module, file: Path) -> nn.Module:
     from safetensors.torch import load_file
 
-    module.load_state_dict(load_file(artifacts.verified(file)))
+    state = load_file(artifacts.verified(file))
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            "weights-differ",
+            where=paths.relative(file),
+            what=f"does not fit the model that is built now: {backbone.first_mismatch(str(error))}",
+            remedy="restore comp/competition.py and the package versions that it was trained with",
+        ) from error
     return module
 
 

@@ -185,7 +185,14 @@ def by_name(name: str, size: int) -> Recipe:
             recipe = make(size)
         except UserWarning as warning:
             raise UserError("recipe-invalid", key="augment.recipe", what=f"{name}: {warning}") from None
-    assert isinstance(recipe, Recipe), f"{name} must return a Recipe"
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            "recipe-invalid",
+            where="comp/competition.py",
+            key=name,
+            what=f"returns {type(recipe).__name__}, not comp.transforms.Recipe",
+            remedy="return Recipe([A.RandomCrop(size, size)], [A.ColorJitter()]): lists of ops, not A.Compose",
+        )
     return recipe
 
 

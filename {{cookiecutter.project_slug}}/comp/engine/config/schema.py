@@ -364,7 +364,7 @@ def weights_error(cfg: Config) -> str:
         "snapshots.restarts: false has no effect without snapshots.cycles": not cfg.snapshots.restarts and cycles is None,
         "average.members: contains a name twice": len(set(average.members)) < len(average.members),
         "average: ema needs train.ema_decay; set it to 0.999 or so": "ema" in wanted and cfg.train.ema_decay is None,
-        f"train.ema_decay: has no effect, since average.predict_with is {final} and average.members has no ema":
+        f"train.ema_decay: has no effect, since average.predict_with is {final} and average.members has no ema; set train.ema_decay: null, or average.members: [ema]":
             cfg.train.ema_decay is not None and "ema" not in wanted,
         "average: uniform is the mean of snapshots; set snapshots.cycles, or use tail": "uniform" in wanted and cycles is None,
         f"average.tail_epochs: {average.tail_epochs} are more than train.epochs: {epochs}": tail and average.tail_epochs > epochs,

@@ -469,7 +469,7 @@ def create_from_weights(cfg: Config, tensors: dict[str, Tensor], name: str) -> n
                     "weights-differ",
                     where=name,
                     key="model.pretrained",
-                    what=_first_mismatch(text),
+                    what=first_mismatch(text),
                     remedy="use weights of the same model.name",
                 ) from error
             print(f"{name}: {len(extra)} of its tensors are not in {wanted.name}, like {min(extra)}")
@@ -478,8 +478,8 @@ def create_from_weights(cfg: Config, tensors: dict[str, Tensor], name: str) -> n
     return small_stem.small(module, wanted.name) if wanted.stem == "small" else module
 
 
-def _first_mismatch(text: str) -> str:
-    """Of an error of load_state_dict."""
+def first_mismatch(text: str) -> str:
+    """The first key or shape that an error of load_state_dict names."""
     if missing := re.search(r'Missing key\(s\)[^"]*"([^"]+)"', text):
         return f"{missing[1]} is not in it"
     shapes = r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)"

@@ -20,7 +20,9 @@ from comp.engine.run.distributed import CollectiveError
 
 CHECK_EVERY = 25  # steps between two checks
 MAX_IDS = 5  # samples that an error lists
-REMEDY = "lower optim.lr, set optim.clip_grad, or train.amp=fp32; the last checkpoint is from before"
+REMEDY = (
+    "lower optim.lr, set optim.clip_grad, or use train.amp=bf16 or fp32 instead of fp16; no NaN was saved"
+)
 
 
 class Step(NamedTuple):

@@ -168,9 +168,8 @@ def shortened_warmups(schedule: Schedule) -> list[str]:
     """A warning for each warm-up that was cut to half of its run or stage."""
     stages = stage_schedules(schedule)
     return [
-        f"schedule.warmup: {stage.in_steps(stage.knobs.warmup):,} steps are more than half of the "
-        f"{stage.steps:,} of {'the run' if len(stages) == 1 else f'stage {number}'}; "
-        f"shortened to {stage.warmup_steps:,}"
+        f"schedule.warmup: {stage.in_steps(stage.knobs.warmup):,} of the {stage.steps:,} steps of "
+        f"{'the run' if len(stages) == 1 else f'stage {number}'}; shortened to {stage.warmup_steps:,} (at most half)"
         for number, stage in enumerate(stages, 1)
         if stage.warmup_steps < stage.in_steps(stage.knobs.warmup)
     ]

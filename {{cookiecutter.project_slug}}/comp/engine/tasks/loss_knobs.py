@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from comp.engine.config import run_members
 from comp.engine.config.resolve import nearest
 from comp.engine.config.schema import Config
@@ -156,3 +159,16 @@ def _invalid(key: str, what: str, remedy: str) -> UserError:
 def has_classes(head: Head) -> bool:
     """Whether loss.class_weights applies: all tasks but regression."""
     return head.task != "regression"
+
+
+def validate_range(objective: HeadLoss, head: Head, values: NDArray[np.floating]) -> None:
+    """`values`: the targets of the training rows, for the loss bins."""
+    low, high = objective.knobs["range"]
+    if values.min() < low or values.max() > high:
+        raise UserError(
+            "target-out-of-range",
+            key="loss.range",
+            what=f"{low:g} to {high:g} does not contain the targets of {head.name}, "
+            f"{values.min():g} to {values.max():g}",
+            remedy="widen it",
+        )
