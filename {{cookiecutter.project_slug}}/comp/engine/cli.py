@@ -29,7 +29,7 @@ from comp.engine.store import secrets
 VERBS = {
     "download": Verb("data", "deliver.download:download", "download the competition's files from Kaggle into data/raw", (
         argument("--ceiling", type=int, metavar="GB", help="unpack at most this much without confirmation; default: 100"),)),
-    "practice": Verb("data", "extras.practice:make", "fill data/raw with a small competition to practise on", (
+    "practice": Verb("data", "extras.practice:make", "fill data/raw with a small competition to practice on", (
         argument("--score", dest="name", metavar="NAME", help="score submissions/NAME.csv on the hidden labels"),),
         instead={"name": "extras.practice:score"}, locks=False),
     "inspect": Verb("data", "extras.inspect:inspect", "read data/raw and write a first configs/competition.yaml"),
@@ -55,12 +55,12 @@ VERBS = {
         needs=TRAINING),
     "schedule": Verb("training", "run.previews:schedule", "plot an experiment's learning rate schedule, without training", (
         EXPERIMENT, OVERRIDES, WITH_DEBUG), needs=TRAINING, locks=False),
-    "lr-range": Verb("training", "run.previews:lr_range", "learning rate range test: train while the rate rises; plot, table and a suggestion", (
+    "lr-range": Verb("training", "run.previews:lr_range", "learning rate range test: train while the learning rate rises; plot, table and a suggestion", (
         EXPERIMENT, OVERRIDES,
         argument("--low", type=float, default=1e-6, help="first learning rate; default: 1e-6"),
         argument("--high", type=float, default=10.0, help="last learning rate, unless the loss diverges before; default: 10"),
         argument("--steps", type=int, default=200, help="training steps; default: 200"),
-        flag("--linear", "raise the rate linearly; default: exponentially")),
+        flag("--linear", "raise the learning rate linearly; default: exponentially")),
         needs=TRAINING),
     "augment": Verb("training", "run.previews:augment", "draw a grid of augmented images of an experiment", (EXPERIMENT, OVERRIDES), needs=TRAINING),
     "pseudo": Verb("training", "extras.pseudo_labels:label", "write confident test predictions as pseudo-labels, for each fold from its own models only", (
@@ -68,7 +68,7 @@ VERBS = {
         argument("--confidence", type=float, help="lowest confidence of a pseudo-label; default: 0.9, or none with --share"),
         argument("--share", type=float, help="per class, at most this share of the rows predicted as it, the most confident first"),
         flag("--soft", "write class probabilities; default: the predicted class"),
-        argument("--weight", type=float, default=1.0, help="sample weight of a pseudo-labelled row; default: 1, like a labelled one"),
+        argument("--weight", type=float, default=1.0, help="sample weight of a pseudo-labeled row; default: 1, like a labeled one"),
         argument("--as", dest="table", help="name of the table; default: the name of the run")),
         needs=TRAINING),
     "seed-noise": Verb("training", "extras.seed_noise:seed_noise", "how much the seed alone changes the score; comp runs uses it as the yardstick", (

@@ -95,7 +95,7 @@ def _row_pairs(one: list[int], other: list[int]) -> set[tuple[int, int]]:
 
 
 def _read_small(cfg: Config, names: list[str]) -> tuple[phash.Grey, list[str]]:
-    """Grey pixels and hash of each file. A damaged image, which comp check reports, is black without a
+    """Gray pixels and hash of each file. A damaged image, which comp check reports, is black without a
     hash."""
     small = cfg.data.model_copy(update={"size": phash.SIDE, "cache_scale": 1.0, "resize": "stretch"})
     images = cache.open_images(cfg.model_copy(update={"data": small}), names, cfg.machine.progress)

@@ -23,7 +23,7 @@ from comp.engine.data.samples import Positions, Samples
 from comp.engine.errors import UserError
 from comp.engine.readers.arrays import DamagedImage
 
-MIDDLE = 4096  # bytes; file headers are alike within a format, and file ends within a border of one colour
+MIDDLE = 4096  # bytes; file headers are alike within a format, and file ends within a border of one color
 CHUNK = 64  # files per task of the thread pool
 
 Ints = NDArray[np.int64]

@@ -192,7 +192,7 @@ class SharedImage(NamedTuple):
 
 def shared_images(samples: Samples, folds: Folds, images: ImageFiles, image_id: NDArray) -> list[SharedImage]:
     """Images in training and validation rows by Folds.split, hence for every scheme and also for extra and
-    pseudo-labelled rows.
+    pseudo-labeled rows.
 
     `image_id`: images.by_path or images.by_bytes.
     """

@@ -30,11 +30,11 @@ PLAN_KEYS = ("scheme", "k", "repeats", "seed", "holdout", "gap", "blind_to_group
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds of all repeats: fold f of repeat r is r * k + f. Every labelled row has one line per repeat.
+    """The folds of all repeats: fold f of repeat r is r * k + f. Every labeled row has one line per repeat.
 
     Only source = train is scored. For any other row, `fold` is the fold that must not train
     on it, because it scores a duplicate of the row. A test row has a line only if it has such a duplicate;
-    it matters if the test row is pseudo-labelled.
+    it matters if the test row is pseudo-labeled.
     """
 
     frame: pd.DataFrame  # id, repeat, fold; and group, if rows share images: see make_folds

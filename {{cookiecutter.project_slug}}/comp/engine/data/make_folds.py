@@ -93,7 +93,7 @@ def assign(
     """The frame of Folds.
 
     `similar`: (pairs, 2) samples that must share a fold. `equal`: (pairs, 2) samples whose files have equal
-    bytes; they must share a fold with folds.duplicates: group, and otherwise only keep pseudo-labelled test
+    bytes; they must share a fold with folds.duplicates: group, and otherwise only keep pseudo-labeled test
     rows out of the fold of their duplicate.
     """
     import pandas as pd

@@ -1,6 +1,6 @@
 """Perceptual hashing: near-duplicate images among hundreds of thousands, without comparing all with all.
 
-1. An image of 32 x 32 grey levels becomes 64 bits: which of its low DCT frequencies are above their median.
+1. An image of 32 x 32 gray levels becomes 64 bits: which of its low DCT frequencies are above their median.
    Brightness, size and encoding change few of them.
 2. Two hashes that differ in at most 11 bits have at least one quarter of 16 bits with at most 2 differences.
    So each quarter is a table of 65,536 buckets, and a hash is compared with the 137 buckets within 2 bits of
@@ -37,7 +37,7 @@ MEDIAN, HIGH = 0.5, 0.99
 CHANCE_FACTOR = 2.0  # up to this many times the expected number of pairs cannot be told from chance
 CROP = 0.97  # side of a crop, as a share of the image's
 FLAT = (
-    2.0  # standard deviation of grey levels, below which an image is of one colour and matches any such image
+    2.0  # standard deviation of gray levels, below which an image is of one color and matches any such image
 )
 
 Grey = NDArray[np.float32]  # (images, SIDE, SIDE)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def derive_seed(*numbers: int, spread: NDArray[np.int64] | None = None) -> Any:
-    """One 63-bit seed from several numbers (splitmix64, like jax.random.fold_in); neighbouring numbers give
+    """One 63-bit seed from several numbers (splitmix64, like jax.random.fold_in); neighboring numbers give
     unrelated seeds.
 
     `spread`: one more number per element, array in, array out.

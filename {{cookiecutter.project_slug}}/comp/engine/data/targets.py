@@ -28,7 +28,7 @@ ROUNDING = 1e-3  # the shares of a row may sum to 1 ± this
 
 class Targets(NamedTuple):
     heads: tuple[Head, ...]
-    columns: dict[str, NDArray]  # name -> values of the labelled rows; target.<name> of the samples table
+    columns: dict[str, NDArray]  # name -> values of the labeled rows; target.<name> of the samples table
     faults: list[UserError]  # of single rows
     notes: tuple[str, ...] = ()
 

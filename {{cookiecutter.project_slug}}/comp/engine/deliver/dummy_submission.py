@@ -49,7 +49,7 @@ def check(cfg: Config, prepared: Prepared) -> list[UserError]:
 
 
 def dummy_predictions(head: Head, table: Samples, rows: int) -> Array:
-    """(rows, outputs) as a run stores them: each row favours the next class, regression predicts the mean."""
+    """(rows, outputs) as a run stores them: each row favors the next class, regression predicts the mean."""
     favoured = np.arange(rows) % max(len(head.outputs), len(head.classes), 1)
     if head.task == "ordinal":
         return head.spec.from_probability(favoured[:, None].astype(np.float64))

@@ -21,7 +21,7 @@ from comp.engine.tasks.kinds import Array, Head
 
 # head -> (scored rows, outputs): probabilities or values, as the metric gets them
 Predictions = Mapping[str, Array]
-Cuts = Mapping[str, Sequence[float]]  # head -> fitted thresholds, or the borders between neighbouring labels
+Cuts = Mapping[str, Sequence[float]]  # head -> fitted thresholds, or the borders between neighboring labels
 TASKS_OF_FORM = {
     "probability": ("binary",),
     "probabilities": ("multiclass", "binary", "multilabel", "retrieval"),

@@ -96,7 +96,7 @@ POINTWISE: dict[str, Callable[[Mapping[str, Any], list[Array], Head], Array]] = 
 
 
 def inputs(params: Mapping[str, Any], parts: Sequence[NDArray[Any]], head: Head, frame: Any) -> Array:
-    """(rows, features): the members' outputs, then the metadata, standardised as in the fit."""
+    """(rows, features): the members' outputs, then the metadata, standardized as in the fit."""
     columns = [stacker_inputs(parts, head, params["space"])]
     for spec in params["columns"]:
         if frame is None or spec["name"] not in frame:

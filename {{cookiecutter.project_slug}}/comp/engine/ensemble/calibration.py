@@ -169,7 +169,7 @@ def no_change(head: Head) -> dict[str, Any]:
 
 
 def prior(stored: Array, train_shares: Array, head: Head, rounds: int = 200) -> dict[str, Any]:
-    """A shift of the logits to the class shares of unlabelled rows, estimated by EM (Saerens et al. 2002).
+    """A shift of the logits to the class shares of unlabeled rows, estimated by EM (Saerens et al. 2002).
     Assumes calibrated probabilities, and that within a class test is distributed as train."""
     p = head.spec.to_probability(stored)
     p = np.hstack([1 - p, p]) if head.task == "binary" else p
@@ -191,7 +191,7 @@ def prior(stored: Array, train_shares: Array, head: Head, rounds: int = 200) -> 
 
 
 def rank(stored: Array, like: Array, head: Head) -> dict[str, Any]:
-    """Maps each output of unlabelled rows to the distribution of the OOF rows `like` (quantile matching); the
+    """Maps each output of unlabeled rows to the distribution of the OOF rows `like` (quantile matching); the
     order stays."""
     grid = (np.arange(KNOTS) + 0.5) / KNOTS
     maps = []

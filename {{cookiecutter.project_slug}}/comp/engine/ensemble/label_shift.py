@@ -16,7 +16,7 @@ from comp.engine.ensemble import average, calibration, comparison
 from comp.engine.ensemble.context import Context, HeadValues
 from comp.engine.tasks.kinds import Array, Head
 
-# (predictions to correct, mask of the labelled rows) -> the step for calibration.apply
+# (predictions to correct, mask of the labeled rows) -> the step for calibration.apply
 Fit = Callable[[Array, NDArray[np.bool_]], dict[str, Any]]
 
 

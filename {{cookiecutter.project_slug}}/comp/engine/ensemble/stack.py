@@ -68,7 +68,7 @@ def fit(
 
 
 class Inputs(NamedTuple):
-    x: Array  # (rows, features), standardised
+    x: Array  # (rows, features), standardized
     target: Array  # (rows, outputs)
     spec: dict[str, Any]  # from which apply.inputs makes x
 
@@ -96,7 +96,7 @@ def _inputs(
         blocks.append(values)
     x = np.concatenate(blocks, axis=1)
     mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
-    # A network needs all inputs standardised, the others only the metadata.
+    # A network needs all inputs standardized, the others only the metadata.
     first = 0 if method == "mlp" else blocks[0].shape[1]
     mean[first:] = x[:, first:].mean(axis=0)
     spread = x[:, first:].std(axis=0)

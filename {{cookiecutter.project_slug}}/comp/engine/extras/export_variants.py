@@ -1,6 +1,6 @@
 """Variants of a trained network for comp export: torch.export, ONNX, ONNX int8, and pruned weights.
 
-All of them take images as uint8 grey levels, (batch, channels, height, width), normalize inside, and return
+All of them take images as uint8 gray levels, (batch, channels, height, width), normalize inside, and return
 raw outputs.
 """
 

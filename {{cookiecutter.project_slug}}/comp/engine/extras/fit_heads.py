@@ -65,7 +65,7 @@ def _fit_fold(
     for head in table.heads:
         scaled = frozen_heads.standardized(numbers, x)
         numbers |= fit(name, head, scaled, table.targets(head)[train_rows])
-    # A k-nearest-neighbour head stores the positions of its training rows, and finds their features in the
+    # A k-nearest-neighbor head stores the positions of its training rows, and finds their features in the
     # run's file.
     stored = {"rows": train_rows.astype(np.int64)} if name == "knn" else {}
     frozen_heads.write(folder / bank.WEIGHTS, name, numbers | stored, backbone["sha256"])

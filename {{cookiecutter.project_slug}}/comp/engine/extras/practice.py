@@ -142,7 +142,7 @@ def _shuffled_ids(count: int) -> list[str]:
 
 
 def _png(small: np.ndarray) -> bytes:
-    """(8, 8) ink, 0 to 16 -> a grey PNG of 32 x 32 px."""
+    """(8, 8) ink, 0 to 16 -> a gray PNG of 32 x 32 px."""
     import cv2
 
     grey = np.rint(small * (255 / 16)).astype(np.uint8)

@@ -1,5 +1,5 @@
 """comp seed-noise: the standard deviation of a score over seeds, with everything else unchanged. comp runs
-uses it as the yardstick of every difference, and comp compare trains the same way.
+compares differences between runs with it, and comp compare trains the same way.
 
 Seeds are trained in a run of their own, <experiment>-seeds, so that <experiment> itself is unchanged. A
 killed call continues where it was.

@@ -122,7 +122,7 @@ def levels(array: NDArray[Any], pixel_format: PixelFormat, name: str) -> Pixels:
         return np.ascontiguousarray(array, np.float32)
     low, high = np.nanmin(array), np.nanmax(array)
     if low >= 0 and high <= 255 and (array == np.rint(array)).all():
-        # 8 bit grey levels, stored in a table or json as another dtype
+        # 8 bit gray levels, stored in a table or json as another dtype
         return to_depth(array.astype(np.uint8), pixel_format.bit_depth)
     raise DamagedImage(
         name,
@@ -201,7 +201,7 @@ def _window(file: Any, array: NDArray[Any], pixel_format: PixelFormat) -> tuple[
 
 
 def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """Decodes a TIFF with bands besides grey, RGB and RGBA, such as near infrared, which Pillow drops or
+    """Decodes a TIFF with bands besides gray, RGB and RGBA, such as near infrared, which Pillow drops or
     cannot open."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
@@ -213,7 +213,7 @@ def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
         return None
     usual = bands in (1, 3) or (bands == 4 and (set(extra) & {1, 2} or tags.get(PHOTOMETRIC) == 5))
     if usual or (bands < 5 and bands != channels):
-        return None  # grey, RGB, RGBA, CMYK, or a fourth band that data.channels leaves out
+        return None  # gray, RGB, RGBA, CMYK, or a fourth band that data.channels leaves out
     if bands != channels:
         raise DamagedImage(name, f"has {bands} bands, and data.channels is {channels}")
     if bands == 4:
@@ -238,7 +238,7 @@ def _bands(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> 
 
 
 def _pages(data: bytes, channels: int, pixel_format: PixelFormat, name: str) -> Pixels | None:
-    """Decodes a TIFF with one grey page per channel; None for any other TIFF, which is an ordinary image."""
+    """Decodes a TIFF with one gray page per channel; None for any other TIFF, which is an ordinary image."""
     try:
         with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
             if getattr(image, "n_frames", 1) != channels or len(image.getbands()) != 1 or image.mode == "P":

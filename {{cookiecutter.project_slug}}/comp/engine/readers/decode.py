@@ -5,7 +5,7 @@ transform does at almost no cost, and area-resized from there: twice as fast as 
 Other formats are decoded in full.
 
 Rules for every format:
-- RGB or grey, rotated by the EXIF orientation, without alpha, the first frame or page.
+- RGB or gray, rotated by the EXIF orientation, without alpha, the first frame or page.
 - 16 bits: the high byte, or both bytes with data.bit_depth: 16. All images are treated alike, so 12 bits
   stored in 16 become dark; apply a window to them in load_image of comp/competition.py.
 - Floats: only with data.bit_depth: 32.
@@ -67,7 +67,7 @@ PLUGINS = (
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 # scale -> margin, smallest image first. A JPEG decoded `scale` times smaller is used if it has exactly the
 # target size, or `margin` times as much. With a smaller margin its pixels straddle those of the target: from
-# 1024 to 224 px the mean difference to a full decode is 1.2 grey levels instead of 0.3.
+# 1024 to 224 px the mean difference to a full decode is 1.2 gray levels instead of 0.3.
 SCALES = {8: 2.5, 4: 2.0, 2: 1.33, 1: 0.0}
 DEFAULT_FORMAT = arrays.PixelFormat()
 WARNED = "libjpeg warns: "  # begins the reasons that competition.pixels.lenient overrides
@@ -96,7 +96,7 @@ class _Decoded(NamedTuple):
 
 
 def read(file: Path | str, name: str) -> bytes:
-    """Not by cv2.imread, which returns an image for a truncated file, grey from the cut on."""
+    """Not by cv2.imread, which returns an image for a truncated file, gray from the cut on."""
     try:
         with open(file, "rb") as opened:
             return opened.read()

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def confusion(truth: Array, predicted: Array, classes: Sequence[str], file: Path, title: str = "") -> None:
-    """Confusion matrix of class codes, coloured by the share of the true class, so that rare classes are
+    """Confusion matrix of class codes, colored by the share of the true class, so that rare classes are
     visible."""
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, (np.asarray(truth, np.int64), np.asarray(predicted, np.int64)), 1)
@@ -168,7 +168,7 @@ def image_grid(
 
 
 def to_rgb(image: Array) -> Array:
-    """(height, width, 3): the first three channels as RGB; of one or two channels the first as grey."""
+    """(height, width, 3): the first three channels as RGB; of one or two channels the first as gray."""
     return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 
 

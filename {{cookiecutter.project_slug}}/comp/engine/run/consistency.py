@@ -1,7 +1,7 @@
 """Consistency loss between augmented views of an image: augment.jsd_views puts each image several times into
 a batch.
 
-The views of an image are neighbours in the epoch's list, and whatever splits a batch keeps neighbours
+The views of an image are neighbors in the epoch's list, and whatever splits a batch keeps neighbors
 together. So an epoch is that many times longer, random draws stay functions of the position in the list, and
 no other module has to handle views.
 """

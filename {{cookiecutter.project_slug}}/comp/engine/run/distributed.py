@@ -200,7 +200,7 @@ def local_batches(grad_accum_steps: int) -> int:
 
 
 def shard(plan: Batches, grad_accum_steps: int, group_size: int = 1) -> Iterator[list[Index]]:
-    """This rank's part of an epoch's batches. `group_size` neighbouring samples stay together."""
+    """This rank's part of an epoch's batches. `group_size` neighboring samples stay together."""
     n = world_size()
     for number, batch in enumerate(plan):
         if grad_accum_steps % n == 0:

@@ -1,7 +1,7 @@
 """Embeddings for retrieval: the last layer, pooling, and the losses (arcface, contrastive, triplet).
 
 The network gives each image an embedding of length 1, and with arcface also the cosine to the nearest center
-of each class. Centers are used in training only: predictions come from nearest neighbours, see
+of each class. Centers are used in training only: predictions come from nearest neighbors, see
 comp/engine/run/knn.py.
 """
 

@@ -22,7 +22,7 @@ from comp.data import Batch
 
 class MicroBatches:
     """`size`: most samples in a forward pass; part of the training state, so that a resumed run gives the
-    same numbers. `group_size`: neighbouring samples that stay in one micro-batch (views, mixup pairs,
+    same numbers. `group_size`: neighboring samples that stay in one micro-batch (views, mixup pairs,
     mosaics)."""
 
     def __init__(self, module: nn.Module, size: int, group_size: int = 1):

@@ -1,7 +1,7 @@
 """Mixup, cutmix and mosaics of four, on normalized batches on the device.
 
 Partners follow from the position in the epoch's list: 0 with 1, 2 with 3; for a mosaic four by four. The list
-is shuffled, so neighbours are random pairs, and as long as a micro-batch, or a process's share of it, holds
+is shuffled, so neighbors are random pairs, and as long as a micro-batch, or a process's share of it, holds
 whole pairs, it does not matter how the batch of a step is split. What happens to an image is drawn from its
 own seed.
 

@@ -64,7 +64,7 @@ def fold_rows(context: Context, fold: int | str) -> tuple[Positions, Positions, 
 
 
 def limit_rows(rows: Positions, samples: Samples, limit: int | None) -> Positions:
-    """The first rows up to the limit, at most a quarter of them extra or pseudo-labelled: a short run then
+    """The first rows up to the limit, at most a quarter of them extra or pseudo-labeled: a short run then
     uses those too."""
     if limit is None or len(rows) <= limit:
         return rows

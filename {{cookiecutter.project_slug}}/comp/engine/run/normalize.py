@@ -16,7 +16,7 @@ from comp.engine.config.schema import Config
 
 @dataclass(frozen=True)
 class Normalize:
-    """Float images in grey levels, (batch, channels, height, width) -> the model's input."""
+    """Float images in gray levels, (batch, channels, height, width) -> the model's input."""
 
     mean: Tensor  # (channels, 1, 1)
     std: Tensor
@@ -77,7 +77,7 @@ def build(cfg: Config, module: nn.Module, device: torch.device) -> Normalize:
         pretrained = getattr(module, "pretrained_cfg", {})
         mean = 255 * torch.tensor(pretrained.get("mean", (0.5, 0.5, 0.5)), device=device)
         std = 255 * torch.tensor(pretrained.get("std", (0.5, 0.5, 0.5)), device=device)
-        if channels != len(mean):  # grey, or more than RGB
+        if channels != len(mean):  # gray, or more than RGB
             mean, std = (value.mean(0, keepdim=True).repeat(channels) for value in (mean, std))
     else:
         mean, std = torch.zeros(channels, device=device), torch.full((channels,), 255.0, device=device)

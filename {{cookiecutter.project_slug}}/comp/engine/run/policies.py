@@ -1,7 +1,7 @@
 """RandAugment, AugMix, TrivialAugment and AutoAugment as one op of a recipe: `augment.auto_augment`, written
 as timm writes it.
 
-The policy runs after the recipe's geometry and colour, on images of the final size. timm and torchvision draw
+The policy runs after the recipe's geometry and color, on images of the final size. timm and torchvision draw
 from the global generators of the process: those are seeded before each image and restored after it, so a
 policy runs in loader processes, never in threads.
 """

@@ -80,7 +80,7 @@ def hardware() -> dict[str, Any]:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The same tree, with keys removed: recognised by name, by form, or because the environment contains
+    """The same tree, with keys removed: recognized by name, by form, or because the environment contains
     them."""
     if isinstance(value, Mapping):
         return {key: without_secrets(inner, str(key)) for key, inner in value.items()}

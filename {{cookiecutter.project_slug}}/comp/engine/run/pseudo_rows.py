@@ -1,4 +1,4 @@
-"""Pseudo-labelled test rows: data/pseudo/<name>.parquet, written by comp pseudo, joins the training rows of
+"""Pseudo-labeled test rows: data/pseudo/<name>.parquet, written by comp pseudo, joins the training rows of
 each fold.
 
 A row of the table is for one fold (-1: for the refit on all data), and its label comes from models that were
@@ -71,7 +71,7 @@ def validate(cfg: Config, folds: Folds) -> None:
 
 
 def fold_context(context: Context, fold: int | str) -> Context:
-    """The context of one fold: its pseudo-labelled test rows join the training rows, with a label, a weight
+    """The context of one fold: its pseudo-labeled test rows join the training rows, with a label, a weight
     and another source."""
     name = context.cfg.data.pseudo_labels
     if name is None:
