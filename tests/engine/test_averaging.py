@@ -286,7 +286,7 @@ def test_the_optimism_of_a_selection_is_estimated_without_bias() -> None:
 
 
 def test_a_greedy_soup_adds_weights_that_do_not_lower_the_score(project: Path) -> None:
-    """Selected on the scored rows, so that the score of every part can be computed from the members."""
+    """Selected on the validation rows, so that the score of every part can be computed from the members."""
     run = [*QUIET, "train.epochs=3", "train.ema_decay=null", "snapshots.cycles=3", "average.members=[greedy,uniform]", "select.on=fold"]  # fmt: skip
     runner.train("exp001", run, fold="0", name="x")
     table = samples.load()

@@ -28,9 +28,9 @@ REMEDY = (
 class Step(NamedTuple):
     step: int
     lr: float
-    rows: list[Positions]  # of each forward pass
-    sample_losses: list[Tensor]  # of each pass, (batch,)
-    losses: list[Tensor]  # of each pass its part of the step's loss: they add up to it
+    rows: list[Positions]  # of each micro-batch
+    sample_losses: list[Tensor]  # of each micro-batch, (batch,)
+    losses: list[Tensor]  # of each micro-batch its part of the step's loss: they add up to it
     grad_norms: list[Tensor]  # measured only where gradients are clipped
 
 
