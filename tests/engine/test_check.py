@@ -169,6 +169,8 @@ def test_check_reads_the_declaration(project: Path, capsys: pytest.CaptureFixtur
         file.write_text(text.replace("metric: accuracy", f"metric: {metric}"))
         (fault,) = checked(capsys)[0]
         assert line in fault
+        number = next(i for i, each in enumerate(text.splitlines(), 1) if each.startswith("metric:"))
+        assert fault.startswith(f"configs/competition.yaml:{number}: metric: ")
 
 
 def test_check_compares_the_sample_with_the_classes(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:

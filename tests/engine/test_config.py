@@ -9,7 +9,7 @@ import pytest
 
 from comp.engine import cli
 from comp.engine.config import resolve, schema, yaml_lines
-from comp.engine.errors import UserError
+from comp.engine.errors import UserError, joined
 
 P = Path(__file__).resolve().parents[2] / "{{cookiecutter.project_slug}}"
 
@@ -88,10 +88,10 @@ def test_yaml_as_people_mean_it(text: str, value: object) -> None:
 
 
 MISTAKES = {
-    "optim: {lrr: 1}": ("exp.yaml:2", "optim.lrr", "lr"),
+    "optim: {lrr: 1}": ("exp.yaml:2", "optim.lrr: no such key", "did you mean optim.lr?"),
     "optim: {lr: fast}": ("exp.yaml:2", "optim.lr", "'fast'"),
     "optim:\n  lr: 1\n  lr: 2": ("exp.yaml:4", "optim.lr", "second time"),
-    "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "True"),
+    "train: {epochs: true}": ("exp.yaml:2", "train.epochs", "not true"),
     "train: {epochs: 2.5}": ("exp.yaml:2", "train.epochs", "2.5"),
     "optim: adam": ("exp.yaml:2", "optim", "'adam'"),
     "optim: {clip_mode: norn}": ("exp.yaml:2", "optim.clip_mode", "norm"),
@@ -125,15 +125,15 @@ HOSTILE = {
     "5,000 digits": (f"optim:\n  lr: {'9' * 5000}", ("exp.yaml:3", "5,000 digits", "")),
     "key in a list of knobs": (
         "train: {epochs: 1, stages: [{epoch: 1, train: head, lr: 1}]}",
-        ("exp.yaml:2", "train.stages.0.epoch: no such key", "nearest is epochs"),
+        ("exp.yaml:2", "train.stages.0.epoch: no such key", "did you mean train.stages.0.epochs?"),
     ),
     "key in a list of tables": (
         "competition: {extra: [{tabel: a.csv, image: b}]}",
-        ("exp.yaml:2", "competition.extra.0.tabel: no such key", "nearest is table"),
+        ("exp.yaml:2", "competition.extra.0.tabel: no such key", "did you mean competition.extra.0.table?"),
     ),
     "key in a mapping in a list": (
         "competition: {extra: [{table: a.csv, image: b, long: {colum: c}}]}",
-        ("exp.yaml:2", "competition.extra.0.long.colum: no such key", "nearest is column"),
+        ("exp.yaml:2", "competition.extra.0.long.colum: no such key", "did you mean competition.extra.0.long.column?"),
     ),
 }  # fmt: skip
 
@@ -178,10 +178,12 @@ def test_all_mistakes_at_once(root: Path) -> None:
 
 def test_unknown_and_circular_bases(root: Path) -> None:
     write(root, "exp.yaml", "base: exp0001\n")
-    assert "exp001" in lines_of(root, "exp")[0]
+    (line,) = lines_of(root, "exp")
+    assert line.startswith("configs/exp.yaml:1: base: ") and "exp001" in line
     write(root, "a.yaml", "base: b\n")
     write(root, "b.yaml", "base: a\n")
-    assert "leads back to itself" in lines_of(root, "a")[0]
+    (line,) = lines_of(root, "a")
+    assert line.startswith("configs/b.yaml:1: base: ") and "leads back to itself" in line
 
 
 def test_groups_are_not_ignored_by_accident(root: Path) -> None:
@@ -238,7 +240,75 @@ def test_the_command_line_answers_before_torch_is_imported(root: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
-    assert done.stderr.strip() == "'optim.rat=1': optim.rat: no such key; the nearest is lr"
+    assert done.stderr.strip().startswith("'optim.rat=1': no such key; optim has name, lr, ")
+
+
+LIKELY = {
+    "optim.lrr=1": ("optim.lrr", "did you mean optim.lr?"),
+    "lr=1": ("lr", "did you mean optim.lr?"),
+    "train.lr=1": ("train.lr", "did you mean optim.lr?"),
+    "batch_size=1": ("batch_size", "did you mean train.batch_size or predict.batch_size?"),
+    "optm.lr=1": ("optm", "did you mean optim?"),
+}
+
+
+@pytest.mark.parametrize("override", LIKELY)
+def test_a_misspelt_key_gets_its_likely_key_with_the_section(root: Path, override: str) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve.load(root, "exp001", [override])
+    error = refused.value
+    assert (error.key, error.remedy) == LIKELY[override] and len(error.errors) == 1
+    assert error.where == repr(override) and error.code == "key-unknown"
+
+
+def test_an_unlike_key_lists_the_keys_of_its_section(root: Path) -> None:
+    (line,) = lines_of(root, "exp001", "optim.learning_rate=1")
+    assert line.startswith("'optim.learning_rate=1': no such key; optim has name, lr, ")
+
+
+WRONG_VALUES = {
+    "model.pretrained=5": "true, false, run:NAME, or a .safetensors, .pth, .pt or .bin file, not 5",
+    "model.pretrained=resnet.h5": "run:NAME, or a .safetensors, .pth, .pt or .bin file, not 'resnet.h5'",
+    "machine.device=gpu": "auto, cpu, mps, cuda or like cuda:1, not 'gpu'",
+    "optim.lr=fast": "must be a number, not 'fast'",
+    "model.name=null": "must be text, not null",
+    "model.kwargs={a: null}": "a number or text or a list, not null",
+    "competition.classes=[[1]]": "must be text, not [1]",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_VALUES)
+def test_a_wrong_value_is_one_line_without_words_of_pydantic(root: Path, override: str) -> None:
+    (line,) = lines_of(root, "exp001", override)
+    assert WRONG_VALUES[override] in line
+    assert not any(word in line for word in ("str:", "bool:", "pattern", "input should", "valid", "(text)"))
+
+
+@pytest.mark.parametrize("value", ["true", "run:exp001", "weights/a.pth", "run:a.b-c"])
+def test_pretrained_takes_runs_and_files(root: Path, value: str) -> None:
+    assert resolve.load(root, "exp001", [f"model.pretrained={value}"]).config.model.pretrained in (
+        True,
+        value,
+    )
+
+
+def test_an_error_that_names_a_knob_gets_its_line(root: Path) -> None:
+    write(root, "exp.yaml", "base: exp001\nmodel: {name: resnet81}\n")
+    loaded = resolve.load(root, "exp", ["loss.gamma=1"])
+    with pytest.raises(UserError) as located, loaded.locating():
+        raise joined(
+            [
+                UserError("model-unknown", key="model.name", what="no such model"),
+                UserError("knob-unused", key="loss.gamma", what="has no effect"),
+                UserError("run-unknown", where="runs/a", key="model.name", what="no such run"),
+            ]
+        )
+    assert [error.where for error in located.value.errors] == [
+        "configs/exp.yaml:2",
+        "'loss.gamma=1'",
+        "runs/a",
+    ]
+    assert str(located.value).splitlines()[0] == "configs/exp.yaml:2: model.name: no such model"
 
 
 def refused_by(*arguments: str) -> UserError:

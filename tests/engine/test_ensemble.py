@@ -61,7 +61,7 @@ def load(project: Project, address: str, kind: str = "oof") -> predictions.Predi
 # --- config -------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "members: [exp001, exp002]\nmethd: mean": ["blend001.yaml:2: methd: no such key; the nearest is method"],
+    "members: [exp001, exp002]\nmethd: mean": ["blend001.yaml:2: methd: no such key; did you mean method?"],
     "members: [exp001]\nmethod: medain": ["blend001.yaml:2: method"],
     "members: []\nmethod: mean": ["blend001.yaml:1: members"],
     "method: mean": ["blend001.yaml: members: is missing"],

@@ -229,7 +229,7 @@ def unused_messages(*overrides: str) -> list[str]:
 def test_a_knob_without_effect_is_reported_with_file_and_line() -> None:
     assert unused_messages("schedule=cosine_restarts", "schedule.cycles=3") == []
     assert unused_messages("schedule=constant", "schedule.cycles=3") == [
-        "'schedule.cycles=3': schedule.cycles: 3 has no effect with schedule.name: constant; "
+        "'schedule.cycles=3': 3 has no effect with schedule.name: constant; "
         "it is used by cosine_restarts, triangular, exp_range"
     ]
     assert (

@@ -17,7 +17,7 @@ prints `configs/exp001.yaml:3: optim.lrr: no such knob; did you mean optim.lr?`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -39,13 +39,21 @@ class UserError(Exception):
 
     @property
     def line(self) -> str:
-        fact = ": ".join(part for part in (self.where, self.key, self.what) if part)
+        key = "" if self.where.startswith(f"'{self.key}=") else self.key  # 'optim.lr=3e-4' has the key
+        fact = ": ".join(part for part in (self.where, key, self.what) if part)
         return f"{fact}; {self.remedy}" if self.remedy else fact
 
     @property
     def lines(self) -> list[str]:
         """One per mistake."""
         return [each.line for each in self.errors]
+
+    def locate(self, where: Callable[[str], str]) -> None:
+        """Sets the place of each mistake that has a key and no place yet. `where`: key -> place."""
+        for each in self.errors:
+            if each.key and not each.where:
+                each.where = where(each.key)
+        self.args = ("\n".join(self.lines),)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled with keyword arguments, which Exception would lose between processes."""

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comp import metrics
-from comp.engine.bank import nested_cv, thresholds
+from comp.engine.bank import declared_metric, nested_cv, thresholds
 from comp.engine.bank.metric import Metric
 from comp.engine.bank.metric_formulas import MetricUndefined
 from comp.engine.bank.predictions import PredictionSet
@@ -24,7 +23,7 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Positions, Samples, aggregate_rows, unique_rows
 from comp.engine.errors import UserError
 from comp.engine.store import artifacts
-from comp.engine.tasks.kinds import TASKS, Array, Head
+from comp.engine.tasks.kinds import Array, Head
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 SHARED_THRESHOLD = 100  # with more labels all share one threshold: most have too few rows to fit their own
 PARTS = 5  # parts of a single training fold, to cross-validate within it
 LISTED = 100  # columns of a ranking; no metric uses more
-METRIC_KNOB: dict[str, Any] = {"where": "configs/competition.yaml", "key": "metric"}
 
 
 def metric_of(cfg: Config, head: Head | None = None) -> Metric:
@@ -40,16 +38,14 @@ def metric_of(cfg: Config, head: Head | None = None) -> Metric:
     comp/competition.py."""
     names, tasks = cfg.competition.metric, cfg.competition.tasks
     if isinstance(names, dict):
-        by_target = [_find(names[target], tasks[target]) for target in tasks]
+        by_target = [declared_metric.find(names[target], tasks[target]) for target in tasks]
         if len({metric.direction for metric in by_target}) > 1:
-            raise UserError(
-                "metrics-differ",
-                **METRIC_KNOB,
-                what=f"{', '.join(names.values())} have no mean: higher is better for some, lower for others",
-                remedy="use metrics of one direction",
-            )
-        return _find(names[head.name], tasks[head.name]) if head else by_target[0]
-    by_task = [_find(names, task) for task in ([head.task] if head else dict.fromkeys(tasks.values()))]
+            what = f"{', '.join(names.values())} have no mean: higher is better for some, lower for others"
+            raise declared_metric.error("metrics-differ", what, "use metrics of one direction")
+        return declared_metric.find(names[head.name], tasks[head.name]) if head else by_target[0]
+    by_task = [
+        declared_metric.find(names, task) for task in ([head.task] if head else dict.fromkeys(tasks.values()))
+    ]
     return by_task[0]
 
 
@@ -58,7 +54,7 @@ def check_metric(cfg: Config) -> list[UserError]:
     names, faults = cfg.competition.metric, []
     for target, task in cfg.competition.tasks.items():
         try:
-            _find(names if isinstance(names, str) else names[target], task)
+            declared_metric.find(names if isinstance(names, str) else names[target], task)
         except UserError as error:
             faults += error.errors
     if not faults:
@@ -67,26 +63,6 @@ def check_metric(cfg: Config) -> list[UserError]:
         except UserError as error:
             faults += error.errors
     return faults
-
-
-def _find(name: str, task: str) -> Metric:
-    try:
-        metric = metrics.find(name)
-    except UserError as error:
-        if error.where:  # in comp/competition.py
-            raise
-        raise UserError(
-            error.code, **METRIC_KNOB, what=f"{name}: {error.what}", remedy=error.remedy
-        ) from None
-    if metric.tasks and task not in metric.tasks:
-        usable = [other.name for other in metrics.METRICS.values() if task in other.tasks]
-        raise UserError(
-            "metric-task",
-            **METRIC_KNOB,
-            what=f"{name} is not defined for the task {task}",
-            remedy=f"use {TASKS[task].metric} (the default), or one of {', '.join(usable)}",
-        )
-    return metric
 
 
 def evaluate(cfg: Config, samples: Samples, folds: Folds, predictions: PredictionSet) -> dict[str, Any]:

@@ -4,10 +4,12 @@ that a competition does not need (group, time) have defaults and may be left out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -43,6 +45,17 @@ def _labels(value: object) -> object:
     return [_label(item) for item in value] if isinstance(value, list) else _as_list(value)
 
 
+def matching(pattern: str, words: str) -> AfterValidator:
+    """Validates text. `words`: what matches the pattern, for the error."""
+
+    def validate(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise PydanticCustomError("pattern", "{words}", {"words": words})
+        return text
+
+    return AfterValidator(validate)
+
+
 OneOrMore = Annotated[list[Text], Field(min_length=1), BeforeValidator(_as_list)]
 Scheme = Literal["kfold", "stratified", "group", "stratified_group", "quantiles", "time"]
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
@@ -55,7 +68,7 @@ class Long(Section):
     class is present."""
 
     column: Text
-    like: Annotated[str, Field(pattern=r"\{class\}")] = "{class}"
+    like: Annotated[str, matching(r".*\{class\}.*", "text with {class} in it")] = "{class}"
     value: Text | None = None
 
 

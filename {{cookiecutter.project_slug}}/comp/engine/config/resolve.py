@@ -11,7 +11,8 @@ Later sources override earlier ones:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -40,6 +41,31 @@ NO_EFFECT_ON_RESULTS = (
 )
 
 
+SIMILAR = 0.7  # ratio of difflib; a name below it is no likely misspelling
+MEANT = 2  # keys of one name in different sections that an error lists
+SHOWN = 60  # characters of a wrong value
+WANTED = {  # pydantic's type of an error -> what the value must be
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section of keys",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "text, and not empty",
+}
+UNION_MEMBERS = ("bool", "int", "float", "str", "constrained-str")  # as pydantic appends them to a key's path
+
+
 @dataclass(frozen=True)
 class Loaded:
     config: Config
@@ -47,6 +73,15 @@ class Loaded:
 
     def where(self, key: str) -> str:
         return _where(key, self.origins)
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Adds the place of the knob to a UserError that names a knob and no place."""
+        try:
+            yield
+        except UserError as error:
+            error.locate(lambda key: _where(key, self.origins, ""))
+            raise
 
 
 Tree = dict[str, Any]
@@ -105,7 +140,10 @@ def validate(
         }
         # Report a misspelt key once: the correct key, which is missing because of it, is not reported.
         items = [item for item in items if item["type"] != "missing" or item["loc"] not in intended]
-        errors = {(each := _error(item, origins, model, default_file)).line: each for item in items}
+        errors = {
+            (each := _error(alternatives, origins, model, default_file)).line: each
+            for alternatives in _by_path(items)
+        }
         raise joined([errors[line] for line in sorted(errors)]) from None
 
 
@@ -136,10 +174,10 @@ def changes_results(overrides: Iterable[str]) -> list[str]:
     return [text for text in overrides if not _has_no_effect(text.split("=")[0].strip())]
 
 
-def nearest(word: str, words: Iterable[str], n: int = 1) -> list[str]:
-    """The n words that are spelt most like `word`, ignoring case."""
+def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.0) -> list[str]:
+    """The n words that are spelt most like `word`, ignoring case. `cutoff`: lowest ratio of difflib."""
     by_lower = {candidate.lower(): candidate for candidate in reversed(list(words))}
-    return [by_lower[low] for low in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff=0.0)]
+    return [by_lower[low] for low in difflib.get_close_matches(word.lower(), list(by_lower), n, cutoff)]
 
 
 def _has_no_effect(key: str) -> bool:
@@ -149,6 +187,7 @@ def _has_no_effect(key: str) -> bool:
 def _chain(folder: Path, experiment: str) -> list[Path]:
     """The files of an experiment, found by following `base:`: base.yaml first, the experiment last."""
     chain: list[Path] = []
+    where = "experiment"
     name: str | None = experiment
     while name is not None:
         file = folder / f"{name}.yaml"
@@ -156,17 +195,17 @@ def _chain(folder: Path, experiment: str) -> list[Path]:
             known = sorted(f.stem for f in folder.glob("*.yaml") if f.stem not in ("competition", "debug"))
             raise UserError(
                 "experiment-unknown",
-                where=f"configs/{chain[0].name}" if chain else "experiment",
+                where=where,
                 key="base" if chain else "",
                 what=f"there is no configs/{name}.yaml",
                 remedy=f"use one of {', '.join(known)}",
             )
         if file in chain:
-            raise UserError(
-                "base-circular", where=f"configs/{file.name}", key="base", what=f"{name} leads back to itself"
-            )
+            raise UserError("base-circular", where=where, key="base", what=f"{name} leads back to itself")
         chain.insert(0, file)
-        parent = _read(file, folder.parent)[0].get("base", "base" if name != "base" else None)
+        tree, lines = _read(file, folder.parent)
+        where = lines.get("base", f"configs/{file.name}")
+        parent = tree.get("base", "base" if name != "base" else None)
         name = str(parent) if parent is not None else None
     return chain
 
@@ -255,27 +294,86 @@ def _update(into: Tree, tree: Tree) -> None:
             into[key] = value
 
 
+def _by_path(items: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """pydantic's errors, those of one key together: one per member of its union. The error of a container is
+    left out where one of its values has an error, since that member of the union fits better."""
+    by_path: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for item in items:
+        by_path.setdefault(tuple(_path(item)), []).append(item)
+    return [
+        found
+        for path, found in by_path.items()
+        if found[0]["type"] == "value_error"
+        or not any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
+    ]
+
+
 def _error(
-    item: dict[str, Any], origins: Mapping[str, str], model: type[BaseModel], default_file: str
+    alternatives: list[dict[str, Any]],
+    origins: Mapping[str, str],
+    model: type[BaseModel],
+    default_file: str,
 ) -> UserError:
-    """One of pydantic's errors with the file and line of its key."""
+    """pydantic's errors of one key as one, with the file and line of the key."""
+    item = alternatives[0]
     path = _path(item)
     key = ".".join(str(part) for part in path)
     if item["type"] == "value_error":
         return _own_error(item["msg"].removeprefix("Value error, "), key, origins)
     where = _where(key, origins)
     if item["type"] == "extra_forbidden":
-        close = nearest(str(path[-1]), _sibling_keys(model, path))
-        remedy = f"the nearest is {close[0] if close else 'none'}"
+        remedy = _likely_key(path, model)
         return UserError("key-unknown", where=where, key=key, what="no such key", remedy=remedy)
     if item["type"] == "missing":
         file = "configs/competition.yaml" if path[0] == "competition" else default_file
         return UserError("key-missing", where=_where(key, origins, file), key=key, what="is missing")
-    value, message = item["input"], item["msg"].removeprefix("Value error, ")
-    what = f"{message[0].lower()}{message[1:]}, not {value!r} ({_kind(value)})"
-    choice = nearest(str(value), _choices(item))[0] if item["type"] == "literal_error" else ""
-    remedy = f"the nearest is {choice}" if choice else ""
+    value = item["input"]
+    wanted = list(dict.fromkeys(_wanted(each) for each in alternatives))
+    what = f"must be {' or '.join(wanted)}, not {_shown(value)}"
+    choices = [
+        choice for each in alternatives if each["type"] == "literal_error" for choice in _choices(each)
+    ]
+    close = nearest(str(value), choices, cutoff=SIMILAR)
+    remedy = f"did you mean {close[0]}?" if close else ""
     return UserError("value-invalid", where=where, key=key, what=what, remedy=remedy)
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    """What the value must be, in words; pydantic's message where it has the form "Input should be …"."""
+    if item["type"] in WANTED:
+        return WANTED[item["type"]].format(**item.get("ctx", {}))
+    return str(item["msg"]).removeprefix("Input should be ").removeprefix("should be ")
+
+
+def _shown(value: Any) -> str:
+    """On one line, as YAML has it; text in quotes."""
+    text = repr(value) if isinstance(value, str) else yaml_lines.inline(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _likely_key(path: list[Any], model: type[BaseModel]) -> str:
+    """The key that was probably meant. In this order: 1. the same name in another section; 2. a similar name
+    in this section; 3. in another one. Otherwise the names of this section."""
+    word, siblings = str(path[-1]), _sibling_keys(model, path)
+    section = "".join(f"{part}." for part in path[:-1])
+    by_name: dict[str, list[str]] = {}
+    for key in _dotted_keys(model):
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    if word in by_name and len(by_name[word]) <= MEANT:
+        return f"did you mean {' or '.join(by_name[word])}?"
+    if close := nearest(word, siblings, cutoff=SIMILAR):
+        return f"did you mean {section}{close[0]}?"
+    if (close := nearest(word, by_name, cutoff=SIMILAR)) and len(by_name[close[0]]) <= MEANT:
+        return f"did you mean {' or '.join(by_name[close[0]])}?"
+    return f"{section.rstrip('.') or 'the config'} has {', '.join(siblings)}"
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field_ in model.model_fields.items():
+        if isinstance(field_.annotation, type) and issubclass(field_.annotation, BaseModel):
+            yield from _dotted_keys(field_.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _own_error(message: str, section: str, origins: Mapping[str, str]) -> UserError:
@@ -291,17 +389,21 @@ def _own_error(message: str, section: str, origins: Mapping[str, str]) -> UserEr
 
 
 def _where(key: str, origins: Mapping[str, str], default: str = "config") -> str:
-    """file:line of a key, or of the nearest section around it that has one."""
+    """file:line of a key, or of the nearest section around it that has one, or of the first key inside."""
+    inside = next((origin for other, origin in origins.items() if other.startswith(f"{key}.")), default)
     while key:
         if key in origins:
             return origins[key]
         key = key.rpartition(".")[0]
-    return default
+    return inside
 
 
 def _path(item: Mapping[str, Any]) -> list[Any]:
-    """pydantic's location without the members of a union."""
-    return [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+    """pydantic's location without the members of a union, like list[str] or, at the end, str."""
+    path = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+    if len(path) > 1 and path[-1] in UNION_MEMBERS and item["type"] in WANTED:
+        del path[-1]
+    return path
 
 
 def _sibling_keys(model: type[BaseModel], path: list[Any]) -> list[str]:

@@ -4,6 +4,7 @@ costs. The section `competition` is in competition_schema.py.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, PlainValidator, model_validator
@@ -20,6 +21,7 @@ from comp.engine.config.competition_schema import (
     Section,
     Share,
     Text,
+    matching,
 )
 
 MAX_WHITENED = (
@@ -33,6 +35,15 @@ def _duration(value: object) -> float | str:
     except ValueError as error:
         raise PydanticCustomError("duration", "{message}", {"message": str(error)}) from None
     return value if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+
+
+def _pretrained(value: object) -> bool | str:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.search(r"^run:[A-Za-z0-9][\w.-]*\Z|\.(safetensors|pth|pt|bin)\Z", value):
+        return value
+    words = "true, false, run:NAME, or a .safetensors, .pth, .pt or .bin file"
+    raise PydanticCustomError("pattern", "{words}", {"words": words})
 
 
 # Stored as it was written, since the number of steps depends on the fold.
@@ -96,7 +107,7 @@ class Model(Section):
     name: Text
     stem: Literal["default", "small"]
     kwargs: dict[Text, bool | int | float | str | list[bool | int | float | str]]
-    pretrained: bool | Annotated[str, Field(pattern=r"^run:[A-Za-z0-9][\w.-]*$|\.(safetensors|pth|pt|bin)$")]
+    pretrained: Annotated[bool | str, PlainValidator(_pretrained)]
     freeze_norm: bool
     drop_rate: BelowOne
     drop_path_rate: BelowOne
@@ -178,7 +189,9 @@ class Schedule(Section):
 
 
 class Stage(Section):
-    train: Annotated[str, Field(pattern=r"^(head|everything|last [1-9]\d* blocks?)$")]
+    train: Annotated[
+        str, matching(r"head|everything|last [1-9]\d* blocks?", "head, everything, or like last 2 blocks")
+    ]
     epochs: Count
     lr: Positive
 
@@ -230,7 +243,7 @@ class Predict(Section):
 
 
 class Machine(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device: Annotated[str, matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or like cuda:1")]
     num_workers: Annotated[int, Field(ge=0)]
     gpu_cache_mb: Annotated[int, Field(ge=0)]
     progress: bool

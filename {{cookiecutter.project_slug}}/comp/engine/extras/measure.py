@@ -25,10 +25,12 @@ SECONDS, REPEATS = 1.5, 5  # a measurement repeats for at least this long, and t
 
 def measure(experiment: str, overrides: list[str]) -> None:
     """A forward pass of one image and of a batch, and a training step."""
-    cfg = experiments.load(experiment, overrides).config
+    loaded = experiments.load(experiment, overrides)
+    cfg = loaded.config
     hardware.set_threads(cfg.train.threads)
-    optim.validate(cfg)
-    models.validate(cfg)
+    with loaded.locating():
+        optim.validate(cfg)
+        models.validate(cfg)
     device = hardware.device(cfg.machine.device)
     heads = samples.load().heads
     module = models.build(cfg, heads, pretrained=False).to(device)

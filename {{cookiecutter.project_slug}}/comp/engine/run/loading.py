@@ -3,6 +3,7 @@ without it."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from comp.engine import hardware
@@ -26,6 +27,11 @@ def start_run(name: str, cfg: Config, command: str) -> Context:
 def load_context(cfg: Config, loaded: Loaded | None = None) -> Context:
     """Call hardware.set_threads first. `loaded`: of an experiment that is about to be trained, to compare its
     folds."""
+    with loaded.locating() if loaded else nullcontext():
+        return _load_context(cfg, loaded)
+
+
+def _load_context(cfg: Config, loaded: Loaded | None) -> Context:
     table = samples.load()
     split = folds.load(table)
     validate.tables(cfg, split, loaded)

@@ -16,12 +16,14 @@ LR_RANGE_STEPS = 10  # at least, or there is no curve
 
 
 def augment(experiment: str, overrides: list[str]) -> None:
-    cfg = experiments.load(experiment, overrides).config
+    loaded = experiments.load(experiment, overrides)
+    cfg = loaded.config
     hardware.set_threads(cfg.train.threads)
     from comp.engine.run import augment_grid
 
     file = paths.path("runs", f"{experiment}-augment.png")
-    augment_grid.write(cfg, samples.load(), file)
+    with loaded.locating():
+        augment_grid.write(cfg, samples.load(), file)
     print(*augment_grid.ops(cfg), sep="\n")
     print(f"written: {paths.relative(file)}: the original in the first column, then seven augmented images")
     print(f"next: comp train {experiment}")

@@ -38,7 +38,8 @@ def train(
     plan = plans.make(
         experiment, overrides, fold=fold, seed=seed, name=name, fresh=fresh, debug=debug, any_seed=any_seed
     )
-    validate.training(plan.loaded, plan.name, plan.replaced)
+    with plan.loaded.locating():
+        validate.training(plan.loaded, plan.name, plan.replaced)
     hardware.set_threads(plan.cfg.train.threads)
     context = loading.load_context(plan.cfg, plan.loaded)
     from comp.engine.run import estimate, execute, run_media

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from comp.engine.config import resolve
 from comp.engine.config.resolve import Loaded
 from comp.engine.config.schema import Config
+from comp.engine.errors import UserError
 
 CYCLIC = ("cosine_restarts", "triangular", "exp_range")
 CYCLING = ("one_cycle", "triangular", "exp_range")
@@ -34,7 +35,8 @@ def messages(loaded: Loaded) -> list[str]:
     for key, reason in _unused(loaded.config):
         origin = loaded.origins.get(key, DEFAULTS[0])
         if not origin.startswith(DEFAULTS) and values.get(key) is not None:
-            out.append(f"{origin}: {key}: {values[key]} has no effect {reason}")
+            what = f"{values[key]} has no effect {reason}"
+            out.append(UserError("knob-unused", where=origin, key=key, what=what).line)
     return out
 
 
