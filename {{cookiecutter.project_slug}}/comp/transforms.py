@@ -2,7 +2,7 @@
 names one of them.
 
 geometry  moves pixels, and ends in a square of `size`
-colour    changes values
+color    changes values
 batch     runs after normalizing
 
 The kind of an op decides where it runs, on every machine:
@@ -73,7 +73,7 @@ def light(size: int) -> Recipe:
 
 
 def medium(size: int) -> Recipe:
-    """Random crops, horizontal flips and mild colour jitter: the default for photographs."""
+    """Random crops, horizontal flips and mild color jitter: the default for photographs."""
     return Recipe(
         [A.RandomResizedCrop((size, size), scale=(0.5, 1.0), ratio=(0.8, 1.25)), A.HorizontalFlip()],
         [A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)],
@@ -111,7 +111,7 @@ def heavy(size: int) -> Recipe:
 
 
 def fast(size: int) -> Recipe:
-    """Like medium, with crops in threads and colour on the device: for when the GPU waits for the loader."""
+    """Like medium, with crops in threads and color on the device: for when the GPU waits for the loader."""
     return Recipe(
         [cv2_ops.random_resized_crop(size), cv2_ops.horizontal_flip()], [gpu_augment.color_jitter()]
     )
