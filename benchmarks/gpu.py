@@ -1,7 +1,7 @@
 """On a GPU: images a second of the training loop, everything on, beside those of bare steps on a batch that lies on the device.
 
 For each precision and each way of the pictures to the device, as a share of that limit: resident (the set lies there), fast (crops in
-threads, colour on the device) and medium (albumentations in processes). And what the loader brings when nothing computes. Not part of
+threads, color on the device) and medium (albumentations in processes). And what the loader brings when nothing computes. Not part of
 make bench: python benchmarks/gpu.py [--network resnet50] [--side 224] [--batch 128] [--workers 8]
 """
 

@@ -3,7 +3,7 @@
 The typical one: imread, cvtColor, A.Resize(256), RandomResizedCrop(224), HorizontalFlip, ColorJitter(p=1), Normalize,
 ToTensorV2; 2 persistent workers, prefetch 2, cv2.setNumThreads(0), batch 32. Ours, cached at 256 px:
   same    the same albumentations chain in 2 workers, normalised by us; counted until the float batch is there
-  fast    crop and flip in 2 threads, uint8 out; colour and normalising are the device's
+  fast    crop and flip in 2 threads, uint8 out; color and normalizing are the device's
 Epochs take turns in one process; ours is counted from its second epoch, the first is reported apart.
 """
 

@@ -12,7 +12,7 @@ The kind of an op decides where it runs, on every machine:
 A sample leaves the loader as uint8, or in the dtype of data.bit_depth, never normalized.
 A recipe of your own: define `recipe(size)` in comp/competition.py and set `augment.recipe: recipe`.
 
-augment.auto_augment is appended to `colour` and augment.random_erasing to `batch`. mixup, cutmix and mosaic
+augment.auto_augment is appended to `color` and augment.random_erasing to `batch`. mixup, cutmix and mosaic
 are in engine/run/mixup.py.
 """
 
@@ -46,17 +46,17 @@ from comp.engine.run.normalize import Normalize
 @dataclass(frozen=True)
 class Recipe:
     geometry: list[Any]
-    colour: list[Any] = field(default_factory=list)
+    color: list[Any] = field(default_factory=list)
     batch: list[BatchOp] = field(default_factory=list)
 
     @property
     def sample_ops(self) -> list[Any]:
-        return [op for op in [*self.geometry, *self.colour] if not isinstance(op, BatchOp)]
+        return [op for op in [*self.geometry, *self.color] if not isinstance(op, BatchOp)]
 
     @property
     def batch_ops(self) -> list[BatchOp]:
         """Those before normalizing."""
-        return [op for op in [*self.geometry, *self.colour] if isinstance(op, BatchOp)]
+        return [op for op in [*self.geometry, *self.color] if isinstance(op, BatchOp)]
 
 
 def none(size: int) -> Recipe:
@@ -147,12 +147,12 @@ def epoch_augments(cfg: Config) -> list[EpochAugment]:
 def epoch_recipe(cfg: Config, epoch: EpochAugment) -> Recipe:
     """augment.recipe with augment.auto_augment and augment.random_erasing."""
     recipe, knobs = from_config(cfg, epoch.size), cfg.augment
-    colour, batch = list(recipe.colour), list(recipe.batch)
+    color, batch = list(recipe.color), list(recipe.batch)
     if epoch.strong and knobs.auto_augment is not None:
-        colour.append(policies.create(knobs.auto_augment, cfg.data.channels))
+        color.append(policies.create(knobs.auto_augment, cfg.data.channels))
     if epoch.strong and knobs.random_erasing:
         batch.append(gpu_augment.random_erasing(knobs.random_erasing))
-    complete = Recipe(recipe.geometry, colour, batch)
+    complete = Recipe(recipe.geometry, color, batch)
     if cfg.data.bit_depth > 8 and (only_8_bit := [op for op in complete.sample_ops if op_type(op) != "cv2"]):
         raise UserError(
             "depth-unsupported",

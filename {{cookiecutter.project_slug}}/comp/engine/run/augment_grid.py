@@ -113,7 +113,7 @@ def ops(cfg: Config) -> list[str]:
 
 def _recipe_lines(recipe: transforms.Recipe) -> Iterator[str]:
     runs_on = {"albumentations": "processes", "policy": "processes", "cv2": "threads", "batch": "device"}
-    for name in ("geometry", "colour", "batch"):
+    for name in ("geometry", "color", "batch"):
         for op in getattr(recipe, name):
             kind = transforms.op_type(op)
             yield f"{name:9} {runs_on[kind]:9}  {op.__qualname__.split('.')[0] if kind == 'cv2' else op}"
