@@ -53,7 +53,7 @@ def main() -> None:
 
     hidden = re.search(r"accuracy ([\d.]+)", said := comp(project, "practice", "--score", BLEND, show=False))
     assert hidden, said
-    lines = [["", "metric", "CV mean ± std", "all OOF rows"]]
+    lines = [["", "metric", "CV mean ± std", "OOF"]]
     lines += [row(project, f"runs/{name}") for name in EXPERIMENTS]
     lines += [row(project, f"ensembles/{BLEND}")]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -44,7 +44,9 @@ def test_nothing_is_wrong_with_the_practice_competition(
     assert faults == []
     assert "1797 images listed, 1797 found, 0 damaged" in printed
     assert any(line.startswith("hint: half of the images are 32 px") for line in printed)
-    assert printed[-2:] == ["0 faults", "next: comp folds"]
+    assert printed[-2:] == ["0 errors", "next: comp train exp001"]
+    (project / "data" / "folds.parquet").unlink()
+    assert checked(capsys)[1][-1] == "next: comp folds"
 
 
 def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +82,7 @@ def test_every_fault_of_images_and_sample_at_once(project: Path, capsys: pytest.
     assert len(faults) == len(wanted)
     for part in wanted:
         assert any(part in fault for fault in faults), part
-    assert printed[-1] == f"{len(wanted)} faults"
+    assert printed[-1] == f"{len(wanted)} errors"
     assert any(line.startswith("note: ") and f"like {test[2]!r} in lines 3, 4" in line for line in printed)
     assert (
         "note: 1 more files in test, like test/stranger.png, are listed by no test row and not used"
@@ -243,7 +245,7 @@ def test_an_unfit_form_is_reported_before_training(empty: Path, capsys: pytest.C
         "competition.submission.form: the multiclass target 'label'" in printed
         and "cannot be written as probability" in printed
     )
-    assert printed.endswith("1 fault\n")
+    assert printed.endswith("1 error\n")
 
 
 SAMPLES = {  # what a host that wants this form asks for

@@ -55,7 +55,12 @@ def test_seeds_recipes_and_views_of_a_real_run(
     record = seed_noise.seed_noise("tiny", 2)
     assert record["std"] > 0 and len(record["scores"]) == 2
     weights = (paths.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
     (pair,) = compare.compare(["tiny", "slow"], 2)
+    out = capsys.readouterr().out
+    assert out.startswith("8 folds to train") and "(2 experiments x 2 seeds x 2 folds)" in out
+    assert "accuracy OOF, mean of 2 seeds" in out and "90 % CI" in out
+    assert [line for line in out.splitlines() if line.startswith("next: ")] == [out.splitlines()[-1]]
     assert (paths.fold_folder("tiny-seeds", 0, 0) / "weights.safetensors").stat().st_mtime_ns == weights, (
         "trained once"
     )
@@ -84,7 +89,7 @@ def test_seeds_recipes_and_views_of_a_real_run(
     out = capsys.readouterr().out
     closer = {"zoom110", "zoom125", "zoom150", "crop_top_left", "crop_middle"}
     assert set(record["alone"]) >= {"identity", "hflip", "rot90", *closer}
-    assert "ms per image" in out
+    assert "ms per image" in out and "plain" not in out
     assert all(option["views"][0] == "identity" for option in record["options"]) and "next: comp " in out
     assert "views and space chosen on other folds: nested score " in out and [
         o["space"] for o in record["options"]

@@ -313,7 +313,7 @@ def test_labels_that_are_not_in_the_mapping_are_faults(
     declare(empty, train=files, test={"files": "Test/{id}.png"}, classes=classes, **binary)
     assert cli.main(["check"]) == 2
     printed = capsys.readouterr().out
-    assert "UERD/0.png: label: 'UERD' is not in competition.classes" in printed and "2 faults" in printed
+    assert "UERD/0.png: label: 'UERD' is not in competition.classes" in printed and "2 errors" in printed
     assert "note: competition.classes lists nsF5, which no row has as label" in printed
     assert "UERD/1.png: label: 'UERD' is not in competition.classes" in error_line()
 

@@ -105,7 +105,9 @@ def test_folds_of_every_seed_are_counted(project: Project, capsys: pytest.Captur
         for number in range(5):
             sealed(fold("exp001-seeds", number, seed) / "oof.arrow")
     list_runs.runs()
-    line = row(capsys.readouterr().out, "exp001-seeds")
+    out = capsys.readouterr().out
+    assert "best: " not in out and "no scores yet\nnext: comp train exp001" in out  # made by comp compare
+    line = row(out, "exp001-seeds")
     assert "10/10 of 2 seeds" in line and "unfinished" not in line
     shutil.rmtree(paths.fold_folder("exp001-seeds", 1, 4))
     list_runs.runs()

@@ -353,7 +353,7 @@ def test_a_line_per_epoch_is_printed_without_a_progress_bar(
     runner.train("exp001", [*TINY, "machine.progress=true"], fold="0", name="x", profile=True)
     output = capsys.readouterr().out
     found = re.findall(
-        r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_metric [\d.]+, "
+        r"seed 0 fold 0, epoch (\d+) of \d+: loss [\d.]+, valid_loss [\d.]+, valid_accuracy [\d.]+, "
         r"\d+ images/s, (\d+) s left",
         output,
     )

@@ -213,7 +213,7 @@ def train_fold(
         profiler.lap("validation")
         log.log(report)
         distributed.call_on_epoch(on_epoch, report)
-        valid_text = "".join(f", {k} {v:.4f}" for k, v in report.items() if k.startswith("valid"))
+        valid_text = score.valid_text(cfg, heads, report)
         bar.set_postfix_str(f"loss {report['train_loss']:.4f}{valid_text}")
         if bar.disable and cfg.machine.progress and time.perf_counter() - last_line >= LOG_INTERVAL:
             last_line = time.perf_counter()

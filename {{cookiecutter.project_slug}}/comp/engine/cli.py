@@ -74,7 +74,7 @@ VERBS = {
     "seed-noise": Verb("training", "extras.seed_noise:seed_noise", "how much the seed alone changes the score; comp runs uses it as the yardstick", (
         EXPERIMENT, argument("--seeds", type=int, default=5, help="number of seeds, each trained on all folds; default: 5")),
         needs=TRAINING),
-    "compare": Verb("training", "extras.compare:compare", "train experiments on the same seeds and folds, and compare them in pairs", (
+    "compare": Verb("training", "extras.compare:compare", "train experiments on the same seeds and folds (experiments x seeds x folds trainings), and compare them in pairs", (
         argument("names", metavar="experiments", nargs="+", help="two or more, like exp001 exp002"),
         argument("--seeds", type=int, default=3, help="number of seeds of each experiment; default: 3")),
         needs=TRAINING),
@@ -149,7 +149,7 @@ VERBS = {
         argument("--anyway", metavar="WHY", help="submit although its CV is worse than the best one submitted"),
         argument("--no-wait", dest="wait", action="store_false", help="do not wait for the score; comp ledger fetches it later")),
         instead={"dry_run": "deliver.dry_run:dry_run"}),
-    "kernel": Verb("delivery", "deliver.code_competition:kernel", "for code competitions: build one folder that predicts without internet", (
+    "kernel": Verb("delivery", "deliver.code_competition:kernel", "for code competitions: build one folder that predicts without internet; without --rehearse or --push only build it", (
         argument("name", help="a run, a member or an ensemble"),
         flag("--rehearse", "run it as Kaggle will: no network, read-only inputs, a hidden test set"),
         argument("--budget", metavar="9h", help="drop views or members, those with the least gain per second first, until it fits this time"),

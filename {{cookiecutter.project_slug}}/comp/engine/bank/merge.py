@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from comp.engine.bank import bank, predictions, score
-from comp.engine.config import experiments, run_members
+from comp.engine.config import experiments, resolve, run_members
 from comp.engine.config.experiments import Fold
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
+from comp.engine.errors import UserError
 from comp.engine.store import artifacts, paths
 
 Part = tuple[int, Fold]  # seed, fold
@@ -118,7 +119,31 @@ def print_result(experiment: str, name: str = "") -> None:
         print(f"written: {paths.relative(folder)}/test.arrow\nnext: comp submit {address} --dry-run")
         return
     print(f"written: {paths.relative(folder)}/oof.arrow, test.arrow, score.json")
-    print(f"next: comp submit {address} --dry-run, or blend it: comp ensemble blend001")
+    if experiment.endswith(run_members.DEBUG):
+        print(f"next: comp train {experiment.removesuffix(run_members.DEBUG)}")
+    elif not run_members.is_auxiliary(experiment):  # comp compare and comp seed-noise print a table
+        blend = _blend_of(address)
+        print(f"next: comp submit {address} --dry-run" + (f", or comp ensemble {blend}" if blend else ""))
+
+
+def _blend_of(address: str) -> str | None:
+    """The first configs/ensembles/*.yaml that lists this member and others, if all of them are predicted."""
+    for file in sorted(paths.path("configs", "ensembles").glob("*.yaml")):
+        try:
+            members = resolve.parse(file, file.name)[0].get("members")
+        except UserError:  # comp ensemble reports it; here it is only a file that is not suggested
+            continue
+        if not isinstance(members, list) or len(members) < 2 or address not in members:
+            continue
+        if all(artifacts.manifest_entry(bank.folder(str(name)) / "test.arrow") for name in members):
+            return file.stem
+    return None
+
+
+def _averaged_seeds(address: str) -> int:
+    """Number of seeds whose predictions a run or member averages; 1 for an ensemble."""
+    run, weights = address.partition(":")[0], bank.read_meta(bank.find(address, "oof"))["weights"]
+    return max(1, len({name.split("/")[1] for name in weights if name.startswith(f"{run}/")}))
 
 
 def describe_cv(address: str) -> str:
@@ -128,6 +153,6 @@ def describe_cv(address: str) -> str:
     file = bank.folder(same) / "score.json"
     if artifacts.manifest_entry(file):
         prefix = f"trained on all rows; the CV of {same}: " if same != address else ""
-        return prefix + score.summary(artifacts.read_json(artifacts.verified(file)))
+        return prefix + score.summary(artifacts.read_json(artifacts.verified(file)), _averaged_seeds(same))
     reason = experiments.why_missing(same, "CV") or f"{same}: has no CV yet: comp bank lists what there is"
     return f"trained on all rows; no CV ({reason})"

@@ -213,11 +213,15 @@ class Paired(NamedTuple):
     def __str__(self) -> str:
         places = decimals(self.error)
         amount = f"{abs(self.difference):.{places}f} ± {self.error:.{places}f}"
+        if self.difference == 0 and self.error == 0:
+            return "identical scores"
         if not self.significant:
-            return f"within noise ({'-' if self.difference < 0 else '+'}{amount}, {100 * self.share:.0f} %)"
+            sign = "-" if self.difference < 0 else "+"
+            return f"within noise ({sign}{amount}, P(better) = {100 * self.share:.0f} %)"
         share = max(self.share, 1 - self.share)
-        percent = ">99 %" if share > 0.99 else f"{100 * share:.0f} %"
-        return f"{'better' if self.share > 0.5 else 'worse'} by {amount}, {percent}"
+        percent = "> 99 %" if share > 0.99 else f"= {100 * share:.0f} %"
+        word = "better" if self.share > 0.5 else "worse"
+        return f"{word} by {amount}, P({word}) {percent}"
 
 
 def paired(

@@ -371,14 +371,24 @@ def validation_score(
         return float("nan")
 
 
-def summary(record: Mapping[str, Any]) -> str:
-    """accuracy 0.9534 ± 0.0102 over 5 folds, 0.9533 over all rows"""
+def valid_text(cfg: Config, heads: Sequence[Head], report: Mapping[str, float]) -> str:
+    """`, valid_loss 0.3, valid_accuracy 0.9` of a line of the log, where the metric is called valid_metric so
+    that the keys of all runs are the same."""
+    names = {f"valid_metric_{head.name}": f"valid_{metric_of(cfg, head).name}_{head.name}" for head in heads}
+    names["valid_metric"] = f"valid_{metric_of(cfg, heads[0]).name}"
+    valid = {key: value for key, value in report.items() if key.startswith("valid")}
+    return "".join(f", {names.get(key, key)} {value:.4f}" for key, value in valid.items())
+
+
+def summary(record: Mapping[str, Any], seeds: int = 1) -> str:
+    """accuracy 0.9534 ± 0.0102 over 5 folds, OOF 0.9533. `seeds`: whose predictions were averaged first."""
     if record["oof"] is None:
         return f"{record['metric']} is undefined: {'; '.join(record['undefined']) or 'no rows'}"
     marks = f" [{', '.join(record['marks'])}]" if record["marks"] else ""
+    averaged = f" ({seeds} seeds averaged)" if seeds > 1 else ""
     return (
         f"{record['metric']} {mean_std(record)} over {record['n']} folds, "
-        f"{record['oof']:.4f} over all rows{marks}{_optimism(record)}"
+        f"OOF {record['oof']:.4f}{averaged}{marks}{_optimism(record)}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from comp.engine.config.schema import Config
 
 REFIT = "full"  # name of the fold that trains on all rows, and of the member that it makes
+DEBUG, SEEDS = "-debug", "-seeds"  # ends of the names of runs by --debug, and by comp seed-noise and compare
 
 
 def final_weights(cfg: Config) -> str:
@@ -35,6 +36,11 @@ def extra_members(cfg: Config) -> dict[str, list[str]]:
         last = snaps[-cfg.snapshots.last :]
         members[f"last{len(last)}"] = last
     return members
+
+
+def is_auxiliary(run: str) -> bool:
+    """Whether a run exists for a test or a comparison, and is not meant to be submitted."""
+    return run.endswith((DEBUG, SEEDS))
 
 
 def refit_member(member: str = "") -> str:

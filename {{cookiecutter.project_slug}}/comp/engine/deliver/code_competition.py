@@ -27,3 +27,5 @@ def kernel(
     bundle.build(name)
     if rehearse:
         rehearsal.rehearse(name)
+    else:
+        print(f"next: comp kernel {name} --rehearse")

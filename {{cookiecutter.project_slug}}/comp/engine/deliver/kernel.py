@@ -71,10 +71,9 @@ def build(name: str, owner: str = "me") -> Path:
     checkpoints = sum(len(run["checkpoints"]) for run in runs)
     names = ", ".join(wheel.name for wheel in packed) or "none"
     print(
-        f"{paths.relative(target)}: {len(runs)} models, {checkpoints} checkpoints, "
+        f"{paths.relative(target)}: {len(runs)} model{'s' * (len(runs) != 1)}, {checkpoints} checkpoints, "
         f"{artifacts.format_size(size)}; wheels: {names}"
     )
-    print(f"next: comp kernel {name} --rehearse")
     return target
 
 

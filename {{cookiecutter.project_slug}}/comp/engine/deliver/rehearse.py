@@ -211,7 +211,7 @@ def _isolated(place: Path, folder: Path, python: str, slug: str) -> tuple[list[s
             return (
                 [*command, *inside, *run],
                 environment,
-                "rehearsed in namespaces: no network, /kaggle as on Kaggle, inputs read-only",
+                "rehearsed in an isolated process: no network, /kaggle as on Kaggle, inputs read-only",
             )
     guard = folder / "guard"
     guard.mkdir()
@@ -220,7 +220,7 @@ def _isolated(place: Path, folder: Path, python: str, slug: str) -> tuple[list[s
     return (
         run,
         environment,
-        "weaker: namespaces are not permitted here, so sockets were blocked inside Python, and inputs "
+        "weaker: Linux namespaces are not permitted here, so sockets were blocked inside Python, and inputs "
         "could be written",
     )
 

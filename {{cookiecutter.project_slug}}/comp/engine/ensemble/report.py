@@ -96,7 +96,7 @@ def print_result(name: str, record: dict[str, Any]) -> None:
 
 
 def table_header(record: dict[str, Any]) -> list[str]:
-    return ["member", "weight", f"{record['metric']}, all rows", "folds", "marks"]
+    return ["member", "weight", f"{record['metric']} OOF", "folds", "marks"]
 
 
 def table_lines(name: str, record: dict[str, Any]) -> list[list[str]]:
@@ -141,10 +141,11 @@ def score_lines(name: str, record: Mapping[str, Any]) -> list[str]:
         )
     if record["interval"]:
         low, high = record["interval"]["low"], record["interval"]["high"]
+        level = f"{100 * record['interval']['level']:.0f}"
         test = record["interval"]["on_test"]
         lines.append(
-            f"{100 * record['interval']['level']:.0f} % interval {low:.4f} to {high:.4f}; "
-            f"of the score on the test rows {test['low']:.4f} to {test['high']:.4f}"
+            f"{level} % CI of the OOF score {low:.4f} to {high:.4f}; "
+            f"{level} % prediction interval for the test score {test['low']:.4f} to {test['high']:.4f}"
         )
     elif reason := record.get("undefined_interval"):
         lines.append(f"no interval and no comparison: {reason}")

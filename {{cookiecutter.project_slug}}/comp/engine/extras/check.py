@@ -40,10 +40,16 @@ def run(cfg: Config, exact: bool = False) -> list[UserError]:
         print(*part[:SHOWN], sep="\n", end="\n" if part else "")
         if len(part) > SHOWN:
             print(f"and {len(part) - SHOWN} more, all in {paths.relative(file)}")
-    print(f"{len(faults)} fault{'s' * (len(faults) != 1)}")
+    print(f"{len(faults)} error{'s' * (len(faults) != 1)}")
     if not faults:
-        print(f"next: comp {'folds' if paths.samples_file().is_file() else 'prepare'}")
+        print(f"next: comp {_next_verb()}")
     return faults
+
+
+def _next_verb() -> str:
+    if not paths.samples_file().is_file():
+        return "prepare"
+    return "train exp001" if paths.folds_file().is_file() else "folds"
 
 
 def _checks(cfg: Config, exact: bool) -> tuple[list[UserError], list[str]]:

@@ -20,6 +20,7 @@ from comp.engine.store import artifacts, paths
 
 
 def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
+    """Trains experiments x seeds x folds, each fold only once; a killed call continues where it was."""
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(
             "experiments-too-few",
@@ -27,7 +28,14 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
             what="needs two or more different experiments",
             remedy="comp compare exp001 exp002",
         )
-    hardware.set_threads(experiments.load(names[0]).config.train.threads)
+    configs = [experiments.load(name).config for name in names]
+    hardware.set_threads(configs[0].train.threads)
+    folds = experiments.fold_count(configs[0])
+    print(
+        f"{len(names) * seeds * folds} folds to train, less those that are finished "
+        f"({len(names)} experiments x {seeds} seeds x {folds} folds)",
+        flush=True,
+    )
     scores = [seed_noise.train_seeds(name, seeds) for name in names]
     metric = seed_noise.current_metric()
     lines = [
@@ -38,7 +46,7 @@ def compare(names: list[str], seeds: int) -> list[dict[str, Any]]:
         ]
         for s in scores
     ]
-    heading = ["experiment", f"{metric.name}, all rows, {seeds} seeds", "mean of folds"]
+    heading = ["experiment", f"{metric.name} OOF, mean of {seeds} seeds", "mean of folds"]
     print(text_table.render(heading, lines))
     records = []
     for a, b in itertools.combinations(scores, 2):
@@ -84,7 +92,7 @@ def difference(gains: NDArray[np.float64]) -> dict[str, Any]:
         "significant": pair.significant,
         "wins": wins,
         "pairs": gains.size,
-        "text": f"{pair}, 90 % interval {low:+.4f} to {high:+.4f}, better in {wins} of {gains.size} pairs",
+        "text": f"{pair}, 90 % CI {low:+.4f} to {high:+.4f}, better in {wins} of {gains.size} pairs",
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comp.engine import text_table
 from comp.engine.bank import score
-from comp.engine.config import resolve
+from comp.engine.config import resolve, run_members
 from comp.engine.config.schema import Config
 from comp.engine.ensemble import members
 from comp.engine.errors import UserError
@@ -44,6 +44,7 @@ def runs() -> None:
         if record
         and record["oof"] is not None
         and "partial" not in record["marks"]
+        and not run_members.is_auxiliary(cells[0])
         and record["metric"] == metric.name
     ]
     if scored:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from comp.engine import text_table
 from comp.engine.bank import bank, score
 from comp.engine.bank.metric import Metric
-from comp.engine.config import resolve
+from comp.engine.config import resolve, run_members
 from comp.engine.data import folds, samples
 from comp.engine.errors import UserError
 from comp.engine.run import runner
@@ -38,7 +38,7 @@ def seed_noise(experiment: str, seeds: int) -> dict[str, Any]:
         )
     scores, metric = train_seeds(experiment, seeds), current_metric()
     record = {
-        "run": f"{experiment}-seeds",
+        "run": f"{experiment}{run_members.SEEDS}",
         "experiment": experiment,
         "metric": metric.name,
         "seeds": seeds,
@@ -49,7 +49,7 @@ def seed_noise(experiment: str, seeds: int) -> dict[str, Any]:
         "folds": artifacts.manifest_entry(paths.folds_file()),
     }
     artifacts.write_json(paths.path("runs", FILE), record)
-    heading = ["", f"{metric.name}, all rows", *(f"fold {k}" for k in range(scores.folds.shape[1]))]
+    heading = ["", f"{metric.name} OOF", *(f"fold {k}" for k in range(scores.folds.shape[1]))]
     rows = [
         [f"seed {s}", f"{v:.4f}", *(f"{f:.4f}" for f in scores.folds[s])] for s, v in enumerate(scores.oof)
     ]
@@ -93,7 +93,7 @@ def differences(metric: Metric, scored: Sequence[tuple[str, Mapping[str, Any]]])
 
 def train_seeds(experiment: str, seeds: int) -> SeedScores:
     """Trains what is missing, and scores every fold of every seed on its own OOF rows."""
-    name = f"{experiment}-seeds"
+    name = f"{experiment}{run_members.SEEDS}"
     for seed in range(seeds):
         runner.train(experiment, [], name=name, seed=seed, any_seed=True)
     rows = samples.load()

@@ -126,9 +126,11 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
     nested_score, in_sample = scorer.score(nested.prediction), scorer.score(search.average(best))
     comparison = scorer.compare(nested.prediction, search.predictions[PLAIN])
     more_ms = sum(search.ms[name] for name in best.views) - search.ms[PLAIN]
+    if np.array_equal(nested.prediction, search.predictions[PLAIN]):
+        comparison = f"identical: only {PLAIN} was chosen"
     print(
         f"views and space chosen on other folds: nested score {nested_score:.4f}, in-sample "
-        f"{in_sample:.4f}, plain {base:.4f}: "
+        f"{in_sample:.4f}, {PLAIN} {base:.4f}: "
         f"{comparison}; {more_ms:.2f} ms more per image"
     )
     better = metric.sign * (nested_score - base) > 0 and len(best.views) > 1
@@ -149,8 +151,8 @@ def tta(run: str, max_ms: float | None = None, names: str | None = None) -> dict
         )
     else:
         print(
-            f"recommended: predict.tta: [{PLAIN}]; no views beat the plain one ({base:.4f}) in the nested "
-            "score\nnext: comp bank"
+            f"recommended: predict.tta: [{PLAIN}]; no views have a better nested score than {PLAIN} "
+            f"({base:.4f})\nnext: comp bank"
         )
     return record
 
@@ -199,7 +201,7 @@ def _view_search(candidates: Candidates, scorer: Scorer, max_ms: float | None) -
         raise UserError(
             "time-limit-too-low",
             where=f"--max-ms {max_ms:g}",
-            what=f"the plain view alone takes {ms[PLAIN]:.2f} ms per image here",
+            what=f"the view {PLAIN} takes {ms[PLAIN]:.2f} ms per image here",
         )
     heads, rows = samples.heads, scorer.rows
     return ViewSearch(
@@ -235,4 +237,4 @@ def _print_alone(metric: Metric, alone: Mapping[str, float], ms: Mapping[str, fl
         gain = metric.sign * (value - base)
         lines.append([name, f"{value:.4f}", f"{gain:+.4f}", f"{ms[name]:.2f}"])
     numbers = [metric.name, "gain", "ms per image"]
-    print(text_table.render(["view alone", *numbers], lines, numbers))
+    print(text_table.render(["view", *numbers], lines, numbers))

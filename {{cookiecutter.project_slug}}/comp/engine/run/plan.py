@@ -64,7 +64,7 @@ def make(
         what = "changes results, so it is another run"
         raise UserError("name-missing", where=" ".join(changed), what=what, remedy="name it with --as NAME")
     command = _resume_command(experiment, overrides, name, debug)
-    run = name or (f"{experiment}-debug" if debug else experiment)
+    run = name or (f"{experiment}{run_members.DEBUG}" if debug else experiment)
     declared = loaded.config.train.seeds
     if seed is not None and not any_seed and seed not in declared:
         more = f"train.seeds={[*declared, seed]}".replace(" ", "")
@@ -77,7 +77,7 @@ def make(
         )
     seeds = declared if seed is None else [seed]
     replaced = []
-    if fresh or run.endswith("-debug"):
+    if fresh or run.endswith(run_members.DEBUG):
         replaced = [paths.run_folder(run)]
         if fold is not None:
             replaced = [paths.fold_folder(run, s, int(fold) if fold.isdigit() else fold) for s in seeds]
