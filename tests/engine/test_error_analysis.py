@@ -61,6 +61,7 @@ def test_the_worst_slice_is_first_and_significant(empty: object, capsys: pytest.
     assert blue["score"] == pytest.approx(1 / 3, abs=0.05) and blue["low"] < blue["score"] < blue["high"]
     assert blue["against all"] == "worse" and black["against all"] == "better"
     assert frame["slice"].iloc[0] == "pen blue" and "pen blue" in out and "slices differ significantly" in out
+    assert "p (Holm)" in out
     assert set(frame["slice"]) >= {"age missing"} and sum(frame["slice"].str.startswith("age")) == 5
     ages = frame[frame["slice"].str.startswith("age")]
     assert ages["n"].sum() == banked.TRAIN and (ages["against all"] == "").all()
@@ -75,7 +76,7 @@ def test_a_slice_without_errors_by_chance_is_not_significant(empty: Any) -> None
     frame = slices.slices("exp001")
     blue = frame[frame["slice"] == "pen blue"].iloc[0]
     assert (blue["score"], blue["n"], blue["against all"]) == (1.0, 90, "")
-    assert blue["low"] == pytest.approx(0.9708, abs=1e-4) and blue["high"] == 1 and blue["p"] > 0.2
+    assert blue["low"] == pytest.approx(0.9708, abs=1e-4) and blue["high"] == 1 and blue["p (Holm)"] > 0.2
 
 
 def test_a_worse_class_is_significant(empty: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,8 +85,10 @@ def test_a_worse_class_is_significant(empty: Any, capsys: pytest.CaptureFixture[
     write_run(project, "exp001", 1, bees[::5])
     frame: Any = slices.slices("exp001").set_index("slice")
     assert frame.index[0] == "label bee" and len(frame) == 3 and frame["n"].sum() == banked.TRAIN
-    assert frame["against all"].to_dict()["label bee"] == "worse" and frame.loc["label bee", "p"] < 1e-6
-    assert "3 of 3 slices differ significantly (corrected for 3 comparisons" in capsys.readouterr().out
+    assert (
+        frame["against all"].to_dict()["label bee"] == "worse" and frame.loc["label bee", "p (Holm)"] < 1e-6
+    )
+    assert "3 of 3 slices differ significantly from all rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,9 @@ def test_label_errors_that_all_models_agree_on_are_listed_and_drawn(
     assert line["label"] == label and line["predicted"] != label and line["id"] == "00077"
     out = capsys.readouterr().out
     assert "3 of 400 rows are likely label errors: exp001, exp002" in out and "00077" in out
+    assert "written: data/label_errors.csv, data/label_errors.png (the first 3)" in out
+    assert "margin: probability of the prediction less that of the label" in out
+    assert out.splitlines()[-1].endswith("in read_samples (comp/competition.py), then comp prepare")
     assert Image.open(empty / "data" / "label_errors.png").width > 800  # type: ignore[operator]
 
 

@@ -107,7 +107,7 @@ def test_a_schedule_is_plotted_without_images_and_torch(
     out = capsys.readouterr().out
     assert "one_cycle: 270 steps, 18 per epoch, 64 images each (32 x 2)" in out
     assert "linear scaling makes it 0.00125" in out and "momentum: 0.85 at the peak" in out
-    assert "runs/exp001-schedule.png" in out and out.splitlines()[-1] == "next: comp train exp001"
+    assert "written: runs/exp001-schedule.png" in out and out.splitlines()[-1] == "next: comp train exp001"
     with Image.open(project / "runs/exp001-schedule.png") as drawn:
         assert drawn.size[0] > 500
     assert cli.main(["schedule", "exp001", "schedule=cosine_restarts", "schedule.cycles=3"]) == 0

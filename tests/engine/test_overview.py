@@ -258,6 +258,7 @@ def test_config_prints_the_origin_of_each_value(project: Project, capsys: pytest
     assert "configs/base.yaml:" in row(out, "optim.momentum=null")
     assert "optim.clip_grad=null" in row(out, "optim.clip_grad=null").split()[-1]
     assert "configs/competition.yaml:" in row(out, "competition.task=multiclass")
+    assert out.startswith("key=value ") and any(line.endswith(" default") for line in out.splitlines())
 
 
 def test_config_compares_two_experiments(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

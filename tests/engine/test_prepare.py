@@ -89,7 +89,10 @@ def test_the_practice_competition(project: Path, capsys: pytest.CaptureFixture[s
     paths.samples_file().unlink()
     prepare.prepare(config(experiment="base"))
     assert paths.samples_file().read_bytes() == before
-    assert capsys.readouterr().out.splitlines()[-1] == "next: comp check, then comp folds"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "next: comp check, then comp folds"
+    assert any(line.endswith(", from target label") for line in printed)
+    assert "  also group writer, metadata pen" in printed
 
 
 def test_ids_stay_text(empty: Path) -> None:

@@ -72,11 +72,14 @@ def check(cfg: Config, prepared: Prepared, as_trained: bool) -> tuple[list[UserE
     notes = [f"{len(first_row)} images listed, {len(checked)} found, {len(damaged)} damaged"]
     notes += _unlisted(prepared, sorted(existing_files - listed_files))
     sides = [image.side for image in checked if image.side]
-    if sides and np.median(sides) < SMALL and cfg.model.stem != "small":
-        side = int(np.median(sides))
+    side = int(np.median(sides)) if sides else SMALL
+    enlarged = exact and cfg.data.size > side  # configs/base.yaml is not an experiment: its size is no choice
+    if side < SMALL and cfg.model.stem != "small" and not enlarged:
+        subject = f"this experiment (data.size={cfg.data.size}) has" if exact else "configs/base.yaml has"
         notes.append(
-            f"hint: half of the images are {side} px or smaller, and stems of ImageNet models divide the "
-            f"size by 4; use model.stem=small with data.size={side}, or a data.size above that of the images"
+            f"hint: half of the images are {side} px or smaller, and {subject} model.stem={cfg.model.stem}, "
+            f"which divides the size by up to 4; small images need model.stem=small with data.size={side}, or "
+            "a data.size above theirs"
         )
     notes += _libjpeg_warnings(warned, prepared, first_row, lenient)
     return faults, notes

@@ -55,21 +55,29 @@ def prepare(cfg: Config) -> Path:
     listed = ", ".join(f"{count} {source}" for source, count in counts.items())
     print(f"{paths.relative(file)}: {listed} rows")
     for head in prepared.heads:
+        names = [column.removeprefix("target.") for column in head.columns]
         classes = f", {len(head.classes)} classes {targets.abbreviated(head.classes)}" if head.classes else ""
-        print(f"  {head.name}: {head.task}{classes}, from {targets.abbreviated(head.columns)}")
+        print(f"  {head.name}: {head.task}{classes}, from target {targets.abbreviated(names)}")
     print(*prepared.notes, sep="\n", end="\n" * bool(prepared.notes))
-    optional = [
-        name
-        for name in tables.column_names(prepared.frame)
-        if name in ("group", "time") or name.startswith("meta.")
-    ]
-    if optional:
-        print(f"  also {targets.abbreviated(optional)}")
+    if optional := _optional_columns(prepared.frame, cfg.competition):
+        print(f"  also {', '.join(optional)}")
     if paths.folds_file().is_file() and before not in (None, samples.load().hash):
         folds = paths.relative(paths.folds_file())
         print(f"{folds} was made for the previous table; comp folds lists what changed")
     print("next: comp check, then comp folds")
     return file
+
+
+def _optional_columns(frame: pd.DataFrame, competition: Competition) -> list[str]:
+    """Group, time and metadata of the samples, by their names in the raw table."""
+    columns = tables.column_names(frame)
+    optional = [
+        f"{kind} {name or ''}".strip()
+        for kind, name in (("group", competition.group), ("time", competition.time))
+        if kind in columns
+    ]
+    metadata = [name.removeprefix("meta.") for name in columns if name.startswith("meta.")]
+    return optional + [f"metadata {targets.abbreviated(metadata)}"] * bool(metadata)
 
 
 def read_samples(competition: Competition) -> Prepared:

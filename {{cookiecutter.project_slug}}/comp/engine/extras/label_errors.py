@@ -1,6 +1,7 @@
 """comp label-errors: likely label errors, that is rows where all models agree against the label, out of fold.
 
-Rows are sorted by margin: by how much the least certain of the models prefers its answer to the label.
+Rows are sorted by margin: probability of the prediction less that of the label, the smallest over the
+models.
 """
 
 from __future__ import annotations
@@ -71,12 +72,24 @@ def label_errors(names: Sequence[str]) -> pd.DataFrame:
         captions = ((line["image"], f"{line['label']} -> {line['predicted']}") for line in found[:DRAWN])
         title = "label -> prediction of all models, largest margin first"
         contact_sheet.write(cfg, captions, sheet, title)
-        print(
-            f"{paths.relative(file)}: all of them\n{paths.relative(sheet)}: the first "
-            f"{min(DRAWN, len(found))}"
-        )
-    print("next: check them by eye; take wrong rows out of the training table, then comp prepare")
+        print(_margin_text(rows.heads))
+        drawn = f"{paths.relative(sheet)} (the first {min(DRAWN, len(found))})"
+        print(f"written: {paths.relative(file)}, {drawn}")
+    else:
+        print(f"written: {paths.relative(file)}")
+    print(
+        "next: look at them; correct or remove wrong rows in read_samples (comp/competition.py), then comp "
+        "prepare"
+    )
     return frame
+
+
+def _margin_text(heads: Sequence[Head]) -> str:
+    """What the column margin holds, for the kinds of targets there are."""
+    values = {head.spec.space == "value" for head in heads}
+    units = ["probability of the prediction less that of the label"] * (False in values)
+    units += ["error in standard deviations of the model's errors"] * (True in values)
+    return f"margin: {' or '.join(units)}, the smallest over the models"
 
 
 def _complete_runs(rows: Samples, split: Folds) -> dict[str, PredictionSet]:

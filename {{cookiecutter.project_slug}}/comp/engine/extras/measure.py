@@ -64,11 +64,12 @@ def measure(experiment: str, overrides: list[str]) -> None:
     peak = memory(step, device)
     took = seconds(step, device)
     lines.append(_time_line(f"training step of {cfg.train.batch_size}", cfg.train.batch_size, took, peak))
+    threads = f"{cfg.train.threads} thread{'s' * (cfg.train.threads != 1)}"
     print(
-        f"{experiment}: {cfg.model.name} on {device}, {cfg.train.threads} threads, {cfg.train.amp}; "
+        f"{experiment}: {cfg.model.name} on {device}, {threads}, {cfg.train.amp}; "
         "medians, without loading images"
     )
-    print(text_table.render(["what", "", ""], lines, [""]))
+    print(text_table.render(["quantity", "value", "details"], lines, ["value"]))
     if pages.get("model") is None:
         print(backbone.describe(cfg))
     print(f"next: comp train {experiment}")

@@ -16,10 +16,10 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
     if against is None:
         values = resolve.flatten(loaded.config.model_dump())
         lines = [
-            [f"{key}={format_value(value)}", loaded.origins.get(key, "not declared")]
+            [f"{key}={format_value(value)}", loaded.origins.get(key, "default")]
             for key, value in values.items()
         ]
-        print(text_table.render(["knob", "from"], lines))
+        print(text_table.render(["key=value", "from"], lines))
         return
     other = experiments.load(against, (), debug).config
     changed = resolve.diff(other, loaded.config, everything=True)
@@ -27,7 +27,7 @@ def config(experiment: str, overrides: list[str], debug: bool = False, against: 
         print(f"{experiment} and {against} are the same")
         return
     lines = [[key, *map(format_value, pair)] for key, pair in changed.items()]
-    print(text_table.render(["knob", against, experiment], lines))
+    print(text_table.render(["key", against, experiment], lines))
 
 
 def format_value(value: Any) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MIN_ROWS = 20  # of a slice
 MAX_VALUES = 20  # of a column, the most frequent; the rest is one slice
 BINS = 4  # of a column of numbers: quartiles
-COLUMNS = ("slice", "metric", "n", "score", "low", "high", "all", "p", "against all")
+COLUMNS = ("slice", "metric", "n", "score", "low", "high", "all", "p (Holm)", "against all")
 
 
 def slices(name: str) -> pd.DataFrame:
@@ -41,6 +41,7 @@ def slices(name: str) -> pd.DataFrame:
     assert oof.fold is not None
     known = oof.predicted
     scored_rows = score.scored_rows(rows, oof.row[known].astype(np.int64), oof.fold[known].astype(np.int64))
+    group = cfg.competition.group or "group"
     groups = slice_statistics.group_codes(score.groups_of(rows, scored_rows.rows))
     lines = []
     for head in rows.heads:
@@ -48,7 +49,7 @@ def slices(name: str) -> pd.DataFrame:
         own = score.metric_input(cfg, head, probability, rows, split, scored_rows)
         scorer = SliceScorer(own.metric, own.truth, own.prediction, own.frame, groups)
         merged = aggregate_rows(scored_rows.keys, probability, scored_rows.order, cfg.competition.merge)
-        by_metadata = ((label, at, scorer) for label, at in _metadata_slices(rows, scored_rows.rows))
+        by_metadata = ((label, at, scorer) for label, at in _metadata_slices(rows, scored_rows.rows, group))
         lines += _lines(head, [*_class_slices(scorer, head, merged), *by_metadata])
     if not lines:
         raise UserError(
@@ -66,7 +67,7 @@ def slices(name: str) -> pd.DataFrame:
         count = len(own_lines)
         print(
             f"{(own_lines['against all'] != '').sum()} of {count} slices differ significantly "
-            f"(corrected for {count} comparisons, p at most {ALPHA:g})"
+            f"from all rows (p after Holm's correction for {count} comparisons at most {ALPHA:g})"
         )
     print(f"written: {paths.relative(file)}\nnext: comp label-errors {name}")
     return frame
@@ -117,11 +118,12 @@ def _class_slices(scorer: SliceScorer, head: Head, probability: Array) -> Iterat
     yield from ((label, at, own) for label, at in parts)
 
 
-def _metadata_slices(rows: Samples, at: Positions) -> Iterator[tuple[str, Positions]]:
-    """(name, positions in `at`) by group and metadata."""
+def _metadata_slices(rows: Samples, at: Positions, group: str) -> Iterator[tuple[str, Positions]]:
+    """(name, positions in `at`) by group and metadata. `group`: the name of its column in the raw table."""
     for column in rows.frame:
         if column == "group" or str(column).startswith("meta."):
-            yield from _by_value(str(column).removeprefix("meta."), rows.frame[column].iloc[at])
+            name = group if column == "group" else str(column).removeprefix("meta.")
+            yield from _by_value(name, rows.frame[column].iloc[at])
 
 
 def _by_value(name: str, values: pd.Series) -> Iterator[tuple[str, Positions]]:

@@ -25,7 +25,7 @@ def plot(loaded: Loaded, experiment: str) -> None:
     file = paths.path("runs", f"{experiment}-schedule.png")
     _plot(cfg, lr_schedule, length, file)
     print(*summary(cfg, lr_schedule, length), sep="\n")
-    print(f"{paths.relative(file)}\nnext: comp train {experiment}")
+    print(f"written: {paths.relative(file)}\nnext: comp train {experiment}")
 
 
 def _train_length(loaded: Loaded) -> TrainLength:
