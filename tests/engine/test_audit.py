@@ -3,6 +3,7 @@ replacing one function."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -286,3 +287,8 @@ def test_the_verb_lists_leaks_gaps_and_optimistic_scores(
     assert "not checked: runs/exp001/members/greedy/oof.arrow: its metadata names no weights" in out
     assert "not checked: duplicates among 400 images that cannot be read: 00000.png" in out
     assert "no leaks; 4 not checked, see above" in out
+    table = dict(re.findall(r"^(\S.*?) {2,}(\S.*)$", out, re.MULTILINE))
+    assert table["duplicates across folds"] == "no leak found, 1 not checked"
+    assert table["a split group"] == "not checked: the samples have no groups"
+    assert table["misaligned rows"] == "no leak found, 3 not checked"
+    assert table["in-sample meta-model"] == table["best epoch picked on the scored fold"] == "no leak found"

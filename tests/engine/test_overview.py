@@ -14,7 +14,7 @@ import pytest
 from banked import CLASSES, TEST, TRAIN, Project, declare, lay_out, member
 
 from comp.engine import cli
-from comp.engine.bank import bank
+from comp.engine.bank import bank, merge, score
 from comp.engine.config import resolve
 from comp.engine.ensemble.blend import blend
 from comp.engine.extras import clean, list_bank, list_runs, run_status
@@ -113,6 +113,26 @@ def test_folds_of_every_seed_are_counted(project: Project, capsys: pytest.Captur
     list_runs.runs()
     line = row(capsys.readouterr().out, "exp001-seeds")
     assert "9/10 of 2 seeds" in line and "unfinished" in line
+
+
+def test_the_next_step_of_a_finished_run(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """An ensemble is offered when all its members exist; runs of --debug and comp compare are not
+    submitted."""
+    declare(project, "blend001", "members: [exp001, exp002]\nmethod: mean")
+    for name, step in {
+        "exp001": "next: comp submit exp001 --dry-run",
+        "exp002": "next: comp submit exp002 --dry-run, or comp ensemble blend001",
+        "exp003": "next: comp submit exp003 --dry-run",
+        "exp001-debug": "next: comp train exp001",
+        "exp001-seeds": "written: runs/exp001-seeds/oof.arrow, test.arrow, score.json",
+    }.items():
+        member(project, name)
+        capsys.readouterr()
+        merge.print_result(name)
+        assert capsys.readouterr().out.splitlines()[-1] == step
+    record = artifacts.read_json(paths.run_folder("exp001") / "score.json")
+    assert f", OOF {record['oof']:.4f}" in score.summary(record)
+    assert f", OOF {record['oof']:.4f} (3 seeds averaged)" in score.summary(record, 3)
 
 
 def test_partial_scores_are_not_ranked(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,13 +73,16 @@ def check(cfg: Config, prepared: Prepared, as_trained: bool) -> tuple[list[UserE
     notes += _unlisted(prepared, sorted(existing_files - listed_files))
     sides = [image.side for image in checked if image.side]
     side = int(np.median(sides)) if sides else SMALL
-    enlarged = exact and cfg.data.size > side  # configs/base.yaml is not an experiment: its size is no choice
+    # Only the size of an experiment counts: without one, cfg is configs/base.yaml.
+    enlarged = as_trained and cfg.data.size > side
     if side < SMALL and cfg.model.stem != "small" and not enlarged:
-        subject = f"this experiment (data.size={cfg.data.size}) has" if exact else "configs/base.yaml has"
+        subject = (
+            f"this experiment (data.size={cfg.data.size}) has" if as_trained else "configs/base.yaml has"
+        )
         notes.append(
             f"hint: half of the images are {side} px or smaller, and {subject} model.stem={cfg.model.stem}, "
-            f"which divides the size by up to 4; small images need model.stem=small with data.size={side}, or "
-            "a data.size above theirs"
+            f"which divides the size by up to 4; small images need model.stem=small with data.size={side}, "
+            "or a data.size above theirs"
         )
     notes += _libjpeg_warnings(warned, prepared, first_row, lenient)
     return faults, notes

@@ -19,7 +19,8 @@ from __future__ import annotations
 from comp.engine import text_table
 from comp.engine.config import resolve
 from comp.engine.data import folds, samples
-from comp.engine.extras import audit_ensembles, audit_folds, audit_runs
+from comp.engine.data.samples import Samples
+from comp.engine.extras import audit_ensembles, audit_folds, audit_runs, findings
 from comp.engine.extras.findings import Finding, Leak, NotChecked
 from comp.engine.store import artifacts, paths
 
@@ -57,6 +58,32 @@ def audit() -> int:
         print(f"not checked: {gap.what}: {gap.reason}")
     if leaks:
         print(text_table.render(["LEAK", "where", "found by"], [[*leak] for leak in leaks]))
+    print(text_table.render(["check", "result"], _by_check(found, rows, runs, ensembles)))
     also = f"; {len(gaps)} not checked, see above" if gaps else ""
     print(f"{len(leaks) or 'no'} leak{'s' * (len(leaks) != 1)}{also}\nnext: comp runs")
     return 1 if leaks else 0
+
+
+def _by_check(found: list[Finding], rows: Samples, runs: list[str], ensembles: list[str]) -> list[list[str]]:
+    """A line per check: its leaks, what it left out, or that there was nothing to check."""
+    absent = {
+        findings.GROUPS: "" if "group" in rows.frame else "the samples have no groups",
+        findings.META_MODEL: "" if ensembles else "there are no ensembles",
+    } | dict.fromkeys(findings.OF_RUNS, "" if runs else "there are no runs")
+    lines = []
+    for check in (
+        findings.DUPLICATES,
+        findings.GROUPS,
+        *findings.OF_RUNS,
+        findings.META_MODEL,
+        findings.PSEUDO,
+    ):
+        leaks = sum(isinstance(finding, Leak) and finding.name == check for finding in found)
+        gaps = sum(isinstance(finding, NotChecked) and check in finding.checks for finding in found)
+        result = f"{leaks} leak{'s' * (leaks != 1)}" if leaks else "no leak found"
+        if gaps:
+            result += f", {gaps} not checked"
+        lines.append([check, f"not checked: {absent[check]}" if absent.get(check) else result])
+    other = sum(isinstance(finding, Leak) and " that differ from " in finding.name for finding in found)
+    lines.append(["values that differ when computed again", str(other) if other else "none found"])
+    return lines

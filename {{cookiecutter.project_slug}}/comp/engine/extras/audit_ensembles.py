@@ -11,7 +11,7 @@ from comp.engine.data.samples import Samples
 from comp.engine.ensemble import blend_config, fit, members
 from comp.engine.ensemble.context import HeadValues, Setup
 from comp.engine.errors import UserError
-from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.extras.findings import META_MODEL, Finding, Leak, NotChecked
 from comp.engine.store import artifacts, paths
 
 
@@ -25,7 +25,7 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
         stored = bank.load(name, "oof", rows, split)
         recipes, refits = members.recipes(declared), members.refits(declared, setup)
     except UserError as error:
-        return [NotChecked(name, error.lines[0])]
+        return [NotChecked(name, error.lines[0], (META_MODEL,))]
     made = fit.fit_ensemble(setup, declared.blend, oof, test, recipes, refits)
     where = f"{paths.relative(bank.folder(name))}/oof.arrow"
 
@@ -37,9 +37,7 @@ def of_ensemble(name: str, cfg: Config, rows: Samples, split: Folds) -> list[Fin
     if equal(made.nested):
         return []
     if equal(made.in_sample):
-        return [
-            Leak("in-sample meta-model", f"{where} is scored on the rows it was fitted on", "recomputation")
-        ]
+        return [Leak(META_MODEL, f"{where} is scored on the rows it was fitted on", "recomputation")]
     return [Leak("predictions that differ from those of its members", where, "recomputation")]
 
 

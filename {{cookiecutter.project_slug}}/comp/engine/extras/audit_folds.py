@@ -9,7 +9,7 @@ from comp.engine.config.schema import Config
 from comp.engine.data import exact_duplicates, fold_audit
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.extras.findings import DUPLICATES, GROUPS, PSEUDO, Finding, Leak, NotChecked
 
 SHOWN = 10  # images with copies
 
@@ -22,7 +22,7 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     shared = fold_audit.shared_images(rows, split, images, images.by_bytes)
     found: list[Finding] = [
         Leak(
-            "duplicates across folds",
+            DUPLICATES,
             f"{', '.join(map(str, ids[copies.rows[:3]]))} in {_folds(copies.places)}",
             "hash",
         )
@@ -30,10 +30,11 @@ def duplicates(cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     ]
     if len(shared) > SHOWN:
         more = f"{len(shared) - SHOWN} more images; comp folds --duplicates lists all"
-        found.append(Leak("duplicates across folds", more, "hash"))
+        found.append(Leak(DUPLICATES, more, "hash"))
     used = {images.names[at] for at in images.image[np.isin(images.sample, rows.labeled)]}
     if unread := [reason for name, reason in images.unread.items() if name in used]:
-        found.append(NotChecked(f"duplicates among {len(unread)} images that cannot be read", unread[0]))
+        what = f"duplicates among {len(unread)} images that cannot be read"
+        found.append(NotChecked(what, unread[0], (DUPLICATES,)))
     return found
 
 
@@ -48,7 +49,7 @@ def groups(rows: Samples, split: Folds) -> list[Leak]:
     """Groups with rows on both sides of a fold."""
     faults = fold_audit.errors(fold_audit.audit(rows, split))
     split_groups = [fault for fault in faults if fault.code == "group-across-folds" and fault.where]
-    return [Leak("a split group", f"{fault.where} {fault.what}", "provenance") for fault in split_groups]
+    return [Leak(GROUPS, f"{fault.where} {fault.what}", "provenance") for fault in split_groups]
 
 
 def pseudo_sources(rows: Samples, split: Folds) -> list[Leak]:
@@ -67,7 +68,7 @@ def pseudo_sources(rows: Samples, split: Folds) -> list[Leak]:
         )
         found += [
             Leak(
-                "pseudo-labels from models trained on the fold",
+                PSEUDO,
                 f"fold {fold} is trained on {name}",
                 "provenance",
             )

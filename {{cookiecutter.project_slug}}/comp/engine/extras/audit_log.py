@@ -12,7 +12,7 @@ from comp.engine.config import run_members
 from comp.engine.config.schema import Config
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
-from comp.engine.extras.findings import Leak
+from comp.engine.extras.findings import EPOCH, Leak
 from comp.engine.store import paths
 
 
@@ -41,5 +41,5 @@ def selected_epoch(folder: Path, cfg: Config, rows: Samples, split: Folds) -> li
     near = 1e-6 + 1e-3 * abs(now)
     if best in before and abs(now - by_epoch[best]) < near < abs(now - by_epoch[last]):
         where = f"{paths.relative(folder)}: the score of epoch {best}, not of the last, {last}"
-        return [Leak("best epoch picked on the scored fold", where, "provenance")]
+        return [Leak(EPOCH, where, "provenance")]
     return []

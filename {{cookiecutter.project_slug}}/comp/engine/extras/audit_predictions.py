@@ -16,7 +16,16 @@ from comp.engine.bank.predictions import PredictionSet
 from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
-from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.extras.findings import (
+    BASE,
+    MISALIGNED,
+    OF_RUNS,
+    PREDICTIONS,
+    STATISTICS,
+    Finding,
+    Leak,
+    NotChecked,
+)
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
@@ -49,7 +58,7 @@ def fold_sets(run: str, rows: Samples, split: Folds) -> tuple[dict[Path, Predict
         try:
             sets[file] = bank.read(file, rows, split)
         except UserError as error:
-            unread.append(NotChecked(paths.relative(file), error.lines[0]))
+            unread.append(NotChecked(paths.relative(file), error.lines[0], OF_RUNS))
     return sets, unread
 
 
@@ -62,7 +71,7 @@ def split_by_weights(
     if not gone:
         return found, []
     reason = f"the weights are gone, so {len(gone)} sets cannot be predicted again: {', '.join(gone[:3])}"
-    return found, [NotChecked(run, reason + (", …" if len(gone) > 3 else ""))]
+    return found, [NotChecked(run, reason + (", …" if len(gone) > 3 else ""), (*PREDICTIONS, STATISTICS))]
 
 
 # --- provenance ---------------------------------------------------------------------------------------------
@@ -75,7 +84,7 @@ def other_folds(file: Path, stored: PredictionSet) -> list[Leak]:
     if not others:
         return []
     where = f"{paths.relative(file)} was predicted by {', '.join(others)}"
-    return [Leak("in-sample base predictions", where, "provenance")]
+    return [Leak(BASE, where, "provenance")]
 
 
 # --- predicted again ----------------------------------------------------------------------------------------
@@ -110,15 +119,15 @@ def _repredict_set(context: Context, file: Path, stored: PredictionSet) -> list[
     try:
         now = predicted(weights_of(stored))
     except UserError as error:
-        return [NotChecked(paths.relative(file), error.lines[0])]
+        return [NotChecked(paths.relative(file), error.lines[0], PREDICTIONS)]
     if np.abs(now - values[at]).max() < tolerance:
         return []
     where = paths.relative(file)
     if others := _folds_that_predict_this(file, stored, values[at], predicted, tolerance):
         where = f"{where} is what {others[0]} predicts for its training rows"
-        return [Leak("in-sample base predictions", where, "re-prediction")]
+        return [Leak(BASE, where, "re-prediction")]
     if all(np.abs(values - row).max(axis=1).min() < tolerance for row in now):
-        return [Leak("misaligned rows", f"{where}: the right values in the wrong rows", "re-prediction")]
+        return [Leak(MISALIGNED, f"{where}: the right values in the wrong rows", "re-prediction")]
     return [Leak("predictions that differ from those of their weights", where, "re-prediction")]
 
 
@@ -165,18 +174,19 @@ def merged_again(run: str, rows: Samples, split: Folds) -> Iterator[Finding]:
                 for name in stored.meta["weights"]
             ]
             if not parts:
-                yield NotChecked(where, "its metadata names no weights, so it cannot be predicted again")
+                reason = "its metadata names no weights, so it cannot be predicted again"
+                yield NotChecked(where, reason, PREDICTIONS)
                 continue
             again = predictions.merge(parts, rows, split, stored.meta["space"])
         except UserError as error:
-            yield NotChecked(where, error.lines[0])
+            yield NotChecked(where, error.lines[0], PREDICTIONS)
             continue
         scale = {h.name: 1.0 for h in rows.heads}
         old, new = _flat(stored.heads, scale), _flat(again.heads, scale)
         if np.allclose(old, new, rtol=1e-5, atol=1e-5, equal_nan=True):
             continue
         if np.allclose(np.sort(old, axis=0), np.sort(new, axis=0), rtol=1e-5, atol=1e-5, equal_nan=True):
-            yield Leak("misaligned rows", f"{where}: the right values in the wrong rows", "recomputation")
+            yield Leak(MISALIGNED, f"{where}: the right values in the wrong rows", "recomputation")
         else:
             yield Leak("predictions that differ from those of their folds", where, "recomputation")
 

@@ -17,11 +17,9 @@ from comp.engine.data.folds import Folds
 from comp.engine.data.samples import Samples
 from comp.engine.errors import UserError
 from comp.engine.extras import pseudo_labels
-from comp.engine.extras.findings import Finding, Leak, NotChecked
+from comp.engine.extras.findings import DUPLICATES, PSEUDO, Finding, Leak, NotChecked
 from comp.engine.run import pseudo_rows, teachers
 from comp.engine.store import artifacts, paths
-
-LEAK = "pseudo-labels from models trained on the fold"
 
 
 def validate_labels(run: str, cfg: Config, split: Folds) -> None:
@@ -47,18 +45,18 @@ def leaks(run: str, cfg: Config, rows: Samples, split: Folds) -> list[Finding]:
     try:
         validate_labels(run, cfg, split)
     except UserError as error:
-        return [NotChecked(f"{run}, its pseudo-labels", error.lines[0])]
+        return [NotChecked(f"{run}, its pseudo-labels", error.lines[0], (PSEUDO,))]
     entry, table = artifacts.manifest_entry(file) or {}, pseudo_rows.read(name)
     found: list[Finding] = [*_copies(run, cfg, table, name, rows, split)]
     for fold, weights in entry["weights"].items():
         if wrong := [checkpoint for checkpoint in weights if Path(checkpoint).name != f"fold{fold}"]:
             where = f"{run}: fold {fold} was trained on labels by {', '.join(wrong)}"
-            found.append(Leak(LEAK, where, "provenance"))
+            found.append(Leak(PSEUDO, where, "provenance"))
     try:
         again = _again(entry, rows, split)
     except UserError as error:
         reason = f"{paths.relative(file)} cannot be made again: {error.lines[0]}"
-        return [*found, NotChecked(f"{run}, its pseudo-labels", reason)]
+        return [*found, NotChecked(f"{run}, its pseudo-labels", reason, (PSEUDO,))]
     return found + _recomputed(f"{run}: {paths.relative(file)}", table, again, split.count)
 
 
@@ -78,7 +76,7 @@ def _recomputed(file: str, table: pd.DataFrame, again: pd.DataFrame, folds: int)
         if source is None:
             found.append(Leak("pseudo-labels that differ from those of their models", where, "recomputation"))
         else:
-            found.append(Leak(LEAK, f"{where}: they are those {source}", "recomputation"))
+            found.append(Leak(PSEUDO, f"{where}: they are those {source}", "recomputation"))
     return found
 
 
@@ -95,7 +93,7 @@ def _copies(
         codes = [images.by_bytes[np.isin(images.sample, part)] for part in (test, valid_rows)]
         if len(both := np.intersect1d(codes[0], codes[1])):
             where = f"{run}: {len(both)} images that fold {fold} is scored on are among its pseudo-labels"
-            found.append(Leak("duplicates across folds", where, "hash"))
+            found.append(Leak(DUPLICATES, where, "hash"))
     return found
 
 

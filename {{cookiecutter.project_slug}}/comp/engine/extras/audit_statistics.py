@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.engine.extras.audit_predictions import fold_of
-from comp.engine.extras.findings import Leak
+from comp.engine.extras.findings import STATISTICS, Leak
 from comp.engine.store import artifacts, paths
 
 if TYPE_CHECKING:
@@ -45,11 +45,7 @@ def leaks(context: Context, weights: Sequence[Path]) -> list[Leak]:
         with_valid = np.union1d(train_rows, valid_rows[: context.cfg.train.max_samples])
         wider = (with_valid, joined.folds.split("full")[0])
         leaked = any(_equal(stored, _fit(joined, rows)) for rows in wider)
-        name = (
-            "statistics fitted on validation rows"
-            if leaked
-            else "statistics that differ from those of the training rows"
-        )
+        name = STATISTICS if leaked else "statistics that differ from those of the training rows"
         found.append(Leak(name, paths.relative(file), "recomputation"))
     return found
 

@@ -85,7 +85,8 @@ def describe(scorer: SliceScorer, at: Positions, comparisons: int) -> dict[str, 
 
 
 def correct_p_values(lines: list[dict[str, Any]]) -> None:
-    """Replaces p by "p (Holm)", corrected for all slices, and gain by "against all": worse, better or nothing."""
+    """Replaces p by "p (Holm)", corrected for all slices, and gain by "against all": worse, better or
+    nothing."""
     for line, p in zip(lines, nested_cv.holm(np.array([line["p"] for line in lines])), strict=True):
         direction = "better" if line.pop("gain") > 0 else "worse"
         del line["p"]
