@@ -198,8 +198,8 @@ def test_durations() -> None:
         (["name=wsd", "warmup=50%", "cooldown=60%"], "schedule.cooldown: 60% after a warm-up of 60 steps"),
         (["name=cosine_restarts", "cycles=121"], "schedule.cycles: 121 cycles in 120 steps"),
         (["name=cosine_restarts", "cycles=12", "cycle_mul=3"], "schedule.cycles: 12 cycles in 120 steps"),
-        (["warmup=3 epohs"], "schedule.warmup: should be like 500 steps, 3 epochs or 10%, not '3 epohs'"),
-        (["step_size=[1 epoch, x]"], "schedule.step_size: should be like"),
+        (["warmup=3 epohs"], "schedule.warmup: must be like 500 steps, 3 epochs or 10%, not '3 epohs'"),
+        (["step_size=[1 epoch, x]"], "schedule.step_size: must be like"),
     ],
 )
 def test_impossible_schedules_are_errors(overrides: list[str], words: str) -> None:
@@ -229,7 +229,7 @@ def unused_messages(*overrides: str) -> list[str]:
 def test_a_knob_without_effect_is_reported_with_file_and_line() -> None:
     assert unused_messages("schedule=cosine_restarts", "schedule.cycles=3") == []
     assert unused_messages("schedule=constant", "schedule.cycles=3") == [
-        "'schedule.cycles=3': 3 has no effect with schedule.name: constant; "
+        "schedule.cycles: 3 has no effect with schedule.name: constant; "
         "it is used by cosine_restarts, triangular, exp_range"
     ]
     assert (

@@ -39,8 +39,8 @@ class UserError(Exception):
 
     @property
     def line(self) -> str:
-        key = "" if self.where.startswith(f"'{self.key}=") else self.key  # 'optim.lr=3e-4' has the key
-        fact = ": ".join(part for part in (self.where, key, self.what) if part)
+        where = "" if self.where.startswith(f"'{self.key}=") else self.where  # key=value repeats the key
+        fact = ": ".join(part for part in (where, self.key, self.what) if part)
         return f"{fact}; {self.remedy}" if self.remedy else fact
 
     @property
