@@ -135,7 +135,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again_at_that_size(
         original(context, *rest, **more)
 
     original = train.train_fold
-    monkeypatch.setattr(train, "fold", fold)
+    monkeypatch.setattr(train, "train_fold", fold)
     ends = []
     while taken := study.next_trial(opened):
         ends.append(trial.run(opened, *taken, hardware.Stop(), FOREVER).name)
@@ -152,7 +152,7 @@ def test_three_crashes_in_a_row_end_the_search(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("no such")
 
-    monkeypatch.setattr(train, "fold", fail)
+    monkeypatch.setattr(train, "train_fold", fail)
     assert cli.main(["tune", "exp001", "--space", "s", "--trials", "9", *SMALL]) == 2
     printed = capsys.readouterr()
     assert "3 trials in a row failed, the last with: 'no such'" in printed.err
